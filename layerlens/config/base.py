@@ -1,0 +1,35 @@
+"""The base of every configuration model: closed to unknown keys, frozen, and failing with ConfigurationError."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from layerlens.exceptions import ConfigurationError
+
+
+class ConfigModel(BaseModel):
+    """A pydantic model whose direct construction raises ConfigurationError instead of ValidationError."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigurationError(describe(error, type(self).__name__)) from error
+
+    # Pydantic calls a custom __init__ for nested models too, where the raw ValidationError (with its location) is
+    # wanted; this mark, which pydantic's own __init__ carries, tells it to validate nested models directly.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+def describe(error: ValidationError, owner: str) -> str:
+    """One line per problem: the field, what is wrong, what came."""
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        came = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+        lines.append(f"{owner}.{place}: {problem['msg']}{came}" if place else f"{owner}: {problem['msg']}{came}")
+    return "; ".join(lines)

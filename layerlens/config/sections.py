@@ -1,0 +1,245 @@
+"""The sections of a configuration, every field with its meaning and unit."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from layerlens.config.base import ConfigModel
+
+METRICS = ("gradient_energy", "fisher", "proxy_eval")
+UTILITY_MODELS = ("signal", "whitened", "gradient", "weighted", "uniform")
+MethodName = Literal["lora", "adapter", "prefix"]
+
+
+class ModelConfig(ConfigModel):
+    """Which pretrained model, for which task."""
+
+    name_or_path: str = Field(
+        min_length=1,
+        description="Directory of a transformers model, a Hugging Face hub name, or `package:NAME` for an installed "
+        "package whose `get_model_path()` returns such a directory.",
+    )
+    task: Literal["sequence-classification"] = Field(
+        default="sequence-classification", description="What the model is to be fine-tuned for."
+    )
+    dtype: Literal["float32"] = Field(default="float32", description="Precision of the weights while profiling.")
+    head_fit_samples: int = Field(
+        default=512,
+        ge=0,
+        description="Samples on which a newly initialised task head is fitted (logistic regression on frozen features) "
+        "before profiling; they are disjoint from the calibration samples. 0 leaves the head as it was initialised, "
+        "which makes the gradients of a random head.",
+    )
+
+
+class DataConfig(ConfigModel):
+    """A little of the data that the model will be fine-tuned on."""
+
+    source: str = Field(
+        min_length=1,
+        description="A .jsonl or .csv file, or `builtin:stdlib-docstrings` (docstrings of the running Python's standard "
+        "library, labelled by the package they come from).",
+    )
+    text_column: str | None = Field(
+        default=None, description="Column with the text; found by itself when one column is obviously text."
+    )
+    label_column: str | None = Field(
+        default=None, description="Column with the label; `label`, `labels`, `class` or `target` when not given."
+    )
+    calibration_samples: int = Field(
+        default=256, ge=2, description="Samples that are measured. The noise correction needs at least 2."
+    )
+    max_length: int = Field(default=128, ge=2, description="Longest sequence, in tokens; longer texts are truncated.")
+    batch_size: int = Field(
+        default=16, ge=1, description="Samples in one measuring batch. Memory grows with it; results do not change."
+    )
+
+
+class ProfilingConfig(ConfigModel):
+    """What is measured and how it becomes a utility."""
+
+    utility_model: Literal["signal", "whitened", "gradient", "weighted", "uniform"] = Field(
+        default="signal",
+        description="How statistics become a utility curve: `signal` (square root of the noise-corrected gradient "
+        "energy times the square root of the rank), `whitened` (K-FAC-whitened split-half spectrum, in nats), "
+        "`gradient` (plain gradient energy), `weighted` (`metric_weights` over layers), `uniform` (every layer equal).",
+    )
+    metric_weights: dict[str, float] = Field(
+        default_factory=lambda: {"gradient_energy": 0.5, "fisher": 0.5},
+        description="Weight of each metric in the `weighted` utility and in `run_pipeline`: gradient_energy, fisher, "
+        "proxy_eval. Weights are scaled to sum 1; a metric that no layer has is left out with a warning.",
+    )
+    adapter_sites: Literal["residual", "all"] = Field(
+        default="residual",
+        description="Where adapters are considered: after the modules that write to the residual stream (attention "
+        "output, FFN output), or after every Linear.",
+    )
+
+    @field_validator("metric_weights")
+    @classmethod
+    def _known_and_positive(cls, weights: dict[str, float]) -> dict[str, float]:
+        for name, weight in weights.items():
+            if name not in METRICS:
+                raise ValueError(f"unknown metric {name!r}; known: {', '.join(METRICS)}")
+            if not 0.0 <= weight < float("inf"):
+                raise ValueError(f"weight of {name!r} must be a finite number >= 0, got {weight!r}")
+        if not sum(weights.values()) > 0.0:
+            raise ValueError("at least one weight must be above 0")
+        return weights
+
+
+class LatencyProfile(ConfigModel):
+    """The device and the batch that costs are predicted for.
+
+    The three roofline numbers default to nominal figures of the device type; give your own for figures that hold on
+    your device. A run prints the measured forward time of the base model beside the prediction.
+    """
+
+    device_type: Literal["cpu", "gpu"] = Field(default="cpu", description="Device that the predictions are for.")
+    model_family: str = Field(default="llm", min_length=1, description="Free text, recorded in the manifest.")
+    batch_size: int = Field(default=8, ge=1, description="Sequences in a batch.")
+    sequence_length: int = Field(default=128, ge=1, description="Tokens in a sequence.")
+    peak_gflops: float | None = Field(
+        default=None, gt=0, description="Sustained matrix throughput, GFLOP/s. Nominal: cpu 100, gpu 150000."
+    )
+    memory_bandwidth_gb_s: float | None = Field(
+        default=None, gt=0, description="Sustained memory bandwidth, GB/s (1e9 bytes). Nominal: cpu 20, gpu 1500."
+    )
+    op_overhead_us: float | None = Field(
+        default=None, ge=0, description="Fixed cost of one tensor operation, µs. Nominal: cpu 5, gpu 5."
+    )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in one batch."""
+        return self.batch_size * self.sequence_length
+
+
+class OptimizationConfig(ConfigModel):
+    """Budgets, the options on offer, and how the solver weighs them. At least one budget is needed."""
+
+    max_trainable_params: int | None = Field(
+        default=None, gt=0, description="Trainable parameters of all options together (the task head not counted)."
+    )
+    max_flops: float | None = Field(
+        default=None, gt=0, description="Forward FLOPs that the options add to one batch of the latency profile."
+    )
+    max_vram_gb: float | None = Field(
+        default=None, gt=0, description="Memory of a training step, base model included, GB (1e9 bytes)."
+    )
+    latency_target_ms: float | None = Field(
+        default=None, gt=0, description="Forward latency of one batch, base model included, ms, options unmerged."
+    )
+    latency_profile: LatencyProfile = Field(
+        default_factory=LatencyProfile, description="Device and batch that FLOPs, memory and latency are predicted for."
+    )
+    methods: tuple[MethodName, ...] = Field(
+        default=("lora", "adapter", "prefix"), min_length=1, description="PEFT methods on offer."
+    )
+    lora_ranks: tuple[int, ...] = Field(default=(1, 2, 4, 8, 16, 32), description="LoRA ranks on offer.")
+    adapter_sizes: tuple[int, ...] = Field(default=(2, 4, 8, 16, 32), description="Adapter bottleneck widths on offer.")
+    prefix_lengths: tuple[int, ...] = Field(default=(1, 2, 4, 8, 16), description="Prefix lengths on offer, in key/value pairs.")
+    alpha_over_r: float = Field(
+        default=2.0, gt=0, description="LoRA scale alpha/r, one constant for the whole model."
+    )
+    optimizer: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="Optimiser of the later fine-tune; its state is part of the memory prediction."
+    )
+    objective_weights: dict[str, float] = Field(
+        default_factory=lambda: {"utility": 1.0},
+        description="score = utility·w_utility − Σ_r w_r·(cost_r / budget_r) − penalty[method], with r in cost, flops, "
+        "vram, latency. The utility is first scaled so that the best option of the model has 1.",
+    )
+    method_penalties: dict[MethodName, float] = Field(
+        default_factory=dict, description="Subtracted from the score of every option of the method (same scale)."
+    )
+    refine: bool = Field(default=True, description="Refine with OR-Tools CP-SAT, which proves optimality or tightens the bound.")
+    refine_deterministic_time: float = Field(
+        default=20.0, gt=0, description="CP-SAT limit in deterministic time units (about a second each), so that every run ends alike."
+    )
+    gap_tolerance: float = Field(
+        default=1e-6, ge=0, lt=1, description="Relative gap under which the allocation is called optimal."
+    )
+
+    @field_validator("lora_ranks", "adapter_sizes", "prefix_lengths")
+    @classmethod
+    def _positive_sizes(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size < 1 for size in sizes):
+            raise ValueError("sizes must be 1 or more (leaving a layer alone is always an option)")
+        return tuple(sorted(set(sizes)))
+
+    @field_validator("objective_weights")
+    @classmethod
+    def _known_objectives(cls, weights: dict[str, float]) -> dict[str, float]:
+        known = ("utility", "cost", "flops", "vram", "latency")
+        for name, weight in weights.items():
+            if name not in known:
+                raise ValueError(f"unknown objective {name!r}; known: {', '.join(known)}")
+            if not 0.0 <= weight < float("inf"):
+                raise ValueError(f"weight of {name!r} must be a finite number >= 0, got {weight!r}")
+        return weights
+
+    @field_validator("method_penalties")
+    @classmethod
+    def _finite_penalties(cls, penalties: dict[str, float]) -> dict[str, float]:
+        for name, penalty in penalties.items():
+            if not 0.0 <= penalty < float("inf"):
+                raise ValueError(f"penalty of {name!r} must be a finite number >= 0, got {penalty!r}")
+        return penalties
+
+    @model_validator(mode="after")
+    def _some_budget_and_some_option(self) -> OptimizationConfig:
+        budgets = (self.max_trainable_params, self.max_flops, self.max_vram_gb, self.latency_target_ms)
+        if all(budget is None for budget in budgets):
+            raise ValueError(
+                "no budget given; set at least one of max_trainable_params, max_flops, max_vram_gb, latency_target_ms"
+            )
+        if not any(self.ranks().values()):
+            raise ValueError("no option on offer; give sizes for at least one of the methods")
+        return self
+
+    def ranks(self) -> dict[str, tuple[int, ...]]:
+        """Sizes on offer for each method on offer."""
+        sizes = {"lora": self.lora_ranks, "adapter": self.adapter_sizes, "prefix": self.prefix_lengths}
+        return {method: sizes[method] for method in self.methods}
+
+    def budgets(self) -> dict[str, float | None]:
+        """Budget of each resource, by resource name."""
+        return {
+            "trainable_params": self.max_trainable_params,
+            "flops": self.max_flops,
+            "vram_gb": self.max_vram_gb,
+            "latency_ms": self.latency_target_ms,
+        }
+
+
+class OutputConfig(ConfigModel):
+    """Where the results go."""
+
+    directory: str = Field(
+        default="out", min_length=1, description="Directory for the results, relative to the configuration file."
+    )
+
+
+class RuntimeConfig(ConfigModel):
+    """How the run uses this machine."""
+
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the data split, the head and the solver.")
+    threads: int = Field(default=0, ge=0, description="CPU threads for torch, the kernels and the solver; 0: all cores.")
+    cache_dir: str | None = Field(
+        default=None,
+        description="Directory of the sensitivity cache; by default $LAYERLENS_CACHE, or layerlens in the user's cache directory.",
+    )
+
+
+class RunConfig(ConfigModel):
+    """The whole job: `layerlens run config.yaml`."""
+
+    model: ModelConfig
+    data: DataConfig
+    profiling: ProfilingConfig = Field(default_factory=ProfilingConfig, description="What is measured.")
+    optimization: OptimizationConfig = Field(description="Budgets, options and solver.")
+    output: OutputConfig = Field(default_factory=OutputConfig, description="Where the results go.")
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="How the run uses this machine.")

@@ -1,0 +1,75 @@
+"""Errors that a user can act on. Each says what was wrong, what came, and what would work.
+
+``exit_code`` is what the command line returns: 2 usage or configuration, 3 infeasible budgets, 4 model or data not
+found; 1 is for what nobody foresaw.
+"""
+
+from __future__ import annotations
+
+
+class LayerLensError(Exception):
+    """Base of every error that LayerLens raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigurationError(LayerLensError, ValueError):
+    """A configuration value, key or file is wrong."""
+
+    exit_code = 2
+
+
+class ModelSpecError(LayerLensError, ValueError):
+    """The description of the model is empty, contradictory or names an unknown layer."""
+
+    exit_code = 2
+
+
+class ModelNotFoundError(ModelSpecError):
+    """The model is not where the configuration says."""
+
+    exit_code = 4
+
+
+class DataError(LayerLensError, ValueError):
+    """The data is there but cannot be used (no usable column, no samples, too few classes)."""
+
+    exit_code = 4
+
+
+class DataNotFoundError(DataError):
+    """The data is not where the configuration says."""
+
+    exit_code = 4
+
+
+class ActivationCacheError(LayerLensError, ValueError):
+    """The per-layer statistics are missing, incomplete or not finite."""
+
+    exit_code = 2
+
+
+class ProfilingError(LayerLensError, RuntimeError):
+    """The model could not be profiled (NaN in a statistic, a module that cannot be measured)."""
+
+
+class OptimizationError(LayerLensError, RuntimeError):
+    """The allocation problem could not be solved."""
+
+
+class InfeasibleError(OptimizationError):
+    """No allocation, or only the empty one, fits the budgets; the message has the smallest budgets that would do."""
+
+    exit_code = 3
+
+
+class ManifestError(LayerLensError, ValueError):
+    """A manifest cannot be written, read or applied."""
+
+    exit_code = 2
+
+
+class OutputError(LayerLensError, OSError):
+    """The output directory or the cache cannot be written."""
+
+    exit_code = 2

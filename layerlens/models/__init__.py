@@ -1,0 +1,28 @@
+"""The nouns: frozen dataclasses that the stages hand to one another. They know nothing of torch or files."""
+
+from layerlens.models.allocation import Allocation, AllocationProblem
+from layerlens.models.manifest import Manifest, ManifestRow, ResourceUse
+from layerlens.models.model_spec import LayerSpec, ModelSpec
+from layerlens.models.options import METHODS, Option, enumerate_options, trainable_params
+from layerlens.models.statistics import LayerStatistics, MethodStatistics, ModelStatistics
+from layerlens.models.tables import RESOURCES, CostTable, UtilityTable
+
+__all__ = [
+    "METHODS",
+    "RESOURCES",
+    "Allocation",
+    "AllocationProblem",
+    "CostTable",
+    "LayerSpec",
+    "LayerStatistics",
+    "Manifest",
+    "ManifestRow",
+    "MethodStatistics",
+    "ModelSpec",
+    "ModelStatistics",
+    "Option",
+    "ResourceUse",
+    "UtilityTable",
+    "enumerate_options",
+    "trainable_params",
+]

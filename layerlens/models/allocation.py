@@ -1,0 +1,68 @@
+"""The multiple-choice multidimensional knapsack problem (MMKP) and its answer.
+
+Axes: g groups (layers), o options of all groups one after the other, r resources.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerlens.models.options import Option
+
+
+@dataclass(frozen=True)
+class AllocationProblem:
+    """Choose exactly one option in each group; maximise the sum of values; keep every resource within its capacity.
+
+    Args:
+        layers: group names, length n_groups.
+        options: all options, grouped: group g owns ``options[offset[g]:offset[g + 1]]``.
+        offset: int64 [n_groups + 1].
+        value: float64 [n_options], finite; what is maximised.
+        cost__ro: float64 [n_resources, n_options], finite and >= 0, C-contiguous.
+        resources: resource names, length n_resources.
+        capacity: float64 [n_resources], what the options may use together (budget minus base).
+        budget: float64 [n_resources], as the user gave it.
+        base: float64 [n_resources], what the frozen model needs by itself.
+    """
+
+    layers: tuple[str, ...]
+    options: tuple[Option, ...]
+    offset: np.ndarray
+    value: np.ndarray
+    cost__ro: np.ndarray
+    resources: tuple[str, ...]
+    capacity: np.ndarray
+    budget: np.ndarray
+    base: np.ndarray
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """An answer with its certificate.
+
+    Args:
+        choice: int64 [n_groups], index into ``problem.options`` of the chosen option of each group.
+        value: sum of the chosen values.
+        upper_bound: no allocation within the budgets has a larger value (proved).
+        used: float64 [n_resources], what the chosen options use (without base).
+        multipliers: float64 [n_resources], Lagrange multiplier (shadow price) of each resource, value per unit.
+        status: "optimal" (proved: gap within ``gap_tolerance``) or "feasible".
+        solver: which stages ran, e.g. "greedy-lagrangian" or "greedy-lagrangian + cp-sat".
+    """
+
+    choice: np.ndarray
+    value: float
+    upper_bound: float
+    used: np.ndarray
+    multipliers: np.ndarray
+    status: str
+    solver: str
+
+    @property
+    def gap(self) -> float:
+        """Relative optimality gap (upper_bound - value) / |upper_bound|, 0 where both are 0."""
+        difference = max(0.0, self.upper_bound - self.value)
+        return difference / abs(self.upper_bound) if self.upper_bound != 0.0 else difference

@@ -1,0 +1,79 @@
+"""The manifest: what was chosen for every layer, what it uses of each budget, how good it provably is, and from what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = "1.0"
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """What was chosen for one layer (the origin's ``allocations[]`` fields).
+
+    Args:
+        layer, method, rank: the choice; rank is 0 exactly for method "none".
+        utility: expected gain, in the manifest's ``utility_unit``.
+        cost: trainable parameters.
+        flops: forward FLOPs added for one batch.
+        vram: training memory added, in GB (1e9 bytes).
+        latency: forward latency added, in ms.
+        total_score: what the solver maximised: weighted utility minus weighted costs and the method's penalty.
+    """
+
+    layer: str
+    method: str
+    rank: int
+    utility: float
+    cost: int
+    flops: float
+    vram: float
+    latency: float
+    total_score: float
+
+
+@dataclass(frozen=True)
+class ResourceUse:
+    """One budget: what was allowed (None: no limit), what the frozen model needs, what the choice adds, and its price.
+
+    ``total`` = ``base`` + ``added`` is what the budget limits. ``multiplier`` is the shadow price in score per unit.
+    """
+
+    resource: str
+    budget: float | None
+    base: float
+    added: float
+    total: float
+    multiplier: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that ``manifest.json`` holds, apart from its timestamps.
+
+    Args:
+        model: name, fingerprint, total_params, task, num_labels, labels (what is needed to load the base model again).
+        allocations: one row for each layer, in the order of the model.
+        resources: one entry for each resource.
+        score, upper_bound, gap, status, solver: the certificate of the allocation.
+        utility_model, utility_unit: which utility model made the utilities.
+        lora: ``alpha_over_r`` (one constant for the model) and ``init`` of the LoRA layers.
+        predicted: predicted gain and what it rests on.
+        provenance: data and statistics fingerprints, versions, configuration, seed.
+    """
+
+    model: dict[str, Any]
+    allocations: tuple[ManifestRow, ...]
+    resources: tuple[ResourceUse, ...]
+    score: float
+    upper_bound: float
+    gap: float
+    status: str
+    solver: str
+    utility_model: str
+    utility_unit: str
+    lora: dict[str, Any] = field(default_factory=dict)
+    predicted: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
