@@ -1,0 +1,7 @@
+"""The manifest on disk: written, read, checked against its published schema, and shown in a report."""
+
+from layerlens.manifest.read import read_document, read_manifest
+from layerlens.manifest.schema import manifest_schema
+from layerlens.manifest.write import write_manifest
+
+__all__ = ["manifest_schema", "read_document", "read_manifest", "write_manifest"]

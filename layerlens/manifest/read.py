@@ -1,0 +1,91 @@
+"""Reading a manifest from JSON or YAML, as from a stranger: limited in size, without aliases, every field checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layerlens.exceptions import ManifestError
+from layerlens.manifest.schema import check_document
+from layerlens.models import Manifest, ManifestRow, ResourceUse
+
+MAX_BYTES = 64 * 2**20
+
+_YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in ``path``: JSON if it ends in .json, YAML if it ends in .yaml or .yml.
+
+    Raises:
+        ManifestError: the file is missing, too large, not JSON or YAML, or a field is wrong; the message names each
+            wrong field.
+    """
+    return read_document(path)[0]
+
+
+def read_document(path: Path) -> tuple[Manifest, str]:
+    """The manifest in ``path`` and the time at which it was written (``created_at``).
+
+    Raises:
+        ManifestError: see ``read_manifest``.
+    """
+    path = Path(path)
+    document = check_document(_parse(path, _text(path)), str(path))
+    fields = document.model_dump(exclude={"schema_version", "created_at"})
+    fields["allocations"] = tuple(ManifestRow(**row) for row in fields["allocations"])
+    fields["resources"] = tuple(ResourceUse(**row) for row in fields["resources"])
+    return Manifest(**fields), document.created_at
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8")
+    except FileNotFoundError as error:
+        raise ManifestError(f"{path}: no such file; `layerlens run` writes one") from error
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    if len(content) > MAX_BYTES:
+        raise ManifestError(f"{path}: larger than {MAX_BYTES // 2**20} MiB; this is not a manifest")
+    return text
+
+
+def _parse(path: Path, text: str) -> Any:
+    try:
+        if path.suffix == ".json":
+            return json.loads(text, object_pairs_hook=_each_key_once)
+        if path.suffix in (".yaml", ".yml"):
+            # A few nested aliases can stand for billions of values; manifests have no use for them.
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_YamlLoader)):
+                raise ValueError("YAML aliases (*name) are not allowed in a manifest")
+            return yaml.load(text, Loader=_YamlLoader)
+    except json.JSONDecodeError as error:
+        raise ManifestError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise ManifestError(f"{path}{place}: not YAML: {error.problem or error}") from error
+    except yaml.YAMLError as error:
+        raise ManifestError(f"{path}: not YAML: {error}") from error
+    except RecursionError as error:
+        raise ManifestError(f"{path}: nested too deeply for a manifest") from error
+    except (
+        ValueError
+    ) as error:  # an alias, a key twice, a number or date too large
+        raise ManifestError(f"{path}: {error}") from error
+    raise ManifestError(f"{path}: a manifest ends in .json, .yaml or .yml")
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return fields

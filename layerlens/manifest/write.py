@@ -1,0 +1,79 @@
+"""Writing manifest.json and manifest.yaml: the same fields in the same order, and the same bytes for the same manifest.
+
+Only ``created_at`` tells two runs apart. Floats are written by ``repr``, the shortest text that reads back as the same
+double, so reading a manifest again loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from layerlens.exceptions import ManifestError
+from layerlens.manifest.schema import check_document
+from layerlens.models import Manifest
+from layerlens.models.manifest import SCHEMA_VERSION
+from layerlens.utils.files import write_atomically
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """SafeDumper without anchors: an object that is there twice is written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def write_manifest(manifest: Manifest, directory: Path, *, created_at: str) -> dict[str, Path]:
+    """Write ``directory``/manifest.json and manifest.yaml, each atomically.
+
+    Args:
+        manifest: what to write.
+        directory: created if it is not there.
+        created_at: ISO 8601 time in UTC, such as ``2026-01-31T12:00:00Z``.
+
+    Returns:
+        The paths under "manifest_json" and "manifest_yaml".
+
+    Raises:
+        ManifestError: a field that could not be read back (NaN, a rank without a method, a layer twice ...).
+        OutputError: the directory cannot be written.
+    """
+    document = to_document(manifest, created_at)
+    directory = Path(directory)
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # One line for each scalar, however long, so that line-based tools can find and compare fields.
+    plain = yaml.dump(document, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=2**20)
+    return {
+        "manifest_json": write_atomically(directory / "manifest.json", text),
+        "manifest_yaml": write_atomically(directory / "manifest.yaml", plain),
+    }
+
+
+def to_document(manifest: Manifest, created_at: str) -> dict[str, Any]:
+    """The manifest as the plain, checked values of its file, in the file's order.
+
+    Raises:
+        ManifestError: see ``write_manifest``.
+    """
+    fields = {"schema_version": SCHEMA_VERSION, "created_at": created_at, **asdict(manifest)}
+    return check_document(_plain(fields, ""), "manifest").model_dump()
+
+
+def _plain(value: Any, place: str) -> Any:
+    """NumPy scalars and arrays, tuples and paths as JSON values."""
+    if isinstance(value, dict):
+        return {str(key): _plain(part, f"{place}.{key}" if place else str(key)) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part, f"{place}[{index}]") for index, part in enumerate(value)]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist(), place)
+    if isinstance(value, Path):
+        return value.as_posix()
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    raise ManifestError(f"manifest: {place}: {type(value).__name__} cannot be written; use numbers, text, lists, dicts")
