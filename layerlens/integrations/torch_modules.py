@@ -1,0 +1,26 @@
+"""Finding modules of a torch model by name, with help for the one who misspelt it."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from layerlens.exceptions import ManifestError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def find_module(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """The module of ``model`` with this path.
+
+    Raises:
+        ManifestError: there is none; the message has the nearest known names.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if name in modules and name:
+        return modules[name]
+    near = difflib.get_close_matches(name, modules, n=3, cutoff=0.6)
+    near += [known for known in modules if known.endswith("." + name) and known not in near][:3]
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    raise ManifestError(f"{type(model).__name__} has no module {name!r}{hint}. Was the manifest made for this model?")
