@@ -1,0 +1,81 @@
+"""The number of CPU threads: one setting, resolved here, handed to everything that can use threads.
+
+Two thread pools that both believe they own all cores slow small work down many times over.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from layerlens.exceptions import ConfigurationError
+
+# Read when the library loads its pool: OpenMP (torch, our kernels), OpenBLAS (NumPy, SciPy), MKL, rayon (tokenizers).
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its CPU affinity, and the CPU quota of its control group (rounded down)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_quota(CGROUP_ROOT, Path("/proc/self/cgroup"))
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def resolve_threads(n: int) -> int:
+    """``n``, or the cores available where ``n`` is 0.
+
+    Raises:
+        ConfigurationError: ``n`` is negative.
+    """
+    if n < 0:
+        raise ConfigurationError(f"threads must be 0 (all cores) or more, got {n}")
+    return n or available_cores()
+
+
+def set_threads(n: int) -> int:
+    """Give every thread pool of this process ``resolve_threads(n)`` threads; returns that number.
+
+    torch is told directly if it is loaded; the environment tells libraries loaded later, and child processes.
+    """
+    threads = resolve_threads(n)
+    for variable in THREAD_VARIABLES:
+        os.environ[variable] = str(threads)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads)
+    return threads
+
+
+def _cgroup_quota(root: Path, membership: Path) -> float | None:
+    """Smallest CPU quota, in cores, of the process's control group and its parents; None where there is no limit."""
+    quotas = []
+    for folder in _cgroup_folders(root, membership):
+        fields = _read_fields(folder / "cpu.max")  # cgroup v2: "max 100000" or "150000 100000"
+        if len(fields) == 2 and fields[0] != "max":
+            quotas.append(int(fields[0]) / int(fields[1]))
+    # cgroup v1, as containers see it
+    quota, period = _read_fields(root / "cpu/cpu.cfs_quota_us"), _read_fields(root / "cpu/cpu.cfs_period_us")
+    if quota and period and int(quota[0]) > 0:
+        quotas.append(int(quota[0]) / int(period[0]))
+    return min(quotas, default=None)
+
+
+def _cgroup_folders(root: Path, membership: Path) -> list[Path]:
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:  # no /proc: not Linux
+        return []
+    for line in lines:
+        if line.startswith("0::/"):
+            own = root / line.removeprefix("0::/")
+            return [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
+    return []
+
+
+def _read_fields(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except OSError:  # the controller is not there: no limit from it
+        return []
