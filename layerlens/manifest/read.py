@@ -76,9 +76,7 @@ def _parse(path: Path, text: str) -> Any:
         raise ManifestError(f"{path}: not YAML: {error}") from error
     except RecursionError as error:
         raise ManifestError(f"{path}: nested too deeply for a manifest") from error
-    except (
-        ValueError
-    ) as error:  # an alias, a key twice, a number or date too large
+    except ValueError as error:  # an alias, a key twice, a number or date too large
         raise ManifestError(f"{path}: {error}") from error
     raise ManifestError(f"{path}: a manifest ends in .json, .yaml or .yml")
 
