@@ -140,10 +140,10 @@ class OptimizationConfig(ConfigModel):
     )
     lora_ranks: tuple[int, ...] = Field(default=(1, 2, 4, 8, 16, 32), description="LoRA ranks on offer.")
     adapter_sizes: tuple[int, ...] = Field(default=(2, 4, 8, 16, 32), description="Adapter bottleneck widths on offer.")
-    prefix_lengths: tuple[int, ...] = Field(default=(1, 2, 4, 8, 16), description="Prefix lengths on offer, in key/value pairs.")
-    alpha_over_r: float = Field(
-        default=2.0, gt=0, description="LoRA scale alpha/r, one constant for the whole model."
+    prefix_lengths: tuple[int, ...] = Field(
+        default=(1, 2, 4, 8, 16), description="Prefix lengths on offer, in key/value pairs."
     )
+    alpha_over_r: float = Field(default=2.0, gt=0, description="LoRA scale alpha/r, one constant for the whole model.")
     optimizer: Literal["adamw", "sgd"] = Field(
         default="adamw", description="Optimiser of the later fine-tune; its state is part of the memory prediction."
     )
@@ -155,9 +155,13 @@ class OptimizationConfig(ConfigModel):
     method_penalties: dict[MethodName, float] = Field(
         default_factory=dict, description="Subtracted from the score of every option of the method (same scale)."
     )
-    refine: bool = Field(default=True, description="Refine with OR-Tools CP-SAT, which proves optimality or tightens the bound.")
+    refine: bool = Field(
+        default=True, description="Refine with OR-Tools CP-SAT, which proves optimality or tightens the bound."
+    )
     refine_deterministic_time: float = Field(
-        default=20.0, gt=0, description="CP-SAT limit in deterministic time units (about a second each), so that every run ends alike."
+        default=20.0,
+        gt=0,
+        description="CP-SAT limit in deterministic time units (about a second each), so that every run ends alike.",
     )
     gap_tolerance: float = Field(
         default=1e-6, ge=0, lt=1, description="Relative gap under which the allocation is called optimal."
@@ -227,7 +231,9 @@ class RuntimeConfig(ConfigModel):
     """How the run uses this machine."""
 
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the data split, the head and the solver.")
-    threads: int = Field(default=0, ge=0, description="CPU threads for torch, the kernels and the solver; 0: all cores.")
+    threads: int = Field(
+        default=0, ge=0, description="CPU threads for torch, the kernels and the solver; 0: all cores."
+    )
     cache_dir: str | None = Field(
         default=None,
         description="Directory of the sensitivity cache; by default $LAYERLENS_CACHE, or layerlens in the user's cache directory.",

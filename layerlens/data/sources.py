@@ -32,7 +32,9 @@ def load_dataset(config: DataConfig, base_dir: Path | None = None) -> TextDatase
         return BUILTINS[config.source]()
     path = (base_dir or Path()) / Path(config.source).expanduser()
     if not path.is_file():
-        raise DataNotFoundError(f"data.source: no file at {path}; give a .jsonl or .csv file, or {next(iter(BUILTINS))}")
+        raise DataNotFoundError(
+            f"data.source: no file at {path}; give a .jsonl or .csv file, or {next(iter(BUILTINS))}"
+        )
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
         raise DataError(f"data.source: {path.name} is not .jsonl or .csv; convert it, or give another file")
@@ -54,7 +56,9 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError as error:
                 raise DataError(f"data.source: {path}:{number}:{error.colno}: not JSON: {error.msg}") from error
             if not isinstance(row, dict):
-                raise DataError(f"data.source: {path}:{number}: every line must be a JSON object, got {type(row).__name__}")
+                raise DataError(
+                    f"data.source: {path}:{number}: every line must be a JSON object, got {type(row).__name__}"
+                )
             rows.append(row)
     return rows
 
@@ -69,7 +73,9 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"data.source: {path}:{reader.line_num}: not CSV: {error}") from error
     for number, row in enumerate(rows, start=2):
         if "" in row or None in row.values():
-            raise DataError(f"data.source: {path}: record {number} has not the {len(reader.fieldnames or ())} fields of the header")
+            raise DataError(
+                f"data.source: {path}: record {number} has not the {len(reader.fieldnames or ())} fields of the header"
+            )
     return rows
 
 
@@ -95,7 +101,9 @@ def _as_dataset(rows: list[dict[str, Any]], config: DataConfig, path: Path) -> T
         raw_labels.append(str(label))
     names = sorted(set(raw_labels), key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
     if len(names) < 2:
-        raise DataError(f"data.source: {path}: column {label_column!r} has one class only ({names[0]!r}); two are needed")
+        raise DataError(
+            f"data.source: {path}: column {label_column!r} has one class only ({names[0]!r}); two are needed"
+        )
     index = {name: position for position, name in enumerate(names)}
     return TextDataset(tuple(texts), tuple(index[label] for label in raw_labels), tuple(names), path.name)
 
@@ -111,4 +119,6 @@ def _column(given: str | None, key: str, columns: list[str], guesses: tuple[str,
     for guess in guesses:
         if guess in columns:
             return guess
-    raise DataError(f"data.{key}: found no usable column in {path}, which has {', '.join(columns)}; name one in data.{key}")
+    raise DataError(
+        f"data.{key}: found no usable column in {path}, which has {', '.join(columns)}; name one in data.{key}"
+    )

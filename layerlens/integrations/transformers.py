@@ -199,9 +199,7 @@ def load_pretrained(
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_only)
         except (OSError, ValueError, KeyError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelNotFoundError(
-                f"model.name_or_path: cannot load {name_or_path!r}: {first_line}"
-            ) from error
+            raise ModelNotFoundError(f"model.name_or_path: cannot load {name_or_path!r}: {first_line}") from error
     model.eval().requires_grad_(False)
     mismatched = (entry[0] for entry in info["mismatched_keys"])
     return PretrainedModel(model, tokenizer, path, tuple(sorted({*info["missing_keys"], *mismatched})))
@@ -274,9 +272,7 @@ def takes_prefix(attention: torch.nn.Module) -> bool:
     return hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
-def model_spec(
-    pretrained: PretrainedModel, name_or_path: str, *, adapter_sites: str = "residual"
-) -> ModelSpec:
+def model_spec(pretrained: PretrainedModel, name_or_path: str, *, adapter_sites: str = "residual") -> ModelSpec:
     """Every Linear of every transformer block, and every attention block, as layers in forward order.
 
     Raises:
@@ -295,7 +291,9 @@ def model_spec(
     layers: list[LayerSpec] = []
     for index, block in enumerate(blocks):
         members = {path: module for path, module in modules.items() if path.startswith(block + ".")}
-        queries = [path for path in members if role_of(path) in ("query", "query_key_value") and is_dense(members[path])]
+        queries = [
+            path for path in members if role_of(path) in ("query", "query_key_value") and is_dense(members[path])
+        ]
         attentions = {path.rpartition(".")[0]: path for path in queries}
         for path, module in members.items():
             if path in attentions and takes_prefix(module):

@@ -18,10 +18,11 @@ class MethodStatistics:
     Args:
         energy: ‖M‖²_F.
         trace: mean_n ‖M_n‖²_F; for LoRA this is the empirical Fisher trace.
-        signal: ‖M‖² − (trace − ‖M‖²)/(N − 1), the unbiased estimate of the squared norm of the true mean gradient; can be < 0.
+        signal: ‖M‖² − (trace − ‖M‖²)/(N − 1), the unbiased estimate of the squared norm of the true mean gradient;
+            can be < 0.
         input_mean_square: mean of z² over components and tokens.
-        spectrum: float64, descending, squared split-half singular values of the whitened matrix (empty when not asked for);
-            unbiased, so single values can be < 0.
+        spectrum: float64, descending, squared split-half singular values of the whitened matrix (empty when not asked
+            for); unbiased, so single values can be < 0.
     """
 
     energy: float
@@ -47,7 +48,8 @@ class ModelStatistics:
         layers: one entry per layer of ``spec``, in its order.
         n_samples, n_tokens: calibration samples and unpadded tokens that were measured.
         mean_loss: mean per-sample loss of the frozen model on them.
-        activation_bytes: bytes kept for the backward pass per token when no layer is adapted (saved-tensor hooks).
+        activation_bytes: bytes per token that the frozen model keeps for the backward pass (saved-tensor hooks).
+        forward_flops: FLOPs of one forward pass of the frozen model, per token.
         provenance: fingerprints, settings and versions, as JSON values.
     """
 
@@ -56,6 +58,7 @@ class ModelStatistics:
     n_tokens: int
     mean_loss: float
     activation_bytes: float
+    forward_flops: float
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def by_name(self) -> dict[str, LayerStatistics]:

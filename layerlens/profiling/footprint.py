@@ -1,0 +1,60 @@
+"""What one step of the frozen model costs, counted by torch itself: bytes kept for the backward pass, and FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+SAMPLES = 2
+
+
+def count_saved_bytes(model: torch.nn.Module, run: Callable[[], object]) -> int:
+    """Bytes that autograd keeps during ``run()``, every storage counted once, the model's own weights left out."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    alive = []  # a freed storage's address may be used again, so every saved tensor is held until the count is done
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive.append(run())
+    return sum(kept.values())
+
+
+def frozen_footprint(model: torch.nn.Module, first_block: str, inputs: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """(bytes kept, forward FLOPs), each per token, of a step whose backward pass reaches down to ``first_block``.
+
+    Adapting any layer of a block needs the activations above it; counting from the first block on is what a choice that
+    touches the lowest layers needs, and an upper bound for every other.
+    """
+
+    def open_graph(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}
+
+    tokens = inputs["input_ids"].numel()
+    handle = model.get_submodule(first_block).register_forward_pre_hook(open_graph, with_kwargs=True)
+    try:
+        saved = count_saved_bytes(model, lambda: model(**inputs).logits.sum())
+    finally:
+        handle.remove()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return saved / tokens, counter.get_total_flops() / tokens
+
+
+def dense_inputs(batch_inputs: dict[str, torch.Tensor], sequence_length: int) -> dict[str, torch.Tensor]:
+    """A full batch (no padding) of ``sequence_length`` tokens, filled by repeating the tokens of a real one."""
+    ids = batch_inputs["input_ids"].reshape(-1)
+    repeated = ids.repeat(-(-SAMPLES * sequence_length // ids.numel()))[: SAMPLES * sequence_length]
+    full = repeated.reshape(SAMPLES, sequence_length)
+    return {"input_ids": full, "attention_mask": torch.ones_like(full)}

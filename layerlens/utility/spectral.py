@@ -1,0 +1,85 @@
+"""Utility models that read the measured gradient matrices (DESIGN section 5).
+
+``signal``, ``gradient`` and ``uniform`` share the concave law √rank, which spreads rank over layers; they differ in what
+they multiply it with. ``whitened`` is the quadratic model with K-FAC curvature, in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from layerlens.models import ModelSpec, ModelStatistics, Option
+
+
+def signal(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """√(max(0, ‖M‖² − noise) · scale) · √rank: the gradient energy that is not sampling noise.
+
+    Subtracting the noise is what makes the score predict measured gains (Spearman 0.77-0.86, against 0.4-0.5 without),
+    and √rank is what makes the allocation good (DESIGN section 5).
+    """
+    return _root_law(spec, statistics, options, "signal")
+
+
+def gradient(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """√(‖M‖² · scale) · √rank: the plain gradient energy, sampling noise included; kept for comparison."""
+    return _root_law(spec, statistics, options, "energy")
+
+
+def uniform(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """√rank for every layer and method: spreads the budget evenly, whatever was measured."""
+    return np.sqrt(np.array([option.rank for option in options], dtype=np.float64))
+
+
+def whitened(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """½ Σ_{i≤rank} σ_i² of the K-FAC-whitened mean gradient, noise-corrected by split halves.
+
+    In the quadratic model with curvature S ⊗ A, the best change of rank r lowers the loss by this much (Eckart-Young).
+    Directions whose estimate is not above 0 add nothing. A prefix of p pairs has p directions in every head, so its
+    spectrum (of all heads together) is read up to p times the number of heads.
+    """
+    by_layer = statistics.by_name()
+    heads = {layer.name: layer.num_heads for layer in spec.layers}
+    utility = np.zeros(len(options))
+    for index, option in enumerate(options):
+        if option.method != "none":
+            values = np.maximum(by_layer[option.layer].by_method[option.method].spectrum, 0.0)
+            directions = option.rank * heads[option.layer] if option.method == "prefix" else option.rank
+            utility[index] = 0.5 * float(values[:directions].sum())
+    return utility
+
+
+def _root_law(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option], energy_name: str) -> np.ndarray:
+    scale = input_scales(spec, statistics)
+    by_layer = statistics.by_name()
+    utility = np.zeros(len(options))
+    for index, option in enumerate(options):
+        if option.method != "none":
+            energy = getattr(by_layer[option.layer].by_method[option.method], energy_name)
+            factor = scale[option.layer, option.method]
+            utility[index] = np.sqrt(max(0.0, energy) * factor) * np.sqrt(option.rank)
+    return utility
+
+
+def input_scales(spec: ModelSpec, statistics: ModelStatistics) -> dict[tuple[str, str], float]:
+    """What to multiply the energy of each (layer, method) with, so that methods are compared at one input scale.
+
+    ‖Σ d zᵀ‖² grows with the scale of z, but the trained down-projection of an adapter, or the keys of a prefix, absorb any
+    scale. So the inputs of adapters (module outputs y) and prefixes (1, q/√d_head) are taken at the mean square that LoRA's
+    input h has: of the same layer for an adapter, of the same block's layers for a prefix. LoRA itself has factor 1.
+    """
+    by_layer = statistics.by_name()
+    lora_inputs: dict[int | None, list[float]] = {}
+    for layer in spec.layers:
+        if "lora" in layer.methods:
+            lora_inputs.setdefault(layer.block, []).append(by_layer[layer.name].by_method["lora"].input_mean_square)
+    factors = {}
+    for layer in spec.layers:
+        measured = by_layer[layer.name].by_method
+        block = lora_inputs.get(layer.block) or [1.0]
+        for method in layer.methods:
+            reference = measured["lora"].input_mean_square if "lora" in measured else float(np.mean(block))
+            own = measured[method].input_mean_square
+            factors[layer.name, method] = 1.0 if method == "lora" or own == 0.0 else reference / own
+    return factors

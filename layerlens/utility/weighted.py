@@ -1,0 +1,83 @@
+"""The origin's utility: a weighted, normalised combination of scalar metrics for each layer, spread over ranks.
+
+score_l = Σ_m w_m · x_{m,l} / max_l x_{m,l}, with weights scaled to sum 1; utility(l, rank) = score_l · √(rank / largest rank).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from layerlens.exceptions import ActivationCacheError
+from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable
+
+UNIT = "weighted metric score, at most 1"
+CACHE_KEYS = {"gradient_energy": "grad_norm", "fisher": "fisher_trace", "proxy_eval": "proxy_gain"}
+"""Metric -> the key that holds it in an activation cache (grad_norm is squared to give the gradient energy)."""
+
+logger = logging.getLogger("layerlens")
+
+
+def metrics_of(statistics: ModelStatistics) -> dict[str, dict[str, float]]:
+    """layer -> metric -> value, from measured statistics: the LoRA matrix where there is one, else the layer's only one."""
+    metrics = {}
+    for layer in statistics.layers:
+        measured = layer.by_method.get("lora") or next(iter(layer.by_method.values()))
+        metrics[layer.layer] = {"gradient_energy": measured.energy, "fisher": measured.trace}
+    return metrics
+
+
+def metrics_from_cache(cache: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """layer -> metric -> value, from an activation cache of scalars (the origin's ``grad_norm``, ``fisher_trace`` ...)."""
+    metrics: dict[str, dict[str, float]] = {}
+    for layer, scalars in cache.items():
+        metrics[layer] = {metric: float(scalars[key]) for metric, key in CACHE_KEYS.items() if key in scalars}
+        if "gradient_energy" in metrics[layer]:
+            metrics[layer]["gradient_energy"] **= 2
+    return metrics
+
+
+def weighted_table(
+    spec: ModelSpec,
+    metrics: Mapping[str, Mapping[str, float]],
+    options: Sequence[Option],
+    metric_weights: Mapping[str, float],
+) -> UtilityTable:
+    """The weighted utility of every option.
+
+    A metric that no layer has is left out, with a warning, and the other weights are scaled up.
+
+    Raises:
+        ActivationCacheError: a metric is there for some layers only, or no weighted metric is there at all.
+    """
+    names = [layer.name for layer in spec.layers]
+    score = np.zeros(len(names))
+    used_weight = 0.0
+    for metric, weight in sorted(metric_weights.items()):
+        having = [name for name in names if metric in metrics.get(name, {})]
+        if weight == 0.0:
+            continue
+        if not having:
+            logger.warning(
+                "metric %s has weight %g but no layer has it; the other weights are scaled up", metric, weight
+            )
+            continue
+        if len(having) < len(names):
+            missing = next(name for name in names if name not in having)
+            raise ActivationCacheError(
+                f"{missing}: no value for {metric} ({CACHE_KEYS[metric]!r}), but {len(having)} other layers have one; give it "
+                "for every layer or for none"
+            )
+        values = np.array([metrics[name][metric] for name in names])
+        largest = values.max()
+        score += weight * (values / largest if largest > 0.0 else values)
+        used_weight += weight
+    if used_weight == 0.0:
+        wanted = ", ".join(CACHE_KEYS[metric] for metric, weight in sorted(metric_weights.items()) if weight > 0.0)
+        raise ActivationCacheError(f"no layer has any of the weighted metrics; give {wanted} in the activation cache")
+    by_name = dict(zip(names, score / used_weight, strict=True))
+    largest_rank = max((option.rank for option in options), default=1) or 1
+    utility = np.array([by_name[option.layer] * np.sqrt(option.rank / largest_rank) for option in options])
+    return UtilityTable(tuple(options), utility, "weighted", UNIT)
