@@ -12,7 +12,9 @@ from layerlens.exceptions import ConfigurationError
 class ConfigModel(BaseModel):
     """A pydantic model whose direct construction raises ConfigurationError instead of ValidationError."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     def __init__(self, **values: Any) -> None:
         try:
