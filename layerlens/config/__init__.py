@@ -1,5 +1,7 @@
-"""Configuration: pydantic models of every section."""
+"""Configuration: pydantic models of every section, and how a YAML file becomes them."""
 
+from layerlens.config.loader import load_run_config, parse_run_config
+from layerlens.config.schema import config_schema
 from layerlens.config.sections import (
     DataConfig,
     LatencyProfile,
@@ -20,4 +22,7 @@ __all__ = [
     "ProfilingConfig",
     "RunConfig",
     "RuntimeConfig",
+    "config_schema",
+    "load_run_config",
+    "parse_run_config",
 ]

@@ -1,0 +1,197 @@
+"""From a YAML file to a RunConfig. Every problem of the file is reported at once, each with its line and column."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from layerlens.config.schema import alternatives, annotation_at, as_model, sections_with
+from layerlens.config.sections import RunConfig
+from layerlens.config.yaml_source import MAX_BYTES, Document, Location, Place, Problem, dotted, read_yaml
+from layerlens.exceptions import ConfigurationError
+
+# What to say instead of pydantic's words, which speak of Python's types.
+_MUST_BE = {
+    "model_type": "must be a section (key: value lines)",
+    "model_attributes_type": "must be a section (key: value lines)",
+    "dict_type": "must be a mapping such as {name: 0.5}",
+    "tuple_type": "must be a list such as [1, 2, 4]",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "finite_number": "must be a finite number",
+}
+_AFTER_FILE = 1 << 30  # overrides come after every line of the file
+
+
+def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, check and return the configuration in ``path``.
+
+    Args:
+        path: a YAML file in UTF-8.
+        overrides: ``section.key=value`` settings that replace those of the file; the value is YAML.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or one line for each problem such as
+            ``config.yaml:5:13: optimization.max_vram: unknown key, did you mean 'max_vram_gb'?``
+    """
+    return parse_run_config(_read_text(Path(path)), str(path), overrides)
+
+
+def parse_run_config(text: str, source: str = "config.yaml", overrides: Sequence[str] = ()) -> RunConfig:
+    """The same for YAML that is already at hand; ``source`` is its name in messages."""
+    document = read_yaml(text, source)
+    if document.data is None and not document.problems and not overrides:
+        raise ConfigurationError(f"{source}: is empty; write a commented configuration with: layerlens init")
+    if not isinstance(document.data, dict) and document.data is not None:
+        raise ConfigurationError(
+            f"{document.place(())}: must be sections (model:, data:, optimization:), got {_kind(document, ())}"
+        )
+    document.data = document.data or {}
+    for setting in overrides:
+        _override(document, setting)
+    _empty_sections(document.data)
+    problems = document.problems + list(_misplaced_booleans(document, document.data, ()))
+    reported = {problem.key for problem in problems}
+    try:
+        config = RunConfig.model_validate(document.data)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            problem = _explain(detail, document)
+            if problem.key not in reported:
+                problems.append(problem)
+    if problems:
+        raise ConfigurationError("\n".join(str(problem) for problem in sorted(problems)))
+    return config
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.is_dir():
+            raise ConfigurationError(f"{path} is a directory; give the YAML file in it")
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigurationError(f"{path}: larger than {MAX_BYTES // 1024} KiB; this is not a configuration file")
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"no configuration file at {path}; write one with: layerlens init {path}") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise ConfigurationError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigurationError(
+            f"{path}:{line}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
+        ) from error
+
+
+def _override(document: Document, setting: str) -> None:
+    """Set what ``section.key=value`` says."""
+    name, equals, text = setting.partition("=")
+    parts = name.strip().split(".")
+    label = f"--set {setting}"
+    if not equals or not all(parts):
+        raise ConfigurationError(f"{label}: must look like optimization.max_trainable_params=20000")
+    value = read_yaml(text, label)
+    level = document.data
+    for depth, part in enumerate(parts[:-1], start=1):
+        if level.get(part) is None:
+            level[part] = {}
+        level = level[part]
+        if not isinstance(level, dict):
+            raise ConfigurationError(f"{label}: {'.'.join(parts[:depth])} has no keys of its own")
+    level[parts[-1]] = value.data
+    location = tuple(parts)
+    for known in [known for known in document.places if known[: len(location)] == location]:
+        del document.places[known]
+        document.texts.pop(known, None)
+    place = Place(_AFTER_FILE, 1, label)
+    document.places.update({(*location, *inner): place for inner in value.places})
+    document.texts.update({(*location, *inner): text for inner, text in value.texts.items()})
+    document.problems = [problem for problem in document.problems if problem.key != dotted(location)]
+    document.problems += [Problem(place, dotted(location), problem.message) for problem in value.problems]
+
+
+def _empty_sections(data: dict[str, Any], location: Location = ()) -> None:
+    """Take a section whose keys are all commented out (YAML reads null) for one that sets nothing."""
+    for key in data:
+        if as_model(annotation_at((*location, key))) is not None:
+            if data[key] is None:
+                data[key] = {}
+            if isinstance(data[key], dict):
+                _empty_sections(data[key], (*location, key))
+
+
+def _misplaced_booleans(document: Document, value: Any, location: Location) -> Iterator[Problem]:
+    """true and false where a number or text is wanted; pydantic would take them for 1 and 0."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _misplaced_booleans(document, inner, (*location, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _misplaced_booleans(document, inner, (*location, index))
+    elif isinstance(value, bool):
+        names = {int: "a whole number", float: "a number", str: "text"}
+        wanted = next((names[kind] for kind in alternatives(annotation_at(location)) if kind in names), None)
+        if wanted is not None:
+            hint = "; put it in quotes if text is meant" if wanted == "text" else ""
+            message = f"must be {wanted}, got {document.texts[location]} (a yes/no value){hint}"
+            yield Problem(document.place(location), dotted(location), message)
+
+
+def _explain(detail: ErrorDetails, document: Document) -> Problem:
+    """One of pydantic's errors in the words of someone who writes YAML."""
+    location = tuple(part for part in detail["loc"] if part != "[key]")  # pydantic's mark for a key that is wrong
+    kind, place = detail["type"], document.place(location)
+    if kind == "extra_forbidden":
+        return Problem(place, dotted(location), _unknown_key(location))
+    if kind == "missing":
+        return Problem(place, dotted(location), "required key is missing")
+    if kind == "value_error":
+        return Problem(place, dotted(location), detail["msg"].removeprefix("Value error, "))
+    message = _MUST_BE.get(kind) or detail["msg"].replace("Input should be", "must be", 1)
+    came = _kind(document, location, detail["input"]) if location == detail["loc"] else repr(detail["input"])
+    message = f"{message}, got {came}"
+    if kind == "string_type" and location in document.texts:
+        message += "; put it in quotes if text is meant"
+    if kind == "literal_error":
+        known = re.findall("'([^']*)'", detail["ctx"]["expected"])
+        nearest = difflib.get_close_matches(str(detail["input"]).lower(), known, n=1)
+        message += f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return Problem(place, dotted(location), message)
+
+
+def _unknown_key(location: Location) -> str:
+    key = str(location[-1])
+    section = as_model(annotation_at(location[:-1]))
+    known = list(section.model_fields) if section is not None else []
+    nearest = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
+    if nearest:
+        return f"unknown key, did you mean {nearest[0]!r}?"
+    elsewhere = sections_with(key)
+    if elsewhere:
+        return f"unknown key here, did you mean {elsewhere[0]!r}?"
+    return f"unknown key; known here: {', '.join(known)}"
+
+
+def _kind(document: Document, location: Location, value: Any = None) -> str:
+    """What came, as it was written, or in a word where it is long."""
+    if location in document.texts:
+        return document.texts[location] or "nothing"
+    value = document.data if location == () else value
+    if isinstance(value, dict):
+        return "a mapping"
+    return "a list" if isinstance(value, list) else repr(value)
