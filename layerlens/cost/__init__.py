@@ -4,6 +4,6 @@ Parameters and FLOPs follow exactly from shapes. Memory is parameters, gradients
 that an option's own backward pass must keep. Latency is a roofline over the operations that an option adds.
 """
 
-from layerlens.cost.table import base_use, cost_table
+from layerlens.cost.table import OPTIMIZER_STATE, base_use, cost_table
 
-__all__ = ["base_use", "cost_table"]
+__all__ = ["OPTIMIZER_STATE", "base_use", "cost_table"]

@@ -1,0 +1,11 @@
+"""The whole job, told like a recipe.
+
+``run_pipeline`` is the origin's interface: scalar statistics in, manifest out. ``run_config`` is ``layerlens run``: a real
+model and real data in; manifest, adapter directory and report out. ``optimize_statistics`` starts from saved statistics.
+"""
+
+from layerlens.pipeline.origin import run_pipeline
+from layerlens.pipeline.result import RunResult
+from layerlens.pipeline.run import optimize_statistics, run_config
+
+__all__ = ["RunResult", "optimize_statistics", "run_config", "run_pipeline"]

@@ -52,9 +52,11 @@ def frozen_footprint(model: torch.nn.Module, first_block: str, inputs: dict[str,
     return saved / tokens, counter.get_total_flops() / tokens
 
 
-def dense_inputs(batch_inputs: dict[str, torch.Tensor], sequence_length: int) -> dict[str, torch.Tensor]:
-    """A full batch (no padding) of ``sequence_length`` tokens, filled by repeating the tokens of a real one."""
+def dense_inputs(
+    batch_inputs: dict[str, torch.Tensor], sequence_length: int, *, samples: int = SAMPLES
+) -> dict[str, torch.Tensor]:
+    """A full batch (no padding) of ``samples`` × ``sequence_length`` tokens, repeating the tokens of a real one."""
     ids = batch_inputs["input_ids"].reshape(-1)
-    repeated = ids.repeat(-(-SAMPLES * sequence_length // ids.numel()))[: SAMPLES * sequence_length]
-    full = repeated.reshape(SAMPLES, sequence_length)
+    n_tokens = samples * sequence_length
+    full = ids.repeat(-(-n_tokens // ids.numel()))[:n_tokens].reshape(samples, sequence_length)
     return {"input_ids": full, "attention_mask": torch.ones_like(full)}

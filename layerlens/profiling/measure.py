@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,6 @@ def measure(
     with_factors: bool,
     sequence_length: int,
     threads: int,
-    provenance: dict[str, Any],
     progress: Progress,
 ) -> ModelStatistics:
     """Measure every layer of ``spec`` on ``batches``.
@@ -40,7 +38,6 @@ def measure(
         with_factors: also find the K-FAC-whitened split-half spectra (slower by about a factor of three).
         sequence_length: tokens of the sequences for which memory and FLOPs are counted.
         threads: for the kernels; torch's own threads are set by the caller.
-        provenance: recorded in the result.
         progress: told of every batch.
 
     Raises:
@@ -70,7 +67,6 @@ def measure(
         mean_loss=float(torch.cat(losses).double().mean()),
         activation_bytes=activation_bytes,
         forward_flops=forward_flops,
-        provenance=provenance,
     )
     refuse_non_finite(statistics)
     return statistics

@@ -1,0 +1,33 @@
+"""What a finished run hands back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layerlens.models import Manifest
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Args:
+        manifest: what was written.
+        directory: the output directory.
+        files: what was written where: manifest_json, manifest_yaml, statistics, report, and peft and modules where the
+            manifest has layers for them.
+        statistics_from_cache: the model was not profiled again.
+        seconds: wall time of each stage.
+        measured: predicted against measured figures (see ``pipeline.checks``).
+        warnings: what the user should know, a line each.
+    """
+
+    manifest: Manifest
+    directory: Path
+    files: dict[str, Path]
+    statistics_from_cache: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,314 @@
+"""``layerlens run``: a model and its data in; manifest, adapter directory, statistics and report out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from layerlens.config import RunConfig
+from layerlens.cost import cost_table
+from layerlens.data import TextDataset, load_dataset
+from layerlens.exceptions import ConfigurationError
+from layerlens.integrations.transformers import PretrainedModel, load_pretrained, model_spec
+from layerlens.manifest import write_manifest, write_report
+from layerlens.models import ModelSpec, ModelStatistics, enumerate_options
+from layerlens.pipeline.checks import check_manifest
+from layerlens.pipeline.result import RunResult
+from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance, versions
+from layerlens.profiling.batches import Batch, make_batches
+from layerlens.profiling.cache import SensitivityCache, cache_key, default_cache_dir
+from layerlens.profiling.head import fit_head, head_module_of
+from layerlens.profiling.measure import measure, refuse_non_finite
+from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
+from layerlens.tuning import export_adapter
+from layerlens.utility import needs_factors, utility_table
+from layerlens.utils.atomic import atomic_write_bytes, check_writable, staged_directory
+from layerlens.utils.progress import Progress, silent
+from layerlens.utils.threads import resolve_threads, set_threads
+
+STATISTICS_VERSION = 1
+"""Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
+
+STATISTICS_FILE, REPORT_FILE = "statistics.safetensors", "report.html"
+OWNED_FILES = ("manifest.json", "manifest.yaml", "peft", "layerlens_modules.safetensors", STATISTICS_FILE, REPORT_FILE)
+HEAD_BATCH_SIZE = 32
+
+
+@dataclass
+class _Clock:
+    """Wall time of each stage, in seconds."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - start
+
+
+def run_config(
+    config: RunConfig,
+    *,
+    base_dir: Path,
+    use_cache: bool = True,
+    progress: Progress = silent,
+    warn: Callable[[str], None] = lambda line: None,
+) -> RunResult:
+    """Profile the model, choose, check and write everything; nothing is written unless all of it is.
+
+    Args:
+        config: the whole job.
+        base_dir: folder that relative paths in the configuration start from.
+        use_cache: take statistics from the sensitivity cache, and keep new ones there.
+        progress: told of the long steps.
+        warn: told of what the user should know, a line at a time.
+
+    Raises:
+        LayerLensError: with one line that says what to do; its class has the exit code.
+    """
+    clock, warnings = _Clock(), _Warnings(warn)
+    output = base_dir / Path(config.output.directory).expanduser()
+    check_writable(output)
+    cache = SensitivityCache(_cache_dir(config, base_dir)) if use_cache else None
+    threads = resolve_threads(config.runtime.threads)
+    set_threads(threads)
+    with clock.stage("load"), progress.stage("Loading model and data"):
+        dataset = load_dataset(config.data, base_dir)
+        calibration, head_data = _split(dataset, config, warnings)
+        pretrained = load_pretrained(
+            config.model.name_or_path,
+            config.model.task,
+            dataset.label_names,
+            seed=config.runtime.seed,
+            base_dir=base_dir,
+        )
+        _check_lengths(pretrained, config)
+        spec = model_spec(pretrained, config.model.name_or_path, adapter_sites=config.profiling.adapter_sites)
+        batches = make_batches(
+            pretrained.tokenizer,
+            calibration.texts,
+            calibration.labels,
+            max_length=config.data.max_length,
+            batch_size=config.data.batch_size,
+        )
+    with clock.stage("profile"):
+        identity = _statistics_identity(config, spec, calibration, head_data, threads)
+        key = cache_key(identity)
+        found = cache.get(key) if cache else None
+        if found is None:
+            statistics = _profile(config, pretrained, spec, batches, head_data, threads, progress)
+        else:
+            statistics = found[1]
+        facts = _model_facts(pretrained, config, dataset)
+        statistics = replace(statistics, provenance={"identity": identity, "model": facts})
+        if cache and found is None:
+            cache.put(key, spec, statistics)
+    with clock.stage("solve"), progress.stage("Solving"):
+        solution = _solve(config, spec, statistics, threads)
+    manifest = make_manifest(
+        spec,
+        solution,
+        config.optimization,
+        model=facts,
+        provenance=run_provenance(config, threads, {"key": key, **identity["data"]}),
+    )
+    with staged_directory(output, owned=OWNED_FILES) as staging:
+        with clock.stage("export"):
+            written = write_manifest(manifest, staging, created_at=_now())
+            written |= export_adapter(manifest, pretrained.model, staging)
+            written["statistics"] = atomic_write_bytes(staging / STATISTICS_FILE, statistics_to_bytes(spec, statistics))
+        with clock.stage("check"):
+            longest = batches[-1].inputs
+            measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress)
+        written["report"] = staging / REPORT_FILE
+        write_report(
+            written["report"],
+            manifest=manifest,
+            utilities=solution.utilities,
+            costs=solution.costs,
+            statistics=statistics,
+            measured=measured,
+        )
+        files = {name: output / path.relative_to(staging) for name, path in written.items()}
+    return RunResult(manifest, output, files, found is not None, clock.seconds, measured, tuple(warnings.lines))
+
+
+def optimize_statistics(
+    statistics_path: Path,
+    config: RunConfig,
+    *,
+    base_dir: Path,
+    progress: Progress = silent,
+    warn: Callable[[str], None] = lambda line: None,
+) -> RunResult:
+    """Choose again from saved statistics, with the budgets and options of ``config``; the model is not loaded.
+
+    Writes the manifest and the report; ``layerlens apply`` makes the adapter directory from the manifest.
+
+    Raises:
+        ActivationCacheError: the statistics file cannot be used.
+        ConfigurationError: the configuration asks for what the statistics do not have.
+        InfeasibleError: the budgets allow nothing.
+    """
+    clock, warnings = _Clock(), _Warnings(warn)
+    output = base_dir / Path(config.output.directory).expanduser()
+    check_writable(output)
+    threads = resolve_threads(config.runtime.threads)
+    spec, statistics = load_statistics(statistics_path)
+    refuse_non_finite(statistics)
+    with clock.stage("solve"), progress.stage("Solving"):
+        solution = _solve(config, spec, statistics, threads)
+    facts = statistics.provenance
+    manifest = make_manifest(
+        spec,
+        solution,
+        config.optimization,
+        model=facts["model"],
+        provenance=run_provenance(config, threads, {"key": cache_key(facts["identity"]), **facts["identity"]["data"]}),
+    )
+    with staged_directory(output, owned=OWNED_FILES) as staging:
+        written = write_manifest(manifest, staging, created_at=_now())
+        written["report"] = staging / REPORT_FILE
+        write_report(
+            written["report"],
+            manifest=manifest,
+            utilities=solution.utilities,
+            costs=solution.costs,
+            statistics=statistics,
+            measured={},
+        )
+        files = {name: output / path.relative_to(staging) for name, path in written.items()}
+    return RunResult(manifest, output, files, True, clock.seconds, {}, tuple(warnings.lines))
+
+
+def _profile(
+    config: RunConfig,
+    pretrained: PretrainedModel,
+    spec: ModelSpec,
+    batches: list[Batch],
+    head_data: TextDataset,
+    threads: int,
+    progress: Progress,
+) -> ModelStatistics:
+    """Fit the head if it is new, then measure every layer."""
+    if pretrained.new_parameters and len(head_data):
+        head_batches = make_batches(
+            pretrained.tokenizer,
+            head_data.texts,
+            head_data.labels,
+            max_length=config.data.max_length,
+            batch_size=HEAD_BATCH_SIZE,
+        )
+        fit_head(pretrained.model, pretrained.new_parameters, head_batches, progress)
+    return measure(
+        pretrained.model,
+        spec,
+        batches,
+        with_factors=needs_factors(config.profiling.utility_model),
+        sequence_length=config.data.max_length,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def _solve(config: RunConfig, spec: ModelSpec, statistics: ModelStatistics, threads: int) -> Solution:
+    """Utilities and costs of every option, and the certified choice."""
+    options = enumerate_options(spec, config.optimization.ranks())
+    utilities = utility_table(
+        config.profiling.utility_model, spec, statistics, options, config.profiling.metric_weights
+    )
+    costs = cost_table(spec, statistics, options, config.optimization)
+    return find_allocation(spec, utilities, costs, config.optimization, seed=config.runtime.seed, threads=threads)
+
+
+def _split(dataset: TextDataset, config: RunConfig, warnings: _Warnings) -> tuple[TextDataset, TextDataset]:
+    """Calibration and head samples; says so when the data has fewer than were asked for."""
+    wanted = config.data.calibration_samples, config.model.head_fit_samples
+    parts = dataset.split(*wanted, config.runtime.seed)
+    names = ("data.calibration_samples", "model.head_fit_samples")
+    for name, asked, part in zip(names, wanted, parts, strict=True):
+        if len(part) < asked:
+            warnings.add(f"{name}: asked for {asked}, the data has {len(part)} left after the test split")
+    return parts
+
+
+def _check_lengths(pretrained: PretrainedModel, config: RunConfig) -> None:
+    """Refuse sequences longer than the model's positions, before torch fails with an index error."""
+    limit = getattr(pretrained.model.config, "max_position_embeddings", None)
+    asked = {
+        "data.max_length": config.data.max_length,
+        "optimization.latency_profile.sequence_length": config.optimization.latency_profile.sequence_length,
+    }
+    for key, length in asked.items():
+        if limit is not None and length > limit:
+            raise ConfigurationError(
+                f"{key}: {length} tokens, but the model has {limit} positions; use at most {limit}"
+            )
+
+
+def _model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: TextDataset) -> dict[str, Any]:
+    """What the manifest records so that the base model can be loaded again."""
+    head = [head_module_of(pretrained.new_parameters)] if pretrained.new_parameters else []
+    return {
+        "task": config.model.task,
+        "num_labels": len(dataset.label_names),
+        "labels": list(dataset.label_names),
+        "head_modules": head,
+        "model_type": str(getattr(pretrained.model.config, "model_type", "")),
+    }
+
+
+def _statistics_identity(
+    config: RunConfig, spec: ModelSpec, calibration: TextDataset, head_data: TextDataset, threads: int
+) -> dict[str, Any]:
+    """Everything that the statistics depend on: the key of the sensitivity cache."""
+    return {
+        "version": STATISTICS_VERSION,
+        "model": {"weights": spec.fingerprint, "layers": [[layer.name, *layer.methods] for layer in spec.layers]},
+        "data": {
+            "source": config.data.source,
+            "calibration": calibration.fingerprint,
+            "calibration_samples": len(calibration),
+            "head": head_data.fingerprint,
+            "head_samples": len(head_data),
+        },
+        "settings": {
+            "task": config.model.task,
+            "dtype": config.model.dtype,
+            "max_length": config.data.max_length,
+            "batch_size": config.data.batch_size,
+            "with_factors": needs_factors(config.profiling.utility_model),
+            "seed": config.runtime.seed,
+            "threads": threads,
+        },
+        "versions": versions(),
+    }
+
+
+def _cache_dir(config: RunConfig, base_dir: Path) -> Path:
+    given = config.runtime.cache_dir
+    return default_cache_dir() if given is None else base_dir / Path(given).expanduser()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class _Warnings:
+    """Lines for the user, told at once and kept for the result."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell = tell
+        self.lines: list[str] = []
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+        self.tell(line)

@@ -1,0 +1,162 @@
+"""From statistics to a manifest: utilities and costs, the allocation problem, its certified answer."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from layerlens import __version__
+from layerlens.config import OptimizationConfig, RunConfig
+from layerlens.models import (
+    RESOURCES,
+    Allocation,
+    AllocationProblem,
+    CostTable,
+    Manifest,
+    ManifestRow,
+    ModelSpec,
+    ResourceUse,
+    UtilityTable,
+)
+from layerlens.optimization import build_problem, solve
+
+RECORDED_PACKAGES = ("numpy", "torch", "transformers", "peft", "ortools")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An allocation and everything it was made from."""
+
+    utilities: UtilityTable
+    costs: CostTable
+    problem: AllocationProblem
+    allocation: Allocation
+
+
+def find_allocation(
+    spec: ModelSpec,
+    utilities: UtilityTable,
+    costs: CostTable,
+    config: OptimizationConfig,
+    *,
+    seed: int,
+    threads: int,
+    progress: Callable[[str], None] | None = None,
+) -> Solution:
+    """Build the allocation problem and solve it.
+
+    Raises:
+        InfeasibleError: the budgets allow nothing; the message has the smallest that would do.
+    """
+    problem = build_problem(spec, utilities, costs, config)
+    allocation = solve(
+        problem,
+        refine=config.refine,
+        refine_deterministic_time=config.refine_deterministic_time,
+        gap_tolerance=config.gap_tolerance,
+        seed=seed,
+        threads=threads,
+        progress=progress,
+    )
+    return Solution(utilities, costs, problem, allocation)
+
+
+def make_manifest(
+    spec: ModelSpec,
+    solution: Solution,
+    config: OptimizationConfig,
+    *,
+    model: dict[str, Any],
+    provenance: dict[str, Any],
+) -> Manifest:
+    """The manifest of a solution."""
+    utilities, costs, problem, allocation = (
+        solution.utilities,
+        solution.costs,
+        solution.problem,
+        solution.allocation,
+    )
+    rows = []
+    for option in (int(index) for index in allocation.choice):
+        params, flops, vram, latency = (float(cost) for cost in costs.cost__ro[:, option])
+        rows.append(
+            ManifestRow(
+                layer=problem.options[option].layer,
+                method=problem.options[option].method,
+                rank=problem.options[option].rank,
+                utility=float(utilities.utility[option]),
+                cost=round(params),
+                flops=flops,
+                vram=vram,
+                latency=latency,
+                total_score=float(problem.value[option]),
+            )
+        )
+    return Manifest(
+        model={
+            "name_or_path": spec.model_name,
+            "fingerprint": spec.fingerprint,
+            "total_params": spec.total_params,
+            **model,
+        },
+        allocations=tuple(rows),
+        resources=_resource_uses(solution, config),
+        score=allocation.value,
+        upper_bound=allocation.upper_bound,
+        gap=allocation.gap,
+        status=allocation.status,
+        solver=allocation.solver,
+        utility_model=utilities.model,
+        utility_unit=utilities.unit,
+        lora={"alpha_over_r": config.alpha_over_r, "init": "default"},
+        predicted={"gain": sum(row.utility for row in rows), "unit": utilities.unit, "calibrated": False},
+        provenance=provenance,
+    )
+
+
+def _resource_uses(solution: Solution, config: OptimizationConfig) -> tuple[ResourceUse, ...]:
+    """Use of every resource, of those without a budget too."""
+    costs, problem, allocation = solution.costs, solution.problem, solution.allocation
+    price = dict(zip(problem.resources, (float(value) for value in allocation.multipliers), strict=True))
+    uses = []
+    for row, resource in enumerate(RESOURCES):
+        base = costs.base[resource]
+        added = float(costs.cost__ro[row, allocation.choice].sum())
+        budget = config.budgets()[resource]
+        uses.append(
+            ResourceUse(
+                resource=resource,
+                budget=None if budget is None else float(budget),
+                base=base,
+                added=added,
+                total=base + added,
+                multiplier=price.get(resource, 0.0),
+                source=costs.source[resource],
+            )
+        )
+    return tuple(uses)
+
+
+def run_provenance(config: RunConfig, threads: int, statistics: dict[str, Any]) -> dict[str, Any]:
+    """What a run was made from: nothing that differs between two runs of one configuration on one machine."""
+    return {
+        "config": config.model_dump(mode="json", exclude={"output": True, "runtime": {"cache_dir", "threads"}}),
+        "seed": config.runtime.seed,
+        "threads": threads,
+        "statistics": statistics,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of LayerLens, Python and the packages that the numbers depend on."""
+    found = {"layerlens": __version__, "python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
