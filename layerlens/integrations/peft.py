@@ -61,11 +61,12 @@ def lora_config(manifest: Manifest, model: torch.nn.Module, *, train_head: bool 
     modules = {row.layer: _lora_module(model, row) for row in rows}
     scale, largest = _alpha_over_r(manifest), max(row.rank for row in rows)
     lowered = {f"^{re.escape(row.layer)}": row.rank for row in rows if row.rank < largest}
-    head = train_head and manifest.model.get("task") in TASK_TYPES
+    task = TASK_TYPES.get(str(manifest.model.get("task")))
+    heads = list(manifest.model.get("head_modules") or ())
     return LoraConfig(
         base_model_name_or_path=manifest.model.get("name_or_path"),
-        task_type=TASK_TYPES[manifest.model["task"]] if head else None,
-        modules_to_save=list(manifest.model.get("head_modules") or ()) or None if head else None,
+        task_type=task if train_head else None,
+        modules_to_save=heads or None if train_head else None,
         target_modules=_target_modules(model, [row.layer for row in rows]),
         r=largest,
         lora_alpha=_alpha(scale, largest),
@@ -90,7 +91,7 @@ def zero_step_tensors(manifest: Manifest, model: torch.nn.Module) -> dict[str, t
     """
     import torch
 
-    seed = _seed(manifest)
+    seed = manifest_seed(manifest)
     tensors = {}
     for row in lora_rows(manifest):
         n_in, n_out = dense_shape(_lora_module(model, row))
@@ -118,6 +119,19 @@ def injected_ranks(model: torch.nn.Module) -> dict[str, int]:
         for name, layer in base.named_modules()
         if isinstance(layer, LoraLayer) and layer.active_adapters
     }
+
+
+def manifest_seed(manifest: Manifest) -> int:
+    """Seed of everything new: ``manifest.provenance["seed"]``, 0 if there is none.
+
+    Raises:
+        ManifestError: it is not a whole number.
+    """
+    provenance: Mapping[str, Any] = manifest.provenance
+    seed = provenance.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ManifestError(f"provenance.seed: must be a whole number, got {seed!r}")
+    return seed
 
 
 def name_seed(seed: int, name: str) -> int:
@@ -162,11 +176,3 @@ def _alpha_over_r(manifest: Manifest) -> float:
 def _alpha(scale: float, rank: int) -> int | float:
     alpha = scale * rank
     return int(alpha) if alpha.is_integer() else alpha  # most tools read lora_alpha as an integer
-
-
-def _seed(manifest: Manifest) -> int:
-    provenance: Mapping[str, Any] = manifest.provenance
-    seed = provenance.get("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ManifestError(f"provenance.seed: must be a whole number, got {seed!r}")
-    return seed

@@ -1,53 +1,124 @@
 """The zero-step adapter directory: what any PEFT trainer starts from, without LayerLens and without changing a logit.
 
-``peft/`` holds the LoRA rows in PEFT's own two files. It has no weights of the task head on purpose: the head of a
-freshly loaded base model is random, so any head written here would change its logits, and PEFT refuses a file that
-lacks the head when its configuration trains one. The README beside the files says how to train the head too.
+``peft/`` holds the LoRA rows in PEFT's own files, ``layerlens_modules.safetensors`` the adapters and prefixes, which PEFT
+does not have. ``peft/`` has no weights of the task head on purpose: the head of a freshly loaded base model is random, so
+any head written here would change its logits, and PEFT refuses a file that lacks the head when its configuration trains
+one (a KeyError in 0.21). The README beside the files says how to train the head too.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerlens.integrations.peft import adapter_config_json, lora_config, lora_rows, zero_step_tensors
+from layerlens.exceptions import ManifestError
+from layerlens.integrations.peft import (
+    adapter_config_json,
+    lora_config,
+    lora_rows,
+    manifest_seed,
+    zero_step_tensors,
+)
+from layerlens.integrations.torch_modules import find_module
+from layerlens.integrations.transformers import load_model
 from layerlens.models import Manifest
-from layerlens.utils.files import directory_written_atomically
+from layerlens.tuning.fit import check_names, check_weights
+from layerlens.tuning.storage import modules_bytes
+from layerlens.utils.files import directory_written_atomically, write_atomically
 
 if TYPE_CHECKING:
     import torch
 
-PEFT_DIRECTORY = "peft"
+PEFT_DIRECTORY, MODULES_FILE = "peft", "layerlens_modules.safetensors"
 
 
 def export_adapter(manifest: Manifest, model: torch.nn.Module, directory: Path) -> dict[str, Path]:
     """Write the zero-step adapter of ``manifest`` below ``directory``; the same manifest gives the same bytes.
 
+    What an earlier export left there is replaced, or removed where this manifest has none of that kind.
+
     Args:
-        manifest: its LoRA rows go to ``directory``/peft.
+        manifest: its LoRA rows go to ``directory``/peft, its adapters and prefixes to
+            ``directory``/layerlens_modules.safetensors.
         model: the base model, for its module names and shapes; it is not changed.
         directory: created if it is not there.
 
     Returns:
-        The path of each thing written: "peft".
+        The path of each thing written, under "peft" and "modules".
 
     Raises:
-        ManifestError: the manifest does not fit the model.
+        ManifestError: the manifest does not fit the model; nothing is then written.
         OutputError: the directory cannot be written.
     """
+    check_names(model, manifest)
+    directory = Path(directory)
+    peft_files, modules = _peft_files(manifest, model), _modules(manifest, model)
+    written: dict[str, Path] = {}
+    if peft_files:
+        with directory_written_atomically(directory / PEFT_DIRECTORY) as folder:
+            for name, content in peft_files.items():
+                (folder / name).write_bytes(content)
+        written["peft"] = directory / PEFT_DIRECTORY
+    elif (directory / PEFT_DIRECTORY / "adapter_config.json").is_file():
+        shutil.rmtree(directory / PEFT_DIRECTORY)
+    if modules:
+        written["modules"] = write_atomically(directory / MODULES_FILE, modules_bytes(modules, {}))
+    else:
+        (directory / MODULES_FILE).unlink(missing_ok=True)
+    return written
+
+
+def apply_to_directory(manifest: Manifest, model: str | None, output: Path) -> dict[str, Path]:
+    """Load the manifest's base model and write its zero-step adapter below ``output``.
+
+    Args:
+        manifest: what to export.
+        model: name or path of the base model; the one that the manifest names when None.
+        output: directory, created if it is not there.
+
+    Returns:
+        See ``export_adapter``.
+
+    Raises:
+        ManifestError: the manifest does not say which model, or was made for other weights or another shape.
+        ModelNotFoundError: the model cannot be found or read.
+        OutputError: the directory cannot be written.
+    """
+    told = manifest.model
+    name, task, labels = model or told.get("name_or_path"), told.get("task"), told.get("labels")
+    for key, value in (("name_or_path", name), ("task", task), ("labels", labels)):
+        if not value:
+            raise ManifestError(
+                f"the manifest has no model.{key}, so its base model cannot be loaded; "
+                "`layerlens run` writes manifests that have it"
+            )
+    base = load_model(str(name), str(task), list(labels), seed=manifest_seed(manifest))
+    check_weights(base, manifest)
+    return export_adapter(manifest, base, output)
+
+
+def _peft_files(manifest: Manifest, model: torch.nn.Module) -> dict[str, bytes]:
     from safetensors.torch import save
 
-    written: dict[str, Path] = {}
-    if lora_rows(manifest):
-        config = lora_config(manifest, model, train_head=False)
-        tensors = zero_step_tensors(manifest, model)
-        target = Path(directory) / PEFT_DIRECTORY
-        with directory_written_atomically(target) as folder:
-            (folder / "adapter_config.json").write_text(adapter_config_json(config), encoding="utf-8")
-            (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-            (folder / "README.md").write_text(_card(manifest), encoding="utf-8")
-        written["peft"] = target
-    return written
+    if not lora_rows(manifest):
+        return {}
+    return {
+        "adapter_config.json": adapter_config_json(lora_config(manifest, model, train_head=False)).encode(),
+        "adapter_model.safetensors": save(zero_step_tensors(manifest, model), metadata={"format": "pt"}),
+        "README.md": _card(manifest).encode(),
+    }
+
+
+def _modules(manifest: Manifest, model: torch.nn.Module) -> dict[str, tuple[str, torch.nn.Module]]:
+    from layerlens.tuning.modules import new_module
+
+    seed = manifest_seed(manifest)
+    return {
+        row.layer: (row.method, new_module(model, find_module(model, row.layer), row, seed))
+        for row in manifest.allocations
+        if row.method in ("adapter", "prefix")
+    }
 
 
 def _card(manifest: Manifest) -> str:

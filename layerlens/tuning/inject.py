@@ -1,0 +1,76 @@
+"""Putting a manifest into a model: LoRA by PEFT, adapters and prefixes by our own modules, all else frozen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from layerlens.exceptions import ManifestError
+from layerlens.integrations.peft import injected_ranks, lora_config, lora_rows, manifest_seed, zero_step_tensors
+from layerlens.integrations.torch_modules import find_module
+from layerlens.models import Manifest
+from layerlens.tuning.fit import check_names, check_weights, head_modules
+
+if TYPE_CHECKING:
+    import torch
+
+
+def apply(model: torch.nn.Module, manifest: Manifest, *, check_fingerprint: bool = True) -> torch.nn.Module:
+    """Make ``model`` ready to train as the manifest says; no logit changes until a step is taken.
+
+    LoRA, adapters, prefixes and the task head are trainable, every other parameter is frozen. The new weights depend
+    on the manifest's seed and the layers' names only; LoRA starts exactly as in the exported adapter directory.
+
+    Args:
+        model: a freshly loaded base model; it is changed in place.
+        manifest: what to put in.
+        check_fingerprint: refuse weights other than those that were profiled. False for the same model in another
+            precision, or after further training.
+
+    Returns:
+        A PEFT model around ``model`` if there is a LoRA row, else ``model`` itself.
+
+    Raises:
+        ManifestError: the manifest does not fit; the model is then unchanged.
+    """
+    from layerlens.tuning.modules import attach, attached, new_module
+
+    if attached(model) or injected_ranks(model):
+        raise ManifestError("the model already has LoRA layers, adapters or prefixes; load the base model afresh")
+    check_names(model, manifest)
+    if check_fingerprint:
+        check_weights(model, manifest)
+    own = [row for row in manifest.allocations if row.method in ("adapter", "prefix")]
+    targets = [find_module(model, row.layer) for row in own]
+    added = [new_module(model, target, row, manifest_seed(manifest)) for row, target in zip(own, targets, strict=True)]
+    heads = [find_module(model, name) for name in head_modules(manifest)]
+
+    tuned = _with_lora(model, manifest) if lora_rows(manifest) else model.requires_grad_(False)
+    for target, module in zip(targets, added, strict=True):
+        attach(model, target, module)
+    if not lora_rows(manifest):
+        for head in heads:
+            head.requires_grad_(True)
+    return tuned
+
+
+def _with_lora(model: torch.nn.Module, manifest: Manifest) -> torch.nn.Module:
+    import torch
+    from peft import get_peft_model
+
+    config = lora_config(manifest, model)
+    config.base_model_name_or_path = None  # PEFT fills in where this very model came from
+    tensors = zero_step_tensors(manifest, model)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws weights of its own, which are replaced here
+        tuned = get_peft_model(model, config)
+    expected = {row.layer: row.rank for row in lora_rows(manifest)}
+    if injected_ranks(tuned) != expected:
+        missed = sorted(expected.keys() - injected_ranks(tuned).keys()) or sorted(expected)
+        raise ManifestError(
+            f"PEFT did not give these layers their rank: {', '.join(missed)}; are they in the task head?"
+        )
+    layers = dict(tuned.named_modules())
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            layer, _, part = key.removesuffix(".weight").rpartition(".")
+            getattr(layers[layer], part)["default"].weight.copy_(tensor)
+    return tuned
