@@ -1,8 +1,21 @@
 """The compiled kernels, and beside each its plain NumPy twin (`reference.py`), which is its specification.
 
-Nothing here imports torch; CPU tensors come in through DLPack without a copy, bfloat16 included.
+All take NumPy arrays, buffers and CPU tensors of float32, float64, bfloat16 and float16 without copying them (bfloat16
+through DLPack), an explicit thread count, and give the same bits for every thread count and instruction set. Nothing
+here imports torch.
 """
 
 from layerlens.kernels._dispatch import available_isas, isa
+from layerlens.kernels._fisher import fisher_diagonal, fisher_trace
+from layerlens.kernels._moments import RowMoments, gradient_energy, row_moments, row_sum_of_squares
 
-__all__ = ["available_isas", "isa"]
+__all__ = [
+    "RowMoments",
+    "available_isas",
+    "fisher_diagonal",
+    "fisher_trace",
+    "gradient_energy",
+    "isa",
+    "row_moments",
+    "row_sum_of_squares",
+]

@@ -1,0 +1,69 @@
+// Cutting rows into chunks and sharing them among threads: what the reductions have in common.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+#include <vector>
+
+#include "layerlens/arrays.hpp"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace layerlens {
+
+// Below this much input a second thread costs more than it brings (waking one takes some microseconds).
+constexpr std::ptrdiff_t parallel_minimum_bytes = 128 * 1024;
+
+inline int threads_for(std::ptrdiff_t bytes, std::ptrdiff_t tasks, int threads) noexcept {
+    if (bytes < parallel_minimum_bytes || tasks < 2) return 1;
+    return tasks < threads ? static_cast<int>(tasks) : threads;
+}
+
+// Calls body(task, worker) for every task in [0, tasks); each worker gets one contiguous range. The body must not throw.
+template <class Body>
+void for_each_task(std::ptrdiff_t tasks, int threads, const Body& body) {
+    if (threads <= 1) {
+        for (std::ptrdiff_t task = 0; task < tasks; ++task) body(task, 0);
+        return;
+    }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    {
+        const int worker = omp_get_thread_num();
+        const int workers = omp_get_num_threads();
+        const std::ptrdiff_t begin = tasks * worker / workers, end = tasks * (worker + 1) / workers;
+        for (std::ptrdiff_t task = begin; task < end; ++task) body(task, worker);
+    }
+#else
+    for (std::ptrdiff_t task = 0; task < tasks; ++task) body(task, 0);
+#endif
+}
+
+// Elements begin .. begin+n of row `row` as contiguous memory: in place if they are, else copied to `scratch`.
+inline const void* contiguous_run(const MatrixView& x, std::ptrdiff_t row, std::ptrdiff_t begin, std::ptrdiff_t n,
+                                  unsigned char* scratch) noexcept {
+    const std::ptrdiff_t size = item_size(x.dtype);
+    const unsigned char* from = static_cast<const unsigned char*>(x.data) + row * x.row_stride + begin * x.col_stride;
+    if (x.col_stride == size || n <= 1) return from;
+    const auto gather = [&](auto element) {
+        for (std::ptrdiff_t i = 0; i < n; ++i) {
+            std::memcpy(&element, from + i * x.col_stride, sizeof element);
+            std::memcpy(scratch + i * sizeof element, &element, sizeof element);
+        }
+    };
+    if (size == 8) gather(double{});
+    else if (size == 4) gather(float{});
+    else gather(static_cast<unsigned short>(0));
+    return scratch;
+}
+
+// A buffer that each calling thread keeps from call to call.
+inline unsigned char* thread_scratch(std::size_t bytes) {
+    thread_local std::vector<unsigned char> buffer;
+    if (buffer.size() < bytes) buffer.resize(bytes);
+    return buffer.data();
+}
+
+}  // namespace layerlens

@@ -1,0 +1,3 @@
+#include "fisher/fisher_tile.hpp"
+
+LAYERLENS_DEFINE_FISHER(scalar)

@@ -1,0 +1,3 @@
+#include "moments/moments_chunk.hpp"
+
+LAYERLENS_DEFINE_MOMENTS(avx2)

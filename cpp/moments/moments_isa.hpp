@@ -1,0 +1,27 @@
+// The moments of one contiguous chunk: the functions that exist once per instruction set.
+#pragma once
+
+#include <cstddef>
+
+#include "layerlens/arrays.hpp"
+
+namespace layerlens {
+
+struct Moments {
+    double sum;
+    double sum_of_squares;
+    double max_abs;
+};
+
+// x: n contiguous elements of any alignment, 0 <= n <= moments_chunk.
+#define LAYERLENS_DECLARE_MOMENTS(isa)                                                            \
+    Moments chunk_moments_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept;           \
+    double chunk_sum_of_squares_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept;
+
+LAYERLENS_DECLARE_MOMENTS(scalar)
+LAYERLENS_DECLARE_MOMENTS(avx2)
+LAYERLENS_DECLARE_MOMENTS(avx512)
+
+#undef LAYERLENS_DECLARE_MOMENTS
+
+}  // namespace layerlens

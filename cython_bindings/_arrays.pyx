@@ -1,0 +1,175 @@
+"""Arrays from any library as pointer, element type, shape and byte strides, without a copy and without importing torch.
+
+Three doors: NumPy arrays and other objects with the buffer protocol; objects with ``__dlpack__`` (CPU torch tensors,
+JAX arrays), which is also how bfloat16 comes in, since neither NumPy nor the buffer protocol knows it; and NumPy arrays
+of the ``ml_dtypes`` bfloat16. Whatever cannot be read in place is refused with what came and what would work.
+"""
+
+from cpython.buffer cimport PyBUF_RECORDS_RO, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
+
+import numpy as np
+
+
+# dlpack.h, version 0.x ABI ("dltensor" capsules), the part that a reader needs.
+cdef struct DLTensor:
+    void* data
+    int32_t device_type
+    int32_t device_id
+    int32_t ndim
+    uint8_t type_code
+    uint8_t type_bits
+    uint16_t type_lanes
+    int64_t* shape
+    int64_t* strides
+    uint64_t byte_offset
+
+cdef enum:
+    DL_CPU = 1
+    DL_CUDA = 2
+    DL_CUDA_HOST = 3
+    DL_ROCM_HOST = 11
+    DL_FLOAT = 2
+    DL_BFLOAT = 4
+
+SUPPORTED = "float32, float64, bfloat16 and float16"
+
+
+cdef class ArrayView:
+    cdef Py_ssize_t size(self):
+        cdef Py_ssize_t count = 1
+        cdef int axis
+        for axis in range(self.rank):
+            count *= self.shape[axis]
+        return count
+
+    cdef MatrixView matrix(self):
+        cdef MatrixView view
+        view.data = self.data
+        view.dtype = self.dtype
+        view.rows, view.cols = self.shape[0], self.shape[1]
+        view.row_stride, view.col_stride = self.strides[0], self.strides[1]
+        return view
+
+
+cdef class _Buffer:
+    """Holds a Py_buffer for as long as an ArrayView reads it."""
+
+    cdef Py_buffer view
+    cdef bint held
+
+    def __cinit__(self, x):
+        PyObject_GetBuffer(x, &self.view, PyBUF_RECORDS_RO)
+        self.held = True
+
+    def __dealloc__(self):
+        if self.held:
+            PyBuffer_Release(&self.view)
+
+
+cdef object _wrong_dtype(str name, object dtype):
+    return TypeError(f"{name} has elements of {dtype}; the kernels read {SUPPORTED} in native byte order: convert it first")
+
+
+cdef int _check_rank(str name, int rank) except -1:
+    if rank > MAX_RANK:
+        raise ValueError(f"{name} has {rank} axes, at most {MAX_RANK} are supported")
+    return 0
+
+
+cdef ArrayView _from_buffer(object x, str name, bint as_bfloat16):
+    cdef _Buffer buffer = _Buffer(x)
+    cdef ArrayView result = ArrayView.__new__(ArrayView)
+    cdef str code = (buffer.view.format or b"B").decode("ascii")
+    cdef int axis
+    plain = code.lstrip("@=<" if np.little_endian else "@=>")
+    if as_bfloat16:
+        result.dtype = DType.bf16
+    elif plain == "f":
+        result.dtype = DType.f32
+    elif plain == "d":
+        result.dtype = DType.f64
+    elif plain == "e":
+        result.dtype = DType.f16
+    else:
+        raise _wrong_dtype(name, x.dtype if isinstance(x, np.ndarray) else f"buffer format {code!r}")
+    _check_rank(name, buffer.view.ndim)
+    result.owner = buffer
+    result.data = <char*>buffer.view.buf
+    result.read_only = buffer.view.readonly
+    result.rank = buffer.view.ndim
+    for axis in range(result.rank):
+        result.shape[axis] = buffer.view.shape[axis]
+        result.strides[axis] = buffer.view.strides[axis]
+    return result
+
+
+cdef ArrayView _from_dlpack(object x, str name):
+    cdef ArrayView result = ArrayView.__new__(ArrayView)
+    cdef DLTensor* tensor
+    cdef Py_ssize_t step
+    cdef int axis
+    device_type, device_id = x.__dlpack_device__()
+    if device_type not in (DL_CPU, DL_CUDA_HOST, DL_ROCM_HOST):
+        device = f"CUDA device {device_id}" if device_type == DL_CUDA else f"a device of DLPack type {int(device_type)}"
+        raise TypeError(f"{name} is on {device}; the kernels read CPU memory: pass {name}.cpu()")
+    if getattr(x, "requires_grad", False):
+        x = x.detach()
+    try:
+        capsule = x.__dlpack__()
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} ({type(x).__name__}) cannot be read in place through DLPack: {error}") from error
+    # The capsule keeps its name and stays ours: its destructor gives the tensor back.
+    tensor = <DLTensor*>PyCapsule_GetPointer(capsule, "dltensor")
+    if tensor.type_code == DL_FLOAT and tensor.type_bits == 32 and tensor.type_lanes == 1:
+        result.dtype = DType.f32
+    elif tensor.type_code == DL_FLOAT and tensor.type_bits == 64 and tensor.type_lanes == 1:
+        result.dtype = DType.f64
+    elif tensor.type_code == DL_FLOAT and tensor.type_bits == 16 and tensor.type_lanes == 1:
+        result.dtype = DType.f16
+    elif tensor.type_code == DL_BFLOAT and tensor.type_bits == 16 and tensor.type_lanes == 1:
+        result.dtype = DType.bf16
+    else:
+        raise _wrong_dtype(name, getattr(x, "dtype", f"DLPack type {tensor.type_code} of {tensor.type_bits} bits"))
+    _check_rank(name, tensor.ndim)
+    result.owner = capsule
+    result.data = <char*>tensor.data + tensor.byte_offset
+    result.read_only = False
+    result.rank = tensor.ndim
+    step = item_size(result.dtype)
+    for axis in reversed(range(result.rank)):
+        result.shape[axis] = tensor.shape[axis]
+        if tensor.strides == NULL:
+            result.strides[axis] = step
+            step *= tensor.shape[axis]
+        else:
+            result.strides[axis] = tensor.strides[axis] * item_size(result.dtype)
+    return result
+
+
+cdef ArrayView view_of(object x, str name):
+    if isinstance(x, np.ndarray):
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError(f"{name} is a masked array, whose mask the kernels would ignore: fill it first")
+        if x.dtype.name == "bfloat16" and x.dtype.itemsize == 2:
+            return _from_buffer(x.view(np.uint16), name, True)
+        if x.dtype.kind != "f" or x.dtype.itemsize > 8:
+            raise _wrong_dtype(name, x.dtype)
+        return _from_buffer(x, name, False)
+    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+        return _from_dlpack(x, name)
+    if PyObject_CheckBuffer(x):
+        return _from_buffer(x, name, False)
+    raise TypeError(
+        f"{name} must be a NumPy array, a CPU tensor (DLPack) or a buffer of {SUPPORTED}, got {type(x).__name__}"
+    )
+
+
+cdef ArrayView matrix_of(object x, str name, str axes):
+    cdef ArrayView view = view_of(x, name)
+    if view.rank != 2:
+        shape = tuple([view.shape[axis] for axis in range(view.rank)])
+        hint = f"; for a single row pass {name}[None, :]" if view.rank == 1 else ""
+        raise ValueError(f"{name} must have the two axes [{axes}], got {view.rank} (shape {shape}){hint}")
+    return view
