@@ -109,7 +109,7 @@ def adapter_config_json(config: LoraConfig) -> str:
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
-def injected_ranks(model: torch.nn.Module) -> dict[str, int]:
+def injected_ranks(model: Any) -> dict[str, int]:
     """Rank of every LoRA layer that PEFT put into ``model``, by the layer's name in the base model."""
     from peft.tuners.lora import LoraLayer
 
@@ -173,6 +173,6 @@ def _alpha_over_r(manifest: Manifest) -> float:
     return float(scale)
 
 
-def _alpha(scale: float, rank: int) -> int | float:
+def _alpha(scale: float, rank: int) -> Any:  # PEFT declares int and takes any number
     alpha = scale * rank
     return int(alpha) if alpha.is_integer() else alpha  # most tools read lora_alpha as an integer

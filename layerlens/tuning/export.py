@@ -1,9 +1,9 @@
 """The zero-step adapter directory: what any PEFT trainer starts from, without LayerLens and without changing a logit.
 
-``peft/`` holds the LoRA rows in PEFT's own files, ``layerlens_modules.safetensors`` the adapters and prefixes, which PEFT
-does not have. ``peft/`` has no weights of the task head on purpose: the head of a freshly loaded base model is random, so
-any head written here would change its logits, and PEFT refuses a file that lacks the head when its configuration trains
-one (a KeyError in 0.21). The README beside the files says how to train the head too.
+``peft/`` holds the LoRA rows in PEFT's own files, ``layerlens_modules.safetensors`` the adapters and prefixes, which
+PEFT does not have. ``peft/`` has no weights of the task head on purpose: the head of a freshly loaded base model is
+random, so any head written here would change its logits, and PEFT refuses a file that lacks the head when its
+configuration trains one (a KeyError in 0.21). The README beside the files says how to train the head too.
 """
 
 from __future__ import annotations
@@ -85,15 +85,14 @@ def apply_to_directory(manifest: Manifest, model: str | None, output: Path) -> d
         ModelNotFoundError: the model cannot be found or read.
         OutputError: the directory cannot be written.
     """
-    told = manifest.model
-    name, task, labels = model or told.get("name_or_path"), told.get("task"), told.get("labels")
-    for key, value in (("name_or_path", name), ("task", task), ("labels", labels)):
-        if not value:
+    told = {**manifest.model, "name_or_path": model or manifest.model.get("name_or_path")}
+    for key in ("name_or_path", "task", "labels"):
+        if not told.get(key):
             raise ManifestError(
                 f"the manifest has no model.{key}, so its base model cannot be loaded; "
                 "`layerlens run` writes manifests that have it"
             )
-    base = load_model(str(name), str(task), list(labels), seed=manifest_seed(manifest))
+    base = load_model(str(told["name_or_path"]), str(told["task"]), list(told["labels"]), seed=manifest_seed(manifest))
     check_weights(base, manifest)
     return export_adapter(manifest, base, output)
 

@@ -150,7 +150,7 @@ def attached(model: torch.nn.Module) -> dict[str, tuple[str, torch.nn.Module]]:
 
 
 def _through_adapter(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-    return getattr(module, ADAPTER_CHILD)(output)  # type: ignore[no-any-return]
+    return getattr(module, ADAPTER_CHILD)(output)
 
 
 def _attention_config(model: torch.nn.Module, target: torch.nn.Module) -> Any:

@@ -83,7 +83,7 @@ def manifest_for(spec: Any, choose: Mapping[str, tuple[str, int]], **model_field
     for name, layer in layers.items():
         method, rank = choose.get(name, ("none", 0))
         rows.append(ManifestRow(name, method, rank, 0.0, trainable_params(layer, method, rank), 0.0, 0.0, 0.0, 0.0))
-    head = "classifier" if "bert" in spec.model_name or "MiniLM" in spec.model_name else "score"
+    head = "score" if spec.model_name in ("tiny-gpt2", "tiny-llama") else "classifier"
     model = {
         "name_or_path": spec.model_name,
         "fingerprint": spec.fingerprint,

@@ -106,7 +106,7 @@ def test_open_gates_change_logits_alike_with_and_without_padding(tiny, manifest_
     base = tiny("bert", attention)
     before = base.logits()
     names = [layer.name for layer in base.spec.layers if layer.role == "attention"]
-    tuned = apply(base.model, manifest_of(base.spec, {name: ("prefix", 2) for name in names}))
+    tuned = apply(base.model, manifest_of(base.spec, dict.fromkeys(names, ("prefix", 2))))
     for _, prefix in attached(tuned).values():
         torch.nn.init.constant_(prefix.gate, 0.5)
     after = base.logits()
@@ -125,7 +125,7 @@ def test_generation_with_cache_equals_generation_without(tiny, manifest_of):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**base.model.config.to_dict(), "eos_token_id": None})).eval()
     names = [layer.name for layer in base.spec.layers if layer.role == "attention"]
-    manifest = manifest_of(base.spec, {name: ("prefix", 3) for name in names}, head_modules=[])
+    manifest = manifest_of(base.spec, dict.fromkeys(names, ("prefix", 3)), head_modules=[])
     apply(model, manifest, check_fingerprint=False)
     for _, prefix in attached(model).values():
         torch.nn.init.normal_(prefix.gate)
@@ -249,7 +249,7 @@ def test_deberta_takes_no_prefix(manifest_of):
     model = DebertaV2ForSequenceClassification(config)
     name = "deberta.encoder.layer.0.attention.self"
     spec = ModelSpec("tiny-deberta", 0, [LayerSpec(name, 16, num_heads=2)])
-    with pytest.raises(ManifestError, match="DisentangledSelfAttention does not go through .* AttentionInterface"):
+    with pytest.raises(ManifestError, match=r"DisentangledSelfAttention does not go through .* AttentionInterface"):
         apply(model, manifest_of(spec, {name: ("prefix", 2)}))
 
 
