@@ -39,8 +39,8 @@ class DataConfig(ConfigModel):
 
     source: str = Field(
         min_length=1,
-        description="A .jsonl or .csv file, or `builtin:stdlib-docstrings` (docstrings of the running Python's standard "
-        "library, labelled by the package they come from).",
+        description="A .jsonl or .csv file, or `builtin:stdlib-docstrings` (docstrings of the running Python's "
+        "standard library, labelled by the package they come from).",
     )
     text_column: str | None = Field(
         default=None, description="Column with the text; found by itself when one column is obviously text."
@@ -236,7 +236,8 @@ class RuntimeConfig(ConfigModel):
     )
     cache_dir: str | None = Field(
         default=None,
-        description="Directory of the sensitivity cache; by default $LAYERLENS_CACHE, or layerlens in the user's cache directory.",
+        description="Directory of the sensitivity cache; by default $LAYERLENS_CACHE, or layerlens in the user's "
+        "cache directory.",
     )
 
 
