@@ -7,15 +7,26 @@ time it was written. Unknown keys are refused, so that a misspelt field is found
 from __future__ import annotations
 
 import math
+import re
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from layerlens.exceptions import ManifestError
 from layerlens.models.manifest import SCHEMA_VERSION
 
-SCHEMA_ID = f"https://layerlens.dev/schemas/manifest-{SCHEMA_VERSION}.json"
+SCHEMA_ID = f"urn:layerlens:manifest:{SCHEMA_VERSION}"
 UTC_TIME = r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d{1,6})?(Z|\+00:00)$"
 
 
@@ -25,8 +36,16 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _utc(value: str) -> str:
+    if not re.fullmatch(UTC_TIME, value):
+        raise PydanticCustomError("utc", "Input should be an ISO 8601 time in UTC such as 2026-01-31T12:00:00Z")
+    datetime.fromisoformat(value.replace("Z", "+00:00"))  # a ValueError says which part is out of range
+    return value
+
+
 # Text such as "1e-4" counts as a number: PyYAML reads that spelling as text.
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+UtcTime = Annotated[str, AfterValidator(_utc), Field(json_schema_extra={"pattern": UTC_TIME})]
 Whole = Annotated[int, Field(strict=True, ge=0)]
 
 
@@ -36,6 +55,16 @@ class _Part(BaseModel):
 
 class AllocationEntry(_Part):
     """What was chosen for one layer."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        protected_namespaces=(),
+        json_schema_extra={
+            "if": {"properties": {"method": {"const": "none"}}},
+            "then": {"properties": {"rank": {"const": 0}}},
+            "else": {"properties": {"rank": {"minimum": 1}}},
+        },
+    )
 
     layer: str = Field(min_length=1, description="Module path of the layer.")
     method: Literal["none", "lora", "adapter", "prefix"] = Field(description="PEFT method.")
@@ -52,8 +81,8 @@ class AllocationEntry(_Part):
     @model_validator(mode="after")
     def _rank_fits_method(self) -> AllocationEntry:
         if (self.rank == 0) != (self.method == "none"):
-            need = "rank 0" if self.method == "none" else "a rank of 1 or more"
-            raise PydanticCustomError("rank", "method '{method}' needs {need}", {"method": self.method, "need": need})
+            fields = {"rank": self.rank, "method": self.method, "need": "0" if self.method == "none" else "1 or more"}
+            raise PydanticCustomError("rank", "rank {rank} does not fit method '{method}', which needs {need}", fields)
         return self
 
 
@@ -75,7 +104,7 @@ class ManifestDocument(_Part):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), title="LayerLens manifest")
 
     schema_version: Literal["1.0"] = Field(description="Version of this form.")
-    created_at: str = Field(pattern=UTC_TIME, description="When it was written, ISO 8601 in UTC; the only timestamp.")
+    created_at: UtcTime = Field(description="When it was written, ISO 8601 in UTC; the only timestamp.")
     model: dict[str, JsonValue] = Field(description="Name, fingerprint, size, task and labels of the base model.")
     allocations: list[AllocationEntry] = Field(description="One row for each layer, in the order of the model.")
     resources: list[ResourceEntry] = Field(description="One row for each resource.")
@@ -92,8 +121,8 @@ class ManifestDocument(_Part):
 
     @model_validator(mode="after")
     def _each_once(self) -> ManifestDocument:
-        _refuse_repeats("layer", [row.layer for row in self.allocations])
-        _refuse_repeats("resource", [row.resource for row in self.resources])
+        _refuse_repeats("allocations: layer", [row.layer for row in self.allocations])
+        _refuse_repeats("resources: resource", [row.resource for row in self.resources])
         return self
 
     @model_validator(mode="after")
