@@ -27,4 +27,5 @@ install_layerlens() {
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt ".[$extra]"
   rm -f .venv/installed-*
   echo "$state" >"$stamp"
+  if [ "$extra" = test ]; then echo "$state" >.venv/installed-quickstart; fi # the test extra includes it
 }

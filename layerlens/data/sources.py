@@ -54,7 +54,9 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"data.source: {path}:{number}:{error.colno}: not JSON: {error.msg}") from error
+                raise DataError(
+                    f"data.source: {path}:{number}:{min(error.colno, len(line.rstrip()) + 1)}: not JSON: {error.msg}"
+                ) from error
             if not isinstance(row, dict):
                 raise DataError(
                     f"data.source: {path}:{number}: every line must be a JSON object, got {type(row).__name__}"

@@ -16,7 +16,7 @@ from layerlens.profiling.spectra import split_half_spectrum
 class MatrixAccumulator:
     """Sums over samples of M_n = Σ_t d_t z_tᵀ (split in two halves), of ‖M_n‖², of z², and, if asked for, of z zᵀ and d dᵀ.
 
-    Sums over samples are kept in float64; the matrices of single samples are float32.
+    Sums over samples are kept in float64; the matrices of single samples have the model's precision.
     """
 
     def __init__(self, with_factors: bool, threads: int) -> None:
@@ -42,8 +42,8 @@ class MatrixAccumulator:
         mask__b1t1 = mask__bt[:, None, :, None].to(d__bgto.dtype)
         d__bgto = d__bgto * mask__b1t1
         matrices__bgoi = d__bgto.transpose(-1, -2) @ z__bgti
-        flat = matrices__bgoi.reshape(matrices__bgoi.shape[0], -1).float().cpu().contiguous()
-        self.trace_sum += float(kernels.row_sum_of_squares(flat.numpy(), threads=self.threads).sum())
+        flat = matrices__bgoi.reshape(matrices__bgoi.shape[0], -1).cpu().contiguous()
+        self.trace_sum += float(kernels.row_sum_of_squares(flat, threads=self.threads).sum())
         if not self.half_sums:
             self.half_sums = [torch.zeros(matrices__bgoi.shape[1:], dtype=torch.float64) for _ in range(2)]
         for half in (0, 1):

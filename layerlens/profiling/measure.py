@@ -50,7 +50,7 @@ def measure(
         for batch in batches:
             capture.start_batch(batch.mask, batch.index % 2)
             logits = model(**batch.inputs).logits
-            loss__b = torch.nn.functional.cross_entropy(logits.float(), batch.labels, reduction="none")
+            loss__b = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
             _refuse_bad_loss(loss__b.detach(), batch)
             loss__b.sum().backward()  # type: ignore[no-untyped-call]
             losses.append(loss__b.detach())

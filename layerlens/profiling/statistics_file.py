@@ -19,6 +19,9 @@ from layerlens.exceptions import ActivationCacheError
 from layerlens.models import LayerSpec, LayerStatistics, MethodStatistics, ModelSpec, ModelStatistics
 
 FORMAT = "layerlens-statistics-1"
+METADATA_KEY = "layerlens"
+"""The only key: safetensors writes several in the order of a hash map that differs from run to run."""
+
 SCALARS = ("energy", "trace", "signal", "input_mean_square")
 
 
@@ -32,11 +35,12 @@ def statistics_to_bytes(spec: ModelSpec, statistics: ModelStatistics) -> bytes:
             tensors[f"{layer.layer}|{method}"] = np.ascontiguousarray(measured.spectrum, dtype=np.float64)
         layers.append({"layer": layer.layer, "methods": methods})
     content = {
+        "format": FORMAT,
         "spec": dataclasses.asdict(spec),
         "layers": layers,
         **{name: getattr(statistics, name) for name in _MODEL_FIELDS},
     }
-    return save(tensors, metadata={"format": FORMAT, "content": json.dumps(content, sort_keys=True)})
+    return save(tensors, metadata={METADATA_KEY: json.dumps(content, sort_keys=True)})
 
 
 _MODEL_FIELDS = ("n_samples", "n_tokens", "mean_loss", "activation_bytes", "forward_flops", "provenance")
@@ -60,12 +64,15 @@ def load_statistics(path: Path) -> tuple[ModelSpec, ModelStatistics]:
         raise ActivationCacheError(
             f"{path} is not a readable safetensors file ({error}); profile the model again"
         ) from error
-    if metadata.get("format") != FORMAT:
-        raise ActivationCacheError(
-            f"{path} is not a {FORMAT} file (format {metadata.get('format')!r}); profile the model again"
-        )
     try:
-        return _from_content(json.loads(metadata["content"]), spectra)
+        content = json.loads(metadata.get(METADATA_KEY, "{}"))
+        if content.get("format") != FORMAT:
+            raise ActivationCacheError(
+                f"{path} is not a {FORMAT} file (format {content.get('format')!r}); profile the model again"
+            )
+        return _from_content(content, spectra)
+    except ActivationCacheError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise ActivationCacheError(f"{path} has a damaged header ({error!r}); profile the model again") from error
 

