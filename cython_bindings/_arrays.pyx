@@ -72,6 +72,10 @@ cdef object _wrong_dtype(str name, object dtype):
     return TypeError(f"{name} has elements of {dtype}; the kernels read {SUPPORTED} in native byte order: convert it first")
 
 
+cdef object _not_in_place(object x, str name, object error):
+    return TypeError(f"{name} ({type(x).__name__}) cannot be read in place through DLPack: {error}")
+
+
 cdef int _check_rank(str name, int rank) except -1:
     if rank > MAX_RANK:
         raise ValueError(f"{name} has {rank} axes, at most {MAX_RANK} are supported")
@@ -110,7 +114,10 @@ cdef ArrayView _from_dlpack(object x, str name):
     cdef DLTensor* tensor
     cdef Py_ssize_t step
     cdef int axis
-    device_type, device_id = x.__dlpack_device__()
+    try:
+        device_type, device_id = x.__dlpack_device__()
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise _not_in_place(x, name, error) from error
     if device_type not in (DL_CPU, DL_CUDA_HOST, DL_ROCM_HOST):
         device = f"CUDA device {device_id}" if device_type == DL_CUDA else f"a device of DLPack type {int(device_type)}"
         raise TypeError(f"{name} is on {device}; the kernels read CPU memory: pass {name}.cpu()")
@@ -119,7 +126,7 @@ cdef ArrayView _from_dlpack(object x, str name):
     try:
         capsule = x.__dlpack__()
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(f"{name} ({type(x).__name__}) cannot be read in place through DLPack: {error}") from error
+        raise _not_in_place(x, name, error) from error
     # The capsule keeps its name and stays ours: its destructor gives the tensor back.
     tensor = <DLTensor*>PyCapsule_GetPointer(capsule, "dltensor")
     if tensor.type_code == DL_FLOAT and tensor.type_bits == 32 and tensor.type_lanes == 1:

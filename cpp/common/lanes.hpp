@@ -41,11 +41,18 @@ struct Lanes {
         return result;
     }
     static LL_INLINE Lanes load(const void* from) {
+        // One copy per register: GCC 12 takes a copy of the whole struct through the stack.
         Lanes result;
-        __builtin_memcpy(&result, from, sizeof result);
+        for (int p = 0; p < parts; ++p) {
+            __builtin_memcpy(&result.part[p], static_cast<const char*>(from) + p * register_bytes, register_bytes);
+        }
         return result;
     }
-    LL_INLINE void store(void* to) const { __builtin_memcpy(to, this, sizeof *this); }
+    LL_INLINE void store(void* to) const {
+        for (int p = 0; p < parts; ++p) {
+            __builtin_memcpy(static_cast<char*>(to) + p * register_bytes, &part[p], register_bytes);
+        }
+    }
 
     LL_INLINE Lanes& operator+=(const Lanes& other) {
         for (int p = 0; p < parts; ++p) part[p] += other.part[p];
@@ -67,7 +74,7 @@ template <class To, class From>
 LL_INLINE To bits_of(const From& from) {
     static_assert(sizeof(To) == sizeof(From), "reinterpretation keeps the size");
     To to;
-    __builtin_memcpy(&to, &from, sizeof to);
+    for (int p = 0; p < parts; ++p) __builtin_memcpy(&to.part[p], &from.part[p], register_bytes);
     return to;
 }
 
