@@ -18,14 +18,22 @@ from layerlens.exceptions import ManifestError
 from layerlens.manifest.schema import check_document
 from layerlens.models import Manifest
 from layerlens.models.manifest import SCHEMA_VERSION
-from layerlens.utils.files import write_atomically
+from layerlens.utils.atomic import atomic_write_text
 
 
 class _PlainDumper(yaml.SafeDumper):
-    """SafeDumper without anchors: an object that is there twice is written twice."""
+    """SafeDumper without anchors, whose text with odd line breaks reads back as it was."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # Left alone, PyYAML writes these three as they are and reads them as an ordinary line break.
+        style = '"' if any(mark in data for mark in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_PlainDumper.add_representer(str, _PlainDumper.represent_str)
 
 
 def write_manifest(manifest: Manifest, directory: Path, *, created_at: str) -> dict[str, Path]:
@@ -49,8 +57,8 @@ def write_manifest(manifest: Manifest, directory: Path, *, created_at: str) -> d
     # One line for each scalar, however long, so that line-based tools can find and compare fields.
     plain = yaml.dump(document, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=2**20)
     return {
-        "manifest_json": write_atomically(directory / "manifest.json", text),
-        "manifest_yaml": write_atomically(directory / "manifest.yaml", plain),
+        "manifest_json": atomic_write_text(directory / "manifest.json", text),
+        "manifest_yaml": atomic_write_text(directory / "manifest.yaml", plain),
     }
 
 

@@ -8,7 +8,6 @@ configuration trains one (a KeyError in 0.21). The README beside the files says 
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ from layerlens.integrations.transformers import load_model
 from layerlens.models import Manifest
 from layerlens.tuning.fit import check_names, check_weights
 from layerlens.tuning.storage import modules_bytes
-from layerlens.utils.files import directory_written_atomically, write_atomically
+from layerlens.utils.atomic import staged_directory
 
 if TYPE_CHECKING:
     import torch
@@ -55,17 +54,15 @@ def export_adapter(manifest: Manifest, model: torch.nn.Module, directory: Path) 
     directory = Path(directory)
     peft_files, modules = _peft_files(manifest, model), _modules(manifest, model)
     written: dict[str, Path] = {}
-    if peft_files:
-        with directory_written_atomically(directory / PEFT_DIRECTORY) as folder:
+    with staged_directory(directory, owned=(PEFT_DIRECTORY, MODULES_FILE)) as staging:
+        if peft_files:
+            (staging / PEFT_DIRECTORY).mkdir()
             for name, content in peft_files.items():
-                (folder / name).write_bytes(content)
-        written["peft"] = directory / PEFT_DIRECTORY
-    elif (directory / PEFT_DIRECTORY / "adapter_config.json").is_file():
-        shutil.rmtree(directory / PEFT_DIRECTORY)
-    if modules:
-        written["modules"] = write_atomically(directory / MODULES_FILE, modules_bytes(modules, {}))
-    else:
-        (directory / MODULES_FILE).unlink(missing_ok=True)
+                (staging / PEFT_DIRECTORY / name).write_bytes(content)
+            written["peft"] = directory / PEFT_DIRECTORY
+        if modules:
+            (staging / MODULES_FILE).write_bytes(modules_bytes(modules, {}))
+            written["modules"] = directory / MODULES_FILE
     return written
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.torch_modules import find_module
 from layerlens.models import ManifestRow
-from layerlens.utils.files import write_atomically
+from layerlens.utils.atomic import atomic_write_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ def save_modules(model: torch.nn.Module, path: Path) -> Path:
     found = attached(base)
     if not found:
         raise ManifestError("the model has no adapters and no prefixes, so there is nothing to save")
-    return write_atomically(Path(path), modules_bytes(found, {} if base is not model else _other_trained(model)))
+    return atomic_write_bytes(Path(path), modules_bytes(found, {} if base is not model else _other_trained(model)))
 
 
 def modules_bytes(
