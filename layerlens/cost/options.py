@@ -18,8 +18,8 @@ class Operation:
     """One tensor operation for one token (weights apart).
 
     Args:
-        flops: matrix-product FLOPs per token (2 per multiply-add); element-wise work is memory traffic, not FLOPs, as in
-            ``torch.utils.flop_counter``.
+        flops: matrix-product FLOPs per token (2 per multiply-add); element-wise work is memory traffic, not FLOPs, as
+            in ``torch.utils.flop_counter``.
         elements: elements read and written per token.
         weights: parameters read once for each call.
     """

@@ -91,8 +91,8 @@ def cost_table(
 def base_use(spec: ModelSpec, statistics: ModelStatistics | None, config: OptimizationConfig) -> dict[str, float]:
     """What the frozen model needs of each resource before any option.
 
-    Parameters and FLOPs budgets limit what options add, so their base is 0. Without measured statistics, FLOPs are taken as
-    2 for each parameter and token, and activations as one hidden state for each layer and token.
+    Parameters and FLOPs budgets limit what options add, so their base is 0. Without measured statistics, FLOPs are
+    taken as 2 for each parameter and token, and activations as one hidden state for each layer and token.
     """
     profile = config.latency_profile
     if statistics is not None:

@@ -25,7 +25,9 @@ _NAME = "layerlens_hook|{}"
 @contextmanager
 def attention_outputs(model: torch.nn.Module, hook: OutputHook) -> Iterator[None]:
     """While open, every attention block's output goes through ``hook``; the model is as before afterwards."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    configs: dict[int, Any] = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
     originals = {key: config._attn_implementation for key, config in configs.items()}
     for original in {name for name in originals.values() if name}:
         _register(original, hook)
@@ -51,5 +53,5 @@ def _register(original: str, hook: OutputHook) -> None:
 def attention_function(implementation: str, module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, Any]]:
     """The function that ``implementation`` names for this module; "eager" lives beside the module's class."""
     if implementation == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
-    return ALL_ATTENTION_FUNCTIONS[implementation]  # type: ignore[no-any-return]
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[implementation]

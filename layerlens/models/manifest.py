@@ -1,4 +1,4 @@
-"""The manifest: what was chosen for every layer, what it uses of each budget, how good it provably is, and from what."""
+"""The manifest: what was chosen for every layer, what it uses of each budget, and how good it provably is."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The whole job, told like a recipe.
 
-``run_pipeline`` is the origin's interface: scalar statistics in, manifest out. ``run_config`` is ``layerlens run``: a real
-model and real data in; manifest, adapter directory and report out. ``optimize_statistics`` starts from saved statistics.
+``run_pipeline`` is the origin's interface: scalar statistics in, manifest out. ``run_config`` is ``layerlens run``: a
+real model and real data in; manifest, adapter directory and report out. ``optimize_statistics`` starts from saved
+statistics.
 """
 
 from layerlens.pipeline.origin import run_pipeline

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,8 +35,8 @@ def check_manifest(
         progress: told of the steps.
 
     Returns:
-        resource -> {"predicted", "measured", "relative_error"}, and "step_zero_max_abs_delta", the largest change of any
-        logit by the injection (0 is demanded of every option).
+        resource -> {"predicted", "measured", "relative_error"}, and "step_zero_max_abs_delta", the largest change
+        of any logit by the injection (0 is demanded of every option).
     """
     profile = config.latency_profile
     batch = dense_inputs(inputs, profile.sequence_length, samples=profile.batch_size)
@@ -72,7 +71,7 @@ def _compare(predicted: float, measured: float) -> dict[str, float]:
 
 def _logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
-        return model(**inputs).logits.clone()  # type: ignore[no-any-return]
+        return model(**inputs).logits.clone()
 
 
 def _forward_flops(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
@@ -97,8 +96,8 @@ def _step_memory(
 ) -> tuple[float, int]:
     """(GB that one training step holds, trained parameters), the task head left out of both.
 
-    Counted, not sampled: the bytes of all weights, of what autograd keeps between forward and backward, and of gradients and
-    optimiser state of what trains.
+    Counted, not sampled: the bytes of all weights, of what autograd keeps between forward and backward, and of
+    gradients and optimiser state of what trains.
     """
     for head in heads:
         model.get_submodule(head).requires_grad_(False)

@@ -14,7 +14,7 @@ from layerlens.profiling.spectra import split_half_spectrum
 
 
 class MatrixAccumulator:
-    """Sums over samples of M_n = Σ_t d_t z_tᵀ (split in two halves), of ‖M_n‖², of z², and, if asked for, of z zᵀ and d dᵀ.
+    """Sums over samples of M_n = Σ_t d_t z_tᵀ (in two halves), of ‖M_n‖², of z² and, if asked for, of z zᵀ and d dᵀ.
 
     Sums over samples are kept in float64; the matrices of single samples have the model's precision.
     """

@@ -1,7 +1,7 @@
 """One pass over the calibration data with frozen weights: every layer's inputs meet its output gradients here.
 
-An identity autograd function sits on each module's output. It saves the module's input through ``save_for_backward`` (so
-that checkpointing and offloading see it) and feeds the accumulators in its backward. Nothing of the model is changed.
+An identity autograd function sits on each module's output. It saves the module's input through ``save_for_backward``
+(so that checkpointing and offloading see it) and feeds the accumulators in its backward. The model is not changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Recorder = Callable[..., None]
 
 
 class _Tap(torch.autograd.Function):
-    """Identity in the forward pass; hands the output gradient and the saved tensors to ``recorder`` in the backward pass.
+    """Identity in the forward pass; in the backward pass hands the gradient and the saved tensors to ``recorder``.
 
     ``anchor`` is a scalar that requires a gradient, so that the backward pass comes by although all weights are frozen.
     """
@@ -121,7 +121,7 @@ class Capture:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             self._refuse_second_call(layer)
             saved = (args[0].detach(), output.detach()) if with_adapter else (args[0].detach(),)
-            return _Tap.apply(output, self._anchor, record, *saved)  # type: ignore[no-untyped-call, no-any-return]
+            return _Tap.apply(output, self._anchor, record, *saved)
 
         return hook
 
@@ -134,7 +134,7 @@ class Capture:
             psi__bgti = torch.cat([torch.ones_like(scaled[..., :1]), scaled], dim=-1)
             self._add(layer, "prefix", gradient__btgo.transpose(1, 2), psi__bgti)
 
-        return _Tap.apply(output, self._anchor, record, query.detach())  # type: ignore[no-untyped-call, no-any-return]
+        return _Tap.apply(output, self._anchor, record, query.detach())
 
     def _add(self, layer: LayerSpec, method: str, d__bgto: torch.Tensor, z__bgti: torch.Tensor) -> None:
         self.accumulators[layer.name, method].add(d__bgto, z__bgti, self._mask__bt, self._half__b)
@@ -144,8 +144,8 @@ class Capture:
         if tensor.dim() != 3 or tuple(tensor.shape[:2]) != tuple(self._mask__bt.shape):
             raise ProfilingError(
                 f"{layer.name}: expected activations of shape [batch, tokens, features] = "
-                f"[{self._mask__bt.shape[0]}, {self._mask__bt.shape[1]}, ...], got {list(tensor.shape)}; this layer cannot "
-                "be measured sample by sample"
+                f"[{self._mask__bt.shape[0]}, {self._mask__bt.shape[1]}, ...], got {list(tensor.shape)}; this layer "
+                "cannot be measured sample by sample"
             )
         return tensor.unsqueeze(1)
 

@@ -15,7 +15,9 @@ def count_saved_bytes(model: torch.nn.Module, run: Callable[[], object]) -> int:
     """Bytes that autograd keeps during ``run()``, every storage counted once, the model's own weights left out."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
-    alive = []  # a freed storage's address may be used again, so every saved tensor is held until the count is done
+    alive: list[
+        object
+    ] = []  # a freed storage's address may be used again, so every saved tensor is held until the count is done
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

@@ -57,10 +57,10 @@ def fit_head(
         data = torch.cat([head(feature) for feature in features])
         penalty = RIDGE * sum((parameter**2).sum() for parameter in parameters)
         value = torch.nn.functional.cross_entropy(data, labels) + penalty
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    optimizer.step(loss)
     final = float(loss().detach())
     for parameter in parameters:
         parameter.requires_grad_(False)

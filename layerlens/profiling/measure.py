@@ -52,7 +52,7 @@ def measure(
             logits = model(**batch.inputs).logits
             loss__b = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
             _refuse_bad_loss(loss__b.detach(), batch)
-            loss__b.sum().backward()  # type: ignore[no-untyped-call]
+            loss__b.sum().backward()
             losses.append(loss__b.detach())
             n_tokens += int(batch.mask.sum())
             advance(1)
@@ -88,6 +88,6 @@ def _refuse_bad_loss(loss__b: torch.Tensor, batch: Batch) -> None:
     bad = (~torch.isfinite(loss__b)).nonzero().flatten()
     if len(bad):
         raise ProfilingError(
-            f"the loss of calibration sample {int(batch.index[bad[0]])} is {float(loss__b[bad[0]])}; the model overflows "
-            "on it: look for NaN weights or leave the sample out"
+            f"the loss of calibration sample {int(batch.index[bad[0]])} is {float(loss__b[bad[0]])}; the model "
+            "overflows on it: look for NaN weights or leave the sample out"
         )

@@ -15,9 +15,9 @@ def split_half_spectrum(
     """Estimated squared singular values of S^-½ G A^-½, without the bias that noise adds to a plain spectrum.
 
     The plain estimate σ_i² of a noisy mean gradient is too large, because the singular vectors follow the noise. With
-    vectors from one half of the samples and the value from the other, σ_i⁽¹⁾ u_iᵀ G⁽²⁾ v_i is unbiased for the gain along
-    (u_i, v_i); the two roles of the halves are averaged. Factors are damped by ``damping`` times their mean diagonal and
-    whitened by Cholesky, which has the same singular values as the symmetric root.
+    vectors from one half of the samples and the value from the other, σ_i⁽¹⁾ u_iᵀ G⁽²⁾ v_i is unbiased for the gain
+    along (u_i, v_i); the two roles of the halves are averaged. Factors are damped by ``damping`` times their mean
+    diagonal and whitened by Cholesky, which has the same singular values as the symmetric root.
 
     Args:
         gradient_1, gradient_2: float64 [n_out, n_in], mean gradients of the two halves.

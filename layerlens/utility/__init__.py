@@ -1,7 +1,7 @@
 """Utility models: from the statistics of a layer to the expected gain of every (method, rank) on it.
 
-Every model is a function ``(spec, statistics, options) -> float64 [n_options]`` in ``spectral.py``, registered by name with
-what its numbers mean. Utilities of one table are comparable over layers, methods and ranks; "none" has 0.
+Every model is a function ``(spec, statistics, options) -> float64 [n_options]`` in ``spectral.py``, registered by name
+with what its numbers mean. Utilities of one table are comparable over layers, methods and ranks; "none" has 0.
 """
 
 from layerlens.utility.registry import UTILITY_MODELS, needs_factors, utility_table

@@ -60,7 +60,7 @@ def utility_table(
         len(measured.spectrum) for layer in statistics.layers for measured in layer.by_method.values()
     ):
         raise ProfilingError(
-            f"profiling.utility_model: {name!r} needs whitened spectra, which these statistics lack; run `layerlens run` "
-            f"with utility_model: {name}, or choose signal, gradient, weighted or uniform"
+            f"profiling.utility_model: {name!r} needs whitened spectra, which these statistics lack; run "
+            f"`layerlens run` with utility_model: {name}, or choose signal, gradient, weighted or uniform"
         )
     return UtilityTable(tuple(options), model.function(spec, statistics, options), name, model.unit)

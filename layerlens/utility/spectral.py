@@ -1,7 +1,7 @@
 """Utility models that read the measured gradient matrices (DESIGN section 5).
 
-``signal``, ``gradient`` and ``uniform`` share the concave law √rank, which spreads rank over layers; they differ in what
-they multiply it with. ``whitened`` is the quadratic model with K-FAC curvature, in nats.
+``signal``, ``gradient`` and ``uniform`` share the concave law √rank, which spreads rank over layers; they differ in
+what they multiply it with. ``whitened`` is the quadratic model with K-FAC curvature, in nats.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def _root_law(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Op
 def input_scales(spec: ModelSpec, statistics: ModelStatistics) -> dict[tuple[str, str], float]:
     """What to multiply the energy of each (layer, method) with, so that methods are compared at one input scale.
 
-    ‖Σ d zᵀ‖² grows with the scale of z, but the trained down-projection of an adapter, or the keys of a prefix, absorb any
-    scale. So the inputs of adapters (module outputs y) and prefixes (1, q/√d_head) are taken at the mean square that LoRA's
-    input h has: of the same layer for an adapter, of the same block's layers for a prefix. LoRA itself has factor 1.
+    ‖Σ d zᵀ‖² grows with the scale of z, but the trained down-projection of an adapter, or the keys of a prefix, absorb
+    any scale. So the inputs of adapters (module outputs y) and prefixes (1, q/√d_head) are taken at the mean square
+    that LoRA's input h has: of the same layer for an adapter, of its block's layers for a prefix. LoRA has factor 1.
     """
     by_layer = statistics.by_name()
     lora_inputs: dict[int | None, list[float]] = {}

@@ -1,6 +1,7 @@
 """The origin's utility: a weighted, normalised combination of scalar metrics for each layer, spread over ranks.
 
-score_l = Σ_m w_m · x_{m,l} / max_l x_{m,l}, with weights scaled to sum 1; utility(l, rank) = score_l · √(rank / largest rank).
+score_l = Σ_m w_m · x_{m,l} / max_l x_{m,l}, with weights scaled to sum 1;
+utility(l, rank) = score_l · √(rank / largest rank).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ logger = logging.getLogger("layerlens")
 
 
 def metrics_of(statistics: ModelStatistics) -> dict[str, dict[str, float]]:
-    """layer -> metric -> value, from measured statistics: the LoRA matrix where there is one, else the layer's only one."""
+    """layer -> metric -> value, from measured statistics: of the LoRA matrix where there is one."""
     metrics = {}
     for layer in statistics.layers:
         measured = layer.by_method.get("lora") or next(iter(layer.by_method.values()))
@@ -30,7 +31,7 @@ def metrics_of(statistics: ModelStatistics) -> dict[str, dict[str, float]]:
 
 
 def metrics_from_cache(cache: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """layer -> metric -> value, from an activation cache of scalars (the origin's ``grad_norm``, ``fisher_trace`` ...)."""
+    """layer -> metric -> value, from an activation cache of scalars, whose keys ``CACHE_KEYS`` lists."""
     metrics: dict[str, dict[str, float]] = {}
     for layer, scalars in cache.items():
         metrics[layer] = {metric: float(scalars[key]) for metric, key in CACHE_KEYS.items() if key in scalars}
@@ -67,8 +68,8 @@ def weighted_table(
         if len(having) < len(names):
             missing = next(name for name in names if name not in having)
             raise ActivationCacheError(
-                f"{missing}: no value for {metric} ({CACHE_KEYS[metric]!r}), but {len(having)} other layers have one; give it "
-                "for every layer or for none"
+                f"{missing}: no value for {metric} ({CACHE_KEYS[metric]!r}), but {len(having)} other layers have one; "
+                "give it for every layer or for none"
             )
         values = np.array([metrics[name][metric] for name in names])
         largest = values.max()
