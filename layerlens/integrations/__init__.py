@@ -1,0 +1,1 @@
+"""The rooms that know how torch, transformers and PEFT models are built and named."""
