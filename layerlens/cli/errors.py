@@ -1,0 +1,93 @@
+"""The one place that turns exceptions into one clear line on stderr and an exit code.
+
+0 done; 1 unexpected, and what could not be measured or solved; 2 usage or configuration; 3 infeasible budgets; 4 model
+or data not found; 130 interrupted; 143 terminated. Tracebacks are for ``--debug``.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import typer
+
+from layerlens.cli import output
+from layerlens.exceptions import LayerLensError
+
+INTERRUPTED, TERMINATED, UNEXPECTED = 130, 143, 1
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; like KeyboardInterrupt, it unwinds the run so that everything is cleaned up."""
+
+
+def guarded(when_stopped: str = "") -> Callable[[Command], Command]:
+    """Decorator of every command: its exceptions become one line and an exit code.
+
+    Args:
+        when_stopped: what to tell someone who interrupted the command.
+    """
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def run(*args: Any, **kwargs: Any) -> None:
+            debug = output.state.debug or bool(kwargs.get("debug"))
+            try:
+                command(*args, **kwargs)
+            except LayerLensError as error:
+                _stop([line for line in str(error).splitlines() if line.strip()], error.exit_code, debug)
+            except KeyboardInterrupt:
+                _stop([_joined("interrupted", when_stopped)], INTERRUPTED, debug)
+            except Terminated:
+                _stop([_joined("terminated", when_stopped)], TERMINATED, debug)
+            except (typer.Exit, typer.Abort, BrokenPipeError):  # the last: the reader of a pipe has seen enough
+                raise
+            except MemoryError:
+                _stop(
+                    ["out of memory; lower data.batch_size, data.max_length or calibration_samples"], UNEXPECTED, debug
+                )
+            except Exception as error:  # what nobody foresaw still ends in one line
+                words = " ".join(str(error).split()) or "no message"
+                hint = "" if debug else "; run again with --debug for the traceback"
+                _stop([f"unexpected {type(error).__name__}: {words}{hint}"], UNEXPECTED, debug)
+
+        return run  # type: ignore[return-value]
+
+    return decorate
+
+
+def exit_cleanly(app: Callable[[], None]) -> NoReturn:
+    """Run the whole program: SIGTERM unwinds it, and Ctrl-C outside of a command is one line too."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except KeyboardInterrupt:
+        output.error("interrupted")
+        sys.exit(INTERRUPTED)
+    except Terminated:
+        output.error("terminated")
+        sys.exit(TERMINATED)
+    sys.exit(0)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not break the cleaning up
+    raise Terminated
+
+
+def _stop(lines: list[str], code: int, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    for line in lines or ["no message"]:
+        output.error(line)
+    raise typer.Exit(code) from None
+
+
+def _joined(event: str, hint: str) -> str:
+    return f"{event}; {hint}" if hint else event

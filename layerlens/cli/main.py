@@ -1,0 +1,62 @@
+"""The ``layerlens`` program: its commands and the options that stand before them.
+
+Commands import what they call when they are called: ``layerlens --help`` loads neither torch nor NumPy nor pydantic.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, NoReturn
+
+import typer
+
+from layerlens import __version__
+from layerlens.cli import commands_apply, commands_config, commands_doctor, commands_run, output
+from layerlens.cli.errors import exit_cleanly
+
+app = typer.Typer(
+    name="layerlens",
+    help="Which layers of a model to adapt, with which PEFT method and rank, under hard budgets, with a proved gap.",
+    epilog="Start with: layerlens init config.yaml && layerlens run config.yaml",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        output.result(f"layerlens {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done to stderr.")] = False,
+) -> None:
+    """Remember the options that hold for every command."""
+    output.state.debug, output.state.verbose = debug, verbose
+    output.show_logs_if_verbose()
+
+
+app.command("init")(commands_config.init)
+app.command("validate")(commands_config.validate)
+app.command("schema")(commands_config.schema)
+app.command("run")(commands_run.run)
+app.command("optimize")(commands_run.optimize)
+app.command("apply")(commands_apply.apply)
+app.command("doctor")(commands_doctor.doctor)
+
+
+@app.command("version")
+def version() -> None:
+    """Show the version."""
+    output.result(f"layerlens {__version__}")
+
+
+def main() -> NoReturn:
+    """Entry point of the ``layerlens`` program."""
+    exit_cleanly(app)

@@ -1,0 +1,169 @@
+"""The tables of a manifest: what was chosen, what it uses of each budget, and how the predictions held."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from layerlens.cli.layer_names import Position, positions
+from layerlens.cli.units import METHOD_LETTERS, RESOURCE_NAMES, amount, gap, scaled, share, significant
+from layerlens.models import Manifest, ManifestRow, ResourceUse
+
+FEW_LAYERS = 8
+BAR_WIDTH = 10
+METHOD_STYLES = {"lora": "cyan", "adapter": "magenta", "prefix": "yellow"}
+METHOD_MEANINGS = {"lora": "LoRA rank", "adapter": "adapter width", "prefix": "prefix pairs"}
+_UNCHANGED = "·"
+
+
+def chosen(manifest: Manifest) -> RenderableType:
+    """What was chosen: a row for each adapted layer when they are few, else blocks by roles."""
+    adapted = [row for row in manifest.allocations if row.method != "none"]
+    if not adapted:
+        return Text("No layer is adapted: no option is worth its cost within the budgets.")
+    places = positions([row.layer for row in manifest.allocations])
+    if len(adapted) <= FEW_LAYERS or all(place.block is None for place in places.values()):
+        table: RenderableType = _one_row_each(adapted, len(manifest.allocations) - len(adapted))
+    else:
+        table = _blocks_by_roles(manifest.allocations, places)
+    return Group(table, _totals(adapted, len(manifest.allocations)))
+
+
+def budgets(resources: Sequence[ResourceUse]) -> RenderableType:
+    """Use of every budget: what the frozen model needs, what the choice adds, and a bar of both."""
+    table = _table("Budgets")
+    table.add_column("resource")  # the one that may wrap where the terminal is narrow
+    for name in ("base", "added", "total", "budget"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("used", no_wrap=True)
+    for use in resources:
+        name, kind = RESOURCE_NAMES.get(use.resource, use.resource), use.resource
+        base = amount(kind, use.base) if use.base else "–"
+        cells = [name, base, amount(kind, use.added), amount(kind, use.total)]
+        if use.budget is None:
+            table.add_row(*cells, Text("no limit", style="dim"), "")
+        else:
+            table.add_row(*cells, amount(kind, use.budget), _bar(use))
+    return table
+
+
+def certificate(manifest: Manifest) -> Text:
+    """How good the choice provably is."""
+    scores = f"its score is {manifest.score:.6g}, and no choice within the budgets exceeds {manifest.upper_bound:.6g}"
+    if manifest.status == "optimal":
+        proved, style = f"optimal (proved{f', gap {gap(manifest.gap)}' if manifest.gap else ''})", "bold green"
+    else:
+        proved, style = f"within {gap(manifest.gap)} of the optimum (proved)", "bold yellow"
+    text = Text.assemble("This choice is ", (proved, style), f": {scores}. Solver: {manifest.solver}.")
+    return text.append(f" Utility: {manifest.utility_model} ({manifest.utility_unit}).")
+
+
+def measured(checks: Mapping[str, Any]) -> RenderableType | None:
+    """Predictions beside what was measured; None when nothing was measured."""
+    table = _table("Checked on the model")
+    table.add_column("", no_wrap=True)
+    for name in ("predicted", "measured", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, check in checks.items():
+        if isinstance(check, Mapping) and {"predicted", "measured", "relative_error"} <= check.keys():
+            kind = name.removeprefix("base_")
+            label = RESOURCE_NAMES.get(kind, name) + (" of the base model" if kind != name else "")
+            predicted, found, error = (float(check[key]) for key in ("predicted", "measured", "relative_error"))
+            # Latency depends on the machine; the others are arithmetic and should be close.
+            style = "yellow" if abs(error) > 0.1 else ""
+            table.add_row(
+                label, amount(kind, predicted), amount(kind, found), Text(f"{100 * error:+.1f} %", style=style)
+            )
+    change = checks.get("step_zero_max_abs_delta")
+    if change is not None:
+        style = "green" if change == 0 else "bold red"
+        verdict = Text("exactly 0" if change == 0 else f"{change:.3g}", style=style)
+        table.add_row("largest change of a logit at step 0", "0", verdict, "")
+    return table if table.row_count else None
+
+
+def _one_row_each(adapted: Sequence[ManifestRow], others: int) -> Table:
+    caption = f"{others} other layers stay as they are." if others else None
+    table = _table("Chosen", caption=caption)
+    table.add_column("layer", overflow="fold")
+    table.add_column("method", no_wrap=True)
+    for name in ("size", "parameters", "score"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in adapted:
+        method = Text(row.method, style=METHOD_STYLES[row.method])
+        table.add_row(row.layer, method, str(row.rank), f"{row.cost:,}", significant(row.total_score))
+    return table
+
+
+def _blocks_by_roles(rows: Sequence[ManifestRow], places: Mapping[str, Position]) -> Group:
+    in_blocks = [row for row in rows if places[row.layer].block is not None]
+    roles = list(dict.fromkeys(places[row.layer].role for row in in_blocks))
+    stacks = {places[row.layer].stack for row in in_blocks}
+    lines: dict[tuple[str, int], dict[str, ManifestRow]] = {}
+    for row in in_blocks:
+        place = places[row.layer]
+        lines.setdefault((place.stack, place.block or 0), {})[place.role] = row
+    letters = "  ".join(f"{METHOD_LETTERS[method]} {meaning}" for method, meaning in METHOD_MEANINGS.items())
+    table = _table("Chosen", caption=f"{letters}  {_UNCHANGED} unchanged")
+    table.add_column("block", justify="right", no_wrap=True)
+    for role in roles:
+        table.add_column(role.replace(".", ".\n"), justify="right", min_width=3)
+    groups: list[tuple[str, list[int], list[Text]]] = []
+    for (stack, block), by_role in lines.items():
+        cells = [_cell(by_role.get(role)) for role in roles]
+        if groups and groups[-1][0] == stack and groups[-1][2] == cells:
+            groups[-1][1].append(block)
+        else:
+            groups.append((stack, [block], cells))
+    for stack, blocks, cells in groups:
+        span = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}–{blocks[-1]}"
+        table.add_row(f"{stack} {span}" if len(stacks) > 1 else span, *cells)
+    outside = [row for row in rows if places[row.layer].block is None and row.method != "none"]
+    return Group(table, *([_one_row_each(outside, 0)] if outside else []))
+
+
+def _cell(row: ManifestRow | None) -> Text:
+    if row is None:
+        return Text("")
+    if row.method == "none":
+        return Text(_UNCHANGED, style="dim")
+    return Text(f"{METHOD_LETTERS[row.method]}{row.rank}", style=METHOD_STYLES[row.method])
+
+
+def _totals(adapted: Sequence[ManifestRow], layers: int) -> Text:
+    parts = []
+    for method in METHOD_LETTERS:
+        rows = [row for row in adapted if row.method == method]
+        if rows:
+            parts.append(f"{method} on {len(rows)} ({scaled(sum(row.cost for row in rows))} parameters)")
+    return Text(f"{len(adapted)} of {layers} layers adapted: {', '.join(parts)}.")
+
+
+def _bar(use: ResourceUse) -> Text:
+    """Base, added and free part of a budget, and the share that is used."""
+    assert use.budget is not None
+    used = use.total / use.budget
+    filled = min(BAR_WIDTH, round(BAR_WIDTH * used))
+    base = min(filled, round(BAR_WIDTH * use.base / use.budget))
+    style = "red" if used > 1 else "green"
+    parts = (("▓" * base, "blue"), ("█" * (filled - base), style), ("░" * (BAR_WIDTH - filled), "dim"))
+    return Text.assemble(*parts, f" {share(used):>5}")
+
+
+def _table(title: str, caption: str | None = None) -> Table:
+    return Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        caption_style="dim",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
