@@ -1,0 +1,85 @@
+// Kernels for the multiple-choice multidimensional knapsack problem (MMKP): one option in each group, the largest sum of
+// values, every resource within its capacity.
+//
+// Every function is deterministic to the bit whatever the thread count and instruction set: additions happen in a fixed
+// order, products are rounded before they are added (-ffp-contract=off), nothing of libm is called.
+//
+// Words: a *price* is a Lagrange multiplier in value per unit of a resource; a *score* is value minus priced cost; the
+// *favourite* of a group is its option with the highest score; the *regret* of an option is how far its score lies below
+// the favourite's. For any prices p >= 0 every allocation x within the capacities C obeys
+//     value(x) = bound(p) - p.(C - use(x)) - sum of regrets(x),    bound(p) = p.C + sum of the favourites' scores,
+// which is all that the algorithms here rest on.
+#pragma once
+
+#include <cstdint>
+
+#include "layerlens/dispatch.hpp"
+
+namespace layerlens::knapsack {
+
+constexpr int kMaxResources = 16;
+
+// Group g owns the options offset[g] .. offset[g+1]-1; cost[r][o] is what option o uses of resource r.
+// A value of -infinity marks an option that may not be chosen; each group has at least one finite value.
+struct Instance {
+  std::int64_t n_groups;
+  int n_resources;
+  const std::int64_t* offset;
+  const double* value;
+  const double* const* cost;
+  const double* capacity;
+};
+
+// choice[g] = the favourite (the first among equals), best[g] = its score, computed as ((v - p0 c0) - p1 c1) - ...
+// totals[0] = sum of best, totals[1] = sum of values, totals[2 + r] = use of resource r, of the favourites; the sums run
+// within blocks of groups first, and the blocks are fixed.
+void score_groups(Isa isa, const Instance& instance, const double* price, std::int64_t* choice, double* best,
+                  double* totals, int threads);
+
+// Options whose regret is at most `limit`, in ascending order, with their regrets; favourites have 0. Writes at most
+// `room` of them and returns how many there are.
+std::int64_t select_core(const Instance& instance, const double* price, const double* best, double limit,
+                         std::int64_t room, std::int64_t* option, double* regret);
+
+// The master of the cutting-plane method (Dantzig & Wolfe 1960) within a box:
+//   minimise  theta + sum(lambda)  subject to  theta + lambda . use_k >= value_k for every cut k, low <= lambda <= high,
+// by the revised simplex method on its dual, with a basis of n_resources + 1 columns. `basis` starts and ends as a
+// feasible basis: entries >= 0 are cuts, -1 - r the lower and -1 - n_resources - r the upper side of the box.
+// Returns the optimum; on a numerical breakdown (singular basis) -infinity.
+double solve_master(int n_resources, int n_cuts, const double* value, const double* use__kr, const double* low,
+                    const double* high, int* basis, double* lambda, double* weight);
+
+// A feasible first basis for one cut: the convexity row holds the cut, each resource the side of the box that its slack
+// needs.
+void first_basis(int n_resources, int cut, const double* use, int* basis);
+
+// The part of an instance that a search may change. Group g of the core owns candidates offset[g] .. offset[g+1]-1, cost
+// lies option by option (cost[c * n_resources + r]), and everything outside the core is fixed.
+struct Core {
+  std::int64_t n_groups;
+  int n_resources;
+  const std::int64_t* offset;
+  const double* value;
+  const double* cost__cr;
+  const double* capacity;
+};
+
+// Use of a resource as an unevaluated sum high + low with |low| <= ulp(high)/2 (Dekker 1971): exact enough that
+// high is the correctly rounded total, which is what a budget is compared with.
+struct Use {
+  double high;
+  double low;
+};
+
+void add_use(Use& use, double amount);
+// total of amount[0..n-1], correctly rounded in all but contrived cases
+Use sum_use(std::int64_t n, const double* amount);
+
+// Takes `choice` (a candidate for each core group) and the use of the whole allocation. First repairs: while a capacity
+// is exceeded, moves go by least score lost for violation removed. Then improves: one-option moves and pairs of moves
+// that raise the value and fit, until there are none (pairs among the `pair_limit` most promising moves).
+// Returns whether the allocation now fits; `choice` and `use` are updated.
+bool repair(const Core& core, const double* price, std::int64_t* choice, Use* use);
+void improve(const Core& core, const double* price, std::int64_t pair_limit, std::int64_t* choice, Use* use);
+
+}  // namespace layerlens::knapsack

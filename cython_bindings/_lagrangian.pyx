@@ -1,0 +1,251 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""The greedy-Lagrangian solver over the knapsack kernels: instance, dual, core, local search.
+
+Checks and allocates; the C++ side computes with the GIL released. Letters in names: g groups, o options, r resources,
+c candidates of the core, k cuts. `layerlens.optimization` is the caller.
+"""
+
+from libc.stdint cimport int64_t
+from libc.math cimport HUGE_VAL, fabs
+cimport knapsack as ks
+from layerlens.kernels._dispatch cimport Isa, active_isa, usable_threads
+
+import numpy as np
+
+
+cdef class Instance:
+    """One knapsack problem, checked once, whose arrays the kernels then read in place.
+
+    Args:
+        offset: int64 [n_groups + 1], strictly increasing from 0.
+        value: float64 [n_options]; -inf marks an option that may not be chosen.
+        cost_rows: one float64 [n_options] array for each resource.
+        capacity: float64 [n_resources], all > 0.
+    """
+
+    cdef ks.Instance data
+    cdef const double* rows[16]
+    cdef readonly object offset, value, cost_rows, capacity
+
+    def __init__(self, offset, value, cost_rows, capacity):
+        self.offset = np.ascontiguousarray(offset, dtype=np.int64)
+        self.value = np.ascontiguousarray(value, dtype=np.float64)
+        self.cost_rows = tuple(np.ascontiguousarray(row, dtype=np.float64) for row in cost_rows)
+        self.capacity = np.ascontiguousarray(capacity, dtype=np.float64)
+        n_options = self.value.shape[0]
+        if len(self.cost_rows) != self.capacity.shape[0] or len(self.cost_rows) > ks.kMaxResources:
+            raise ValueError(f"{len(self.cost_rows)} cost rows for {self.capacity.shape[0]} capacities; "
+                             f"at most {ks.kMaxResources} resources are possible")
+        if any(row.shape != (n_options,) for row in self.cost_rows):
+            raise ValueError(f"each cost row needs {n_options} entries")
+        if not (self.offset.size >= 2 and self.offset[0] == 0 and self.offset[self.offset.size - 1] == n_options
+                and bool(np.all(np.diff(self.offset) > 0))):
+            raise ValueError("offset must rise strictly from 0 to the number of options")
+        if not bool(np.all(self.capacity > 0.0)):
+            raise ValueError("every capacity must be above 0")
+        cdef const int64_t[::1] offset_view = self.offset
+        cdef const double[::1] view = self.value
+        self.data.offset = &offset_view[0]
+        self.data.value = &view[0]
+        for r in range(len(self.cost_rows)):
+            view = self.cost_rows[r]
+            self.rows[r] = &view[0]
+        self.data.cost = self.rows
+        if self.capacity.size:
+            view = self.capacity
+            self.data.capacity = &view[0]
+        else:
+            self.data.capacity = NULL
+        self.data.n_groups = self.offset.shape[0] - 1
+        self.data.n_resources = len(self.cost_rows)
+
+    @property
+    def n_groups(self):
+        return self.data.n_groups
+
+    @property
+    def n_resources(self):
+        return self.data.n_resources
+
+    def score_groups(self, double[::1] price, threads=1):
+        """Favourite of each group at these prices: (choice [g], its score [g], totals [2 + r])."""
+        if price.shape[0] != self.data.n_resources:
+            raise ValueError(f"{price.shape[0]} prices for {self.data.n_resources} resources")
+        choice = np.empty(self.data.n_groups, dtype=np.int64)
+        best = np.empty(self.data.n_groups)
+        totals = np.empty(2 + self.data.n_resources)
+        cdef int64_t[::1] choice_view = choice
+        cdef double[::1] best_view = best, totals_view = totals
+        cdef const double* price_data = &price[0] if price.shape[0] else NULL
+        cdef Isa isa = <Isa>active_isa()
+        cdef int workers = usable_threads(threads)
+        with nogil:
+            ks.score_groups(isa, self.data, price_data, &choice_view[0], &best_view[0], &totals_view[0], workers)
+        return choice, best, totals
+
+    def select_core(self, double[::1] price, const double[::1] best, double limit, int64_t room):
+        """Options whose regret is at most limit: (how many, the first `room` of them, their regrets)."""
+        if price.shape[0] != self.data.n_resources or best.shape[0] != self.data.n_groups:
+            raise ValueError("price or best has the wrong length")
+        option = np.empty(max(room, 1), dtype=np.int64)
+        regret = np.empty(max(room, 1))
+        cdef int64_t[::1] option_view = option
+        cdef double[::1] regret_view = regret
+        cdef const double* price_data = &price[0] if price.shape[0] else NULL
+        cdef int64_t found
+        with nogil:
+            found = ks.select_core(self.data, price_data, &best[0], limit, room, &option_view[0], &regret_view[0])
+        kept = min(found, room)
+        return found, option[:kept], regret[:kept]
+
+
+def minimise_dual(Instance instance, start, double[::1] radius, double tolerance, int max_evaluations, threads=1):
+    """Minimise bound(p) = p.C + sum of the favourites' scores over p >= 0 by cutting planes within a box.
+
+    The box lies around the best point so far and grows or shrinks with success (box step: Marsten, Hogan &
+    Blankenship 1975). Multipliers are scaled: lambda_r = p_r * capacity_r, value for the whole budget.
+
+    Args:
+        start: float64 [n_resources] first multipliers, scaled.
+        radius: float64 [n_resources] first half-widths of the box, scaled, > 0.
+        tolerance: stops when the model's optimum lies within this share of the best bound.
+        max_evaluations: evaluations of the bound at most.
+
+    Returns:
+        (multipliers [r], bounds [k], points [k, r]): the best scaled multipliers, and every bound and point evaluated.
+    """
+    cdef int m = instance.data.n_resources, r, k = 0, expansions = 0
+    cdef double bound, model, gap, best_bound
+    cdef bint on_side
+    cdef Isa isa = <Isa>active_isa()
+    cdef int workers = usable_threads(threads)
+    capacity = instance.capacity
+    center = np.array(start, dtype=np.float64)
+    if center.shape != (m,) or radius.shape[0] != m or m == 0:
+        raise ValueError(f"start and radius need {m} entries, and there must be a resource")
+    n_groups = instance.n_groups
+    choice = np.empty(n_groups, dtype=np.int64)
+    best = np.empty(n_groups)
+    totals = np.empty(2 + m)
+    price = np.empty(m)
+    values = np.empty(max_evaluations)
+    uses = np.empty((max_evaluations, m))
+    bounds = np.empty(max_evaluations)
+    points = np.empty((max_evaluations, m))
+    basis = np.zeros(m + 1, dtype=np.intc)
+    low, high, point, weight = np.empty(m), np.empty(m), center.copy(), np.empty(m + 1)
+    reach = np.array(radius)
+
+    cdef int64_t[::1] choice_v = choice
+    cdef double[::1] best_v = best, totals_v = totals, price_v = price, values_v = values, bounds_v = bounds
+    cdef double[:, ::1] uses_v = uses, points_v = points
+    cdef double[::1] low_v = low, high_v = high, point_v = point, weight_v = weight, center_v = center, reach_v = reach
+    cdef const double[::1] capacity_v = capacity
+    cdef int[::1] basis_v = basis
+
+    with nogil:
+        best_bound = 0.0
+        while True:
+            for r in range(m):
+                price_v[r] = point_v[r] / capacity_v[r]
+            ks.score_groups(isa, instance.data, &price_v[0], &choice_v[0], &best_v[0], &totals_v[0], workers)
+            bound = totals_v[0]
+            values_v[k] = totals_v[1]
+            for r in range(m):
+                bound = bound + point_v[r]
+                uses_v[k, r] = totals_v[2 + r] / capacity_v[r]
+                points_v[k, r] = point_v[r]
+            bounds_v[k] = bound
+            if k == 0:
+                best_bound = bound
+                ks.first_basis(m, 0, &uses_v[0, 0], &basis_v[0])
+            elif bound < best_bound:
+                on_side = best_bound - bound >= 0.3 * gap
+                best_bound = bound
+                for r in range(m):
+                    if on_side and (point_v[r] >= high_v[r] or (point_v[r] <= low_v[r] and low_v[r] > 0.0)):
+                        reach_v[r] = 3.0 * reach_v[r]
+                    center_v[r] = point_v[r]
+            else:
+                for r in range(m):
+                    reach_v[r] = 0.5 * reach_v[r]
+            k += 1
+            if k == max_evaluations:
+                break
+            # The next point; where the model is solved but the box holds it back, the box grows first.
+            while True:
+                for r in range(m):
+                    low_v[r] = center_v[r] - reach_v[r] if center_v[r] > reach_v[r] else 0.0
+                    high_v[r] = center_v[r] + reach_v[r]
+                model = ks.solve_master(m, k, &values_v[0], &uses_v[0, 0], &low_v[0], &high_v[0], &basis_v[0],
+                                        &point_v[0], &weight_v[0])
+                gap = best_bound - model
+                if gap > tolerance * fabs(best_bound):
+                    break
+                on_side = False
+                for r in range(m):
+                    if point_v[r] >= high_v[r] or (point_v[r] <= low_v[r] and low_v[r] > 0.0):
+                        on_side = True
+                        reach_v[r] = 8.0 * reach_v[r]
+                if not on_side or expansions == 200:
+                    break
+                expansions += 1
+            if not gap > tolerance * fabs(best_bound) or model == -HUGE_VAL:
+                break
+    return center, bounds[:k].copy(), points[:k].copy()
+
+
+cdef class Core:
+    """The part of an instance that a search may change, with the use of the current allocation.
+
+    Args:
+        offset: int64 [n_groups + 1] of the core's groups.
+        value: float64 [n_candidates].
+        cost__cr: float64 [n_candidates, n_resources].
+        capacity: float64 [n_resources].
+    """
+
+    cdef ks.Core data
+    cdef readonly object offset, value, cost__cr, capacity
+
+    def __init__(self, offset, value, cost__cr, capacity):
+        self.offset = np.ascontiguousarray(offset, dtype=np.int64)
+        self.value = np.ascontiguousarray(value, dtype=np.float64)
+        self.cost__cr = np.ascontiguousarray(cost__cr, dtype=np.float64)
+        self.capacity = np.ascontiguousarray(capacity, dtype=np.float64)
+        n_candidates, m = self.value.shape[0], self.capacity.shape[0]
+        if self.cost__cr.shape != (n_candidates, m) or m == 0 or m > ks.kMaxResources:
+            raise ValueError(f"cost__cr has shape {self.cost__cr.shape}, expected ({n_candidates}, {m})")
+        if not (self.offset.size >= 2 and self.offset[0] == 0 and self.offset[self.offset.size - 1] == n_candidates
+                and bool(np.all(np.diff(self.offset) > 0))):
+            raise ValueError("offset must rise strictly from 0 to the number of candidates")
+        cdef const int64_t[::1] offset_view = self.offset
+        cdef const double[::1] value_view = self.value, capacity_view = self.capacity
+        cdef const double[:, ::1] cost_view = self.cost__cr
+        self.data.n_groups = self.offset.shape[0] - 1
+        self.data.n_resources = m
+        self.data.offset = &offset_view[0]
+        self.data.value = &value_view[0]
+        self.data.cost__cr = &cost_view[0, 0]
+        self.data.capacity = &capacity_view[0]
+
+    def local_search(self, double[::1] price, int64_t[::1] choice, double[:, ::1] use__r2, int64_t pair_limit):
+        """Repair, then improve, `choice` and `use__r2` (high and low parts of each use) in place; whether it fits."""
+        cdef int m = self.data.n_resources
+        if price.shape[0] != m or choice.shape[0] != self.data.n_groups or use__r2.shape[0] != m or use__r2.shape[1] != 2:
+            raise ValueError("price, choice or use has the wrong shape")
+        cdef bint fits
+        with nogil:
+            fits = ks.repair(self.data, &price[0], &choice[0], <ks.Use*> &use__r2[0, 0])
+            if fits:
+                ks.improve(self.data, &price[0], pair_limit, &choice[0], <ks.Use*> &use__r2[0, 0])
+        return fits
+
+
+def sum_use(const double[::1] amount):
+    """The total as an unevaluated sum (high, low); high is the total rounded to nearest."""
+    cdef ks.Use use
+    cdef const double* data = &amount[0] if amount.shape[0] else NULL
+    with nogil:
+        use = ks.sum_use(amount.shape[0], data)
+    return use.high, use.low

@@ -1,0 +1,40 @@
+# Retells cpp/include/layerlens/knapsack.hpp.
+from libc.stdint cimport int64_t
+
+from layerlens.kernels._dispatch cimport Isa
+
+
+cdef extern from "layerlens/knapsack.hpp" namespace "layerlens::knapsack" nogil:
+    const int kMaxResources
+
+    cdef struct Instance:
+        int64_t n_groups
+        int n_resources
+        const int64_t* offset
+        const double* value
+        const double* const* cost
+        const double* capacity
+
+    cdef struct Core:
+        int64_t n_groups
+        int n_resources
+        const int64_t* offset
+        const double* value
+        const double* cost__cr
+        const double* capacity
+
+    cdef struct Use:
+        double high
+        double low
+
+    void score_groups(Isa, const Instance&, const double* price, int64_t* choice, double* best, double* totals,
+                      int threads)
+    int64_t select_core(const Instance&, const double* price, const double* best, double limit, int64_t room,
+                        int64_t* option, double* regret)
+    void first_basis(int n_resources, int cut, const double* use, int* basis)
+    double solve_master(int n_resources, int n_cuts, const double* value, const double* use__kr, const double* low,
+                        const double* high, int* basis, double* multiplier, double* weight)
+    void add_use(Use&, double amount)
+    Use sum_use(int64_t n, const double* amount)
+    bint repair(const Core&, const double* price, int64_t* choice, Use* use)
+    void improve(const Core&, const double* price, int64_t pair_limit, int64_t* choice, Use* use)

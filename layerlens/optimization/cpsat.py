@@ -1,0 +1,270 @@
+"""CP-SAT on the core: proves the Lagrangian allocation optimal, betters it, or tightens the bound; never worsens it.
+
+CP-SAT counts in integers. The scaling is chosen so that its answer proves something about the float problem:
+
+- *Values* are multiplied by a power of two and rounded **up**, so the integer optimum is at least the scaled float one.
+- *Costs* are multiplied by a power of two and rounded **down**, and so is the capacity: whatever fits in floats fits
+  in integers (Σ⌊c·s⌋ <= ⌊Σ c·s⌋). The bound is then valid; rounding costs up instead would make every
+  integer answer fit in floats, but would cut off allocations that meet a budget exactly, and the bound with them.
+- What CP-SAT proposes is checked against the budgets in exact arithmetic. An allocation that fits only in integers is
+  forbidden by name and the search goes on.
+
+Where all numbers are integers (parameters, FLOPs), the scaling is exact. OR-Tools is imported here only, on first use.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from layerlens.exceptions import InfeasibleError, OptimizationError
+from layerlens.models import AllocationProblem
+from layerlens.optimization.lagrangian import Candidates, Dual, candidates_within
+from layerlens.optimization.reduced import Reduced
+from layerlens.optimization.sums import exact_sum
+
+# Sums of scaled integers stay below 2**SUM_BITS: exact in a double, and far from where CP-SAT's cuts would overflow.
+VALUE_SUM_BITS, COST_SUM_BITS = 45, 45
+# A larger core is left alone: building the model alone would take longer than the rest of the solve.
+MAX_CANDIDATES = 20_000
+# How often an allocation that fits in integers but not in floats is forbidden before giving up on the proof.
+MAX_FORBIDDEN = 8
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The better of the old and the new allocation, and the better bound."""
+
+    choice: np.ndarray
+    value: float
+    bound: float
+
+
+def refine(
+    problem: AllocationProblem,
+    reduced: Reduced,
+    dual: Dual,
+    choice: np.ndarray,
+    value: float,
+    bound: float,
+    deterministic_time: float,
+    seed: int,
+) -> Refined | None:
+    """Search the core for something better than ``choice``; None if OR-Tools is missing or the core is too large."""
+    core = improving_core(reduced, dual, choice, value, bound)
+    if core is None:
+        return Refined(choice, value, value)
+    if len(core.option) - len(problem.layers) > MAX_CANDIDATES:
+        return None
+    model = _CoreModel.build(problem, core)
+    if model is None:
+        return None
+    best, best_value = choice, value
+    spent = 0.0
+    for _ in range(MAX_FORBIDDEN):
+        outcome = model.solve(best, deterministic_time - spent, seed)
+        spent += outcome.deterministic_time
+        if outcome.bound is not None:
+            bound = min(bound, max(best_value, outcome.bound))
+        if outcome.choice is None:
+            break
+        if fits(problem, outcome.choice):
+            found = exact_sum(problem.value[outcome.choice])
+            if found > best_value:
+                best, best_value = outcome.choice, found
+            break
+        model.forbid(outcome.choice)
+        if spent >= deterministic_time:
+            break
+    return Refined(best, best_value, max(bound, best_value))
+
+
+def improving_core(
+    reduced: Reduced, dual: Dual, choice: np.ndarray, value: float, bound: float
+) -> Candidates | None:
+    """Options that an allocation better than ``value`` may have, and the incumbent's; None if there is no other.
+
+    An option with regret above bound - value is in no better allocation. The limit is widened by the rounding of a
+    regret, so no option is lost to it.
+    """
+    gap = math.ldexp(bound - value, reduced.value_exponent)
+    slack = 64.0 * 2.0**-53 * (reduced.largest_value + float(np.sum(dual.price * reduced.instance.capacity)))
+    candidates = candidates_within(reduced.instance, dual, gap + slack, also=choice)
+    if len(candidates.option) == reduced.instance.n_groups:
+        return None
+    return candidates
+
+
+def find_any(problem: AllocationProblem, deterministic_time: float, seed: int) -> np.ndarray:
+    """Some allocation that fits, where repair found none (possible only when every option of some layer costs)."""
+    offset = np.asarray(problem.offset)
+    option = np.arange(len(problem.options))
+    group = np.searchsorted(offset, option, side="right") - 1
+    model = _CoreModel.build(problem, Candidates(option, np.zeros(len(option)), group))
+    if model is None:
+        raise OptimizationError("found no allocation that fits, and OR-Tools, which could search on, cannot be loaded")
+    for _ in range(MAX_FORBIDDEN):
+        outcome = model.solve(None, deterministic_time, seed)
+        if outcome.infeasible:
+            named = ", ".join(problem.resources)
+            raise InfeasibleError(f"no allocation fits the budgets on {named} together; raise at least one of them")
+        if outcome.choice is None:
+            break
+        if fits(problem, outcome.choice):
+            return outcome.choice
+        model.forbid(outcome.choice)
+    raise OptimizationError(
+        "found no allocation that fits, and no proof that there is none; raise a budget or refine_deterministic_time"
+    )
+
+
+def fits(problem: AllocationProblem, choice: np.ndarray) -> bool:
+    """Whether every correctly rounded total is within its capacity."""
+    return all(
+        exact_sum(row[choice]) <= capacity for row, capacity in zip(problem.cost__ro, problem.capacity, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    choice: np.ndarray | None
+    bound: float | None
+    infeasible: bool
+    deterministic_time: float
+
+
+class _CoreModel:
+    """The CP-SAT model of a core, and the way back from its integers to floats."""
+
+    def __init__(self, cp_model: Any, problem: AllocationProblem, core: Candidates) -> None:
+        self.cp_model = cp_model
+        self.option, self.group = core.option, core.group
+        self.n_groups = len(problem.layers)
+        self.model = cp_model.CpModel()
+        several = np.bincount(core.group, minlength=self.n_groups) > 1
+        self.open = np.flatnonzero(several[core.group])
+        self.fixed = core.option[~several[core.group]]
+        self.variable = {int(c): self.model.new_bool_var("") for c in self.open}
+        self.members: dict[int, list[int]] = {}
+        for c in self.open:
+            self.members.setdefault(int(core.group[c]), []).append(int(c))
+        for members in self.members.values():
+            self.model.add_exactly_one([self.variable[c] for c in members])
+        for row, capacity in zip(problem.cost__ro, problem.capacity, strict=True):
+            self._limit(row, float(capacity))
+        self._maximise(problem.value)
+
+    @classmethod
+    def build(cls, problem: AllocationProblem, core: Candidates) -> _CoreModel | None:
+        try:
+            from ortools.sat.python import cp_model
+        except ImportError:
+            return None
+        return cls(cp_model, problem, core)
+
+    def _limit(self, row: np.ndarray, capacity: float) -> None:
+        """Σ⌊c·s⌋ <= ⌊(capacity + half its last place − fixed use)·s⌋: the relaxation that loses no allocation."""
+        room = Fraction(capacity) + Fraction(math.ulp(capacity)) / 2 - sum(map(Fraction, row[self.fixed]), Fraction(0))
+        costs = {c: Fraction(row[self.option[c]]) for c in self.variable}
+        least = {g: min(costs[c] for c in members) for g, members in self.members.items()}
+        room -= sum(least.values(), Fraction(0))
+        extra = {c: cost - least[int(self.group[c])] for c, cost in costs.items()}
+        most = sum((max(extra[c] for c in members) for members in self.members.values()), Fraction(0))
+        if most <= room:
+            return
+        scale = _power_of_two(most, COST_SUM_BITS)
+        integers = {c: math.floor(cost * scale) for c, cost in extra.items()}
+        common = math.gcd(*integers.values()) or 1
+        limit = math.floor(room * scale) // common
+        self.model.add(sum(self.variable[c] * (n // common) for c, n in integers.items() if n) <= limit)
+
+    def _maximise(self, value: np.ndarray) -> None:
+        """Σ⌈v·s⌉ over the core; ``upper`` turns a bound on it into one on the whole value."""
+        values = {c: Fraction(value[self.option[c]]) for c in self.variable}
+        least = {g: min(values[c] for c in members) for g, members in self.members.items()}
+        extra = {c: v - least[int(self.group[c])] for c, v in values.items()}
+        most = sum((max(extra[c] for c in members) for members in self.members.values()), Fraction(0))
+        self.scale = _power_of_two(most, VALUE_SUM_BITS)
+        integers = {c: math.ceil(v * self.scale) for c, v in extra.items()}
+        self.common = math.gcd(*integers.values()) or 1
+        self.constant = sum(map(Fraction, value[self.fixed]), Fraction(0)) + sum(least.values(), Fraction(0))
+        self.model.maximize(sum(self.variable[c] * (n // self.common) for c, n in integers.items() if n))
+
+    def _upper(self, objective_bound: float) -> float:
+        """Rounded up to a float."""
+        # The bound of an integer objective below 2**53 comes as an exact double, but for the rounding of its division.
+        exact = self.constant + Fraction(math.ceil(objective_bound - 1e-6) * self.common) / self.scale
+        nearest = float(exact)
+        return nearest if Fraction(nearest) >= exact else math.nextafter(nearest, math.inf)
+
+    def forbid(self, choice: np.ndarray) -> None:
+        """Exclude one allocation."""
+        self.model.add_bool_or([self.variable[c].negated() for c in self.variable if self._chosen(choice, c)])
+
+    def _chosen(self, choice: np.ndarray, candidate: int) -> bool:
+        return bool(choice[self.group[candidate]] == self.option[candidate])
+
+    def solve(self, hint: np.ndarray | None, deterministic_time: float, seed: int) -> _Outcome:
+        self.model.clear_hints()
+        if hint is not None:
+            for c, variable in self.variable.items():
+                self.model.add_hint(variable, self._chosen(hint, c))
+        solver = self.cp_model.CpSolver()
+        solver.parameters.random_seed = seed
+        solver.parameters.num_workers = 1
+        solver.parameters.max_deterministic_time = max(deterministic_time, 1e-3)
+        # Left to CP-SAT, Ctrl-C would end the search and the run would go on with a result that no other run repeats.
+        solver.parameters.catch_sigint_signal = False
+        status = _interruptible(solver, self.model)
+        used = float(solver.response_proto.deterministic_time)
+        if status == self.cp_model.MODEL_INVALID:
+            raise OptimizationError(f"internal: CP-SAT rejects the model: {self.model.validate()}")
+        if status == self.cp_model.INFEASIBLE:
+            return _Outcome(None, None, True, used)
+        if status not in (self.cp_model.OPTIMAL, self.cp_model.FEASIBLE):
+            return _Outcome(None, None, False, used)  # stopped before there was a bound that means anything
+        bound = self._upper(max(solver.best_objective_bound, solver.objective_value))
+        choice = np.empty(self.n_groups, dtype=np.int64)
+        choice[self.group] = self.option
+        for c, variable in self.variable.items():
+            if solver.boolean_value(variable):
+                choice[self.group[c]] = self.option[c]
+        return _Outcome(choice, bound, False, used)
+
+
+def _power_of_two(size: Fraction, bits: int) -> Fraction:
+    """A power of two that brings ``size`` to between 2**(bits - 2) and 2**bits; 1 for size 0."""
+    if size <= 0:
+        return Fraction(1)
+    exponent = bits - 1 - size.numerator.bit_length() + size.denominator.bit_length()
+    return Fraction(2**exponent) if exponent >= 0 else Fraction(1, 2**-exponent)
+
+
+def _interruptible(solver: Any, model: Any) -> Any:
+    """solver.solve(model) in a thread of its own, so that Ctrl-C reaches Python at once and stops the search."""
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(solver.solve(model))
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="cp-sat", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.05)
+    except BaseException:
+        solver.stop_search()
+        thread.join()
+        raise
+    if failure:
+        raise failure[0]
+    return outcome[0]

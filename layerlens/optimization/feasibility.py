@@ -1,0 +1,122 @@
+"""Budgets that allow nothing: which ones conflict, and the smallest that would do, in the user's own key names."""
+
+from __future__ import annotations
+
+import math
+from decimal import ROUND_CEILING, Context, Decimal
+
+import numpy as np
+
+from layerlens.exceptions import InfeasibleError
+from layerlens.models import AllocationProblem
+from layerlens.models.options import NONE
+from layerlens.optimization.problem import option_name
+from layerlens.optimization.sums import exact_sum
+
+BUDGET_KEYS = {
+    "trainable_params": "optimization.max_trainable_params",
+    "flops": "optimization.max_flops",
+    "vram_gb": "optimization.max_vram_gb",
+    "latency_ms": "optimization.latency_target_ms",
+}
+
+ROUNDING = 1e-12
+
+
+def check_feasible(problem: AllocationProblem) -> None:
+    """Raise InfeasibleError if no allocation fits, or none that adapts a single layer.
+
+    Decided one option at a time, every other layer at its cheapest in each resource. That is exact where each layer
+    can be left alone at no cost, as in every problem of :func:`build_problem`. Where some layer has only options that
+    cost something, a problem may pass and still have no allocation that fits; :func:`solve` then finds out.
+    """
+    if not problem.resources:
+        return
+    first = problem.offset[:-1]
+    with np.errstate(over="ignore", invalid="ignore"):
+        cheapest__rg = np.minimum.reduceat(problem.cost__ro, first, axis=1)
+        least = np.array([exact_sum(row) for row in cheapest__rg])
+        group = np.repeat(np.arange(len(problem.layers)), np.diff(problem.offset))
+        need__ro = (least[:, None] - cheapest__rg[:, group]) + problem.cost__ro
+    # Needs are rounded sums, so only what exceeds a capacity by more than their rounding counts; the least total and a
+    # single cost are compared exactly.
+    limit = problem.capacity + ROUNDING * np.abs(problem.capacity) * (least > 0.0)
+    fits__ro = (need__ro <= limit[:, None]) & (problem.cost__ro <= problem.capacity[:, None])
+    fits__ro &= (least <= problem.capacity)[:, None]
+    fits__o = np.all(fits__ro, axis=0)
+    adapts = np.array([option.method != NONE for option in problem.options])
+    stuck = np.flatnonzero(~np.logical_or.reduceat(fits__o, first))
+    if stuck.size:
+        candidates = np.arange(problem.offset[stuck[0]], problem.offset[stuck[0] + 1])
+        if adapts[candidates].any():
+            candidates = candidates[adapts[candidates]]
+    elif adapts.any() and not bool(np.any(fits__o & adapts)):
+        candidates = np.flatnonzero(adapts)
+    else:
+        return
+    if (problem.capacity < least).any() and adapts.any():
+        candidates = np.flatnonzero(adapts)  # the cheapest way to adapt anything, whichever layer was stuck first
+    raise InfeasibleError(_message(problem, candidates, need__ro[:, candidates], fits__ro[:, candidates], least))
+
+
+def _message(
+    problem: AllocationProblem, candidates: np.ndarray, need__rc: np.ndarray, fits__rc: np.ndarray, least: np.ndarray
+) -> str:
+    alternatives = []
+    for r in range(len(problem.resources)):
+        others_fit = np.flatnonzero(np.all(np.delete(fits__rc, r, axis=0), axis=0))
+        if others_fit.size:
+            cheapest = others_fit[np.argmin(need__rc[r, others_fit])]
+            alternatives.append(_single(problem, r, float(need__rc[r, cheapest]), int(candidates[cheapest]), least))
+    if alternatives:
+        return "; or ".join(alternatives)
+    total__rc = need__rc + problem.base[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        worst__c = np.max(np.where(fits__rc, 0.0, total__rc / problem.budget[:, None]), axis=0)
+    nearest = int(np.argmin(worst__c))
+    exceeded = [r for r in range(len(problem.resources)) if not fits__rc[r, nearest]]
+    wanted = " and ".join(
+        f"{budget_key(problem.resources[r])} to at least {_smallest(problem, r, float(need__rc[r, nearest]))} "
+        f"(got {_number(problem.budget[r])})"
+        for r in exceeded
+    )
+    return (
+        f"{len(exceeded)} budgets are too small for any option, and raising one alone is not enough: raise {wanted}, "
+        f"which allows {option_name(problem.options[int(candidates[nearest])])}"
+    )
+
+
+def _single(problem: AllocationProblem, r: int, need: float, option: int, least: np.ndarray) -> str:
+    key, given = budget_key(problem.resources[r]), _number(problem.budget[r])
+    if problem.capacity[r] < 0.0:
+        problem_text = f"{given} is less than the frozen model alone needs ({_number(problem.base[r])})"
+    elif least[r] > problem.capacity[r]:
+        problem_text = f"{given} is too small even with the cheapest option of every layer"
+    else:
+        problem_text = f"{given} is too small for any option"
+    return (
+        f"{key}: {problem_text}; the smallest that would do is {_smallest(problem, r, need)} "
+        f"({option_name(problem.options[option])})"
+    )
+
+
+def budget_key(resource: str) -> str:
+    """The configuration key of a resource's budget."""
+    return BUDGET_KEYS.get(resource, resource)
+
+
+def _smallest(problem: AllocationProblem, r: int, need: float) -> str:
+    """The smallest budget whose difference to the base is at least ``need``, rounded up to six digits."""
+    budget = problem.base[r] + need
+    while budget - problem.base[r] < need:
+        budget = np.nextafter(budget, np.inf)
+    if problem.resources[r] == "trainable_params":
+        return str(math.ceil(budget))
+    return _number(budget)
+
+
+def _number(value: float) -> str:
+    """Six significant digits, rounded up, so that a budget copied from a message is never too small."""
+    if value == int(value) and abs(value) < 1e15:
+        return str(int(value))
+    return f"{float(Context(prec=6, rounding=ROUND_CEILING).create_decimal(Decimal(float(value)))):.6g}"

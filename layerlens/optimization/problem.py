@@ -1,0 +1,146 @@
+"""From utilities, costs and budgets to the allocation problem: the score formula and the budgeted resources."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from layerlens.config import OptimizationConfig
+from layerlens.exceptions import ActivationCacheError, OptimizationError
+from layerlens.models import RESOURCES, AllocationProblem, CostTable, ModelSpec, UtilityTable
+from layerlens.models.options import NONE, Option
+from layerlens.optimization.sums import exact_sum
+
+# What ``objective_weights`` calls each resource.
+OBJECTIVE_OF_RESOURCE = {"trainable_params": "cost", "flops": "flops", "vram_gb": "vram", "latency_ms": "latency"}
+
+
+def build_problem(
+    spec: ModelSpec, utilities: UtilityTable, costs: CostTable, config: OptimizationConfig
+) -> AllocationProblem:
+    """The knapsack problem of one model: a group for each layer, a resource for each budget that was given.
+
+    The score of option o, which is what the solver maximises::
+
+        score_o = w_utility · utility_o / max(utility) − Σ_r w_r · cost_ro / reference_r − penalty(method_o)
+
+    - ``w`` are ``objective_weights``; a weight that is not named is 1 for the utility and 0 for a resource.
+    - Where no utility is above 0, max(|utility|) takes the place of max(utility).
+    - ``reference_r`` is the budget as the user gave it. A resource with a weight but without a budget is measured
+      against the most that all layers together could use of it (each layer with its dearest option).
+    - ``penalty`` is 0 for "none".
+
+    A resource without a budget is no constraint. The options keep the order of the tables, so an index into
+    ``problem.options`` is one into ``utilities.options`` and ``costs.options``.
+
+    Raises:
+        ActivationCacheError: a utility is NaN or infinite (its statistics are damaged).
+        OptimizationError: a cost is NaN, infinite or negative, or the tables do not describe the same options.
+    """
+    options = utilities.options
+    offset = _group_offsets(spec, options)
+    if costs.options != options:
+        raise OptimizationError(
+            f"the {len(costs.options)} options of the cost table are not the {len(options)} of the utility table; "
+            "build both from the same enumerate_options(spec, config.ranks())"
+        )
+    utility = np.ascontiguousarray(utilities.utility, dtype=np.float64)
+    cost__ro = np.ascontiguousarray(costs.cost__ro, dtype=np.float64)
+    if utility.shape != (len(options),) or cost__ro.shape != (len(RESOURCES), len(options)):
+        raise OptimizationError(
+            f"expected {len(options)} utilities and {len(RESOURCES)} × {len(options)} costs, "
+            f"got arrays of shape {utility.shape} and {cost__ro.shape}"
+        )
+    _reject_damaged(options, utility, cost__ro)
+    base = np.array([costs.base[resource] for resource in RESOURCES], dtype=np.float64)
+    if not np.all(np.isfinite(base) & (base >= 0.0)):
+        raise OptimizationError(f"what the frozen model needs must be finite and at least 0, got {costs.base}")
+
+    budgets = config.budgets()
+    value = _scores(options, offset, utility, cost__ro, config)
+    rows = [row for row, resource in enumerate(RESOURCES) if budgets[resource] is not None]
+    budget = np.array([budgets[RESOURCES[row]] for row in rows], dtype=np.float64)
+    return AllocationProblem(
+        layers=tuple(layer.name for layer in spec.layers),
+        options=options,
+        offset=offset,
+        value=value,
+        cost__ro=np.ascontiguousarray(cost__ro[rows]),
+        resources=tuple(RESOURCES[row] for row in rows),
+        capacity=budget - base[rows],
+        budget=budget,
+        base=base[rows],
+    )
+
+
+def _group_offsets(spec: ModelSpec, options: tuple[Option, ...]) -> np.ndarray:
+    """Where the options of each layer begin; the layers must come in the order of the specification."""
+    offset = [0]
+    position = 0
+    for layer in spec.layers:
+        while position < len(options) and options[position].layer == layer.name:
+            position += 1
+        if position == offset[-1]:
+            found = options[position].layer if position < len(options) else "the end of the table"
+            raise OptimizationError(f"layer {layer.name!r} has no options where they should be: found {found!r}")
+        offset.append(position)
+    if position < len(options):
+        raise OptimizationError(f"the tables have options for {options[position].layer!r}; the model has no such layer")
+    return np.array(offset, dtype=np.int64)
+
+
+def _reject_damaged(options: tuple[Option, ...], utility: np.ndarray, cost__ro: np.ndarray) -> None:
+    damaged = np.flatnonzero(~np.isfinite(utility))
+    if damaged.size:
+        raise ActivationCacheError(
+            f"the utility of {option_name(options[damaged[0]])} is {utility[damaged[0]]}"
+            f"{_and_others(damaged.size)}; its statistics are damaged, profile the model again"
+        )
+    rows, columns = np.nonzero(~(np.isfinite(cost__ro) & (cost__ro >= 0.0)))
+    if rows.size:
+        raise OptimizationError(
+            f"the {RESOURCES[rows[0]]} cost of {option_name(options[columns[0]])} is {cost__ro[rows[0], columns[0]]}"
+            f"{_and_others(rows.size)}; costs must be finite and at least 0"
+        )
+
+
+def _scores(
+    options: tuple[Option, ...],
+    offset: np.ndarray,
+    utility: np.ndarray,
+    cost__ro: np.ndarray,
+    config: OptimizationConfig,
+) -> np.ndarray:
+    weights = config.objective_weights
+    top = float(utility.max(initial=0.0)) or float(np.abs(utility).max(initial=0.0))
+    # Two factors, because weight / top can overflow for tiny utilities although the product does not.
+    value = weights.get("utility", 1.0) * (utility / top) if top > 0.0 else np.zeros_like(utility)
+    budgets = config.budgets()
+    for row, resource in enumerate(RESOURCES):
+        weight = weights.get(OBJECTIVE_OF_RESOURCE[resource], 0.0)
+        if weight == 0.0:
+            continue
+        reference = budgets[resource]
+        if reference is None:
+            reference = exact_sum(np.maximum.reduceat(cost__ro[row], offset[:-1]))
+        if reference > 0.0:
+            value = value - weight * (cost__ro[row] / reference)
+    penalties = {str(method): penalty for method, penalty in config.method_penalties.items()}
+    penalty = np.array([0.0 if option.method == NONE else penalties.get(option.method, 0.0) for option in options])
+    value = value - penalty
+    damaged = np.flatnonzero(~np.isfinite(value))
+    if damaged.size:
+        raise OptimizationError(
+            f"the score of {option_name(options[damaged[0]])} overflows{_and_others(damaged.size)}; "
+            "use smaller objective_weights or method_penalties"
+        )
+    return np.ascontiguousarray(value)
+
+
+def option_name(option: Option) -> str:
+    """What messages call an option: "lora rank 8 on encoder.layer.0"."""
+    size = {"lora": "rank", "adapter": "size", "prefix": "length"}.get(option.method)
+    return f"{option.method} {size} {option.rank} on {option.layer}" if size else f"{option.method} on {option.layer}"
+
+
+def _and_others(count: int) -> str:
+    return f" (and {count - 1} more)" if count > 1 else ""

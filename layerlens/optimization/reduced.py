@@ -1,0 +1,93 @@
+"""The problem as the solver sees it: without options that cannot fit and without resources that cannot bind.
+
+Nothing that could be part of an answer is lost, so an answer and a bound of the reduced problem are those of the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerlens.kernels._lagrangian import Instance
+from layerlens.models import AllocationProblem
+from layerlens.optimization.sums import exact_sum
+
+# Beyond these binary exponents products and sums could overflow or lose bits; rows are then scaled by a power of two,
+# which is exact.
+LARGEST_EXPONENT = 300
+UNIT_ROUNDOFF = 2.0**-53
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """An instance for the kernels, and how to read it.
+
+    Args:
+        instance: offsets, values (-inf where an option cannot fit), cost rows and capacities.
+        rows: the resources of the problem that the instance keeps.
+        scale_exponents: the instance's cost row i is 2**scale_exponents[i] times the problem's.
+        value_exponent: the instance's values are 2**value_exponent times the problem's.
+        largest_value: the largest |value| of the instance.
+    """
+
+    instance: Instance
+    rows: np.ndarray
+    scale_exponents: np.ndarray
+    value_exponent: int
+    largest_value: float
+
+    def bound(self, price: np.ndarray, best: np.ndarray) -> float:
+        """A proved upper bound on the instance's optimum: p·C + Σ_g best_g, with all rounding errors added.
+
+        ``best_g`` comes from m products and m differences, so its error is at most γ(|v| + Σ p c) with γ = (2m+2)u for
+        the option in question; summed over the options of an allocation that fits, Σ p c is at most Σ p C(1+u). The
+        sums themselves are correctly rounded (fsum). Products that underflow add at most 2^-1074 each.
+        """
+        capacity = self.instance.capacity
+        n, m = self.instance.n_groups, len(price)
+        priced = exact_sum(price * capacity)
+        size = n * self.largest_value + priced
+        margin = (2 * m + 10) * UNIT_ROUNDOFF * size + (n + 1) * (m + 1) * 2.0**-1074
+        return exact_sum((exact_sum(best), priced, margin))
+
+
+def reduce(problem: AllocationProblem) -> Reduced:
+    """Drop what cannot matter. The problem must have passed ``check_feasible``."""
+    offset = np.ascontiguousarray(problem.offset, dtype=np.int64)
+    value = np.ascontiguousarray(problem.value, dtype=np.float64)
+    largest = max(float(value.max()), -float(value.min()))
+    value_exponent = _scaling(largest)
+    if value_exponent:
+        value, largest = np.ldexp(value, value_exponent), math.ldexp(largest, value_exponent)
+    # Costs are never negative and rounding is monotone, so an option above a capacity cannot be part of an answer.
+    too_large = np.zeros(len(value), dtype=bool)
+    for row, capacity in zip(problem.cost__ro, problem.capacity, strict=True):
+        if float(row.max()) > capacity:
+            too_large |= row > capacity
+    if too_large.any():
+        value = np.where(too_large, -np.inf, value)
+    rows, exponents, cost_rows, capacities = [], [], [], []
+    for r, (row, capacity) in enumerate(zip(problem.cost__ro, problem.capacity, strict=True)):
+        usable = np.where(too_large, 0.0, row) if too_large.any() else row
+        if exact_sum(np.maximum.reduceat(usable, offset[:-1])) <= capacity:
+            continue  # even the dearest options fit together
+        exponent = _scaling(float(capacity))
+        rows.append(r)
+        exponents.append(exponent)
+        cost_rows.append(np.ldexp(row, exponent) if exponent else np.ascontiguousarray(row))
+        capacities.append(math.ldexp(float(capacity), exponent))
+    return Reduced(
+        instance=Instance(offset, value, cost_rows, np.array(capacities, dtype=np.float64)),
+        rows=np.array(rows, dtype=np.int64),
+        scale_exponents=np.array(exponents, dtype=np.int64),
+        value_exponent=value_exponent,
+        largest_value=largest,
+    )
+
+
+def _scaling(size: float) -> int:
+    """The power of two that brings ``size`` near 1 where it lies far from it, else 0."""
+    exponent = math.frexp(size)[1]
+    return -exponent if size > 0.0 and abs(exponent) > LARGEST_EXPONENT else 0
