@@ -1,0 +1,87 @@
+"""``init``, ``validate``, ``schema`` and ``version``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli_support import VALID, Invoke, parsed
+
+from layerlens import __version__
+from layerlens.config import RunConfig, load_run_config
+
+
+def test_init_writes_a_valid_commented_file_and_keeps_what_is_there(invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke("init", "new/my.yaml", "--model", "./my-model", "--data", "rows.csv")
+    assert result.exit_code == 0
+    config = load_run_config(tmp_path / "new/my.yaml")
+    assert (config.model.name_or_path, config.data.source) == ("./my-model", "rows.csv")
+    assert "# Trainable parameters of all options together" in (tmp_path / "new/my.yaml").read_text(encoding="utf-8")
+    assert "then: layerlens run new/my.yaml" in result.stderr
+
+    refused = invoke("init")
+    assert refused.exit_code == 2
+    assert refused.stderr == "error: config.yaml is already there; give another name, or --force to replace it\n"
+    assert (tmp_path / "config.yaml").read_text(encoding="utf-8") == VALID
+    assert invoke("init", "--force").exit_code == 0
+    assert (tmp_path / "config.yaml").read_text(encoding="utf-8") != VALID
+
+
+def test_init_in_a_directory(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "job").mkdir()
+    assert invoke("init", "job").exit_code == 0
+    load_run_config(tmp_path / "job/config.yaml")
+
+
+def test_init_where_nothing_can_be_written(invoke: Invoke) -> None:
+    result = invoke("init", "config.yaml/below/a/file.yaml")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: cannot write config.yaml/below/a/file.yaml: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_validate(invoke: Invoke) -> None:
+    result = invoke("validate", "config.yaml")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "config.yaml is valid. Run it with: layerlens run config.yaml\n"
+    as_json = parsed(invoke("validate", "config.yaml", "--json", "--set", "runtime.seed=5"))
+    assert RunConfig(**as_json).runtime.seed == 5
+
+
+def test_every_problem_is_one_line_with_its_place(invoke: Invoke, tmp_path: Path) -> None:
+    text = VALID.replace("max_trainable_params: 50000", "max_vram: 8\n  max_flops: none")
+    (tmp_path / "wrong.yaml").write_text(text, encoding="utf-8")
+    result = invoke("validate", "wrong.yaml", "--set", "data.batch_size=0")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "error: wrong.yaml:6:13: optimization.max_vram: unknown key, did you mean 'max_vram_gb'?",
+        "error: wrong.yaml:7:14: optimization.max_flops: must be a number, got none",
+        "error: --set data.batch_size=0: data.batch_size: must be greater than or equal to 1, got 0",
+    ]
+
+
+@pytest.mark.parametrize("command", ["validate", "run"])
+def test_missing_file(invoke: Invoke, command: str) -> None:
+    result = invoke(command, "none.yaml")
+    assert result.exit_code == 2
+    assert result.stderr == "error: no configuration file at none.yaml; write one with: layerlens init none.yaml\n"
+
+
+def test_schemas(invoke: Invoke) -> None:
+    config, manifest = parsed(invoke("schema")), parsed(invoke("schema", "--manifest"))
+    assert config["properties"].keys() == RunConfig.model_fields.keys()
+    assert config["$schema"] == manifest["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert {"allocations", "resources", "gap"} <= manifest["properties"].keys()
+
+
+def test_version(invoke: Invoke) -> None:
+    assert invoke("version").stdout == invoke("--version").stdout == f"layerlens {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["no-such-command"], ["validate"], ["run", "config.yaml", "--no-such-option"], ["optimize", "x"]]
+)
+def test_wrong_usage(invoke: Invoke, arguments: list[str]) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "Usage:" in result.stderr
