@@ -1,0 +1,118 @@
+"""Figures of the report as inline SVG: the same data give the same bytes, and the page's colours apply.
+
+Text stays text (it can be read aloud, searched, and takes the page's font). Colours are drawn as placeholders and
+become CSS variables, so a figure follows dark mode and print. Ids get a prefix, because several figures share one page.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+# Drawn colour -> CSS variable of the page.
+INK, FAINT, METHOD_COLOURS = "#010101", "#020202", {"lora": "#030303", "adapter": "#040404", "prefix": "#050505"}
+_VARIABLES = {INK: "ink", FAINT: "rule", **{colour: method for method, colour in METHOD_COLOURS.items()}}
+_MARKERS = {"lora": "o", "adapter": "s", "prefix": "^"}
+
+_SETTINGS = {
+    "svg.hashsalt": "layerlens",  # ids from the content instead of a random salt
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a $ in a name is a $
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.formatter.useoffset": False,
+    "axes.formatter.use_mathtext": False,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Utility of the options of one method on one layer.
+
+    Args:
+        method: "lora", "adapter" or "prefix".
+        params: trainable parameters of each option, ascending.
+        utility: utility of each option.
+        ranks: rank of each option.
+    """
+
+    method: str
+    params: tuple[int, ...]
+    utility: tuple[float, ...]
+    ranks: tuple[int, ...]
+
+
+def utility_curves(
+    curves: Sequence[Curve], chosen: tuple[str, int] | None, *, top: float, title: str, description: str, prefix: str
+) -> str:
+    """One layer's utility over trainable parameters, a line for each method, the chosen option ringed.
+
+    Args:
+        curves: a line each.
+        chosen: (method, rank) of the option that the manifest takes, None when it leaves the layer alone.
+        top: upper end of the utility axis, the same for figures that are to be compared.
+        title, description: what a screen reader says.
+        prefix: makes the figure's ids unique on the page.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(3.6, 2.3), layout="constrained")
+        axes = figure.subplots()
+        for curve in curves:
+            colour, marker = METHOD_COLOURS[curve.method], _MARKERS[curve.method]
+            axes.plot(curve.params, curve.utility, color=colour, marker=marker, markersize=4.5, linewidth=1.8)
+            for params, utility, rank in zip(curve.params, curve.utility, curve.ranks, strict=True):
+                if chosen == (curve.method, rank):
+                    axes.plot([params], [utility], "o", markersize=12, fillstyle="none", color=INK, markeredgewidth=1.6)
+        axes.xaxis.set_major_formatter(lambda value, _: _compact(value))
+        axes.set_xlim(left=0)
+        axes.set_ylim(min(0.0, *(value for curve in curves for value in curve.utility)), top)
+        axes.locator_params(nbins=5)
+        axes.set_xlabel("trainable parameters")
+        axes.set_ylabel("utility")
+        axes.grid(True)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return inline_svg(buffer.getvalue(), title=title, description=description, prefix=prefix)
+
+
+def inline_svg(svg: str, *, title: str, description: str, prefix: str) -> str:
+    """matplotlib's SVG file as an accessible element inside a page."""
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', body)
+    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", body)
+    body = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", body, count=1, flags=re.DOTALL)
+    body = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", body, count=1, flags=re.DOTALL)
+    for colour, variable in _VARIABLES.items():
+        body = body.replace(colour, f"var(--{variable})")
+    names = (
+        f'<title id="{prefix}-title">{escape(title)}</title>'
+        f'<desc id="{prefix}-desc">{escape(description)}</desc>'
+    )  # fmt: skip
+    opening = f'<svg role="img" aria-labelledby="{prefix}-title {prefix}-desc"'
+    return body.replace("<svg", opening, 1).replace(">", f">{names}", 1).strip()
+
+
+def _compact(value: float) -> str:
+    """1234 as "1.2k": ticks have little room."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"

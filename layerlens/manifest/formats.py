@@ -1,0 +1,78 @@
+"""Numbers as the report shows them: few digits, units beside them, thin gaps between thousands."""
+
+from __future__ import annotations
+
+import math
+
+UNITS = {"trainable_params": "parameter", "flops": "FLOP", "vram_gb": "GB", "latency_ms": "ms"}
+RESOURCE_NAMES = {
+    "trainable_params": "Trainable parameters",
+    "flops": "FLOPs",
+    "vram_gb": "Training memory",
+    "latency_ms": "Forward latency",
+}
+
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def number(value: float) -> str:
+    """Whole numbers in full, others with four significant digits.
+
+    >>> number(41234), number(0.00012345), number(0), number(-2.5), number(1.2e-5)
+    ('41,234', '0.0001234', '0', '−2.5', '1.2×10⁻⁵')
+    """
+    if float(value).is_integer() and abs(value) < 1e12:
+        text = f"{int(value):,}"
+    elif 1e-4 <= abs(value) < 1e12:
+        text = f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}".rstrip("0").rstrip(".")
+    else:
+        digits, power = f"{value:.3e}".split("e")
+        text = f"{digits.rstrip('0').rstrip('.')}×10{str(int(power)).translate(_SUPERSCRIPT)}"
+    return text.replace("-", "−")
+
+
+def quantity(resource: str, value: float) -> str:
+    """A value with the unit of its resource; "" as resource gives the bare number.
+
+    >>> quantity("flops", 1.5e9), quantity("vram_gb", 4e-5), quantity("latency_ms", 0.25), quantity("latency_ms", 0)
+    ('1.5 GFLOP', '40 kB', '0.25 ms', '0 ms')
+    """
+    if resource == "flops":
+        return _scaled(value, "FLOP")
+    if resource == "vram_gb":
+        return _scaled(1e9 * value, "B")
+    if resource == "latency_ms":
+        return f"{value:.3g} ms".replace("-", "−") if abs(value) < 1000 else f"{number(round(value))} ms"
+    return number(value)
+
+
+def _scaled(value: float, unit: str) -> str:
+    """With the largest SI prefix that leaves at least 1."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        # 999.96 would be shown as 1000, so the next prefix begins a little early.
+        if abs(value) >= 0.9995 * factor:
+            return f"{number(float(f'{value / factor:.4g}'))} {prefix}{unit}"
+    return f"{number(float(f'{value:.4g}'))} {unit}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share of 1 in percent; small ones are not rounded to nothing.
+
+    >>> percent(0.5), percent(0.00012), percent(0.0), percent(1e-6, digits=4)
+    ('50 %', '0.012 %', '0 %', '0.0001 %')
+    """
+    value = 100 * share
+    if value != 0 and abs(value) < 10.0**-digits:
+        return f"{value:.2g} %".replace("-", "−")
+    return f"{value:.{digits}f}".rstrip("0").rstrip(".").replace("-", "−") + " %"
+
+
+def signed_percent(share: float) -> str:
+    """A relative error, with its sign.
+
+    >>> signed_percent(0.031), signed_percent(-0.2), signed_percent(0)
+    ('+3.1 %', '−20 %', '0 %')
+    """
+    text = percent(share)
+    return text if text.startswith("−") or share == 0 else "+" + text

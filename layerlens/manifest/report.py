@@ -1,0 +1,280 @@
+"""report.html: what was chosen, what it uses of each budget, how good it provably is, and what checking it showed.
+
+One file that needs nothing else: no script, no request. This module turns manifest and tables into the values that the
+template shows; the template (templates/report.html.j2) only places them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from layerlens.integrations.transformers import role_of
+from layerlens.manifest.figures import Curve, utility_curves
+from layerlens.manifest.formats import RESOURCE_NAMES, UNITS, number, percent, quantity, signed_percent
+from layerlens.models import (
+    METHODS,
+    RESOURCES,
+    CostTable,
+    Manifest,
+    ManifestRow,
+    ModelStatistics,
+    ResourceUse,
+    UtilityTable,
+)
+from layerlens.utils.atomic import atomic_write_text
+
+METHOD_NAMES = {"none": "none", "lora": "LoRA", "adapter": "adapter", "prefix": "prefix"}
+STRONGEST = 6
+"""Layers whose utility curves are shown."""
+
+
+def write_report(
+    path: Path,
+    *,
+    manifest: Manifest,
+    utilities: UtilityTable,
+    costs: CostTable,
+    statistics: ModelStatistics,
+    measured: dict[str, Any],
+) -> None:
+    """Write the report to ``path``, atomically; the same arguments give the same bytes.
+
+    Args:
+        path: where, usually report.html.
+        manifest: what was chosen.
+        utilities, costs: what the solver chose from, for the curves.
+        statistics: what was measured, for the noise of each layer.
+        measured: quantity -> {"predicted", "measured", "relative_error"}, or one number; empty when nothing was
+            checked.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["breakable"] = _breakable
+    page = environment.get_template("report.html.j2").render(
+        model=str(manifest.model.get("name_or_path", "")),
+        summary=_summary(manifest),
+        budgets=[_budget(use) for use in manifest.resources],
+        heat=heat_map(manifest.allocations),
+        certificate=_certificate(manifest),
+        checks=_checks(measured),
+        curves=_curves(manifest, utilities, costs),
+        utility_unit=utilities.unit,
+        layers=_layers(manifest, statistics),
+        measured_on=_measured_on(statistics),
+        provenance=list(_flat({"model": manifest.model, "lora": manifest.lora, **manifest.provenance})),
+        method_names=METHOD_NAMES,
+    )
+    atomic_write_text(Path(path), page)
+
+
+def _summary(manifest: Manifest) -> dict[str, Any]:
+    counts = {method: sum(row.method == method for row in manifest.allocations) for method in METHODS[1:]}
+    return {
+        "layers": len(manifest.allocations),
+        "adapted": sum(counts.values()),
+        "counts": [(METHOD_NAMES[method], count) for method, count in counts.items() if count],
+        "parameters": number(sum(row.cost for row in manifest.allocations)),
+        "share": _share_of_model(manifest),
+    }
+
+
+def _share_of_model(manifest: Manifest) -> str:
+    total = manifest.model.get("total_params")
+    return percent(sum(row.cost for row in manifest.allocations) / total) if total else ""
+
+
+def _budget(use: ResourceUse) -> dict[str, Any]:
+    """Widths of the bar's parts in percent of the budget, and every figure as text."""
+    text = {key: quantity(use.resource, getattr(use, key)) for key in ("base", "added", "total")}
+    entry: dict[str, Any] = {**text, "name": RESOURCE_NAMES[use.resource], "source": use.source, "limited": False}
+    entry["price"] = f"{number(use.multiplier)} score per {UNITS[use.resource]}" if use.multiplier else ""
+    if use.budget is not None and use.budget > 0:
+        free = use.budget - use.total
+        entry |= {
+            "limited": True,
+            "budget": quantity(use.resource, use.budget),
+            "free": quantity(use.resource, max(free, 0.0)),
+            "used": percent(use.total / use.budget),
+            "base_width": round(100 * min(use.base / use.budget, 1.0), 3),
+            "added_width": round(100 * min(use.added / use.budget, 1.0), 3),
+            "has_base": use.base > 0,
+        }
+    return entry
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer stands in the model: its block (a row of the heat map) and its role in it (a column)."""
+
+    block: str
+    role: str
+
+
+def place_of(layer: str) -> Place:
+    """The first number in a module path is the block; what follows it is the role.
+
+    >>> place_of("bert.encoder.layer.3.attention.self.query")
+    Place(block='3', role='query')
+    >>> place_of("bert.pooler.dense")
+    Place(block='', role='bert.pooler.dense')
+    """
+    found = re.fullmatch(r"(?:.*?\.)?(\d+)(?:\.(.+))?", layer)
+    if not found:
+        return Place("", layer)
+    inner = found[2] or "block"
+    return Place(found[1], role_of(inner).replace("_", " ") or inner)
+
+
+def heat_map(rows: Sequence[ManifestRow]) -> dict[str, Any]:
+    """The allocation as a table: a row for each block, a column for each role, in the model's order.
+
+    A cell has the methods and ranks of its layers and the strength of its colour: the rank as a share of the largest
+    rank of its method.
+    """
+    largest = {method: max((row.rank for row in rows if row.method == method), default=0) for method in METHODS}
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    blocks, roles = dict.fromkeys(place_of(row.layer).block for row in rows), {}
+    for row in rows:
+        place = place_of(row.layer)
+        roles[place.role] = None
+        strength = row.rank / largest[row.method] if row.rank else 0.0
+        entry = {"method": row.method, "rank": row.rank, "layer": row.layer, "strength": round(15 + 40 * strength)}
+        cells.setdefault((place.block, place.role), []).append(entry)
+    return {
+        "roles": list(roles),
+        "blocks": [{"name": block, "cells": [cells.get((block, role), []) for role in roles]} for block in blocks],
+        "methods": [method for method in METHODS[1:] if largest[method]],
+    }
+
+
+def _certificate(manifest: Manifest) -> dict[str, str]:
+    return {
+        "score": f"{manifest.score:.7g}",  # enough digits to tell it from the bound
+        "bound": f"{manifest.upper_bound:.7g}",
+        "gap": percent(manifest.gap, digits=4),
+        "status": manifest.status,
+        "solver": manifest.solver,
+        "utility_model": manifest.utility_model,
+        "utility_unit": manifest.utility_unit,
+    }
+
+
+def _checks(measured: Mapping[str, Any]) -> dict[str, Any]:
+    compared, single = [], []
+    for name, value in measured.items():
+        resource = name.removeprefix("base_") if name.removeprefix("base_") in RESOURCES else ""
+        label = RESOURCE_NAMES.get(resource) or name.replace("_", " ")
+        if resource and resource != name:
+            label += " of the frozen model"
+        if isinstance(value, Mapping):
+            compared.append(
+                {
+                    "name": label,
+                    "predicted": quantity(resource, value["predicted"]),
+                    "measured": quantity(resource, value["measured"]),
+                    "error": signed_percent(value["relative_error"]),
+                }
+            )
+        elif name == "step_zero_max_abs_delta":
+            single.append(("largest change of any logit before the first step", number(value)))
+        else:
+            single.append((label, number(value) if isinstance(value, int | float) else str(value)))
+    return {"compared": compared, "single": single}
+
+
+def _curves(manifest: Manifest, utilities: UtilityTable, costs: CostTable) -> list[dict[str, Any]]:
+    """Figures for the layers with the largest utility of any option."""
+    params = costs.cost__ro[RESOURCES.index("trainable_params")]
+    options: dict[str, dict[str, list[tuple[int, int, float]]]] = {}
+    for index, option in enumerate(utilities.options):
+        if option.method != "none":
+            point = (int(params[index]), option.rank, float(utilities.utility[index]))
+            options.setdefault(option.layer, {}).setdefault(option.method, []).append(point)
+    best = {layer: max(point[2] for points in of.values() for point in points) for layer, of in options.items()}
+    strongest = sorted(best, key=lambda layer: -best[layer])[:STRONGEST]
+    top = 1.05 * max((best[layer] for layer in strongest), default=0.0) or 1.0
+    taken = {row.layer: (row.method, row.rank) for row in manifest.allocations if row.method != "none"}
+    figures = []
+    for index, layer in enumerate(strongest):
+        curves = []
+        for method, points in options[layer].items():
+            sizes, ranks, values = zip(*sorted(points), strict=True)
+            curves.append(Curve(method, sizes, values, ranks))
+        method, rank = taken.get(layer, ("none", 0))
+        chosen = f"{METHOD_NAMES[method]} {rank}" if rank else "none"
+        description = "; ".join(
+            f"{METHOD_NAMES[curve.method]}: "
+            + ", ".join(f"rank {r} {number(u)}" for r, u in zip(curve.ranks, curve.utility, strict=True))
+            for curve in curves
+        )
+        svg = utility_curves(
+            curves, taken.get(layer), top=top, title=f"Utility of the options of {layer}; chosen: {chosen}",
+            description=description, prefix=f"curve{index}",
+        )  # fmt: skip
+        figures.append({"layer": layer, "chosen": chosen, "svg": Markup(svg)})
+    return figures
+
+
+def _layers(manifest: Manifest, statistics: ModelStatistics) -> list[dict[str, Any]]:
+    by_name = statistics.by_name()
+    rows = []
+    for row in manifest.allocations:
+        found = by_name.get(row.layer)
+        of = found.by_method if found else {}
+        measured = of.get(row.method) or next(iter(of.values()), None)
+        noise = 1.0 - max(measured.signal, 0.0) / measured.energy if measured and measured.energy > 0 else None
+        rows.append(
+            {
+                "layer": row.layer,
+                "method": row.method,
+                "name": METHOD_NAMES[row.method],
+                "rank": row.rank,
+                "utility": number(row.utility),
+                "params": number(row.cost),
+                "flops": quantity("flops", row.flops),
+                "vram": quantity("vram_gb", row.vram),
+                "latency": quantity("latency_ms", row.latency),
+                "score": number(row.total_score),
+                "noise": "–" if noise is None else percent(noise),
+            }
+        )
+    return rows
+
+
+def _measured_on(statistics: ModelStatistics) -> list[tuple[str, str]]:
+    return [
+        ("calibration samples", number(statistics.n_samples)),
+        ("tokens", number(statistics.n_tokens)),
+        ("mean loss of the frozen model", number(statistics.mean_loss)),
+    ]
+
+
+def _breakable(name: str) -> Markup:
+    """A module path that may break after its dots, which is where a reader expects it."""
+    return Markup(".<wbr>").join(escape(part) for part in name.split("."))
+
+
+def _flat(values: Any, place: str = "") -> Any:
+    """(dotted path, text) of every value in nested dictionaries."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _flat(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(values, list | tuple):
+        yield place, ", ".join(map(str, values))
+    else:
+        yield place, "–" if values is None else str(values)
