@@ -13,7 +13,16 @@ from pydantic_core import ErrorDetails
 
 from layerlens.config.schema import alternatives, annotation_at, as_model, sections_with
 from layerlens.config.sections import RunConfig
-from layerlens.config.yaml_source import MAX_BYTES, Document, Location, Place, Problem, dotted, read_yaml
+from layerlens.config.yaml_source import (
+    MAX_BYTES,
+    Document,
+    Location,
+    Place,
+    Problem,
+    dotted,
+    read_yaml,
+    text_in_yaml_1_1,
+)
 from layerlens.exceptions import ConfigurationError
 
 # What to say instead of pydantic's words, which speak of Python's types.
@@ -64,7 +73,7 @@ def parse_run_config(text: str, source: str = "config.yaml", overrides: Sequence
     for setting in overrides:
         _override(document, setting)
     _empty_sections(document.data)
-    problems = document.problems + list(_misplaced_booleans(document, document.data, ()))
+    problems = document.problems + list(_settle_scalars(document))
     reported = {problem.key for problem in problems}
     try:
         config = RunConfig.model_validate(document.data)
@@ -105,11 +114,12 @@ def _override(document: Document, setting: str) -> None:
     label = f"--set {setting}"
     if not equals or not all(parts):
         raise ConfigurationError(f"{label}: must look like optimization.max_trainable_params=20000")
-    value = read_yaml(text, label)
+    value, place = read_yaml(text, label), Place(_AFTER_FILE, 1, label)
     level = document.data
     for depth, part in enumerate(parts[:-1], start=1):
         if level.get(part) is None:
             level[part] = {}
+            document.places[tuple(parts[:depth])] = place
         level = level[part]
         if not isinstance(level, dict):
             raise ConfigurationError(f"{label}: {'.'.join(parts[:depth])} has no keys of its own")
@@ -118,7 +128,6 @@ def _override(document: Document, setting: str) -> None:
     for known in [known for known in document.places if known[: len(location)] == location]:
         del document.places[known]
         document.texts.pop(known, None)
-    place = Place(_AFTER_FILE, 1, label)
     document.places.update({(*location, *inner): place for inner in value.places})
     document.texts.update({(*location, *inner): text for inner, text in value.texts.items()})
     document.problems = [problem for problem in document.problems if problem.key != dotted(location)]
@@ -135,21 +144,26 @@ def _empty_sections(data: dict[str, Any], location: Location = ()) -> None:
                 _empty_sections(data[key], (*location, key))
 
 
-def _misplaced_booleans(document: Document, value: Any, location: Location) -> Iterator[Problem]:
-    """true and false where a number or text is wanted; pydantic would take them for 1 and 0."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _misplaced_booleans(document, inner, (*location, key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _misplaced_booleans(document, inner, (*location, index))
-    elif isinstance(value, bool):
-        names = {int: "a whole number", float: "a number", str: "text"}
-        wanted = next((names[kind] for kind in alternatives(annotation_at(location)) if kind in names), None)
-        if wanted is not None:
+def _settle_scalars(document: Document) -> Iterator[Problem]:
+    """Hold every unquoted scalar against the type that is wanted in its place, where pydantic cannot tell.
+
+    true and false where a number or text is wanted are problems; pydantic takes them for 1 and 0. Text such as 1e5,
+    which is a number by YAML 1.2 but text by YAML 1.1 (so writers of that version leave it unquoted), is text there.
+    """
+    wanted_as = {int: "a whole number", float: "a number", str: "text"}
+    for location, text in document.texts.items():
+        holder = document.data
+        for part in location[:-1]:
+            holder = holder[part]
+        value = holder[location[-1]]
+        kinds = alternatives(annotation_at(location))
+        wanted = next((wanted_as[kind] for kind in kinds if kind in wanted_as), None)
+        if isinstance(value, bool) and wanted is not None:
             hint = "; put it in quotes if text is meant" if wanted == "text" else ""
-            message = f"must be {wanted}, got {document.texts[location]} (a yes/no value){hint}"
+            message = f"must be {wanted}, got {text} (a yes/no value){hint}"
             yield Problem(document.place(location), dotted(location), message)
+        elif isinstance(value, (int, float)) and wanted == "text" and text_in_yaml_1_1(text):
+            holder[location[-1]] = text
 
 
 def _explain(detail: ErrorDetails, document: Document) -> Problem:

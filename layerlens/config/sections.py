@@ -141,7 +141,8 @@ class OptimizationConfig(ConfigModel):
     lora_ranks: tuple[int, ...] = Field(default=(1, 2, 4, 8, 16, 32), description="LoRA ranks on offer.")
     adapter_sizes: tuple[int, ...] = Field(default=(2, 4, 8, 16, 32), description="Adapter bottleneck widths on offer.")
     prefix_lengths: tuple[int, ...] = Field(
-        default=(1, 2, 4, 8, 16), description="Prefix lengths on offer, in key/value pairs."
+        default=(2, 4, 8, 16),
+        description="Prefix lengths on offer, in key/value pairs. A single pair would leave its key untrained.",
     )
     alpha_over_r: float = Field(default=2.0, gt=0, description="LoRA scale alpha/r, one constant for the whole model.")
     optimizer: Literal["adamw", "sgd"] = Field(

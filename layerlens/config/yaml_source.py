@@ -91,6 +91,11 @@ def dotted(location: Location) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
 
 
+def text_in_yaml_1_1(scalar: str) -> bool:
+    """Whether YAML 1.1, which PyYAML and many tools write, takes the unquoted ``scalar`` for text."""
+    return bool(yaml.SafeLoader("").resolve(yaml.ScalarNode, scalar, (True, False)) == _CORE + "str")
+
+
 def read_yaml(text: str, source: str) -> Document:
     """Read one YAML document.
 

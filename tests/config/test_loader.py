@@ -135,6 +135,7 @@ def test_yes_is_text_where_text_is_wanted_and_true_where_a_switch_is() -> None:
     config = parse_run_config(with_lines("data", "label_column: yes", "text_column: off"))
     assert (config.data.label_column, config.data.text_column) == ("yes", "off")
     assert parse_run_config(with_lines("optimization", "refine: no")).optimization.refine is False
+    assert parse_run_config(with_lines("data", "label_column: 1e5")).data.label_column == "1e5"
     assert parse_run_config(with_lines("data", "label_column: 2024-01-01")).data.label_column == "2024-01-01"
 
 
