@@ -11,13 +11,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 # Drawn colour -> CSS variable of the page.
 INK, FAINT, METHOD_COLOURS = "#010101", "#020202", {"lora": "#030303", "adapter": "#040404", "prefix": "#050505"}
 _VARIABLES = {INK: "ink", FAINT: "rule", **{colour: method for method, colour in METHOD_COLOURS.items()}}
 _MARKERS = {"lora": "o", "adapter": "s", "prefix": "^"}
 
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.hashsalt": "layerlens",  # ids from the content instead of a random salt
     "svg.fonttype": "none",
     "text.parse_math": False,  # a $ in a name is a $
@@ -65,10 +66,12 @@ def utility_curves(
         title, description: what a screen reader says.
         prefix: makes the figure's ids unique on the page.
     """
-    from matplotlib import rc_context
+    from matplotlib import rc_context, rcdefaults, rcParams
     from matplotlib.figure import Figure
 
-    with rc_context(_SETTINGS):
+    with rc_context():
+        rcdefaults()  # whatever style the user or a notebook has set
+        rcParams.update(_SETTINGS)
         figure = Figure(figsize=(3.6, 2.3), layout="constrained")
         axes = figure.subplots()
         for curve in curves:

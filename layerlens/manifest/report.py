@@ -65,6 +65,7 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
+    curves = _curves(manifest, utilities, costs)
     page = environment.get_template("report.html.j2").render(
         model=str(manifest.model.get("name_or_path", "")),
         summary=_summary(manifest),
@@ -72,7 +73,8 @@ def write_report(
         heat=heat_map(manifest.allocations),
         certificate=_certificate(manifest),
         checks=_checks(measured),
-        curves=_curves(manifest, utilities, costs),
+        curves=curves,
+        curve_methods=[method for method in METHODS[1:] if any(method in curve["methods"] for curve in curves)],
         utility_unit=utilities.unit,
         layers=_layers(manifest, statistics),
         measured_on=_measured_on(statistics),
@@ -148,7 +150,8 @@ def heat_map(rows: Sequence[ManifestRow]) -> dict[str, Any]:
     """
     largest = {method: max((row.rank for row in rows if row.method == method), default=0) for method in METHODS}
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    blocks, roles = dict.fromkeys(place_of(row.layer).block for row in rows), {}
+    blocks = dict.fromkeys(place_of(row.layer).block for row in rows)
+    roles: dict[str, None] = {}  # in order of appearance
     for row in rows:
         place = place_of(row.layer)
         roles[place.role] = None
@@ -226,7 +229,7 @@ def _curves(manifest: Manifest, utilities: UtilityTable, costs: CostTable) -> li
             curves, taken.get(layer), top=top, title=f"Utility of the options of {layer}; chosen: {chosen}",
             description=description, prefix=f"curve{index}",
         )  # fmt: skip
-        figures.append({"layer": layer, "chosen": chosen, "svg": Markup(svg)})
+        figures.append({"layer": layer, "chosen": chosen, "methods": list(options[layer]), "svg": Markup(svg)})
     return figures
 
 

@@ -1,0 +1,256 @@
+"""report.html: self-contained, the same bytes for the same run, well-formed and labelled, whatever the names are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from layerlens.manifest import write_report
+from layerlens.manifest.figures import Curve, utility_curves
+from layerlens.manifest.formats import number, percent, quantity, signed_percent
+from layerlens.manifest.report import Place, heat_map, place_of
+from layerlens.models import (
+    CostTable,
+    LayerStatistics,
+    ManifestRow,
+    MethodStatistics,
+    ModelStatistics,
+    Option,
+    UtilityTable,
+)
+
+VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
+MEASURED = {
+    "step_zero_max_abs_delta": 0.0,
+    "flops": {"predicted": 1.5e9, "measured": 1.4e9, "relative_error": 0.0714},
+    "base_latency_ms": {"predicted": 30.25, "measured": 44.0, "relative_error": -0.3125},
+}
+
+
+class Page(HTMLParser):
+    """Every element with its attributes; fails on tags that are not closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.words = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def tables(manifest):
+    options, utility, params = [], [], []
+    for row in manifest.allocations:
+        options.append(Option(row.layer, "none", 0))
+        utility.append(0.0)
+        params.append(0)
+        for rank in (1, 2, 3, 4):
+            options.append(Option(row.layer, "lora" if row.method == "none" else row.method, rank))
+            utility.append(0.1 * math.sqrt(rank))
+            params.append(768 * rank)
+    cost__ro = np.zeros((4, len(options)))
+    cost__ro[0] = params
+    return UtilityTable(tuple(options), np.array(utility), "signal", "nats"), CostTable(tuple(options), cost__ro, {})
+
+
+@pytest.fixture
+def statistics(manifest):
+    fields = {field.name for field in dataclasses.fields(ModelStatistics)}
+    footprint = {"forward_flops": 1e6} if "forward_flops" in fields else {}
+    layer = manifest.allocations[0].layer
+    measured = LayerStatistics(layer, {"lora": MethodStatistics(2.0, 30.0, 1.5, 1.0)})
+    return ModelStatistics((measured,), 256, 18_211, 2.31, 1e5, **footprint)
+
+
+@pytest.fixture
+def report(manifest, statistics, tmp_path):
+    def write(manifest=manifest, measured=MEASURED, name="report.html"):
+        utilities, costs = tables(manifest)
+        path = tmp_path / name
+        write_report(
+            path, manifest=manifest, utilities=utilities, costs=costs, statistics=statistics, measured=measured
+        )
+        return path.read_text(encoding="utf-8")
+
+    return write
+
+
+def test_the_same_run_gives_the_same_bytes(report):
+    assert report() == report(name="again.html")
+
+
+def test_nothing_is_fetched_and_nothing_runs(report):
+    text = report()
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.elements}
+    for _, attributes in page.elements:
+        for key, value in attributes.items():
+            assert not key.startswith("on")
+            if key in ("href", "src", "xlink:href", "action"):
+                assert value.startswith("#"), value
+    assert not re.search(r"url\((?!#)|@import", text)
+    (policy,) = [meta["content"] for meta in page.of("meta") if meta.get("http-equiv")]
+    assert policy.startswith("default-src 'none'")
+
+
+def test_it_can_be_read_by_ear_and_by_keyboard(report):
+    page = Page(report())
+    assert page.of("html")[0]["lang"] == "en"
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.elements:
+        for key in ("aria-labelledby", "aria-describedby"):
+            assert set(attributes.get(key, "").split()) <= set(ids)
+        if attributes.get("href", "").startswith("#"):
+            assert attributes["href"][1:] in ids
+    assert page.of("th")
+    assert all(header["scope"] in ("row", "col") for header in page.of("th"))
+    assert len(page.of("svg")) == 4
+    assert all(figure["role"] == "img" and figure["aria-labelledby"] for figure in page.of("svg"))
+    assert len(page.of("desc")) == 4
+    assert all(box["tabindex"] == "0" for box in page.of("div") if box.get("class") == "scroll")
+    assert all(bar["aria-label"] for bar in page.of("div") if bar.get("class") == "bar")
+
+
+def test_it_says_what_the_manifest_says(report):
+    text = Page(report()).text
+    for words in (
+        "3 of 4 layers adapted",
+        "1 LoRA",
+        "7,311 trainable parameters",
+        "7,311 of 8,000 (91.4 %)",
+        "400 MB of 500 MB (80 %)",
+        "300 MB frozen model, 100 MB added, 100 MB free",
+        "786.4 kFLOP, no limit",
+        "0.125 score per ms",
+        "Gap 0.1332 %",
+        "adapter 3",
+        "1.5 GFLOP 1.4 GFLOP +7.1 %",
+        "Forward latency of the frozen model 30.2 ms 44 ms −31.2 %",
+        "Largest change of any logit before the first step: 0",
+        "18,211",
+        "25 %",  # noise of the first layer: 1 - 1.5/2
+        "chosen: LoRA 4",
+        "chosen: none",
+        "versions. layerlens 0.1.0",
+    ):
+        assert words in text, words
+
+
+def test_without_checks_it_says_so(report):
+    assert "Nothing was measured in this run" in Page(report(measured={})).text
+
+
+def test_names_cannot_break_the_page(manifest, report):
+    hostile = '<script>alert("1")</script> $x_1$ & {{ 7 * 7 }}'
+    row = dataclasses.replace(manifest.allocations[0], layer=hostile)
+    changed = dataclasses.replace(
+        manifest, allocations=(row, *manifest.allocations[1:]), solver=hostile, model={"name_or_path": hostile}
+    )
+    page = Page(report(changed))
+    assert page.of("script") == []
+    assert page.text.count(hostile) >= 3
+
+
+def test_a_manifest_that_adapts_nothing_and_one_of_whole_blocks(manifest, report):
+    none = tuple(dataclasses.replace(row, method="none", rank=0, cost=0) for row in manifest.allocations)
+    assert "0 of 4 layers adapted:" in Page(report(dataclasses.replace(manifest, allocations=none))).text
+    blocks = tuple(ManifestRow(f"encoder.layer.{index}", "lora", 4, 0.5, 10, 0.0, 0.0, 0.0, 0.5) for index in range(3))
+    page = Page(report(dataclasses.replace(manifest, allocations=blocks, resources=())))
+    assert "block block 0 LoRA 4 1 LoRA 4 2 LoRA 4" in page.text
+    empty = dataclasses.replace(manifest, allocations=())
+    assert "0 of 0 layers adapted" in Page(report(empty)).text
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("bert.encoder.layer.11.attention.self.query", Place("11", "query")),
+        ("model.layers.3.mlp.gate_proj", Place("3", "ffn gate")),
+        ("transformer.h.0.attn", Place("0", "attn")),
+        ("model.layers.3.block_sparse_moe.experts.7.w1", Place("3", "block_sparse_moe.experts.7.w1")),
+        ("3.attn", Place("3", "attn")),
+        ("encoder.layer.4", Place("4", "block")),
+        ("lm_head", Place("", "lm_head")),
+        ("layer10.proj", Place("", "layer10.proj")),
+    ],
+)
+def test_block_and_role_come_from_the_name(name, place):
+    assert place_of(name) == place
+
+
+def test_heat_map_places_every_layer_once(manifest):
+    heat = heat_map(manifest.allocations)
+    shown = [option["layer"] for block in heat["blocks"] for cell in block["cells"] for option in cell]
+    assert sorted(shown) == sorted(row.layer for row in manifest.allocations)
+    assert all(len(block["cells"]) == len(heat["roles"]) for block in heat["blocks"])
+    twins = [ManifestRow(f"{side}.layer.0.attention.self.query", "lora", 1, 0, 1, 0, 0, 0, 0) for side in ("a", "b")]
+    (block,) = heat_map(twins)["blocks"]
+    assert [len(cell) for cell in block["cells"]] == [2]
+
+
+def test_figures_follow_the_page_and_stand_alone():
+    from matplotlib import rc_context
+
+    curve = Curve("lora", (10, 20), (0.1, 0.2), (1, 2))
+    one, two = (
+        utility_curves([curve], ("lora", 2), top=1.0, title="a < b", description="d", prefix=prefix)
+        for prefix in ("one", "two")
+    )
+    assert one.replace("one-", "two-") == two
+    assert "var(--lora)" in one
+    assert "var(--ink)" in one
+    assert not re.search(r"#0[0-9]0[0-9]0[0-9]", one)
+    assert '<title id="one-title">a &lt; b</title>' in one
+    with rc_context({"font.size": 30, "axes.grid": False}):  # a style of the user's changes nothing
+        same = utility_curves([curve], ("lora", 2), top=1.0, title="a < b", description="d", prefix="one")
+    assert same == one
+    plain = utility_curves([curve], None, top=1.0, title="a < b", description="d", prefix="one")
+    assert plain != one  # the ring
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (number(0), "0"),
+        (number(1e15), "1×10¹⁵"),
+        (number(99.996), "100"),
+        (number(0.1 + 0.2), "0.3"),
+        (quantity("flops", 999.96e6), "1 GFLOP"),
+        (quantity("vram_gb", 0.0), "0 B"),
+        (quantity("latency_ms", 1234.5), "1,234 ms"),
+        (quantity("trainable_params", 41_234), "41,234"),
+        (percent(1.0), "100 %"),
+        (percent(0.000001), "0.0001 %"),
+        (signed_percent(0.031), "+3.1 %"),
+        (signed_percent(-0.0001), "−0.01 %"),
+        (signed_percent(0.0), "0 %"),
+    ],
+)
+def test_numbers_are_short_and_have_units(shown, expected):
+    assert shown == expected
