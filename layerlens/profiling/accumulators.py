@@ -44,12 +44,13 @@ class MatrixAccumulator:
         matrices__bgoi = d__bgto.transpose(-1, -2) @ z__bgti
         flat = matrices__bgoi.reshape(matrices__bgoi.shape[0], -1).cpu().contiguous()
         self.trace_sum += float(kernels.row_sum_of_squares(flat, threads=self.threads).sum())
+        in_half__hb = torch.stack([half__b == 0, half__b == 1])
+        sums__hn = in_half__hb.to(flat) @ flat  # one pass over the matrices, which are the bulk of all memory traffic
         if not self.half_sums:
             self.half_sums = [torch.zeros(matrices__bgoi.shape[1:], dtype=torch.float64) for _ in range(2)]
         for half in (0, 1):
-            chosen = half__b == half
-            self.n_samples[half] += int(chosen.sum())
-            self.half_sums[half] += matrices__bgoi[chosen].sum(dim=0).double().cpu()
+            self.n_samples[half] += int(in_half__hb[half].sum())
+            self.half_sums[half] += sums__hn[half].view(matrices__bgoi.shape[1:])
         z__bgti = z__bgti * mask__b1t1
         self.n_tokens += int(mask__bt.sum())
         self.input_square_sum += float((z__bgti.double() ** 2).sum()) / (z__bgti.shape[1] * z__bgti.shape[-1])
