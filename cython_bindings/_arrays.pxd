@@ -1,3 +1,6 @@
+from libcpp.vector cimport vector
+
+
 cdef extern from "layerlens/arrays.hpp" namespace "layerlens" nogil:
     cdef enum class DType(int):
         f32
@@ -38,3 +41,7 @@ cdef ArrayView view_of(object x, str name)
 
 # The same, with exactly two axes; `axes` names them in the message.
 cdef ArrayView matrix_of(object x, str name, str axes)
+
+# Appends the matrices that together are the view, read in the order of memory: one if strides allow it, else one per
+# position of the outer axes; none if it is empty. Reorders the axes of the view.
+cdef int append_pieces(ArrayView view, vector[MatrixView]& pieces) except -1

@@ -180,3 +180,57 @@ cdef ArrayView matrix_of(object x, str name, str axes):
         hint = f"; for a single row pass {name}[None, :]" if view.rank == 1 else ""
         raise ValueError(f"{name} must have the two axes [{axes}], got {view.rank} (shape {shape}){hint}")
     return view
+
+
+cdef int append_pieces(ArrayView view, vector[MatrixView]& pieces) except -1:
+    cdef MatrixView piece
+    cdef Py_ssize_t index, rest, offset, count
+    cdef int axis
+    if view.size() == 0:
+        return 0
+    _put_in_memory_order(view)
+    piece.dtype = view.dtype
+    piece.rows, piece.cols = view.shape[view.rank - 2], view.shape[view.rank - 1]
+    piece.row_stride, piece.col_stride = view.strides[view.rank - 2], view.strides[view.rank - 1]
+    count = view.size() // (piece.rows * piece.cols)
+    for index in range(count):
+        rest, offset = index, 0
+        for axis in range(view.rank - 3, -1, -1):
+            offset += (rest % view.shape[axis]) * view.strides[axis]
+            rest //= view.shape[axis]
+        piece.data = view.data + offset
+        pieces.push_back(piece)
+    return 0
+
+
+cdef void _put_in_memory_order(ArrayView view):
+    """Rewrite the axes of a non-empty view: strides positive and falling, neighbours joined, at least two of them."""
+    cdef int kept = 0, axis, at
+    cdef Py_ssize_t length, stride
+    for axis in range(view.rank):
+        length, stride = view.shape[axis], view.strides[axis]
+        if length == 1:
+            continue
+        if stride < 0:
+            view.data += (length - 1) * stride
+            stride = -stride
+        at = kept
+        while at > 0 and view.strides[at - 1] < stride:
+            view.shape[at], view.strides[at] = view.shape[at - 1], view.strides[at - 1]
+            at -= 1
+        view.shape[at], view.strides[at] = length, stride
+        kept += 1
+    axis = 0
+    for at in range(1, kept):
+        if view.strides[axis] == view.strides[at] * view.shape[at]:
+            view.shape[axis] *= view.shape[at]
+            view.strides[axis] = view.strides[at]
+        else:
+            axis += 1
+            view.shape[axis], view.strides[axis] = view.shape[at], view.strides[at]
+    view.rank = axis + 1 if kept else 0
+    while view.rank < 2:
+        for at in range(view.rank, 0, -1):
+            view.shape[at], view.strides[at] = view.shape[at - 1], view.strides[at - 1]
+        view.shape[0], view.strides[0] = 1, 0
+        view.rank += 1

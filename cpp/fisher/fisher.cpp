@@ -14,7 +14,10 @@ constexpr std::ptrdiff_t gathered_rows = 8;
 }  // namespace
 
 double fisher_trace(Isa isa, const MatrixView& g, int threads) {
-    return sum_of_squares(isa, g, threads) / static_cast<double>(g.rows);
+    const std::ptrdiff_t starts[] = {0, 1};
+    double total = 0.0;
+    array_sum_of_squares(isa, &g, starts, 1, &total, threads);
+    return total / static_cast<double>(g.rows);
 }
 
 void add_column_sum_of_squares(Isa isa, const MatrixView& g, double scale, double* out, int threads) {

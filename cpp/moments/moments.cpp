@@ -3,82 +3,143 @@
 #include <algorithm>
 #include <vector>
 
-#include "moments/moments_isa.hpp"
 #include "common/chunks.hpp"
+#include "moments/moments_isa.hpp"
 
 namespace layerlens {
 namespace {
 
-// Runs chunk_of(x, n) over every chunk and add(row, partials, count) over the partials of every row.
+std::ptrdiff_t chunks_in_row(const MatrixView& x) {
+    return std::max<std::ptrdiff_t>(1, (x.cols + moments_chunk - 1) / moments_chunk);
+}
+
+// Reduces every row of every piece: chunk_of(dtype, x, n) on each of its chunks, then join(partials, count). Returns
+// one Partial per row, the rows of all pieces one after another.
 template <class Partial, class ChunkOf, class Join>
-void reduce_rows(const MatrixView& x, int threads, const ChunkOf& chunk_of, const Join& join) {
-    const std::ptrdiff_t per_row = std::max<std::ptrdiff_t>(1, (x.cols + moments_chunk - 1) / moments_chunk);
-    const std::ptrdiff_t tasks = x.rows * per_row, size = item_size(x.dtype);
-    const int workers = threads_for(x.rows * x.cols * size, tasks, threads);
-    const std::size_t gather_bytes = x.col_stride == size ? 0 : moments_chunk * size;
-    unsigned char* scratch = thread_scratch(gather_bytes * workers);
-    std::vector<Partial> partials(per_row > 1 ? tasks : 0);
+std::vector<Partial> reduce_rows(const MatrixView* pieces, std::ptrdiff_t count, int threads, const ChunkOf& chunk_of,
+                                 const Join& join) {
+    std::vector<std::ptrdiff_t> first_task(count + 1, 0);
+    std::ptrdiff_t bytes = 0, rows = 0, gather_bytes = 0;
+    for (std::ptrdiff_t p = 0; p < count; ++p) {
+        const std::ptrdiff_t size = item_size(pieces[p].dtype);
+        first_task[p + 1] = first_task[p] + pieces[p].rows * chunks_in_row(pieces[p]);
+        rows += pieces[p].rows;
+        bytes += pieces[p].rows * pieces[p].cols * size;
+        if (pieces[p].col_stride != size) gather_bytes = std::max(gather_bytes, moments_chunk * size);
+    }
+    const std::ptrdiff_t tasks = first_task[count];
+    const int workers = threads_for(bytes, tasks, threads);
+    unsigned char* scratch = thread_scratch(static_cast<std::size_t>(gather_bytes) * workers);
+    std::vector<Partial> partials(tasks);
 
     for_each_task(tasks, workers, [&](std::ptrdiff_t task, int worker) {
-        const std::ptrdiff_t row = task / per_row, begin = (task % per_row) * moments_chunk;
+        const std::ptrdiff_t p =
+            count == 1 ? 0 : std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin() - 1;
+        const MatrixView& x = pieces[p];
+        const std::ptrdiff_t per_row = chunks_in_row(x), local = task - first_task[p];
+        const std::ptrdiff_t row = local / per_row, begin = (local % per_row) * moments_chunk;
         const std::ptrdiff_t n = std::min(moments_chunk, x.cols - begin);
-        Partial partial = chunk_of(x.dtype, contiguous_run(x, row, begin, n, scratch + gather_bytes * worker), n);
-        if (per_row > 1) partials[task] = partial;
-        else join(row, &partial, 1);
+        partials[task] = chunk_of(x.dtype, contiguous_run(x, row, begin, n, scratch + gather_bytes * worker), n);
     });
-    if (per_row > 1) {
-        for (std::ptrdiff_t row = 0; row < x.rows; ++row) join(row, partials.data() + row * per_row, per_row);
+    if (tasks == rows) return partials;  // one chunk per row
+
+    std::vector<Partial> results;
+    results.reserve(rows);
+    for (std::ptrdiff_t p = 0; p < count; ++p) {
+        const std::ptrdiff_t per_row = chunks_in_row(pieces[p]);
+        for (std::ptrdiff_t row = 0; row < pieces[p].rows; ++row) {
+            results.push_back(join(partials.data() + first_task[p] + row * per_row, per_row));
+        }
     }
+    return results;
 }
 
-// As tree_sum, for one field of the partials.
-template <class Partial, class Field>
-double tree_sum_of(Partial* values, std::ptrdiff_t n, const Field& field) {
+// The fixed binary tree that joins chunks into rows and rows into arrays; overwrites the values.
+template <class Partial, class Add>
+Partial tree(Partial* values, std::ptrdiff_t n, const Add& add) {
     for (std::ptrdiff_t gap = 1; gap < n; gap *= 2) {
-        for (std::ptrdiff_t i = 0; i + gap < n; i += 2 * gap) field(values[i]) += field(values[i + gap]);
+        for (std::ptrdiff_t i = 0; i + gap < n; i += 2 * gap) add(values[i], values[i + gap]);
     }
-    return n > 0 ? field(values[0]) : 0.0;
+    return n > 0 ? values[0] : Partial{};
 }
 
-double larger_or_nan(double a, double b) { return (a != a || a > b) ? a : b; }
+double join_sums(double* values, std::ptrdiff_t n) {
+    return tree(values, n, [](double& a, double b) { a += b; });
+}
+
+Statistics join_statistics(Statistics* values, std::ptrdiff_t n) {
+    return tree(values, n, [](Statistics& a, const Statistics& b) {
+        a.sum += b.sum;
+        a.sum_of_squares += b.sum_of_squares;
+        a.max_abs = (a.max_abs != a.max_abs || a.max_abs > b.max_abs) ? a.max_abs : b.max_abs;  // NaN stays
+        a.non_finite += b.non_finite;
+        a.zeros += b.zeros;
+    });
+}
+
+void write(const StatisticsOut& out, std::ptrdiff_t at, const Statistics& value) {
+    if (out.sum) out.sum[at] = value.sum;
+    if (out.sum_of_squares) out.sum_of_squares[at] = value.sum_of_squares;
+    if (out.max_abs) out.max_abs[at] = value.max_abs;
+    if (out.non_finite) out.non_finite[at] = value.non_finite;
+    if (out.zeros) out.zeros[at] = value.zeros;
+}
+
+auto chunk_statistics(Isa isa) {
+#ifdef LAYERLENS_X86
+    if (isa == Isa::avx512) return chunk_statistics_avx512;
+    if (isa == Isa::avx2) return chunk_statistics_avx2;
+#endif
+    return chunk_statistics_scalar;
+}
+
+auto chunk_sum_of_squares(Isa isa) {
+#ifdef LAYERLENS_X86
+    if (isa == Isa::avx512) return chunk_sum_of_squares_avx512;
+    if (isa == Isa::avx2) return chunk_sum_of_squares_avx2;
+#endif
+    return chunk_sum_of_squares_scalar;
+}
+
+// Calls take(array, rows, count) with the rows' results of each array.
+template <class Partial, class Take>
+void for_each_array(const MatrixView* pieces, const std::ptrdiff_t* starts, std::ptrdiff_t arrays,
+                    std::vector<Partial>& rows, const Take& take) {
+    Partial* at = rows.data();
+    for (std::ptrdiff_t a = 0; a < arrays; ++a) {
+        std::ptrdiff_t count = 0;
+        for (std::ptrdiff_t p = starts[a]; p < starts[a + 1]; ++p) count += pieces[p].rows;
+        take(a, at, count);
+        at += count;
+    }
+}
 
 }  // namespace
 
-double tree_sum(double* values, std::ptrdiff_t n) noexcept {
-    return tree_sum_of(values, n, [](double& value) -> double& { return value; });
-}
-
-void row_moments(Isa isa, const MatrixView& x, double* sum, double* sum_of_squares, double* max_abs, int threads) {
-    auto chunk_of = chunk_moments_scalar;
-#ifdef LAYERLENS_X86
-    if (isa == Isa::avx2) chunk_of = chunk_moments_avx2;
-    if (isa == Isa::avx512) chunk_of = chunk_moments_avx512;
-#endif
-    reduce_rows<Moments>(x, threads, chunk_of, [&](std::ptrdiff_t row, Moments* partials, std::ptrdiff_t count) {
-        double top = 0.0;
-        for (std::ptrdiff_t i = 0; i < count; ++i) top = larger_or_nan(top, partials[i].max_abs);
-        max_abs[row] = top;
-        sum[row] = tree_sum_of(partials, count, [](Moments& m) -> double& { return m.sum; });
-        sum_of_squares[row] = tree_sum_of(partials, count, [](Moments& m) -> double& { return m.sum_of_squares; });
-    });
+void row_statistics(Isa isa, const MatrixView& x, const StatisticsOut& out, int threads) {
+    const auto rows = reduce_rows<Statistics>(&x, 1, threads, chunk_statistics(isa), join_statistics);
+    for (std::ptrdiff_t row = 0; row < x.rows; ++row) write(out, row, rows[row]);
 }
 
 void row_sum_of_squares(Isa isa, const MatrixView& x, double* out, int threads) {
-    auto chunk_of = chunk_sum_of_squares_scalar;
-#ifdef LAYERLENS_X86
-    if (isa == Isa::avx2) chunk_of = chunk_sum_of_squares_avx2;
-    if (isa == Isa::avx512) chunk_of = chunk_sum_of_squares_avx512;
-#endif
-    reduce_rows<double>(x, threads, chunk_of, [&](std::ptrdiff_t row, double* partials, std::ptrdiff_t count) {
-        out[row] = tree_sum(partials, count);
+    const auto rows = reduce_rows<double>(&x, 1, threads, chunk_sum_of_squares(isa), join_sums);
+    std::copy(rows.begin(), rows.end(), out);
+}
+
+void array_statistics(Isa isa, const MatrixView* pieces, const std::ptrdiff_t* starts, std::ptrdiff_t arrays,
+                      const StatisticsOut& out, int threads) {
+    auto rows = reduce_rows<Statistics>(pieces, starts[arrays], threads, chunk_statistics(isa), join_statistics);
+    for_each_array(pieces, starts, arrays, rows, [&](std::ptrdiff_t a, Statistics* values, std::ptrdiff_t count) {
+        write(out, a, join_statistics(values, count));
     });
 }
 
-double sum_of_squares(Isa isa, const MatrixView& x, int threads) {
-    if (x.rows <= 0) return 0.0;
-    std::vector<double> rows(x.rows);
-    row_sum_of_squares(isa, x, rows.data(), threads);
-    return tree_sum(rows.data(), x.rows);
+void array_sum_of_squares(Isa isa, const MatrixView* pieces, const std::ptrdiff_t* starts, std::ptrdiff_t arrays,
+                          double* out, int threads) {
+    auto rows = reduce_rows<double>(pieces, starts[arrays], threads, chunk_sum_of_squares(isa), join_sums);
+    for_each_array(pieces, starts, arrays, rows, [&](std::ptrdiff_t a, double* values, std::ptrdiff_t count) {
+        out[a] = join_sums(values, count);
+    });
 }
 
 }  // namespace layerlens

@@ -1,4 +1,4 @@
-// The moments of one chunk on virtual lanes; included once per instruction set. See layerlens/moments.hpp for the
+// The statistics of one chunk on virtual lanes; included once per instruction set. See layerlens/moments.hpp for the
 // order of operations and the error bound.
 #pragma once
 
@@ -36,11 +36,6 @@ LL_INLINE Vector fold(const Vector (&v)[4]) {
     return (v[0] + v[1]) + (v[2] + v[3]);
 }
 
-template <class Bits>
-LL_INLINE Bits fold_larger(const Bits (&v)[4]) {
-    return larger(larger(v[0], v[1]), larger(v[2], v[3]));
-}
-
 // Below this a chunk may owe more than 2^-30 of its value to squares that were rounded as subnormals: at most
 // 32768 * 2^-126 even when the processor flushes them to zero.
 constexpr double trusted_minimum = 0x1p-80;
@@ -49,24 +44,73 @@ LL_INLINE bool in_range_of_f32(double sum_of_squares) {
     return sum_of_squares >= trusted_minimum && sum_of_squares <= 0x1p1000;
 }
 
-// `full` says whether sum and max_abs are wanted too; without it they stay 0.
+// What is read off the bits: the largest magnitude, NaN and infinities, zeros. Exact in every order.
+template <class Bits, class Integer>
+struct BitCounts {
+    Bits top[4], not_finite[4], zero[4];
+
+    LL_INLINE BitCounts() {
+        for (int g = 0; g < 4; ++g) top[g] = not_finite[g] = zero[g] = Bits::zero();
+    }
+    template <class Vector>
+    LL_INLINE void add(int g, const Vector& v, Integer infinity) {
+        const Bits bits = magnitude(v);
+        top[g] = larger(top[g], bits);
+        // Comparisons are -1 where true.
+        for (int p = 0; p < parts; ++p) {
+            not_finite[g].part[p] -= bits.part[p] >= infinity;
+            zero[g].part[p] -= bits.part[p] == 0;
+        }
+    }
+    static LL_INLINE int64_t total(const Bits (&counts)[4]) {
+        Integer lane[64 / sizeof(Integer)];
+        ((counts[0] + counts[1]) + (counts[2] + counts[3])).store(lane);
+        int64_t sum = 0;
+        for (Integer count : lane) sum += count;
+        return sum;
+    }
+    // Fills the exact part of `result`; `padding` zeros were added to complete the last step.
+    LL_INLINE void finish(Statistics& result, ptrdiff_t padding) const {
+        result.max_abs = largest_magnitude(larger(larger(top[0], top[1]), larger(top[2], top[3])));
+        result.non_finite = total(not_finite);
+        result.zeros = total(zero) - padding;
+    }
+};
+
+// Calls step on 64 elements (32 for f64) at a time; the last ones are completed with zeros. `steps` of them make a
+// group, after each of which flush is called. Returns how many zeros were added.
+template <int width, int steps, class Element, class Step, class Flush>
+LL_INLINE ptrdiff_t in_steps(const Element* x, ptrdiff_t n, const Step& step, const Flush& flush) {
+    ptrdiff_t i = 0;
+    for (; i + width * steps <= n; i += width * steps) {
+        for (int k = 0; k < steps; ++k) step(x + i + width * k);
+        flush();
+    }
+    if (i == n) return 0;
+    for (; i + width <= n; i += width) step(x + i);
+    const ptrdiff_t rest = n - i;
+    if (rest > 0) {
+        Element padded[width] = {};
+        __builtin_memcpy(padded, x + i, static_cast<size_t>(rest) * sizeof(Element));
+        step(padded);
+    }
+    flush();
+    return rest > 0 ? width - rest : 0;
+}
+
+// `full` says whether all statistics are wanted, or the sum of squares only (the others stay 0).
 template <class Load, bool full>
 struct Chunk {
     using Element = typename Load::Element;
 
     // Lanes of f64 from lanes of f32, flushed every moments_flush steps.
-    static LL_INLINE Moments fast(const Element* x, ptrdiff_t n) {
+    static LL_INLINE Statistics fast(const Element* x, ptrdiff_t n) {
         f64x8 square_low = f64x8::zero(), square_high = f64x8::zero();
         f64x8 sum_low = f64x8::zero(), sum_high = f64x8::zero();
-        i32x16 top[4] = {i32x16::zero(), i32x16::zero(), i32x16::zero(), i32x16::zero()};
+        BitCounts<i32x16, int32_t> counts;
         f32x16 square_f32[4], sum_f32[4];
+        for (int g = 0; g < 4; ++g) square_f32[g] = sum_f32[g] = f32x16::zero();
 
-        const auto start = [&] {
-            for (int g = 0; g < 4; ++g) square_f32[g] = f32x16::zero();
-            if (full) {
-                for (int g = 0; g < 4; ++g) sum_f32[g] = f32x16::zero();
-            }
-        };
         const auto step = [&](const Element* at) __attribute__((always_inline)) {
             f32x16 v[4];
             Load::step(at, v);
@@ -74,7 +118,7 @@ struct Chunk {
                 square_f32[g] += v[g] * v[g];
                 if (full) {
                     sum_f32[g] += v[g];
-                    top[g] = larger(top[g], magnitude(v[g]));
+                    counts.add(g, v[g], 0x7f800000);
                 }
             }
         };
@@ -87,41 +131,20 @@ struct Chunk {
                 sum_low += sums.low;
                 sum_high += sums.high;
             }
+            for (int g = 0; g < 4; ++g) square_f32[g] = sum_f32[g] = f32x16::zero();
         };
-
-        ptrdiff_t i = 0;
-        for (; i + 64 * moments_flush <= n; i += 64 * moments_flush) {
-            start();
-            for (int k = 0; k < moments_flush; ++k) step(x + i + 64 * k);
-            flush();
-        }
-        if (i < n) {
-            start();
-            for (; i + 64 <= n; i += 64) step(x + i);
-            if (i < n) {
-                Element padded[64] = {};
-                __builtin_memcpy(padded, x + i, static_cast<size_t>(n - i) * sizeof(Element));
-                step(padded);
-            }
-            flush();
-        }
-        return {sum_of_lanes(sum_low + sum_high), sum_of_lanes(square_low + square_high),
-                full ? static_cast<double>(largest_magnitude(fold_larger(top))) : 0.0};
+        const ptrdiff_t padding = in_steps<64, moments_flush>(x, n, step, flush);
+        Statistics result = {sum_of_lanes(sum_low + sum_high), sum_of_lanes(square_low + square_high), 0.0, 0, 0};
+        if (full) counts.finish(result, padding);
+        return result;
     }
 
-    // Everything in f64, where the square of an f32 is exact: for chunks outside the range of f32.
-    static __attribute__((noinline)) Moments wide(const Element* x, ptrdiff_t n) {
+    // The sums in f64, where the square of an f32 is exact: for chunks outside the range of f32.
+    static __attribute__((noinline)) void widen_sums(const Element* x, ptrdiff_t n, Statistics& result) {
         f64x8 square[2] = {f64x8::zero(), f64x8::zero()}, sum[2] = {f64x8::zero(), f64x8::zero()};
-        i32x16 top = i32x16::zero();
-        for (ptrdiff_t i = 0; i < n; i += 64) {
+        const auto step = [&](const Element* at) __attribute__((always_inline)) {
             f32x16 v[4];
-            if (i + 64 <= n) {
-                Load::step(x + i, v);
-            } else {
-                Element padded[64] = {};
-                __builtin_memcpy(padded, x + i, static_cast<size_t>(n - i) * sizeof(Element));
-                Load::step(padded, v);
-            }
+            Load::step(at, v);
             for (int g = 0; g < 4; ++g) {
                 const Widened w = widen(v[g]);
                 square[0] += w.low * w.low;
@@ -129,60 +152,60 @@ struct Chunk {
                 if (full) {
                     sum[0] += w.low;
                     sum[1] += w.high;
-                    top = larger(top, magnitude(v[g]));
                 }
             }
-        }
-        return {sum_of_lanes(sum[0] + sum[1]), sum_of_lanes(square[0] + square[1]),
-                full ? static_cast<double>(largest_magnitude(top)) : 0.0};
+        };
+        in_steps<64, 1>(x, n, step, [] {});
+        result.sum = sum_of_lanes(sum[0] + sum[1]);
+        result.sum_of_squares = sum_of_lanes(square[0] + square[1]);
     }
 
-    static LL_INLINE Moments of(const void* data, ptrdiff_t n) {
+    static LL_INLINE Statistics of(const void* data, ptrdiff_t n) {
         const Element* x = static_cast<const Element*>(data);
-        const Moments result = fast(x, n);
-        return in_range_of_f32(result.sum_of_squares) ? result : wide(x, n);
+        Statistics result = fast(x, n);
+        if (!in_range_of_f32(result.sum_of_squares)) widen_sums(x, n, result);
+        return result;
     }
 };
 
 template <bool full>
-LL_INLINE Moments chunk_f64(const void* data, ptrdiff_t n) {
+LL_INLINE Statistics chunk_f64(const void* data, ptrdiff_t n) {
     const double* x = static_cast<const double*>(data);
     f64x8 square[4] = {f64x8::zero(), f64x8::zero(), f64x8::zero(), f64x8::zero()};
     f64x8 sum[4] = {f64x8::zero(), f64x8::zero(), f64x8::zero(), f64x8::zero()};
-    i64x8 top[4] = {i64x8::zero(), i64x8::zero(), i64x8::zero(), i64x8::zero()};
+    BitCounts<i64x8, int64_t> counts;
     const auto step = [&](const double* at) __attribute__((always_inline)) {
         for (int g = 0; g < 4; ++g) {
             const f64x8 v = f64x8::load(at + 8 * g);
             square[g] += v * v;
             if (full) {
                 sum[g] += v;
-                top[g] = larger(top[g], magnitude(v));
+                counts.add(g, v, 0x7ff0000000000000);
             }
         }
     };
-    ptrdiff_t i = 0;
-    for (; i + 32 <= n; i += 32) step(x + i);
-    if (i < n) {
-        double padded[32] = {};
-        __builtin_memcpy(padded, x + i, static_cast<size_t>(n - i) * sizeof(double));
-        step(padded);
-    }
-    return {sum_of_lanes(fold(sum)), sum_of_lanes(fold(square)), full ? largest_magnitude(fold_larger(top)) : 0.0};
+    const ptrdiff_t padding = in_steps<32, 1>(x, n, step, [] {});
+    Statistics result = {sum_of_lanes(fold(sum)), sum_of_lanes(fold(square)), 0.0, 0, 0};
+    if (full) counts.finish(result, padding);
+    return result;
 }
 
 // Which NaN an operation returns depends on operand order, so on the compiler: always return the same one.
 LL_INLINE double canonical(double x) { return x == x ? x : __builtin_nan(""); }
 
 template <bool full>
-LL_INLINE Moments chunk(DType dtype, const void* x, ptrdiff_t n) {
-    Moments result;
+LL_INLINE Statistics chunk(DType dtype, const void* x, ptrdiff_t n) {
+    Statistics result;
     switch (dtype) {
         case DType::f64: result = chunk_f64<full>(x, n); break;
         case DType::bf16: result = Chunk<LoadBF16, full>::of(x, n); break;
         case DType::f16: result = Chunk<LoadF16, full>::of(x, n); break;
         default: result = Chunk<LoadF32, full>::of(x, n); break;
     }
-    return {canonical(result.sum), canonical(result.sum_of_squares), canonical(result.max_abs)};
+    result.sum = canonical(result.sum);
+    result.sum_of_squares = canonical(result.sum_of_squares);
+    result.max_abs = canonical(result.max_abs);
+    return result;
 }
 
 }  // namespace
@@ -190,7 +213,7 @@ LL_INLINE Moments chunk(DType dtype, const void* x, ptrdiff_t n) {
 
 #define LAYERLENS_DEFINE_MOMENTS(isa)                                                             \
     namespace layerlens {                                                                         \
-    Moments chunk_moments_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept {          \
+    Statistics chunk_statistics_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept {    \
         return chunk<true>(dtype, x, n);                                                          \
     }                                                                                             \
     double chunk_sum_of_squares_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept {    \

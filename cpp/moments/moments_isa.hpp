@@ -1,21 +1,24 @@
-// The moments of one contiguous chunk: the functions that exist once per instruction set.
+// The statistics of one contiguous chunk: the functions that exist once per instruction set.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "layerlens/arrays.hpp"
 
 namespace layerlens {
 
-struct Moments {
+struct Statistics {
     double sum;
     double sum_of_squares;
     double max_abs;
+    std::int64_t non_finite;
+    std::int64_t zeros;
 };
 
 // x: n contiguous elements of any alignment, 0 <= n <= moments_chunk.
 #define LAYERLENS_DECLARE_MOMENTS(isa)                                                            \
-    Moments chunk_moments_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept;           \
+    Statistics chunk_statistics_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept;     \
     double chunk_sum_of_squares_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept;
 
 LAYERLENS_DECLARE_MOMENTS(scalar)

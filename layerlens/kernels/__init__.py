@@ -7,15 +7,28 @@ here imports torch.
 
 from layerlens.kernels._dispatch import available_isas, isa
 from layerlens.kernels._fisher import fisher_diagonal, fisher_trace
-from layerlens.kernels._moments import RowMoments, gradient_energy, row_moments, row_sum_of_squares
+from layerlens.kernels._moments import (
+    RowMoments,
+    Statistics,
+    gradient_energy,
+    ragged_statistics,
+    ragged_sum_of_squares,
+    row_moments,
+    row_statistics,
+    row_sum_of_squares,
+)
 
 __all__ = [
     "RowMoments",
+    "Statistics",
     "available_isas",
     "fisher_diagonal",
     "fisher_trace",
     "gradient_energy",
     "isa",
+    "ragged_statistics",
+    "ragged_sum_of_squares",
     "row_moments",
+    "row_statistics",
     "row_sum_of_squares",
 ]

@@ -5,11 +5,12 @@ Each function has the name and arguments of its kernel, less ``threads``. They c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from layerlens.kernels._moments import RowMoments
+from layerlens.kernels._moments import RowMoments, Statistics
 
 
 def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
@@ -26,14 +27,21 @@ def as_float64(x: Any) -> np.ndarray:
     return x.detach().double().numpy() if hasattr(x, "detach") else np.asarray(x, dtype=np.float64)
 
 
-def row_moments(x: Any) -> RowMoments:
-    """Sum, sum of squares and max |x| of each row of ``x`` [rows, cols]; the maximum of an empty row is 0."""
+def row_statistics(x: Any) -> Statistics:
+    """Sum, sum of squares, max |x| (0 of no elements), non-finite and zero counts of each row of ``x`` [rows, cols]."""
     values = as_float64(x)
-    return RowMoments(
+    return Statistics(
         sum=values.sum(axis=1),
         sum_of_squares=np.square(values).sum(axis=1),
         max_abs=np.abs(values).max(axis=1, initial=0.0),
+        non_finite=(~np.isfinite(values)).sum(axis=1),
+        zeros=(values == 0.0).sum(axis=1),
     )
+
+
+def row_moments(x: Any) -> RowMoments:
+    """The first three of `row_statistics`."""
+    return RowMoments(*row_statistics(x)[:3])
 
 
 def row_sum_of_squares(x: Any) -> np.ndarray:
@@ -44,6 +52,17 @@ def row_sum_of_squares(x: Any) -> np.ndarray:
 def gradient_energy(x: Any) -> float:
     """Sum of squares of all elements of ``x``."""
     return float(np.square(as_float64(x)).sum())
+
+
+def ragged_statistics(arrays: Iterable[Any]) -> Statistics:
+    """`row_statistics` of each array as if it were one row."""
+    parts = [row_statistics(as_float64(x).reshape(1, -1)) for x in arrays]
+    return Statistics(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def ragged_sum_of_squares(arrays: Iterable[Any]) -> np.ndarray:
+    """`gradient_energy` of each array."""
+    return np.array([gradient_energy(x) for x in arrays])
 
 
 def fisher_trace(g: Any) -> float:

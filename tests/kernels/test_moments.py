@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from kernel_samples import AWKWARD_LENGTHS, DTYPES, bits, matrix, relative_bound
 
-from layerlens.kernels import _dispatch, available_isas, gradient_energy, reference, row_moments, row_sum_of_squares
+from layerlens.kernels import (
+    _dispatch,
+    available_isas,
+    gradient_energy,
+    reference,
+    row_moments,
+    row_statistics,
+    row_sum_of_squares,
+)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -20,12 +28,16 @@ from layerlens.kernels import _dispatch, available_isas, gradient_energy, refere
 @pytest.mark.parametrize("cols", AWKWARD_LENGTHS)
 def test_equals_the_twin(isa: str, dtype: str, cols: int, threads: int) -> None:
     x = matrix(3, cols, dtype)
-    found, expected = row_moments(x, threads=threads), reference.row_moments(x)
+    if cols > 2:
+        x[1, cols // 2] = 0.0
+    found, expected = row_statistics(x, threads=threads), reference.row_statistics(x)
     bound = relative_bound(dtype, cols)
     magnitudes = np.abs(reference.as_float64(x)).sum(axis=1)
     assert np.all(np.abs(found.sum - expected.sum) <= bound * magnitudes)
     assert np.all(np.abs(found.sum_of_squares - expected.sum_of_squares) <= bound * expected.sum_of_squares)
     np.testing.assert_array_equal(found.max_abs, expected.max_abs)
+    np.testing.assert_array_equal(found.non_finite, expected.non_finite)
+    np.testing.assert_array_equal(found.zeros, expected.zeros)
     assert gradient_energy(x, threads=threads) == pytest.approx(expected.sum_of_squares.sum(), rel=bound)
 
 
@@ -102,7 +114,8 @@ def test_bfloat16_of_every_value_is_read_exactly(isa: str) -> None:
 def test_nan_and_infinity_come_through(isa: str, dtype: str, place: int) -> None:
     x = matrix(3, 1000, dtype)
     x[0, place], x[1, place] = math.nan, -math.inf
-    found = row_moments(x, threads=2)
+    found = row_statistics(x, threads=2)
+    assert found.non_finite.tolist() == [1, 1, 0]
     assert np.isnan(found.sum[0])
     assert np.isnan(found.sum_of_squares[0])
     assert np.isnan(found.max_abs[0])

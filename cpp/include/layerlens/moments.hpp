@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "layerlens/arrays.hpp"
 #include "layerlens/dispatch.hpp"
@@ -21,17 +22,26 @@ namespace layerlens {
 constexpr std::ptrdiff_t moments_chunk = 32768;
 constexpr std::ptrdiff_t moments_flush = 8;
 
-// sum, sum_of_squares, max_abs: [rows] each. max_abs is NaN if the row holds a NaN, and 0 if it is empty.
-// May throw std::bad_alloc.
-void row_moments(Isa isa, const MatrixView& x, double* sum, double* sum_of_squares, double* max_abs, int threads);
+// Where results go, one value per row or array. Null pointers are skipped.
+struct StatisticsOut {
+    double* sum;
+    double* sum_of_squares;
+    double* max_abs;           // exact; NaN if there is a NaN, 0 if there is no element
+    std::int64_t* non_finite;  // how many NaN and infinities
+    std::int64_t* zeros;       // how many +0 and -0
+};
 
-// out: [rows]; bitwise what row_moments gives as sum_of_squares. May throw std::bad_alloc.
+// All five for every row of x, in one read. May throw std::bad_alloc, as all of these.
+void row_statistics(Isa isa, const MatrixView& x, const StatisticsOut& out, int threads);
+
+// out: [rows]; bitwise what row_statistics gives as sum_of_squares, faster.
 void row_sum_of_squares(Isa isa, const MatrixView& x, double* out, int threads);
 
-// The sum of squares of the whole matrix: the rows' sums, joined by tree_sum. May throw std::bad_alloc.
-double sum_of_squares(Isa isa, const MatrixView& x, int threads);
-
-// The sum of n values by the fixed binary tree that joins chunks and rows; overwrites them. 0 if n is 0.
-double tree_sum(double* values, std::ptrdiff_t n) noexcept;
+// Ragged forms: one value per array, of any number of arrays in one call. Array a is made of the matrices
+// pieces[starts[a]] to pieces[starts[a + 1] - 1]; the sums of its rows are joined by the same tree as chunks are.
+void array_statistics(Isa isa, const MatrixView* pieces, const std::ptrdiff_t* starts, std::ptrdiff_t arrays,
+                      const StatisticsOut& out, int threads);
+void array_sum_of_squares(Isa isa, const MatrixView* pieces, const std::ptrdiff_t* starts, std::ptrdiff_t arrays,
+                          double* out, int threads);
 
 }  // namespace layerlens
