@@ -46,5 +46,5 @@ def _show(findings: list[Finding]) -> None:
         text = Text(finding.found)
         if finding.advice:
             text.append(f"\n→ {finding.advice}", style=style)
-        table.add_row(Text(mark, style=style), finding.subject, text)
+        table.add_row(Text(mark, style=style), Text(finding.subject), text)
     output.console().print(table)

@@ -44,7 +44,7 @@ def budgets(resources: Sequence[ResourceUse]) -> RenderableType:
     for use in resources:
         name, kind = RESOURCE_NAMES.get(use.resource, use.resource), use.resource
         base = amount(kind, use.base) if use.base else "–"
-        cells = [name, base, amount(kind, use.added), amount(kind, use.total)]
+        cells: list[RenderableType] = [Text(name), base, amount(kind, use.added), amount(kind, use.total)]
         if use.budget is None:
             table.add_row(*cells, Text("no limit", style="dim"), "")
         else:
@@ -96,7 +96,7 @@ def _one_row_each(adapted: Sequence[ManifestRow], others: int) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in adapted:
         method = Text(row.method, style=METHOD_STYLES[row.method])
-        table.add_row(row.layer, method, str(row.rank), f"{row.cost:,}", significant(row.total_score))
+        table.add_row(Text(row.layer), method, str(row.rank), f"{row.cost:,}", significant(row.total_score))
     return table
 
 
@@ -112,7 +112,7 @@ def _blocks_by_roles(rows: Sequence[ManifestRow], places: Mapping[str, Position]
     table = _table("Chosen", caption=f"{letters}  {_UNCHANGED} unchanged")
     table.add_column("block", justify="right", no_wrap=True)
     for role in roles:
-        table.add_column(role.replace(".", ".\n"), justify="right", min_width=3)
+        table.add_column(Text(role.replace(".", ".\n")), justify="right", min_width=3)
     groups: list[tuple[str, list[int], list[Text]]] = []
     for (stack, block), by_role in lines.items():
         cells = [_cell(by_role.get(role)) for role in roles]
@@ -122,7 +122,7 @@ def _blocks_by_roles(rows: Sequence[ManifestRow], places: Mapping[str, Position]
             groups.append((stack, [block], cells))
     for stack, blocks, cells in groups:
         span = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}–{blocks[-1]}"
-        table.add_row(f"{stack} {span}" if len(stacks) > 1 else span, *cells)
+        table.add_row(Text(f"{stack} {span}" if len(stacks) > 1 else span), *cells)
     outside = [row for row in rows if places[row.layer].block is None and row.method != "none"]
     return Group(table, *([_one_row_each(outside, 0)] if outside else []))
 

@@ -1,0 +1,88 @@
+"""The program as a process: how fast it answers, what it imports, and how it ends on signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli_support import VALID
+
+HEAVY = ("torch", "numpy", "scipy", "pydantic", "yaml", "ortools", "transformers", "peft", "matplotlib")
+
+# A pipeline that works until it is stopped, and leaves a file behind if it is not unwound.
+ENDLESS = """
+import sys, time
+from types import ModuleType
+from pathlib import Path
+from layerlens.cli.main import main
+from layerlens.utils.atomic import staged_directory
+
+def run_config(config, *, base_dir, use_cache, progress, warn):
+    with progress.stage("Working", total=3) as advance, staged_directory(base_dir / "out") as staging:
+        (staging / "manifest.json").write_text("half")
+        print("ready", flush=True)
+        time.sleep(60)
+
+fake = ModuleType("layerlens.pipeline")
+fake.run_config = run_config
+sys.modules["layerlens.pipeline"] = fake
+sys.argv = ["layerlens", "run", "config.yaml"]
+main()
+"""
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from layerlens.cli.main import main\n"
+        "sys.argv = ['layerlens', '--help']\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        f"    print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
+    )
+    seconds = []
+    for _ in range(3):  # the fastest of three: what the program needs, not what else the machine does
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert done.stderr.strip() == "[]"
+    assert "validate" in done.stdout
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_signals_unwind_the_run(tmp_path: Path, number: signal.Signals, code: int, word: str) -> None:
+    (tmp_path / "config.yaml").write_text(VALID, encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDLESS],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs tests in the background may hand down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert stderr == (
+        f"error: {word}; no result was written; the same command continues from the statistics that were finished\n"
+    )
+    assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+def test_reader_that_has_seen_enough() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m layerlens.cli schema | head -c 1", shell=True, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("{", "")
