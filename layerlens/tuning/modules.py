@@ -167,7 +167,9 @@ def _attention_shape(model: torch.nn.Module, target: Any, name: str) -> tuple[in
             f"{name}: {type(target).__name__} does not go through transformers' AttentionInterface, where a prefix is "
             f"added; {type(model).__name__} can take lora and adapter"
         )
-    widths = (getattr(target, key, None) for key in ("head_dim", "attention_head_size", "key_value_proj_dim"))
+    widths = (
+        getattr(target, key, None) for key in ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+    )
     head_dim = next((width for width in widths if width), None)
     if head_dim is None:
         raise ManifestError(f"{name}: a prefix goes on an attention block, this is a {type(target).__name__}")
@@ -179,6 +181,8 @@ def _attention_shape(model: torch.nn.Module, target: Any, name: str) -> tuple[in
 def _check_attention(config: Any) -> None:
     """Refuse attention functions that a prefix cannot be added to."""
     current = config._attn_implementation
+    if current in map(_PREFIX_NAME.format, PREFIX_BASES):
+        return  # another block's prefix came first
     if current not in PREFIX_BASES:
         raise ManifestError(
             f"prefixes work with {' and '.join(PREFIX_BASES)} attention, this model uses {current!r}; load it with "
