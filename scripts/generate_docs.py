@@ -1,0 +1,124 @@
+"""Writes docs/configuration.md from the configuration models, so that it says what the code does.
+
+python scripts/generate_docs.py          write it
+python scripts/generate_docs.py --check  fail if it is not current (a test does this)
+"""
+
+from __future__ import annotations
+
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from layerlens.config.base import ConfigModel
+from layerlens.config.example import default_of, example_config, summary, yaml_value
+from layerlens.config.schema import alternatives, as_model
+from layerlens.config.sections import RunConfig
+
+TARGET = Path(__file__).resolve().parents[1] / "docs/configuration.md"
+
+INTRODUCTION = """\
+# Configuration
+
+<!-- Made by scripts/generate_docs.py from layerlens/config/sections.py; change it there. -->
+
+One YAML file describes a job. `layerlens init` writes a commented one to start from, `layerlens validate FILE` checks
+it without running it, `layerlens run FILE` runs it. `layerlens schema` has the JSON Schema for editors.
+
+- Relative paths start from the folder of the configuration file; `--output` starts from where you are.
+- `--set section.key=value` replaces a setting for one run; the value is YAML, such as
+  `--set 'optimization.lora_ranks=[4, 8]'`.
+- YAML is read by the rules of version 1.2: `1e9` and `1e-4` are numbers, `yes` is text. Whole numbers may be written as
+  `50_000` or `5e4`.
+- Unknown and duplicate keys are refused. All problems of a file are listed at once, with line and column:
+
+  ```
+  config.yaml:5:13: optimization.max_vram: unknown key, did you mean 'max_vram_gb'?
+  ```
+"""
+
+RULES = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}", "min_length": "not empty"}
+
+
+def main() -> int:
+    """Write the page, or with --check say whether it is current."""
+    page = configuration_page()
+    if "--check" not in sys.argv[1:]:
+        TARGET.write_text(page, encoding="utf-8")
+        return 0
+    if TARGET.is_file() and TARGET.read_text(encoding="utf-8") == page:
+        return 0
+    print(f"docs/{TARGET.name} is not current; run: python scripts/generate_docs.py", file=sys.stderr)
+    return 1
+
+
+def configuration_page() -> str:
+    """docs/configuration.md."""
+    parts = [INTRODUCTION]
+    for name, known in RunConfig.model_fields.items():
+        parts += _section(known, (name,))
+    parts.append(f"## Example\n\nWhat `layerlens init` writes:\n\n```yaml\n{example_config()}```\n")
+    return "\n".join(parts)
+
+
+def _section(known: FieldInfo, path: tuple[str, ...]) -> Iterator[str]:
+    section = as_model(known.annotation)
+    assert section is not None, f"{'.'.join(path)} is not a section"
+    yield f"{'#' * (len(path) + 1)} `{'.'.join(path)}`\n\n{_text(section)}\n"
+    inner = {name: field for name, field in section.model_fields.items() if as_model(field.annotation)}
+    rows = [_row(name, field) for name, field in section.model_fields.items() if name not in inner]
+    yield "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+    for name, field in inner.items():
+        yield from _section(field, (*path, name))
+
+
+def _text(section: type[ConfigModel]) -> str:
+    """The section's whole docstring, its lines joined to paragraphs."""
+    paragraphs = (section.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs) or summary(section)
+
+
+def _row(name: str, known: FieldInfo) -> str:
+    default = default_of(known)
+    if default is PydanticUndefined:
+        shown = "**required**"
+    else:
+        shown = "not set" if default is None else f"`{yaml_value(default)}`"
+    kind = f"{_type(known.annotation)}{_limits(known)}".replace("|", "\\|")
+    meaning = (known.description or "").replace("|", "\\|")
+    return f"| `{name}` | {kind} | {shown} | {meaning} |"
+
+
+def _type(annotation: Any) -> str:
+    """An annotation in the words of YAML."""
+    kinds = [kind for kind in alternatives(annotation) if kind is not type(None)]
+    if len(kinds) > 1:
+        return " or ".join(_type(kind) for kind in kinds)
+    kind = kinds[0]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin is tuple:
+        return f"list of {_type(arguments[0]).replace('number', 'numbers')}"
+    if origin is dict:
+        return f"mapping to {_type(arguments[1])}"
+    return {str: "text", int: "whole number", float: "number", bool: "true or false"}[kind]
+
+
+def _limits(known: FieldInfo) -> str:
+    rules = [
+        RULES[rule].format(getattr(limit, rule))
+        for limit in known.metadata
+        for rule in RULES
+        if getattr(limit, rule, None) is not None
+    ]
+    return f", {', '.join(rules)}" if rules else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
