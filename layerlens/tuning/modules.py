@@ -26,6 +26,8 @@ CHILDREN = {"adapter": ADAPTER_CHILD, "prefix": PREFIX_CHILD}
 
 # Attention functions that a prefix can be added to; flash attention needs its own name in the configuration.
 PREFIX_BASES = ("sdpa", "eager")
+# What transformers' attention blocks call the width of one head.
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _PREFIX_NAME = "layerlens_prefix_{}"
 
 
@@ -167,9 +169,7 @@ def _attention_shape(model: torch.nn.Module, target: Any, name: str) -> tuple[in
             f"{name}: {type(target).__name__} does not go through transformers' AttentionInterface, where a prefix is "
             f"added; {type(model).__name__} can take lora and adapter"
         )
-    widths = (
-        getattr(target, key, None) for key in ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
-    )
+    widths = (getattr(target, key, None) for key in HEAD_WIDTHS)
     head_dim = next((width for width in widths if width), None)
     if head_dim is None:
         raise ManifestError(f"{name}: a prefix goes on an attention block, this is a {type(target).__name__}")

@@ -238,6 +238,55 @@ def test_a_tuned_model_is_not_tuned_again(tiny, manifest_of, mixed):
         apply(tuned, manifest)
 
 
+def other_architectures():
+    """(model, inputs, an attention block) of shapes that the fixtures do not have; heads 4, key/value width 32 all."""
+    from transformers import (
+        DistilBertConfig,
+        DistilBertForSequenceClassification,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+        ViTConfig,
+        ViTForImageClassification,
+    )
+
+    torch.manual_seed(0)
+    wide = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    words = {"vocab_size": 50, "pad_token_id": 0}
+    text = {"input_ids": torch.randint(1, 50, (2, 6))}
+    distil = DistilBertConfig(dim=32, hidden_dim=48, n_layers=1, n_heads=4, **words)
+    qwen = Qwen3Config(**wide, **words, num_key_value_heads=2, head_dim=16)
+    t5 = T5Config(d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8, **words)
+    vit = ViTConfig(**wide, image_size=8, patch_size=4)
+    both = {**text, "decoder_input_ids": torch.randint(1, 50, (2, 4))}
+    return {
+        "distilbert": (DistilBertForSequenceClassification(distil), text, "distilbert.transformer.layer.0.attention"),
+        "gpt-neox": (GPTNeoXForCausalLM(GPTNeoXConfig(**wide, **words)), text, "gpt_neox.layers.0.attention"),
+        "qwen3": (Qwen3ForCausalLM(qwen), text, "model.layers.0.self_attn"),
+        "t5": (T5ForConditionalGeneration(t5), both, "decoder.block.0.layer.1.EncDecAttention"),
+        "vit": (ViTForImageClassification(vit), {"pixel_values": torch.randn(2, 3, 8, 8)}, "vit.layers.0.attention"),
+    }
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "gpt-neox", "qwen3", "t5", "vit"])
+def test_prefixes_reach_other_architectures(manifest_of, architecture):
+    from layerlens.models import LayerSpec, ModelSpec
+
+    model, inputs, name = other_architectures()[architecture]
+    model.eval()
+    spec = ModelSpec("other", 0, [LayerSpec(name, 32, num_heads=4, d_kv=32)])
+    manifest = manifest_of(spec, {name: ("prefix", 3)}, head_modules=[])
+    with torch.no_grad():
+        before = model(**inputs).logits
+        apply(model, manifest)
+        assert torch.equal(model(**inputs).logits, before)
+        torch.nn.init.ones_(attached(model)[name][1].gate)
+        assert (model(**inputs).logits - before).abs().max() > 1e-5
+
+
 def test_deberta_takes_no_prefix(manifest_of):
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
