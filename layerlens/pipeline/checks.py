@@ -15,7 +15,7 @@ from layerlens.profiling.footprint import count_saved_bytes, dense_inputs
 from layerlens.tuning import apply
 from layerlens.utils.progress import Progress
 
-TIMING_SECONDS = 1.0
+TIMING_SECONDS = 0.5
 
 
 def check_manifest(

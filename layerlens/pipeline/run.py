@@ -113,6 +113,7 @@ def run_config(
             cache.put(key, spec, statistics)
     with clock.stage("solve"), progress.stage("Solving"):
         solution = _solve(config, spec, statistics, threads)
+        _warn_of_no_gain(solution, config, warnings)
     manifest = make_manifest(
         spec,
         solution,
@@ -166,6 +167,7 @@ def optimize_statistics(
     refuse_non_finite(statistics)
     with clock.stage("solve"), progress.stage("Solving"):
         solution = _solve(config, spec, statistics, threads)
+        _warn_of_no_gain(solution, config, warnings)
     facts = statistics.provenance
     manifest = make_manifest(
         spec,
@@ -227,6 +229,14 @@ def _solve(config: RunConfig, spec: ModelSpec, statistics: ModelStatistics, thre
     )
     costs = cost_table(spec, statistics, options, config.optimization)
     return find_allocation(spec, utilities, costs, config.optimization, seed=config.runtime.seed, threads=threads)
+
+
+def _warn_of_no_gain(solution: Solution, config: RunConfig, warnings: _Warnings) -> None:
+    if not (solution.utilities.utility > 0.0).any():
+        warnings.add(
+            f"nothing is adapted: by profiling.utility_model {config.profiling.utility_model!r} no option has a gain above "
+            "its sampling noise; raise data.calibration_samples, offer more methods, or choose 'gradient' or 'uniform'"
+        )
 
 
 def _split(dataset: TextDataset, config: RunConfig, warnings: _Warnings) -> tuple[TextDataset, TextDataset]:

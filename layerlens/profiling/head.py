@@ -35,7 +35,8 @@ def fit_head(
     Only the parameters in ``new_parameters`` change. Deterministic for a given model, data and thread count.
 
     Raises:
-        ProfilingError: the new parameters are not in one module below the model, or the fit is not finite.
+        ProfilingError: the new parameters are not in one module below the model, the features are not finite, or the fit
+            diverges.
     """
     path = head_module_of(new_parameters)
     if not path:
@@ -66,9 +67,7 @@ def fit_head(
         parameter.requires_grad_(False)
         parameter.grad = None
     if not final < float("inf"):
-        raise ProfilingError(
-            f"fitting the task head {path!r} gave a loss of {final}; the model's features are not finite"
-        )
+        raise ProfilingError(f"fitting the task head {path!r} diverged (loss {final}); set model.head_fit_samples: 0")
     return final
 
 
@@ -86,6 +85,10 @@ def _features(
         with progress.stage("Fitting the task head", total=len(batches)) as advance, torch.no_grad():
             for batch in batches:
                 model(**batch.inputs)
+                if not torch.isfinite(features[-1]).all():
+                    raise ProfilingError(
+                        "the model's features are not finite (NaN or infinity) on the data; look for NaN weights"
+                    )
                 advance(1)
     finally:
         handle.remove()
