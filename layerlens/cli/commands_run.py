@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,15 +80,18 @@ def _load(config: Path, settings: Sequence[str] | None, directory: Path | None) 
 
 def _do(job: Job, quiet: bool) -> RunResult:
     """Run the job; progress and warnings go to one console, which keeps bars and lines apart."""
-    if quiet:
-        from layerlens.utils.progress import silent
-
-        return job(silent, _unheard)
     from layerlens.cli.progress import shown_progress
+    from layerlens.utils.progress import silent
 
-    console = output.console()
-    with shown_progress(console) as progress:
-        return job(progress, lambda line: output.warning(line, console))
+    with warnings.catch_warnings():
+        if not output.state.verbose:  # what other libraries tell their developers
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+        if quiet:
+            return job(silent, _unheard)
+        console = output.console()
+        with shown_progress(console) as progress:
+            return job(progress, lambda line: output.warning(line, console))
 
 
 def _show(result: RunResult, json: bool, quiet: bool) -> None:

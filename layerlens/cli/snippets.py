@@ -20,35 +20,30 @@ def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, 
         peft_directory: its exported LoRA, if there is one.
         model: the base model, if it is not the one that the manifest names.
     """
-    lines = _base_model(manifest, model)
+    imports, base = _base_model(manifest, model)
     methods = {row.method for row in manifest.allocations} - {"none"}
     if methods == {"lora"} and peft_directory is not None:
-        lines = [
-            "from peft import PeftModel",
-            *lines,
-            f"model = PeftModel.from_pretrained(base, {short(peft_directory)!r}, is_trainable=True)",
-        ]
+        standard = []
+        imports = ["from peft import PeftModel", *imports]
+        tuned = f"PeftModel.from_pretrained(base, {short(peft_directory)!r}, is_trainable=True)"
     else:
-        lines = [
-            "from pathlib import Path",
-            "",
-            "from layerlens.manifest import read_manifest",
-            "from layerlens.tuning import apply",
-            *lines,
-            f"model = apply(base, read_manifest(Path({short(path)!r})))",
-        ]
-    return "\n".join([*lines, "# Now train `model` as you would any other: Trainer, TRL, or your own loop.", ""])
+        standard = ["from pathlib import Path", ""]
+        own = ["from layerlens.manifest import read_manifest", "from layerlens.tuning import apply"]
+        imports = [*imports, "", *own] if imports else own
+        tuned = f"apply(base, read_manifest(Path({short(path)!r})))"
+    comment = "# Now train `model` as you would any other: Trainer, TRL, or your own loop."
+    return "\n".join([*standard, *imports, "", f"base = {base}", f"model = {tuned}", comment, ""])
 
 
-def _base_model(manifest: Manifest, model: str | None) -> list[str]:
+def _base_model(manifest: Manifest, model: str | None) -> tuple[list[str], str]:
+    """The imports and the expression that load the base model."""
     name = model or manifest.model.get("name_or_path")
     if not name or manifest.model.get("task") != "sequence-classification":
-        return ["", f"base = ...  # your model: {name or 'the one that was measured'}"]
-    loader = "from transformers import AutoModelForSequenceClassification"
-    source, imports = repr(str(name)), [loader]
+        return [], f"...  # your model: {name or 'the one that was measured'}"
+    source, imports = repr(str(name)), ["from transformers import AutoModelForSequenceClassification"]
     if str(name).startswith("package:"):
-        imports = [f"from {str(name).removeprefix('package:')} import get_model_path", loader]
+        imports.insert(0, f"from {str(name).removeprefix('package:')} import get_model_path")
         source = "get_model_path()"
     labels = len(manifest.model.get("labels") or [])
     count = f", num_labels={labels}" if labels else ""
-    return [*imports, "", f"base = AutoModelForSequenceClassification.from_pretrained({source}{count})"]
+    return imports, f"AutoModelForSequenceClassification.from_pretrained({source}{count})"

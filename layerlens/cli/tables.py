@@ -60,7 +60,7 @@ def certificate(manifest: Manifest) -> Text:
     else:
         proved, style = f"within {gap(manifest.gap)} of the optimum (proved)", "bold yellow"
     text = Text.assemble("This choice is ", (proved, style), f": {scores}. Solver: {manifest.solver}.")
-    return text.append(f" Utility: {manifest.utility_model} ({manifest.utility_unit}).")
+    return text.append(f" Utility model: {manifest.utility_model}, in {manifest.utility_unit}.")
 
 
 def measured(checks: Mapping[str, Any]) -> RenderableType | None:

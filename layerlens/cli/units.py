@@ -55,5 +55,7 @@ def share(fraction: float) -> str:
 
 
 def gap(value: float) -> str:
-    """An optimality gap: exact zero is 0 %, anything else keeps two digits."""
-    return "0 %" if value == 0 else f"{100.0 * value:.2g} %"
+    """An optimality gap with two digits; exact zero is 0 %, and what only rounding leaves is below 0.0001 %."""
+    if 0 < value < 1e-6:
+        return "<0.0001 %"
+    return f"{100.0 * value:.2g} %"

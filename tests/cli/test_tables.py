@@ -93,7 +93,7 @@ def test_budget_bars() -> None:
 def test_certificate() -> None:
     assert "optimal (proved): its score is 12.3412" in drawn(tables.certificate(few()))
     near = replace(few(), gap=4e-7)
-    assert "optimal (proved, gap 4e-05 %)" in drawn(tables.certificate(near))
+    assert "optimal (proved, gap <0.0001 %)" in drawn(tables.certificate(near))
     assert "within 0.03 % of the optimum (proved)" in drawn(tables.certificate(minilm()))
 
 
@@ -138,6 +138,7 @@ def test_positions() -> None:
         (share(0.001), "<1 %"),
         (share(0.0), "0 %"),
         (gap(0.0), "0 %"),
+        (gap(4e-14), "<0.0001 %"),
         (gap(0.00031), "0.031 %"),
     ],
 )
