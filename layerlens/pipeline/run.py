@@ -234,8 +234,8 @@ def _solve(config: RunConfig, spec: ModelSpec, statistics: ModelStatistics, thre
 def _warn_of_no_gain(solution: Solution, config: RunConfig, warnings: _Warnings) -> None:
     if not (solution.utilities.utility > 0.0).any():
         warnings.add(
-            f"nothing is adapted: by profiling.utility_model {config.profiling.utility_model!r} no option has a gain above "
-            "its sampling noise; raise data.calibration_samples, offer more methods, or choose 'gradient' or 'uniform'"
+            f"nothing is adapted: by profiling.utility_model {config.profiling.utility_model!r} no option has a gain "
+            "above its sampling noise; raise data.calibration_samples, offer more methods, or choose 'gradient' or 'uniform'"
         )
 
 

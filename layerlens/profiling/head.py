@@ -35,8 +35,8 @@ def fit_head(
     Only the parameters in ``new_parameters`` change. Deterministic for a given model, data and thread count.
 
     Raises:
-        ProfilingError: the new parameters are not in one module below the model, the features are not finite, or the fit
-            diverges.
+        ProfilingError: the new parameters are not in one module below the model, the features are not finite, or
+            the fit diverges.
     """
     path = head_module_of(new_parameters)
     if not path:

@@ -181,7 +181,7 @@ def test_a_choice_of_nothing_is_said(settings, tmp_path):
         ("model", {"name_or_path": "package:json"}, ModelNotFoundError, r"has no get_model_path\(\)"),
         ("data", {"source": "nowhere.csv"}, DataError, "no file at"),
         ("data", {"text_column": "txt"}, DataError, "has no column 'txt'.*did you mean 'text'"),
-        ("data", {"max_length": 1000}, ConfigurationError, "data.max_length: 1000 tokens, but the model has 64"),
+        ("data", {"max_length": 1000}, ConfigurationError, r"data\.max_length: 1000 tokens, but the model has 64"),
         ("optimization", {"max_trainable_params": 3}, InfeasibleError, "max_trainable_params: 3 is .*smallest"),
         ("optimization", {"max_vram_gb": 1e-6}, InfeasibleError, "max_vram_gb"),
         ("output", {"directory": "/proc/layerlens"}, OutputError, "cannot write /proc/layerlens"),
@@ -206,7 +206,7 @@ def test_nan_weights_are_refused_and_not_cached(settings, tmp_path, tiny_bert_di
     settings["model"]["name_or_path"] = str(broken)
     for head_fit_samples in (0, 32):
         settings["model"]["head_fit_samples"] = head_fit_samples
-        with pytest.raises(ProfilingError, match="nan|not finite"):
+        with pytest.raises(ProfilingError, match=r"nan|not finite"):
             run(settings, tmp_path)
     assert not list((tmp_path / "cache" / "blobs").iterdir())
 
