@@ -16,7 +16,7 @@ from layerlens.data import TextDataset, load_dataset
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.transformers import PretrainedModel, load_pretrained, model_spec
 from layerlens.manifest import write_manifest, write_report
-from layerlens.models import ModelSpec, ModelStatistics, enumerate_options
+from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
 from layerlens.pipeline.checks import check_manifest
 from layerlens.pipeline.result import RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance, versions
@@ -129,6 +129,7 @@ def run_config(
         with clock.stage("check"):
             longest = batches[-1].inputs
             measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress)
+            _warn_of_overrun(manifest, measured, warnings)
         written["report"] = staging / REPORT_FILE
         write_report(
             written["report"],
@@ -235,8 +236,20 @@ def _warn_of_no_gain(solution: Solution, config: RunConfig, warnings: _Warnings)
     if not (solution.utilities.utility > 0.0).any():
         warnings.add(
             f"nothing is adapted: by profiling.utility_model {config.profiling.utility_model!r} no option has a gain "
-            "above its sampling noise; raise data.calibration_samples, offer more methods, or choose 'gradient' or 'uniform'"
+            "above its sampling noise; raise data.calibration_samples, offer more methods, or choose 'gradient' or "
+            "'uniform'"
         )
+
+
+def _warn_of_overrun(manifest: Manifest, measured: dict[str, Any], warnings: _Warnings) -> None:
+    for use in manifest.resources:
+        found = measured[use.resource]["measured"]
+        if use.budget is not None and found > use.budget:
+            warnings.add(
+                f"{use.resource}: measured {found:.4g} on this machine, above the budget of {use.budget:g} that the "
+                "predictions keep; if this is the device you budget for, put its own figures in "
+                "optimization.latency_profile"
+            )
 
 
 def _split(dataset: TextDataset, config: RunConfig, warnings: _Warnings) -> tuple[TextDataset, TextDataset]:
