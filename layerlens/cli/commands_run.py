@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -83,15 +82,15 @@ def _do(job: Job, quiet: bool) -> RunResult:
     from layerlens.cli.progress import shown_progress
     from layerlens.utils.progress import silent
 
-    with warnings.catch_warnings():
-        if not output.state.verbose:  # what other libraries tell their developers
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-        if quiet:
-            return job(silent, _unheard)
-        console = output.console()
-        with shown_progress(console) as progress:
-            return job(progress, lambda line: output.warning(line, console))
+    output.show_logs(quiet=quiet)
+    if quiet:
+        return job(silent, _unheard)
+    output.state.live = output.console()
+    try:
+        with shown_progress(output.state.live) as progress:
+            return job(progress, output.warning)
+    finally:
+        output.state.live = None
 
 
 def _show(result: RunResult, json: bool, quiet: bool) -> None:

@@ -10,6 +10,7 @@ import functools
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -39,7 +40,11 @@ def guarded(when_stopped: str = "") -> Callable[[Command], Command]:
         def run(*args: Any, **kwargs: Any) -> None:
             debug = output.state.debug or bool(kwargs.get("debug"))
             try:
-                command(*args, **kwargs)
+                with warnings.catch_warnings():
+                    if not (debug or output.state.verbose):  # what other libraries tell their developers
+                        warnings.simplefilter("ignore", FutureWarning)
+                        warnings.simplefilter("ignore", DeprecationWarning)
+                    command(*args, **kwargs)
             except LayerLensError as error:
                 _stop([line for line in str(error).splitlines() if line.strip()], error.exit_code, debug)
             except KeyboardInterrupt:

@@ -39,7 +39,7 @@ def options(
 ) -> None:
     """Remember the options that hold for every command."""
     output.state.debug, output.state.verbose = debug, verbose
-    output.show_logs_if_verbose()
+    output.show_logs()
 
 
 app.command("init")(commands_config.init)

@@ -6,6 +6,7 @@ rich is imported only when something is shown, because ``layerlens --help`` must
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +18,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class State:
-    """The options that stand before the command: ``layerlens --debug run ...``."""
+    """The options that stand before the command, and the console that draws bars at the moment, if any."""
 
     debug: bool = False
     verbose: bool = False
+    live: Console | None = None
 
 
 state = State()
 
 
 def console() -> Console:
-    """The console on stderr; made anew each time, since tests and tools replace sys.stderr."""
+    """The console on stderr: the one that draws bars, or a new one, since tests and tools replace sys.stderr."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return state.live or Console(stderr=True, highlight=False)
 
 
 def error(line: str) -> None:
@@ -38,9 +40,9 @@ def error(line: str) -> None:
     _line("error", "bold red", line)
 
 
-def warning(line: str, where: Console | None = None) -> None:
-    """One ``warning: ...`` line; ``where`` is the console that draws bars at the moment."""
-    _line("warning", "yellow", line, where)
+def warning(line: str) -> None:
+    """One ``warning: ...`` line."""
+    _line("warning", "yellow", line)
 
 
 def note(line: str) -> None:
@@ -61,17 +63,18 @@ def json_result(value: Any) -> None:
     result(json.dumps(value, indent=2, ensure_ascii=not readable, default=_plain))
 
 
-def show_logs_if_verbose() -> None:
-    """Send the package's log to stderr, where ``--verbose`` asks for it."""
-    if not state.verbose:
-        return
-    import logging
-
+def show_logs(*, quiet: bool = False) -> None:
+    """Show what the package logs: warnings; with ``--verbose`` everything, with ``--quiet`` errors only."""
     from layerlens.utils.logging import show_logs
 
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
-    show_logs(handler)
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno >= logging.WARNING:
+                warning(record.getMessage())
+            else:
+                note(f"{record.name}: {record.getMessage()}")
+
+    show_logs(Lines(), logging.DEBUG if state.verbose else logging.ERROR if quiet else logging.WARNING)
 
 
 def short(path: Path) -> str:
@@ -82,10 +85,10 @@ def short(path: Path) -> str:
         return str(path)
 
 
-def _line(kind: str, style: str, line: str, where: Console | None = None) -> None:
+def _line(kind: str, style: str, line: str) -> None:
     from rich.text import Text
 
-    (where or console()).print(Text.assemble((f"{kind}: ", style), line), soft_wrap=True)
+    console().print(Text.assemble((f"{kind}: ", style), line), soft_wrap=True)
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -41,6 +42,8 @@ class FakePipeline(ModuleType):
         self.calls.append(call)
         with call["progress"].stage("Measuring gradients", total=2) as advance:
             advance(1)
+            logging.getLogger("layerlens.utility").debug("%d layers", 42)
+            logging.getLogger("layerlens").warning("metric %r is left out", "proxy_eval")
             call["warn"]("data.calibration_samples: asked for 256, the data has 9")
             if self.fail is not None:
                 raise self.fail

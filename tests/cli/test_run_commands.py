@@ -64,6 +64,14 @@ def test_json_goes_to_stdout_alone(invoke: Invoke, pipeline: FakePipeline, tmp_p
     assert document["warnings"] == ["data.calibration_samples: asked for 256, the data has 9"]
 
 
+def test_what_the_package_logs(invoke: Invoke, pipeline: FakePipeline) -> None:
+    shown, verbose = invoke("run", "config.yaml").stderr, invoke("--verbose", "run", "config.yaml").stderr
+    assert "warning: metric 'proxy_eval' is left out\n" in shown
+    assert "layerlens.utility: 42 layers" not in shown
+    assert "layerlens.utility: 42 layers\n" in verbose
+    assert invoke("run", "config.yaml", "--quiet").stderr == ""
+
+
 def test_optimize_needs_no_model_and_tells_how_to_write_the_adapter(
     invoke: Invoke, pipeline: FakePipeline, tmp_path: Path
 ) -> None:
