@@ -2,8 +2,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 #include "layerlens/arrays.hpp"
 
@@ -59,11 +60,19 @@ inline const void* contiguous_run(const MatrixView& x, std::ptrdiff_t row, std::
     return scratch;
 }
 
-// A buffer that each calling thread keeps from call to call.
+// A buffer that each calling thread keeps from call to call, aligned to a cache line, not initialised.
 inline unsigned char* thread_scratch(std::size_t bytes) {
-    thread_local std::vector<unsigned char> buffer;
-    if (buffer.size() < bytes) buffer.resize(bytes);
-    return buffer.data();
+    constexpr std::size_t line = 64;
+    thread_local std::unique_ptr<unsigned char[]> buffer;
+    thread_local std::size_t capacity = 0;
+    if (capacity < bytes + line) {
+        buffer.reset();
+        capacity = 0;
+        buffer.reset(new unsigned char[bytes + line]);
+        capacity = bytes + line;
+    }
+    const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(buffer.get()) % line;
+    return buffer.get() + (line - misaligned) % line;
 }
 
 }  // namespace layerlens

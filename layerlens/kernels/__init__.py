@@ -7,6 +7,7 @@ here imports torch.
 
 from layerlens.kernels._dispatch import available_isas, isa
 from layerlens.kernels._fisher import fisher_diagonal, fisher_trace
+from layerlens.kernels._ghost import ghost_form, ghost_gram, ghost_norms
 from layerlens.kernels._moments import (
     RowMoments,
     Statistics,
@@ -24,6 +25,9 @@ __all__ = [
     "available_isas",
     "fisher_diagonal",
     "fisher_trace",
+    "ghost_form",
+    "ghost_gram",
+    "ghost_norms",
     "gradient_energy",
     "isa",
     "ragged_statistics",

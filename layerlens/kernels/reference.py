@@ -78,3 +78,22 @@ def fisher_diagonal(g: Any, out: np.ndarray | None = None, *, scale: float | Non
         return added
     out += added
     return out
+
+
+def per_sample_gradients(inputs: Any, output_gradients: Any) -> np.ndarray:
+    """g_n = sum_t d_nt h_nt^T [batch, d_out * d_in], from [batch, tokens, features] or [batch, features] (one token)."""
+    h, d = as_float64(inputs), as_float64(output_gradients)
+    if h.ndim == 2:
+        h, d = h[:, None], d[:, None]
+    return np.einsum("nti,ntj->nij", d, h).reshape(len(h), -1)
+
+
+def ghost_norms(inputs: Any, output_gradients: Any) -> np.ndarray:
+    """|g_n|^2 of each sample's weight gradient, [batch]."""
+    return np.square(per_sample_gradients(inputs, output_gradients)).sum(axis=1)
+
+
+def ghost_gram(inputs: Any, output_gradients: Any) -> np.ndarray:
+    """<g_n, g_m> of all pairs of samples, [batch, batch]."""
+    gradients = per_sample_gradients(inputs, output_gradients)
+    return gradients @ gradients.T

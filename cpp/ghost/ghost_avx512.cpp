@@ -1,0 +1,3 @@
+#include "ghost/ghost_kernel.hpp"
+
+LAYERLENS_DEFINE_GHOST(avx512)
