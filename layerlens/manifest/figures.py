@@ -76,10 +76,13 @@ def utility_curves(
         axes = figure.subplots()
         for curve in curves:
             colour, marker = METHOD_COLOURS[curve.method], _MARKERS[curve.method]
-            axes.plot(curve.params, curve.utility, color=colour, marker=marker, markersize=4.5, linewidth=1.8)
+            axes.plot(
+                curve.params, curve.utility, color=colour, marker=marker, markersize=4.5, linewidth=1.8, clip_on=False
+            )
             for params, utility, rank in zip(curve.params, curve.utility, curve.ranks, strict=True):
                 if chosen == (curve.method, rank):
-                    axes.plot([params], [utility], "o", markersize=12, fillstyle="none", color=INK, markeredgewidth=1.6)
+                    ring = {"markersize": 12, "fillstyle": "none", "markeredgewidth": 1.6, "clip_on": False}
+                    axes.plot([params], [utility], "o", color=INK, **ring)
         axes.xaxis.set_major_formatter(lambda value, _: _compact(value))
         axes.set_xlim(left=0)
         axes.set_ylim(min(0.0, *(value for curve in curves for value in curve.utility)), top)

@@ -7,7 +7,7 @@ import math
 UNITS = {"trainable_params": "parameter", "flops": "FLOP", "vram_gb": "GB", "latency_ms": "ms"}
 RESOURCE_NAMES = {
     "trainable_params": "Trainable parameters",
-    "flops": "FLOPs",
+    "flops": "Added FLOPs",
     "vram_gb": "Training memory",
     "latency_ms": "Forward latency",
 }
@@ -59,10 +59,12 @@ def _scaled(value: float, unit: str) -> str:
 def percent(share: float, digits: int = 1) -> str:
     """A share of 1 in percent; small ones are not rounded to nothing.
 
-    >>> percent(0.5), percent(0.00012), percent(0.0), percent(1e-6, digits=4)
-    ('50 %', '0.012 %', '0 %', '0.0001 %')
+    >>> percent(0.5), percent(0.00012), percent(0.0), percent(2e-6, digits=4), percent(3e-14)
+    ('50 %', '0.012 %', '0 %', '0.0002 %', '< 0.0001 %')
     """
     value = 100 * share
+    if 0 < abs(value) < 1e-4:
+        return "< 0.0001 %"
     if value != 0 and abs(value) < 10.0**-digits:
         return f"{value:.2g} %".replace("-", "−")
     return f"{value:.{digits}f}".rstrip("0").rstrip(".").replace("-", "−") + " %"

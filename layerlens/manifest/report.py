@@ -97,7 +97,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
 
 def _share_of_model(manifest: Manifest) -> str:
     total = manifest.model.get("total_params")
-    return percent(sum(row.cost for row in manifest.allocations) / total) if total else ""
+    return percent(sum(row.cost for row in manifest.allocations) / total, digits=2) if total else ""
 
 
 def _budget(use: ResourceUse) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def place_of(layer: str) -> Place:
     found = re.fullmatch(r"(?:.*?\.)?(\d+)(?:\.(.+))?", layer)
     if not found:
         return Place("", layer)
-    inner = found[2] or "block"
+    inner = (found[2] or "block").removesuffix(".self")  # BERT's attention.self
     return Place(found[1], role_of(inner).replace("_", " ") or inner)
 
 
