@@ -18,6 +18,10 @@ INK, FAINT, METHOD_COLOURS = "#010101", "#020202", {"lora": "#030303", "adapter"
 _VARIABLES = {INK: "ink", FAINT: "rule", **{colour: method for method, colour in METHOD_COLOURS.items()}}
 _MARKERS = {"lora": "o", "adapter": "s", "prefix": "^"}
 
+# Points on the edge of the axes are shown whole.
+_LINE: Any = {"markersize": 4.5, "linewidth": 1.8, "clip_on": False}
+_RING: Any = {"markersize": 12, "fillstyle": "none", "markeredgewidth": 1.6, "clip_on": False}
+
 _SETTINGS: Any = {
     "svg.hashsalt": "layerlens",  # ids from the content instead of a random salt
     "svg.fonttype": "none",
@@ -76,13 +80,10 @@ def utility_curves(
         axes = figure.subplots()
         for curve in curves:
             colour, marker = METHOD_COLOURS[curve.method], _MARKERS[curve.method]
-            axes.plot(
-                curve.params, curve.utility, color=colour, marker=marker, markersize=4.5, linewidth=1.8, clip_on=False
-            )
+            axes.plot(curve.params, curve.utility, color=colour, marker=marker, **_LINE)
             for params, utility, rank in zip(curve.params, curve.utility, curve.ranks, strict=True):
                 if chosen == (curve.method, rank):
-                    ring = {"markersize": 12, "fillstyle": "none", "markeredgewidth": 1.6, "clip_on": False}
-                    axes.plot([params], [utility], "o", color=INK, **ring)
+                    axes.plot([params], [utility], "o", color=INK, **_RING)
         axes.xaxis.set_major_formatter(lambda value, _: _compact(value))
         axes.set_xlim(left=0)
         axes.set_ylim(min(0.0, *(value for curve in curves for value in curve.utility)), top)

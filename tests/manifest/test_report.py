@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import math
 import re
 from html.parser import HTMLParser
@@ -10,7 +11,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from layerlens.manifest import write_report
+from layerlens.manifest import formats, write_report
+from layerlens.manifest import report as report_module
 from layerlens.manifest.figures import Curve, utility_curves
 from layerlens.manifest.formats import number, percent, quantity, signed_percent
 from layerlens.manifest.report import Place, heat_map, place_of
@@ -195,6 +197,7 @@ def test_a_manifest_that_adapts_nothing_and_one_of_whole_blocks(manifest, report
         ("transformer.h.0.attn", Place("0", "attn")),
         ("model.layers.3.block_sparse_moe.experts.7.w1", Place("3", "block_sparse_moe.experts.7.w1")),
         ("3.attn", Place("3", "attn")),
+        ("bert.encoder.layer.0.attention.self", Place("0", "attention")),
         ("encoder.layer.4", Place("4", "block")),
         ("lm_head", Place("", "lm_head")),
         ("layer10.proj", Place("", "layer10.proj")),
@@ -246,7 +249,8 @@ def test_figures_follow_the_page_and_stand_alone():
         (quantity("latency_ms", 1234.5), "1,234 ms"),
         (quantity("trainable_params", 41_234), "41,234"),
         (percent(1.0), "100 %"),
-        (percent(0.000001), "0.0001 %"),
+        (percent(0.000002), "0.0002 %"),
+        (percent(3e-14), "< 0.0001 %"),
         (signed_percent(0.031), "+3.1 %"),
         (signed_percent(-0.0001), "−0.01 %"),
         (signed_percent(0.0), "0 %"),
@@ -254,3 +258,10 @@ def test_figures_follow_the_page_and_stand_alone():
 )
 def test_numbers_are_short_and_have_units(shown, expected):
     assert shown == expected
+
+
+@pytest.mark.parametrize("module", [formats, report_module])
+def test_examples_in_docstrings_hold(module):
+    failed, tried = doctest.testmod(module)
+    assert failed == 0
+    assert tried > 0
