@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Job = Callable[[Progress, Callable[[str], None]], RunResult]
 
 
-@guarded("no result was written; the same command continues from the statistics that were finished")
+@guarded("no result was written; run it again, and statistics that were finished come from the cache")
 def run(
     config: Config,
     directory: Output = None,

@@ -32,6 +32,9 @@ def describe(error: ValidationError, owner: str) -> str:
     lines = []
     for problem in error.errors():
         place = ".".join(str(part) for part in problem["loc"])
-        came = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
-        lines.append(f"{owner}.{place}: {problem['msg']}{came}" if place else f"{owner}: {problem['msg']}{came}")
+        message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
+        message = message.replace("Extra inputs are not permitted", "there is no such field")
+        # An object that failed a check of its own, or a required field that is missing, would show the whole input.
+        came = "" if problem["type"] == "missing" or not place else f", got {problem['input']!r}"
+        lines.append(f"{owner}.{place}: {message}{came}" if place else f"{owner}: {message}")
     return "; ".join(lines)

@@ -76,7 +76,7 @@ def test_signals_unwind_the_run(tmp_path: Path, number: signal.Signals, code: in
         _, stderr = process.communicate(timeout=20)
     assert process.returncode == code
     assert stderr == (
-        f"error: {word}; no result was written; the same command continues from the statistics that were finished\n"
+        f"error: {word}; no result was written; run it again, and statistics that were finished come from the cache\n"
     )
     assert os.listdir(tmp_path) == ["config.yaml"]
 

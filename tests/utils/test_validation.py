@@ -103,3 +103,14 @@ def test_configurations() -> None:
     unchecked = budget.model_copy(update={"max_vram_gb": -1.0})
     with pytest.raises(ConfigurationError, match=r"OptimizationConfig\.max_vram_gb: .* greater than 0, got -1"):
         validate_config(ProfilingConfig(), unchecked)
+
+
+def test_configurations_that_are_built_in_code_say_what_is_wrong() -> None:
+    for values, message in (
+        ({"max_flops": 0}, "OptimizationConfig.max_flops: must be greater than 0, got 0"),
+        ({"max_flops": 1, "max_flop": 1}, "OptimizationConfig.max_flop: there is no such field, got 1"),
+        ({}, "OptimizationConfig: no budget given; set at least one of max_trainable_params, "),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            OptimizationConfig(**values)
+        assert str(caught.value).startswith(message)
