@@ -141,6 +141,13 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
 ```
 """
+    others = [row.method for row in manifest.allocations if row.method in ("adapter", "prefix")]
+    if others:
+        counts = " and ".join(f"{others.count(method)} {method}" for method in dict.fromkeys(others))
+        text += f"""
+The manifest has {counts} layers as well, which PEFT does not have: they are in {MODULES_FILE} beside this
+directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model.
+"""
     if manifest.model.get("task") == "sequence-classification":
         text += """
 This trains the LoRA weights alone, as there are no head weights in this directory. To train the task head with them,

@@ -262,3 +262,10 @@ def test_a_place_that_cannot_be_written_is_named(tiny, manifest_of, mixed, tmp_p
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match=r"cannot write .*file"):
         export_adapter(manifest_of(base.spec, mixed(base.spec)), base.model, tmp_path / "file")
+
+
+def test_the_card_says_what_is_not_in_the_peft_directory(tiny, manifest_of, mixed, tmp_path):
+    base = tiny("bert")
+    card = export_adapter(manifest_of(base.spec, mixed(base.spec)), base.model, tmp_path)["peft"] / "README.md"
+    assert "LoRA on 2 modules, ranks 2, 4, 448 trainable parameters, alpha/r = 2" in card.read_text()
+    assert "2 prefix and 1 adapter layers as well" in card.read_text()
