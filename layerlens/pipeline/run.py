@@ -35,7 +35,9 @@ STATISTICS_VERSION = 1
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
 
 STATISTICS_FILE, REPORT_FILE = "statistics.safetensors", "report.html"
-OWNED_FILES = ("manifest.json", "manifest.yaml", "peft", "layerlens_modules.safetensors", STATISTICS_FILE, REPORT_FILE)
+CHOICE_FILES = ("manifest.json", "manifest.yaml", "peft", "layerlens_modules.safetensors", REPORT_FILE)
+"""What belongs to one choice: whatever of it an earlier choice left behind would contradict the new one."""
+
 HEAD_BATCH_SIZE = 32
 
 
@@ -121,7 +123,7 @@ def run_config(
         model=facts,
         provenance=run_provenance(config, threads, {"key": key, **identity["data"]}),
     )
-    with staged_directory(output, owned=OWNED_FILES) as staging:
+    with staged_directory(output, owned=(*CHOICE_FILES, STATISTICS_FILE)) as staging:
         with clock.stage("export"):
             written = write_manifest(manifest, staging, created_at=_now())
             written |= export_adapter(manifest, pretrained.model, staging)
@@ -177,7 +179,7 @@ def optimize_statistics(
         model=facts["model"],
         provenance=run_provenance(config, threads, {"key": cache_key(facts["identity"]), **facts["identity"]["data"]}),
     )
-    with staged_directory(output, owned=OWNED_FILES) as staging:
+    with staged_directory(output, owned=CHOICE_FILES) as staging:
         written = write_manifest(manifest, staging, created_at=_now())
         written["report"] = staging / REPORT_FILE
         write_report(

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 import threading
 from types import ModuleType
 
@@ -22,6 +23,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, **environment},
+        cwd=Path(sys.executable).parent,  # not a checkout, whose layerlens folder would hide the installed one
         capture_output=True,
         text=True,
         timeout=60,

@@ -147,6 +147,15 @@ def test_optimize_chooses_the_same_from_the_saved_statistics(settings, tmp_path)
     assert tighter.manifest.score < result.manifest.score
 
 
+def test_optimize_into_the_run_s_own_directory_keeps_the_statistics_and_drops_the_old_adapter(settings, tmp_path):
+    result = run(settings, tmp_path)
+    assert result.files["peft"].is_dir()
+    again = optimize_statistics(result.files["statistics"], RunConfig.model_validate(settings), base_dir=tmp_path)
+    assert again.directory == result.directory
+    assert result.files["statistics"].is_file()
+    assert not result.files["peft"].exists()  # it belonged to the choice that was replaced
+
+
 @pytest.mark.parametrize("utility_model", ["whitened", "gradient", "weighted", "uniform"])
 def test_every_utility_model_runs(settings, tmp_path, utility_model):
     settings["profiling"]["utility_model"] = utility_model
