@@ -6,10 +6,7 @@ import numpy as np
 
 from layerlens.kernels._arrays cimport ArrayView, DType, MatrixView, item_size, matrix_of, view_of
 from layerlens.kernels._dispatch cimport Isa, active_isa, usable_threads
-
-cdef extern from "layerlens/fisher.hpp" namespace "layerlens" nogil:
-    double c_fisher_trace "layerlens::fisher_trace"(Isa isa, const MatrixView& g, int threads) except +
-    void add_column_sum_of_squares(Isa isa, const MatrixView& g, double scale, double* out, int threads) except +
+from fisher cimport add_column_sum_of_squares, c_fisher_trace
 
 
 cdef ArrayView _gradients(object g):

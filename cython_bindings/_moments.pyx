@@ -9,25 +9,7 @@ import numpy as np
 
 from layerlens.kernels._arrays cimport ArrayView, MatrixView, append_pieces, matrix_of, view_of
 from layerlens.kernels._dispatch cimport Isa, active_isa, usable_threads
-
-cdef extern from "layerlens/moments.hpp" namespace "layerlens" nogil:
-    cdef cppclass StatisticsOut:
-        double* sum
-        double* sum_of_squares
-        double* max_abs
-        int64_t* non_finite
-        int64_t* zeros
-
-    void c_row_statistics "layerlens::row_statistics"(
-        Isa isa, const MatrixView& x, const StatisticsOut& out, int threads) except +
-    void c_row_sum_of_squares "layerlens::row_sum_of_squares"(
-        Isa isa, const MatrixView& x, double* out, int threads) except +
-    void array_statistics(
-        Isa isa, const MatrixView* pieces, const Py_ssize_t* starts, Py_ssize_t arrays, const StatisticsOut& out,
-        int threads) except +
-    void array_sum_of_squares(
-        Isa isa, const MatrixView* pieces, const Py_ssize_t* starts, Py_ssize_t arrays, double* out,
-        int threads) except +
+from moments cimport array_statistics, array_sum_of_squares, c_row_statistics, c_row_sum_of_squares, StatisticsOut
 
 
 class RowMoments(NamedTuple):
@@ -195,3 +177,39 @@ def ragged_sum_of_squares(object arrays, *, object threads=1) -> np.ndarray:
         with nogil:
             array_sum_of_squares(<Isa>isa, pieces.data(), starts.data(), count, &c_squares[0], workers)
     return squares
+
+
+def matrix_traces(object matrices, *, object threads=1) -> np.ndarray:
+    """The traces of square ``matrices`` (an iterable; sizes and types may differ), such as per-layer Fisher blocks.
+
+    Float64 [len(matrices)]; only the diagonals are read. Input, error and errors as `row_statistics`, and ValueError
+    for a matrix that is not square.
+
+    >>> import numpy as np
+    >>> matrix_traces([np.eye(3), np.full((2, 2), 0.5, dtype=np.float32)])
+    array([3., 1.])
+    """
+    cdef int isa = active_isa(), workers = usable_threads(threads)
+    cdef ArrayView view
+    cdef MatrixView diagonal
+    cdef vector[MatrixView] pieces
+    cdef vector[Py_ssize_t] starts
+    cdef StatisticsOut out
+    cdef list views = []
+    for index, matrix in enumerate(matrices):
+        view = matrix_of(matrix, f"matrices[{index}]", "n, n")
+        diagonal = view.matrix()
+        if diagonal.rows != diagonal.cols:
+            raise ValueError(f"matrices[{index}] must be square, got shape ({diagonal.rows}, {diagonal.cols})")
+        diagonal.rows = 1
+        diagonal.col_stride += diagonal.row_stride
+        starts.push_back(<Py_ssize_t>pieces.size())
+        pieces.push_back(diagonal)
+        views.append(view)
+    starts.push_back(<Py_ssize_t>pieces.size())
+    cdef Py_ssize_t count = len(views)
+    result = _empty_statistics(count, &out)
+    if count:
+        with nogil:
+            array_statistics(<Isa>isa, pieces.data(), starts.data(), count, out, workers)
+    return result.sum

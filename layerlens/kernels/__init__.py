@@ -5,13 +5,16 @@ through DLPack), an explicit thread count, and give the same bits for every thre
 here imports torch.
 """
 
+from layerlens.kernels._aggregate import aggregate_scores
 from layerlens.kernels._dispatch import available_isas, isa
 from layerlens.kernels._fisher import fisher_diagonal, fisher_trace
 from layerlens.kernels._ghost import ghost_form, ghost_gram, ghost_norms
+from layerlens.kernels._hutchinson import TraceEstimate, hutchinson_trace, rademacher
 from layerlens.kernels._moments import (
     RowMoments,
     Statistics,
     gradient_energy,
+    matrix_traces,
     ragged_statistics,
     ragged_sum_of_squares,
     row_moments,
@@ -22,6 +25,8 @@ from layerlens.kernels._moments import (
 __all__ = [
     "RowMoments",
     "Statistics",
+    "TraceEstimate",
+    "aggregate_scores",
     "available_isas",
     "fisher_diagonal",
     "fisher_trace",
@@ -29,7 +34,10 @@ __all__ = [
     "ghost_gram",
     "ghost_norms",
     "gradient_energy",
+    "hutchinson_trace",
     "isa",
+    "matrix_traces",
+    "rademacher",
     "ragged_statistics",
     "ragged_sum_of_squares",
     "row_moments",

@@ -5,11 +5,12 @@ Each function has the name and arguments of its kernel, less ``threads``. They c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from layerlens.kernels._hutchinson import TraceEstimate
 from layerlens.kernels._moments import RowMoments, Statistics
 
 
@@ -81,7 +82,7 @@ def fisher_diagonal(g: Any, out: np.ndarray | None = None, *, scale: float | Non
 
 
 def per_sample_gradients(inputs: Any, output_gradients: Any) -> np.ndarray:
-    """g_n = sum_t d_nt h_nt^T [batch, d_out * d_in], from [batch, tokens, features] or [batch, features] (one token)."""
+    """g_n = sum_t d_nt h_nt^T, [batch, d_out * d_in], from [batch, tokens, features]; without tokens, of one token."""
     h, d = as_float64(inputs), as_float64(output_gradients)
     if h.ndim == 2:
         h, d = h[:, None], d[:, None]
@@ -97,3 +98,41 @@ def ghost_gram(inputs: Any, output_gradients: Any) -> np.ndarray:
     """<g_n, g_m> of all pairs of samples, [batch, batch]."""
     gradients = per_sample_gradients(inputs, output_gradients)
     return gradients @ gradients.T
+
+
+def aggregate_scores(metrics: Mapping[str, Any], weights: Mapping[str, float]) -> np.ndarray:
+    """sum_m w_m x_ml / max_l |x_ml|, weights scaled to sum 1, float64 [layers]."""
+    total = sum(weights.values())
+    score = np.zeros(len(next(iter(metrics.values()))))
+    for name, values in metrics.items():
+        largest = np.abs(values).max()
+        if weights.get(name, 0.0) > 0.0 and largest > 0.0:
+            score += weights[name] / total * (np.asarray(values) / largest)
+    return score
+
+
+def matrix_traces(matrices: Iterable[Any]) -> np.ndarray:
+    """The trace of each square matrix."""
+    return np.array([np.trace(as_float64(matrix)) for matrix in matrices])
+
+
+def rademacher(size: int, *, seed: int, probe: int = 0) -> np.ndarray:
+    """Signs from SplitMix64 by counter: bit i of word w of stream (seed, probe) is the sign of element 64 w + i."""
+    golden = 0x9E3779B97F4A7C15
+
+    def mix(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    stream = mix((mix((seed + golden) % 2**64) + (probe + 1) * golden) % 2**64)
+    words = [mix((stream + (word + 1) * golden) % 2**64) for word in range((size + 63) // 64)]
+    return np.array([-1.0 if words[i // 64] >> (i % 64) & 1 else 1.0 for i in range(size)])
+
+
+def hutchinson_trace(apply: Callable[[np.ndarray], Any], size: int, *, probes: int, seed: int) -> TraceEstimate:
+    """Mean and standard error of z . apply(z) over Rademacher z."""
+    signs = [rademacher(size, seed=seed, probe=probe) for probe in range(probes)]
+    values = np.array([z @ as_float64(apply(z)) for z in signs])
+    error = values.std(ddof=1) / np.sqrt(probes) if probes > 1 else np.nan
+    return TraceEstimate(float(values.mean()), float(error), probes)

@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 import threading
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -16,7 +16,7 @@ import pytest
 
 from layerlens import kernels
 from layerlens.exceptions import ConfigurationError
-from layerlens.kernels import _dispatch, _fisher, _ghost, _moments, reference
+from layerlens.kernels import _aggregate, _dispatch, _fisher, _ghost, _hutchinson, _moments, reference
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +65,7 @@ def test_forcing_an_unknown_isa_is_a_configuration_error() -> None:
     assert issubclass(ConfigurationError, ValueError)
 
 
-@pytest.mark.parametrize("module", [_dispatch, _fisher, _ghost, _moments, reference])
+@pytest.mark.parametrize("module", [_aggregate, _dispatch, _fisher, _ghost, _hutchinson, _moments, reference])
 def test_examples_in_the_docstrings(module: ModuleType) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -94,7 +94,7 @@ def test_a_forked_child_does_not_hang() -> None:
         import os, sys
         import numpy as np
         from layerlens import kernels
-        from layerlens.kernels import _dispatch, _fisher, _ghost, _moments, reference
+        from layerlens.kernels import _dispatch
 
         x = np.ones((64, 65536), dtype=np.float32)
         kernels.row_sum_of_squares(x, threads=2)
