@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerlens.exceptions import ModelNotFoundError, ModelSpecError
+from layerlens.exceptions import ModelNotFoundError, ModelSpecError, ProfilingError
 from layerlens.models import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -200,6 +200,10 @@ def load_pretrained(
         except (OSError, ValueError, KeyError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelNotFoundError(f"model.name_or_path: cannot load {name_or_path!r}: {first_line}") from error
+    if tokenizer.pad_token is None:  # GPT-2 and Llama have none, and refuse batches without one
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     model.eval().requires_grad_(False)
     mismatched = (entry[0] for entry in info["mismatched_keys"])
     return PretrainedModel(model, tokenizer, path, tuple(sorted({*info["missing_keys"], *mismatched})))
@@ -265,6 +269,31 @@ def blocks_of(model: torch.nn.Module) -> tuple[str, ...]:
             if any(role_of(name) == "attention_output" for name, _ in block.named_modules()):
                 found.append(f"{path}.{index}")
     return tuple(found)
+
+
+def task_heads(model: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the modules beside the base model that have parameters: the task head."""
+    base = getattr(model, "base_model_prefix", "")
+    return tuple(
+        name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())
+    )
+
+
+def frozen_part(model: torch.nn.Module, new_parameters: Sequence[str]) -> tuple[str, ...]:
+    """The largest modules whose outputs do not depend on ``new_parameters``: the base model, else its blocks.
+
+    Raises:
+        ProfilingError: a block has new parameters, so nothing in the model can be trusted to be pretrained.
+    """
+    base, blocks = getattr(model, "base_model_prefix", ""), blocks_of(model)
+    inside = [name for name in new_parameters if name.startswith(tuple(f"{block}." for block in blocks))]
+    if inside:
+        raise ProfilingError(
+            f"the checkpoint lacks {len(inside)} parameters of the transformer blocks ({inside[0]} ...); it is not a "
+            "checkpoint of this architecture"
+        )
+    in_base = any(name.startswith(f"{base}.") for name in new_parameters)
+    return blocks if in_base or not hasattr(model, base) else (base,)
 
 
 def takes_prefix(attention: torch.nn.Module) -> bool:

@@ -14,7 +14,7 @@ from layerlens.config import RunConfig
 from layerlens.cost import cost_table
 from layerlens.data import TextDataset, load_dataset
 from layerlens.exceptions import ConfigurationError
-from layerlens.integrations.transformers import PretrainedModel, load_pretrained, model_spec
+from layerlens.integrations.transformers import PretrainedModel, load_pretrained, model_spec, task_heads
 from layerlens.manifest import write_manifest, write_report
 from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
 from layerlens.pipeline.checks import check_manifest
@@ -22,7 +22,7 @@ from layerlens.pipeline.result import RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance, versions
 from layerlens.profiling.batches import Batch, make_batches
 from layerlens.profiling.cache import SensitivityCache, cache_key, default_cache_dir
-from layerlens.profiling.head import fit_head, head_module_of
+from layerlens.profiling.head import fit_head
 from layerlens.profiling.measure import measure, refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.tuning import export_adapter
@@ -281,12 +281,11 @@ def _check_lengths(pretrained: PretrainedModel, config: RunConfig) -> None:
 
 def _model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: TextDataset) -> dict[str, Any]:
     """What the manifest records so that the base model can be loaded again."""
-    head = [head_module_of(pretrained.new_parameters)] if pretrained.new_parameters else []
     return {
         "task": config.model.task,
         "num_labels": len(dataset.label_names),
         "labels": list(dataset.label_names),
-        "head_modules": head,
+        "head_modules": list(task_heads(pretrained.model)),
         "model_type": str(getattr(pretrained.model.config, "model_type", "")),
     }
 

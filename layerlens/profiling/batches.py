@@ -43,8 +43,6 @@ def make_batches(
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length)
     lengths = [len(ids) for ids in encoded["input_ids"]]
     order = sorted(range(len(texts)), key=lambda sample: (lengths[sample], sample))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     batches = []
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from layerlens.exceptions import ProfilingError
+from layerlens.integrations.transformers import frozen_part
 from layerlens.profiling.batches import Batch
 from layerlens.utils.progress import Progress
 
 RIDGE = 1e-3
 MAX_ITERATIONS = 200
-
-
-def head_module_of(new_parameters: Sequence[str]) -> str:
-    """Path of the smallest module that holds all parameters that the checkpoint lacked."""
-    owners = [name.rpartition(".")[0].split(".") for name in new_parameters]
-    shared = owners[0]
-    for owner in owners[1:]:
-        length = 0
-        while length < min(len(shared), len(owner)) and shared[length] == owner[length]:
-            length += 1
-        shared = shared[:length]
-    return ".".join(shared)
 
 
 def fit_head(
@@ -35,17 +25,11 @@ def fit_head(
     Only the parameters in ``new_parameters`` change. Deterministic for a given model, data and thread count.
 
     Raises:
-        ProfilingError: the new parameters are not in one module below the model, the features are not finite, or
-            the fit diverges.
+        ProfilingError: a transformer block has new parameters, the features are not finite, or the fit diverges.
     """
-    path = head_module_of(new_parameters)
-    if not path:
-        raise ProfilingError(
-            f"the checkpoint lacks parameters outside one task head ({', '.join(list(new_parameters)[:4])} ...); "
-            "it is not a checkpoint of this architecture"
-        )
-    head = model.get_submodule(path)
-    features, labels = _features(model, head, batches, progress)
+    frozen = [model.get_submodule(path) for path in frozen_part(model, new_parameters)]
+    features = _features(model, frozen[-1], batches, progress)
+    labels = torch.cat([batch.labels for batch in batches])
     parameters = [model.get_parameter(name) for name in new_parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -55,9 +39,9 @@ def fit_head(
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        data = torch.cat([head(feature) for feature in features])
+        logits = torch.cat([_replayed(model, frozen, *pair) for pair in zip(batches, features, strict=True)])
         penalty = RIDGE * sum((parameter**2).sum() for parameter in parameters)
-        value = torch.nn.functional.cross_entropy(data, labels) + penalty
+        value = torch.nn.functional.cross_entropy(logits, labels) + penalty
         value.backward()
         return value
 
@@ -67,29 +51,42 @@ def fit_head(
         parameter.requires_grad_(False)
         parameter.grad = None
     if not final < float("inf"):
-        raise ProfilingError(f"fitting the task head {path!r} diverged (loss {final}); set model.head_fit_samples: 0")
+        raise ProfilingError(f"fitting the task head diverged (loss {final}); set model.head_fit_samples: 0")
     return final
 
 
 def _features(
-    model: torch.nn.Module, head: torch.nn.Module, batches: Sequence[Batch], progress: Progress
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """What goes into the head for every batch, computed once."""
-    features: list[torch.Tensor] = []
-
-    def keep(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        features.append(args[0].detach())
-
-    handle = head.register_forward_pre_hook(keep)
+    model: torch.nn.Module, module: torch.nn.Module, batches: Sequence[Batch], progress: Progress
+) -> list[Any]:
+    """What ``module`` puts out for every batch, computed once."""
+    features: list[Any] = []
+    handle = module.register_forward_hook(lambda module, args, output: features.append(output))
     try:
         with progress.stage("Fitting the task head", total=len(batches)) as advance, torch.no_grad():
             for batch in batches:
-                model(**batch.inputs)
-                if not torch.isfinite(features[-1]).all():
+                if not torch.isfinite(model(**batch.inputs).logits).all():
                     raise ProfilingError(
-                        "the model's features are not finite (NaN or infinity) on the data; look for NaN weights"
+                        "the model's outputs are not finite (NaN or infinity) on the data; look for NaN weights"
                     )
                 advance(1)
     finally:
         handle.remove()
-    return features, torch.cat([batch.labels for batch in batches])
+    return features
+
+
+def _replayed(model: torch.nn.Module, frozen: Sequence[torch.nn.Module], batch: Batch, output: Any) -> torch.Tensor:
+    """Logits [b, classes] of ``batch`` with ``output`` in place of computing the frozen modules."""
+    with _returning(frozen, output):
+        return model(**batch.inputs).logits
+
+
+@contextmanager
+def _returning(modules: Sequence[torch.nn.Module], output: Any) -> Iterator[None]:
+    """While open, calling any of ``modules`` returns ``output``."""
+    for module in modules:
+        module.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward  # the class's own method is found again

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from layerlens.exceptions import ProfilingError
-from layerlens.integrations.transformers import load_pretrained
+from layerlens.integrations.transformers import load_pretrained, task_heads
 from layerlens.profiling.batches import make_batches
-from layerlens.profiling.head import RIDGE, fit_head, head_module_of
+from layerlens.profiling.head import RIDGE, fit_head
 from layerlens.utils.progress import silent
 
 TEXTS = ["a fine day", "a grim and broken thing", "lovely", "awful " * 9, "great and bright", "dull"] * 4
@@ -46,14 +54,66 @@ def test_the_head_reaches_the_optimum_and_nothing_else_changes(tiny_bert_dir):
         assert torch.allclose(gradient, -2 * RIDGE * parameter, atol=1e-4)
 
 
-def test_the_head_is_found_as_the_smallest_common_module():
-    assert head_module_of(["classifier.weight", "classifier.bias"]) == "classifier"
-    assert head_module_of(["classifier.dense.weight", "classifier.out_proj.bias"]) == "classifier"
-    assert head_module_of(["bert.pooler.dense.weight", "classifier.bias"]) == ""
+def distilbert() -> torch.nn.Module:
+    config = DistilBertConfig(
+        vocab_size=30522, dim=16, hidden_dim=24, n_layers=2, n_heads=2, max_position_embeddings=32
+    )
+    return DistilBertForSequenceClassification(config)
+
+
+def roberta() -> torch.nn.Module:
+    config = RobertaConfig(
+        vocab_size=30522,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        pad_token_id=0,
+    )
+    return RobertaForSequenceClassification(config)
+
+
+def bert() -> torch.nn.Module:
+    config = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    return BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "new", "heads"),
+    [
+        (distilbert, ("pre_classifier", "classifier"), ("pre_classifier", "classifier")),
+        (roberta, ("classifier.dense", "classifier.out_proj"), ("classifier",)),
+        (bert, ("bert.pooler.dense", "classifier"), ("classifier",)),  # an encoder saved without its pooler
+    ],
+    ids=["distilbert", "roberta", "bert-without-pooler"],
+)
+def test_heads_of_several_modules_are_fitted_as_the_whole_model_computes_them(tiny_bert_dir, make, new, heads):
+    tokenizer = load_pretrained(str(tiny_bert_dir), "sequence-classification", ["a", "b"]).tokenizer
+    torch.manual_seed(0)
+    model = make().eval().requires_grad_(False)
+    names = [f"{module}.{part}" for module in new for part in ("weight", "bias")]
+    batches = make_batches(tokenizer, TEXTS, LABELS, max_length=16, batch_size=8)
+
+    def mean_loss() -> float:
+        losses = [
+            torch.nn.functional.cross_entropy(model(**batch.inputs).logits, batch.labels, reduction="sum")
+            for batch in batches
+        ]
+        return float(sum(losses)) / len(TEXTS)
+
+    for batch in batches:
+        batch.inputs.pop("token_type_ids", None)
+    before, others = mean_loss(), {n: p.clone() for n, p in model.named_parameters() if n not in names}
+    fitted = fit_head(model, names, batches, silent)
+    penalty = RIDGE * sum(float((model.get_parameter(name) ** 2).sum()) for name in names)
+    assert mean_loss() + penalty == pytest.approx(fitted, rel=1e-5)  # float32: the replay computes the same numbers
+    assert mean_loss() < before
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in others.items())
+    assert task_heads(model) == heads
 
 
 def test_weights_missing_all_over_the_model_are_refused(tiny_bert_dir):
     loaded = load_pretrained(str(tiny_bert_dir), "sequence-classification", ["bad", "good"])
     batches = make_batches(loaded.tokenizer, TEXTS, LABELS, max_length=16, batch_size=8)
-    with pytest.raises(ProfilingError, match="lacks parameters outside one task head"):
-        fit_head(loaded.model, ["bert.embeddings.word_embeddings.weight", "classifier.bias"], batches, silent)
+    with pytest.raises(ProfilingError, match="lacks 1 parameters of the transformer blocks"):
+        fit_head(loaded.model, ["bert.encoder.layer.0.output.dense.weight", "classifier.bias"], batches, silent)
