@@ -12,9 +12,15 @@ constexpr std::ptrdiff_t fisher_tile = 1024;
 
 // squares[c] += sum_n x[n, c]^2 for 0 <= c < cols <= fisher_tile. Columns are contiguous, row_stride is in bytes;
 // `squares` has room for cols rounded up to 16 and its padding may be written.
+//
+// And, for at most `fisher_few` rows, out[c] += scale * sum_n x[n, c]^2 without a detour over `squares`: the same bits.
+constexpr std::ptrdiff_t fisher_few = 8;
+
 #define LAYERLENS_DECLARE_FISHER(isa)                                                                         \
     void add_tile_squares_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,   \
-                                std::ptrdiff_t cols, double* squares) noexcept;
+                                std::ptrdiff_t cols, double* squares) noexcept;                           \
+    void add_few_rows_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,       \
+                            std::ptrdiff_t cols, double scale, double* out) noexcept;
 
 LAYERLENS_DECLARE_FISHER(scalar)
 LAYERLENS_DECLARE_FISHER(avx2)

@@ -25,55 +25,85 @@ struct WidenF16 {
     static LL_INLINE Widened load(const Element* x) { return widen(load_f16x16(x)); }
 };
 
-// Rows taken together, so that a tile's sums are loaded and stored once for so many samples.
-constexpr int rows_together = 8;
-
-template <class Load, int rows>
-LL_INLINE void add_rows(const unsigned char* x, ptrdiff_t row_stride, ptrdiff_t cols, double* squares) {
+// Sums of squares over rows, 16 columns at a time, starting from what `begin` gives; `end` takes them. `fixed` is the
+// number of rows if the compiler shall know it, else 0.
+template <class Load, int fixed, class Begin, class End>
+LL_INLINE void over_columns(const void* data, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t cols, const Begin& begin,
+                            const End& end) {
     using Element = typename Load::Element;
-    const auto add = [&](ptrdiff_t c, auto element_at) __attribute__((always_inline)) {
-        f64x8 low = f64x8::load(squares + c), high = f64x8::load(squares + c + 8);
-        for (int n = 0; n < rows; ++n) {
-            const Widened g = Load::load(element_at(n));
-            low += g.low * g.low;
-            high += g.high * g.high;
-        }
-        low.store(squares + c);
-        high.store(squares + c + 8);
+    const unsigned char* x = static_cast<const unsigned char*>(data);
+    const ptrdiff_t count = fixed > 0 ? fixed : rows;
+    const auto row = [&](ptrdiff_t n, ptrdiff_t c) __attribute__((always_inline)) {
+        return reinterpret_cast<const Element*>(x + n * row_stride) + c;
+    };
+    const auto add = [](Widened& squares, const Widened& g) __attribute__((always_inline)) {
+        squares.low += g.low * g.low;
+        squares.high += g.high * g.high;
     };
     ptrdiff_t c = 0;
     for (; c + 16 <= cols; c += 16) {
-        add(c, [&](int n) __attribute__((always_inline)) {
-            return reinterpret_cast<const Element*>(x + n * row_stride) + c;
-        });
+        Widened squares = begin(c, 16);
+        for (ptrdiff_t n = 0; n < count; ++n) add(squares, Load::load(row(n, c)));
+        end(c, 16, squares);
     }
     if (c < cols) {
-        Element padded[rows][16] = {};
-        for (int n = 0; n < rows; ++n) {
-            __builtin_memcpy(padded[n], x + n * row_stride + c * static_cast<ptrdiff_t>(sizeof(Element)),
-                             static_cast<size_t>(cols - c) * sizeof(Element));
+        Widened squares = begin(c, cols - c);
+        for (ptrdiff_t n = 0; n < count; ++n) {
+            Element padded[16] = {};
+            __builtin_memcpy(padded, row(n, c), static_cast<size_t>(cols - c) * sizeof(Element));
+            add(squares, Load::load(padded));
         }
-        add(c, [&](int n) __attribute__((always_inline)) { return &padded[n][0]; });
+        end(c, cols - c, squares);
     }
 }
 
 template <class Load>
 LL_INLINE void add_tile(const void* data, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t cols, double* squares) {
     const unsigned char* x = static_cast<const unsigned char*>(data);
+    const auto begin = [&](ptrdiff_t c, ptrdiff_t) __attribute__((always_inline)) {
+        return Widened{f64x8::load(squares + c), f64x8::load(squares + c + 8)};
+    };
+    const auto end = [&](ptrdiff_t c, ptrdiff_t, const Widened& sums) __attribute__((always_inline)) {
+        sums.low.store(squares + c);
+        sums.high.store(squares + c + 8);
+    };
+    // Eight rows together, so that a tile's sums are loaded and stored once for so many samples.
     ptrdiff_t n = 0;
-    for (; n + rows_together <= rows; n += rows_together) {
-        add_rows<Load, rows_together>(x + n * row_stride, row_stride, cols, squares);
-    }
-    for (; n < rows; ++n) add_rows<Load, 1>(x + n * row_stride, row_stride, cols, squares);
+    for (; n + 8 <= rows; n += 8) over_columns<Load, 8>(x + n * row_stride, row_stride, 8, cols, begin, end);
+    if (n < rows) over_columns<Load, 0>(x + n * row_stride, row_stride, rows - n, cols, begin, end);
 }
 
-LL_INLINE void add_tile(DType dtype, const void* x, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t cols,
-                        double* squares) {
+template <class Load>
+LL_INLINE void add_few(const void* x, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t cols, double scale, double* out) {
+    f64x8 factor;
+    for (int p = 0; p < parts; ++p) factor.part[p] = f64_register{} + scale;
+    const auto begin = [&](ptrdiff_t, ptrdiff_t) __attribute__((always_inline)) {
+        return Widened{f64x8::zero(), f64x8::zero()};
+    };
+    const auto end = [&](ptrdiff_t c, ptrdiff_t width, const Widened& sums) __attribute__((always_inline)) {
+        double padded[16] = {};
+        double* to = out + c;
+        if (width < 16) {
+            __builtin_memcpy(padded, to, static_cast<size_t>(width) * sizeof(double));
+            to = padded;
+        }
+        (f64x8::load(to) + factor * sums.low).store(to);
+        (f64x8::load(to + 8) + factor * sums.high).store(to + 8);
+        if (width < 16) __builtin_memcpy(out + c, padded, static_cast<size_t>(width) * sizeof(double));
+    };
+    if (rows == 1) over_columns<Load, 1>(x, row_stride, rows, cols, begin, end);
+    else if (rows == 8) over_columns<Load, 8>(x, row_stride, rows, cols, begin, end);
+    else over_columns<Load, 0>(x, row_stride, rows, cols, begin, end);
+}
+
+// Calls act(Load{}) with the reader of this type.
+template <class Act>
+LL_INLINE void with_reader(DType dtype, const Act& act) {
     switch (dtype) {
-        case DType::f64: return add_tile<WidenF64>(x, row_stride, rows, cols, squares);
-        case DType::bf16: return add_tile<WidenBF16>(x, row_stride, rows, cols, squares);
-        case DType::f16: return add_tile<WidenF16>(x, row_stride, rows, cols, squares);
-        default: return add_tile<WidenF32>(x, row_stride, rows, cols, squares);
+        case DType::f64: return act(WidenF64{});
+        case DType::bf16: return act(WidenBF16{});
+        case DType::f16: return act(WidenF16{});
+        default: return act(WidenF32{});
     }
 }
 
@@ -84,6 +114,14 @@ LL_INLINE void add_tile(DType dtype, const void* x, ptrdiff_t row_stride, ptrdif
     namespace layerlens {                                                                                     \
     void add_tile_squares_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,   \
                                 std::ptrdiff_t cols, double* squares) noexcept {                              \
-        add_tile(dtype, x, row_stride, rows, cols, squares);                                                  \
+        with_reader(dtype, [&](auto load) __attribute__((always_inline)) {                                    \
+            add_tile<decltype(load)>(x, row_stride, rows, cols, squares);                                     \
+        });                                                                                                   \
+    }                                                                                                         \
+    void add_few_rows_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,       \
+                            std::ptrdiff_t cols, double scale, double* out) noexcept {                        \
+        with_reader(dtype, [&](auto load) __attribute__((always_inline)) {                                    \
+            add_few<decltype(load)>(x, row_stride, rows, cols, scale, out);                                   \
+        });                                                                                                   \
     }                                                                                                         \
     }
