@@ -5,7 +5,7 @@ Checks and allocates; the C++ side computes with the GIL released. Letters in na
 c candidates of the core, k cuts. `layerlens.optimization` is the caller.
 """
 
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.math cimport HUGE_VAL, fabs
 cimport knapsack as ks
 from layerlens.kernels._dispatch cimport Isa, active_isa, usable_threads
@@ -240,6 +240,24 @@ cdef class Core:
             if fits:
                 ks.improve(self.data, &price[0], pair_limit, &choice[0], <ks.Use*> &use__r2[0, 0])
         return fits
+
+    def beam_search(self, double[::1] price, int64_t[::1] favourite, double threshold, int64_t[::1] choice,
+                    int64_t width, double softness=3.0, uint64_t seed=0):
+        """Search for an allocation worth more than threshold: (value, bound, truncations); see knapsack.hpp.
+
+        Costs and capacities must be integers whose sums stay below 2**53. `choice` [g] is overwritten when one is found.
+        """
+        cdef int m = self.data.n_resources
+        if price.shape[0] != m or favourite.shape[0] != self.data.n_groups or choice.shape[0] != self.data.n_groups:
+            raise ValueError("price, favourite or choice has the wrong length")
+        if width < 1 or width > 1 << 22 or not softness > 0.0:
+            raise ValueError(f"width must lie between 1 and 2**22 and softness above 0, got {width} and {softness}")
+        cdef ks.BeamSettings settings
+        settings.width, settings.softness, settings.seed = width, softness, seed
+        cdef ks.BeamResult result
+        with nogil:
+            result = ks.beam_search(self.data, settings, &price[0], &favourite[0], threshold, &choice[0])
+        return result.value, result.bound, result.truncations
 
 
 def sum_use(const double[::1] amount):

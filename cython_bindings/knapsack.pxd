@@ -1,5 +1,5 @@
 # Retells cpp/include/layerlens/knapsack.hpp.
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from layerlens.kernels._dispatch cimport Isa
 
@@ -38,3 +38,16 @@ cdef extern from "layerlens/knapsack.hpp" namespace "layerlens::knapsack" nogil:
     Use sum_use(int64_t n, const double* amount)
     bint repair(const Core&, const double* price, int64_t* choice, Use* use)
     void improve(const Core&, const double* price, int64_t pair_limit, int64_t* choice, Use* use)
+
+    cdef struct BeamSettings:
+        int64_t width
+        double softness
+        uint64_t seed
+
+    cdef struct BeamResult:
+        double value
+        double bound
+        int64_t truncations
+
+    BeamResult beam_search(const Core&, const BeamSettings&, const double* price, const int64_t* favourite,
+                           double threshold, int64_t* choice)

@@ -56,7 +56,7 @@ def refine(
     seed: int,
 ) -> Refined | None:
     """Search the core for something better than ``choice``; None if OR-Tools is missing or the core is too large."""
-    core = improving_core(reduced, dual, choice, value, bound)
+    core = improving_core(reduced, dual, choice, value)
     if core is None:
         return Refined(choice, value, value)
     if len(core.option) - len(problem.layers) > MAX_CANDIDATES:
@@ -84,17 +84,14 @@ def refine(
     return Refined(best, best_value, max(bound, best_value))
 
 
-def improving_core(
-    reduced: Reduced, dual: Dual, choice: np.ndarray, value: float, bound: float
-) -> Candidates | None:
+def improving_core(reduced: Reduced, dual: Dual, choice: np.ndarray, value: float) -> Candidates | None:
     """Options that an allocation better than ``value`` may have, and the incumbent's; None if there is no other.
 
-    An option with regret above bound - value is in no better allocation. The limit is widened by the rounding of a
-    regret, so no option is lost to it.
+    An option with regret above the dual's bound - value is in no better allocation. The limit is widened by the
+    rounding of a regret, so no option is lost to it.
     """
-    gap = math.ldexp(bound - value, reduced.value_exponent)
-    slack = 64.0 * 2.0**-53 * (reduced.largest_value + float(np.sum(dual.price * reduced.instance.capacity)))
-    candidates = candidates_within(reduced.instance, dual, gap + slack, also=choice)
+    limit = dual.bound - math.ldexp(value, reduced.value_exponent) + reduced.rounding(dual.price)
+    candidates = candidates_within(reduced.instance, dual, limit, also=choice)
     if len(candidates.option) == reduced.instance.n_groups:
         return None
     return candidates

@@ -10,6 +10,7 @@ import numpy as np
 from layerlens.exceptions import InfeasibleError
 from layerlens.models import AllocationProblem
 from layerlens.models.options import NONE
+from layerlens.optimization.constraints import COUNT_ROW
 from layerlens.optimization.problem import option_name
 from layerlens.optimization.sums import exact_sum
 
@@ -102,7 +103,9 @@ def _single(problem: AllocationProblem, r: int, need: float, option: int, least:
 
 def budget_key(resource: str) -> str:
     """The configuration key of a resource's budget."""
-    return BUDGET_KEYS.get(resource, resource)
+    if resource.startswith(COUNT_ROW.format("")):
+        return f"optimization.min_layers.{resource.removeprefix(COUNT_ROW.format(''))} (as most layers without it)"
+    return BUDGET_KEYS.get(resource, f"optimization.resources.{resource}.budget")
 
 
 def _smallest(problem: AllocationProblem, r: int, need: float) -> str:

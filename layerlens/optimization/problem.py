@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from layerlens.config import OptimizationConfig
 from layerlens.exceptions import ActivationCacheError, OptimizationError
 from layerlens.models import RESOURCES, AllocationProblem, CostTable, ModelSpec, UtilityTable
 from layerlens.models.options import NONE, Option
+from layerlens.optimization.constraints import (
+    JOIN,
+    allowed_options,
+    extra_rows,
+    grouped_options,
+    layers_alike,
+)
 from layerlens.optimization.sums import exact_sum
 
 # What ``objective_weights`` calls each resource.
@@ -29,8 +38,9 @@ def build_problem(
       against the most that all layers together could use of it (each layer with its dearest option).
     - ``penalty`` is 0 for "none".
 
-    A resource without a budget is no constraint. The options keep the order of the tables, so an index into
-    ``problem.options`` is one into ``utilities.options`` and ``costs.options``.
+    A resource without a budget is no constraint. ``constraints`` says how rules, layers that choose alike, least numbers
+    of layers and resources of the user become options, groups and rows; ``problem.entries(choice)`` leads back to the
+    tables.
 
     Raises:
         ActivationCacheError: a utility is NaN or infinite (its statistics are damaged).
@@ -55,20 +65,29 @@ def build_problem(
     if not np.all(np.isfinite(base) & (base >= 0.0)):
         raise OptimizationError(f"what the frozen model needs must be finite and at least 0, got {costs.base}")
 
-    budgets = config.budgets()
     value = _scores(options, offset, utility, cost__ro, config)
-    rows = [row for row, resource in enumerate(RESOURCES) if budgets[resource] is not None]
-    budget = np.array([budgets[RESOURCES[row]] for row in rows], dtype=np.float64)
+    rows = [
+        (resource, cost__ro[row], float(budget), float(base[row]))
+        for row, resource in enumerate(RESOURCES)
+        if (budget := config.budgets()[resource]) is not None
+    ]
+    rows += [(name, cost, budget, 0.0) for name, cost, budget in extra_rows(spec, options, config)]
+    groups = layers_alike(spec, config)
+    grouped = grouped_options(groups, options, allowed_options(spec, options, config))
+    members = tuple(entries for _, entries in grouped)
+    names = [JOIN.join(group) for group in groups]
+    sizes = Counter(option.layer for option, _ in grouped)
     return AllocationProblem(
-        layers=tuple(layer.name for layer in spec.layers),
-        options=options,
-        offset=offset,
-        value=value,
-        cost__ro=np.ascontiguousarray(cost__ro[rows]),
-        resources=tuple(RESOURCES[row] for row in rows),
-        capacity=budget - base[rows],
-        budget=budget,
-        base=base[rows],
+        layers=tuple(names),
+        options=tuple(option for option, _ in grouped),
+        offset=np.cumsum([0, *(sizes[name] for name in names)], dtype=np.int64),
+        value=np.array([exact_sum(value[list(entries)]) for entries in members]),
+        cost__ro=np.array([[exact_sum(cost[list(entries)]) for entries in members] for _, cost, _, _ in rows]),
+        resources=tuple(name for name, _, _, _ in rows),
+        capacity=np.array([budget - base for _, _, budget, base in rows]),
+        budget=np.array([budget for _, _, budget, _ in rows]),
+        base=np.array([base for _, _, _, base in rows]),
+        members__o=members,
     )
 
 

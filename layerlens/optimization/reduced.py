@@ -18,6 +18,8 @@ from layerlens.optimization.sums import exact_sum
 # which is exact.
 LARGEST_EXPONENT = 300
 UNIT_ROUNDOFF = 2.0**-53
+# Values with up to so many binary digits after the point are searched for a common divisor, unless there are too many.
+FRACTION_BITS, UNIT_OPTIONS = 8, 200_000
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Reduced:
         scale_exponents: the instance's cost row i is 2**scale_exponents[i] times the problem's.
         value_exponent: the instance's values are 2**value_exponent times the problem's.
         largest_value: the largest |value| of the instance.
+        value_unit: every sum of values is a multiple of it (exactly, in the instance's units); 0 where none is known.
     """
 
     instance: Instance
@@ -37,6 +40,7 @@ class Reduced:
     scale_exponents: np.ndarray
     value_exponent: int
     largest_value: float
+    value_unit: float
 
     def bound(self, price: np.ndarray, best: np.ndarray) -> float:
         """A proved upper bound on the instance's optimum: p·C + Σ_g best_g, with all rounding errors added.
@@ -50,7 +54,20 @@ class Reduced:
         priced = exact_sum(price * capacity)
         size = n * self.largest_value + priced
         margin = (2 * m + 10) * UNIT_ROUNDOFF * size + (n + 1) * (m + 1) * 2.0**-1074
-        return exact_sum((exact_sum(best), priced, margin))
+        return self.round_down(exact_sum((exact_sum(best), priced, margin)))
+
+    def rounding(self, price: np.ndarray) -> float:
+        """How far a computed regret can lie from the exact one, for options that fit the capacities."""
+        return 64.0 * UNIT_ROUNDOFF * (self.largest_value + float(np.sum(price * self.instance.capacity)))
+
+    def round_down(self, bound: float) -> float:
+        """The largest attainable value that ``bound`` allows: values are multiples of the value unit.
+
+        Where the quotient is itself rounded up to an integer, the result is not below the bound.
+        """
+        if self.value_unit == 0.0 or not math.isfinite(bound):
+            return bound
+        return math.floor(bound / self.value_unit) * self.value_unit
 
 
 def reduce(problem: AllocationProblem) -> Reduced:
@@ -84,7 +101,18 @@ def reduce(problem: AllocationProblem) -> Reduced:
         scale_exponents=np.array(exponents, dtype=np.int64),
         value_exponent=value_exponent,
         largest_value=largest,
+        value_unit=_unit(value[np.isfinite(value)], largest * (len(offset) - 1)),
     )
+
+
+def _unit(value: np.ndarray, largest_sum: float) -> float:
+    """The greatest common divisor of values that are multiples of 2**-FRACTION_BITS with exact sums, else 0."""
+    if len(value) > UNIT_OPTIONS or largest_sum >= 2.0 ** (52 - FRACTION_BITS):
+        return 0.0
+    scaled = np.ldexp(value, FRACTION_BITS)
+    if not np.array_equal(scaled, np.floor(scaled)):
+        return 0.0
+    return math.ldexp(float(np.gcd.reduce(scaled.astype(np.int64))), -FRACTION_BITS)
 
 
 def _scaling(size: float) -> int:

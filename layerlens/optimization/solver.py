@@ -10,6 +10,7 @@ import numpy as np
 from layerlens.exceptions import OptimizationError
 from layerlens.models import Allocation, AllocationProblem
 from layerlens.optimization import cpsat
+from layerlens.optimization.core_search import Incumbent, search_core
 from layerlens.optimization.feasibility import check_feasible
 from layerlens.optimization.lagrangian import guided_search, solve_dual
 from layerlens.optimization.reduced import Reduced, reduce
@@ -32,8 +33,9 @@ def solve(
 
     1. Multipliers that minimise the Lagrangian bound (cutting planes), rounding errors included in the bound.
     2. An allocation guided by them: repair, one-option moves, pairs of moves.
-    3. With ``refine``: CP-SAT on the options whose regret leaves a chance, with the allocation as hint. It proves the
-       allocation optimal, finds a better one or tightens the bound, and never makes anything worse.
+    3. Beam searches on the core, the options whose regret leaves a chance; where they are exhaustive, a proof.
+    4. With ``refine``: CP-SAT on what is left of the core, with the allocation as hint. It proves the allocation
+       optimal, finds a better one or tightens the bound, and never makes anything worse.
 
     The result is the same to the bit for every ``threads``, in every run, on every x86-64 machine (given one version of
     OR-Tools). ``used <= capacity`` holds exactly for the correctly rounded sums.
@@ -43,7 +45,7 @@ def solve(
         refine: run CP-SAT when the gap is not closed yet.
         refine_deterministic_time: CP-SAT's limit, in its deterministic units (about a second each).
         gap_tolerance: relative gap under which the status is "optimal".
-        seed: CP-SAT's random seed.
+        seed: of the neighbourhoods that are searched, and of CP-SAT.
         threads: threads for scoring.
         progress: told in a few words what is going on.
 
@@ -57,17 +59,23 @@ def solve(
     reduced = reduce(problem)
     stages = ["greedy-lagrangian"]
 
+    instance = reduced.instance
     dual = solve_dual(reduced, threads)
     tell(f"multipliers found after {len(dual.bounds)} evaluations")
-    choice = guided_search(reduced.instance, dual)
+    choice = guided_search(instance, dual)
     if choice is None:
         choice = cpsat.find_any(problem, refine_deterministic_time, seed)
         stages.append("cp-sat")
-    value = _value(problem, choice)
     # At price 0 the favourites have the largest value of each group: no rounding is involved in that proof.
     free = not dual.price.any() and np.array_equal(choice, dual.favourites)
-    bound = value if free else max(_unscaled(reduced, dual.bound), value)
-    tell(f"allocation within {_percent(value, bound)} of the bound")
+    value = math.fsum(instance.value[choice])
+    incumbent = Incumbent(choice, value, value if free else max(value, dual.bound))
+    tell(f"allocation within {_percent(incumbent)} of the bound")
+    search_core(
+        reduced, dual, incumbent, gap_tolerance, seed, refine, lambda now: tell(f"search: within {_percent(now)}")
+    )
+    choice, value = incumbent.choice, _value(problem, incumbent.choice)
+    bound = max(value, math.ldexp(incumbent.bound, -reduced.value_exponent))
 
     if refine and not _closed(value, bound, gap_tolerance):
         refined = cpsat.refine(problem, reduced, dual, choice, value, bound, refine_deterministic_time, seed)
@@ -75,7 +83,7 @@ def solve(
             choice, value, bound = refined.choice, refined.value, refined.bound
             if stages[-1] != "cp-sat":
                 stages.append("cp-sat")
-            tell(f"CP-SAT: within {_percent(value, bound)} of the bound")
+            tell(f"CP-SAT: within {_percent(Incumbent(choice, value, bound))} of the bound")
 
     used = np.array([exact_sum(row[choice]) for row in problem.cost__ro])
     if np.any(used > problem.capacity):
@@ -106,13 +114,10 @@ def _closed(value: float, bound: float, tolerance: float) -> bool:
     return bound - value <= tolerance * abs(bound)
 
 
-def _percent(value: float, bound: float) -> str:
-    gap = (bound - value) / abs(bound) if bound else bound - value
+def _percent(incumbent: Incumbent) -> str:
+    gap = incumbent.bound - incumbent.value
+    gap = gap / abs(incumbent.bound) if incumbent.bound else gap
     return f"{100.0 * gap:.2g} %"
-
-
-def _unscaled(reduced: Reduced, bound: float) -> float:
-    return math.ldexp(bound, -reduced.value_exponent)
 
 
 def _multipliers(problem: AllocationProblem, reduced: Reduced, price: np.ndarray) -> np.ndarray:

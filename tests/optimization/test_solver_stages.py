@@ -11,7 +11,7 @@ from instances import large_problem, problem_of
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from layerlens.kernels import _dispatch
-from layerlens.optimization import solve
+from layerlens.optimization import core_search, solve
 
 
 def same(a, b) -> bool:
@@ -36,18 +36,21 @@ def test_the_same_bits_for_every_thread_count_instruction_set_and_run(n_groups):
             _dispatch._force(None)
 
 
-def test_refinement_is_deterministic():
-    problem = large_problem(30, 6, 4, correlated=True)
+def test_refinement_is_deterministic(monkeypatch):
+    monkeypatch.setattr(core_search, "PROOF_WIDTHS", ())
+    problem = large_problem(50, 16, 4, correlated=True)
     arguments = {"refine_deterministic_time": 0.3, "gap_tolerance": 0.0, "seed": 3}
     first = solve(problem, **arguments)
+    assert first.solver == "greedy-lagrangian + cp-sat"
     assert all(same(solve(problem, threads=threads, **arguments), first) for threads in (1, 2))
 
 
-def test_refinement_never_makes_anything_worse():
-    for seed in range(6):
-        problem = large_problem(40, 8, 4, seed=seed, correlated=bool(seed % 2))
+def test_refinement_never_makes_anything_worse(monkeypatch):
+    monkeypatch.setattr(core_search, "PROOF_WIDTHS", ())
+    for seed in range(3):
+        problem = large_problem(40, 12, 4, seed=seed, correlated=bool(seed % 2))
         plain = solve(problem, refine=False)
-        for limit in (1e-3, 0.05, 0.3):
+        for limit in (1e-3, 0.2):
             refined = solve(problem, refine_deterministic_time=limit)
             assert refined.value >= plain.value
             assert refined.upper_bound <= plain.upper_bound
@@ -55,7 +58,8 @@ def test_refinement_never_makes_anything_worse():
 
 
 def test_without_ortools_the_lagrangian_answer_stays(monkeypatch):
-    problem = large_problem(12, 6, 4, correlated=True)
+    monkeypatch.setattr(core_search, "PROOF_WIDTHS", ())
+    problem = large_problem(60, 16, 4, correlated=True)
     plain = solve(problem, refine=False)
     assert plain.status == "feasible"
     real_import = builtins.__import__

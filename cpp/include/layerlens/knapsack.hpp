@@ -82,4 +82,30 @@ Use sum_use(std::int64_t n, const double* amount);
 bool repair(const Core& core, const double* price, std::int64_t* choice, Use* use);
 void improve(const Core& core, const double* price, std::int64_t pair_limit, std::int64_t* choice, Use* use);
 
+// How a beam search goes. width: states kept for each group. softness: times n_resources, the number of alternatives
+// thought of as open; the order of the groups and the score depend on it. seed: 0 orders the groups by ambiguity, others
+// disturb that order, for another search of the same core.
+struct BeamSettings {
+  std::int64_t width;
+  double softness;
+  std::uint64_t seed;
+};
+
+// Beam search over the groups of a core whose costs and capacities are integers in doubles (sums below 2^53).
+//
+// `favourite` holds the candidate of each group with the highest score at `price`. Looks for an allocation worth more
+// than `threshold` (a sum of values of the core).
+//
+// value: of the best allocation found, written to `choice`; -infinity (and `choice` untouched) if none beats `threshold`.
+// bound: no allocation of the core is worth more, rounding included; with truncations = 0 it is
+//   max(value, threshold) up to rounding: the search was exhaustive.
+struct BeamResult {
+  double value;
+  double bound;
+  std::int64_t truncations;
+};
+
+BeamResult beam_search(const Core& core, const BeamSettings& settings, const double* price,
+                       const std::int64_t* favourite, double threshold, std::int64_t* choice);
+
 }  // namespace layerlens::knapsack

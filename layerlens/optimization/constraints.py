@@ -1,0 +1,154 @@
+"""Constraints beyond the four budgets, all brought into the form that the solver knows.
+
+- Rules and ``max_rank`` take options away.
+- Layers that must choose alike become one group, whose options are those that all of them have, with summed values and
+  costs.
+- "At least k layers with method m" is a budget of n − k on a resource that every other option of a layer uses once.
+- A resource of the user is one more row of costs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from layerlens.config import OptimizationConfig
+from layerlens.config.rules import LayerRule
+from layerlens.exceptions import ConfigurationError
+from layerlens.models import ModelSpec, Option, trainable_params
+from layerlens.models.options import NONE
+
+COUNT_ROW = "layers_without_{}"
+JOIN = " + "
+"""Between the names of layers that choose alike, in the name of their group."""
+
+
+def matching(spec: ModelSpec, pattern: str, field: str) -> list[str]:
+    """Names of the layers that ``pattern`` (a pattern for names, or a role) means.
+
+    Raises:
+        ConfigurationError: there is none; shows the nearest names and roles.
+    """
+    found = [layer.name for layer in spec.layers if layer.role == pattern or fnmatchcase(layer.name, pattern)]
+    if not found:
+        known = [*dict.fromkeys(layer.role for layer in spec.layers if layer.role), *(x.name for x in spec.layers)]
+        near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
+        raise ConfigurationError(f"{field}: no layer is called {pattern!r}; nearest: {', '.join(near)}")
+    return found
+
+
+def allowed_options(spec: ModelSpec, options: Sequence[Option], config: OptimizationConfig) -> np.ndarray:
+    """bool [n_options]: which options ``max_rank`` and the rules leave.
+
+    Raises:
+        ConfigurationError: a rule names no layer, or leaves a layer without any option.
+    """
+    allowed = np.ones(len(options), dtype=bool)
+    if config.max_rank is not None:
+        allowed &= np.array([option.rank <= config.max_rank for option in options])
+    for number, rule in enumerate(config.rules):
+        field = f"optimization.rules[{number}]"
+        named = set(matching(spec, rule.layers, f"{field}.layers"))
+        concerned = np.array([option.layer in named for option in options])
+        allowed &= ~concerned | np.array([_fits(option, rule) for option in options])
+        left = {option.layer for option, is_left in zip(options, allowed, strict=True) if is_left}
+        if named - left:
+            raise ConfigurationError(
+                f"{field}: leaves no option for {min(named - left)}; offer more methods or ranks, or drop `require`"
+            )
+    return allowed
+
+
+def _fits(option: Option, rule: LayerRule) -> bool:
+    if option.method == NONE:
+        return not rule.require
+    return (
+        (rule.methods is None or option.method in rule.methods)
+        and option.method not in rule.forbid
+        and (rule.ranks is None or option.rank in rule.ranks)
+        and (rule.max_rank is None or option.rank <= rule.max_rank)
+    )
+
+
+def layers_alike(spec: ModelSpec, config: OptimizationConfig) -> list[list[str]]:
+    """The layers in groups that choose together, in the order of the model; most groups have one layer.
+
+    Raises:
+        ConfigurationError: an entry of ``choose_alike`` names no layer.
+    """
+    leader = {layer.name: layer.name for layer in spec.layers}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            name = leader[name]
+        return name
+
+    block = {layer.name: layer.block for layer in spec.layers}
+    for number, entry in enumerate(config.choose_alike):
+        field = f"optimization.choose_alike[{number}]"
+        first_of_block: dict[int | None, str] = {}
+        for name in (name for pattern in entry for name in matching(spec, pattern, field)):
+            leader[find(name)] = find(first_of_block.setdefault(block[name], name))
+    groups: dict[str, list[str]] = {}
+    for layer in spec.layers:
+        groups.setdefault(find(layer.name), []).append(layer.name)
+    return list(groups.values())
+
+
+def grouped_options(
+    groups: list[list[str]], options: Sequence[Option], allowed: np.ndarray
+) -> list[tuple[Option, tuple[int, ...]]]:
+    """The options of every group, each with the indices in ``options`` that it stands for.
+
+    Raises:
+        ConfigurationError: layers that must choose alike have no option in common.
+    """
+    by_layer: dict[str, dict[tuple[str, int], int]] = {}
+    for index, option in enumerate(options):
+        if allowed[index]:
+            by_layer.setdefault(option.layer, {})[option.method, option.rank] = index
+    result = []
+    for group in groups:
+        shared = [choice for choice in by_layer[group[0]] if all(choice in by_layer[name] for name in group[1:])]
+        if not shared:
+            raise ConfigurationError(
+                f"optimization.choose_alike: {' and '.join(group)} have no option in common; offer them the same "
+                "methods and ranks"
+            )
+        for method, rank in shared:
+            members = tuple(by_layer[name][method, rank] for name in group)
+            result.append((Option(JOIN.join(group), method, rank), members))
+    return result
+
+
+def extra_rows(
+    spec: ModelSpec, options: Sequence[Option], config: OptimizationConfig
+) -> list[tuple[str, np.ndarray, float]]:
+    """(name, float64 [n_options] cost, budget) of every user resource and of every least number of layers.
+
+    Raises:
+        ConfigurationError: more layers are wanted for a method than can take it.
+    """
+    layers = {layer.name: layer for layer in spec.layers}
+    rows = []
+    for name, resource in config.resources.items():
+        cost = [
+            resource.per_parameter * trainable_params(layers[option.layer], option.method, option.rank)
+            + resource.per_rank * option.rank
+            + resource.per_layer * (option.method != NONE)
+            for option in options
+        ]
+        rows.append((name, np.array(cost, dtype=np.float64), resource.budget))
+    for method, least in config.min_layers.items():
+        able = sum(method in layer.methods for layer in spec.layers)
+        if least > able or method not in config.methods:
+            raise ConfigurationError(
+                f"optimization.min_layers.{method}: wants {least} layers, but "
+                + (f"{able} can take it" if method in config.methods else f"{method} is not in optimization.methods")
+            )
+        cost = [float(option.method != method) for option in options]
+        rows.append((COUNT_ROW.format(method), np.array(cost), float(len(spec.layers) - least)))
+    return rows
