@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -63,6 +64,8 @@ def test_nothing_is_found_above_the_optimum():
 @pytest.mark.parametrize("n_resources", [1, 2, 3, 4, 5, 8, 9, 16])
 def test_every_number_of_resources(n_resources):
     problem = large_problem(7, 3, n_resources, seed=n_resources)
+    problem = dataclasses.replace(problem, capacity=3.0 * problem.capacity)
+    assert len(reduce(problem).rows) == n_resources
     optimum, _ = exhaustive_optimum(problem.offset, problem.value, problem.cost__ro, problem.capacity)
     outcome = searched(problem, -1.0, 10_000)
     assert math.fsum(problem.value[outcome.choice]) == optimum
