@@ -33,6 +33,9 @@ cdef enum:
     DL_FLOAT = 2
     DL_BFLOAT = 4
 
+cdef char NATIVE_ORDER = b"<" if np.little_endian else b">"
+cdef object _ndarray = np.ndarray, _MaskedArray = np.ma.MaskedArray
+
 SUPPORTED = "float32, float64, bfloat16 and float16"
 
 
@@ -85,19 +88,22 @@ cdef int _check_rank(str name, int rank) except -1:
 cdef ArrayView _from_buffer(object x, str name, bint as_bfloat16):
     cdef _Buffer buffer = _Buffer(x)
     cdef ArrayView result = ArrayView.__new__(ArrayView)
-    cdef str code = (buffer.view.format or b"B").decode("ascii")
+    cdef const char* code = buffer.view.format
     cdef int axis
-    plain = code.lstrip("@=<" if np.little_endian else "@=>")
+    if code == NULL:
+        raise _wrong_dtype(name, "no format (unsigned bytes)")
+    if code[0] == b"@" or code[0] == b"=" or code[0] == NATIVE_ORDER:
+        code += 1
     if as_bfloat16:
         result.dtype = DType.bf16
-    elif plain == "f":
+    elif code[0] == b"f" and code[1] == 0:
         result.dtype = DType.f32
-    elif plain == "d":
+    elif code[0] == b"d" and code[1] == 0:
         result.dtype = DType.f64
-    elif plain == "e":
+    elif code[0] == b"e" and code[1] == 0:
         result.dtype = DType.f16
     else:
-        raise _wrong_dtype(name, x.dtype if isinstance(x, np.ndarray) else f"buffer format {code!r}")
+        raise _wrong_dtype(name, getattr(x, "dtype", f"buffer format {buffer.view.format.decode('ascii')!r}"))
     _check_rank(name, buffer.view.ndim)
     result.owner = buffer
     result.data = <char*>buffer.view.buf
@@ -156,13 +162,15 @@ cdef ArrayView _from_dlpack(object x, str name):
 
 
 cdef ArrayView view_of(object x, str name):
-    if isinstance(x, np.ndarray):
-        if isinstance(x, np.ma.MaskedArray):
+    if isinstance(x, _ndarray):
+        if isinstance(x, _MaskedArray):
             raise TypeError(f"{name} is a masked array, whose mask the kernels would ignore: fill it first")
-        if x.dtype.name == "bfloat16" and x.dtype.itemsize == 2:
+        dtype = x.dtype
+        kind = dtype.kind
+        if kind == "V" and dtype.name == "bfloat16" and dtype.itemsize == 2:
             return _from_buffer(x.view(np.uint16), name, True)
-        if x.dtype.kind != "f" or x.dtype.itemsize > 8:
-            raise _wrong_dtype(name, x.dtype)
+        if kind != "f" or dtype.itemsize > 8:
+            raise _wrong_dtype(name, dtype)
         return _from_buffer(x, name, False)
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         return _from_dlpack(x, name)

@@ -77,25 +77,23 @@ struct BitCounts {
     }
 };
 
-// Calls step on 64 elements (32 for f64) at a time; the last ones are completed with zeros. `steps` of them make a
-// group, after each of which flush is called. Returns how many zeros were added.
-template <int width, int steps, class Element, class Step, class Flush>
-LL_INLINE ptrdiff_t in_steps(const Element* x, ptrdiff_t n, const Step& step, const Flush& flush) {
-    ptrdiff_t i = 0;
-    for (; i + width * steps <= n; i += width * steps) {
-        for (int k = 0; k < steps; ++k) step(x + i + width * k);
-        flush();
-    }
-    if (i == n) return 0;
-    for (; i + width <= n; i += width) step(x + i);
-    const ptrdiff_t rest = n - i;
+// Cuts n elements into groups of `steps` steps of `width` elements and calls group(x, count, last) on each: `count`
+// whole steps from x, then one on `last` if it is not null: the last elements, completed with zeros. Returns how many
+// zeros were added.
+template <int width, int steps, class Element, class Group>
+LL_INLINE ptrdiff_t in_groups(const Element* x, ptrdiff_t n, const Group& group) {
+    const Element* const end = x + n;
+    for (; end - x >= width * steps; x += width * steps) group(x, steps, nullptr);
+    const int whole = static_cast<int>((end - x) / width);
+    const ptrdiff_t rest = end - x - whole * width;
     if (rest > 0) {
         Element padded[width] = {};
-        __builtin_memcpy(padded, x + i, static_cast<size_t>(rest) * sizeof(Element));
-        step(padded);
+        __builtin_memcpy(padded, x + whole * width, static_cast<size_t>(rest) * sizeof(Element));
+        group(x, whole, padded);
+        return width - rest;
     }
-    flush();
-    return rest > 0 ? width - rest : 0;
+    if (whole > 0) group(x, whole, nullptr);
+    return 0;
 }
 
 // `full` says whether all statistics are wanted, or the sum of squares only (the others stay 0).
@@ -108,21 +106,25 @@ struct Chunk {
         f64x8 square_low = f64x8::zero(), square_high = f64x8::zero();
         f64x8 sum_low = f64x8::zero(), sum_high = f64x8::zero();
         BitCounts<i32x16, int32_t> counts;
-        f32x16 square_f32[4], sum_f32[4];
-        for (int g = 0; g < 4; ++g) square_f32[g] = sum_f32[g] = f32x16::zero();
 
-        const auto step = [&](const Element* at) __attribute__((always_inline)) {
-            f32x16 v[4];
-            Load::step(at, v);
-            for (int g = 0; g < 4; ++g) {
-                square_f32[g] += v[g] * v[g];
-                if (full) {
-                    sum_f32[g] += v[g];
-                    counts.add(g, v[g], 0x7f800000);
+        const auto group = [&](const Element* at, int count, const Element* last) __attribute__((always_inline)) {
+            f32x16 square_f32[4], sum_f32[4];
+            for (int g = 0; g < 4; ++g) square_f32[g] = sum_f32[g] = f32x16::zero();
+            const auto step = [&](const Element* from) __attribute__((always_inline)) {
+                f32x16 v[4];
+                Load::step(from, v);
+                for (int g = 0; g < 4; ++g) {
+                    square_f32[g] += v[g] * v[g];
+                    if (full) {
+                        sum_f32[g] += v[g];
+                        counts.add(g, v[g], 0x7f800000);
+                    }
                 }
-            }
-        };
-        const auto flush = [&]() __attribute__((always_inline)) {
+            };
+// Unrolled in full, GCC 12 takes one lane group after the other and so reads the cache lines out of order.
+#pragma GCC unroll 2
+            for (int k = 0; k < count; ++k) step(at + 64 * k);
+            if (last != nullptr) step(last);
             const Widened squares = widen(fold(square_f32));
             square_low += squares.low;
             square_high += squares.high;
@@ -131,9 +133,8 @@ struct Chunk {
                 sum_low += sums.low;
                 sum_high += sums.high;
             }
-            for (int g = 0; g < 4; ++g) square_f32[g] = sum_f32[g] = f32x16::zero();
         };
-        const ptrdiff_t padding = in_steps<64, moments_flush>(x, n, step, flush);
+        const ptrdiff_t padding = in_groups<64, moments_flush>(x, n, group);
         Statistics result = {sum_of_lanes(sum_low + sum_high), sum_of_lanes(square_low + square_high), 0.0, 0, 0};
         if (full) counts.finish(result, padding);
         return result;
@@ -155,7 +156,10 @@ struct Chunk {
                 }
             }
         };
-        in_steps<64, 1>(x, n, step, [] {});
+        in_groups<64, 1>(x, n, [&](const Element* at, int count, const Element* last) __attribute__((always_inline)) {
+            if (count > 0) step(at);
+            if (last != nullptr) step(last);
+        });
         result.sum = sum_of_lanes(sum[0] + sum[1]);
         result.sum_of_squares = sum_of_lanes(square[0] + square[1]);
     }
@@ -184,7 +188,11 @@ LL_INLINE Statistics chunk_f64(const void* data, ptrdiff_t n) {
             }
         }
     };
-    const ptrdiff_t padding = in_steps<32, 1>(x, n, step, [] {});
+    const auto group = [&](const double* at, int count, const double* last) __attribute__((always_inline)) {
+        if (count > 0) step(at);
+        if (last != nullptr) step(last);
+    };
+    const ptrdiff_t padding = in_groups<32, 1>(x, n, group);
     Statistics result = {sum_of_lanes(fold(sum)), sum_of_lanes(fold(square)), 0.0, 0, 0};
     if (full) counts.finish(result, padding);
     return result;
