@@ -267,3 +267,23 @@ def sum_use(const double[::1] amount):
     with nogil:
         use = ks.sum_use(amount.shape[0], data)
     return use.high, use.low
+
+
+def group_hulls(const int64_t[::1] offset, const double[::1] value, const double[::1] cost, threads=1):
+    """The options on each group's upper concave hull of value over cost: (options, how many of each group).
+
+    Options come group after group, by rising cost and falling slope; the first is the best of the cheapest.
+    """
+    cdef int64_t n_groups = offset.shape[0] - 1
+    if n_groups < 1 or value.shape[0] != cost.shape[0] or offset[0] != 0 or offset[n_groups] != value.shape[0]:
+        raise ValueError("offset must run from 0 to the number of options, one value and one cost for each")
+    if not bool(np.all(np.diff(offset) > 0)):
+        raise ValueError("every group needs an option")
+    hull = np.empty(value.shape[0], dtype=np.int64)
+    length = np.empty(n_groups, dtype=np.int64)
+    cdef int64_t[::1] hull_view = hull, length_view = length
+    cdef int workers = usable_threads(threads)
+    with nogil:
+        ks.group_hulls(n_groups, &offset[0], &value[0], &cost[0], &hull_view[0], &length_view[0], workers)
+    position = np.arange(value.shape[0]) - np.repeat(np.asarray(offset)[: n_groups], np.diff(offset))
+    return hull[position < np.repeat(length, np.diff(offset))], length

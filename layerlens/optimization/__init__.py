@@ -1,6 +1,8 @@
-"""The allocation problem and its certified answer: greedy-Lagrangian solver, CP-SAT refinement."""
+"""The allocation problem and its certified answer: Lagrangian bound, searches on the core, CP-SAT; frontiers."""
 
+from layerlens.optimization.explain import LayerExplanation, explain
+from layerlens.optimization.frontier import Frontier, budget_sweep, frontier
 from layerlens.optimization.problem import build_problem
 from layerlens.optimization.solver import solve
 
-__all__ = ["build_problem", "solve"]
+__all__ = ["Frontier", "LayerExplanation", "budget_sweep", "build_problem", "explain", "frontier", "solve"]

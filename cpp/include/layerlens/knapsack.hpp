@@ -82,6 +82,12 @@ Use sum_use(std::int64_t n, const double* amount);
 bool repair(const Core& core, const double* price, std::int64_t* choice, Use* use);
 void improve(const Core& core, const double* price, std::int64_t pair_limit, std::int64_t* choice, Use* use);
 
+// The options of each group on the upper concave hull of value over cost, from the cheapest (the best of them) on, as far
+// as the value rises; points on a line between others are left out. Group g writes length[g] options to
+// hull[offset[g] ..]. The allocations that maximise value - price * cost for some price >= 0 are made of these.
+void group_hulls(std::int64_t n_groups, const std::int64_t* offset, const double* value, const double* cost,
+                 std::int64_t* hull, std::int64_t* length, int threads);
+
 // How a beam search goes. width: states kept for each group. softness: times n_resources, the number of alternatives
 // thought of as open; the order of the groups and the score depend on it. seed: 0 orders the groups by ambiguity, others
 // disturb that order, for another search of the same core.

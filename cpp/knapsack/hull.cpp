@@ -1,0 +1,51 @@
+// Upper concave hulls of value over cost, one for each group: the steps that the optimum takes as one budget grows.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "layerlens/knapsack.hpp"
+
+namespace layerlens::knapsack {
+
+namespace {
+
+struct Point {
+  double cost;
+  double value;
+  std::int64_t option;
+};
+
+// Whether b lies on or below the line from a to c, costs rising from a to c.
+bool below(const Point& a, const Point& b, const Point& c) {
+  return (b.value - a.value) * (c.cost - a.cost) <= (c.value - a.value) * (b.cost - a.cost);
+}
+
+}  // namespace
+
+void group_hulls(std::int64_t n_groups, const std::int64_t* offset, const double* value, const double* cost,
+                 std::int64_t* hull, std::int64_t* length, int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<Point> points;
+#pragma omp for schedule(static)
+    for (std::int64_t group = 0; group < n_groups; ++group) {
+      const std::int64_t begin = offset[group], end = offset[group + 1];
+      points.clear();
+      for (std::int64_t option = begin; option < end; ++option) points.push_back({cost[option], value[option], option});
+      std::sort(points.begin(), points.end(), [](const Point& a, const Point& b) {
+        if (a.cost != b.cost) return a.cost < b.cost;
+        return a.value != b.value ? a.value > b.value : a.option < b.option;
+      });
+      std::size_t kept = 1;
+      for (std::size_t i = 1; i < points.size(); ++i) {
+        if (points[i].value <= points[kept - 1].value) continue;  // dearer and not better
+        while (kept > 1 && below(points[kept - 2], points[kept - 1], points[i])) --kept;
+        points[kept++] = points[i];
+      }
+      length[group] = static_cast<std::int64_t>(kept);
+      for (std::size_t i = 0; i < kept; ++i) hull[begin + static_cast<std::int64_t>(i)] = points[i].option;
+    }
+  }
+}
+
+}  // namespace layerlens::knapsack

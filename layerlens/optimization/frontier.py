@@ -1,0 +1,131 @@
+"""Value as a function of one budget: the whole curve at once, and certified allocations at chosen budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from layerlens.exceptions import OptimizationError
+from layerlens.kernels._lagrangian import group_hulls
+from layerlens.models import Allocation, AllocationProblem
+from layerlens.optimization.solver import solve
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The upper concave hull of value over one budget, other budgets left aside.
+
+    Point 0 is the best of the cheapest allocations; each later point changes one option. The allocation of every point
+    is optimal for a budget of exactly what it uses, and a line between two points is an upper bound in between.
+
+    Args:
+        resource: whose budget varies.
+        budget: float64 [k], rising, base included: the least budget that allows the point.
+        value: float64 [k], rising, with falling slopes.
+        option: int64 [k], the option that point k switches its group to; entry 0 is -1.
+        first: int64 [n_groups], the options of point 0.
+        offset: int64 [n_groups + 1] of the problem.
+    """
+
+    resource: str
+    budget: np.ndarray
+    value: np.ndarray
+    option: np.ndarray
+    first: np.ndarray
+    offset: np.ndarray
+
+    def choice(self, point: int) -> np.ndarray:
+        """int64 [n_groups]: the options of one point."""
+        choice = self.first.copy()
+        switched = self.option[1 : point + 1]
+        # Where a group is switched several times, the last one stays.
+        choice[np.searchsorted(self.offset, switched, side="right") - 1] = switched
+        return choice
+
+    def upper_bound(self, budget: float) -> float:
+        """No allocation within ``budget`` has a larger value, up to the rounding of the curve's sums (1e-12).
+
+        Raises:
+            OptimizationError: the budget is below that of point 0.
+        """
+        if budget < self.budget[0]:
+            raise OptimizationError(
+                f"{self.resource}: a budget of {budget:g} allows nothing; the least is {self.budget[0]:g}"
+            )
+        return float(np.interp(budget, self.budget, self.value))
+
+
+def frontier(problem: AllocationProblem, resource: str, *, threads: int = 1) -> Frontier:
+    """The whole budget-to-value curve of one resource, exact on the convex hull, in O(N log N).
+
+    Each group's options on its concave hull of value over cost give steps of falling slope; all steps sorted by slope
+    are the hull of the whole problem (the LP relaxation of the multiple-choice knapsack: Sinha & Zoltners 1979).
+
+    Raises:
+        OptimizationError: the problem has no budget on ``resource``.
+    """
+    row = _row(problem, resource)
+    cost = problem.cost__ro[row]
+    hull, length = group_hulls(problem.offset, problem.value, cost, threads)
+    begin = np.concatenate(([0], np.cumsum(length)[:-1]))
+    first = hull[begin]
+    is_step = np.ones(len(hull), dtype=bool)
+    is_step[begin] = False
+    step = np.flatnonzero(is_step)
+    more_cost = cost[hull[step]] - cost[hull[step - 1]]
+    more_value = problem.value[hull[step]] - problem.value[hull[step - 1]]
+    # Stable, so that steps of equal slope keep the order of groups, and within a group their own.
+    order = np.argsort(-_falling(more_value / more_cost, is_step, step), kind="stable")
+    return Frontier(
+        resource=resource,
+        budget=problem.base[row] + np.cumsum(np.concatenate(([cost[first].sum()], more_cost[order]))),
+        value=np.cumsum(np.concatenate(([problem.value[first].sum()], more_value[order]))),
+        option=np.concatenate(([-1], hull[step[order]])),
+        first=first,
+        offset=np.asarray(problem.offset),
+    )
+
+
+def budget_sweep(
+    problem: AllocationProblem, resource: str, budgets: Sequence[float], **arguments: Any
+) -> list[Allocation]:
+    """A certified allocation at each budget of ``resource``, all other budgets kept.
+
+    Args:
+        problem: the problem whose budget varies.
+        resource: one of ``problem.resources``.
+        budgets: as a user would give them, base included.
+        arguments: passed on to :func:`solve`.
+
+    Raises:
+        InfeasibleError: a budget allows nothing.
+        OptimizationError: the problem has no budget on ``resource``.
+    """
+    row = _row(problem, resource)
+    allocations = []
+    for amount in budgets:
+        budget, capacity = problem.budget.copy(), problem.capacity.copy()
+        budget[row] = amount
+        capacity[row] = amount - problem.base[row]
+        allocations.append(solve(dataclasses.replace(problem, budget=budget, capacity=capacity), **arguments))
+    return allocations
+
+
+def _row(problem: AllocationProblem, resource: str) -> int:
+    if resource not in problem.resources:
+        raise OptimizationError(
+            f"the problem has no budget on {resource!r}; it has budgets on {', '.join(problem.resources)}"
+        )
+    return problem.resources.index(resource)
+
+
+def _falling(slope: np.ndarray, is_step: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Slopes that do not rise within a group: rounding of nearly equal ones could otherwise swap two steps."""
+    rises = np.flatnonzero(is_step[step[1:] - 1] & (slope[1:] > slope[:-1]))
+    for index in rises:
+        slope[index + 1] = slope[index]
+    return slope
