@@ -66,15 +66,24 @@ def configuration_page() -> str:
     return "\n".join(parts)
 
 
-def _section(known: FieldInfo, path: tuple[str, ...]) -> Iterator[str]:
-    section = as_model(known.annotation)
+def _section(known: FieldInfo, path: tuple[str, ...], entry: str = "") -> Iterator[str]:
+    section = as_model(known.annotation) or _entry_model(known.annotation)
     assert section is not None, f"{'.'.join(path)} is not a section"
-    yield f"{'#' * (len(path) + 1)} `{'.'.join(path)}`\n\n{_text(section)}\n"
+    yield f"{'#' * (len(path) + 1)} `{'.'.join(path)}{entry}`\n\n{_text(section)}\n"
     inner = {name: field for name, field in section.model_fields.items() if as_model(field.annotation)}
     rows = [_row(name, field) for name, field in section.model_fields.items() if name not in inner]
     yield "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
     for name, field in inner.items():
         yield from _section(field, (*path, name))
+    for name, field in section.model_fields.items():
+        if _entry_model(field.annotation):
+            yield from _section(field, (*path, name), "[]" if typing.get_origin(field.annotation) is tuple else ".NAME")
+
+
+def _entry_model(annotation: Any) -> type[ConfigModel] | None:
+    """The model of each entry, where a list or mapping has sections as entries."""
+    place = {tuple: 0, dict: 1}.get(typing.get_origin(annotation))
+    return None if place is None else as_model(typing.get_args(annotation)[place])
 
 
 def _text(section: type[ConfigModel]) -> str:
@@ -100,6 +109,8 @@ def _type(annotation: Any) -> str:
     if len(kinds) > 1:
         return " or ".join(_type(kind) for kind in kinds)
     kind = kinds[0]
+    if as_model(kind):
+        return "sections (below)"
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)

@@ -42,7 +42,7 @@ def budgets(resources: Sequence[ResourceUse]) -> RenderableType:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("used", no_wrap=True)
     for use in resources:
-        name, kind = RESOURCE_NAMES.get(use.resource, use.resource), use.resource
+        name, kind = RESOURCE_NAMES.get(use.resource, use.resource.replace("_", " ")), use.resource
         base = amount(kind, use.base) if use.base else "–"
         cells: list[RenderableType] = [Text(name), base, amount(kind, use.added), amount(kind, use.total)]
         if use.budget is None:

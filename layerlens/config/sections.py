@@ -7,10 +7,11 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from layerlens.config.base import ConfigModel
+from layerlens.config.names import MethodName
+from layerlens.config.rules import ConstraintConfig
 
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
 UTILITY_MODELS = ("signal", "whitened", "gradient", "weighted", "uniform")
-MethodName = Literal["lora", "adapter", "prefix"]
 
 
 class ModelConfig(ConfigModel):
@@ -143,6 +144,9 @@ class OptimizationConfig(ConfigModel):
     prefix_lengths: tuple[int, ...] = Field(
         default=(2, 4, 8, 16),
         description="Prefix lengths on offer, in key/value pairs. A single pair would leave its key untrained.",
+    )
+    constraints: ConstraintConfig = Field(
+        default_factory=ConstraintConfig, description="What the choice must keep beyond the four budgets."
     )
     alpha_over_r: float = Field(default=2.0, gt=0, description="LoRA scale alpha/r, one constant for the whole model.")
     optimizer: Literal["adamw", "sgd"] = Field(

@@ -103,8 +103,13 @@ def _share_of_model(manifest: Manifest) -> str:
 def _budget(use: ResourceUse) -> dict[str, Any]:
     """Widths of the bar's parts in percent of the budget, and every figure as text."""
     text = {key: quantity(use.resource, getattr(use, key)) for key in ("base", "added", "total")}
-    entry: dict[str, Any] = {**text, "name": RESOURCE_NAMES[use.resource], "source": use.source, "limited": False}
-    entry["price"] = f"{number(use.multiplier)} score per {UNITS[use.resource]}" if use.multiplier else ""
+    entry: dict[str, Any] = {
+        **text,
+        "name": RESOURCE_NAMES.get(use.resource, use.resource.replace("_", " ")),
+        "source": use.source,
+        "limited": False,
+    }
+    entry["price"] = f"{number(use.multiplier)} score per {UNITS.get(use.resource, 'unit')}" if use.multiplier else ""
     if use.budget is not None and use.budget > 0:
         free = use.budget - use.total
         entry |= {

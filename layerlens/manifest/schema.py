@@ -89,7 +89,11 @@ class AllocationEntry(_Part):
 class ResourceEntry(_Part):
     """One budget and its use; `total` = `base` + `added` is what the budget limits."""
 
-    resource: Literal["trainable_params", "flops", "vram_gb", "latency_ms"] = Field(description="Name of the resource.")
+    resource: str = Field(
+        min_length=1,
+        description="trainable_params, flops, vram_gb, latency_ms, a resource of the user, or layers_without_METHOD "
+        "(where the configuration asks for a least number of layers with a method).",
+    )
     budget: Number | None = Field(description="What was allowed; null for no limit.")
     base: Number = Field(description="What the frozen model uses.")
     added: Number = Field(description="What the chosen options add.")

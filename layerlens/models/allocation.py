@@ -26,6 +26,9 @@ class AllocationProblem:
         capacity: float64 [n_resources], what the options may use together (budget minus base).
         budget: float64 [n_resources], as the user gave it.
         base: float64 [n_resources], what the frozen model needs by itself.
+        members__o: for each option, the entries of the utility and cost tables that it stands for: one for each layer
+            of the group, several where layers choose alike. Empty: option o stands for entry o.
+        entry_value: float64 [n_entries], score of every table entry; ``value`` where ``members__o`` is empty.
     """
 
     layers: tuple[str, ...]
@@ -37,6 +40,14 @@ class AllocationProblem:
     capacity: np.ndarray
     budget: np.ndarray
     base: np.ndarray
+    members__o: tuple[tuple[int, ...], ...] = ()
+    entry_value: np.ndarray | None = None
+
+    def entries(self, choice: np.ndarray) -> np.ndarray:
+        """int64 [n_layers], ascending: the table entries that ``choice`` (an option for each group) stands for."""
+        if not self.members__o:
+            return np.asarray(choice, dtype=np.int64)
+        return np.sort([entry for option in choice for entry in self.members__o[option]])
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,10 @@ def allowed_options(spec: ModelSpec, options: Sequence[Option], config: Optimiza
         ConfigurationError: a rule names no layer, or leaves a layer without any option.
     """
     allowed = np.ones(len(options), dtype=bool)
-    if config.max_rank is not None:
-        allowed &= np.array([option.rank <= config.max_rank for option in options])
-    for number, rule in enumerate(config.rules):
-        field = f"optimization.rules[{number}]"
+    if config.constraints.max_rank is not None:
+        allowed &= np.array([option.rank <= config.constraints.max_rank for option in options])
+    for number, rule in enumerate(config.constraints.rules):
+        field = f"optimization.constraints.rules[{number}]"
         named = set(matching(spec, rule.layers, f"{field}.layers"))
         concerned = np.array([option.layer in named for option in options])
         allowed &= ~concerned | np.array([_fits(option, rule) for option in options])
@@ -87,8 +87,8 @@ def layers_alike(spec: ModelSpec, config: OptimizationConfig) -> list[list[str]]
         return name
 
     block = {layer.name: layer.block for layer in spec.layers}
-    for number, entry in enumerate(config.choose_alike):
-        field = f"optimization.choose_alike[{number}]"
+    for number, entry in enumerate(config.constraints.choose_alike):
+        field = f"optimization.constraints.choose_alike[{number}]"
         first_of_block: dict[int | None, str] = {}
         for name in (name for pattern in entry for name in matching(spec, pattern, field)):
             leader[find(name)] = find(first_of_block.setdefault(block[name], name))
@@ -115,8 +115,8 @@ def grouped_options(
         shared = [choice for choice in by_layer[group[0]] if all(choice in by_layer[name] for name in group[1:])]
         if not shared:
             raise ConfigurationError(
-                f"optimization.choose_alike: {' and '.join(group)} have no option in common; offer them the same "
-                "methods and ranks"
+                f"optimization.constraints.choose_alike: {' and '.join(group)} have no option in common; offer them "
+                "the same methods and ranks"
             )
         for method, rank in shared:
             members = tuple(by_layer[name][method, rank] for name in group)
@@ -134,7 +134,7 @@ def extra_rows(
     """
     layers = {layer.name: layer for layer in spec.layers}
     rows = []
-    for name, resource in config.resources.items():
+    for name, resource in config.constraints.resources.items():
         cost = [
             resource.per_parameter * trainable_params(layers[option.layer], option.method, option.rank)
             + resource.per_rank * option.rank
@@ -142,11 +142,11 @@ def extra_rows(
             for option in options
         ]
         rows.append((name, np.array(cost, dtype=np.float64), resource.budget))
-    for method, least in config.min_layers.items():
+    for method, least in config.constraints.min_layers.items():
         able = sum(method in layer.methods for layer in spec.layers)
         if least > able or method not in config.methods:
             raise ConfigurationError(
-                f"optimization.min_layers.{method}: wants {least} layers, but "
+                f"optimization.constraints.min_layers.{method}: wants {least} layers, but "
                 + (f"{able} can take it" if method in config.methods else f"{method} is not in optimization.methods")
             )
         cost = [float(option.method != method) for option in options]

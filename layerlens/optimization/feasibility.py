@@ -104,8 +104,9 @@ def _single(problem: AllocationProblem, r: int, need: float, option: int, least:
 def budget_key(resource: str) -> str:
     """The configuration key of a resource's budget."""
     if resource.startswith(COUNT_ROW.format("")):
-        return f"optimization.min_layers.{resource.removeprefix(COUNT_ROW.format(''))} (as most layers without it)"
-    return BUDGET_KEYS.get(resource, f"optimization.resources.{resource}.budget")
+        method = resource.removeprefix(COUNT_ROW.format(""))
+        return f"optimization.constraints.min_layers.{method} (as the most layers without it)"
+    return BUDGET_KEYS.get(resource, f"optimization.constraints.resources.{resource}.budget")
 
 
 def _smallest(problem: AllocationProblem, r: int, need: float) -> str:

@@ -38,9 +38,9 @@ def build_problem(
       against the most that all layers together could use of it (each layer with its dearest option).
     - ``penalty`` is 0 for "none".
 
-    A resource without a budget is no constraint. ``constraints`` says how rules, layers that choose alike, least numbers
-    of layers and resources of the user become options, groups and rows; ``problem.entries(choice)`` leads back to the
-    tables.
+    A resource without a budget is no constraint. ``constraints`` says how rules, layers that choose alike, least
+    numbers of layers and resources of the user become options, groups and rows; ``problem.entries(choice)`` leads
+    back to the tables.
 
     Raises:
         ActivationCacheError: a utility is NaN or infinite (its statistics are damaged).
@@ -88,6 +88,7 @@ def build_problem(
         budget=np.array([budget for _, _, budget, _ in rows]),
         base=np.array([base for _, _, _, base in rows]),
         members__o=members,
+        entry_value=value,
     )
 
 

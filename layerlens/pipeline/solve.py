@@ -79,20 +79,21 @@ def make_manifest(
         solution.problem,
         solution.allocation,
     )
+    entry_value = problem.value if problem.entry_value is None else problem.entry_value
     rows = []
-    for option in (int(index) for index in allocation.choice):
-        params, flops, vram, latency = (float(cost) for cost in costs.cost__ro[:, option])
+    for entry in (int(index) for index in problem.entries(allocation.choice)):
+        params, flops, vram, latency = (float(cost) for cost in costs.cost__ro[:, entry])
         rows.append(
             ManifestRow(
-                layer=problem.options[option].layer,
-                method=problem.options[option].method,
-                rank=problem.options[option].rank,
-                utility=float(utilities.utility[option]),
+                layer=utilities.options[entry].layer,
+                method=utilities.options[entry].method,
+                rank=utilities.options[entry].rank,
+                utility=float(utilities.utility[entry]),
                 cost=round(params),
                 flops=flops,
                 vram=vram,
                 latency=latency,
-                total_score=float(problem.value[option]),
+                total_score=float(entry_value[entry]),
             )
         )
     return Manifest(
@@ -121,10 +122,11 @@ def _resource_uses(solution: Solution, config: OptimizationConfig) -> tuple[Reso
     """Use of every resource, of those without a budget too."""
     costs, problem, allocation = solution.costs, solution.problem, solution.allocation
     price = dict(zip(problem.resources, (float(value) for value in allocation.multipliers), strict=True))
+    entries = problem.entries(allocation.choice)
     uses = []
     for row, resource in enumerate(RESOURCES):
         base = costs.base[resource]
-        added = float(costs.cost__ro[row, allocation.choice].sum())
+        added = float(costs.cost__ro[row, entries].sum())
         budget = config.budgets()[resource]
         uses.append(
             ResourceUse(
@@ -137,6 +139,20 @@ def _resource_uses(solution: Solution, config: OptimizationConfig) -> tuple[Reso
                 source=costs.source[resource],
             )
         )
+    for row, resource in enumerate(problem.resources):
+        if resource not in RESOURCES:
+            used = float(allocation.used[row])
+            uses.append(
+                ResourceUse(
+                    resource=resource,
+                    budget=float(problem.budget[row]),
+                    base=0.0,
+                    added=used,
+                    total=used,
+                    multiplier=price[resource],
+                    source="configuration",
+                )
+            )
     return tuple(uses)
 
 

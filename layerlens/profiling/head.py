@@ -84,7 +84,7 @@ def _replayed(model: torch.nn.Module, frozen: Sequence[torch.nn.Module], batch: 
 def _returning(modules: Sequence[torch.nn.Module], output: Any) -> Iterator[None]:
     """While open, calling any of ``modules`` returns ``output``."""
     for module in modules:
-        module.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
+        module.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:

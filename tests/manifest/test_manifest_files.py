@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import get_args
 
+import jsonschema
 import numpy as np
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from layerlens.exceptions import ManifestError, OutputError
 from layerlens.manifest import manifest_schema, read_document, read_manifest, write_manifest
 from layerlens.manifest.schema import AllocationEntry, ManifestDocument, ResourceEntry
-from layerlens.models import METHODS, RESOURCES, Manifest, ManifestRow, ResourceUse
+from layerlens.models import METHODS, Manifest, ManifestRow, ResourceUse
 from layerlens.models.manifest import SCHEMA_VERSION
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -213,7 +214,6 @@ def test_an_unwritable_place_is_named(manifest, created_at, tmp_path):
 
 def test_the_schema_speaks_of_the_same_nouns():
     assert get_args(AllocationEntry.model_fields["method"].annotation) == METHODS
-    assert get_args(ResourceEntry.model_fields["resource"].annotation) == RESOURCES
     assert get_args(ManifestDocument.model_fields["schema_version"].annotation) == (SCHEMA_VERSION,)
     for noun, entry in ((ManifestRow, AllocationEntry), (ResourceUse, ResourceEntry)):
         assert [field.name for field in dataclasses.fields(noun)] == list(entry.model_fields)
@@ -224,7 +224,6 @@ def test_the_published_schema_is_current():
 
 
 def test_manifests_validate_with_the_published_schema():
-    jsonschema = pytest.importorskip("jsonschema")
     validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
     document = json.loads((GOLDEN / "manifest.json").read_text())
     validator.validate(document)

@@ -1,0 +1,7 @@
+"""Names that several sections share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+MethodName = Literal["lora", "adapter", "prefix"]
