@@ -55,10 +55,11 @@ def as_problem(
 ) -> AllocationProblem:
     """Arrays over layers l and options k to a problem; option 0 is "none"."""
     n_layers, n_options = value__lk.shape
-    layers = tuple(f"layer.{index}" for index in range(n_layers))
+    # All layers share their options' names: millions of strings would take longer to make than the problem to solve.
+    names = tuple(Option("layer", "lora" if k else "none", k) for k in range(n_options))
     return AllocationProblem(
-        layers=layers,
-        options=tuple(Option(layer, "lora" if k else "none", k) for layer in layers for k in range(n_options)),
+        layers=("layer",) * n_layers,
+        options=names * n_layers,
         offset=np.arange(n_layers + 1, dtype=np.int64) * n_options,
         value=np.ascontiguousarray(value__lk.reshape(-1)),
         cost__ro=np.ascontiguousarray(cost__rlk.reshape(len(resources), -1)),

@@ -5,6 +5,8 @@ Checks and allocates; the C++ side computes with the GIL released. Letters in na
 c candidates of the core, k cuts. `layerlens.optimization` is the caller.
 """
 
+from typing import NamedTuple
+
 from libc.stdint cimport int64_t, uint64_t
 from libc.math cimport HUGE_VAL, fabs
 cimport knapsack as ks
@@ -38,9 +40,7 @@ cdef class Instance:
                              f"at most {ks.kMaxResources} resources are possible")
         if any(row.shape != (n_options,) for row in self.cost_rows):
             raise ValueError(f"each cost row needs {n_options} entries")
-        if not (self.offset.size >= 2 and self.offset[0] == 0 and self.offset[self.offset.size - 1] == n_options
-                and bool(np.all(np.diff(self.offset) > 0))):
-            raise ValueError("offset must rise strictly from 0 to the number of options")
+        _check_offset(self.offset, n_options)
         if not bool(np.all(self.capacity > 0.0)):
             raise ValueError("every capacity must be above 0")
         cdef const int64_t[::1] offset_view = self.offset
@@ -216,9 +216,7 @@ cdef class Core:
         n_candidates, m = self.value.shape[0], self.capacity.shape[0]
         if self.cost__cr.shape != (n_candidates, m) or m == 0 or m > ks.kMaxResources:
             raise ValueError(f"cost__cr has shape {self.cost__cr.shape}, expected ({n_candidates}, {m})")
-        if not (self.offset.size >= 2 and self.offset[0] == 0 and self.offset[self.offset.size - 1] == n_candidates
-                and bool(np.all(np.diff(self.offset) > 0))):
-            raise ValueError("offset must rise strictly from 0 to the number of candidates")
+        _check_offset(self.offset, n_candidates)
         cdef const int64_t[::1] offset_view = self.offset
         cdef const double[::1] value_view = self.value, capacity_view = self.capacity
         cdef const double[:, ::1] cost_view = self.cost__cr
@@ -269,16 +267,52 @@ def sum_use(const double[::1] amount):
     return use.high, use.low
 
 
+class RowSummary(NamedTuple):
+    """Least and greatest number of a row, the sums of each group's least and greatest, whether all are finite."""
+
+    lowest: float
+    highest: float
+    sum_of_lowest: float
+    sum_of_highest: float
+    finite: bool
+
+
+def summarise_row(const int64_t[::1] offset, const double[::1] row, threads=1):
+    """RowSummary of one number for each option; the sums are plainly rounded."""
+    cdef int64_t n_groups = offset.shape[0] - 1
+    _check_offset(offset, row.shape[0])
+    cdef ks.RowSummary found
+    cdef int workers = usable_threads(threads)
+    with nogil:
+        found = ks.summarise_row(n_groups, &offset[0], &row[0], workers)
+    return RowSummary(
+        found.lowest, found.highest, found.sum_of_lowest, found.sum_of_highest, found.not_finite == 0.0
+    )
+
+
+cdef int _check_offset(const int64_t[::1] offset, Py_ssize_t n_options) except -1:
+    """Offsets must rise strictly from 0 to the number of options."""
+    cdef Py_ssize_t group, n_groups = offset.shape[0] - 1
+    cdef bint fine = n_groups >= 1 and offset[0] == 0 and offset[n_groups] == n_options
+    if fine:
+        for group in range(n_groups):
+            if offset[group + 1] <= offset[group]:
+                fine = False
+                break
+    if not fine:
+        raise ValueError(f"offset must rise strictly from 0 to the number of options, {n_options}")
+    return 0
+
+
 def group_hulls(const int64_t[::1] offset, const double[::1] value, const double[::1] cost, threads=1):
     """The options on each group's upper concave hull of value over cost: (options, how many of each group).
 
     Options come group after group, by rising cost and falling slope; the first is the best of the cheapest.
     """
     cdef int64_t n_groups = offset.shape[0] - 1
-    if n_groups < 1 or value.shape[0] != cost.shape[0] or offset[0] != 0 or offset[n_groups] != value.shape[0]:
-        raise ValueError("offset must run from 0 to the number of options, one value and one cost for each")
-    if not bool(np.all(np.diff(offset) > 0)):
-        raise ValueError("every group needs an option")
+    _check_offset(offset, value.shape[0])
+    if value.shape[0] != cost.shape[0]:
+        raise ValueError(f"{value.shape[0]} values and {cost.shape[0]} costs")
     hull = np.empty(value.shape[0], dtype=np.int64)
     length = np.empty(n_groups, dtype=np.int64)
     cdef int64_t[::1] hull_view = hull, length_view = length

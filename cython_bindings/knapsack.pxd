@@ -27,6 +27,14 @@ cdef extern from "layerlens/knapsack.hpp" namespace "layerlens::knapsack" nogil:
         double high
         double low
 
+    cdef struct RowSummary:
+        double lowest
+        double highest
+        double sum_of_lowest
+        double sum_of_highest
+        double not_finite
+
+    RowSummary summarise_row(int64_t n_groups, const int64_t* offset, const double* row, int threads)
     void score_groups(Isa, const Instance&, const double* price, int64_t* choice, double* best, double* totals,
                       int threads)
     int64_t select_core(const Instance&, const double* price, const double* best, double limit, int64_t room,

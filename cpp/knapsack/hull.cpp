@@ -9,6 +9,9 @@ namespace layerlens::knapsack {
 
 namespace {
 
+// Fewer options are sorted before a second thread is awake.
+constexpr std::int64_t kParallelOptions = 1 << 14;
+
 struct Point {
   double cost;
   double value;
@@ -24,7 +27,7 @@ bool below(const Point& a, const Point& b, const Point& c) {
 
 void group_hulls(std::int64_t n_groups, const std::int64_t* offset, const double* value, const double* cost,
                  std::int64_t* hull, std::int64_t* length, int threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1 && offset[n_groups] >= kParallelOptions)
   {
     std::vector<Point> points;
 #pragma omp for schedule(static)

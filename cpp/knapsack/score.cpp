@@ -11,6 +11,8 @@ namespace {
 
 // Totals are summed within blocks of this many groups: a fixed number, so that threads do not change the result.
 constexpr std::int64_t kBlock = 64;
+// Below so many numbers (about 2 ms) waking a second thread costs more than it saves where the machine is busy.
+constexpr std::int64_t kParallelNumbers = 1 << 22;
 
 ScoreGroup kernel_for([[maybe_unused]] Isa isa) {
 #ifdef LAYERLENS_X86
@@ -38,7 +40,8 @@ void score_groups(Isa isa, const Instance& instance, const double* price, std::i
   const int width = 2 + instance.n_resources;
   const std::int64_t n_blocks = (instance.n_groups + kBlock - 1) / kBlock;
   std::vector<double> sums(static_cast<std::size_t>(n_blocks * width), 0.0);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n_blocks > 1)
+  const bool parallel = threads > 1 && instance.offset[instance.n_groups] * width >= kParallelNumbers;
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
   for (std::int64_t block = 0; block < n_blocks; ++block) {
     double* sum = sums.data() + block * width;
     const std::int64_t last = std::min(instance.n_groups, (block + 1) * kBlock);

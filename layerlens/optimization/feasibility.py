@@ -22,6 +22,19 @@ BUDGET_KEYS = {
 }
 
 ROUNDING = 1e-12
+# Options that a glance looks at.
+GLANCE = 64
+
+
+def obviously_feasible(problem: AllocationProblem) -> bool:
+    """Whether a glance shows that ``check_feasible`` will pass: the first options cost nothing and another one fits."""
+    first = problem.offset[:-1]
+    if np.any(problem.capacity < 0.0) or np.any(problem.cost__ro[:, first]):
+        return False
+    for option in range(min(len(problem.options), GLANCE)):
+        if problem.options[option].method != NONE and np.all(problem.cost__ro[:, option] <= problem.capacity):
+            return True
+    return False
 
 
 def check_feasible(problem: AllocationProblem) -> None:

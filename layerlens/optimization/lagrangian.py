@@ -55,11 +55,9 @@ def solve_dual(reduced: Reduced, threads: int) -> Dual:
     instance = reduced.instance
     m = instance.n_resources
     favourites, best, totals = instance.score_groups(np.zeros(m), threads)
-    free = Dual(
-        np.zeros(m), reduced.bound(np.zeros(m), best), favourites, best, np.zeros((1, m)), np.array([totals[0]])
-    )
     if np.all(exact_use(instance, favourites)[:, 0] <= instance.capacity):
-        return free
+        bound = reduced.bound(np.zeros(m), best)
+        return Dual(np.zeros(m), bound, favourites, best, np.zeros((1, m)), np.array([totals[0]]))
     start, radius = _first_multipliers(instance, totals)
     if instance.n_groups >= SAMPLED_FROM:
         sample = _sample(instance)
@@ -67,15 +65,10 @@ def solve_dual(reduced: Reduced, threads: int) -> Dual:
         found, _, _ = minimise_dual(sample, start * scaled, radius * scaled, DUAL_TOLERANCE, MAX_EVALUATIONS, threads)
         start = found / scaled
         radius = 0.05 * start + 0.01 * float(start.mean())
-    multipliers, bounds, points__kr = minimise_dual(
-        instance, start, radius, DUAL_TOLERANCE, MAX_EVALUATIONS, threads
-    )
+    multipliers, bounds, points__kr = minimise_dual(instance, start, radius, DUAL_TOLERANCE, MAX_EVALUATIONS, threads)
     price = multipliers / instance.capacity
     favourites, best, _ = instance.score_groups(price, threads)
-    bound = reduced.bound(price, best)
-    if free.bound < bound:
-        return free
-    return Dual(price, bound, favourites, best, points__kr / instance.capacity, bounds)
+    return Dual(price, reduced.bound(price, best), favourites, best, points__kr / instance.capacity, bounds)
 
 
 def _first_multipliers(instance: Instance, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +116,8 @@ def candidates_within(instance: Instance, dual: Dual, limit: float, also: np.nda
         _, option, regret = instance.select_core(dual.price, dual.best, limit, found)
     group = np.searchsorted(instance.offset, option, side="right") - 1
     if also is not None:
-        missing = np.setdiff1d(also, option)
+        place = np.minimum(np.searchsorted(option, also), len(option) - 1)
+        missing = also[option[place] != also]
         if missing.size:
             owner = np.searchsorted(instance.offset, missing, side="right") - 1
             lost = dual.best[owner] - scores(instance, dual.price, missing)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerlens.kernels._lagrangian import Instance
+from layerlens.exceptions import OptimizationError
+from layerlens.kernels._lagrangian import Instance, RowSummary, summarise_row
 from layerlens.models import AllocationProblem
 from layerlens.optimization.sums import exact_sum
 
@@ -20,6 +21,9 @@ LARGEST_EXPONENT = 300
 UNIT_ROUNDOFF = 2.0**-53
 # Values with up to so many binary digits after the point are searched for a common divisor, unless there are too many.
 FRACTION_BITS, UNIT_OPTIONS = 8, 200_000
+# Relative error, with plenty to spare, of a plainly rounded sum; a row whose dearest options all but fill its capacity
+# is kept, which costs nothing but time.
+SUM_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -70,25 +74,56 @@ class Reduced:
         return math.floor(bound / self.value_unit) * self.value_unit
 
 
-def reduce(problem: AllocationProblem) -> Reduced:
+@dataclass(frozen=True)
+class Summary:
+    """What one pass over the numbers of a problem says.
+
+    Args:
+        value: of the values.
+        costs: of each row of costs.
+    """
+
+    value: RowSummary
+    costs: tuple[RowSummary, ...]
+
+    @classmethod
+    def of(cls, problem: AllocationProblem, threads: int) -> Summary:
+        """Raises OptimizationError where a number cannot be used."""
+        offset = np.ascontiguousarray(problem.offset, dtype=np.int64)
+        summary = cls(
+            value=summarise_row(offset, np.ascontiguousarray(problem.value, dtype=np.float64), threads),
+            costs=tuple(summarise_row(offset, row, threads) for row in problem.cost__ro),
+        )
+        if not summary.value.finite:
+            raise OptimizationError("the problem has values that are not finite")
+        for resource, row in zip(problem.resources, summary.costs, strict=True):
+            if not row.finite or row.lowest < 0.0:
+                raise OptimizationError(f"the problem has {resource} costs that are negative or not finite")
+        return summary
+
+
+def reduce(problem: AllocationProblem, summary: Summary | None = None) -> Reduced:
     """Drop what cannot matter. The problem must have passed ``check_feasible``."""
+    summary = summary or Summary.of(problem, threads=1)
     offset = np.ascontiguousarray(problem.offset, dtype=np.int64)
     value = np.ascontiguousarray(problem.value, dtype=np.float64)
-    largest = max(float(value.max()), -float(value.min()))
+    largest = max(summary.value.highest, -summary.value.lowest)
     value_exponent = _scaling(largest)
     if value_exponent:
         value, largest = np.ldexp(value, value_exponent), math.ldexp(largest, value_exponent)
     # Costs are never negative and rounding is monotone, so an option above a capacity cannot be part of an answer.
-    too_large = np.zeros(len(value), dtype=bool)
-    for row, capacity in zip(problem.cost__ro, problem.capacity, strict=True):
-        if float(row.max()) > capacity:
-            too_large |= row > capacity
-    if too_large.any():
+    too_large = None
+    for row, capacity, row_summary in zip(problem.cost__ro, problem.capacity, summary.costs, strict=True):
+        if row_summary.highest > capacity:
+            too_large = (row > capacity) if too_large is None else too_large | (row > capacity)
+    if too_large is not None:
         value = np.where(too_large, -np.inf, value)
     rows, exponents, cost_rows, capacities = [], [], [], []
     for r, (row, capacity) in enumerate(zip(problem.cost__ro, problem.capacity, strict=True)):
-        usable = np.where(too_large, 0.0, row) if too_large.any() else row
-        if exact_sum(np.maximum.reduceat(usable, offset[:-1])) <= capacity:
+        most = summary.costs[r].sum_of_highest
+        if too_large is not None and most > capacity:
+            most = exact_sum(np.maximum.reduceat(np.where(too_large, 0.0, row), offset[:-1]))
+        if most * (1.0 + SUM_ROUNDING) <= capacity:
             continue  # even the dearest options fit together
         exponent = _scaling(float(capacity))
         rows.append(r)
@@ -101,7 +136,7 @@ def reduce(problem: AllocationProblem) -> Reduced:
         scale_exponents=np.array(exponents, dtype=np.int64),
         value_exponent=value_exponent,
         largest_value=largest,
-        value_unit=_unit(value[np.isfinite(value)], largest * (len(offset) - 1)),
+        value_unit=_unit(value, largest * (len(offset) - 1)),
     )
 
 
@@ -109,7 +144,7 @@ def _unit(value: np.ndarray, largest_sum: float) -> float:
     """The greatest common divisor of values that are multiples of 2**-FRACTION_BITS with exact sums, else 0."""
     if len(value) > UNIT_OPTIONS or largest_sum >= 2.0 ** (52 - FRACTION_BITS):
         return 0.0
-    scaled = np.ldexp(value, FRACTION_BITS)
+    scaled = np.ldexp(value[np.isfinite(value)], FRACTION_BITS)
     if not np.array_equal(scaled, np.floor(scaled)):
         return 0.0
     return math.ldexp(float(np.gcd.reduce(scaled.astype(np.int64))), -FRACTION_BITS)

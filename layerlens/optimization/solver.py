@@ -11,9 +11,9 @@ from layerlens.exceptions import OptimizationError
 from layerlens.models import Allocation, AllocationProblem
 from layerlens.optimization import cpsat
 from layerlens.optimization.core_search import Incumbent, search_core
-from layerlens.optimization.feasibility import check_feasible
+from layerlens.optimization.feasibility import check_feasible, obviously_feasible
 from layerlens.optimization.lagrangian import guided_search, solve_dual
-from layerlens.optimization.reduced import Reduced, reduce
+from layerlens.optimization.reduced import Reduced, Summary, reduce
 from layerlens.optimization.sums import exact_sum
 
 Progress = Callable[[str], None]
@@ -54,9 +54,10 @@ def solve(
         OptimizationError: no allocation that fits was found, but none was proved not to exist.
     """
     tell = progress or (lambda message: None)
-    _check_finite(problem)
-    check_feasible(problem)
-    reduced = reduce(problem)
+    summary = Summary.of(problem, threads)
+    if not obviously_feasible(problem):
+        check_feasible(problem)
+    reduced = reduce(problem, summary)
     stages = ["greedy-lagrangian"]
 
     instance = reduced.instance
@@ -97,13 +98,6 @@ def solve(
         status="optimal" if _closed(value, bound, gap_tolerance) else "feasible",
         solver=" + ".join(stages),
     )
-
-
-def _check_finite(problem: AllocationProblem) -> None:
-    if not np.all(np.isfinite(problem.value)):
-        raise OptimizationError("the problem has values that are not finite")
-    if not (np.all(np.isfinite(problem.cost__ro)) and np.all(problem.cost__ro >= 0.0)):
-        raise OptimizationError("the problem has costs that are negative or not finite")
 
 
 def _value(problem: AllocationProblem, choice: np.ndarray) -> float:

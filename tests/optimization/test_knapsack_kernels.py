@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from instances import large_problem
-from layerlens.kernels._lagrangian import Core, Instance, minimise_dual, sum_use
+from layerlens.kernels._lagrangian import Core, Instance, minimise_dual, sum_use, summarise_row
 from scipy.optimize import linprog
 
 from layerlens.kernels import _dispatch
@@ -111,3 +111,20 @@ def test_local_search_never_exceeds_and_never_loses_value():
 def test_instances_are_checked_at_the_door(arguments, message):
     with pytest.raises(ValueError, match=message):
         Instance(*arguments)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_row_summaries(threads):
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(1, 12, 3000)
+    offset = np.concatenate(([0], np.cumsum(sizes)))
+    row = rng.normal(size=offset[-1])
+    summary = summarise_row(offset, row, threads)
+    assert (summary.lowest, summary.highest, summary.finite) == (row.min(), row.max(), True)
+    assert summary.sum_of_lowest == pytest.approx(np.minimum.reduceat(row, offset[:-1]).sum(), rel=1e-12)
+    assert summary.sum_of_highest == pytest.approx(np.maximum.reduceat(row, offset[:-1]).sum(), rel=1e-12)
+    for place in (0, 7, offset[-1] - 1):
+        for damage in (np.nan, np.inf, -np.inf):
+            damaged = row.copy()
+            damaged[place] = damage
+            assert not summarise_row(offset, damaged, threads).finite

@@ -24,13 +24,15 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("n_groups", [40, 4200])
-def test_the_same_bits_for_every_thread_count_instruction_set_and_run(n_groups):
+def test_the_same_bits_for_every_thread_count_instruction_set_and_run(n_groups, monkeypatch):
+    # Above 4096 groups the multipliers start from a sample of them. The wide searches would say nothing more here.
+    monkeypatch.setattr(core_search, "LAST_WIDTHS", (1000,))
     problem = large_problem(n_groups, 6, 3)
     wanted = solve(problem, refine=False)
     for isa in _dispatch.available_isas():
         _dispatch._force(isa)
         try:
-            for threads in (1, 2, 3):
+            for threads in (1, 3):
                 assert same(solve(problem, refine=False, threads=threads), wanted)
         finally:
             _dispatch._force(None)

@@ -30,6 +30,18 @@ struct Instance {
   const double* capacity;
 };
 
+// Least and greatest number of a row, the sums of each group's least and greatest (plainly rounded), and not_finite,
+// which is NaN if any number is NaN or infinite, else 0.
+struct RowSummary {
+  double lowest;
+  double highest;
+  double sum_of_lowest;
+  double sum_of_highest;
+  double not_finite;
+};
+
+RowSummary summarise_row(std::int64_t n_groups, const std::int64_t* offset, const double* row, int threads);
+
 // choice[g] = the favourite (the first among equals), best[g] = its score, computed as ((v - p0 c0) - p1 c1) - ...
 // totals[0] = sum of best, totals[1] = sum of values, totals[2 + r] = use of resource r, of the favourites; the sums run
 // within blocks of groups first, and the blocks are fixed.
