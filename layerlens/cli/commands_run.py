@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
-from layerlens.cli.parameters import Config, Debug, Json, Output, Quiet, Set
+from layerlens.cli.parameters import Config, ConfigOption, Debug, Json, Output, Quiet, Set, Statistics
 
 if TYPE_CHECKING:
     from layerlens.config import RunConfig
     from layerlens.pipeline import RunResult
     from layerlens.utils.progress import Progress
 
+    Result = TypeVar("Result")
     Job = Callable[[Progress, Callable[[str], None]], RunResult]
 
 
@@ -31,43 +32,56 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Measure a model on its data, choose what to adapt within the budgets, and write everything."""
-    checked = _load(config, settings, directory)
+    checked = load(config, settings, directory)
     from layerlens.pipeline import run_config
 
     base_dir = config.absolute().parent
     job: Job = lambda progress, warn: run_config(  # noqa: E731 (a def could not be typed in one line)
         checked, base_dir=base_dir, use_cache=not no_cache, progress=progress, warn=warn
     )
-    _show(_do(job, quiet), json, quiet)
+    _show(do(job, quiet), json, quiet)
 
 
 @guarded("no result was written")
 def optimize(
-    statistics: Annotated[
-        Path,
-        typer.Argument(metavar="STATISTICS", help="statistics.safetensors of an earlier run.", show_default=False),
-    ],
-    config: Annotated[
-        Path, typer.Option("--config", "-c", help="Configuration file (YAML) with the budgets.", show_default=False)
-    ],
+    statistics: Statistics,
+    config: ConfigOption,
     directory: Output = None,
     settings: Set = None,
+    budget_sweep: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose once for each of several budgets, each into its own folder: "
+            "trainable_params=10000,20000,40000 (or flops, vram_gb, latency_ms)."
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Choose again from saved statistics, with other budgets; the model is not loaded."""
-    checked = _load(config, settings, directory)
+    checked = load(config, settings, directory)
     from layerlens.pipeline import optimize_statistics
 
     base_dir = config.absolute().parent
-    job: Job = lambda progress, warn: optimize_statistics(  # noqa: E731
-        statistics, checked, base_dir=base_dir, progress=progress, warn=warn
-    )
-    _show(_do(job, quiet), json, quiet)
+
+    def job_for(wanted: RunConfig) -> Job:
+        return lambda progress, warn: optimize_statistics(
+            statistics, wanted, base_dir=base_dir, progress=progress, warn=warn
+        )
+
+    if budget_sweep is None:
+        _show(do(job_for(checked), quiet), json, quiet)
+        return
+    from layerlens.cli.budget_sweep import show_sweep, sweep_configs
+
+    swept = sweep_configs(budget_sweep, checked)
+    results = [(budget, do(job_for(wanted), quiet)) for budget, wanted in swept]
+    show_sweep(budget_sweep.partition("=")[0], results, json, quiet)
 
 
-def _load(config: Path, settings: Sequence[str] | None, directory: Path | None) -> RunConfig:
+def load(config: Path, settings: Sequence[str] | None, directory: Path | None) -> RunConfig:
+    """The checked configuration, with the settings and the output directory of the command line."""
     from layerlens.config import OutputConfig, load_run_config
 
     checked = load_run_config(config, settings or ())
@@ -77,7 +91,7 @@ def _load(config: Path, settings: Sequence[str] | None, directory: Path | None) 
     return checked.model_copy(update={"output": OutputConfig(directory=str(directory.absolute()))})
 
 
-def _do(job: Job, quiet: bool) -> RunResult:
+def do(job: Callable[[Progress, Callable[[str], None]], Result], quiet: bool) -> Result:
     """Run the job; progress and warnings go to one console, which keeps bars and lines apart."""
     from layerlens.cli.progress import shown_progress
     from layerlens.utils.progress import silent

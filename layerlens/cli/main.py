@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from layerlens import __version__
-from layerlens.cli import commands_apply, commands_config, commands_doctor, commands_run, output
+from layerlens.cli import commands_apply, commands_config, commands_doctor, commands_frontier, commands_run, output
 from layerlens.cli.errors import exit_cleanly
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ app.command("validate")(commands_config.validate)
 app.command("schema")(commands_config.schema)
 app.command("run")(commands_run.run)
 app.command("optimize")(commands_run.optimize)
+app.command("frontier")(commands_frontier.frontier)
 app.command("apply")(commands_apply.apply)
 app.command("doctor")(commands_doctor.doctor)
 

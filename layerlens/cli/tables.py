@@ -36,7 +36,7 @@ def chosen(manifest: Manifest) -> RenderableType:
 
 def budgets(resources: Sequence[ResourceUse]) -> RenderableType:
     """Use of every budget: what the frozen model needs, what the choice adds, and a bar of both."""
-    table = _table("Budgets")
+    table = new_table("Budgets")
     table.add_column("resource")  # the one that may wrap where the terminal is narrow
     for name in ("base", "added", "total", "budget"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -65,7 +65,7 @@ def certificate(manifest: Manifest) -> Text:
 
 def measured(checks: Mapping[str, Any]) -> RenderableType | None:
     """Predictions beside what was measured; None when nothing was measured."""
-    table = _table("Checked on the model")
+    table = new_table("Checked on the model")
     table.add_column("", no_wrap=True)
     for name in ("predicted", "measured", "error"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -89,7 +89,7 @@ def measured(checks: Mapping[str, Any]) -> RenderableType | None:
 
 def _one_row_each(adapted: Sequence[ManifestRow], others: int) -> Table:
     caption = f"{others} other layers stay as they are." if others else None
-    table = _table("Chosen", caption=caption)
+    table = new_table("Chosen", caption=caption)
     table.add_column("layer", overflow="fold")
     table.add_column("method", no_wrap=True)
     for name in ("size", "parameters", "score"):
@@ -109,7 +109,7 @@ def _blocks_by_roles(rows: Sequence[ManifestRow], places: Mapping[str, Position]
         place = places[row.layer]
         lines.setdefault((place.stack, place.block or 0), {})[place.role] = row
     letters = "  ".join(f"{METHOD_LETTERS[method]} {meaning}" for method, meaning in METHOD_MEANINGS.items())
-    table = _table("Chosen", caption=f"{letters}  {_UNCHANGED} unchanged")
+    table = new_table("Chosen", caption=f"{letters}  {_UNCHANGED} unchanged")
     table.add_column("block", justify="right", no_wrap=True)
     for role in roles:
         table.add_column(Text(role.replace(".", ".\n")), justify="right", min_width=3)
@@ -155,7 +155,8 @@ def _bar(use: ResourceUse) -> Text:
     return Text.assemble(*parts, f" {share(used):>5}")
 
 
-def _table(title: str, caption: str | None = None) -> Table:
+def new_table(title: str, caption: str | None = None) -> Table:
+    """An empty table in the style of all tables."""
     return Table(
         title=title,
         caption=caption,

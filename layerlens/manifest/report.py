@@ -245,7 +245,9 @@ def _layers(manifest: Manifest, statistics: ModelStatistics) -> list[dict[str, A
         found = by_name.get(row.layer)
         of = found.by_method if found else {}
         measured = of.get(row.method) or next(iter(of.values()), None)
-        noise = 1.0 - max(measured.signal, 0.0) / measured.energy if measured and measured.energy > 0 else None
+        noise = None
+        if measured and measured.energy and measured.signal is not None:
+            noise = 1.0 - max(measured.signal, 0.0) / measured.energy
         rows.append(
             {
                 "layer": row.layer,

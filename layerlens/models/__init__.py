@@ -1,10 +1,11 @@
 """The nouns: frozen dataclasses that the stages hand to one another. They know nothing of torch or files."""
 
 from layerlens.models.allocation import Allocation, AllocationProblem
+from layerlens.models.frontier import FrontierRow
 from layerlens.models.manifest import Manifest, ManifestRow, ResourceUse
 from layerlens.models.model_spec import LayerSpec, ModelSpec
 from layerlens.models.options import METHODS, Option, enumerate_options, trainable_params
-from layerlens.models.statistics import LayerStatistics, MethodStatistics, ModelStatistics
+from layerlens.models.statistics import KernelStatistics, LayerStatistics, MethodStatistics, ModelStatistics
 from layerlens.models.tables import RESOURCES, CostTable, UtilityTable
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "Allocation",
     "AllocationProblem",
     "CostTable",
+    "FrontierRow",
+    "KernelStatistics",
     "LayerSpec",
     "LayerStatistics",
     "Manifest",

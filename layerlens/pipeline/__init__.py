@@ -5,8 +5,16 @@ real model and real data in; manifest, adapter directory and report out. ``optim
 statistics.
 """
 
+from layerlens.pipeline.frontier import FrontierResult, trace_frontier
 from layerlens.pipeline.origin import run_pipeline
 from layerlens.pipeline.result import RunResult
 from layerlens.pipeline.run import optimize_statistics, run_config
 
-__all__ = ["RunResult", "optimize_statistics", "run_config", "run_pipeline"]
+__all__ = [
+    "FrontierResult",
+    "RunResult",
+    "optimize_statistics",
+    "run_config",
+    "run_pipeline",
+    "trace_frontier",
+]

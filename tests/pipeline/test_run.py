@@ -28,33 +28,6 @@ from layerlens.profiling.statistics_file import load_statistics, statistics_to_b
 from layerlens.utils.progress import silent
 
 
-@pytest.fixture(autouse=True)
-def _short_timings(monkeypatch: pytest.MonkeyPatch):
-    """Times are not judged here, so a few milliseconds of measuring are enough."""
-    monkeypatch.setattr("layerlens.pipeline.checks.TIMING_SECONDS", 0.005)
-
-
-@pytest.fixture
-def settings(tiny_bert_dir: Path, reviews_jsonl: Path, tmp_path: Path) -> dict[str, Any]:
-    """A configuration that runs in a second or two."""
-    return {
-        "model": {"name_or_path": str(tiny_bert_dir), "head_fit_samples": 32},
-        "data": {"source": str(reviews_jsonl), "calibration_samples": 24, "max_length": 16, "batch_size": 8},
-        "profiling": {"adapter_sites": "all"},
-        "optimization": {
-            "max_trainable_params": 1500,
-            "max_flops": 1e6,
-            "max_vram_gb": 0.1,
-            "latency_target_ms": 50,
-            "latency_profile": {"batch_size": 2, "sequence_length": 16},
-            "lora_ranks": [1, 2, 4],
-            "adapter_sizes": [1, 2],
-            "prefix_lengths": [2, 4],
-        },
-        "runtime": {"threads": 1, "cache_dir": "cache"},
-    }
-
-
 def run(settings: dict[str, Any], base_dir: Path, **options: Any) -> RunResult:
     return run_config(RunConfig.model_validate(settings), base_dir=base_dir, **options)
 

@@ -1,0 +1,74 @@
+"""``frontier``: what more of one budget would buy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layerlens.cli import output
+from layerlens.cli.commands_run import do, load
+from layerlens.cli.errors import guarded
+from layerlens.cli.parameters import ConfigOption, Debug, Json, Output, Quiet, Set, Statistics
+
+if TYPE_CHECKING:
+    from layerlens.pipeline import FrontierResult
+
+
+@guarded("no result was written")
+def frontier(
+    statistics: Statistics,
+    config: ConfigOption,
+    resource: Annotated[
+        str, typer.Option("--resource", "-r", help="trainable_params, flops, vram_gb or latency_ms.")
+    ] = "trainable_params",
+    at: Annotated[
+        list[float] | None, typer.Option("--at", help="Certify an allocation at this budget; repeatable.")
+    ] = None,
+    points: Annotated[int, typer.Option(min=2, help="How many budgets to certify where none are given.")] = 10,
+    directory: Output = None,
+    settings: Set = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Trace the whole budget-to-score curve of one resource, exactly, and certify allocations along it."""
+    checked = load(config, settings, directory)
+    from layerlens.pipeline import trace_frontier
+
+    result = do(
+        lambda progress, warn: trace_frontier(
+            statistics,
+            checked,
+            resource,
+            base_dir=config.absolute().parent,
+            budgets=at or (),
+            points=points,
+            progress=progress,
+        ),
+        quiet,
+    )
+    if json:
+        from dataclasses import asdict
+
+        output.json_result(asdict(result))
+    elif not quiet:
+        _show(result)
+
+
+def _show(result: FrontierResult) -> None:
+    from layerlens.cli.tables import new_table
+    from layerlens.cli.units import RESOURCE_NAMES, amount, gap
+
+    console = output.console()
+    table = new_table(f"What {RESOURCE_NAMES[result.resource]} buy")
+    for name in ("budget", "score", "share of the most", "gap", "status"):
+        table.add_column(name, justify="right", no_wrap=True)
+    most = result.hull[-1].score
+    for row in result.certified:
+        share = f"{100 * row.score / most:.1f} %" if most > 0 else "–"
+        table.add_row(amount(result.resource, row.budget), f"{row.score:.6g}", share, gap(row.gap), row.status)
+    console.print(table)
+    console.print(f"The exact hull has {len(result.hull):,} points.")
+    for path in result.files.values():
+        console.print(f"  {output.short(path)}", soft_wrap=True)

@@ -1,0 +1,156 @@
+"""The budget-to-value curve of one resource from saved statistics: how much another thousand parameters would buy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from layerlens.config import OptimizationConfig, RunConfig
+from layerlens.cost import cost_table
+from layerlens.exceptions import ConfigurationError
+from layerlens.manifest import write_frontier
+from layerlens.models import RESOURCES, AllocationProblem, FrontierRow, enumerate_options
+from layerlens.optimization import Frontier, budget_sweep, build_problem, frontier
+from layerlens.profiling.measure import refuse_non_finite
+from layerlens.profiling.statistics_file import load_statistics
+from layerlens.utility import utility_table
+from layerlens.utils.atomic import check_writable, staged_directory
+from layerlens.utils.progress import Progress, silent
+from layerlens.utils.threads import resolve_threads
+
+BUDGET_FIELDS = {
+    "trainable_params": "max_trainable_params",
+    "flops": "max_flops",
+    "vram_gb": "max_vram_gb",
+    "latency_ms": "latency_target_ms",
+}
+
+
+@dataclass(frozen=True)
+class FrontierResult:
+    """A traced frontier.
+
+    Args:
+        resource: whose budget varies.
+        hull: the exact upper concave hull, other budgets left aside.
+        certified: allocations at chosen budgets, all other budgets kept, each with its proved bound.
+        files: frontier_csv and frontier_svg.
+    """
+
+    resource: str
+    hull: tuple[FrontierRow, ...]
+    certified: tuple[FrontierRow, ...]
+    files: dict[str, Path]
+
+
+def trace_frontier(
+    statistics_path: Path,
+    config: RunConfig,
+    resource: str,
+    *,
+    base_dir: Path,
+    budgets: Sequence[float] = (),
+    points: int = 10,
+    progress: Progress = silent,
+) -> FrontierResult:
+    """Trace the frontier of ``resource`` and write ``frontier.csv`` and ``frontier.svg`` to the output directory.
+
+    Args:
+        statistics_path: statistics.safetensors of an earlier run.
+        config: options, other budgets and utility model; its budget on ``resource`` itself is not used.
+        resource: trainable_params, flops, vram_gb or latency_ms.
+        base_dir: folder that a relative output directory starts from.
+        budgets: where to certify allocations; ``points`` budgets spread evenly on a logarithmic scale when empty.
+        points: how many budgets to certify when none are given.
+        progress: told of every certified budget.
+
+    Raises:
+        ConfigurationError: an unknown resource.
+        ActivationCacheError: the statistics cannot be used.
+        InfeasibleError: the smallest budget allows nothing.
+    """
+    if resource not in RESOURCES:
+        raise ConfigurationError(f"unknown resource {resource!r}; known: {', '.join(RESOURCES)}")
+    output = base_dir / Path(config.output.directory).expanduser()
+    check_writable(output)
+    problem = _problem_with_any_budget(statistics_path, config, resource)
+    threads = resolve_threads(config.runtime.threads)
+    curve = frontier(problem, resource, threads=threads)
+    chosen_budgets = [float(budget) for budget in budgets] or _spread(curve, points)
+    certified = []
+    with progress.stage("Certifying budgets", total=len(chosen_budgets)) as advance:
+        for budget in chosen_budgets:
+            (allocation,) = budget_sweep(
+                problem,
+                resource,
+                [budget],
+                refine=config.optimization.refine,
+                refine_deterministic_time=config.optimization.refine_deterministic_time,
+                gap_tolerance=config.optimization.gap_tolerance,
+                seed=config.runtime.seed,
+                threads=threads,
+            )
+            certified.append(
+                FrontierRow(
+                    kind="certified",
+                    budget=budget,
+                    score=allocation.value,
+                    upper_bound=allocation.upper_bound,
+                    gap=allocation.gap,
+                    status=allocation.status,
+                )
+            )
+            advance(1)
+    hull = _hull_rows(problem, curve)
+    with staged_directory(output) as staging:
+        written = write_frontier(staging, resource, hull, certified)
+        files = {name: output / path.relative_to(staging) for name, path in written.items()}
+    return FrontierResult(resource, tuple(hull), tuple(certified), files)
+
+
+def _problem_with_any_budget(statistics_path: Path, config: RunConfig, resource: str) -> AllocationProblem:
+    """The allocation problem with room for every option in ``resource``."""
+    spec, statistics = load_statistics(statistics_path)
+    refuse_non_finite(statistics)
+    options = enumerate_options(spec, config.optimization.ranks())
+    costs = cost_table(spec, statistics, options, config.optimization)
+    everything = costs.base[resource] + float(costs.cost__ro[RESOURCES.index(resource)].sum())
+    budget = {BUDGET_FIELDS[resource]: int(np.ceil(everything)) if resource == "trainable_params" else everything}
+    optimization: OptimizationConfig = config.optimization.model_copy(update=budget)
+    utilities = utility_table(
+        config.profiling.utility_model, spec, statistics, options, config.profiling.metric_weights
+    )
+    return build_problem(spec, utilities, costs, optimization)
+
+
+def _spread(curve: Frontier, points: int) -> list[float]:
+    """Budgets from the first that adapts anything to the last that buys anything, evenly spread in their logarithm."""
+    if len(curve.budget) == 1:
+        return [float(curve.budget[0])]
+    added = np.geomspace(curve.budget[1] - curve.budget[0], curve.budget[-1] - curve.budget[0], points)
+    budgets = curve.budget[0] + added
+    budgets[0], budgets[-1] = curve.budget[1], curve.budget[-1]  # exactly, whatever geomspace rounds
+    return [float(budget) for budget in np.ceil(budgets)] if curve.resource == "trainable_params" else budgets.tolist()
+
+
+def _hull_rows(problem: AllocationProblem, curve: Frontier) -> list[FrontierRow]:
+    rows = []
+    for point, (budget, value) in enumerate(zip(curve.budget.tolist(), curve.value.tolist(), strict=True)):
+        switched = None if point == 0 else problem.options[int(curve.option[point])]
+        rows.append(
+            FrontierRow(
+                kind="hull",
+                budget=budget,
+                score=value,
+                upper_bound=value,
+                gap=0.0,
+                status="optimal",
+                layer="" if switched is None else switched.layer,
+                method="" if switched is None else switched.method,
+                rank=0 if switched is None else switched.rank,
+            )
+        )
+    return rows
