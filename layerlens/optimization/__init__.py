@@ -3,6 +3,15 @@
 from layerlens.optimization.explain import LayerExplanation, explain
 from layerlens.optimization.frontier import Frontier, budget_sweep, frontier
 from layerlens.optimization.problem import build_problem
-from layerlens.optimization.solver import solve
+from layerlens.optimization.solver import SolverEvent, solve
 
-__all__ = ["Frontier", "LayerExplanation", "budget_sweep", "build_problem", "explain", "frontier", "solve"]
+__all__ = [
+    "Frontier",
+    "LayerExplanation",
+    "SolverEvent",
+    "budget_sweep",
+    "build_problem",
+    "explain",
+    "frontier",
+    "solve",
+]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +21,23 @@ from layerlens.optimization.sums import exact_sum
 Progress = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class SolverEvent:
+    """One line of the optimisation log: what was known after a stage.
+
+    Args:
+        seconds: wall-clock time since the solve began (the only number here that differs between runs).
+        stage: "multipliers", "guided search", "beam search" or "cp-sat".
+        value: of the best allocation so far, None before there is one.
+        upper_bound: proved so far.
+    """
+
+    seconds: float
+    stage: str
+    value: float | None
+    upper_bound: float
+
+
 def solve(
     problem: AllocationProblem,
     *,
@@ -28,6 +47,7 @@ def solve(
     seed: int = 0,
     threads: int = 1,
     progress: Progress | None = None,
+    log: Callable[[SolverEvent], None] | None = None,
 ) -> Allocation:
     """The best allocation that could be found, with a proved upper bound on the best there is.
 
@@ -48,12 +68,20 @@ def solve(
         seed: of the neighbourhoods that are searched, and of CP-SAT.
         threads: threads for scoring.
         progress: told in a few words what is going on.
+        log: given the bound and the incumbent after every stage and search.
 
     Raises:
         InfeasibleError: no allocation fits, or none but "none" everywhere; says which budget would do.
         OptimizationError: no allocation that fits was found, but none was proved not to exist.
     """
-    tell = progress or (lambda message: None)
+    started = time.perf_counter()
+
+    def report(stage: str, value: float | None, bound: float) -> None:
+        if log is not None:
+            log(SolverEvent(time.perf_counter() - started, stage, value, bound))
+        if progress is not None:
+            progress(f"{stage}: bound {bound:.6g}" if value is None else f"{stage}: gap {_gap(value, bound):.2g} %")
+
     summary = Summary.of(problem, threads)
     if not obviously_feasible(problem):
         check_feasible(problem)
@@ -61,8 +89,9 @@ def solve(
     stages = ["greedy-lagrangian"]
 
     instance = reduced.instance
+    unscaled = -reduced.value_exponent
     dual = solve_dual(reduced, threads)
-    tell(f"multipliers found after {len(dual.bounds)} evaluations")
+    report("multipliers", None, math.ldexp(dual.bound, unscaled))
     choice = guided_search(instance, dual)
     if choice is None:
         choice = cpsat.find_any(problem, refine_deterministic_time, seed)
@@ -71,20 +100,23 @@ def solve(
     free = not dual.price.any() and np.array_equal(choice, dual.favourites)
     value = math.fsum(instance.value[choice])
     incumbent = Incumbent(choice, value, value if free else max(value, dual.bound))
-    tell(f"allocation within {_percent(incumbent)} of the bound")
-    search_core(
-        reduced, dual, incumbent, gap_tolerance, seed, refine, lambda now: tell(f"search: within {_percent(now)}")
-    )
-    choice, value = incumbent.choice, _value(problem, incumbent.choice)
-    bound = max(value, math.ldexp(incumbent.bound, -reduced.value_exponent))
+
+    def report_incumbent(stage: str) -> None:
+        report(stage, math.ldexp(incumbent.value, unscaled), math.ldexp(incumbent.bound, unscaled))
+
+    report_incumbent("guided search")
+    if not _closed(incumbent.value, incumbent.bound, gap_tolerance):
+        search_core(reduced, dual, incumbent, gap_tolerance, seed, refine, lambda _: report_incumbent("beam search"))
+        stages.append("beam-search")
+    choice, value = incumbent.choice, exact_sum(problem.value[incumbent.choice])
+    bound = max(value, math.ldexp(incumbent.bound, unscaled))
 
     if refine and not _closed(value, bound, gap_tolerance):
         refined = cpsat.refine(problem, reduced, dual, choice, value, bound, refine_deterministic_time, seed)
         if refined is not None:
             choice, value, bound = refined.choice, refined.value, refined.bound
-            if stages[-1] != "cp-sat":
-                stages.append("cp-sat")
-            tell(f"CP-SAT: within {_percent(Incumbent(choice, value, bound))} of the bound")
+            stages.append("cp-sat")
+            report("cp-sat", value, bound)
 
     used = np.array([exact_sum(row[choice]) for row in problem.cost__ro])
     if np.any(used > problem.capacity):
@@ -96,22 +128,17 @@ def solve(
         used=used,
         multipliers=_multipliers(problem, reduced, dual.price),
         status="optimal" if _closed(value, bound, gap_tolerance) else "feasible",
-        solver=" + ".join(stages),
+        solver=" + ".join(dict.fromkeys(stages)),
     )
-
-
-def _value(problem: AllocationProblem, choice: np.ndarray) -> float:
-    return exact_sum(problem.value[choice])
 
 
 def _closed(value: float, bound: float, tolerance: float) -> bool:
     return bound - value <= tolerance * abs(bound)
 
 
-def _percent(incumbent: Incumbent) -> str:
-    gap = incumbent.bound - incumbent.value
-    gap = gap / abs(incumbent.bound) if incumbent.bound else gap
-    return f"{100.0 * gap:.2g} %"
+def _gap(value: float, bound: float) -> float:
+    """In per cent of the bound."""
+    return 100.0 * (bound - value) / abs(bound) if bound else 100.0 * (bound - value)
 
 
 def _multipliers(problem: AllocationProblem, reduced: Reduced, price: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from instances import large_problem, problem_of
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from layerlens.kernels import _dispatch
-from layerlens.optimization import core_search, solve
+from layerlens.optimization import SolverEvent, core_search, solve
 
 
 def same(a, b) -> bool:
@@ -43,7 +44,7 @@ def test_refinement_is_deterministic(monkeypatch):
     problem = large_problem(50, 16, 4, correlated=True)
     arguments = {"refine_deterministic_time": 0.3, "gap_tolerance": 0.0, "seed": 3}
     first = solve(problem, **arguments)
-    assert first.solver == "greedy-lagrangian + cp-sat"
+    assert first.solver == "greedy-lagrangian + beam-search + cp-sat"
     assert all(same(solve(problem, threads=threads, **arguments), first) for threads in (1, 2))
 
 
@@ -135,7 +136,16 @@ def test_multipliers_price_the_budget():
     assert gain == pytest.approx(allocation.multipliers[0] * 0.01 * problem.capacity[0], rel=0.05)
 
 
-def test_progress_tells_the_gap():
+def test_the_log_ends_with_the_answer_and_never_goes_back():
+    events: list[SolverEvent] = []
     told: list[str] = []
-    solve(large_problem(12, 6, 4, correlated=True), progress=told.append)
-    assert any("of the bound" in message for message in told)
+    allocation = solve(large_problem(12, 6, 4, correlated=True), progress=told.append, log=events.append)
+    assert [event.stage for event in events[:2]] == ["multipliers", "guided search"]
+    assert events[0].value is None
+    values = [event.value for event in events[1:]]
+    assert values == sorted(values)
+    assert all(later.upper_bound <= earlier.upper_bound for earlier, later in itertools.pairwise(events))
+    assert all(later.seconds >= earlier.seconds for earlier, later in itertools.pairwise(events))
+    assert (events[-1].value, events[-1].upper_bound) == (allocation.value, allocation.upper_bound)
+    assert len(told) == len(events)
+    assert told[-1].startswith(events[-1].stage)
