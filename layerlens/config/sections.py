@@ -10,6 +10,7 @@ from layerlens.config.base import ConfigModel
 from layerlens.config.names import MethodName
 from layerlens.config.rules import ConstraintConfig
 
+StatisticName = Literal["fisher", "gradient", "input_scale", "spectrum", "whitened_spectrum", "ntk"]
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
 UTILITY_MODELS = ("signal", "whitened", "gradient", "weighted", "uniform")
 
@@ -71,6 +72,20 @@ class ProfilingConfig(ConfigModel):
         default_factory=lambda: {"gradient_energy": 0.5, "fisher": 0.5},
         description="Weight of each metric in the `weighted` utility and in `run_pipeline`: gradient_energy, fisher, "
         "proxy_eval. Weights are scaled to sum 1; a metric that no layer has is left out with a warning.",
+    )
+    statistics: tuple[StatisticName, ...] = Field(
+        default=(),
+        description="Statistics to measure beside those that the utility model reads: `fisher` (trace of the empirical "
+        "Fisher), `gradient` (energy of the mean gradient), `input_scale`, `spectrum` (split-half spectrum of the mean "
+        "gradient), `whitened_spectrum` (the same, K-FAC-whitened), `ntk` (Gram matrix of per-sample gradients, its "
+        "effective rank and target alignment). Only what is needed or asked for is computed.",
+    )
+    ntk_samples: int = Field(
+        default=64,
+        ge=2,
+        le=256,
+        description="Samples of the neural tangent kernel. Their activations and gradients are kept in memory: samples "
+        "× tokens × (inputs + outputs of every layer) × 4 bytes.",
     )
     adapter_sites: Literal["residual", "all"] = Field(
         default="residual",

@@ -15,21 +15,25 @@ class MethodStatistics:
     With output gradient d and input z of the option (z = h for LoRA, z = y for an adapter, z = (1, q/√d_head) for a
     prefix), the matrix of sample n is M_n = Σ_t d_t z_tᵀ, and M = mean_n M_n.
 
+    What was not asked for is None, or an empty spectrum.
+
     Args:
         energy: ‖M‖²_F.
         trace: mean_n ‖M_n‖²_F; for LoRA this is the empirical Fisher trace.
         signal: ‖M‖² − (trace − ‖M‖²)/(N − 1), the unbiased estimate of the squared norm of the true mean gradient;
             can be < 0.
         input_mean_square: mean of z² over components and tokens.
-        spectrum: float64, descending, squared split-half singular values of the whitened matrix (empty when not asked
-            for); unbiased, so single values can be < 0.
+        spectrum: float64, descending, squared split-half singular values of the whitened matrix; unbiased, so single
+            values can be < 0.
+        plain_spectrum: the same of the matrix itself.
     """
 
-    energy: float
-    trace: float
-    signal: float
-    input_mean_square: float
+    energy: float | None = None
+    trace: float | None = None
+    signal: float | None = None
+    input_mean_square: float | None = None
     spectrum: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    plain_spectrum: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,24 @@ class LayerStatistics:
 
     layer: str
     by_method: dict[str, MethodStatistics]
+
+
+@dataclass(frozen=True)
+class KernelStatistics:
+    """The empirical neural tangent kernel of the measured layers: K[n, m] = ⟨g_n, g_m⟩, g_n the gradient of sample n.
+
+    Args:
+        gram: float64 [n, n], in the order of the calibration set's batches.
+        trace: tr K.
+        effective_rank: (tr K)² / ‖K‖²_F, between 1 (all gradients parallel) and n (all orthogonal, of one length).
+        target_alignment: centred alignment of K with the kernel that is 1 for samples of one class and 0 for others
+            (Cortes et al. 2012), between -1 and 1; None where the targets are no classes.
+    """
+
+    gram: np.ndarray
+    trace: float
+    effective_rank: float
+    target_alignment: float | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +73,11 @@ class ModelStatistics:
         activation_bytes: bytes per token that the frozen model keeps for the backward pass (saved-tensor hooks).
         forward_flops: FLOPs of one forward pass of the frozen model, per token.
         provenance: fingerprints, settings and versions, as JSON values.
+        kernel: the neural tangent kernel, None where it was not asked for.
+        other_weights: statistics of weights that are no layers of ``spec`` (embeddings, convolutions, heads), by
+            parameter name; empty where they were not asked for.
+        left_out: parameters without statistics, by name, with the reason.
+        coverage: share of the model's parameters that have statistics.
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -60,6 +87,10 @@ class ModelStatistics:
     activation_bytes: float
     forward_flops: float
     provenance: dict[str, Any] = field(default_factory=dict)
+    kernel: KernelStatistics | None = None
+    other_weights: dict[str, MethodStatistics] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    coverage: float = 0.0
 
     def by_name(self) -> dict[str, LayerStatistics]:
         """The layers by their names."""

@@ -24,14 +24,15 @@ from layerlens.profiling.batches import Batch, make_batches
 from layerlens.profiling.cache import SensitivityCache, cache_key, default_cache_dir
 from layerlens.profiling.head import fit_head
 from layerlens.profiling.measure import measure, refuse_non_finite
+from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.tuning import export_adapter
-from layerlens.utility import needs_factors, utility_table
+from layerlens.utility import needed_statistics, utility_table
 from layerlens.utils.atomic import atomic_write_bytes, check_writable, staged_directory
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
 
-STATISTICS_VERSION = 1
+STATISTICS_VERSION = 2
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
 
 STATISTICS_FILE, REPORT_FILE = "statistics.safetensors", "report.html"
@@ -217,11 +218,18 @@ def _profile(
         pretrained.model,
         spec,
         batches,
-        with_factors=needs_factors(config.profiling.utility_model),
+        request=_request(config),
         sequence_length=config.data.max_length,
         threads=threads,
         progress=progress,
     )
+
+
+def _request(config: RunConfig) -> StatisticsRequest:
+    """What the utility model reads, and what the configuration asks for beside that."""
+    profiling = config.profiling
+    needed = needed_statistics(profiling.utility_model, profiling.metric_weights)
+    return StatisticsRequest.of({*needed, *profiling.statistics}, ntk_samples=profiling.ntk_samples)
 
 
 def _solve(config: RunConfig, spec: ModelSpec, statistics: ModelStatistics, threads: int) -> Solution:
@@ -309,7 +317,8 @@ def _statistics_identity(
             "dtype": config.model.dtype,
             "max_length": config.data.max_length,
             "batch_size": config.data.batch_size,
-            "with_factors": needs_factors(config.profiling.utility_model),
+            "statistics": list(_request(config).names),
+            "ntk_samples": config.profiling.ntk_samples,
             "seed": config.runtime.seed,
             "threads": threads,
         },

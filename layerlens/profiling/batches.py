@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
+MASKS = ("attention_mask", "decoder_attention_mask")
+
 
 @dataclass(frozen=True)
 class Batch:
     """Some calibration samples.
 
     Args:
-        inputs: what the model takes, each [b, t].
-        labels: int64 [b].
+        inputs: what the model takes, each with the samples along its first axis.
+        labels: int64 [b] classes, int64 [b, t] labels of tokens, or float targets.
         index: int64 [b], position of each sample in the calibration set.
     """
 
@@ -24,9 +26,19 @@ class Batch:
     index: torch.Tensor
 
     @property
+    def masks(self) -> tuple[torch.Tensor, ...]:
+        """Masks [b, t] of the inputs, 1 for tokens and 0 for padding; none for images."""
+        return tuple(self.inputs[name] for name in MASKS if name in self.inputs)
+
+    @property
     def mask(self) -> torch.Tensor:
-        """[b, t], 1 for tokens and 0 for padding."""
+        """[b, t], the mask of the (encoder's) tokens."""
         return self.inputs["attention_mask"]
+
+    @property
+    def n_tokens(self) -> int:
+        """Unpadded tokens; samples where there are no tokens."""
+        return sum(int(mask.sum()) for mask in self.masks) if self.masks else len(self.index)
 
 
 def make_batches(

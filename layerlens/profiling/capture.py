@@ -6,65 +6,103 @@ An identity autograd function sits on each module's output. It saves the module'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.attention import attention_outputs
-from layerlens.models import LayerSpec, LayerStatistics, ModelSpec
-from layerlens.profiling.accumulators import MatrixAccumulator
+from layerlens.integrations.weight_matrices import conv_patches, matrix_shape
+from layerlens.models import LayerSpec, LayerStatistics, MethodStatistics, ModelSpec
+from layerlens.profiling.accumulators import InputAccumulator, MatrixAccumulator
+from layerlens.profiling.batches import Batch
+from layerlens.profiling.losses import Loss
+from layerlens.profiling.request import StatisticsRequest
+from layerlens.profiling.sample_matrices import SampleMatrices, gram_matrix, join_calls
 
 Recorder = Callable[..., None]
+Key = tuple[str, str]
+"""(layer, method), or (parameter, "weight") for weights outside the layers."""
+
+FP16_LOSS_SCALE = 2.0**10
+"""float16 loses gradients below 6e-8; a power of two scales them without rounding and is divided out at the end."""
 
 
 class _Tap(torch.autograd.Function):
     """Identity in the forward pass; in the backward pass hands the gradient and the saved tensors to ``recorder``.
 
     ``anchor`` is a scalar that requires a gradient, so that the backward pass comes by although all weights are frozen.
+    An output with a batch dimension of 1 that the model broadcasts (position embeddings) is expanded to ``batch``
+    samples, so that its gradient comes back for each sample.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, anchor: torch.Tensor, recorder: Recorder, *saved: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, output: torch.Tensor, anchor: torch.Tensor, batch: int, recorder: Recorder, *saved: torch.Tensor
+    ) -> Any:
         ctx.save_for_backward(*saved)
         ctx.recorder = recorder
-        ctx.n_saved = len(saved)
-        return output.view_as(output)
+        ctx.broadcast = output.dim() > 1 and output.shape[0] == 1 and batch > 1
+        return output.expand(batch, *output.shape[1:]) if ctx.broadcast else output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        ctx.recorder(gradients[0], *ctx.saved_tensors)
-        return gradients[0], None, None, *([None] * ctx.n_saved)
+        saved = ctx.saved_tensors
+        ctx.recorder(gradients[0], *saved)
+        passed_on = gradients[0].sum(dim=0, keepdim=True) if ctx.broadcast else gradients[0]
+        return passed_on, None, None, None, *([None] * len(saved))
 
 
-@dataclass
 class Capture:
     """The taps of one model and what they have accumulated.
 
     Args:
         model: the frozen model, in evaluation mode.
         spec: its layers.
-        with_factors: also accumulate the K-FAC factors, which the whitened spectra need.
+        request: what to find.
         threads: for the kernels.
+        other_modules: modules outside the layers whose weights are measured too (Linear, Conv1D, Conv2d, Embedding).
+            Weights that several of them share are measured as one: the gradient of a tied weight is the sum over its
+            uses.
     """
 
-    model: torch.nn.Module
-    spec: ModelSpec
-    with_factors: bool
-    threads: int
-    accumulators: dict[tuple[str, str], MatrixAccumulator] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        spec: ModelSpec,
+        request: StatisticsRequest,
+        threads: int,
+        other_modules: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self.spec = spec
+        self.request = request
+        self.threads = threads
+        self.other_modules = tuple(other_modules)
+        self.accumulators: dict[Key, MatrixAccumulator] = {}
+        self._inputs: dict[Key, InputAccumulator] = {}
         self._anchor = torch.zeros((), requires_grad=True)
-        self._mask__bt = torch.zeros(0)
-        self._half__b = torch.zeros(0)
-        self._called: set[str] = set()
-        for layer in self.spec.layers:
-            for method in layer.methods:
-                self.accumulators[layer.name, method] = MatrixAccumulator(self.with_factors, self.threads)
+        self._loss_scale = 1.0
+        self._calls: Counter[str] = Counter()
+        self._users: dict[Key, set[str]] = {}
+        self._pending: dict[Key, list[SampleMatrices]] = {}
+        self._leaders: dict[str, str] = {}
+        self._last_input: tuple[str, torch.Tensor] | None = None
+        self._in_backward = False
+        self._weight_keys = self._tied_weights()
+
+    def _tied_weights(self) -> dict[str, Key]:
+        """Module -> key of its weight, which tied modules share."""
+        first: dict[int, Key] = {}
+        keys: dict[str, Key] = {}
+        for name in self.other_modules:
+            weight: Any = self.model.get_submodule(name).weight
+            keys[name] = first.setdefault(id(weight), (f"{name}.weight", "weight"))
+        return keys
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -77,6 +115,12 @@ class Capture:
                     attentions[id(module)] = layer
                 else:
                     stack.callback(module.register_forward_hook(self._dense_hook(layer)).remove)
+            for module in self.model.modules():
+                if getattr(module, "gradient_checkpointing", False) and self.request.backward:
+                    stack.callback(module.register_forward_pre_hook(_open_graph).remove)
+            for name in self.other_modules:
+                module = self.model.get_submodule(name)
+                stack.callback(module.register_forward_hook(self._weight_hook(name, module)).remove)
 
             def on_attention(module: torch.nn.Module, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
                 layer = attentions.get(id(module))
@@ -86,10 +130,33 @@ class Capture:
                 stack.enter_context(attention_outputs(self.model, on_attention))
             yield
 
-    def start_batch(self, mask__bt: torch.Tensor, half__b: torch.Tensor) -> None:
-        """Tell the taps which tokens of the coming batch are real and which half each sample belongs to."""
-        self._mask__bt, self._half__b = mask__bt, half__b
-        self._called.clear()
+    def run(self, batch: Batch, loss: Loss) -> torch.Tensor:
+        """One forward and one backward pass; the loss of each sample, [b].
+
+        Raises:
+            ProfilingError: the loss of a sample is not finite, or a layer cannot be measured.
+        """
+        self._n_batch = len(batch.index)
+        self._half__b = batch.index % 2
+        self._masks = {mask.shape[1]: None if bool(mask.all()) else mask for mask in batch.masks}
+        self._calls.clear()
+        self._last_input = None
+        with torch.set_grad_enabled(self.request.backward):
+            loss__b = loss(self.model(**batch.inputs), batch)
+        _refuse_bad_loss(loss__b.detach(), batch)
+        self._last_input = None
+        if self.request.backward:
+            half_precision = any(parameter.dtype == torch.float16 for parameter in self.model.parameters())
+            self._loss_scale = FP16_LOSS_SCALE if half_precision else 1.0
+            self._in_backward = True
+            try:
+                (loss__b.sum() * self._loss_scale).backward()
+                for key in list(self._pending):  # a module whose other call the loss does not depend on
+                    self._flush(key)
+            finally:
+                self._in_backward = False
+                self._pending.clear()
+        return loss__b.detach()
 
     def result(self, damping: float) -> tuple[LayerStatistics, ...]:
         """Statistics of every layer, in the order of the model.
@@ -97,9 +164,17 @@ class Capture:
         Raises:
             ProfilingError: a layer was never reached by the backward pass, so there is nothing to say about it.
         """
-        for (name, _), accumulator in self.accumulators.items():
-            if sum(accumulator.n_samples) == 0:
-                raise ProfilingError(f"{name}: no gradient reached this layer; the loss does not depend on it")
+        if not self.request.backward:
+            return tuple(
+                LayerStatistics(layer.name, {method: MethodStatistics() for method in layer.methods})
+                for layer in self.spec.layers
+            )
+        for layer in self.spec.layers:
+            for method in layer.methods:
+                if (layer.name, method) not in self.accumulators:
+                    raise ProfilingError(
+                        f"{layer.name}: no gradient reached this layer; the loss does not depend on it"
+                    )
         return tuple(
             LayerStatistics(
                 layer.name,
@@ -108,50 +183,180 @@ class Capture:
             for layer in self.spec.layers
         )
 
+    def other_weights(self, damping: float) -> dict[str, MethodStatistics]:
+        """Statistics of the other modules' weights that a gradient reached, by parameter name."""
+        reached = {key: accumulator for key, accumulator in self.accumulators.items() if key[1] == "weight"}
+        return {name: accumulator.result(damping) for (name, _), accumulator in reached.items()}
+
+    def covered_weights(self) -> dict[str, str]:
+        """Parameter name of every module with statistics -> the parameter its statistics are under."""
+        covered = {f"{name}.weight": key[0] for name, key in self._weight_keys.items() if key in self.accumulators}
+        layers = [layer.name for layer in self.spec.layers if (layer.name, "lora") in self.accumulators]
+        return covered | {f"{name}.weight": f"{name}.weight" for name in layers}
+
+    def gram(self) -> np.ndarray:
+        """⟨g_n, g_m⟩ of the kept samples, summed over the weights of all layers; float64 [n, n]."""
+        kept = [self.accumulators[layer.name, "lora"].kept for layer in self.spec.layers if "lora" in layer.methods]
+        total = sum(gram_matrix(batches, self.threads) for batches in kept)
+        assert isinstance(total, np.ndarray)
+        return total
+
     def _dense_hook(self, layer: LayerSpec) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
         with_adapter = "adapter" in layer.methods
 
         def record(gradient: torch.Tensor, h: torch.Tensor, y: torch.Tensor | None = None) -> None:
-            d__bgto = self._with_heads(layer, gradient)
+            d__bgto, mask__bt = self._as_tokens(layer.name, gradient)
             if "lora" in layer.methods:
-                self._add(layer, "lora", d__bgto, self._with_heads(layer, h))
+                leader = self._leaders.get(layer.name, layer.name)
+                z__bgti, _ = self._as_tokens(layer.name, h)
+                self._collect((layer.name, "lora"), d__bgto, z__bgti, mask__bt, leader)
             if y is not None:
-                self._add(layer, "adapter", d__bgto, self._with_heads(layer, y))
+                z__bgti, _ = self._as_tokens(layer.name, y)
+                self._collect((layer.name, "adapter"), d__bgto, z__bgti, mask__bt, layer.name)
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            self._refuse_second_call(layer)
+            self._count_call(layer.name)
+            self._follow(layer.name, args[0])
             saved = (args[0].detach(), output.detach()) if with_adapter else (args[0].detach(),)
-            return _Tap.apply(output, self._anchor, record, *saved)
+            return self._tap(output, record, *saved)
+
+        return hook
+
+    def _weight_hook(
+        self, name: str, module: Any
+    ) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
+        """For a module outside the layers: its weight's gradient alone, with the other uses of the same weight."""
+        key = self._weight_keys[name]
+        self._users.setdefault(key, set()).add(name)
+
+        def record(gradient: torch.Tensor, saved: torch.Tensor) -> None:
+            if isinstance(module, torch.nn.Embedding):
+                if saved.shape[0] not in (1, len(gradient)):
+                    raise ProfilingError(f"{name}: is looked up with {list(saved.shape)} indices, not for each sample")
+                ids__bt = saved.expand(len(gradient), *saved.shape[1:]).flatten(1)
+                rows__bti = gradient.flatten(1, -2) * self._scale_back
+                if module.padding_idx is not None:
+                    rows__bti = rows__bti * (ids__bt != module.padding_idx)[..., None]
+                self._collect_matrices(key, SampleMatrices(ids__bt=ids__bt, rows__bti=rows__bti), module)
+                return
+            if isinstance(module, torch.nn.Conv2d):
+                d__bgto = gradient.reshape(len(gradient), module.groups, -1, gradient[0, 0].numel()).mT
+                z__bgti, mask__bt = conv_patches(module, saved), None
+            else:
+                (d__bgto, mask__bt), (z__bgti, _) = self._as_tokens(name, gradient), self._as_tokens(name, saved)
+            self._collect(key, d__bgto, z__bgti, mask__bt, f"{name}|weight")
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            self._count_call(name)
+            return self._tap(output, record, args[0].detach())
 
         return hook
 
     def _tap_attention(self, layer: LayerSpec, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Prefix inputs ψ = (1, q/√d_head): the softmax over prefix keys is, to first order, affine in q."""
-        self._refuse_second_call(layer)
+        self._count_call(layer.name)
 
         def record(gradient__btgo: torch.Tensor, query__bgti: torch.Tensor) -> None:
             scaled = query__bgti * query__bgti.shape[-1] ** -0.5
             psi__bgti = torch.cat([torch.ones_like(scaled[..., :1]), scaled], dim=-1)
-            self._add(layer, "prefix", gradient__btgo.transpose(1, 2), psi__bgti)
+            mask__bt = self._masks.get(gradient__btgo.shape[1])
+            self._collect((layer.name, "prefix"), gradient__btgo.transpose(1, 2), psi__bgti, mask__bt, layer.name)
 
-        return _Tap.apply(output, self._anchor, record, query.detach())
+        return self._tap(output, record, query.detach())
 
-    def _add(self, layer: LayerSpec, method: str, d__bgto: torch.Tensor, z__bgti: torch.Tensor) -> None:
-        self.accumulators[layer.name, method].add(d__bgto, z__bgti, self._mask__bt, self._half__b)
+    def _tap(self, output: torch.Tensor, record: Recorder, *saved: torch.Tensor) -> torch.Tensor:
+        if not self.request.backward:
+            return output
+        return _Tap.apply(output, self._anchor, self._n_batch, record, *saved)
 
-    def _with_heads(self, layer: LayerSpec, tensor: torch.Tensor) -> torch.Tensor:
-        """[b, t, k] -> [b, 1, t, k], after checking that batch and tokens are what the mask says."""
-        if tensor.dim() != 3 or tuple(tensor.shape[:2]) != tuple(self._mask__bt.shape):
+    @property
+    def _scale_back(self) -> float:
+        return 1.0 / self._loss_scale
+
+    def _collect(
+        self, key: Key, d__bgto: torch.Tensor, z__bgti: torch.Tensor, mask__bt: torch.Tensor | None, leader: str
+    ) -> None:
+        """Take one call of a multiplying module; ``leader`` is the layer that its inputs are summed for."""
+        if mask__bt is not None:
+            d__bgto = d__bgto * mask__bt[:, None, :, None].to(d__bgto.dtype)
+        if self._loss_scale != 1.0:
+            d__bgto = d__bgto.float() * self._scale_back
+            z__bgti = z__bgti.float()
+        if len(z__bgti) == 1 < len(d__bgto):
+            z__bgti = z__bgti.expand(len(d__bgto), *z__bgti.shape[1:])
+        accumulator = self._accumulator(key, (d__bgto.shape[1], d__bgto.shape[3], z__bgti.shape[3]), leader)
+        if leader == key[0] or key[1] == "weight":
+            accumulator.inputs.add(z__bgti, mask__bt)
+        self._queue(key, SampleMatrices(d__bgto, z__bgti))
+
+    def _collect_matrices(self, key: Key, matrices: SampleMatrices, module: Any) -> None:
+        """Take one use of a weight that is looked up."""
+        self._accumulator(key, matrix_shape(module), key[0])
+        self._queue(key, matrices)
+
+    def _accumulator(self, key: Key, shape: tuple[int, int, int], leader: str) -> MatrixAccumulator:
+        if key not in self.accumulators:
+            source = (leader, key[1])
+            if source not in self._inputs:
+                self._inputs[source] = InputAccumulator(self.request, self.threads)
+            self.accumulators[key] = MatrixAccumulator(self.request, self.threads, self._inputs[source], shape)
+        return self.accumulators[key]
+
+    def _queue(self, key: Key, matrices: SampleMatrices) -> None:
+        """Hold a call until all calls of this forward pass are there: their sum comes before any square."""
+        waiting = self._pending.setdefault(key, [])
+        waiting.append(matrices)
+        users = self._users.get(key) or {key[0]}
+        if len(waiting) == sum(self._calls[name] for name in users):
+            self._flush(key)
+
+    def _flush(self, key: Key) -> None:
+        self.accumulators[key].add(join_calls(self._pending.pop(key)), self._half__b)
+
+    def _count_call(self, name: str) -> None:
+        if not self._in_backward:  # checkpointing runs forward passes again inside the backward pass
+            self._calls[name] += 1
+
+    def _follow(self, name: str, h: torch.Tensor) -> None:
+        """Let a layer that gets the very input of the layer before it (query, key, value) share that one's input sums.
+
+        Raises:
+            ProfilingError: a layer that shared an input with another no longer does.
+        """
+        if self._in_backward:
+            return
+        previous, self._last_input = self._last_input, (name, h)
+        same = previous is not None and previous[1] is h
+        leader = self._leaders.get(previous[0], previous[0]) if previous and same else name
+        if self._leaders.setdefault(name, leader) != leader:
             raise ProfilingError(
-                f"{layer.name}: expected activations of shape [batch, tokens, features] = "
-                f"[{self._mask__bt.shape[0]}, {self._mask__bt.shape[1]}, ...], got {list(tensor.shape)}; this layer "
-                "cannot be measured sample by sample"
+                f"{name}: has the same input as {self._leaders[name]} in some forward passes and not in others; its "
+                "inputs cannot be measured"
             )
-        return tensor.unsqueeze(1)
 
-    def _refuse_second_call(self, layer: LayerSpec) -> None:
-        if layer.name in self._called:
+    def _as_tokens(self, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[b, ..., k] as [b, 1, t, k], and the mask of its tokens where it has padding."""
+        batch = self._n_batch
+        if tensor.dim() < 2 or tensor.shape[0] not in (1, batch):
             raise ProfilingError(
-                f"{layer.name}: called twice in one forward pass; shared modules cannot be measured yet, leave it out"
+                f"{name}: expected activations [batch, ..., features] of {batch} samples, got {list(tensor.shape)}; "
+                "this layer cannot be measured sample by sample"
             )
-        self._called.add(layer.name)
+        mask__bt = self._masks.get(tensor.shape[1]) if tensor.dim() == 3 else None
+        return tensor.reshape(len(tensor), 1, -1, tensor.shape[-1]), mask__bt
+
+
+def _open_graph(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Let a checkpointed block's input require a gradient: reentrant checkpointing passes none back otherwise."""
+    if args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point() and not args[0].requires_grad:
+        return (args[0].detach().requires_grad_(True), *args[1:])
+    return None
+
+
+def _refuse_bad_loss(loss__b: torch.Tensor, batch: Batch) -> None:
+    bad = (~torch.isfinite(loss__b)).nonzero().flatten()
+    if len(bad):
+        raise ProfilingError(
+            f"the loss of calibration sample {int(batch.index[bad[0]])} is {float(loss__b[bad[0]])}; the model "
+            "overflows on it: look for NaN weights or leave the sample out"
+        )

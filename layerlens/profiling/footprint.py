@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from layerlens.profiling.losses import logits_of
+
 SAMPLES = 2
 
 
@@ -31,8 +33,12 @@ def count_saved_bytes(model: torch.nn.Module, run: Callable[[], object]) -> int:
     return sum(kept.values())
 
 
-def frozen_footprint(model: torch.nn.Module, first_block: str, inputs: dict[str, torch.Tensor]) -> tuple[float, float]:
+def frozen_footprint(
+    model: torch.nn.Module, first_block: str | None, inputs: dict[str, torch.Tensor]
+) -> tuple[float, float]:
     """(bytes kept, forward FLOPs), each per token, of a step whose backward pass reaches down to ``first_block``.
+
+    Per sample where the inputs are no tokens, and down to the inputs where the model has no blocks.
 
     Adapting any layer of a block needs the activations above it; counting from the first block on is what a choice that
     touches the lowest layers needs, and an upper bound for every other.
@@ -43,12 +49,16 @@ def frozen_footprint(model: torch.nn.Module, first_block: str, inputs: dict[str,
             return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}
 
-    tokens = inputs["input_ids"].numel()
-    handle = model.get_submodule(first_block).register_forward_pre_hook(open_graph, with_kwargs=True)
-    try:
-        saved = count_saved_bytes(model, lambda: model(**inputs).logits.sum())
-    finally:
-        handle.remove()
+    tokens = inputs["input_ids"].numel() if "input_ids" in inputs else len(next(iter(inputs.values())))
+    if first_block is None:
+        opened = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+        saved = count_saved_bytes(model, lambda: logits_of(model(**opened)).sum())
+    else:
+        handle = model.get_submodule(first_block).register_forward_pre_hook(open_graph, with_kwargs=True)
+        try:
+            saved = count_saved_bytes(model, lambda: logits_of(model(**inputs)).sum())
+        finally:
+            handle.remove()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**inputs)
     return saved / tokens, counter.get_total_flops() / tokens
@@ -57,8 +67,14 @@ def frozen_footprint(model: torch.nn.Module, first_block: str, inputs: dict[str,
 def dense_inputs(
     batch_inputs: dict[str, torch.Tensor], sequence_length: int, *, samples: int = SAMPLES
 ) -> dict[str, torch.Tensor]:
-    """A full batch (no padding) of ``samples`` × ``sequence_length`` tokens, repeating the tokens of a real one."""
+    """A full batch (no padding) of ``samples`` × ``sequence_length`` tokens, repeating the tokens of a real one.
+
+    Other inputs than tokens are taken as they are, for the first ``samples`` samples.
+    """
+    if "input_ids" not in batch_inputs:
+        return {name: tensor[:samples] for name, tensor in batch_inputs.items()}
     ids = batch_inputs["input_ids"].reshape(-1)
     n_tokens = samples * sequence_length
     full = ids.repeat(-(-n_tokens // ids.numel()))[:n_tokens].reshape(samples, sequence_length)
-    return {"input_ids": full, "attention_mask": torch.ones_like(full)}
+    inputs = {"input_ids": full, "attention_mask": torch.ones_like(full)}
+    return inputs | ({"decoder_input_ids": full} if "decoder_input_ids" in batch_inputs else {})

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.transformers import blocks_of
+from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
 from layerlens.models import ModelSpec, ModelStatistics
 from layerlens.profiling.batches import Batch
 from layerlens.profiling.capture import Capture
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
+from layerlens.profiling.losses import Loss, classification_loss
+from layerlens.profiling.ntk import kernel_statistics
+from layerlens.profiling.request import StatisticsRequest
 from layerlens.utils.progress import Progress
 
 DAMPING = 1e-2
@@ -24,70 +30,114 @@ def measure(
     spec: ModelSpec,
     batches: Sequence[Batch],
     *,
-    with_factors: bool,
+    request: StatisticsRequest,
     sequence_length: int,
     threads: int,
     progress: Progress,
+    loss: Loss = classification_loss,
+    other_modules: Sequence[str] = (),
 ) -> ModelStatistics:
     """Measure every layer of ``spec`` on ``batches``.
 
     Args:
-        model: frozen, in evaluation mode; a classifier whose output has ``logits`` [b, classes].
+        model: measured with dropout off; its modes and flags are as before afterwards. A `torch.compile`d model is
+            measured through the module it was compiled from, which has the same weights.
         spec: the layers to measure.
         batches: the calibration data; results do not depend on how it is cut into batches (to rounding).
-        with_factors: also find the K-FAC-whitened split-half spectra (slower by about a factor of three).
+        request: which statistics.
         sequence_length: tokens of the sequences for which memory and FLOPs are counted.
         threads: for the kernels; torch's own threads are set by the caller.
         progress: told of every batch.
+        loss: the loss of each sample.
+        other_modules: modules outside the layers whose weights are measured too (``measurable_modules``).
 
     Raises:
         ProfilingError: a loss or a statistic is not finite, or a layer cannot be measured; names the layer.
     """
-    capture = Capture(model, spec, with_factors, threads)
+    model = uncompiled(model)
     losses: list[torch.Tensor] = []
     n_tokens = 0
-    with progress.stage("Measuring gradients", total=len(batches)) as advance, capture.open():
-        for batch in batches:
-            capture.start_batch(batch.mask, batch.index % 2)
-            logits = model(**batch.inputs).logits
-            loss__b = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-            _refuse_bad_loss(loss__b.detach(), batch)
-            loss__b.sum().backward()
-            losses.append(loss__b.detach())
-            n_tokens += int(batch.mask.sum())
-            advance(1)
-    with progress.stage("Computing statistics", total=None):
-        layers = capture.result(DAMPING)
-    inputs = dense_inputs(batches[0].inputs, sequence_length)
-    activation_bytes, forward_flops = frozen_footprint(model, blocks_of(model)[0], inputs)
+    with frozen_without_dropout(model, checkpointing=True):
+        capture = Capture(model, spec, request, threads, other_modules)
+        with progress.stage("Measuring gradients", total=len(batches)) as advance, capture.open():
+            for batch in batches:
+                losses.append(capture.run(batch, loss))
+                n_tokens += batch.n_tokens
+                advance(1)
+        with progress.stage("Computing statistics", total=None):
+            layers = capture.result(DAMPING)
+            others = capture.other_weights(DAMPING)
+            kernel = kernel_statistics(capture.gram(), _kept_labels(batches, request)) if request.ntk else None
+        covered = capture.covered_weights()
+    with frozen_without_dropout(model, checkpointing=False):
+        inputs = dense_inputs(batches[0].inputs, sequence_length)
+        activation_bytes, forward_flops = frozen_footprint(model, next(iter(blocks_of(model)), None), inputs)
+    left_out = _left_out(model, covered)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    missing = sum(model.get_parameter(name).numel() for name in left_out)
     statistics = ModelStatistics(
         layers=layers,
-        n_samples=sum(len(batch.labels) for batch in batches),
+        n_samples=sum(len(batch.index) for batch in batches),
         n_tokens=n_tokens,
         mean_loss=float(torch.cat(losses).double().mean()),
         activation_bytes=activation_bytes,
         forward_flops=forward_flops,
+        kernel=kernel,
+        other_weights=others,
+        left_out=left_out,
+        coverage=1.0 - missing / total,
     )
     refuse_non_finite(statistics)
     return statistics
 
 
+@contextmanager
+def frozen_without_dropout(model: torch.nn.Module, *, checkpointing: bool) -> Iterator[None]:
+    """While open, no weight requires a gradient and no module is in training mode; modes and flags come back after.
+
+    A module that checkpoints its activations does so in training mode only (transformers), so with ``checkpointing`` it
+    alone has that mode, while what is inside it, dropout included, has not.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.requires_grad_(False)
+        for module, _ in modes:
+            module.training = checkpointing and bool(getattr(module, "gradient_checkpointing", False))
+        yield
+    finally:
+        for parameter, required in flags:
+            parameter.requires_grad_(required)
+        for module, training in modes:
+            module.training = training
+
+
 def refuse_non_finite(statistics: ModelStatistics) -> None:
     """Raise ProfilingError for the first statistic that is NaN or infinite, by layer and name."""
-    for layer in statistics.layers:
-        for method, measured in layer.by_method.items():
-            for name in ("energy", "trace", "signal", "input_mean_square", "spectrum"):
-                if not np.all(np.isfinite(getattr(measured, name))):
-                    raise ProfilingError(
-                        f"{layer.layer}: the {name} statistic for {method} is not finite; the model overflows on this "
-                        "data: look for NaN weights or use a smaller data.max_length"
-                    )
+    measured = [(x.layer, f" for {method}", found) for x in statistics.layers for method, found in x.by_method.items()]
+    measured += [(name, "", found) for name, found in statistics.other_weights.items()]
+    for name, method, found in measured:
+        for field in dataclasses.fields(found):
+            value = getattr(found, field.name)
+            if value is not None and not np.all(np.isfinite(value)):
+                raise ProfilingError(
+                    f"{name}: the {field.name} statistic{method} is not finite; the model overflows on this "
+                    "data: look for NaN weights or use a smaller data.max_length"
+                )
 
 
-def _refuse_bad_loss(loss__b: torch.Tensor, batch: Batch) -> None:
-    bad = (~torch.isfinite(loss__b)).nonzero().flatten()
-    if len(bad):
-        raise ProfilingError(
-            f"the loss of calibration sample {int(batch.index[bad[0]])} is {float(loss__b[bad[0]])}; the model "
-            "overflows on it: look for NaN weights or leave the sample out"
-        )
+def _kept_labels(batches: Sequence[Batch], request: StatisticsRequest) -> np.ndarray:
+    return torch.cat([batch.labels for batch in batches])[: request.ntk_samples].numpy()
+
+
+def _left_out(model: torch.nn.Module, covered: dict[str, str]) -> dict[str, str]:
+    """Parameters without statistics and why, each tied parameter under the name that the model gives it."""
+    have = {id(model.get_parameter(name)) for name in covered}
+    left_out = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in have:
+            path, _, part = name.rpartition(".")
+            module = model.get_submodule(path)
+            reason = why_not_measurable(path, module) if part == "weight" else f"not a weight matrix ({part})"
+            left_out[name] = reason or "not asked for, or no gradient reaches it"
+    return left_out

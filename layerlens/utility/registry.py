@@ -12,6 +12,18 @@ from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable
 from layerlens.utility import spectral
 from layerlens.utility.weighted import metrics_of, weighted_table
 
+STATISTIC_OF = {"gradient_energy": "gradient", "fisher": "fisher"}
+"""Metric of ``metric_weights`` -> the statistic that it is."""
+
+FIELD_OF = {
+    "fisher": "trace",
+    "gradient": "energy",
+    "input_scale": "input_mean_square",
+    "spectrum": "plain_spectrum",
+    "whitened_spectrum": "spectrum",
+}
+"""Statistic -> the field of MethodStatistics that has it."""
+
 
 @dataclass(frozen=True)
 class UtilityModel:
@@ -20,25 +32,42 @@ class UtilityModel:
     Args:
         function: (spec, statistics, options) -> float64 [n_options].
         unit: what its values are measured in.
-        needs_factors: whether the statistics must have whitened spectra.
+        needs: the statistics it reads, by their names in ``profiling.statistics``.
     """
 
     function: Callable[[ModelSpec, ModelStatistics, Sequence[Option]], np.ndarray]
     unit: str
-    needs_factors: bool = False
+    needs: tuple[str, ...] = ()
 
 
+SIGNAL = ("fisher", "gradient", "input_scale")
 UTILITY_MODELS: dict[str, UtilityModel] = {
-    "signal": UtilityModel(spectral.signal, "relative gain (root of the noise-corrected gradient energy)"),
-    "whitened": UtilityModel(spectral.whitened, "predicted loss drop, nats per sample", needs_factors=True),
-    "gradient": UtilityModel(spectral.gradient, "relative gain (root of the gradient energy)"),
+    "signal": UtilityModel(spectral.signal, "relative gain (root of the noise-corrected gradient energy)", SIGNAL),
+    "whitened": UtilityModel(spectral.whitened, "predicted loss drop, nats per sample", ("whitened_spectrum",)),
+    "gradient": UtilityModel(
+        spectral.gradient, "relative gain (root of the gradient energy)", ("gradient", "input_scale")
+    ),
     "uniform": UtilityModel(spectral.uniform, "relative gain (every layer equal)"),
 }
 
 
-def needs_factors(name: str) -> bool:
-    """Whether the utility model ``name`` needs whitened spectra."""
-    return name in UTILITY_MODELS and UTILITY_MODELS[name].needs_factors
+def needed_statistics(name: str, metric_weights: Mapping[str, float]) -> tuple[str, ...]:
+    """The statistics that the utility model ``name`` reads; those of "weighted" follow from its weights.
+
+    >>> needed_statistics("weighted", {"fisher": 1.0})
+    ('fisher',)
+    """
+    if name == "weighted":
+        wanted = {metric for metric, weight in metric_weights.items() if weight > 0.0}
+        return tuple(STATISTIC_OF[metric] for metric in sorted(wanted & set(STATISTIC_OF)))
+    return UTILITY_MODELS[name].needs
+
+
+def has_statistic(statistics: ModelStatistics, name: str) -> bool:
+    """Whether any layer has the statistic ``name``."""
+    found = [measured for layer in statistics.layers for measured in layer.by_method.values()]
+    values = [getattr(measured, FIELD_OF[name]) for measured in found]
+    return any(value is not None and np.size(value) > 0 for value in values)
 
 
 def utility_table(
@@ -56,11 +85,13 @@ def utility_table(
     if name == "weighted":
         return weighted_table(spec, metrics_of(statistics), options, metric_weights)
     model = UTILITY_MODELS[name]
-    if model.needs_factors and not any(
-        len(measured.spectrum) for layer in statistics.layers for measured in layer.by_method.values()
-    ):
+    lacking = [need for need in model.needs if not has_statistic(statistics, need)]
+    if lacking:
+        usable = [
+            other for other, its in UTILITY_MODELS.items() if all(has_statistic(statistics, x) for x in its.needs)
+        ]
         raise ProfilingError(
-            f"profiling.utility_model: {name!r} needs whitened spectra, which these statistics lack; run "
-            f"`layerlens run` with utility_model: {name}, or choose signal, gradient, weighted or uniform"
+            f"profiling.utility_model: {name!r} needs the statistic {lacking[0]!r}, which these statistics lack; run "
+            f"`layerlens run` with utility_model: {name}, or choose {', '.join(usable)}"
         )
     return UtilityTable(tuple(options), model.function(spec, statistics, options), name, model.unit)

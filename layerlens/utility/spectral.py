@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from layerlens.models import ModelSpec, ModelStatistics, Option
+from layerlens.models import MethodStatistics, ModelSpec, ModelStatistics, Option
 
 
 def signal(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
@@ -56,7 +56,7 @@ def _root_law(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Op
     utility = np.zeros(len(options))
     for index, option in enumerate(options):
         if option.method != "none":
-            energy = getattr(by_layer[option.layer].by_method[option.method], energy_name)
+            energy: float = getattr(by_layer[option.layer].by_method[option.method], energy_name)
             factor = scale[option.layer, option.method]
             utility[index] = np.sqrt(max(0.0, energy) * factor) * np.sqrt(option.rank)
     return utility
@@ -73,13 +73,18 @@ def input_scales(spec: ModelSpec, statistics: ModelStatistics) -> dict[tuple[str
     lora_inputs: dict[int | None, list[float]] = {}
     for layer in spec.layers:
         if "lora" in layer.methods:
-            lora_inputs.setdefault(layer.block, []).append(by_layer[layer.name].by_method["lora"].input_mean_square)
+            lora_inputs.setdefault(layer.block, []).append(_input_scale(by_layer[layer.name].by_method["lora"]))
     factors = {}
     for layer in spec.layers:
         measured = by_layer[layer.name].by_method
         block = lora_inputs.get(layer.block) or [1.0]
         for method in layer.methods:
-            reference = measured["lora"].input_mean_square if "lora" in measured else float(np.mean(block))
-            own = measured[method].input_mean_square
+            reference = _input_scale(measured["lora"]) if "lora" in measured else float(np.mean(block))
+            own = _input_scale(measured[method])
             factors[layer.name, method] = 1.0 if method == "lora" or own == 0.0 else reference / own
     return factors
+
+
+def _input_scale(measured: MethodStatistics) -> float:
+    assert measured.input_mean_square is not None, "the registry refuses statistics without input_scale"
+    return measured.input_mean_square

@@ -26,7 +26,8 @@ def metrics_of(statistics: ModelStatistics) -> dict[str, dict[str, float]]:
     metrics = {}
     for layer in statistics.layers:
         measured = layer.by_method.get("lora") or next(iter(layer.by_method.values()))
-        metrics[layer.layer] = {"gradient_energy": measured.energy, "fisher": measured.trace}
+        values = {"gradient_energy": measured.energy, "fisher": measured.trace}
+        metrics[layer.layer] = {metric: value for metric, value in values.items() if value is not None}
     return metrics
 
 

@@ -26,9 +26,11 @@ from layerlens.integrations.transformers import PretrainedModel, model_spec
 from layerlens.models import ModelSpec
 from layerlens.profiling.batches import Batch
 from layerlens.profiling.measure import measure
+from layerlens.profiling.request import StatisticsRequest
 from layerlens.utils.progress import silent
 
 RELATIVE = 1e-9
+SIGNAL = ("fisher", "gradient", "input_scale")
 N_SAMPLES, VOCABULARY, CLASSES = 7, 50, 3
 PAD = 0
 
@@ -113,12 +115,12 @@ def spec_of(model: torch.nn.Module) -> ModelSpec:
     return model_spec(PretrainedModel(model, None, "", ()), "test", adapter_sites="all")
 
 
-def profile(model: torch.nn.Module, batches: list[Batch], *, with_factors: bool = False, threads: int = 1):
+def profile(model: torch.nn.Module, batches: list[Batch], *, statistics: tuple[str, ...] = SIGNAL, threads: int = 1):
     return measure(
         model,
         spec_of(model),
         batches,
-        with_factors=with_factors,
+        request=StatisticsRequest.of(statistics),
         sequence_length=8,
         threads=threads,
         progress=silent,
@@ -200,8 +202,8 @@ def test_every_linear_of_every_block_and_every_attention_is_measured(model):
 
 
 def test_batch_size_and_threads_do_not_change_the_result(model):
-    alone = profile(model, samples(), with_factors=True)
-    together = profile(model, [joined(samples())], with_factors=True, threads=2)
+    alone = profile(model, samples(), statistics=(*SIGNAL, "whitened_spectrum"))
+    together = profile(model, [joined(samples())], statistics=(*SIGNAL, "whitened_spectrum"), threads=2)
     for one, other in zip(alone.layers, together.layers, strict=True):
         for method, measured in one.by_method.items():
             again = other.by_method[method]
@@ -236,13 +238,6 @@ def test_nan_weights_are_refused_by_sample():
         profile(model, [joined(samples())])
 
 
-def test_a_module_that_is_called_twice_is_refused_by_name():
-    model = bert().eval().requires_grad_(False)
-    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
-    with pytest.raises(ProfilingError, match=r"bert\.encoder\.layer\.0\..*called twice"):
-        profile(model, [joined(samples())])
-
-
 def test_a_layer_that_the_loss_does_not_reach_is_refused_by_name():
     model = bert().eval().requires_grad_(False)
     spec = spec_of(model)
@@ -250,4 +245,12 @@ def test_a_layer_that_the_loss_does_not_reach_is_refused_by_name():
     original = cut.forward
     cut.forward = lambda hidden, *args, **kwargs: original(hidden.detach(), *args, **kwargs)
     with pytest.raises(ProfilingError, match=r"bert\.encoder\.layer\.0\..*no gradient reached"):
-        measure(model, spec, [joined(samples())], with_factors=False, sequence_length=8, threads=1, progress=silent)
+        measure(
+            model,
+            spec,
+            [joined(samples())],
+            request=StatisticsRequest.of(SIGNAL),
+            sequence_length=8,
+            threads=1,
+            progress=silent,
+        )

@@ -95,7 +95,9 @@ def test_whitened_without_spectra_says_what_to_do():
     bare = ModelStatistics(
         (LayerStatistics("fc", {"lora": MethodStatistics(1.0, 1.0, 1.0, 1.0)}),), 10, 100, 1.0, 0.0, 0.0
     )
-    with pytest.raises(ProfilingError, match=r"profiling\.utility_model: 'whitened' needs whitened spectra"):
+    with pytest.raises(
+        ProfilingError, match=r"profiling\.utility_model: 'whitened' needs the statistic 'whitened_spectrum'"
+    ):
         utility_table("whitened", SPEC, bare, [Option("fc", "lora", 1)], {})
 
 

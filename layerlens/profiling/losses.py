@@ -1,0 +1,60 @@
+"""The loss of every sample by itself, whatever reduction the model's own loss has.
+
+A loss takes the model's output and the batch and returns float [b]. A sample's loss over tokens is the sum over its own
+tokens: divided by a number of tokens that depends on the batch, as the models' own losses are, it would change with the
+samples that happen to be in the same batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from layerlens.profiling.batches import Batch
+
+Loss = Callable[[Any, Batch], torch.Tensor]
+IGNORED = -100
+"""Label of a token that has no loss, as in transformers."""
+
+
+def classification_loss(output: Any, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Cross-entropy of each sample's class; logits [b, classes], labels int64 [b]."""
+    return torch.nn.functional.cross_entropy(
+        logits_of(output), batch.labels, reduction="none", label_smoothing=label_smoothing
+    )
+
+
+def regression_loss(output: Any, batch: Batch) -> torch.Tensor:
+    """Squared error of each sample, summed over targets; logits [b, targets], labels float [b] or [b, targets]."""
+    logits = logits_of(output)
+    return (logits - batch.labels.reshape(len(logits), -1).to(logits.dtype)).square().sum(dim=1)
+
+
+def token_loss(output: Any, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Cross-entropy summed over each sample's labelled tokens; logits [b, t, classes], labels int64 [b, t].
+
+    For token classification, masked language models and sequence-to-sequence models.
+    """
+    logits__btc = logits_of(output)
+    losses__bt = torch.nn.functional.cross_entropy(
+        logits__btc.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none",
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
+    return losses__bt.view(logits__btc.shape[:2]).sum(dim=1)
+
+
+def causal_loss(output: Any, batch: Batch) -> torch.Tensor:
+    """Cross-entropy of each next token, summed over the sample; logits [b, t, vocabulary], labels int64 [b, t]."""
+    logits__btc, next__bt = logits_of(output)[:, :-1], batch.labels[:, 1:]
+    losses__bt = torch.nn.functional.cross_entropy(
+        logits__btc.flatten(0, 1), next__bt.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses__bt.view(next__bt.shape).sum(dim=1)
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits of a model's output, or the output where it is a tensor itself; half precision as float32."""
+    logits = output if isinstance(output, torch.Tensor) else output.logits
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

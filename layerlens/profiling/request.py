@@ -1,0 +1,70 @@
+"""Which statistics are wanted. Each can be asked for alone, and only what is asked for is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from layerlens.exceptions import ConfigurationError
+
+STATISTICS = ("fisher", "gradient", "input_scale", "spectrum", "whitened_spectrum", "ntk")
+NTK_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class StatisticsRequest:
+    """What one pass is to find, beside the loss.
+
+    Args:
+        fisher: the trace of the empirical Fisher, from per-sample norms; the mean gradient is not formed for it.
+        gradient: the energy of the mean gradient G; together with ``fisher`` also the noise-corrected signal.
+        input_scale: mean square of the inputs.
+        spectrum: split-half spectrum of G.
+        whitened_spectrum: the same of S^-½ G A^-½, for which the exact K-FAC factors A and S are formed.
+        ntk: the Gram matrix of per-sample gradients of the first ``ntk_samples`` samples, which are kept for it.
+        ntk_samples: at most 256.
+    """
+
+    fisher: bool = False
+    gradient: bool = False
+    input_scale: bool = False
+    spectrum: bool = False
+    whitened_spectrum: bool = False
+    ntk: bool = False
+    ntk_samples: int = NTK_SAMPLES
+
+    @classmethod
+    def of(cls, names: Iterable[str], *, ntk_samples: int = NTK_SAMPLES) -> StatisticsRequest:
+        """The request for the statistics with these names.
+
+        Raises:
+            ConfigurationError: a name is unknown.
+
+        >>> StatisticsRequest.of(["ntk", "fisher"]).names
+        ('fisher', 'ntk')
+        """
+        wanted = set(names)
+        unknown = sorted(wanted - set(STATISTICS))
+        if unknown:
+            raise ConfigurationError(f"unknown statistic {unknown[0]!r}; known: {', '.join(STATISTICS)}")
+        return cls(**{name: name in wanted for name in STATISTICS}, ntk_samples=ntk_samples)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is asked for, in the order of ``STATISTICS``."""
+        return tuple(name for name in STATISTICS if getattr(self, name))
+
+    @property
+    def halves(self) -> bool:
+        """Whether G is needed for each half of the samples."""
+        return self.spectrum or self.whitened_spectrum
+
+    @property
+    def mean(self) -> bool:
+        """Whether G is needed at all."""
+        return self.gradient or self.halves
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients are needed."""
+        return self.mean or self.fisher or self.ntk
