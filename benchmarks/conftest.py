@@ -1,0 +1,64 @@
+"""Prints what the benchmarks measured as one table at the end, and keeps the ratios when asked to."""
+
+from __future__ import annotations
+
+import os
+
+# Before NumPy and torch load: BLAS on one thread (the limits are per thread), and waiting OpenMP threads asleep, or the
+# idle pool of one runtime takes the core that the next candidate needs.
+os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+
+import json
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not let files import their neighbours
+
+ROWS = pytest.StashKey[list[dict]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> list[dict]:
+    """Rows of the table at the end; each is column -> text."""
+    return request.config.stash[ROWS]
+
+
+def processor() -> str:
+    for line in (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else ()
+    ):
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    from layerlens import kernels
+
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    widths = {column: max(len(column), *(len(row.get(column, "")) for row in rows)) for column in columns}
+    lines = [
+        f"{processor()}, {os.cpu_count()} cores, {kernels.isa()}, load {os.getloadavg()[0]:.1f} (1 is this run); "
+        "times are medians, ratios medians of paired ratios",
+        "  ".join(column.ljust(widths[column]) for column in columns),
+        *("  ".join(row.get(column, "").ljust(widths[column]) for column in columns) for row in rows),
+    ]
+    terminalreporter.write_line("")
+    for line in lines:
+        terminalreporter.write_line(line.rstrip())
+    target = os.environ.get("LAYERLENS_BENCHMARK_RECORD")
+    if target:
+        Path(target).mkdir(parents=True, exist_ok=True)
+        (Path(target) / "kernels.txt").write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
+        ratios = {row["case"]: float(row["best peer"].split("x")[0]) for row in rows if row.get("best peer")}
+        (Path(target) / "kernel_ratios.json").write_text(json.dumps(ratios, indent=1) + "\n", encoding="utf-8")
