@@ -6,8 +6,8 @@ of the ``ml_dtypes`` bfloat16. Whatever cannot be read in place is refused with 
 """
 
 from cpython.buffer cimport PyBUF_RECORDS_RO, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
-from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 import numpy as np
 
@@ -24,6 +24,17 @@ cdef struct DLTensor:
     int64_t* shape
     int64_t* strides
     uint64_t byte_offset
+
+# dlpack.h, version 1 ABI: functions that a class offers as __dlpack_c_exchange_api__, without Python calls per tensor.
+cdef struct DLPackExchangeAPI:
+    uint32_t major
+    uint32_t minor
+    void* previous
+    void* managed_tensor_allocator
+    void* managed_tensor_from_py_object_no_sync
+    void* managed_tensor_to_py_object_no_sync
+    int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out) except -1
+    void* current_work_stream
 
 cdef enum:
     DL_CPU = 1
@@ -115,26 +126,46 @@ cdef ArrayView _from_buffer(object x, str name, bint as_bfloat16):
     return result
 
 
+cdef int _check_device(object x, str name, int device_type, int device_id) except -1:
+    if device_type not in (DL_CPU, DL_CUDA_HOST, DL_ROCM_HOST):
+        device = f"CUDA device {device_id}" if device_type == DL_CUDA else f"a device of DLPack type {device_type}"
+        raise TypeError(f"{name} is on {device}; the kernels read CPU memory: pass {name}.cpu()")
+    return 0
+
+
 cdef ArrayView _from_dlpack(object x, str name):
-    cdef ArrayView result = ArrayView.__new__(ArrayView)
-    cdef DLTensor* tensor
-    cdef Py_ssize_t step
-    cdef int axis
+    cdef DLTensor tensor
+    cdef DLPackExchangeAPI* api
+    is_negated = getattr(x, "is_neg", None)
+    if is_negated is not None and is_negated():  # torch.imag of a conjugate: DLPack does not carry the sign
+        x = x.resolve_neg()
+    # Only of the class itself: a subclass (a fake tensor, say) may lack the memory that its parent has.
+    capsule = type(x).__dict__.get("__dlpack_c_exchange_api__")
+    if capsule is not None and PyCapsule_IsValid(capsule, "dlpack_exchange_api"):
+        api = <DLPackExchangeAPI*>PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
+        if api.major == 1 and api.dltensor_from_py_object_no_sync != NULL:
+            try:
+                api.dltensor_from_py_object_no_sync(<void*>x, &tensor)
+            except (BufferError, RuntimeError, TypeError, ValueError) as error:
+                raise _not_in_place(x, name, error) from error
+            _check_device(x, name, tensor.device_type, tensor.device_id)
+            return _view_of_tensor(&tensor, x, x, name)
     try:
         device_type, device_id = x.__dlpack_device__()
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise _not_in_place(x, name, error) from error
-    if device_type not in (DL_CPU, DL_CUDA_HOST, DL_ROCM_HOST):
-        device = f"CUDA device {device_id}" if device_type == DL_CUDA else f"a device of DLPack type {int(device_type)}"
-        raise TypeError(f"{name} is on {device}; the kernels read CPU memory: pass {name}.cpu()")
-    if getattr(x, "requires_grad", False):
-        x = x.detach()
-    try:
+        _check_device(x, name, device_type, device_id)
+        if getattr(x, "requires_grad", False):
+            x = x.detach()
         capsule = x.__dlpack__()
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+    except (BufferError, RuntimeError, ValueError) as error:
         raise _not_in_place(x, name, error) from error
     # The capsule keeps its name and stays ours: its destructor gives the tensor back.
-    tensor = <DLTensor*>PyCapsule_GetPointer(capsule, "dltensor")
+    return _view_of_tensor(<DLTensor*>PyCapsule_GetPointer(capsule, "dltensor"), capsule, x, name)
+
+
+cdef ArrayView _view_of_tensor(const DLTensor* tensor, object owner, object x, str name):
+    cdef ArrayView result = ArrayView.__new__(ArrayView)
+    cdef Py_ssize_t step
+    cdef int axis
     if tensor.type_code == DL_FLOAT and tensor.type_bits == 32 and tensor.type_lanes == 1:
         result.dtype = DType.f32
     elif tensor.type_code == DL_FLOAT and tensor.type_bits == 64 and tensor.type_lanes == 1:
@@ -146,18 +177,20 @@ cdef ArrayView _from_dlpack(object x, str name):
     else:
         raise _wrong_dtype(name, getattr(x, "dtype", f"DLPack type {tensor.type_code} of {tensor.type_bits} bits"))
     _check_rank(name, tensor.ndim)
-    result.owner = capsule
+    result.owner = owner
     result.data = <char*>tensor.data + tensor.byte_offset
     result.read_only = False
     result.rank = tensor.ndim
     step = item_size(result.dtype)
-    for axis in reversed(range(result.rank)):
+    for axis in range(result.rank - 1, -1, -1):
         result.shape[axis] = tensor.shape[axis]
         if tensor.strides == NULL:
             result.strides[axis] = step
             step *= tensor.shape[axis]
         else:
             result.strides[axis] = tensor.strides[axis] * item_size(result.dtype)
+    if tensor.data == NULL and result.size() > 0:
+        raise TypeError(f"{name} ({type(x).__name__}) has no memory behind it (a fake tensor, or its storage was freed)")
     return result
 
 

@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layerlens.kernels import gradient_energy, row_moments, row_sum_of_squares
 
@@ -80,6 +81,24 @@ def test_negative_strides_and_read_only_arrays_are_fine(isa: str) -> None:
 def test_what_cannot_be_read_is_a_type_error(x: object, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         row_moments(x)
+
+
+def test_the_lazy_negation_of_torch_is_seen() -> None:
+    negated = torch.imag(torch.tensor([[1 + 2j, 3 + 4j]], dtype=torch.complex64).conj())
+    assert negated.is_neg()
+    assert row_moments(negated).sum.tolist() == [-6.0]
+
+
+def test_tensors_without_memory_are_refused() -> None:
+    freed = torch.ones(4)
+    freed.untyped_storage().resize_(0)
+    with FakeTensorMode():
+        fake = torch.ones(3, 4)
+    for x in (freed, fake):
+        with pytest.raises(TypeError, match="x .*Tensor. has no memory behind it"):
+            gradient_energy(x)
+    with pytest.raises(TypeError, match="x .Tensor. cannot be read in place through DLPack"):
+        torch.func.vmap(lambda row: torch.tensor(gradient_energy(row)))(torch.ones(3, 4))
 
 
 def test_tensors_on_a_gpu_are_refused_before_their_memory_is_touched() -> None:
