@@ -12,6 +12,7 @@ import typer
 from layerlens import __version__
 from layerlens.cli import commands_apply, commands_config, commands_doctor, commands_frontier, commands_run, output
 from layerlens.cli.errors import exit_cleanly
+from layerlens.utils.threads import let_idle_threads_sleep
 
 app = typer.Typer(
     name="layerlens",
@@ -60,4 +61,5 @@ def version() -> None:
 
 def main() -> NoReturn:
     """Entry point of the ``layerlens`` program."""
+    let_idle_threads_sleep()
     exit_cleanly(app)

@@ -15,6 +15,7 @@ from layerlens.cost import cost_table
 from layerlens.data import TextDataset, load_dataset
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.transformers import PretrainedModel, load_pretrained, model_spec, task_heads
+from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.manifest import write_manifest, write_report
 from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
 from layerlens.pipeline.checks import check_manifest
@@ -40,6 +41,8 @@ CHOICE_FILES = ("manifest.json", "manifest.yaml", "peft", "layerlens_modules.saf
 """What belongs to one choice: whatever of it an earlier choice left behind would contradict the new one."""
 
 HEAD_BATCH_SIZE = 32
+TIMING_NOISE = 0.05
+"""Relative error that two timings of the same thing have on an idle machine."""
 
 
 @dataclass
@@ -122,7 +125,7 @@ def run_config(
         solution,
         config.optimization,
         model=facts,
-        provenance=run_provenance(config, threads, {"key": key, **identity["data"]}),
+        provenance=run_provenance(config, threads, _data_facts(statistics)),
     )
     with staged_directory(output, owned=(*CHOICE_FILES, STATISTICS_FILE)) as staging:
         with clock.stage("export"):
@@ -178,7 +181,7 @@ def optimize_statistics(
         solution,
         config.optimization,
         model=facts["model"],
-        provenance=run_provenance(config, threads, {"key": cache_key(facts["identity"]), **facts["identity"]["data"]}),
+        provenance=run_provenance(config, threads, _data_facts(statistics)),
     )
     with staged_directory(output, owned=CHOICE_FILES) as staging:
         written = write_manifest(manifest, staging, created_at=_now())
@@ -219,6 +222,7 @@ def _profile(
         spec,
         batches,
         request=_request(config),
+        other_modules=measurable_modules(pretrained.model, spec) if config.profiling.all_weights else (),
         sequence_length=config.data.max_length,
         threads=threads,
         progress=progress,
@@ -230,6 +234,21 @@ def _request(config: RunConfig) -> StatisticsRequest:
     profiling = config.profiling
     needed = needed_statistics(profiling.utility_model, profiling.metric_weights)
     return StatisticsRequest.of({*needed, *profiling.statistics}, ntk_samples=profiling.ntk_samples)
+
+
+def _data_facts(statistics: ModelStatistics) -> dict[str, Any]:
+    """What the manifest records of the data and of what was measured on it for the whole model."""
+    identity = statistics.provenance["identity"]
+    facts = {"key": cache_key(identity), **identity["data"]}
+    kernel = statistics.kernel
+    if kernel is not None:
+        facts["neural_tangent_kernel"] = {
+            "samples": len(kernel.gram),
+            "trace": kernel.trace,
+            "effective_rank": kernel.effective_rank,
+            "target_alignment": kernel.target_alignment,
+        }
+    return facts
 
 
 def _solve(config: RunConfig, spec: ModelSpec, statistics: ModelStatistics, threads: int) -> Solution:
@@ -252,7 +271,15 @@ def _warn_of_no_gain(solution: Solution, config: RunConfig, warnings: _Warnings)
 
 
 def _warn_of_overrun(manifest: Manifest, measured: dict[str, Any], warnings: _Warnings) -> None:
+    busy = measured["latency_ms"]["measured"] < (1 - TIMING_NOISE) * measured["base_latency_ms"]["measured"]
+    if busy:
+        warnings.add(
+            "latency: the model was faster with its options than without, so this machine was too busy to time it; run "
+            "again when it is idle"
+        )
     for use in manifest.resources:
+        if use.resource not in measured or (use.resource == "latency_ms" and busy):
+            continue
         found = measured[use.resource]["measured"]
         if use.budget is not None and found > use.budget:
             warnings.add(
@@ -319,6 +346,7 @@ def _statistics_identity(
             "batch_size": config.data.batch_size,
             "statistics": list(_request(config).names),
             "ntk_samples": config.profiling.ntk_samples,
+            "all_weights": config.profiling.all_weights,
             "seed": config.runtime.seed,
             "threads": threads,
         },

@@ -142,6 +142,7 @@ def test_less_data_than_asked_for_is_said(settings, tmp_path):
     told: list[str] = []
     result = run(settings, tmp_path, warn=told.append)
     assert told == list(result.warnings)
+    told = [line for line in told if not line.startswith("latency")]  # a busy machine is said too
     assert len(told) == 2
     assert "data.calibration_samples: asked for 10000" in told[0]
     assert "model.head_fit_samples" in told[1]
