@@ -95,9 +95,9 @@ def test_tensors_without_memory_are_refused() -> None:
     with FakeTensorMode():
         fake = torch.ones(3, 4)
     for x in (freed, fake):
-        with pytest.raises(TypeError, match="x .*Tensor. has no memory behind it"):
+        with pytest.raises(TypeError, match=r"x .*Tensor. has no memory behind it"):
             gradient_energy(x)
-    with pytest.raises(TypeError, match="x .Tensor. cannot be read in place through DLPack"):
+    with pytest.raises(TypeError, match=r"x .Tensor. cannot be read in place through DLPack"):
         torch.func.vmap(lambda row: torch.tensor(gradient_energy(row)))(torch.ones(3, 4))
 
 
