@@ -83,6 +83,25 @@ cdef class Instance:
             ks.score_groups(isa, self.data, price_data, &choice_view[0], &best_view[0], &totals_view[0], workers)
         return choice, best, totals
 
+    def select_reachable(self, const double[::1] price, const double[::1] reach, const int64_t[::1] choice,
+                         const double[::1] best, threads=1):
+        """Options that can be a favourite at prices within reach of price: (options, how many of each group).
+
+        `choice` and `best` are what score_groups found at `price`.
+        """
+        cdef int m = self.data.n_resources
+        cdef int64_t n_groups = self.data.n_groups, found
+        if price.shape[0] != m or reach.shape[0] != m or choice.shape[0] != n_groups or best.shape[0] != n_groups:
+            raise ValueError("price, reach, choice or best has the wrong length")
+        option = np.empty(self.value.shape[0], dtype=np.int64)
+        count = np.empty(n_groups, dtype=np.int64)
+        cdef int64_t[::1] option_view = option, count_view = count
+        cdef int workers = usable_threads(threads)
+        with nogil:
+            found = ks.select_reachable(self.data, &price[0], &reach[0], &choice[0], &best[0], &option_view[0],
+                                        &count_view[0], workers)
+        return option[:found], count
+
     def select_core(self, double[::1] price, const double[::1] best, double limit, int64_t room):
         """Options whose regret is at most limit: (how many, the first `room` of them, their regrets)."""
         if price.shape[0] != self.data.n_resources or best.shape[0] != self.data.n_groups:
@@ -99,7 +118,13 @@ cdef class Instance:
         return found, option[:kept], regret[:kept]
 
 
-def minimise_dual(Instance instance, start, double[::1] radius, double tolerance, int max_evaluations, threads=1):
+cdef inline bint _held_back(double step, double reach, double low, double high) noexcept nogil:
+    """Whether the box, and not the edge of what is allowed, stops this step."""
+    return (step >= high and high == reach) or (step <= low and low == -reach)
+
+
+def minimise_dual(Instance instance, start, double[::1] radius, double tolerance, int max_evaluations, threads=1,
+                  farthest=np.inf):
     """Minimise bound(p) = p.C + sum of the favourites' scores over p >= 0 by cutting planes within a box.
 
     The box lies around the best point so far and grows or shrinks with success (box step: Marsten, Hogan &
@@ -110,13 +135,14 @@ def minimise_dual(Instance instance, start, double[::1] radius, double tolerance
         radius: float64 [n_resources] first half-widths of the box, scaled, > 0.
         tolerance: stops when the model's optimum lies within this share of the best bound.
         max_evaluations: evaluations of the bound at most.
+        farthest: float64 [n_resources] or a number, how far from start the minimum is sought, scaled.
 
     Returns:
         (multipliers [r], bounds [k], points [k, r]): the best scaled multipliers, and every bound and point evaluated.
     """
-    cdef int m = instance.data.n_resources, r, k = 0, expansions = 0
-    cdef double bound, model, gap, best_bound
-    cdef bint on_side
+    cdef int m = instance.data.n_resources, r, i, k = 0, best_cut = 0, expansions = 0
+    cdef double bound, best_bound, gap = 0.0
+    cdef bint on_side, success
     cdef Isa isa = <Isa>active_isa()
     cdef int workers = usable_threads(threads)
     capacity = instance.capacity
@@ -135,11 +161,15 @@ def minimise_dual(Instance instance, start, double[::1] radius, double tolerance
     basis = np.zeros(m + 1, dtype=np.intc)
     low, high, point, weight = np.empty(m), np.empty(m), center.copy(), np.empty(m + 1)
     reach = np.array(radius)
+    lowest, highest = np.maximum(center - farthest, 0.0), center + farthest
+    shifted, held = np.empty(max_evaluations), np.zeros(m, dtype=np.intc)
 
     cdef int64_t[::1] choice_v = choice
     cdef double[::1] best_v = best, totals_v = totals, price_v = price, values_v = values, bounds_v = bounds
     cdef double[:, ::1] uses_v = uses, points_v = points
     cdef double[::1] low_v = low, high_v = high, point_v = point, weight_v = weight, center_v = center, reach_v = reach
+    cdef double[::1] lowest_v = lowest, highest_v = highest, shifted_v = shifted
+    cdef int[::1] held_v = held
     cdef const double[::1] capacity_v = capacity
     cdef int[::1] basis_v = basis
 
@@ -160,10 +190,11 @@ def minimise_dual(Instance instance, start, double[::1] radius, double tolerance
                 best_bound = bound
                 ks.first_basis(m, 0, &uses_v[0, 0], &basis_v[0])
             elif bound < best_bound:
-                on_side = best_bound - bound >= 0.3 * gap
+                success = best_bound - bound >= 0.3 * gap
                 best_bound = bound
+                best_cut = k
                 for r in range(m):
-                    if on_side and (point_v[r] >= high_v[r] or (point_v[r] <= low_v[r] and low_v[r] > 0.0)):
+                    if success and held_v[r]:
                         reach_v[r] = 3.0 * reach_v[r]
                     center_v[r] = point_v[r]
             else:
@@ -174,24 +205,35 @@ def minimise_dual(Instance instance, start, double[::1] radius, double tolerance
                 break
             # The next point; where the model is solved but the box holds it back, the box grows first.
             while True:
+                # The master works with differences to the center, which are small numbers near the end.
                 for r in range(m):
-                    low_v[r] = center_v[r] - reach_v[r] if center_v[r] > reach_v[r] else 0.0
-                    high_v[r] = center_v[r] + reach_v[r]
-                model = ks.solve_master(m, k, &values_v[0], &uses_v[0, 0], &low_v[0], &high_v[0], &basis_v[0],
-                                        &point_v[0], &weight_v[0])
-                gap = best_bound - model
+                    low_v[r] = max(-reach_v[r], lowest_v[r] - center_v[r])
+                    high_v[r] = min(reach_v[r], highest_v[r] - center_v[r])
+                for i in range(k):
+                    shifted_v[i] = values_v[i] - best_bound
+                    for r in range(m):
+                        shifted_v[i] = shifted_v[i] + center_v[r] * (1.0 - uses_v[i, r])
+                gap = -ks.solve_master(m, k, &shifted_v[0], &uses_v[0, 0], &low_v[0], &high_v[0], &basis_v[0],
+                                       &point_v[0], &weight_v[0])
+                if gap == HUGE_VAL:  # rounding made the basis useless: once more from the best cut
+                    ks.first_basis(m, best_cut, &uses_v[best_cut, 0], &basis_v[0])
+                    gap = -ks.solve_master(m, k, &shifted_v[0], &uses_v[0, 0], &low_v[0], &high_v[0], &basis_v[0],
+                                           &point_v[0], &weight_v[0])
                 if gap > tolerance * fabs(best_bound):
                     break
                 on_side = False
                 for r in range(m):
-                    if point_v[r] >= high_v[r] or (point_v[r] <= low_v[r] and low_v[r] > 0.0):
+                    if _held_back(point_v[r], reach_v[r], low_v[r], high_v[r]):
                         on_side = True
                         reach_v[r] = 8.0 * reach_v[r]
                 if not on_side or expansions == 200:
                     break
                 expansions += 1
-            if not gap > tolerance * fabs(best_bound) or model == -HUGE_VAL:
+            if not gap > tolerance * fabs(best_bound) or gap == HUGE_VAL:
                 break
+            for r in range(m):
+                held_v[r] = _held_back(point_v[r], reach_v[r], low_v[r], high_v[r])
+                point_v[r] = max(center_v[r] + point_v[r], 0.0)
     return center, bounds[:k].copy(), points[:k].copy()
 
 

@@ -37,6 +37,8 @@ cdef extern from "layerlens/knapsack.hpp" namespace "layerlens::knapsack" nogil:
     RowSummary summarise_row(int64_t n_groups, const int64_t* offset, const double* row, int threads)
     void score_groups(Isa, const Instance&, const double* price, int64_t* choice, double* best, double* totals,
                       int threads)
+    int64_t select_reachable(const Instance&, const double* price, const double* reach, const int64_t* choice,
+                             const double* best, int64_t* option, int64_t* count, int threads)
     int64_t select_core(const Instance&, const double* price, const double* best, double limit, int64_t room,
                         int64_t* option, double* regret)
     void first_basis(int n_resources, int cut, const double* use, int* basis)

@@ -85,6 +85,7 @@ double solve_master(int n_resources, int n_cuts, const double* value, const doub
   const int m = n_resources, rows = m + 1;
   double size = 0.0;
   for (int k = 0; k < n_cuts; ++k) size = std::max(size, std::fabs(value[k]));
+  for (int r = 0; r < m; ++r) size = std::max(size, std::max(std::fabs(low[r]), std::fabs(high[r])));
   const double tolerance = 1e-13 * size;
 
   double matrix[kMaxRows][kMaxRows], inverse[kMaxRows][kMaxRows], column[kMaxRows], step[kMaxRows];

@@ -79,4 +79,33 @@ std::int64_t select_core(const Instance& instance, const double* price, const do
   return found;
 }
 
+std::int64_t select_reachable(const Instance& instance, const double* price, const double* reach,
+                              const std::int64_t* choice, const double* best, std::int64_t* option,
+                              std::int64_t* count, int threads) {
+  const int m = instance.n_resources;
+  // Each group writes to its own place first, then the places are closed up.
+  const bool parallel = threads > 1 && instance.offset[instance.n_groups] * (1 + m) >= kParallelNumbers;
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
+  for (std::int64_t group = 0; group < instance.n_groups; ++group) {
+    std::int64_t* out = option + instance.offset[group];
+    const std::int64_t favourite = choice[group];
+    for (std::int64_t o = instance.offset[group]; o < instance.offset[group + 1]; ++o) {
+      double score = instance.value[o], lead = 0.0;
+      for (int r = 0; r < m; ++r) {
+        const double more = instance.cost[r][o] - instance.cost[r][favourite];
+        score -= price[r] * instance.cost[r][o];
+        lead += reach[r] * (more < 0.0 ? -more : more);
+      }
+      if (best[group] - score <= lead) *out++ = o;
+    }
+    count[group] = out - (option + instance.offset[group]);
+  }
+  std::int64_t total = 0;
+  for (std::int64_t group = 0; group < instance.n_groups; ++group) {
+    std::copy(option + instance.offset[group], option + instance.offset[group] + count[group], option + total);
+    total += count[group];
+  }
+  return total;
+}
+
 }  // namespace layerlens::knapsack

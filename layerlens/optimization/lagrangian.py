@@ -19,6 +19,8 @@ from layerlens.optimization.reduced import Reduced
 
 # Relative precision of the dual; the gap that rounding leaves to a proof is of this size.
 DUAL_TOLERANCE = 1e-10
+# How often the multipliers are sought among the options that matter near them before all options are searched.
+NEARBY_ATTEMPTS = 3
 MAX_EVALUATIONS = 300
 # From this many groups on, the multipliers are first found on an even sample of the groups.
 SAMPLED_FROM, SAMPLE_GROUPS = 4096, 1024
@@ -35,15 +37,13 @@ class Dual:
         bound: proved upper bound at ``price``, rounding included.
         favourites: int64 [g], the option with the highest score of each group.
         best: float64 [g], its score.
-        points__kr: prices at which the bound was evaluated, float64 [k, r].
-        bounds: the (unproved, plainly rounded) bounds there, float64 [k].
+        bounds: float64 [k], the (unproved, plainly rounded) bounds that were evaluated on the way.
     """
 
     price: np.ndarray
     bound: float
     favourites: np.ndarray
     best: np.ndarray
-    points__kr: np.ndarray
     bounds: np.ndarray
 
 
@@ -57,18 +57,49 @@ def solve_dual(reduced: Reduced, threads: int) -> Dual:
     favourites, best, totals = instance.score_groups(np.zeros(m), threads)
     if np.all(exact_use(instance, favourites)[:, 0] <= instance.capacity):
         bound = reduced.bound(np.zeros(m), best)
-        return Dual(np.zeros(m), bound, favourites, best, np.zeros((1, m)), np.array([totals[0]]))
+        return Dual(np.zeros(m), bound, favourites, best, totals[:1])
     start, radius = _first_multipliers(instance, totals)
     if instance.n_groups >= SAMPLED_FROM:
         sample = _sample(instance)
         scaled = sample.capacity / instance.capacity
         found, _, _ = minimise_dual(sample, start * scaled, radius * scaled, DUAL_TOLERANCE, MAX_EVALUATIONS, threads)
         start = found / scaled
-        radius = 0.05 * start + 0.01 * float(start.mean())
-    multipliers, bounds, points__kr = minimise_dual(instance, start, radius, DUAL_TOLERANCE, MAX_EVALUATIONS, threads)
-    price = multipliers / instance.capacity
+        radius = 0.05 * (start + float(start.mean()))
+        for _ in range(NEARBY_ATTEMPTS):
+            start, bounds, is_minimum = _minimise_nearby(instance, start, radius, threads)
+            if is_minimum:
+                return _dual_at(reduced, start, bounds, threads)
+            radius = 2.0 * radius
+    multipliers, bounds, _ = minimise_dual(instance, start, radius, DUAL_TOLERANCE, MAX_EVALUATIONS, threads)
+    return _dual_at(reduced, multipliers, bounds, threads)
+
+
+def _dual_at(reduced: Reduced, multipliers: np.ndarray, bounds: np.ndarray, threads: int) -> Dual:
+    price = multipliers / reduced.instance.capacity
+    favourites, best, _ = reduced.instance.score_groups(price, threads)
+    return Dual(price, reduced.bound(price, best), favourites, best, bounds)
+
+
+def _minimise_nearby(
+    instance: Instance, start: np.ndarray, radius: np.ndarray, threads: int
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """The dual within twice the radius, with only those options that can be favourites there: a tenth of the numbers.
+
+    Returns multipliers, bounds, and whether the minimum lies inside: the dual is convex, so it is that of the whole.
+    """
+    farthest = 2.0 * radius
+    price = start / instance.capacity
     favourites, best, _ = instance.score_groups(price, threads)
-    return Dual(price, reduced.bound(price, best), favourites, best, points__kr / instance.capacity, bounds)
+    option, count = instance.select_reachable(price, farthest / instance.capacity, favourites, best, threads)
+    part = Instance(
+        np.concatenate(([0], np.cumsum(count))),
+        instance.value[option],
+        [row[option] for row in instance.cost_rows],
+        instance.capacity,
+    )
+    found, bounds, _ = minimise_dual(part, start, radius, DUAL_TOLERANCE, MAX_EVALUATIONS, threads, farthest)
+    inside = (found < start + farthest) & ((found > start - farthest) | (found == 0.0))
+    return found, bounds, bool(np.all(inside))
 
 
 def _first_multipliers(instance: Instance, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -82,12 +82,12 @@ def test_equal_layers_are_not_searched_over_and_over():
     assert incumbent.bound == incumbent.value
 
 
-def test_wider_searches_tighten_the_bound_and_never_lose_value():
+def test_width_pays_and_every_bound_holds():
     problem = large_problem(40, 8, 4, correlated=True)
     outcomes = [searched(problem, 0.0, width) for width in (2, 20, 2000)]
     values = [math.fsum(problem.value[outcome.choice]) for outcome in outcomes]
-    assert values[0] <= values[-1]
-    assert outcomes[-1].bound <= outcomes[0].bound + 1e-9 * outcomes[0].bound
+    assert values[0] < values[-1]
+    assert min(outcome.bound for outcome in outcomes) >= max(values)
 
 
 def test_settings_are_checked():

@@ -128,3 +128,29 @@ def test_row_summaries(threads):
             damaged = row.copy()
             damaged[place] = damage
             assert not summarise_row(offset, damaged, threads).finite
+
+
+def test_options_out_of_reach_are_no_favourites_nearby():
+    problem = large_problem(200, 12, 3, seed=4)
+    instance = Instance(problem.offset, problem.value, list(problem.cost__ro), problem.capacity)
+    rng = np.random.default_rng(0)
+    price = rng.random(3)
+    reach = np.array([0.1, 0.0, 0.3])
+    choice, best, _ = instance.score_groups(price)
+    option, count = instance.select_reachable(price, reach, choice, best)
+    assert len(option) < len(problem.value) / 2
+    assert count.sum() == len(option)
+    assert np.all(np.diff(option) > 0)
+    assert np.array_equal(np.repeat(np.arange(200), count), np.searchsorted(problem.offset, option, side="right") - 1)
+    for _ in range(50):
+        near = price + reach * rng.uniform(-1.0, 1.0, 3)
+        assert np.all(np.isin(instance.score_groups(np.maximum(near, 0.0))[0], option))
+
+
+def test_dual_stays_within_the_allowed_distance():
+    problem = large_problem(72, 16, 4)
+    instance = Instance(problem.offset, problem.value, list(problem.cost__ro), problem.capacity)
+    start = np.full(4, 1000.0)
+    found, _, points = minimise_dual(instance, start, np.full(4, 100.0), 1e-11, 500, 1, np.full(4, 250.0))
+    assert np.all(np.abs(points - start) <= 250.0)
+    assert np.any(np.abs(found - start) == 250.0)  # the minimum is near 8000

@@ -48,6 +48,13 @@ RowSummary summarise_row(std::int64_t n_groups, const std::int64_t* offset, cons
 void score_groups(Isa isa, const Instance& instance, const double* price, std::int64_t* choice, double* best,
                   double* totals, int threads);
 
+// Options that can be a group's favourite at prices within `reach` of `price`, given the favourites there: those whose
+// regret is at most reach . |difference of costs|. Writes them to `option` (room for all options is needed) in ascending
+// order, and how many each group has to `count`; returns how many there are.
+std::int64_t select_reachable(const Instance& instance, const double* price, const double* reach,
+                              const std::int64_t* choice, const double* best, std::int64_t* option,
+                              std::int64_t* count, int threads);
+
 // Options whose regret is at most `limit`, in ascending order, with their regrets; favourites have 0. Writes at most
 // `room` of them and returns how many there are.
 std::int64_t select_core(const Instance& instance, const double* price, const double* best, double limit,
