@@ -13,7 +13,7 @@ from typing import Any
 from layerlens.config import RunConfig
 from layerlens.cost import cost_table
 from layerlens.data import TextDataset, load_dataset
-from layerlens.exceptions import ConfigurationError
+from layerlens.exceptions import ActivationCacheError, ConfigurationError
 from layerlens.integrations.transformers import PretrainedModel, load_pretrained, model_spec, task_heads
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.manifest import write_manifest, write_report
@@ -26,6 +26,7 @@ from layerlens.profiling.cache import SensitivityCache, cache_key, default_cache
 from layerlens.profiling.head import fit_head
 from layerlens.profiling.measure import measure, refuse_non_finite
 from layerlens.profiling.request import StatisticsRequest
+from layerlens.profiling.saved_pass import SavedPass
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.tuning import export_adapter
 from layerlens.utility import needed_statistics, utility_table
@@ -110,7 +111,8 @@ def run_config(
         key = cache_key(identity)
         found = cache.get(key) if cache else None
         if found is None:
-            statistics = _profile(config, pretrained, spec, batches, head_data, threads, progress)
+            saved = cache.saved_pass(key) if cache else None
+            statistics = _profile(config, pretrained, spec, batches, head_data, threads, progress, saved)
         else:
             statistics = found[1]
         facts = _model_facts(pretrained, config, dataset)
@@ -176,6 +178,11 @@ def optimize_statistics(
         solution = _solve(config, spec, statistics, threads)
         _warn_of_no_gain(solution, config, warnings)
     facts = statistics.provenance
+    if "model" not in facts or "data" not in facts.get("identity", {}):
+        raise ActivationCacheError(
+            f"{statistics_path} does not say which model and data it was measured on; use a file that `layerlens run` "
+            "wrote"
+        )
     manifest = make_manifest(
         spec,
         solution,
@@ -206,6 +213,7 @@ def _profile(
     head_data: TextDataset,
     threads: int,
     progress: Progress,
+    saved: SavedPass | None,
 ) -> ModelStatistics:
     """Fit the head if it is new, then measure every layer."""
     if pretrained.new_parameters and len(head_data):
@@ -226,6 +234,7 @@ def _profile(
         sequence_length=config.data.max_length,
         threads=threads,
         progress=progress,
+        saved=saved,
     )
 
 

@@ -17,6 +17,7 @@ from safetensors.numpy import save
 
 from layerlens.exceptions import ActivationCacheError
 from layerlens.models import KernelStatistics, LayerSpec, LayerStatistics, MethodStatistics, ModelSpec, ModelStatistics
+from layerlens.profiling.statistics_check import check_statistics
 
 FORMAT = "layerlens-statistics-2"
 METADATA_KEY = "layerlens"
@@ -99,11 +100,16 @@ def load_statistics(path: Path) -> tuple[ModelSpec, ModelStatistics]:
             raise ActivationCacheError(
                 f"{path} is not a {FORMAT} file (format {content.get('format')!r}); profile the model again"
             )
-        return _from_content(content, tensors)
+        spec, statistics = _from_content(content, tensors)
     except ActivationCacheError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise ActivationCacheError(f"{path} has a damaged header ({error!r}); profile the model again") from error
+    try:
+        check_statistics(spec, statistics)
+    except ActivationCacheError as error:
+        raise ActivationCacheError(f"{path}: {error}; profile the model again") from error
+    return spec, statistics
 
 
 def _from_content(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[ModelSpec, ModelStatistics]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -235,3 +236,11 @@ def test_the_statistics_file_says_what_was_measured(settings, tmp_path):
     # 2 FLOPs for each weight of the blocks' matrices (2 · 8,192), plus attention scores and the pooler.
     assert statistics.forward_flops > 2 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
     assert np.isfinite(statistics.mean_loss)
+
+
+def test_statistics_that_do_not_say_where_they_come_from_are_refused(settings, saved_statistics, tmp_path):
+    spec, statistics = load_statistics(saved_statistics)
+    path = tmp_path / "bare.safetensors"
+    path.write_bytes(statistics_to_bytes(spec, dataclasses.replace(statistics, provenance={})))
+    with pytest.raises(ActivationCacheError, match="does not say which model and data"):
+        optimize_statistics(path, RunConfig.model_validate(settings), base_dir=tmp_path)
