@@ -89,6 +89,7 @@ def test_the_lazy_negation_of_torch_is_seen() -> None:
     assert row_moments(negated).sum.tolist() == [-6.0]
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_tensors_without_memory_are_refused() -> None:
     freed = torch.ones(4)
     freed.untyped_storage().resize_(0)
