@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,7 +98,7 @@ def test_an_exception_leaves_everything_as_it_was(old_run: Path, error: type[Bas
     assert os.listdir(old_run.parent) == ["out"]
 
 
-@pytest.mark.parametrize("fail_at", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("fail_at", [1, 2, 3, 4, 5, 6])
 def test_an_interrupt_between_the_moves_is_undone(old_run: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int) -> None:
     before = tree(old_run)
     replace, calls = os.replace, []
@@ -141,8 +144,13 @@ def test_below_a_file_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc")
 def test_proc_cannot_be_written_even_by_root() -> None:
-    with pytest.raises(OutputError, match="cannot write /proc/layerlens"):
+    reason = (
+        "^cannot write /proc/layerlens: nothing new can be made in /proc; choose a directory that you can write to$"
+    )
+    with pytest.raises(OutputError, match=reason):
         check_writable(Path("/proc/layerlens"))
+    with pytest.raises(OutputError, match=reason), staged_directory(Path("/proc/layerlens")):
+        pytest.fail("the block must not run")
 
 
 @pytest.mark.skipif(AS_ROOT, reason="root ignores permission bits")
@@ -157,3 +165,87 @@ def test_check_leaves_nothing_behind(tmp_path: Path) -> None:
     check_writable(tmp_path / "a/b")
     check_writable(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from layerlens.utils.atomic import staged_directory
+
+target, moves = Path(sys.argv[1]), int(sys.argv[2])
+replace = os.replace
+
+def replace_or_die(source, destination):
+    global moves
+    if moves == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    moves -= 1
+    replace(source, destination)
+
+with staged_directory(target, owned=("stale.html",)) as staging:
+    (staging / "manifest.json").write_text("killed")
+    (staging / "added.txt").write_text("killed")
+    (staging / "peft").mkdir()
+    (staging / "peft/killed.safetensors").write_text("killed")
+    os.replace = replace_or_die
+"""
+
+
+def killed_run(target: Path, moves: int) -> int:
+    return subprocess.run([sys.executable, "-c", KILLED, target, str(moves)], check=False).returncode
+
+
+def test_what_a_killed_run_left_is_undone_and_removed_by_the_next(old_run: Path) -> None:
+    """Killed before its first move, between any two, and after the last but one."""
+    (old_run / "stale.html").write_text("old")
+    before, moves = tree(old_run), 0
+    while killed_run(old_run, moves) == -signal.SIGKILL:
+        assert any(name.startswith(".out.new-") for name in os.listdir(old_run))
+        with pytest.raises(ZeroDivisionError), staged_directory(old_run):
+            raise ZeroDivisionError
+        assert tree(old_run) == before
+        assert sorted(os.listdir(old_run)) == ["manifest.json", "notes.txt", "peft", "stale.html"]
+        moves += 1
+    assert moves == 6  # the list of names, added.txt, manifest.json, peft away and in, stale.html away
+    assert tree(old_run).keys() == {"added.txt", "manifest.json", "notes.txt", "peft/killed.safetensors"}
+    assert sorted(os.listdir(old_run)) == ["added.txt", "manifest.json", "notes.txt", "peft"]
+
+
+def test_a_killed_first_run_is_removed_too(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    assert killed_run(target, 0) == -signal.SIGKILL
+    assert [name.startswith(".out.new-") for name in os.listdir(tmp_path)] == [True]
+    with staged_directory(target) as staging:
+        (staging / "a").write_text("new")
+    assert tree(tmp_path) == {"out/a": "new"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_that_lives_keeps_its_work_and_the_last_to_finish_stays(tmp_path: Path, there: bool) -> None:
+    target = tmp_path / "out"
+    if there:
+        target.mkdir()
+    with staged_directory(target, owned=("added.txt", "peft")) as staging:
+        (staging / "manifest.json").write_text("ours")
+        assert killed_run(target, 99) == 0  # another process, from start to end
+        assert tree(staging) == {"manifest.json": "ours"}
+        assert (target / "manifest.json").read_text() == "killed"
+    assert tree(tmp_path) == {"out/manifest.json": "ours"}
+
+
+def test_old_files_are_kept_when_undoing_fails(old_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, replace = tree(old_run), os.replace
+
+    def broken(source: Path, destination: Path) -> None:
+        if Path(source).name == "peft" and Path(source).parent.name != "out":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, destination)
+
+    with pytest.raises(OutputError, match="Input/output error"), staged_directory(old_run) as staging:  # noqa: PT012
+        (staging / "peft").mkdir()
+        monkeypatch.setattr(atomic.os, "replace", broken)
+    monkeypatch.undo()
+    assert not (old_run / "peft").exists()
+    with pytest.raises(ZeroDivisionError), staged_directory(old_run):
+        raise ZeroDivisionError
+    assert tree(old_run) == before
