@@ -10,7 +10,15 @@ from typing import Annotated, NoReturn
 import typer
 
 from layerlens import __version__
-from layerlens.cli import commands_apply, commands_config, commands_doctor, commands_frontier, commands_run, output
+from layerlens.cli import (
+    commands_apply,
+    commands_cache,
+    commands_config,
+    commands_doctor,
+    commands_frontier,
+    commands_run,
+    output,
+)
 from layerlens.cli.errors import exit_cleanly
 from layerlens.utils.threads import let_idle_threads_sleep
 
@@ -51,6 +59,7 @@ app.command("optimize")(commands_run.optimize)
 app.command("frontier")(commands_frontier.frontier)
 app.command("apply")(commands_apply.apply)
 app.command("doctor")(commands_doctor.doctor)
+app.add_typer(commands_cache.app, name="cache")
 
 
 @app.command("version")

@@ -87,6 +87,11 @@ class ProfilingConfig(ConfigModel):
         description="Samples of the neural tangent kernel. Their activations and gradients are kept in memory: samples "
         "× tokens × (inputs + outputs of every layer) × 4 bytes.",
     )
+    all_weights: bool = Field(
+        default=False,
+        description="Measure the weights outside the layers too (embeddings, convolutions, heads), and list what is "
+        "left out; they are in the statistics file, and no option is offered for them.",
+    )
     adapter_sites: Literal["residual", "all"] = Field(
         default="residual",
         description="Where adapters are considered: after the modules that write to the residual stream (attention "

@@ -11,13 +11,15 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerlens.exceptions import ActivationCacheError, OutputError
 from layerlens.models import ModelSpec, ModelStatistics
+from layerlens.profiling.saved_pass import SavedPass
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.utils.atomic import atomic_write_bytes
 
@@ -34,6 +36,26 @@ def default_cache_dir() -> Path:
 def cache_key(content: dict[str, Any]) -> str:
     """SHA-256 of what determines the statistics, as canonical JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """What is kept under one key.
+
+    Args:
+        key: as ``cache_key`` made it, with ``.partial`` for a pass that was interrupted.
+        model_name, n_samples: what was measured; "?" for a file that is not in the index.
+        bytes: size of the blob.
+        created_at: UTC, as SQLite writes it.
+        state: "ok", "damaged" (does not match its checksum), "missing" (no blob) or "foreign" (not in the index).
+    """
+
+    key: str
+    model_name: str
+    n_samples: int
+    bytes: int
+    created_at: str
+    state: str
 
 
 class SensitivityCache:
@@ -59,23 +81,68 @@ class SensitivityCache:
         """What is kept under ``key``; None when it is absent or its blob does not match its checksum."""
         with self._index() as index:
             row = index.execute("SELECT sha256 FROM statistics WHERE key = ?", (key,)).fetchone()
-        path = self._blob(key)
-        if row is None or not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != row[0]:
+        if row is None or self._checked(key, row[0]) is None:
             return None
         try:
-            return load_statistics(path)
+            return load_statistics(self._blob(key))
         except ActivationCacheError:  # written whole, but by a version with another format: measured again
             return None
 
     def put(self, key: str, spec: ModelSpec, statistics: ModelStatistics) -> None:
         """Keep ``statistics`` under ``key``, in place of what was there."""
-        data = statistics_to_bytes(spec, statistics)
+        self._keep(key, statistics_to_bytes(spec, statistics), spec.model_name, statistics.n_samples)
+        self.remove([f"{key}.partial"])
+
+    def saved_pass(self, key: str) -> SavedPass:
+        """Where an unfinished pass for ``key`` is kept, until its statistics are."""
+        partial = f"{key}.partial"
+
+        def read() -> bytes | None:
+            with self._index() as index:
+                row = index.execute("SELECT sha256 FROM statistics WHERE key = ?", (partial,)).fetchone()
+            return None if row is None else self._checked(partial, row[0])
+
+        return SavedPass(read, lambda data: self._keep(partial, data, "unfinished pass", 0))
+
+    def entries(self) -> list[CacheEntry]:
+        """Everything in the cache, oldest first, each blob read and held against its checksum."""
+        with self._index() as index:
+            rows = index.execute(
+                "SELECT key, sha256, model_name, n_samples, bytes, created_at FROM statistics ORDER BY created_at, key"
+            ).fetchall()
+        entries = []
+        for key, sha256, model_name, n_samples, size, created_at in rows:
+            missing = not self._blob(key).is_file()
+            state = "missing" if missing else "ok" if self._checked(key, sha256) is not None else "damaged"
+            entries.append(CacheEntry(key, model_name, n_samples, size, created_at, state))
+        known = {self._blob(entry.key).name for entry in entries}
+        for path in sorted((self.directory / "blobs").glob("*.safetensors")):
+            if path.name not in known:
+                entries.append(CacheEntry(path.stem, "?", 0, path.stat().st_size, "", "foreign"))
+        return entries
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Forget these entries, index rows first, so that a reader never finds a row whose blob has just gone."""
+        for key in keys:
+            with self._index() as index:
+                index.execute("DELETE FROM statistics WHERE key = ?", (key,))
+            self._blob(key).unlink(missing_ok=True)
+
+    def _keep(self, key: str, data: bytes, model_name: str, n_samples: int) -> None:
         atomic_write_bytes(self._blob(key), data)
         with self._index() as index:
             index.execute(
                 "INSERT OR REPLACE INTO statistics (key, sha256, model_name, n_samples, bytes) VALUES (?, ?, ?, ?, ?)",
-                (key, hashlib.sha256(data).hexdigest(), spec.model_name, statistics.n_samples, len(data)),
+                (key, hashlib.sha256(data).hexdigest(), model_name, n_samples, len(data)),
             )
+
+    def _checked(self, key: str, sha256: str) -> bytes | None:
+        """The blob's bytes, None when they do not match the checksum."""
+        try:
+            data = self._blob(key).read_bytes()
+        except FileNotFoundError:
+            return None
+        return data if hashlib.sha256(data).hexdigest() == sha256 else None
 
     def _blob(self, key: str) -> Path:
         return self.directory / "blobs" / f"{key}.safetensors"

@@ -84,7 +84,7 @@ class Capture:
         self.threads = threads
         self.other_modules = tuple(other_modules)
         self.accumulators: dict[Key, MatrixAccumulator] = {}
-        self._inputs: dict[Key, InputAccumulator] = {}
+        self.inputs: dict[Key, InputAccumulator] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self._loss_scale = 1.0
         self._calls: Counter[str] = Counter()
@@ -297,9 +297,9 @@ class Capture:
     def _accumulator(self, key: Key, shape: tuple[int, int, int], leader: str) -> MatrixAccumulator:
         if key not in self.accumulators:
             source = (leader, key[1])
-            if source not in self._inputs:
-                self._inputs[source] = InputAccumulator(self.request, self.threads)
-            self.accumulators[key] = MatrixAccumulator(self.request, self.threads, self._inputs[source], shape)
+            if source not in self.inputs:
+                self.inputs[source] = InputAccumulator(self.request, self.threads)
+            self.accumulators[key] = MatrixAccumulator(self.request, self.threads, self.inputs[source], shape)
         return self.accumulators[key]
 
     def _queue(self, key: Key, matrices: SampleMatrices) -> None:

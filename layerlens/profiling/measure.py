@@ -19,6 +19,7 @@ from layerlens.profiling.footprint import dense_inputs, frozen_footprint
 from layerlens.profiling.losses import Loss, classification_loss
 from layerlens.profiling.ntk import kernel_statistics
 from layerlens.profiling.request import StatisticsRequest
+from layerlens.profiling.saved_pass import SavedPass
 from layerlens.utils.progress import Progress
 
 DAMPING = 1e-2
@@ -36,6 +37,7 @@ def measure(
     progress: Progress,
     loss: Loss = classification_loss,
     other_modules: Sequence[str] = (),
+    saved: SavedPass | None = None,
 ) -> ModelStatistics:
     """Measure every layer of ``spec`` on ``batches``.
 
@@ -50,19 +52,21 @@ def measure(
         progress: told of every batch.
         loss: the loss of each sample.
         other_modules: modules outside the layers whose weights are measured too (``measurable_modules``).
+        saved: where the pass is kept after batches, and taken up again if an earlier one was interrupted.
 
     Raises:
         ProfilingError: a loss or a statistic is not finite, or a layer cannot be measured; names the layer.
     """
     model = uncompiled(model)
-    losses: list[torch.Tensor] = []
-    n_tokens = 0
     with frozen_without_dropout(model, checkpointing=True):
         capture = Capture(model, spec, request, threads, other_modules)
         with progress.stage("Measuring gradients", total=len(batches)) as advance, capture.open():
-            for batch in batches:
+            n_done, losses = saved.restore(capture) if saved else (0, [])
+            advance(n_done)
+            for batch in batches[n_done:]:
                 losses.append(capture.run(batch, loss))
-                n_tokens += batch.n_tokens
+                if saved:
+                    saved.after_batch(capture, losses)
                 advance(1)
         with progress.stage("Computing statistics", total=None):
             layers = capture.result(DAMPING)
@@ -78,7 +82,7 @@ def measure(
     statistics = ModelStatistics(
         layers=layers,
         n_samples=sum(len(batch.index) for batch in batches),
-        n_tokens=n_tokens,
+        n_tokens=sum(batch.n_tokens for batch in batches),
         mean_loss=float(torch.cat(losses).double().mean()),
         activation_bytes=activation_bytes,
         forward_flops=forward_flops,

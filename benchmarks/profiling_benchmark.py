@@ -1,0 +1,214 @@
+"""Cost of the statistics beside one ordinary training step (forward and backward) of the same model and batch.
+
+    python benchmarks/profiling_benchmark.py --threads 1 2 --out benchmarks/results/profiling.json
+
+Models are BERT-base- and ViT-base-shaped with random weights; statistics are those of every Linear. The steps of all
+rows are interleaved round by round, and a row's ratio is the median over rounds of time(row) / time(ordinary step): a
+single time on a machine with other work says little. Peak memory is that of one step in a process of its own, above
+what the process has with the model loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MODELS = ("bert-base", "vit-base")
+DTYPES = ("float32", "bfloat16")
+TARGETS = {
+    "Fisher": {"float32": 0.78, "bfloat16": 0.78},
+    "Fisher + G": {"float32": 1.05, "bfloat16": 0.86},
+    "Fisher + G + exact K-FAC factors": {"float32": 1.4},
+}
+REQUESTS = {
+    "Fisher": ("fisher",),
+    "Fisher + G": ("fisher", "gradient"),
+    "Fisher + G + exact K-FAC factors": ("fisher", "gradient", "whitened_spectrum"),
+}
+ORDINARY, FROZEN = "ordinary step", "frozen weights, no statistics"
+
+
+def build(name: str, dtype: str) -> tuple[Any, Any]:
+    """(model in evaluation mode, batch)."""
+    import torch
+    import transformers as hf
+
+    from layerlens.profiling.batches import Batch
+
+    torch.manual_seed(0)
+    if name == "bert-base":
+        model: Any = hf.BertForSequenceClassification(hf.BertConfig())
+        ids = torch.randint(1, 30000, (8, 64))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    else:
+        model = hf.ViTForImageClassification(hf.ViTConfig())
+        inputs = {"pixel_values": torch.randn(2, 3, 224, 224).to(getattr(torch, dtype))}
+    n = len(next(iter(inputs.values())))
+    return model.to(getattr(torch, dtype)).eval(), Batch(inputs, torch.arange(n) % 2, torch.arange(n))
+
+
+def steps(name: str, dtype: str, threads: int, *, checkpointing: bool) -> dict[str, Callable[[], object]]:
+    """Every row of the table as one step, ready to be called again and again."""
+    import torch
+
+    from layerlens.models import LayerSpec, ModelSpec
+    from layerlens.profiling.capture import Capture
+    from layerlens.profiling.losses import classification_loss
+    from layerlens.profiling.measure import frozen_without_dropout
+    from layerlens.profiling.request import StatisticsRequest
+
+    model, batch = build(name, dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [
+        LayerSpec(path, 768, "linear", module.in_features, module.out_features, methods=("lora",))
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+
+    def ordinary() -> None:
+        model.requires_grad_(True)
+        classification_loss(model(**batch.inputs), batch).mean().backward()
+        model.zero_grad()
+
+    def frozen() -> None:
+        blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+        first = blocks[0].register_forward_pre_hook(lambda _, args: (args[0].requires_grad_(True), *args[1:]))
+        with frozen_without_dropout(model, checkpointing=checkpointing):
+            classification_loss(model(**batch.inputs), batch).sum().backward()
+        first.remove()
+
+    def measured(names: tuple[str, ...]) -> Callable[[], object]:
+        capture = Capture(model, ModelSpec(name, 0, layers), StatisticsRequest.of(names), threads)
+
+        def step() -> None:
+            with frozen_without_dropout(model, checkpointing=checkpointing), capture.open():
+                capture.run(batch, classification_loss)
+
+        return step
+
+    return {ORDINARY: ordinary, FROZEN: frozen, **{row: measured(names) for row, names in REQUESTS.items()}}
+
+
+def run_times(name: str, dtype: str, threads: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every row in every round."""
+    candidates = steps(name, dtype, threads, checkpointing=False)
+    for step in candidates.values():
+        step()
+    seconds: dict[str, list[float]] = {row: [] for row in candidates}
+    for _ in range(rounds):
+        for row, step in candidates.items():
+            start = time.perf_counter()
+            step()
+            seconds[row].append(time.perf_counter() - start)
+    return seconds
+
+
+def run_memory(name: str, dtype: str, threads: int, row: str, *, checkpointing: bool) -> float:
+    """Megabytes (1e6 bytes) that the row's first step adds to the process with the model loaded.
+
+    What the step leaves behind (mean gradients, factors) counts. A step without statistics comes before it, so that the
+    libraries' own buffers do not count.
+    """
+    candidates = steps(name, dtype, threads, checkpointing=checkpointing)
+    candidates[FROZEN]()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
+    candidates[row]()
+    return (_resident("VmHWM") - before) / 1e6
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key + ":")).split()[1]) * 1024
+
+
+def in_child(arguments: list[str], threads: int) -> Any:
+    """What this file prints as JSON when it is run with ``arguments`` and ``threads`` threads in every pool."""
+    # Large arrays are mapped one by one, so that freed ones do not stay resident and hide in the high-water mark.
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "MALLOC_MMAP_THRESHOLD_": "65536" if "--row" in arguments else "",
+    }
+    command = [sys.executable, __file__, "--child", "--threads", str(threads), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_all(models: list[str], dtypes: list[str], threads: list[int], rounds: int) -> list[dict[str, Any]]:
+    """One result for each model, dtype, thread count and row."""
+    results = []
+    for name in models:
+        for dtype in dtypes:
+            memory = {
+                (row, checkpointing): in_child(
+                    ["--model", name, "--dtype", dtype, "--row", row, *(["--checkpointing"] if checkpointing else [])],
+                    1,
+                )
+                for row in (ORDINARY, FROZEN, *REQUESTS)
+                for checkpointing in ((False, True) if row in ("Fisher",) else (False,))
+            }
+            for count in threads:
+                seconds = in_child(["--model", name, "--dtype", dtype, "--rounds", str(rounds)], count)
+                for row, own in seconds.items():
+                    ratios = [a / b for a, b in zip(own, seconds[ORDINARY], strict=True)]
+                    results.append(
+                        {
+                            "model": name, "dtype": dtype, "threads": count, "row": row,
+                            "seconds": round(statistics.median(own), 3),
+                            "ratio": round(statistics.median(ratios), 3),
+                            "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+                            "target": TARGETS.get(row, {}).get(dtype),
+                            "peak_mb": round(memory[row, False]),
+                            "peak_mb_checkpointed": round(memory[row, True]) if (row, True) in memory else None,
+                        }
+                    )  # fmt: skip
+                    print(" | ".join(str(value) for value in results[-1].values()), file=sys.stderr, flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    for option in ("--model", "--dtype", "--row"):
+        parser.add_argument(option, help=argparse.SUPPRESS)
+    for option in ("--child", "--checkpointing"):
+        parser.add_argument(option, action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        import torch
+
+        torch.set_num_threads(options.threads[0])
+        of = options.model, options.dtype, options.threads[0]
+        if options.row:
+            print(json.dumps(run_memory(*of, options.row, checkpointing=options.checkpointing)))
+        else:
+            print(json.dumps(run_times(*of, options.rounds)))
+        return
+    results = measure_all(options.models, options.dtypes, options.threads, options.rounds)
+    if options.out:
+        import torch
+
+        machine = {"processor": platform.processor(), "torch": torch.__version__, "load": os.getloadavg()}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Commands about the sensitivity cache: ``cache ls``, ``cache rm``, ``cache verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layerlens.cli import output
+from layerlens.cli.errors import guarded
+from layerlens.cli.parameters import Debug, Json
+from layerlens.exceptions import ActivationCacheError, ConfigurationError
+
+if TYPE_CHECKING:
+    from layerlens.profiling.cache import SensitivityCache
+
+app = typer.Typer(help="Look after the sensitivity cache.", no_args_is_help=True)
+
+Directory = Annotated[
+    Path | None,
+    typer.Option("--cache-dir", help="The cache; $LAYERLENS_CACHE or the user's cache directory when not given."),
+]
+KEY_LENGTH = 12
+
+
+@app.command("ls")
+@guarded()
+def ls(cache_dir: Directory = None, json: Json = False, debug: Debug = False) -> None:
+    """List what is kept: model, samples, size, age and whether it is whole."""
+    import dataclasses
+
+    cache = _open(cache_dir)
+    entries = cache.entries()
+    if json:
+        output.json_result([dataclasses.asdict(entry) for entry in entries])
+        return
+    from layerlens.cli.tables import new_table
+    from layerlens.cli.units import scaled
+
+    table = new_table(f"Sensitivity cache in {output.short(cache.directory)}")
+    for name in ("key", "model", "samples", "size", "made (UTC)", "state"):
+        table.add_column(name, justify="right" if name in ("samples", "size") else "left")
+    for entry in entries:
+        suffix = ".partial" if entry.key.endswith(".partial") else ""
+        table.add_row(
+            entry.key[:KEY_LENGTH] + suffix, entry.model_name, str(entry.n_samples), f"{scaled(entry.bytes)}B",
+            entry.created_at, entry.state,
+        )  # fmt: skip
+    output.console().print(table)
+
+
+@app.command("rm")
+@guarded()
+def rm(
+    keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", help="Keys, or their first letters.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove everything.")] = False,
+    damaged: Annotated[bool, typer.Option("--damaged", help="Remove what is damaged, missing or foreign.")] = False,
+    cache_dir: Directory = None,
+    debug: Debug = False,
+) -> None:
+    """Remove statistics; they are measured again when they are needed."""
+    cache = _open(cache_dir)
+    entries = cache.entries()
+    chosen = {entry.key for entry in entries if everything or (damaged and entry.state != "ok")}
+    for given in keys or ():
+        found = {entry.key for entry in entries if entry.key.startswith(given)}
+        if not found:
+            raise ConfigurationError(f"no entry begins with {given!r}; `layerlens cache ls` lists them")
+        chosen |= found
+    if not (keys or everything or damaged):
+        raise ConfigurationError("nothing to remove: give keys, --damaged or --all")
+    cache.remove(sorted(chosen))
+    output.note(f"Removed {len(chosen)} of {len(entries)} entries.")
+
+
+@app.command("verify")
+@guarded()
+def verify(cache_dir: Directory = None, debug: Debug = False) -> None:
+    """Hold every entry against its checksum; fails if one does not match."""
+    entries = _open(cache_dir).entries()
+    bad = [entry for entry in entries if entry.state != "ok"]
+    for entry in bad:
+        output.warning(f"{entry.key[:KEY_LENGTH]}: {entry.state}")
+    if bad:
+        raise ActivationCacheError(
+            f"{len(bad)} of {len(entries)} entries cannot be trusted; runs measure them again, and "
+            "`layerlens cache rm --damaged` removes them"
+        )
+    output.note(f"{len(entries)} entries, all whole.")
+
+
+def _open(cache_dir: Path | None) -> SensitivityCache:
+    from layerlens.profiling.cache import SensitivityCache, default_cache_dir
+
+    return SensitivityCache(cache_dir or default_cache_dir())
