@@ -359,7 +359,7 @@ def group_hulls(const int64_t[::1] offset, const double[::1] value, const double
     length = np.empty(n_groups, dtype=np.int64)
     cdef int64_t[::1] hull_view = hull, length_view = length
     cdef int workers = usable_threads(threads)
+    cdef int64_t found
     with nogil:
-        ks.group_hulls(n_groups, &offset[0], &value[0], &cost[0], &hull_view[0], &length_view[0], workers)
-    position = np.arange(value.shape[0]) - np.repeat(np.asarray(offset)[: n_groups], np.diff(offset))
-    return hull[position < np.repeat(length, np.diff(offset))], length
+        found = ks.group_hulls(n_groups, &offset[0], &value[0], &cost[0], &hull_view[0], &length_view[0], workers)
+    return hull[:found], length

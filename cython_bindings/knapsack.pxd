@@ -49,8 +49,8 @@ cdef extern from "layerlens/knapsack.hpp" namespace "layerlens::knapsack" nogil:
     bint repair(const Core&, const double* price, int64_t* choice, Use* use)
     void improve(const Core&, const double* price, int64_t pair_limit, int64_t* choice, Use* use)
 
-    void group_hulls(int64_t n_groups, const int64_t* offset, const double* value, const double* cost, int64_t* hull,
-                     int64_t* length, int threads)
+    int64_t group_hulls(int64_t n_groups, const int64_t* offset, const double* value, const double* cost,
+                        int64_t* hull, int64_t* length, int threads)
 
     cdef struct BeamSettings:
         int64_t width

@@ -25,8 +25,8 @@ bool below(const Point& a, const Point& b, const Point& c) {
 
 }  // namespace
 
-void group_hulls(std::int64_t n_groups, const std::int64_t* offset, const double* value, const double* cost,
-                 std::int64_t* hull, std::int64_t* length, int threads) {
+std::int64_t group_hulls(std::int64_t n_groups, const std::int64_t* offset, const double* value, const double* cost,
+                         std::int64_t* hull, std::int64_t* length, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1 && offset[n_groups] >= kParallelOptions)
   {
     std::vector<Point> points;
@@ -49,6 +49,12 @@ void group_hulls(std::int64_t n_groups, const std::int64_t* offset, const double
       for (std::size_t i = 0; i < kept; ++i) hull[begin + static_cast<std::int64_t>(i)] = points[i].option;
     }
   }
+  std::int64_t total = 0;
+  for (std::int64_t group = 0; group < n_groups; ++group) {
+    std::copy(hull + offset[group], hull + offset[group] + length[group], hull + total);
+    total += length[group];
+  }
+  return total;
 }
 
 }  // namespace layerlens::knapsack

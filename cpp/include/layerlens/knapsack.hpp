@@ -102,10 +102,11 @@ bool repair(const Core& core, const double* price, std::int64_t* choice, Use* us
 void improve(const Core& core, const double* price, std::int64_t pair_limit, std::int64_t* choice, Use* use);
 
 // The options of each group on the upper concave hull of value over cost, from the cheapest (the best of them) on, as far
-// as the value rises; points on a line between others are left out. Group g writes length[g] options to
-// hull[offset[g] ..]. The allocations that maximise value - price * cost for some price >= 0 are made of these.
-void group_hulls(std::int64_t n_groups, const std::int64_t* offset, const double* value, const double* cost,
-                 std::int64_t* hull, std::int64_t* length, int threads);
+// as the value rises; points on a line between others are left out. Writes length[g] options for each group g to `hull`,
+// group after group (room for all options is needed), and returns how many there are. The allocations that maximise
+// value - price * cost for some price >= 0 are made of these.
+std::int64_t group_hulls(std::int64_t n_groups, const std::int64_t* offset, const double* value, const double* cost,
+                         std::int64_t* hull, std::int64_t* length, int threads);
 
 // How a beam search goes. width: states kept for each group. softness: times n_resources, the number of alternatives
 // thought of as open; the order of the groups and the score depend on it. seed: 0 orders the groups by ambiguity, others
