@@ -91,7 +91,7 @@ def _message(
     exceeded = [r for r in range(len(problem.resources)) if not fits__rc[r, nearest]]
     wanted = " and ".join(
         f"{budget_key(problem.resources[r])} to at least {_smallest(problem, r, float(need__rc[r, nearest]))} "
-        f"(got {_number(problem.budget[r])})"
+        f"(got {_given(problem.budget[r])})"
         for r in exceeded
     )
     return (
@@ -101,7 +101,7 @@ def _message(
 
 
 def _single(problem: AllocationProblem, r: int, need: float, option: int, least: np.ndarray) -> str:
-    key, given = budget_key(problem.resources[r]), _number(problem.budget[r])
+    key, given = budget_key(problem.resources[r]), _given(problem.budget[r])
     if problem.capacity[r] < 0.0:
         problem_text = f"{given} is less than the frozen model alone needs ({_number(problem.base[r])})"
     elif least[r] > problem.capacity[r]:
@@ -132,8 +132,20 @@ def _smallest(problem: AllocationProblem, r: int, need: float) -> str:
     return _number(budget)
 
 
+def _given(value: float) -> str:
+    """As the user wrote it: the shortest text that reads back as the same number."""
+    return str(int(value)) if _is_whole(value) else repr(float(value))
+
+
 def _number(value: float) -> str:
     """Six significant digits, rounded up, so that a budget copied from a message is never too small."""
-    if value == int(value) and abs(value) < 1e15:
+    if _is_whole(value):
         return str(int(value))
+    nearest = f"{float(value):.6g}"
+    if float(nearest) >= value:  # 0.01 is 0.01, although its binary value lies a little above
+        return nearest
     return f"{float(Context(prec=6, rounding=ROUND_CEILING).create_decimal(Decimal(float(value)))):.6g}"
+
+
+def _is_whole(value: float) -> bool:
+    return bool(value == int(value) and abs(value) < 1e15)

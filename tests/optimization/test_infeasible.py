@@ -88,3 +88,17 @@ def test_conflicts_that_only_a_search_can_prove():
     problem = problem_of([2, 2, 2], [1.0] * 6, [[0, 4] * 3, [4, 0] * 3], [7.0, 7.0], with_none=False)
     with pytest.raises(InfeasibleError, match="no allocation fits the budgets on resource_0, resource_1 together"):
         solve(problem)
+
+
+@pytest.mark.parametrize(("given", "shown"), [(0.01, "0.01"), (0.1234567, "0.1234567"), (1e-7, "1e-07"), (2.0, "2")])
+def test_the_given_budget_is_shown_as_given(given, shown):
+    message = refusal(max_trainable_params=1000, latency_target_ms=given)
+    assert f": {shown} is less than the frozen model alone needs (4)" in message
+
+
+@pytest.mark.parametrize(("need", "shown"), [(0.01, "0.01"), (0.1234561, "0.123457"), (1.0000001, "1.00001")])
+def test_the_smallest_budget_that_would_do_is_rounded_up_only_where_it_must(need, shown):
+    with pytest.raises(InfeasibleError) as caught:
+        solve(problem_of([2], [0.0, 1.0], [[0.0, need]], [need / 2]))
+    assert re.search(r"would do is (\S+)", str(caught.value)).group(1) == shown
+    assert solve(problem_of([2], [0.0, 1.0], [[0.0, need]], [float(shown)])).value == 1.0
