@@ -23,7 +23,7 @@ ALL_ALTERNATIVES, SOME_ALTERNATIVES = 600, 200
 # Widths of the first searches, and of the last ones, which may prove optimality. The widest pay only where the core is
 # small enough for them to have a chance.
 FIRST_WIDTHS, LAST_WIDTHS = (30, 300), (3_000, 20_000)
-PROOF_WIDTHS, PROOF_ALTERNATIVES = (100_000, 400_000), 400
+PROOF_WIDTHS, PROOF_ALTERNATIVES = (100_000, 400_000), ALL_ALTERNATIVES
 # Between them: rounds of one search in another order and two of a neighbourhood with so many alternatives.
 ROUNDS, ORDER_WIDTH, NEIGHBOURHOODS, NEIGHBOURHOOD_ALTERNATIVES, NEIGHBOURHOOD_WIDTH = 6, 300, 2, 250, 100
 
