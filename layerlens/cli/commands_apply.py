@@ -10,6 +10,7 @@ import typer
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
 from layerlens.cli.parameters import Debug, Json
+from layerlens.exceptions import ManifestError
 
 
 @guarded("the output directory is as it was")
@@ -38,7 +39,10 @@ def apply(
         from layerlens.utils.atomic import check_writable
 
         check_writable(directory)
-        files = apply_to_directory(plan, model, directory)
+        try:
+            files = apply_to_directory(plan, model, directory)
+        except ManifestError as error:
+            raise type(error)(f"{manifest}: {error}") from error
     from layerlens.cli.snippets import python_snippet
 
     peft = files.get("peft", manifest.parent / "peft")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from layerlens.config.schema import alternatives, annotation_at, as_model, sections_with
 from layerlens.config.sections import RunConfig
+from layerlens.config.wording import must_be, nearest_choice, nearest_key
 from layerlens.config.yaml_source import (
     MAX_BYTES,
     Document,
@@ -25,24 +25,6 @@ from layerlens.config.yaml_source import (
 )
 from layerlens.exceptions import ConfigurationError
 
-# What to say instead of pydantic's words, which speak of Python's types.
-_MUST_BE = {
-    "model_type": "must be a section (key: value lines)",
-    "model_attributes_type": "must be a section (key: value lines)",
-    "dict_type": "must be a mapping such as {name: 0.5}",
-    "tuple_type": "must be a list such as [1, 2, 4]",
-    "string_type": "must be text",
-    "string_too_short": "must not be empty",
-    "too_short": "must not be empty",
-    "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
-    "float_parsing": "must be a number",
-    "bool_type": "must be true or false",
-    "bool_parsing": "must be true or false",
-    "finite_number": "must be a finite number",
-}
 _AFTER_FILE = 1 << 30  # overrides come after every line of the file
 
 
@@ -95,7 +77,8 @@ def _read_text(path: Path) -> str:
             raise ConfigurationError(f"{path}: larger than {MAX_BYTES // 1024} KiB; this is not a configuration file")
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise ConfigurationError(f"no configuration file at {path}; write one with: layerlens init {path}") from error
+        command = shlex.join(["layerlens", "init", str(path)])
+        raise ConfigurationError(f"no configuration file at {path}; write one with: {command}") from error
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise ConfigurationError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
@@ -176,25 +159,20 @@ def _explain(detail: ErrorDetails, document: Document) -> Problem:
         return Problem(place, dotted(location), "required key is missing")
     if kind == "value_error":
         return Problem(place, dotted(location), detail["msg"].removeprefix("Value error, "))
-    message = _MUST_BE.get(kind) or detail["msg"].replace("Input should be", "must be", 1)
     came = _kind(document, location, detail["input"]) if location == detail["loc"] else repr(detail["input"])
-    message = f"{message}, got {came}"
+    message = f"{must_be(detail)}, got {came}"
     if kind == "string_type" and location in document.texts:
         message += "; put it in quotes if text is meant"
-    if kind == "literal_error":
-        known = re.findall("'([^']*)'", detail["ctx"]["expected"])
-        nearest = difflib.get_close_matches(str(detail["input"]).lower(), known, n=1)
-        message += f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return Problem(place, dotted(location), message)
+    return Problem(place, dotted(location), message + nearest_choice(detail))
 
 
 def _unknown_key(location: Location) -> str:
     key = str(location[-1])
     section = as_model(annotation_at(location[:-1]))
     known = list(section.model_fields) if section is not None else []
-    nearest = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
+    nearest = nearest_key(key, known)
     if nearest:
-        return f"unknown key, did you mean {nearest[0]!r}?"
+        return f"unknown key, did you mean {nearest!r}?"
     elsewhere = sections_with(key)
     if elsewhere:
         return f"unknown key here, did you mean {elsewhere[0]!r}?"

@@ -35,7 +35,7 @@ def read_document(path: Path) -> tuple[Manifest, str]:
     """
     path = Path(path)
     document = check_document(_parse(path, _text(path)), str(path))
-    fields = document.model_dump(exclude={"schema_version", "created_at"})
+    fields = document.model_dump(exclude={"schema_version", "created_at"}, exclude_unset=True)
     fields["allocations"] = tuple(ManifestRow(**row) for row in fields["allocations"])
     fields["resources"] = tuple(ResourceUse(**row) for row in fields["resources"])
     return Manifest(**fields), document.created_at
@@ -46,6 +46,8 @@ def _text(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         text = content.decode("utf-8")
+    except IsADirectoryError as error:
+        raise ManifestError(f"{path} is a directory; give the manifest.json in it") from error
     except FileNotFoundError as error:
         raise ManifestError(f"{path}: no such file; `layerlens run` writes one") from error
     except OSError as error:

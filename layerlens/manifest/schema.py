@@ -21,9 +21,11 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
+from layerlens.config.wording import must_be, nearest_choice, nearest_key
 from layerlens.exceptions import ManifestError
+from layerlens.models import RESOURCES
 from layerlens.models.manifest import SCHEMA_VERSION
 
 SCHEMA_ID = f"urn:layerlens:manifest:{SCHEMA_VERSION}"
@@ -32,13 +34,13 @@ UTC_TIME = r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d{1,6})?(Z|\+00:00)$"
 
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
-        raise PydanticCustomError("number", "Input should be a number")
+        raise PydanticCustomError("number", "must be a number")
     return value
 
 
 def _utc(value: str) -> str:
     if not re.fullmatch(UTC_TIME, value):
-        raise PydanticCustomError("utc", "Input should be an ISO 8601 time in UTC such as 2026-01-31T12:00:00Z")
+        raise PydanticCustomError("utc", "must be an ISO 8601 time in UTC such as 2026-01-31T12:00:00Z")
     datetime.fromisoformat(value.replace("Z", "+00:00"))  # a ValueError says which part is out of range
     return value
 
@@ -47,6 +49,16 @@ def _utc(value: str) -> str:
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 UtcTime = Annotated[str, AfterValidator(_utc), Field(json_schema_extra={"pattern": UTC_TIME})]
 Whole = Annotated[int, Field(strict=True, ge=0)]
+Text = Annotated[str, Field(strict=True)]
+
+ROUNDING = 1e-12  # relative: a sum of whole numbers in float64, exact below 1e12
+SCORE_TOLERANCE = 1e-6  # relative: sums of the solver and of a reader add up in different orders
+
+
+def _with_resource(name: str) -> dict[str, Any]:
+    """JSON Schema of a list that has exactly one row for the resource."""
+    row = {"type": "object", "properties": {"resource": {"const": name}}, "required": ["resource"]}
+    return {"contains": row, "minContains": 1, "maxContains": 1}
 
 
 class _Part(BaseModel):
@@ -102,6 +114,41 @@ class ResourceEntry(_Part):
     source: str = Field(description="How the costs were found.")
 
 
+class _OpenPart(BaseModel):
+    """Fields that are checked where they are there, beside others that a writer may add."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
+
+
+class ModelEntry(_OpenPart):
+    """The base model: what is needed to load it again, and to know it again. A writer without the model has less."""
+
+    name_or_path: Text = Field(default="", description="Directory, hub name or package:NAME.")
+    fingerprint: Text = Field(default="", description="SHA-256 of the weights.")
+    total_params: Whole = Field(default=0, description="Parameters of the base model.")
+    task: Text = Field(default="", description="What the model is to be fine-tuned for.")
+    num_labels: Whole = Field(default=0, description="Number of classes.")
+    labels: list[Text] = Field(default=[], description="Name of each class, in the order of the logits.")
+    head_modules: list[Text] = Field(default=[], description="Modules of the task head, which is trained whole.")
+    model_type: Text = Field(default="", description="transformers' model_type.")
+
+
+class LoraEntry(_OpenPart):
+    """How LoRA layers are scaled and begin; needed where there are any."""
+
+    alpha_over_r: Number | None = Field(default=None, gt=0, description="LoRA scale alpha/r, one for the model.")
+    init: Text = Field(default="default", description="Initialisation of the LoRA matrices.")
+
+
+class ProvenanceEntry(_OpenPart):
+    """Fingerprints, versions and configuration that the numbers rest on."""
+
+    seed: Whole | None = Field(
+        default=None, description="Seed of every new weight; needed where a layer is adapted, so that all agree on it."
+    )
+
+
 class ManifestDocument(_Part):
     """Which layers of a model to adapt, with which PEFT method and rank, and how good that choice provably is."""
 
@@ -109,9 +156,14 @@ class ManifestDocument(_Part):
 
     schema_version: Literal["1.0"] = Field(description="Version of this form.")
     created_at: UtcTime = Field(description="When it was written, ISO 8601 in UTC; the only timestamp.")
-    model: dict[str, JsonValue] = Field(description="Name, fingerprint, size, task and labels of the base model.")
-    allocations: list[AllocationEntry] = Field(description="One row for each layer, in the order of the model.")
-    resources: list[ResourceEntry] = Field(description="One row for each resource.")
+    model: ModelEntry = Field(description="Name, fingerprint, size, task and labels of the base model.")
+    allocations: list[AllocationEntry] = Field(
+        min_length=1, description="One row for each layer, in the order of the model."
+    )
+    resources: list[ResourceEntry] = Field(
+        description=f"One row for each resource: {', '.join(RESOURCES)}, and those of the user.",
+        json_schema_extra={"allOf": [_with_resource(name) for name in RESOURCES]},
+    )
     score: Number = Field(description="Sum of total_score: the value of the allocation.")
     upper_bound: Number = Field(description="No allocation within the budgets has a larger score (proved).")
     gap: Number = Field(ge=0, description="(upper_bound - score) / |upper_bound|.")
@@ -119,20 +171,44 @@ class ManifestDocument(_Part):
     solver: str = Field(description="Which solver stages ran.")
     utility_model: str = Field(description="Which utility model made the utilities.")
     utility_unit: str = Field(description="What utilities are measured in.")
-    lora: dict[str, JsonValue] = Field(description="alpha_over_r (one constant for the model) and init of LoRA.")
+    lora: LoraEntry = Field(description="alpha_over_r (one constant for the model) and init of LoRA.")
     predicted: dict[str, JsonValue] = Field(description="Predicted gain and what it rests on.")
-    provenance: dict[str, JsonValue] = Field(description="Fingerprints, versions, configuration, seed.")
-
-    @model_validator(mode="after")
-    def _each_once(self) -> ManifestDocument:
-        _refuse_repeats("allocations: layer", [row.layer for row in self.allocations])
-        _refuse_repeats("resources: resource", [row.resource for row in self.resources])
-        return self
+    provenance: ProvenanceEntry = Field(description="Fingerprints, versions, configuration, seed.")
 
     @model_validator(mode="after")
     def _finite_values(self) -> ManifestDocument:
         for name in ("model", "lora", "predicted", "provenance"):
-            _refuse_not_finite(getattr(self, name), name)
+            part = getattr(self, name)
+            _refuse_not_finite(part.model_extra if isinstance(part, BaseModel) else part, name)
+        return self
+
+    @model_validator(mode="after")
+    def _complete(self) -> ManifestDocument:
+        _refuse_repeats("allocations: layer", [row.layer for row in self.allocations])
+        _refuse_repeats("resources: resource", [use.resource for use in self.resources])
+        missing = [name for name in RESOURCES if name not in {use.resource for use in self.resources}]
+        if missing:
+            raise PydanticCustomError("missing_row", "resources: no row for {names}", {"names": ", ".join(missing)})
+        methods = {row.method for row in self.allocations} - {"none"}
+        if methods and self.provenance.seed is None:
+            raise PydanticCustomError("seed", "provenance.seed: is missing; the new weights are drawn with it")
+        if "lora" in methods and self.lora.alpha_over_r is None:
+            raise PydanticCustomError("scale", "lora.alpha_over_r: is missing; LoRA layers are scaled with it")
+        return self
+
+    @model_validator(mode="after")
+    def _sums_agree(self) -> ManifestDocument:
+        parameters = sum(row.cost for row in self.allocations)
+        added = next(use.added for use in self.resources if use.resource == "trainable_params")
+        if abs(parameters - added) > ROUNDING * parameters:
+            message = "resources: trainable_params adds {added}, but the costs of the allocations sum to {sum}"
+            raise PydanticCustomError("parameters", message, {"added": f"{added:.15g}", "sum": parameters})
+        scores = [row.total_score for row in self.allocations]
+        largest = max(abs(score) for score in (self.score, *scores))
+        # As shares of the largest, since the sum of two huge numbers is not finite.
+        if largest > 0 and abs(math.fsum(score / largest for score in scores) - self.score / largest) > SCORE_TOLERANCE:
+            message = "score: {score} is not the sum of total_score over the allocations"
+            raise PydanticCustomError("score", message, {"score": repr(self.score)})
         return self
 
 
@@ -160,6 +236,8 @@ def check_document(data: Any, source: str) -> ManifestDocument:
     Raises:
         ManifestError: one line for every wrong field, each with its path, what is wrong, and what came.
     """
+    if data is None:
+        raise ManifestError(f"{source}: is empty; `layerlens run` writes a manifest")
     if not isinstance(data, dict):
         raise ManifestError(f"{source}: a manifest is a mapping of fields, got {type(data).__name__}")
     version = data.get("schema_version")
@@ -178,10 +256,25 @@ def _problems(error: ValidationError) -> list[str]:
         place = ""
         for part in problem["loc"]:
             place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
-        came = repr(problem["input"])
-        too_long = problem["type"] == "missing" or len(came) > 80
-        lines.append((f"{place}: " if place else "") + problem["msg"] + ("" if too_long else f", got {came}"))
+        lines.append((f"{place}: " if place else "") + _explain(problem))
     return lines
+
+
+def _explain(problem: ErrorDetails) -> str:
+    if problem["type"] == "missing":
+        return "is missing"
+    if problem["type"] == "extra_forbidden":
+        known = list(
+            _PARTS.get(str(problem["loc"][0]) if len(problem["loc"]) > 1 else "", ManifestDocument).model_fields
+        )
+        nearest = nearest_key(str(problem["loc"][-1]), known)
+        return f"unknown key, did you mean {nearest!r}?" if nearest else f"unknown key; known here: {', '.join(known)}"
+    must = "must be a mapping" if problem["type"] in ("model_type", "dict_type") else must_be(problem)
+    came = repr(problem["input"])
+    return must + ("" if len(came) > 80 else f", got {came}") + nearest_choice(problem)
+
+
+_PARTS: dict[str, type[BaseModel]] = {"allocations": AllocationEntry, "resources": ResourceEntry}
 
 
 def manifest_schema() -> dict[str, Any]:

@@ -69,7 +69,7 @@ def to_document(manifest: Manifest, created_at: str) -> dict[str, Any]:
         ManifestError: see ``write_manifest``.
     """
     fields = {"schema_version": SCHEMA_VERSION, "created_at": created_at, **asdict(manifest)}
-    return check_document(_plain(fields, ""), "manifest").model_dump()
+    return check_document(_plain(fields, ""), "manifest").model_dump(exclude_unset=True)
 
 
 def _plain(value: Any, place: str) -> Any:

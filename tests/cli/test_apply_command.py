@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,4 +97,21 @@ def test_manifests_that_cannot_be_used(invoke: Invoke, tmp_path: Path, monkeypat
     saved(few(), tmp_path)
     monkeypatch.setattr(tuning, "apply_to_directory", refuse)
     refused = invoke("apply", "manifest.json", "-o", "adapter")
-    assert (refused.exit_code, refused.stderr) == (2, "error: layer 'x' is not in the model\n")
+    assert (refused.exit_code, refused.stderr) == (2, "error: manifest.json: layer 'x' is not in the model\n")
+
+
+def test_a_field_of_the_wrong_type_is_named_before_the_model_is_loaded(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(few(), tmp_path)
+    monkeypatch.setattr(tuning, "apply_to_directory", lambda *_: pytest.fail("the model was loaded"))
+    document = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**document, "model": {**document["model"], "labels": 5}}), encoding="utf-8")
+    result = invoke("apply", "manifest.json", "-o", "x")
+    assert (result.exit_code, result.stderr) == (2, "error: manifest.json: model.labels: must be a list, got 5\n")
+
+
+def test_a_directory_is_told_which_file_is_meant(invoke: Invoke, tmp_path: Path) -> None:
+    saved(few(), tmp_path / "out")
+    result = invoke("apply", "out")
+    assert (result.exit_code, result.stderr) == (2, "error: out is a directory; give the manifest.json in it\n")

@@ -93,6 +93,11 @@ def test_one_problem(section: str, line: str, message: str) -> None:
     assert problems(with_lines(section, line)) == [f"config.yaml:{message}"]
 
 
+def test_a_single_choice_is_named_once() -> None:
+    (line,) = problems(with_lines("model", "task: sequence-clasification"))
+    assert line.endswith("model.task: must be 'sequence-classification', got sequence-clasification")
+
+
 def test_python_objects_are_never_made() -> None:
     tag = "!!python/object/apply:os.getcwd"
     assert problems(with_lines("data", f"text_column: {tag} []")) == [
@@ -170,6 +175,15 @@ def test_section_with_everything_commented_out_is_empty() -> None:
 )
 def test_what_is_no_configuration_at_all(text: str, message: str) -> None:
     assert message in problems(text)[0]
+
+
+def test_a_list_is_not_taken_for_an_empty_file() -> None:
+    for text, message in (
+        ("- a\n", "must be sections (model:, data:, optimization:), got a list"),
+        ("# a\n", "is empty"),
+    ):
+        (line,) = problems(text)
+        assert message in line
 
 
 def test_tabs_get_their_hint() -> None:

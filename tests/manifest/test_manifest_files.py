@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import get_args
 
@@ -67,17 +68,29 @@ sizes = st.sampled_from(METHODS).flatmap(
 rows = st.lists(
     st.builds(lambda layer, size, cost, rest: ManifestRow(layer, *size, rest[0], cost, *rest[1:]),
               text, sizes, st.integers(0, 2**62), st.lists(finite, min_size=5, max_size=5)),
-    max_size=3, unique_by=lambda row: row.layer,
+    min_size=1, max_size=3, unique_by=lambda row: row.layer,
 )  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=rows, values=st.lists(finite, min_size=5, max_size=5), free=st.dictionaries(text, json_values, max_size=3),
+@given(rows=rows, values=st.lists(finite, min_size=4, max_size=4), free=st.dictionaries(text, json_values, max_size=3),
        words=text)  # fmt: skip
 def test_whatever_is_written_reads_back_equal(manifest, created_at, tmp_path, rows, values, free, words):
-    use = ResourceUse("flops", None, *values[:4], source=words)
+    # Scores that cannot overflow in a sum, and what must agree agrees.
+    rows = [dataclasses.replace(row, total_score=row.total_score / 4) for row in rows]
+    added = float(sum(row.cost for row in rows))
+    uses = (
+        ResourceUse("trainable_params", None, 0.0, added, added, 0.0, "exact"),
+        *(ResourceUse(name, None, *values[:4], source=words) for name in ("flops", "vram_gb", "latency_ms", "joules")),
+    )
     written = dataclasses.replace(
-        manifest, allocations=tuple(rows), resources=(use,), score=values[4], model=free, provenance=free, solver=words
+        manifest,
+        allocations=tuple(rows),
+        resources=uses,
+        score=math.fsum(row.total_score for row in rows),
+        model=free,
+        provenance={**free, "seed": 3},
+        solver=words,
     )
     for path in write_manifest(written, tmp_path, created_at=created_at).values():
         assert read_manifest(path) == written
@@ -117,23 +130,40 @@ WRONG = [
     (("allocations", 0, "rank"), 0, r"allocations\[0\]: rank 0 does not fit method 'lora'"),
     (("allocations", 1, "rank"), 3, r"allocations\[1\]: rank 3 does not fit method 'none'"),
     (("allocations", 0, "rank"), -1, r"allocations\[0\].rank"),
-    (("allocations", 0, "rank"), 4.0, r"allocations\[0\].rank: .*integer"),
+    (("allocations", 0, "rank"), 4.0, r"allocations\[0\].rank: must be a whole number, got 4.0"),
     (("allocations", 0, "rank"), True, r"allocations\[0\].rank"),
     (("allocations", 0, "cost"), "many", r"allocations\[0\].cost"),
-    (("allocations", 0, "cost"), KeyError, r"allocations\[0\].cost: Field required"),
+    (("allocations", 0, "cost"), KeyError, r"allocations\[0\].cost: is missing"),
     (("allocations", 1, "layer"), QUERY, f"allocations: layer '{QUERY}' is there twice"),
     (("allocations", 0, "layer"), "", r"allocations\[0\].layer"),
-    (("allocations", 0, "speed"), 1, r"allocations\[0\].speed: Extra"),
+    (("allocations", 0, "speed"), 1, r"allocations\[0\].speed: unknown key; known here: layer, method, rank"),
+    (("allocations", 0, "latencies"), 1, r"allocations\[0\].latencies: unknown key, did you mean 'latency'\?"),
     (("allocations", 2, "vram"), float("nan"), r"allocations\[2\].vram: .*finite"),
     (("allocations", 2, "vram"), False, r"allocations\[2\].vram: .*number"),
     (("allocations",), {}, "allocations: .*list"),
-    (("resources", 1, "resource"), "joules", r"resources\[1\].resource"),
+    (("allocations",), [], r"allocations: must not be empty, got \[\]"),
+    (("allocations", 0, "cost"), 3073, "resources: trainable_params adds 7311, but the costs .* sum to 7312"),
+    (("resources", 1, "resource"), "joules", "resources: no row for flops"),
+    (("resources",), [], "resources: no row for trainable_params, flops, vram_gb, latency_ms"),
+    (("resources",), KeyError, "resources: is missing"),
+    (("resorces",), [], "resorces: unknown key, did you mean 'resources'"),
+    (("score",), 0.7500009, "score: 0.7500009 is not the sum of total_score"),
+    (("provenance", "seed"), KeyError, "provenance.seed: is missing"),
+    (("provenance", "seed"), 1.5, "provenance.seed: must be a whole number, got 1.5"),
+    (("provenance",), 5, "provenance: must be a mapping, got 5"),
+    (("lora", "alpha_over_r"), KeyError, "lora.alpha_over_r: is missing"),
+    (("lora", "alpha_over_r"), 0, "lora.alpha_over_r: must be greater than 0, got 0"),
+    (("lora", "note"), [float("inf")], "lora.note.0 is inf"),
+    (("model", "labels"), 5, "model.labels: must be a list, got 5"),
+    (("model", "labels", 0), 5, r"model.labels\[0\]: must be text, got 5"),
+    (("model", "task"), None, "model.task: must be text, got None"),
+    (("model", "num_labels"), "three", "model.num_labels: must be a whole number, got 'three'"),
     (("resources", 1, "resource"), "vram_gb", "resources: resource 'vram_gb' is there twice"),
     (("upper_bound",), float("inf"), "upper_bound: .*finite"),
     (("gap",), -0.1, "gap"),
     (("status",), "good", "status: .*'optimal'"),
     (("provenance", "config", "ranks"), [1, float("nan")], "provenance.config.ranks.1 is nan"),
-    (("solver",), KeyError, "solver: Field required"),
+    (("solver",), KeyError, "solver: is missing"),
 ]
 
 
@@ -146,6 +176,23 @@ def test_a_wrong_field_is_named(tmp_path, place, value, message, kind):
     with pytest.raises(ManifestError, match=message) as refusal:
         read_manifest(path)
     assert str(path) in str(refusal.value)
+
+
+def test_a_manifest_that_was_made_without_the_model_reads_back(manifest, created_at, tmp_path):
+    """As ``run_pipeline`` writes it; nothing is filled in for what the writer did not know."""
+    model = {"name_or_path": "m", "task": "", "num_labels": 0, "labels": [], "head_modules": [], "note": {"by": "hand"}}
+    written = dataclasses.replace(manifest, model=model)
+    for path in write_manifest(written, tmp_path, created_at=created_at).values():
+        assert read_manifest(path) == written
+
+
+def test_a_manifest_that_adapts_nothing_needs_no_seed_and_no_scale(manifest, created_at, tmp_path):
+    rows = [dataclasses.replace(row, method="none", rank=0, cost=0, total_score=0.0) for row in manifest.allocations]
+    uses = [dataclasses.replace(manifest.resources[0], added=0.0, total=0.0), *manifest.resources[1:]]
+    none = dataclasses.replace(
+        manifest, allocations=tuple(rows), resources=tuple(uses), score=0.0, lora={}, provenance={}
+    )
+    assert read_manifest(write_manifest(none, tmp_path, created_at=created_at)["manifest_json"]) == none
 
 
 def test_every_wrong_field_is_named_at_once(tmp_path):
@@ -168,7 +215,8 @@ def test_every_wrong_field_is_named_at_once(tmp_path):
         ("m.yaml", "a: &x 1\nb: *x\n", "aliases"),
         ("m.yaml", "a: !!python/object/apply:os.getcwd []", "not YAML"),
         ("m.yaml", "\x00", "not YAML"),
-        ("m.yml", "", "a mapping of fields, got NoneType"),
+        ("m.yml", "", "m.yml: is empty; `layerlens run` writes a manifest"),
+        ("m.yml", "- a", "a mapping of fields, got list"),
         ("m.toml", "", "ends in .json, .yaml or .yml"),
         ("m.json", b"\xff", "not UTF-8"),
     ],
@@ -183,7 +231,7 @@ def test_files_that_are_no_manifests_are_refused(tmp_path, name, content, messag
 def test_missing_and_oversized_files_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ManifestError, match="no such file"):
         read_manifest(tmp_path / "manifest.json")
-    with pytest.raises(ManifestError, match="cannot be read"):
+    with pytest.raises(ManifestError, match=r"is a directory; give the manifest\.json in it"):
         read_manifest(tmp_path)
     monkeypatch.setattr("layerlens.manifest.read.MAX_BYTES", 100)
     with pytest.raises(ManifestError, match="larger than"):
@@ -227,5 +275,7 @@ def test_manifests_validate_with_the_published_schema():
     validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
     document = json.loads((GOLDEN / "manifest.json").read_text())
     validator.validate(document)
-    for place, value in ((("allocations", 0, "rank"), 0), (("status",), "good"), (("solver",), KeyError)):
+    wrong = [(("allocations", 0, "rank"), 0), (("status",), "good"), (("solver",), KeyError), (("model", "labels"), 5)]
+    wrong += [(("allocations",), []), (("resources", 1, "resource"), "joules"), (("provenance", "seed"), "x")]
+    for place, value in wrong:
         assert not validator.is_valid(set_in(document, place, value))
