@@ -10,6 +10,7 @@ from layerlens.config import OptimizationConfig, ProfilingConfig
 from layerlens.cost import cost_table
 from layerlens.manifest import write_manifest
 from layerlens.models import ModelSpec, enumerate_options
+from layerlens.pipeline.result import CHOICE_FILES
 from layerlens.pipeline.solve import find_allocation, make_manifest, versions
 from layerlens.utility import metrics_from_cache, weighted_table
 from layerlens.utils.atomic import staged_directory
@@ -64,7 +65,7 @@ def run_pipeline(
         },
     )
     created_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    with staged_directory(Path(output_dir)) as staging:
+    with staged_directory(Path(output_dir), owned=CHOICE_FILES) as staging:
         written = write_manifest(manifest, staging, created_at=created_at)
         names = {key: path.relative_to(staging) for key, path in written.items()}
     return Path(output_dir) / names["manifest_json"]

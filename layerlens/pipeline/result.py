@@ -1,4 +1,4 @@
-"""What a finished run hands back."""
+"""What a finished run writes and hands back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from layerlens.models import Manifest
+
+REPORT_FILE = "report.html"
+CHOICE_FILES = ("manifest.json", "manifest.yaml", "peft", "layerlens_modules.safetensors", REPORT_FILE)
+"""What belongs to one choice: whatever of it an earlier choice left behind would contradict the new one."""
 
 
 @dataclass(frozen=True)

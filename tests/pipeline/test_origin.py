@@ -11,6 +11,7 @@ import pytest
 
 from layerlens.config import OptimizationConfig, ProfilingConfig
 from layerlens.exceptions import ActivationCacheError
+from layerlens.manifest import read_manifest
 from layerlens.models import LayerSpec, ModelSpec
 from layerlens.pipeline import run_pipeline
 
@@ -53,3 +54,17 @@ def test_a_bad_cache_is_refused_before_anything_is_written(tmp_path: Path):
     with pytest.raises(ActivationCacheError, match="b"):
         allocate({"a": {"grad_norm": 1.0, "fisher_trace": 1.0}, "b": {"grad_norm": float("nan")}}, tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_of_an_earlier_choice_stays_beside_the_new_one(tmp_path: Path):
+    (tmp_path / "out/peft").mkdir(parents=True)
+    for name in ("peft/adapter_config.json", "report.html", "layerlens_modules.safetensors", "notes.txt"):
+        (tmp_path / "out" / name).write_text("old", encoding="utf-8")
+    allocate({"a": {"grad_norm": 1.0, "fisher_trace": 1.0}}, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "manifest.yaml", "notes.txt"]
+
+
+def test_the_manifest_reads_back(tmp_path: Path):
+    allocate({"a": {"grad_norm": 1.0, "fisher_trace": 1.0}}, tmp_path)
+    manifest = read_manifest(tmp_path / "out/manifest.json")
+    assert (manifest.model["task"], manifest.model["num_labels"], manifest.model["labels"]) == ("", 0, [])
