@@ -43,8 +43,10 @@ def random_problem(n_layers: int, *, hard: bool, seed: int = 0, n_options: int =
     rng = np.random.default_rng([seed, n_layers, int(hard)])
     cost = rng.integers(1, 1000, (4, n_layers, n_options)).astype(float)
     cost[:, :, 0] = 0.0
-    value = cost.mean(axis=0) + rng.integers(0, 100, (n_layers, n_options)) if hard else (
-        rng.integers(1, 1000, (n_layers, n_options)).astype(float)
+    value = (
+        cost.mean(axis=0) + rng.integers(0, 100, (n_layers, n_options))
+        if hard
+        else (rng.integers(1, 1000, (n_layers, n_options)).astype(float))
     )
     value[:, 0] = 0.0
     return as_problem(value, cost, np.floor(0.15 * cost.max(axis=2).sum(axis=1)), ("a", "b", "c", "d"))

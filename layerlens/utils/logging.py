@@ -8,11 +8,6 @@ NAME = "layerlens"
 logging.getLogger(NAME).addHandler(logging.NullHandler())
 
 
-def get_logger(area: str = "") -> logging.Logger:
-    """The logger ``layerlens`` or ``layerlens.<area>``."""
-    return logging.getLogger(f"{NAME}.{area}" if area else NAME)
-
-
 def show_logs(handler: logging.Handler, level: int = logging.DEBUG) -> None:
     """Send what LayerLens logs from ``level`` on to ``handler``; the handler of an earlier call is replaced."""
     logger = logging.getLogger(NAME)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import io
 import logging
 
-from layerlens.utils.logging import NAME, get_logger, show_logs
+from layerlens.utils.logging import NAME, show_logs
 
 
 def test_one_handler_at_a_time() -> None:
-    logger, before = get_logger(), list(logging.getLogger(NAME).handlers)
-    assert logger.name == "layerlens"
+    logger, area = logging.getLogger(NAME), logging.getLogger("layerlens.profiling")
+    before = list(logger.handlers)
     first, second = io.StringIO(), io.StringIO()
     try:
         show_logs(logging.StreamHandler(first))
-        get_logger("profiling").debug("measured %d layers", 3)
+        area.debug("measured %d layers", 3)
         show_logs(logging.StreamHandler(second), logging.WARNING)
-        get_logger("profiling").info("not shown")
-        get_logger("profiling").warning("shown")
+        area.info("not shown")
+        area.warning("shown")
     finally:
         logger.handlers[:] = before
         logger.setLevel(logging.NOTSET)
