@@ -80,6 +80,7 @@ def run_cp_sat(problem: AllocationProblem, limit: float, workers: int, target: f
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = limit
     solver.parameters.num_workers = workers
+    solver.parameters.relative_gap_limit = 1e-6  # as for the others
     incumbents = Incumbents()
     start = time.perf_counter()
     status = solver.solve(model, incumbents)
