@@ -129,7 +129,8 @@ tags: [lora, layerlens]
 
 # Zero-step LoRA adapter for {base}
 
-LoRA on {len(rows)} modules, ranks {", ".join(map(str, ranks))}, {parameters:,} trainable parameters, \
+LoRA on {_counted(len(rows), "module")}, rank{"s" if len(ranks) > 1 else ""} {", ".join(map(str, ranks))}, \
+{parameters:,} trainable parameters, \
 alpha/r = {manifest.lora["alpha_over_r"]:g}, chosen by LayerLens (manifest.json beside this directory). B is zero: \
 the model computes exactly what it did before, until it is trained.
 
@@ -143,9 +144,10 @@ model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
 """
     others = [row.method for row in manifest.allocations if row.method in ("adapter", "prefix")]
     if others:
-        counts = " and ".join(f"{others.count(method)} {method}" for method in dict.fromkeys(others))
+        kinds = {"adapter": ("adapter", "adapters"), "prefix": ("prefix", "prefixes")}
+        counts = " and ".join(_counted(others.count(method), *kinds[method]) for method in dict.fromkeys(others))
         text += f"""
-The manifest has {counts} layers as well, which PEFT does not have: they are in {MODULES_FILE} beside this
+The manifest has {counts} as well, which PEFT cannot hold: see {MODULES_FILE} beside this
 directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model.
 """
     if manifest.model.get("task") == "sequence-classification":
@@ -162,3 +164,7 @@ model = get_peft_model(base_model, config)
 ```
 """
     return text
+
+
+def _counted(count: int, one: str, many: str | None = None) -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
