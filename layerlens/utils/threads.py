@@ -13,6 +13,7 @@ from layerlens.exceptions import ConfigurationError
 
 # Read when the library loads its pool: OpenMP (torch, our kernels), OpenBLAS (NumPy, SciPy), MKL, rayon (tokenizers).
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+MAX_THREADS_PER_CORE = 4
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
@@ -27,11 +28,17 @@ def resolve_threads(n: int) -> int:
     """``n``, or the cores available where ``n`` is 0.
 
     Raises:
-        ConfigurationError: ``n`` is negative.
+        ConfigurationError: ``n`` is negative, or so large that the threads would only wait for each other.
     """
     if n < 0:
         raise ConfigurationError(f"threads must be 0 (all cores) or more, got {n}")
-    return n or available_cores()
+    cores = available_cores()
+    if n > MAX_THREADS_PER_CORE * cores:
+        raise ConfigurationError(
+            f"runtime.threads: {n} threads on {cores} core{'s' if cores > 1 else ''} would only wait for each other; "
+            f"use at most {MAX_THREADS_PER_CORE * cores}, or 0 for one on each core"
+        )
+    return n or cores
 
 
 def set_threads(n: int) -> int:

@@ -15,9 +15,18 @@ from layerlens.utils.threads import THREAD_VARIABLES, available_cores, resolve_t
 def test_zero_means_the_cores_of_this_process() -> None:
     assert resolve_threads(0) == available_cores()
     assert 1 <= available_cores() <= len(os.sched_getaffinity(0))
-    assert resolve_threads(3) == 3
+    assert resolve_threads(3) == 3  # up to four for each core
     with pytest.raises(ConfigurationError, match="0 \\(all cores\\) or more, got -1"):
         resolve_threads(-1)
+
+
+def test_far_more_threads_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "available_cores", lambda: 2)
+    assert resolve_threads(8) == 8
+    with pytest.raises(
+        ConfigurationError, match=r"^runtime\.threads: 9 threads on 2 cores .* 0 for 2 cores, and 8 at most$"
+    ):
+        resolve_threads(9)
 
 
 def test_every_pool_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
