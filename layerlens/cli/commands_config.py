@@ -34,19 +34,21 @@ def init(
     if path.exists() and not force:
         raise ConfigurationError(f"{path} is already there; give another name, or --force to replace it")
     atomic_write_text(path, example_config(model or EXAMPLE_MODEL, data or EXAMPLE_SOURCE))
-    output.note(f"Wrote {path}. Set the model, the data and your budgets in it, then: layerlens run {path}")
+    output.note(f"Wrote {path}. Set the model, the data and your budgets in it, then: {output.command('run', path)}")
 
 
 @guarded()
 def validate(config: Config, settings: Set = None, json: Json = False, debug: Debug = False) -> None:
     """Check a configuration without running it."""
     from layerlens.config import load_run_config
+    from layerlens.utils.threads import resolve_threads
 
     checked = load_run_config(config, settings or ())
+    resolve_threads(checked.runtime.threads)  # the only setting that this machine may not have
     if json:
         output.json_result(checked.model_dump(mode="json"))
     else:
-        output.note(f"{config} is valid. Run it with: layerlens run {config}")
+        output.note(f"{config} is valid. Run it with: {output.command('run', config)}")
 
 
 @guarded()

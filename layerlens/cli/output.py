@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,11 @@ def short(path: Path) -> str:
         return str(path.absolute().relative_to(Path.cwd()))
     except ValueError:  # it lies elsewhere
         return str(path)
+
+
+def command(*words: str | Path) -> str:
+    """A ``layerlens`` command to paste into a shell, whatever is in the names."""
+    return shlex.join(["layerlens", *map(str, words)])
 
 
 def _line(kind: str, style: str, line: str) -> None:

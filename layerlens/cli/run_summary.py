@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from layerlens.cli import tables
-from layerlens.cli.output import short
+from layerlens.cli.output import command, short
 
 if TYPE_CHECKING:
     from layerlens.pipeline import RunResult
@@ -47,8 +47,8 @@ def next_command(result: RunResult) -> str:
     """The command to type after a run: see how to train; after ``optimize``, write the adapter first."""
     manifest = short(result.files["manifest_json"])
     if "peft" in result.files or "modules" in result.files:
-        return f"layerlens apply {manifest}"
-    return f"layerlens apply {manifest} --output {short(result.directory)}"
+        return command("apply", manifest)
+    return command("apply", manifest, "--output", short(result.directory))
 
 
 def as_json(result: RunResult) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,25 @@ def test_validate(invoke: Invoke) -> None:
     assert result.stderr == "config.yaml is valid. Run it with: layerlens run config.yaml\n"
     as_json = parsed(invoke("validate", "config.yaml", "--json", "--set", "runtime.seed=5"))
     assert RunConfig(**as_json).runtime.seed == 5
+
+
+def test_commands_can_be_pasted_whatever_the_name(invoke: Invoke, tmp_path: Path) -> None:
+    name = "my job; $(x) & 'y'.yaml"
+    init, validate, missing = invoke("init", name), invoke("validate", name), invoke("validate", f"no {name}")
+    for result, command, given in ((init, "run", name), (validate, "run", name), (missing, "init", f"no {name}")):
+        pasted = result.stderr[result.stderr.rindex(f"layerlens {command} ") :]
+        assert shlex.split(pasted) == ["layerlens", command, given]
+
+
+@pytest.mark.parametrize("command", [["validate"], ["run", "--quiet"]])
+def test_far_more_threads_than_cores_are_refused(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setattr("layerlens.utils.threads.available_cores", lambda: 2)
+    result = invoke(*command, "config.yaml", "--set", "runtime.threads=1000")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: runtime.threads: 1000 threads on 2 cores ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_every_problem_is_one_line_with_its_place(invoke: Invoke, tmp_path: Path) -> None:

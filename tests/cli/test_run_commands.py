@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,12 @@ def test_settings_replace_those_of_the_file(invoke: Invoke, pipeline: FakePipeli
     assert invoke("run", "config.yaml", "--set", "optimization.max_trainable_params=2e4", "--set", "runtime.seed=9")
     config = pipeline.calls[0]["config"]
     assert (config.optimization.max_trainable_params, config.runtime.seed) == (20_000, 9)
+
+
+def test_the_next_command_can_be_pasted_whatever_the_name(invoke: Invoke, pipeline: FakePipeline) -> None:
+    stderr = invoke("optimize", "s.safetensors", "-c", "config.yaml", "--output", "my out; $(x)").stderr
+    words = shlex.split(stderr[stderr.index("Next: ") + len("Next: ") :])
+    assert words == ["layerlens", "apply", "my out; $(x)/manifest.json", "--output", "my out; $(x)"]
 
 
 def test_json_goes_to_stdout_alone(invoke: Invoke, pipeline: FakePipeline, tmp_path: Path) -> None:
