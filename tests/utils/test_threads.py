@@ -23,9 +23,7 @@ def test_zero_means_the_cores_of_this_process() -> None:
 def test_far_more_threads_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "available_cores", lambda: 2)
     assert resolve_threads(8) == 8
-    with pytest.raises(
-        ConfigurationError, match=r"^runtime\.threads: 9 threads on 2 cores .* 0 for 2 cores, and 8 at most$"
-    ):
+    with pytest.raises(ConfigurationError, match=r"^runtime\.threads: 9 threads on 2 cores .*; use at most 8, or 0 "):
         resolve_threads(9)
 
 
