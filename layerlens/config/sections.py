@@ -23,8 +23,11 @@ class ModelConfig(ConfigModel):
         description="Directory of a transformers model, a Hugging Face hub name, or `package:NAME` for an installed "
         "package whose `get_model_path()` returns such a directory.",
     )
-    task: Literal["sequence-classification"] = Field(
-        default="sequence-classification", description="What the model is to be fine-tuned for."
+    task: Literal["sequence-classification", "regression", "causal-lm"] = Field(
+        default="sequence-classification",
+        description="What the model is to be fine-tuned for: `sequence-classification` (single texts or sentence "
+        "pairs), `regression` (one number for each text or pair, squared error), `causal-lm` (next tokens; the data "
+        "needs no labels).",
     )
     dtype: Literal["float32"] = Field(default="float32", description="Precision of the weights while profiling.")
     head_fit_samples: int = Field(
@@ -41,11 +44,15 @@ class DataConfig(ConfigModel):
 
     source: str = Field(
         min_length=1,
-        description="A .jsonl or .csv file, or `builtin:stdlib-docstrings` (docstrings of the running Python's "
-        "standard library, labelled by the package they come from).",
+        description="A .jsonl, .csv or .parquet file; a directory that `datasets` saved with save_to_disk; "
+        "`hf:NAME:SPLIT` for a data set of the Hugging Face hub; or `builtin:stdlib-docstrings` (docstrings of the "
+        "running Python's standard library, labelled by the package they come from).",
     )
     text_column: str | None = Field(
         default=None, description="Column with the text; found by itself when one column is obviously text."
+    )
+    pair_column: str | None = Field(
+        default=None, description="Column with the second sentence, for tasks on sentence pairs."
     )
     label_column: str | None = Field(
         default=None, description="Column with the label; `label`, `labels`, `class` or `target` when not given."

@@ -12,19 +12,22 @@ TEST_SHARE = 0.15
 
 @dataclass(frozen=True)
 class TextDataset:
-    """Texts with class labels.
+    """Texts with what a model is to say of them.
 
     Args:
         texts: the texts, none of them empty.
-        labels: index into ``label_names`` for each text.
-        label_names: the classes, sorted.
+        labels: for each text the index into ``label_names``; a number where the task is regression; 0 where the text is
+            its own target (language models).
+        label_names: the classes, sorted; none where there are no classes.
         description: one line on where the data comes from, for the report.
+        pairs: the second sentence of each text, where the task has one.
     """
 
     texts: tuple[str, ...]
-    labels: tuple[int, ...]
+    labels: tuple[float, ...]
     label_names: tuple[str, ...]
     description: str
+    pairs: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -33,9 +36,17 @@ class TextDataset:
     def fingerprint(self) -> str:
         """SHA-256 over texts and labels in order."""
         digest = hashlib.sha256()
-        for text, label in zip(self.texts, self.labels, strict=True):
-            digest.update(f"{len(text)}:{text}={self.label_names[label]};".encode())
+        for text, label in zip(self.whole_texts, self.labels, strict=True):
+            said = self.label_names[int(label)] if self.label_names else repr(label)
+            digest.update(f"{len(text)}:{text}={said};".encode())
         return digest.hexdigest()
+
+    @property
+    def whole_texts(self) -> tuple[str, ...]:
+        """Every sample's text, with its second sentence where there is one: what a sample is told apart by."""
+        if not self.pairs:
+            return self.texts
+        return tuple(f"{text}\0{pair}" for text, pair in zip(self.texts, self.pairs, strict=True))
 
     def select(self, indices: list[int]) -> TextDataset:
         """The samples with these indices, in this order."""
@@ -44,6 +55,7 @@ class TextDataset:
             tuple(self.labels[index] for index in indices),
             self.label_names,
             self.description,
+            tuple(self.pairs[index] for index in indices) if self.pairs else (),
         )
 
     def split(self, n_calibration: int, n_head: int, seed: int) -> tuple[TextDataset, TextDataset]:
@@ -56,7 +68,7 @@ class TextDataset:
             DataError: fewer than 2 samples are left for calibration.
         """
         keyed = []
-        for index, text in enumerate(self.texts):
+        for index, text in enumerate(self.whole_texts):
             content = hashlib.sha256(text.encode()).digest()
             if int.from_bytes(content[:8], "big") >= TEST_SHARE * 2**64:
                 keyed.append((hashlib.sha256(f"{seed}:{index}:".encode() + content).digest(), index))

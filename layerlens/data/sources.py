@@ -1,113 +1,131 @@
-"""From ``data.source`` to a TextDataset: built-in names, JSONL and CSV files."""
+"""From ``data.source`` to a TextDataset: which reader, which columns, and what the labels are."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import json
+import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import TextDataset
+from layerlens.data.readers import READERS, Rows, read_hub_dataset, read_saved_dataset
 from layerlens.data.stdlib_docstrings import stdlib_docstrings
 from layerlens.exceptions import DataError, DataNotFoundError
 
+CLASSIFICATION, REGRESSION, CAUSAL_LM = "sequence-classification", "regression", "causal-lm"
+HUB_PREFIX = "hf:"
+FORMATS = ".jsonl, .csv or .parquet"
 BUILTINS = {"builtin:stdlib-docstrings": stdlib_docstrings}
 LABEL_COLUMNS = ("label", "labels", "class", "target")
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "question")
-MAX_CSV_FIELD = 2**31 - 1
 
 
-def load_dataset(config: DataConfig, base_dir: Path | None = None) -> TextDataset:
-    """The labelled texts that ``config.source`` names; relative files are looked for below ``base_dir``.
+def load_dataset(config: DataConfig, base_dir: Path | None = None, task: str = CLASSIFICATION) -> TextDataset:
+    """The texts that ``config.source`` names, with the labels that ``task`` needs.
+
+    Relative files are looked for below ``base_dir``.
 
     Raises:
-        DataNotFoundError: no such built-in or file.
-        DataError: the file cannot be used; the message has the line or the columns it found.
+        DataNotFoundError: no such built-in, file or data set.
+        DataError: the data cannot be used; the message has the line or the columns it found.
     """
     if config.source.startswith("builtin:"):
-        if config.source not in BUILTINS:
-            raise DataNotFoundError(f"data.source: unknown {config.source!r}; built in: {', '.join(BUILTINS)}")
-        return BUILTINS[config.source]()
+        return _built_in(config.source, task)
+    if config.source.startswith(HUB_PREFIX):
+        rows, place = read_hub_dataset(config.source.removeprefix(HUB_PREFIX)), Path(config.source)
+        return _as_dataset(rows, config, place, task)
     path = (base_dir or Path()) / Path(config.source).expanduser()
+    if path.is_dir():
+        return _as_dataset(read_saved_dataset(path), config, path, task)
     if not path.is_file():
         raise DataNotFoundError(
-            f"data.source: no file at {path}; give a .jsonl or .csv file, or {next(iter(BUILTINS))}"
+            f"data.source: no file at {path}; give a {FORMATS} file, a directory that datasets saved, hf:NAME, or "
+            f"{next(iter(BUILTINS))}"
         )
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
-    if path.suffix.lower() not in readers:
-        raise DataError(f"data.source: {path.name} is not .jsonl or .csv; convert it, or give another file")
+    if path.suffix.lower() not in READERS:
+        raise DataError(f"data.source: {path.name} is not {FORMATS}; convert it, or give another file")
     try:
-        rows = readers[path.suffix.lower()](path)
+        rows = READERS[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
         raise DataError(f"data.source: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    return _as_dataset(rows, config, path)
+    return _as_dataset(rows, config, path, task)
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"data.source: {path}:{number}:{min(error.colno, len(line.rstrip()) + 1)}: not JSON: {error.msg}"
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"data.source: {path}:{number}: every line must be a JSON object, got {type(row).__name__}"
-                )
-            rows.append(row)
-    return rows
+def _built_in(source: str, task: str) -> TextDataset:
+    if source not in BUILTINS:
+        raise DataNotFoundError(f"data.source: unknown {source!r}; built in: {', '.join(BUILTINS)}")
+    found = BUILTINS[source]()
+    if task == REGRESSION:
+        raise DataError(f"data.source: {source} has classes, not numbers; use it with {CLASSIFICATION} or {CAUSAL_LM}")
+    if task == CAUSAL_LM:
+        return replace(found, labels=(0.0,) * len(found), label_names=())
+    return found
 
 
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    csv.field_size_limit(MAX_CSV_FIELD)
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, restkey="", strict=True)
-        try:
-            rows = list(reader)
-        except csv.Error as error:
-            raise DataError(f"data.source: {path}:{reader.line_num}: not CSV: {error}") from error
-    for number, row in enumerate(rows, start=2):
-        if "" in row or None in row.values():
-            raise DataError(
-                f"data.source: {path}: record {number} has not the {len(reader.fieldnames or ())} fields of the header"
-            )
-    return rows
-
-
-def _as_dataset(rows: list[dict[str, Any]], config: DataConfig, path: Path) -> TextDataset:
+def _as_dataset(rows: Rows, config: DataConfig, path: Path, task: str) -> TextDataset:
     if not rows:
         raise DataError(f"data.source: {path} has no samples; give one JSON object or CSV record for each sample")
     columns = list(rows[0])
-    label_column = _column(config.label_column, "label_column", columns, LABEL_COLUMNS, path)
-    texts_only = [name for name in columns if name != label_column and isinstance(rows[0][name], str)]
+    label_column = None
+    if task != CAUSAL_LM:
+        label_column = _column(config.label_column, "label_column", columns, LABEL_COLUMNS, path)
+    taken = (label_column, config.pair_column)
+    texts_only = [name for name in columns if name not in taken and isinstance(rows[0][name], str)]
     guesses = TEXT_COLUMNS if len(texts_only) != 1 else (*TEXT_COLUMNS, texts_only[0])
     text_column = _column(config.text_column, "text_column", columns, guesses, path)
-    texts, raw_labels = [], []
+    texts = _texts(rows, text_column, path)
+    pairs: tuple[str, ...] = ()
+    if config.pair_column is not None:
+        pairs = _texts(rows, _column(config.pair_column, "pair_column", columns, (), path), path)
+    if label_column is None:
+        return TextDataset(texts, (0.0,) * len(texts), (), path.name, pairs)
+    if task == REGRESSION:
+        return TextDataset(texts, _numbers(rows, label_column, path), (), path.name, pairs)
+    labels, names = _classes(rows, label_column, path)
+    return TextDataset(texts, labels, names, path.name, pairs)
+
+
+def _texts(rows: Rows, column: str, path: Path) -> tuple[str, ...]:
     for number, row in enumerate(rows, start=1):
-        text, label = row.get(text_column), row.get(label_column)
+        text = row.get(column)
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f"data.source: {path}: sample {number} has no text in column {text_column!r}, got {text!r}")
+            raise DataError(f"data.source: {path}: sample {number} has no text in column {column!r}, got {text!r}")
+    return tuple(row[column] for row in rows)
+
+
+def _numbers(rows: Rows, column: str, path: Path) -> tuple[float, ...]:
+    numbers = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            value = float(row.get(column))  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise DataError(
+                f"data.source: {path}: sample {number} has no finite number in column {column!r}, got "
+                f"{row.get(column)!r}; regression needs one for each sample"
+            )
+        numbers.append(value)
+    return tuple(numbers)
+
+
+def _classes(rows: Rows, column: str, path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Indices, and the names that they are indices into."""
+    raw_labels = []
+    for number, row in enumerate(rows, start=1):
+        label = row.get(column)
         if not isinstance(label, (str, int)) or label == "":
             raise DataError(
-                f"data.source: {path}: sample {number} has no class in column {label_column!r}, got {label!r}; "
+                f"data.source: {path}: sample {number} has no class in column {column!r}, got {label!r}; "
                 "classes are strings or integers"
             )
-        texts.append(text)
         raw_labels.append(str(label))
     names = sorted(set(raw_labels), key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
     if len(names) < 2:
-        raise DataError(
-            f"data.source: {path}: column {label_column!r} has one class only ({names[0]!r}); two are needed"
-        )
+        raise DataError(f"data.source: {path}: column {column!r} has one class only ({names[0]!r}); two are needed")
     index = {name: position for position, name in enumerate(names)}
-    return TextDataset(tuple(texts), tuple(index[label] for label in raw_labels), tuple(names), path.name)
+    return tuple(index[label] for label in raw_labels), tuple(names)
 
 
 def _column(given: str | None, key: str, columns: list[str], guesses: tuple[str, ...], path: Path) -> str:

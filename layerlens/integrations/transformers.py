@@ -21,6 +21,13 @@ from layerlens.models import LayerSpec, ModelSpec
 if TYPE_CHECKING:
     import torch
 
+AUTO_CLASSES = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+"""Task -> the class of transformers that loads a model for it."""
+
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # The end of a module's path inside its block -> its role. Longer endings are tried first.
@@ -175,28 +182,31 @@ def load_pretrained(
         ModelNotFoundError: the model cannot be found or read.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    import transformers
 
-    if task != "sequence-classification":
-        raise ModelSpecError(f"model.task: {task!r} is not supported; supported: sequence-classification")
+    if task not in AUTO_CLASSES:
+        raise ModelSpecError(f"model.task: {task!r} is not supported; supported: {', '.join(AUTO_CLASSES)}")
+    auto_class = getattr(transformers, AUTO_CLASSES[task])
+    heads: dict[str, Any] = {}
+    if task == "sequence-classification":
+        id2label = dict(enumerate(labels))
+        heads = {"num_labels": len(labels), "id2label": id2label, "label2id": {y: x for x, y in id2label.items()}}
+    elif task == "regression":
+        heads = {"num_labels": 1, "problem_type": "regression"}
     path = resolve_model_path(name_or_path, base_dir)
     local_only = _hub_copy_only(path, name_or_path)
-    label2id = {label: index for index, label in enumerate(labels)}
-    id2label = {index: label for label, index in label2id.items()}
     with torch.random.fork_rng(devices=[]), _quiet_transformers():
         torch.manual_seed(seed)
         try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            model, info = auto_class.from_pretrained(
                 path,
-                num_labels=len(labels),
-                id2label=id2label,
-                label2id=label2id,
+                **heads,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 local_files_only=local_only,
             )
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_only)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local_only)
         except (OSError, ValueError, KeyError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelNotFoundError(f"model.name_or_path: cannot load {name_or_path!r}: {first_line}") from error
@@ -206,7 +216,13 @@ def load_pretrained(
         model.config.pad_token_id = tokenizer.pad_token_id
     model.eval().requires_grad_(False)
     mismatched = (entry[0] for entry in info["mismatched_keys"])
-    return PretrainedModel(model, tokenizer, path, tuple(sorted({*info["missing_keys"], *mismatched})))
+    new_parameters = tuple(sorted({*info["missing_keys"], *mismatched}))
+    if task == "causal-lm" and new_parameters:
+        raise ModelSpecError(
+            f"model.task: {name_or_path!r} has no weights for {new_parameters[0]} and cannot predict tokens; give a "
+            "language model's checkpoint"
+        )
+    return PretrainedModel(model, tokenizer, path, new_parameters)
 
 
 def load_model(

@@ -28,6 +28,7 @@ from layerlens.profiling.measure import measure, refuse_non_finite
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.saved_pass import SavedPass
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
+from layerlens.profiling.tasks import TASKS
 from layerlens.tuning import export_adapter
 from layerlens.utility import needed_statistics, utility_table
 from layerlens.utils.atomic import atomic_write_bytes, check_writable, staged_directory
@@ -88,7 +89,7 @@ def run_config(
     threads = resolve_threads(config.runtime.threads)
     set_threads(threads)
     with clock.stage("load"), progress.stage("Loading model and data"):
-        dataset = load_dataset(config.data, base_dir)
+        dataset = load_dataset(config.data, base_dir, config.model.task)
         calibration, head_data = _split(dataset, config, warnings)
         pretrained = load_pretrained(
             config.model.name_or_path,
@@ -105,6 +106,8 @@ def run_config(
             calibration.labels,
             max_length=config.data.max_length,
             batch_size=config.data.batch_size,
+            pairs=calibration.pairs,
+            targets=TASKS[config.model.task].targets,
         )
     with clock.stage("profile"):
         identity = _statistics_identity(config, spec, calibration, head_data, threads)
@@ -216,6 +219,7 @@ def _profile(
     saved: SavedPass | None,
 ) -> ModelStatistics:
     """Fit the head if it is new, then measure every layer."""
+    task = TASKS[config.model.task]
     if pretrained.new_parameters and len(head_data):
         head_batches = make_batches(
             pretrained.tokenizer,
@@ -223,8 +227,10 @@ def _profile(
             head_data.labels,
             max_length=config.data.max_length,
             batch_size=HEAD_BATCH_SIZE,
+            pairs=head_data.pairs,
+            targets=task.targets,
         )
-        fit_head(pretrained.model, pretrained.new_parameters, head_batches, progress)
+        fit_head(pretrained.model, pretrained.new_parameters, head_batches, progress, task.loss)
     return measure(
         pretrained.model,
         spec,
@@ -234,6 +240,7 @@ def _profile(
         sequence_length=config.data.max_length,
         threads=threads,
         progress=progress,
+        loss=task.loss,
         saved=saved,
     )
 
@@ -300,7 +307,8 @@ def _warn_of_overrun(manifest: Manifest, measured: dict[str, Any], warnings: _Wa
 
 def _split(dataset: TextDataset, config: RunConfig, warnings: _Warnings) -> tuple[TextDataset, TextDataset]:
     """Calibration and head samples; says so when the data has fewer than were asked for."""
-    wanted = config.data.calibration_samples, config.model.head_fit_samples
+    head_samples = config.model.head_fit_samples if TASKS[config.model.task].new_head else 0
+    wanted = config.data.calibration_samples, head_samples
     parts = dataset.split(*wanted, config.runtime.seed)
     names = ("data.calibration_samples", "model.head_fit_samples")
     for name, asked, part in zip(names, wanted, parts, strict=True):
@@ -327,9 +335,9 @@ def _model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: TextDa
     """What the manifest records so that the base model can be loaded again."""
     return {
         "task": config.model.task,
-        "num_labels": len(dataset.label_names),
+        "num_labels": 1 if config.model.task == "regression" else len(dataset.label_names),
         "labels": list(dataset.label_names),
-        "head_modules": list(task_heads(pretrained.model)),
+        "head_modules": list(task_heads(pretrained.model)) if TASKS[config.model.task].new_head else [],
         "model_type": str(getattr(pretrained.model.config, "model_type", "")),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,20 @@ class Batch:
         return sum(int(mask.sum()) for mask in self.masks) if self.masks else len(self.index)
 
 
+def class_targets(inputs: dict[str, torch.Tensor], labels: list[float]) -> torch.Tensor:
+    """Classes, int64 [b]."""
+    return torch.tensor([int(label) for label in labels])
+
+
 def make_batches(
-    tokenizer: Any, texts: Sequence[str], labels: Sequence[int], *, max_length: int, batch_size: int
+    tokenizer: Any,
+    texts: Sequence[str],
+    labels: Sequence[float],
+    *,
+    max_length: int,
+    batch_size: int,
+    pairs: Sequence[str] = (),
+    targets: Callable[[dict[str, torch.Tensor], list[float]], torch.Tensor] = class_targets,
 ) -> list[Batch]:
     """Batches of texts of like length, longest last, so that little is padding.
 
@@ -51,8 +63,10 @@ def make_batches(
         texts, labels: the samples.
         max_length: longest sequence, in tokens; longer ones are truncated.
         batch_size: samples in a batch.
+        pairs: the second sentence of each text, where there are any.
+        targets: from a batch's inputs and labels to ``Batch.labels``; int64 classes unless given.
     """
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)
+    encoded = tokenizer(list(texts), list(pairs) or None, truncation=True, max_length=max_length)
     lengths = [len(ids) for ids in encoded["input_ids"]]
     order = sorted(range(len(texts)), key=lambda sample: (lengths[sample], sample))
     batches = []
@@ -61,5 +75,6 @@ def make_batches(
         rows = {key: [encoded[key][sample] for sample in chosen] for key in encoded}
         inputs = dict(tokenizer.pad(rows, padding=True, return_tensors="pt"))
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-        batches.append(Batch(inputs, torch.tensor([labels[sample] for sample in chosen]), torch.tensor(chosen)))
+        of_chosen = targets(inputs, [labels[sample] for sample in chosen])
+        batches.append(Batch(inputs, of_chosen, torch.tensor(chosen)))
     return batches

@@ -11,6 +11,7 @@ import torch
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.transformers import frozen_part
 from layerlens.profiling.batches import Batch
+from layerlens.profiling.losses import Loss, classification_loss
 from layerlens.utils.progress import Progress
 
 RIDGE = 1e-3
@@ -18,7 +19,11 @@ MAX_ITERATIONS = 200
 
 
 def fit_head(
-    model: torch.nn.Module, new_parameters: Sequence[str], batches: Sequence[Batch], progress: Progress
+    model: torch.nn.Module,
+    new_parameters: Sequence[str],
+    batches: Sequence[Batch],
+    progress: Progress,
+    loss_of: Loss = classification_loss,
 ) -> float:
     """Fit the new head in place by ridge-penalised maximum likelihood (L-BFGS on cached features); its final mean loss.
 
@@ -29,7 +34,6 @@ def fit_head(
     """
     frozen = [model.get_submodule(path) for path in frozen_part(model, new_parameters)]
     features = _features(model, frozen[-1], batches, progress)
-    labels = torch.cat([batch.labels for batch in batches])
     parameters = [model.get_parameter(name) for name in new_parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -39,9 +43,10 @@ def fit_head(
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        logits = torch.cat([_replayed(model, frozen, *pair) for pair in zip(batches, features, strict=True)])
+        pairs = zip(batches, features, strict=True)
+        losses = [loss_of(_replayed(model, frozen, batch, output), batch) for batch, output in pairs]
         penalty = RIDGE * sum((parameter**2).sum() for parameter in parameters)
-        value = torch.nn.functional.cross_entropy(logits, labels) + penalty
+        value = torch.cat(losses).mean() + penalty
         value.backward()
         return value
 

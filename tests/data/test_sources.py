@@ -42,7 +42,7 @@ def test_the_only_text_column_is_found(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
-        ("d.txt", "x", {}, r"not \.jsonl or \.csv"),
+        ("d.txt", "x", {}, r"not \.jsonl, \.csv or \.parquet"),
         ("d.jsonl", "", {}, "has no samples"),
         ("d.jsonl", '{"text": "a"\n', {}, r"d\.jsonl:1:\d+: not JSON"),
         ("d.jsonl", "[1]\n", {}, "must be a JSON object, got list"),
@@ -103,3 +103,58 @@ def test_splits_are_disjoint_deterministic_and_leave_the_test_texts_alone(size, 
     other_seed = dataset.split(size, 0, seed + 1)[0].texts
     assert set(everything) == set(other_seed)  # the test split does not depend on the seed
     assert set(calibration.texts) | set(head.texts) <= set(everything)
+
+
+def test_parquet_and_saved_data_sets_give_the_same_as_jsonl(tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    content = {"text": ["one, two", "three"], "label": ["b", "a"]}
+    rows = datasets.Dataset.from_dict(content)
+    rows.to_parquet(tmp_path / "d.parquet")
+    classes = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    numbered = datasets.Dataset.from_dict({"text": content["text"], "label": [1, 0]}, features=classes)
+    numbered.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": numbered, "test": rows}).save_to_disk(tmp_path / "splits")
+    for source in ("d.parquet", "saved", "splits"):
+        dataset = load_dataset(DataConfig(source=source), tmp_path)
+        assert dataset.texts == ("one, two", "three"), source
+        assert dataset.label_names == ("a", "b"), source
+        assert dataset.labels == (1, 0), source
+
+
+def test_unusable_tables_and_directories_are_refused(tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "d.parquet").write_bytes(b"no table")
+    with pytest.raises(DataError, match="is not a Parquet file"):
+        load_dataset(DataConfig(source="d.parquet"), tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="not one that datasets' save_to_disk wrote"):
+        load_dataset(DataConfig(source="folder"), tmp_path)
+    only = datasets.Dataset.from_dict({"text": ["a"], "label": ["x"]})
+    datasets.DatasetDict({"test": only}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(DataError, match="has the splits test and none named 'train'"):
+        load_dataset(DataConfig(source="splits"), tmp_path)
+
+
+def test_hub_names_that_cannot_be_loaded_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+
+    def load(name: str, split: str) -> object:
+        if name == "org/known":
+            return datasets.Dataset.from_dict({"text": [f"{split} 1", f"{split} 2"], "label": ["x", "y"]})
+        raise FileNotFoundError(f"Couldn't find any data at {name}")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_dataset(DataConfig(source="hf:org/known:test"), tmp_path).texts == ("test 1", "test 2")
+    assert load_dataset(DataConfig(source="hf:org/known"), tmp_path).texts == ("train 1", "train 2")
+    with pytest.raises(DataNotFoundError, match="cannot load hf:org/none: Couldn't find any data"):
+        load_dataset(DataConfig(source="hf:org/none"), tmp_path)
+
+
+def test_second_sentences_are_part_of_a_sample(tmp_path: Path):
+    content = "".join(f'{{"a": "same", "b": "other {n}", "label": {n % 2}}}\n' for n in range(40))
+    dataset = read(tmp_path, "d.jsonl", content, text_column="a", pair_column="b")
+    assert dataset.pairs[:2] == ("other 0", "other 1")
+    calibration, head = dataset.split(10, 10, seed=0)
+    assert not set(calibration.pairs) & set(head.pairs)
+    alone = read(tmp_path, "e.jsonl", content, text_column="a")
+    assert alone.fingerprint != dataset.fingerprint

@@ -1,0 +1,140 @@
+"""Rows of a file or data set, each a mapping of column to value, with the place of what cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from layerlens.exceptions import DataError, DataNotFoundError
+
+Rows = list[dict[str, Any]]
+MAX_CSV_FIELD = 2**31 - 1
+DEFAULT_SPLIT = "train"
+
+
+def read_jsonl(path: Path) -> Rows:
+    """One JSON object a line; blank lines are skipped.
+
+    Raises:
+        DataError: with line and column of what is no JSON object.
+    """
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"data.source: {path}:{number}:{min(error.colno, len(line.rstrip()) + 1)}: not JSON: {error.msg}"
+                ) from error
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"data.source: {path}:{number}: every line must be a JSON object, got {type(row).__name__}"
+                )
+            rows.append(row)
+    return rows
+
+
+def read_csv(path: Path) -> Rows:
+    """Records under a header line.
+
+    Raises:
+        DataError: with the line of what is no CSV, or the record that has not as many fields as the header.
+    """
+    csv.field_size_limit(MAX_CSV_FIELD)
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, restkey="", strict=True)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise DataError(f"data.source: {path}:{reader.line_num}: not CSV: {error}") from error
+    for number, row in enumerate(rows, start=2):
+        if "" in row or None in row.values():
+            raise DataError(
+                f"data.source: {path}: record {number} has not the {len(reader.fieldnames or ())} fields of the header"
+            )
+    return rows
+
+
+def read_parquet(path: Path) -> Rows:
+    """Every row of a Parquet file.
+
+    Raises:
+        DataError: it is no Parquet file, or pyarrow is not installed.
+    """
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"data.source: {path.name} needs pyarrow; run: pip install 'layerlens[hf]', or convert it to .jsonl"
+        ) from error
+    try:
+        return read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"data.source: {path} is not a Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def read_saved_dataset(path: Path) -> Rows:
+    """A directory that ``datasets`` wrote with ``save_to_disk``; of several splits the one named train.
+
+    Raises:
+        DataError: it is no such directory, or has no split named train.
+    """
+    datasets = _datasets_library(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(
+            f"data.source: {path} is a directory, but not one that datasets' save_to_disk wrote; give a file in it"
+        ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if DEFAULT_SPLIT not in loaded:
+            raise DataError(
+                f"data.source: {path} has the splits {', '.join(loaded)} and none named {DEFAULT_SPLIT!r}; give the "
+                f"directory of one, such as {path / next(iter(loaded))}"
+            )
+        loaded = loaded[DEFAULT_SPLIT]
+    return _rows_of(loaded)
+
+
+def read_hub_dataset(name: str) -> Rows:
+    """``NAME`` or ``NAME:SPLIT`` from the Hugging Face hub or its local cache.
+
+    Raises:
+        DataNotFoundError: there is no such data set or split, or the hub cannot be reached and nothing is cached.
+    """
+    dataset, _, split = name.partition(":")
+    library = _datasets_library(f"hf:{name}")
+    try:
+        return _rows_of(library.load_dataset(dataset, split=split or DEFAULT_SPLIT))
+    except (OSError, ValueError, RuntimeError) as error:  # the library's own errors derive from these
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataNotFoundError(f"data.source: cannot load hf:{name}: {first_line}") from error
+
+
+def _rows_of(dataset: Any) -> Rows:
+    """Rows with the names of classes in place of their numbers."""
+    named = {name: feature for name, feature in dataset.features.items() if hasattr(feature, "int2str")}
+    rows: Rows = [dict(row) for row in dataset]
+    for row in rows:
+        for name, feature in named.items():
+            if isinstance(row[name], int) and row[name] >= 0:
+                row[name] = feature.int2str(row[name])
+    return rows
+
+
+def _datasets_library(source: str) -> Any:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise DataError(f"data.source: {source} needs the datasets library: pip install 'layerlens[hf]'") from error
+    return datasets
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
