@@ -10,7 +10,7 @@ import typer
 
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
-from layerlens.cli.parameters import Config, ConfigOption, Debug, Json, Output, Quiet, Set, Statistics
+from layerlens.cli.parameters import Config, ConfigOption, Debug, Explain, Json, Output, Quiet, Set, Statistics
 
 if TYPE_CHECKING:
     from layerlens.config import RunConfig
@@ -26,6 +26,7 @@ def run(
     config: Config,
     directory: Output = None,
     settings: Set = None,
+    explain: Explain = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure the model anew, and keep nothing.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -39,7 +40,7 @@ def run(
     job: Job = lambda progress, warn: run_config(  # noqa: E731 (a def could not be typed in one line)
         checked, base_dir=base_dir, use_cache=not no_cache, progress=progress, warn=warn
     )
-    _show(do(job, quiet), json, quiet)
+    _show(do(job, quiet), json, quiet, explain)
 
 
 @guarded("no result was written")
@@ -48,6 +49,7 @@ def optimize(
     config: ConfigOption,
     directory: Output = None,
     settings: Set = None,
+    explain: Explain = False,
     budget_sweep: Annotated[
         str | None,
         typer.Option(
@@ -71,7 +73,7 @@ def optimize(
         )
 
     if budget_sweep is None:
-        _show(do(job_for(checked), quiet), json, quiet)
+        _show(do(job_for(checked), quiet), json, quiet, explain)
         return
     from layerlens.cli.budget_sweep import show_sweep, sweep_configs
 
@@ -107,13 +109,13 @@ def do(job: Callable[[Progress, Callable[[str], None]], Result], quiet: bool) ->
         output.state.live = None
 
 
-def _show(result: RunResult, json: bool, quiet: bool) -> None:
+def _show(result: RunResult, json: bool, quiet: bool, explain: bool) -> None:
     from layerlens.cli.run_summary import as_json, show
 
     if json:
         output.json_result(as_json(result))
     elif not quiet:
-        show(result, output.console())
+        show(result, output.console(), explain=explain)
 
 
 def _unheard(_line: str) -> None:

@@ -12,6 +12,10 @@ ConfigOption = Annotated[
     Path, typer.Option("--config", "-c", help="Configuration file (YAML) with the budgets.", show_default=False)
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Explain = Annotated[
+    bool,
+    typer.Option("--explain", help="Show for every layer the runner-up and what would make it win."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON to stdout, and no tables.")]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory for the results, instead of the configuration's.")

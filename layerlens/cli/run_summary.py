@@ -20,15 +20,18 @@ FILE_MEANINGS = {
     "peft": "LoRA adapter directory for PEFT, Trainer, TRL ...",
     "modules": "adapters and prefixes, for layerlens.tuning",
     "report": "report, for a browser",
+    "solver_log": "bound and incumbent after every stage of the solver",
     "statistics": "what was measured, for `layerlens optimize`",
 }
 
 
-def show(result: RunResult, console: Console) -> None:
+def show(result: RunResult, console: Console, *, explain: bool = False) -> None:
     """Write the summary of a run for people."""
     manifest = result.manifest
-    checks = tables.measured(result.measured)
-    for part in (tables.chosen(manifest), tables.budgets(manifest.resources), tables.certificate(manifest), checks):
+    parts = [tables.chosen(manifest), tables.budgets(manifest.resources), tables.certificate(manifest)]
+    if explain:
+        parts.append(tables.explanations(result.explanations))
+    for part in (*parts, tables.measured(result.measured)):
         if part is not None:
             console.print(part)
             console.print()
@@ -65,6 +68,7 @@ def as_json(result: RunResult) -> dict[str, Any]:
         "status": manifest.status,
         "solver": manifest.solver,
         "measured": result.measured,
+        "explanations": [asdict(explanation) for explanation in result.explanations],
         "statistics_from_cache": result.statistics_from_cache,
         "seconds": result.seconds,
         "warnings": list(result.warnings),

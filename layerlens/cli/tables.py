@@ -12,10 +12,12 @@ from rich.text import Text
 
 from layerlens.cli.layer_names import Position, positions
 from layerlens.cli.units import METHOD_LETTERS, RESOURCE_NAMES, amount, gap, scaled, share, significant
-from layerlens.models import Manifest, ManifestRow, ResourceUse
+from layerlens.models import LayerExplanation, Manifest, ManifestRow, Option, ResourceUse
 
 FEW_LAYERS = 8
 BAR_WIDTH = 10
+TIE = 1e-12
+"""Differences in score that are rounding."""
 METHOD_STYLES = {"lora": "cyan", "adapter": "magenta", "prefix": "yellow"}
 METHOD_MEANINGS = {"lora": "LoRA rank", "adapter": "adapter width", "prefix": "prefix pairs"}
 _UNCHANGED = "·"
@@ -153,6 +155,40 @@ def _bar(use: ResourceUse) -> Text:
     style = "red" if used > 1 else "green"
     parts = (("▓" * base, "blue"), ("█" * (filled - base), style), ("░" * (BAR_WIDTH - filled), "dim"))
     return Text.assemble(*parts, f" {share(used):>5}")
+
+
+def explanations(each: Sequence[LayerExplanation]) -> RenderableType:
+    """Why each layer got what it got: the runner-up, and what would have to change for it to win."""
+    table = new_table("Why", caption="at the shadow prices of the budgets; score and costs are those of the runner-up")
+    table.add_column("layer")
+    for name in ("chosen", "runner-up", "score short by"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("or cheaper by")
+    places = positions([name for one in each for name in one.layers])
+    for one in each:
+        names = Text(", ".join(_short_name(name, places[name]) for name in one.layers))
+        if one.runner_up is None or one.value_to_flip is None:
+            table.add_row(names, _option(one.chosen), "no other option", "", "")
+        elif one.value_to_flip <= TIE:
+            table.add_row(
+                names, _option(one.chosen), _option(one.runner_up), "0" if one.fits else "0, but does not fit", ""
+            )
+        else:
+            cheaper = (
+                f"{amount(name, less)} {RESOURCE_NAMES.get(name, name)}" for name, less in one.cost_to_flip.items()
+            )
+            table.add_row(
+                names, _option(one.chosen), _option(one.runner_up), significant(one.value_to_flip), " or ".join(cheaper)
+            )
+    return table
+
+
+def _short_name(name: str, place: Position) -> str:
+    return name if place.block is None else f"{place.block} {place.role}"
+
+
+def _option(option: Option) -> str:
+    return f"{option.method} {option.rank}" if option.rank else _UNCHANGED
 
 
 def new_table(title: str, caption: str | None = None) -> Table:

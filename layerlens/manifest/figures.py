@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from layerlens.models import SolverEvent
+
 # Drawn colour -> CSS variable of the page.
 INK, FAINT, METHOD_COLOURS = "#010101", "#020202", {"lora": "#030303", "adapter": "#040404", "prefix": "#050505"}
 _VARIABLES = {INK: "ink", FAINT: "rule", **{colour: method for method, colour in METHOD_COLOURS.items()}}
@@ -97,6 +99,44 @@ def utility_curves(
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return inline_svg(buffer.getvalue(), title=title, description=description, prefix=prefix)
+
+
+def solver_progress(events: Sequence[SolverEvent], *, title: str, prefix: str) -> str:
+    """The proved bound and the best value over time, as steps.
+
+    Args:
+        events: in the order of time.
+        title: what a screen reader says; the page has the figures as a table beside it.
+        prefix: makes the figure's ids unique on the page.
+    """
+    from matplotlib import rc_context, rcdefaults, rcParams
+    from matplotlib.figure import Figure
+
+    found = [event for event in events if event.value is not None]
+    with rc_context():
+        rcdefaults()
+        rcParams.update(_SETTINGS)
+        figure = Figure(figsize=(8.4, 2.0), layout="constrained")
+        axes = figure.subplots()
+        lines = (
+            (events, "upper_bound", INK, "proved bound", "v"),
+            (found, "value", METHOD_COLOURS["lora"], "best found", "o"),
+        )
+        for points, field, colour, label, marker in lines:
+            axes.step(
+                [1e3 * event.seconds for event in points],
+                [getattr(event, field) for event in points],
+                where="post", color=colour, label=label, marker=marker, **_LINE,
+            )  # fmt: skip
+        axes.set_xlabel("time (ms)")
+        axes.set_ylabel("score")
+        axes.grid(True)
+        axes.legend(frameon=False)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return inline_svg(buffer.getvalue(), title=title, description="The table below has the figures.", prefix=prefix)
 
 
 def inline_svg(svg: str, *, title: str, description: str, prefix: str) -> str:

@@ -16,16 +16,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from layerlens.integrations.transformers import role_of
-from layerlens.manifest.figures import Curve, utility_curves
+from layerlens.manifest.figures import Curve, solver_progress, utility_curves
 from layerlens.manifest.formats import RESOURCE_NAMES, UNITS, number, percent, quantity, signed_percent
 from layerlens.models import (
     METHODS,
     RESOURCES,
     CostTable,
+    LayerExplanation,
     Manifest,
     ManifestRow,
     ModelStatistics,
     ResourceUse,
+    SolverEvent,
     UtilityTable,
 )
 from layerlens.utils.atomic import atomic_write_text
@@ -43,6 +45,8 @@ def write_report(
     costs: CostTable,
     statistics: ModelStatistics,
     measured: dict[str, Any],
+    explanations: Sequence[LayerExplanation] = (),
+    events: Sequence[SolverEvent] = (),
 ) -> None:
     """Write the report to ``path``, atomically; the same arguments give the same bytes.
 
@@ -53,6 +57,8 @@ def write_report(
         statistics: what was measured, for the noise of each layer.
         measured: quantity -> {"predicted", "measured", "relative_error"}, or one number; empty when nothing was
             checked.
+        explanations: for each layer, or group of layers that choose alike, the runner-up and what would make it win.
+        events: the solver's log.
 
     Raises:
         OutputError: the file cannot be written.
@@ -76,7 +82,9 @@ def write_report(
         curves=curves,
         curve_methods=[method for method in METHODS[1:] if any(method in curve["methods"] for curve in curves)],
         utility_unit=utilities.unit,
-        layers=_layers(manifest, statistics),
+        layers=_layers(manifest, statistics, explanations),
+        explained=bool(explanations),
+        solver=_solver(events),
         measured_on=_measured_on(statistics),
         provenance=list(_flat({"model": manifest.model, "lora": manifest.lora, **manifest.provenance})),
         method_names=METHOD_NAMES,
@@ -238,8 +246,11 @@ def _curves(manifest: Manifest, utilities: UtilityTable, costs: CostTable) -> li
     return figures
 
 
-def _layers(manifest: Manifest, statistics: ModelStatistics) -> list[dict[str, Any]]:
+def _layers(
+    manifest: Manifest, statistics: ModelStatistics, explanations: Sequence[LayerExplanation]
+) -> list[dict[str, Any]]:
     by_name = statistics.by_name()
+    runners_up = {name: _runner_up(each) for each in explanations for name in each.layers}
     rows = []
     for row in manifest.allocations:
         found = by_name.get(row.layer)
@@ -261,9 +272,38 @@ def _layers(manifest: Manifest, statistics: ModelStatistics) -> list[dict[str, A
                 "latency": quantity("latency_ms", row.latency),
                 "score": number(row.total_score),
                 "noise": "–" if noise is None else percent(noise),
+                "runner_up": runners_up.get(row.layer, "–"),
             }
         )
     return rows
+
+
+def _runner_up(explanation: LayerExplanation) -> str:
+    """The second choice of a layer, and how much more score it would need at the shadow prices."""
+    other = explanation.runner_up
+    if other is None or explanation.value_to_flip is None:
+        return "no other option"
+    name = f"{METHOD_NAMES[other.method]} {other.rank}" if other.rank else "none"
+    if explanation.value_to_flip <= 0:
+        return f"{name}, which scores as high but does not fit beside the other choices"
+    return f"{name}, short of {number(explanation.value_to_flip)}"
+
+
+def _solver(events: Sequence[SolverEvent]) -> dict[str, Any]:
+    """The solver's log as a figure and as rows; empty without events."""
+    if not events:
+        return {}
+    rows = [
+        {
+            "time": f"{1e3 * event.seconds:.3g} ms",
+            "stage": event.stage,
+            "value": "–" if event.value is None else f"{event.value:.7g}",
+            "bound": f"{event.upper_bound:.7g}",
+        }
+        for event in events
+    ]
+    svg = solver_progress(events, title="Proved bound and best allocation over time", prefix="solver")
+    return {"rows": rows, "svg": Markup(svg)}
 
 
 def _measured_on(statistics: ModelStatistics) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """The nouns: frozen dataclasses that the stages hand to one another. They know nothing of torch or files."""
 
-from layerlens.models.allocation import Allocation, AllocationProblem
+from layerlens.models.allocation import Allocation, AllocationProblem, LayerExplanation, SolverEvent
 from layerlens.models.frontier import FrontierRow
 from layerlens.models.manifest import Manifest, ManifestRow, ResourceUse
 from layerlens.models.model_spec import LayerSpec, ModelSpec
@@ -16,6 +16,7 @@ __all__ = [
     "CostTable",
     "FrontierRow",
     "KernelStatistics",
+    "LayerExplanation",
     "LayerSpec",
     "LayerStatistics",
     "Manifest",
@@ -25,6 +26,7 @@ __all__ = [
     "ModelStatistics",
     "Option",
     "ResourceUse",
+    "SolverEvent",
     "UtilityTable",
     "enumerate_options",
     "trainable_params",

@@ -77,3 +77,44 @@ class Allocation:
         """Relative optimality gap (upper_bound - value) / |upper_bound|, 0 where both are 0."""
         difference = max(0.0, self.upper_bound - self.value)
         return difference / abs(self.upper_bound) if self.upper_bound != 0.0 else difference
+
+
+@dataclass(frozen=True)
+class SolverEvent:
+    """One line of the optimisation log: what was known after a stage.
+
+    Args:
+        seconds: wall-clock time since the solve began (the only number here that differs between runs).
+        stage: "multipliers", "guided search", "beam search" or "cp-sat".
+        value: of the best allocation so far, None before there is one.
+        upper_bound: proved so far.
+    """
+
+    seconds: float
+    stage: str
+    value: float | None
+    upper_bound: float
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One layer's choice at the shadow prices of the budgets.
+
+    The *score* of an option is its value minus what it uses of each budget at the budget's shadow price.
+
+    Args:
+        layers: the layer, or the layers that choose alike.
+        chosen: the option in the allocation.
+        runner_up: the other option with the highest score; None if the layer has a single option.
+        value_to_flip: how much more value the runner-up would need to score like the chosen one. Below 0 where the
+            runner-up scores higher and the chosen one is there because it fits what the others leave.
+        cost_to_flip: for each resource with a price, how much less the runner-up would have to use.
+        fits: whether the runner-up would fit the budgets in place of the chosen option, all else equal.
+    """
+
+    layers: tuple[str, ...]
+    chosen: Option
+    runner_up: Option | None
+    value_to_flip: float | None
+    cost_to_flip: dict[str, float]
+    fits: bool

@@ -1,14 +1,12 @@
 """The allocation problem and its certified answer: Lagrangian bound, searches on the core, CP-SAT; frontiers."""
 
-from layerlens.optimization.explain import LayerExplanation, explain
+from layerlens.optimization.explain import explain
 from layerlens.optimization.frontier import Frontier, budget_sweep, frontier
 from layerlens.optimization.problem import build_problem
-from layerlens.optimization.solver import SolverEvent, solve
+from layerlens.optimization.solver import solve
 
 __all__ = [
     "Frontier",
-    "LayerExplanation",
-    "SolverEvent",
     "budget_sweep",
     "build_problem",
     "explain",

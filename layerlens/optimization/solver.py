@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from layerlens.exceptions import OptimizationError
-from layerlens.models import Allocation, AllocationProblem
+from layerlens.models import Allocation, AllocationProblem, SolverEvent
 from layerlens.optimization import cpsat
 from layerlens.optimization.core_search import Incumbent, search_core
 from layerlens.optimization.feasibility import check_feasible, obviously_feasible
@@ -19,23 +18,6 @@ from layerlens.optimization.reduced import Reduced, Summary, reduce
 from layerlens.optimization.sums import exact_sum
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class SolverEvent:
-    """One line of the optimisation log: what was known after a stage.
-
-    Args:
-        seconds: wall-clock time since the solve began (the only number here that differs between runs).
-        stage: "multipliers", "guided search", "beam search" or "cp-sat".
-        value: of the best allocation so far, None before there is one.
-        upper_bound: proved so far.
-    """
-
-    seconds: float
-    stage: str
-    value: float | None
-    upper_bound: float
 
 
 def solve(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.manifest import write_manifest, write_report
 from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
 from layerlens.pipeline.checks import check_manifest
-from layerlens.pipeline.result import RunResult
+from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance, versions
 from layerlens.profiling.batches import Batch, make_batches
 from layerlens.profiling.cache import SensitivityCache, cache_key, default_cache_dir
@@ -31,16 +32,12 @@ from layerlens.profiling.statistics_file import load_statistics, statistics_to_b
 from layerlens.profiling.tasks import TASKS
 from layerlens.tuning import export_adapter
 from layerlens.utility import needed_statistics, utility_table
-from layerlens.utils.atomic import atomic_write_bytes, check_writable, staged_directory
+from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
 
 STATISTICS_VERSION = 2
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
-
-STATISTICS_FILE, REPORT_FILE = "statistics.safetensors", "report.html"
-CHOICE_FILES = ("manifest.json", "manifest.yaml", "peft", "layerlens_modules.safetensors", REPORT_FILE)
-"""What belongs to one choice: whatever of it an earlier choice left behind would contradict the new one."""
 
 HEAD_BATCH_SIZE = 32
 TIMING_NOISE = 0.05
@@ -141,17 +138,18 @@ def run_config(
             longest = batches[-1].inputs
             measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress)
             _warn_of_overrun(manifest, measured, warnings)
-        written["report"] = staging / REPORT_FILE
-        write_report(
-            written["report"],
-            manifest=manifest,
-            utilities=solution.utilities,
-            costs=solution.costs,
-            statistics=statistics,
-            measured=measured,
-        )
+        written |= _write_report(staging, manifest, solution, statistics, measured)
         files = {name: output / path.relative_to(staging) for name, path in written.items()}
-    return RunResult(manifest, output, files, found is not None, clock.seconds, measured, tuple(warnings.lines))
+    return RunResult(
+        manifest,
+        output,
+        files,
+        statistics_from_cache=found is not None,
+        seconds=clock.seconds,
+        measured=measured,
+        explanations=solution.explanations,
+        warnings=tuple(warnings.lines),
+    )
 
 
 def optimize_statistics(
@@ -195,17 +193,36 @@ def optimize_statistics(
     )
     with staged_directory(output, owned=CHOICE_FILES) as staging:
         written = write_manifest(manifest, staging, created_at=_now())
-        written["report"] = staging / REPORT_FILE
-        write_report(
-            written["report"],
-            manifest=manifest,
-            utilities=solution.utilities,
-            costs=solution.costs,
-            statistics=statistics,
-            measured={},
-        )
+        written |= _write_report(staging, manifest, solution, statistics, {})
         files = {name: output / path.relative_to(staging) for name, path in written.items()}
-    return RunResult(manifest, output, files, True, clock.seconds, {}, tuple(warnings.lines))
+    return RunResult(
+        manifest,
+        output,
+        files,
+        statistics_from_cache=True,
+        seconds=clock.seconds,
+        explanations=solution.explanations,
+        warnings=tuple(warnings.lines),
+    )
+
+
+def _write_report(
+    staging: Path, manifest: Manifest, solution: Solution, statistics: ModelStatistics, measured: dict[str, Any]
+) -> dict[str, Path]:
+    """The report, and the solver's log as JSON lines."""
+    report = staging / REPORT_FILE
+    write_report(
+        report,
+        manifest=manifest,
+        utilities=solution.utilities,
+        costs=solution.costs,
+        statistics=statistics,
+        measured=measured,
+        explanations=solution.explanations,
+        events=solution.events,
+    )
+    lines = "".join(json.dumps(asdict(event)) + "\n" for event in solution.events)
+    return {"report": report, "solver_log": atomic_write_text(staging / SOLVER_LOG_FILE, lines)}
 
 
 def _profile(

@@ -15,25 +15,29 @@ from layerlens.models import (
     Allocation,
     AllocationProblem,
     CostTable,
+    LayerExplanation,
     Manifest,
     ManifestRow,
     ModelSpec,
     ResourceUse,
+    SolverEvent,
     UtilityTable,
 )
-from layerlens.optimization import build_problem, solve
+from layerlens.optimization import build_problem, explain, solve
 
 RECORDED_PACKAGES = ("numpy", "torch", "transformers", "peft", "ortools")
 
 
 @dataclass(frozen=True)
 class Solution:
-    """An allocation and everything it was made from."""
+    """An allocation, everything it was made from, why each layer got its option, and how the solver got there."""
 
     utilities: UtilityTable
     costs: CostTable
     problem: AllocationProblem
     allocation: Allocation
+    explanations: tuple[LayerExplanation, ...]
+    events: tuple[SolverEvent, ...]
 
 
 def find_allocation(
@@ -52,6 +56,7 @@ def find_allocation(
         InfeasibleError: the budgets allow nothing; the message has the smallest that would do.
     """
     problem = build_problem(spec, utilities, costs, config)
+    events: list[SolverEvent] = []
     allocation = solve(
         problem,
         refine=config.refine,
@@ -60,8 +65,9 @@ def find_allocation(
         seed=seed,
         threads=threads,
         progress=progress,
+        log=events.append,
     )
-    return Solution(utilities, costs, problem, allocation)
+    return Solution(utilities, costs, problem, allocation, tuple(explain(problem, allocation)), tuple(events))
 
 
 def make_manifest(

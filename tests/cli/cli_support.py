@@ -59,6 +59,7 @@ class FakePipeline(ModuleType):
             statistics_from_cache=bool(measured),
             seconds={"profile": 1.25, "solve": 0.5},
             measured=measured,
+            explanations=(),
             warnings=("data.calibration_samples: asked for 256, the data has 9",),
         )
 

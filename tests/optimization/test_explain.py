@@ -16,7 +16,7 @@ def test_the_stated_value_flips_the_choice():
     price = allocation.multipliers[0]
     flipped = 0
     for group, told in enumerate(explain(problem, allocation)):
-        assert told.layer == problem.layers[group]
+        assert told.layers == (problem.layers[group],)
         assert told.chosen == problem.options[allocation.choice[group]]
         runner_up = problem.options.index(told.runner_up)
         more = np.zeros(len(problem.value))
@@ -38,7 +38,7 @@ def test_single_options_and_free_budgets():
     problem = problem_of([1, 2], [1.0, 0.0, 2.0], [[0.0, 0.0, 3.0]], [10.0])
     alone, free = explain(problem, solve(problem))
     assert alone.runner_up is None
-    assert alone.value_to_flip == np.inf
+    assert alone.value_to_flip is None
     assert free.value_to_flip == 2.0
     assert free.cost_to_flip == {}
     assert free.fits

@@ -12,7 +12,8 @@ from instances import large_problem, problem_of
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from layerlens.kernels import _dispatch
-from layerlens.optimization import SolverEvent, core_search, solve
+from layerlens.models import SolverEvent
+from layerlens.optimization import core_search, solve
 
 
 def same(a, b) -> bool:

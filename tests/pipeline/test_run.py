@@ -102,7 +102,7 @@ def test_two_runs_that_share_nothing_give_the_same_bytes(settings, tmp_path):
             {
                 path.relative_to(result.directory): path.read_bytes().replace(created.encode(), b"")
                 for path in sorted(result.directory.rglob("*"))
-                if path.is_file() and path.name != "report.html"  # the report shows measured times
+                if path.is_file() and path.name not in ("report.html", "solver_log.jsonl")  # these hold measured times
             }
         )
     assert contents[0].keys() == contents[1].keys()
@@ -244,3 +244,17 @@ def test_statistics_that_do_not_say_where_they_come_from_are_refused(settings, s
     path.write_bytes(statistics_to_bytes(spec, dataclasses.replace(statistics, provenance={})))
     with pytest.raises(ActivationCacheError, match="does not say which model and data"):
         optimize_statistics(path, RunConfig.model_validate(settings), base_dir=tmp_path)
+
+
+def test_the_solver_s_log_and_every_layer_s_runner_up_are_told(settings, tmp_path):
+    result = run(settings, tmp_path)
+    events = [json.loads(line) for line in result.files["solver_log"].read_text(encoding="utf-8").splitlines()]
+    assert events[-1]["value"] == pytest.approx(result.manifest.score)
+    bounds = [event["upper_bound"] for event in events]
+    assert bounds == sorted(bounds, reverse=True)
+    assert [name for each in result.explanations for name in each.layers] == [
+        row.layer for row in result.manifest.allocations
+    ]
+    page = result.files["report"].read_text(encoding="utf-8")
+    assert "How the solver got there" in page
+    assert "Runner-up" in page
