@@ -94,8 +94,8 @@ def test_one_problem(section: str, line: str, message: str) -> None:
 
 
 def test_a_single_choice_is_named_once() -> None:
-    (line,) = problems(with_lines("model", "task: sequence-clasification"))
-    assert line.endswith("model.task: must be 'sequence-classification', got sequence-clasification")
+    (line,) = problems(with_lines("model", "dtype: float31"))
+    assert line.endswith("model.dtype: must be 'float32', got float31")
 
 
 def test_python_objects_are_never_made() -> None:
