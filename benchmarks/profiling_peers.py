@@ -3,8 +3,9 @@
     python benchmarks/profiling_peers.py --out benchmarks/results/profiling_peers.json
 
 Same models, batches and interleaving as ``profiling_benchmark.py``, float32. Install the peers in an environment of
-their own without their dependencies on torch (``pip install --no-deps opacus curvlinops-for-pytorch backpack-for-pytorch
-nngeometry asdfghjkl einops einconv``); one that cannot be imported or fails is listed with its error.
+their own without their dependencies on torch (``pip install --no-deps opacus curvlinops-for-pytorch
+backpack-for-pytorch nngeometry asdfghjkl einops einconv``); one that cannot be imported or fails is listed with its
+error.
 """
 
 from __future__ import annotations
