@@ -14,6 +14,7 @@ Where all numbers are integers (parameters, FLOPs), the scaling is exact. OR-Too
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import numpy as np
 
 from layerlens.exceptions import InfeasibleError, OptimizationError
 from layerlens.models import AllocationProblem
+from layerlens.optimization.feasibility import conflict_message
 from layerlens.optimization.lagrangian import Candidates, Dual, candidates_within
 from layerlens.optimization.reduced import Reduced
 from layerlens.optimization.sums import exact_sum
@@ -98,7 +100,26 @@ def improving_core(reduced: Reduced, dual: Dual, choice: np.ndarray, value: floa
 
 
 def find_any(problem: AllocationProblem, deterministic_time: float, seed: int) -> np.ndarray:
-    """Some allocation that fits, where repair found none (possible only when every option of some layer costs)."""
+    """Some allocation that fits, where repair found none (possible only when every option of some layer costs).
+
+    Raises:
+        InfeasibleError: there is none; for each budget, the smallest that would do beside the others.
+        OptimizationError: none was found, and none was proved not to exist.
+    """
+    choice, infeasible = _search_whole(problem, deterministic_time, seed)
+    if infeasible:
+        needs = [_least_use(problem, r, deterministic_time, seed) for r in range(len(problem.resources))]
+        raise InfeasibleError(conflict_message(problem, needs))
+    if choice is None:
+        raise OptimizationError(
+            "found no allocation that fits, and no proof that there is none; raise a budget or "
+            "refine_deterministic_time"
+        )
+    return choice
+
+
+def _search_whole(problem: AllocationProblem, deterministic_time: float, seed: int) -> tuple[np.ndarray | None, bool]:
+    """(the best allocation found over all options, whether it was proved that none fits)."""
     offset = np.asarray(problem.offset)
     option = np.arange(len(problem.options))
     group = np.searchsorted(offset, option, side="right") - 1
@@ -107,17 +128,26 @@ def find_any(problem: AllocationProblem, deterministic_time: float, seed: int) -
         raise OptimizationError("found no allocation that fits, and OR-Tools, which could search on, cannot be loaded")
     for _ in range(MAX_FORBIDDEN):
         outcome = model.solve(None, deterministic_time, seed)
-        if outcome.infeasible:
-            named = ", ".join(problem.resources)
-            raise InfeasibleError(f"no allocation fits the budgets on {named} together; raise at least one of them")
-        if outcome.choice is None:
-            break
-        if fits(problem, outcome.choice):
-            return outcome.choice
+        if outcome.choice is None or fits(problem, outcome.choice):
+            return outcome.choice, outcome.infeasible
         model.forbid(outcome.choice)
-    raise OptimizationError(
-        "found no allocation that fits, and no proof that there is none; raise a budget or refine_deterministic_time"
+    return None, False
+
+
+def _least_use(problem: AllocationProblem, r: int, deterministic_time: float, seed: int) -> float | None:
+    """The least that an allocation within all other budgets uses of resource ``r``; None where none was found."""
+    others = [i for i in range(len(problem.resources)) if i != r]
+    relaxed = dataclasses.replace(
+        problem,
+        value=-problem.cost__ro[r],
+        cost__ro=problem.cost__ro[others],
+        resources=tuple(problem.resources[i] for i in others),
+        capacity=problem.capacity[others],
+        budget=problem.budget[others],
+        base=problem.base[others],
     )
+    choice, _ = _search_whole(relaxed, deterministic_time, seed)
+    return None if choice is None else exact_sum(problem.cost__ro[r][choice])
 
 
 def fits(problem: AllocationProblem, choice: np.ndarray) -> bool:

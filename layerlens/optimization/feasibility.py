@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from layerlens.exceptions import InfeasibleError
 from layerlens.models import AllocationProblem
 from layerlens.models.options import NONE
-from layerlens.optimization.constraints import COUNT_ROW
+from layerlens.optimization.constraints import COUNT_ROW, JOIN
 from layerlens.optimization.problem import option_name
 from layerlens.optimization.sums import exact_sum
 
@@ -100,6 +101,41 @@ def _message(
     )
 
 
+def conflict_message(problem: AllocationProblem, needs: Sequence[float | None]) -> str:
+    """What to say where each budget allows something but all together allow nothing.
+
+    Args:
+        problem: the problem.
+        needs: for each resource, the least that an allocation within all other budgets uses of it; None where no
+            allocation keeps the others.
+    """
+    ways = [_change(problem, r, need) for r, need in enumerate(needs) if need is not None]
+    named = " and ".join(_plain_key(resource) for resource in problem.resources)
+    if not ways:
+        return f"{named} conflict, and changing one of them alone is not enough; relax several"
+    return f"{named} conflict: no allocation keeps them all; {', or '.join(ways)}"
+
+
+def _change(problem: AllocationProblem, r: int, need: float) -> str:
+    """The smallest change of one limit that lets an allocation use ``need``, as an instruction."""
+    key, resource = _plain_key(problem.resources[r]), problem.resources[r]
+    if _count_method(resource) is None:
+        return f"raise {key} to {_smallest(problem, r, need)} (got {_given(problem.budget[r])})"
+    n_layers = sum(len(name.split(JOIN)) for name in problem.layers)
+    return f"lower {key} to {n_layers - math.ceil(need)} (got {n_layers - round(problem.budget[r])})"
+
+
+def _count_method(resource: str) -> str | None:
+    """The method whose least number of layers the resource stands for; None for real resources."""
+    before = COUNT_ROW.format("")
+    return resource.removeprefix(before) if resource.startswith(before) else None
+
+
+def _plain_key(resource: str) -> str:
+    method = _count_method(resource)
+    return budget_key(resource) if method is None else f"optimization.constraints.min_layers.{method}"
+
+
 def _single(problem: AllocationProblem, r: int, need: float, option: int, least: np.ndarray) -> str:
     key, given = budget_key(problem.resources[r]), _given(problem.budget[r])
     if problem.capacity[r] < 0.0:
@@ -116,8 +152,8 @@ def _single(problem: AllocationProblem, r: int, need: float, option: int, least:
 
 def budget_key(resource: str) -> str:
     """The configuration key of a resource's budget."""
-    if resource.startswith(COUNT_ROW.format("")):
-        method = resource.removeprefix(COUNT_ROW.format(""))
+    method = _count_method(resource)
+    if method is not None:
         return f"optimization.constraints.min_layers.{method} (as the most layers without it)"
     return BUDGET_KEYS.get(resource, f"optimization.constraints.resources.{resource}.budget")
 

@@ -173,6 +173,12 @@ def test_contradictions_are_refused_by_field(fields, message):
         chosen(**fields)
 
 
-def test_a_least_number_that_the_budget_forbids_is_infeasible():
-    with pytest.raises(InfeasibleError, match="layers_without_lora"):
+def test_a_conflict_names_the_smallest_change_of_each_limit():
+    with pytest.raises(InfeasibleError) as told:
         chosen(min_layers={"lora": 6}, budget=50)
+    message = str(told.value)
+    assert "optimization.max_trainable_params and optimization.constraints.min_layers.lora conflict" in message
+    assert "raise optimization.max_trainable_params to 96 (got 50)" in message  # six layers of rank 1, 16 each
+    assert "lower optimization.constraints.min_layers.lora to 3 (got 6)" in message
+    assert chosen(min_layers={"lora": 6}, budget=96)
+    assert chosen(min_layers={"lora": 3}, budget=50)
