@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from layerlens.exceptions import DataError
 
@@ -47,6 +48,12 @@ class TextDataset:
         if not self.pairs:
             return self.texts
         return tuple(f"{text}\0{pair}" for text, pair in zip(self.texts, self.pairs, strict=True))
+
+    def with_label_order(self, names: Sequence[str]) -> TextDataset:
+        """The same samples with the classes numbered in the order of ``names``, which are the same classes."""
+        index = {name: position for position, name in enumerate(names)}
+        labels = tuple(index[self.label_names[int(label)]] for label in self.labels)
+        return replace(self, labels=labels, label_names=tuple(names))
 
     def select(self, indices: list[int]) -> TextDataset:
         """The samples with these indices, in this order."""

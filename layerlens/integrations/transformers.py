@@ -74,12 +74,14 @@ class PretrainedModel:
         tokenizer: the tokenizer saved with it.
         path: local directory or hub name it was loaded from.
         new_parameters: names of parameters that the checkpoint does not have (a new task head).
+        labels: the classes in the order of the model's outputs: the checkpoint's own order where it knows them all.
     """
 
     model: torch.nn.Module
     tokenizer: Any
     path: str
     new_parameters: tuple[str, ...]
+    labels: tuple[str, ...] = ()
 
 
 def resolve_model_path(name_or_path: str, base_dir: Path | None = None) -> str:
@@ -188,16 +190,18 @@ def load_pretrained(
         raise ModelSpecError(f"model.task: {task!r} is not supported; supported: {', '.join(AUTO_CLASSES)}")
     auto_class = getattr(transformers, AUTO_CLASSES[task])
     heads: dict[str, Any] = {}
-    if task == "sequence-classification":
-        id2label = dict(enumerate(labels))
-        heads = {"num_labels": len(labels), "id2label": id2label, "label2id": {y: x for x, y in id2label.items()}}
-    elif task == "regression":
-        heads = {"num_labels": 1, "problem_type": "regression"}
     path = resolve_model_path(name_or_path, base_dir)
     local_only = _hub_copy_only(path, name_or_path)
     with torch.random.fork_rng(devices=[]), _quiet_transformers():
         torch.manual_seed(seed)
         try:
+            if task == "sequence-classification":
+                labels = _labels_in_checkpoint_order(path, labels, local_only)
+                id2label = dict(enumerate(labels))
+                heads = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
+                heads["num_labels"] = len(labels)
+            elif task == "regression":
+                heads = {"num_labels": 1, "problem_type": "regression"}
             model, info = auto_class.from_pretrained(
                 path,
                 **heads,
@@ -222,7 +226,15 @@ def load_pretrained(
             f"model.task: {name_or_path!r} has no weights for {new_parameters[0]} and cannot predict tokens; give a "
             "language model's checkpoint"
         )
-    return PretrainedModel(model, tokenizer, path, new_parameters)
+    return PretrainedModel(model, tokenizer, path, new_parameters, tuple(labels))
+
+
+def _labels_in_checkpoint_order(path: str, labels: Sequence[str], local_only: bool) -> Sequence[str]:
+    """``labels`` in the order of the checkpoint's own head, where that has the same ones; else as they are."""
+    from transformers import AutoConfig
+
+    own = getattr(AutoConfig.from_pretrained(path, local_files_only=local_only), "id2label", None) or {}
+    return [own[index] for index in sorted(own)] if sorted(own.values()) == sorted(labels) else labels
 
 
 def load_model(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from layerlens.config import RunConfig
+from layerlens.data import load_dataset
 from layerlens.exceptions import (
     ActivationCacheError,
     ConfigurationError,
@@ -258,3 +259,36 @@ def test_the_solver_s_log_and_every_layer_s_runner_up_are_told(settings, tmp_pat
     page = result.files["report"].read_text(encoding="utf-8")
     assert "How the solver got there" in page
     assert "Runner-up" in page
+
+
+def mean_loss_of(model: torch.nn.Module, tokenizer_path: Path, settings: dict[str, Any]) -> float:
+    """Mean loss on the calibration samples, sample by sample, labels taken by their names."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    dataset = load_dataset(RunConfig.model_validate(settings).data)
+    calibration, _ = dataset.split(settings["data"]["calibration_samples"], 0, 0)
+    losses = []
+    model.requires_grad_(False)
+    for text, label in zip(calibration.texts, calibration.labels, strict=True):
+        inputs = tokenizer(text, truncation=True, max_length=settings["data"]["max_length"], return_tensors="pt")
+        target = torch.tensor([model.config.label2id[calibration.label_names[int(label)]]])
+        losses.append(float(torch.nn.functional.cross_entropy(model(**inputs).logits, target)))
+    return float(np.mean(losses))
+
+
+def test_a_checkpoint_with_a_head_of_its_own_keeps_its_order_of_classes(settings, tmp_path, tiny_bert_dir):
+    from transformers import AutoTokenizer, BertForSequenceClassification
+
+    own = BertForSequenceClassification.from_pretrained(
+        tiny_bert_dir, num_labels=2, id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1}
+    )
+    own.save_pretrained(tmp_path / "own")
+    AutoTokenizer.from_pretrained(tiny_bert_dir).save_pretrained(tmp_path / "own")
+    settings["model"]["name_or_path"] = "own"
+    result = run(settings, tmp_path)
+    assert result.manifest.model["labels"] == ["good", "bad"]  # alphabetical order would turn every label round
+    assert result.manifest.model["head_modules"] == ["classifier"]
+    _, statistics = load_statistics(result.files["statistics"])
+    loss = mean_loss_of(own.eval(), tmp_path / "own", settings)
+    assert statistics.mean_loss == pytest.approx(loss, rel=1e-5)

@@ -1,0 +1,55 @@
+"""What the user should know about a run that ends well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from layerlens.config import RunConfig
+from layerlens.models import Manifest
+from layerlens.pipeline.solve import Solution
+
+TIMING_NOISE = 0.05
+"""Relative error that two timings of the same thing have on an idle machine."""
+
+
+class Warnings:
+    """Lines for the user, told at once and kept for the result."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell = tell
+        self.lines: list[str] = []
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+        self.tell(line)
+
+
+def warn_of_no_gain(solution: Solution, config: RunConfig, warnings: Warnings) -> None:
+    """Say when nothing is adapted because no option has a gain."""
+    if not (solution.utilities.utility > 0.0).any():
+        warnings.add(
+            f"nothing is adapted: by profiling.utility_model {config.profiling.utility_model!r} no option has a gain "
+            "above its sampling noise; raise data.calibration_samples, offer more methods, or choose 'gradient' or "
+            "'uniform'"
+        )
+
+
+def warn_of_overrun(manifest: Manifest, measured: dict[str, Any], warnings: Warnings) -> None:
+    """Say which measured figures are above their budgets, and when the machine was too busy to time."""
+    busy = measured["latency_ms"]["measured"] < (1 - TIMING_NOISE) * measured["base_latency_ms"]["measured"]
+    if busy:
+        warnings.add(
+            "latency: the model was faster with its options than without, so this machine was too busy to time it; run "
+            "again when it is idle"
+        )
+    for use in manifest.resources:
+        if use.resource not in measured or (use.resource == "latency_ms" and busy):
+            continue
+        found = measured[use.resource]["measured"]
+        if use.budget is not None and found > use.budget:
+            warnings.add(
+                f"{use.resource}: measured {found:.4g} on this machine, above the budget of {use.budget:g} that the "
+                "predictions keep; if this is the device you budget for, put its own figures in "
+                "optimization.latency_profile"
+            )
