@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from layerlens.exceptions import ManifestError
@@ -60,8 +61,10 @@ def _with_lora(model: torch.nn.Module, manifest: Manifest) -> torch.nn.Module:
     config = lora_config(manifest, model)
     config.base_model_name_or_path = None  # PEFT fills in where this very model came from
     tensors = zero_step_tensors(manifest, model)
-    with torch.random.fork_rng(devices=[]):  # PEFT draws weights of its own, which are replaced here
-        tuned = get_peft_model(model, config)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT 0.21 still reads a name of gradient checkpointing that transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        tuned = get_peft_model(model, config)  # draws weights of its own, which are replaced below
     expected = {row.layer: row.rank for row in lora_rows(manifest)}
     if injected_ranks(tuned) != expected:
         missed = sorted(expected.keys() - injected_ranks(tuned).keys()) or sorted(expected)
