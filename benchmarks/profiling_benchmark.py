@@ -138,6 +138,7 @@ def in_child(arguments: list[str], threads: int) -> Any:
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # as the command line sets it: idle threads of one pool do not hold up another
         "MALLOC_MMAP_THRESHOLD_": "65536" if "--row" in arguments else "",
     }
     command = [sys.executable, __file__, "--child", "--threads", str(threads), *arguments]

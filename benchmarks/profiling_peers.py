@@ -3,9 +3,9 @@
     python benchmarks/profiling_peers.py --out benchmarks/results/profiling_peers.json
 
 Same models, batches and interleaving as ``profiling_benchmark.py``, float32. Install the peers in an environment of
-their own without their dependencies on torch (``pip install --no-deps opacus curvlinops-for-pytorch
-backpack-for-pytorch nngeometry asdfghjkl einops einconv``); one that cannot be imported or fails is listed with its
-error.
+their own without their dependencies, which may bring another torch (``pip install --no-deps opacus backpack-for-pytorch
+curvlinops-for-pytorch nngeometry asdfghjkl einops einconv unfoldNd linear_operator jaxtyping wadler-lindig``). One that
+cannot be imported or fails is listed with its error.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def curvlinops_kfac(model: torch.nn.Module, batch: Any) -> Step:
             return self.model(**inputs).logits
 
     wrapped = Logits()
-    parameters = {name: x for name, x in wrapped.named_parameters() if x.requires_grad}
+    parameters = [x for x in wrapped.parameters() if x.requires_grad]
     data = [(dict(batch.inputs), batch.labels)]
 
     def step() -> None:
@@ -110,16 +110,19 @@ def backpack_batch_l2(model: torch.nn.Module, batch: Any) -> Step:
 
 
 def nngeometry_kfac(model: torch.nn.Module, batch: Any) -> Step:
+    from nngeometry.layercollection import LayerCollection
     from nngeometry.metrics import FIM
     from nngeometry.object import PMatKFAC
 
     frozen = only_linear(copy.deepcopy(model))
-    loader = torch.utils.data.DataLoader([(batch.inputs, batch.labels)], batch_size=None)
+    name, first = next(iter(batch.inputs.items()))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(first, batch.labels), batch_size=len(first))
+    layers = LayerCollection.from_model(frozen, ignore_unsupported_layers=True)
 
     def step() -> None:
         FIM(
-            model=frozen, loader=loader, representation=PMatKFAC, n_output=2, variant="classif_logits", device="cpu",
-            function=lambda inputs, labels: frozen(**inputs).logits,
+            model=frozen, loader=loader, representation=PMatKFAC, variant="classif_logits", device="cpu",
+            function=lambda inputs, labels: frozen(**{name: inputs}).logits, layer_collection=layers,
         )  # fmt: skip
 
     return step
@@ -136,7 +139,7 @@ def asdl_kfac(model: torch.nn.Module, batch: Any) -> Step:
     def step() -> None:
         output = maker.setup_model_call(maker.model, **batch.inputs)
         maker.setup_loss_call(torch.nn.functional.cross_entropy, output.logits, batch.labels)
-        maker.forward_and_backward()
+        maker.forward_and_backward(data_size=len(batch.labels))
 
     return step
 
