@@ -139,6 +139,32 @@ LL_INLINE Widened widen(const f32x16& x) {
     return result;
 }
 
+// 16 doubles rounded to floats, as the current rounding mode says.
+LL_INLINE f32x16 narrow(const Widened& x) {
+    f32x16 result;
+#if defined(__AVX512F__)
+    const __m256 low = _mm512_cvtpd_ps(reinterpret_cast<__m512d>(x.low.part[0]));
+    const __m256 high = _mm512_cvtpd_ps(reinterpret_cast<__m512d>(x.high.part[0]));
+    result.part[0] = reinterpret_cast<f32_register>(_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1));
+#elif defined(__AVX2__)
+    const auto join = [](const f64x8& half) __attribute__((always_inline)) {
+        return reinterpret_cast<f32_register>(
+            _mm256_set_m128(_mm256_cvtpd_ps(reinterpret_cast<__m256d>(half.part[1])),
+                            _mm256_cvtpd_ps(reinterpret_cast<__m256d>(half.part[0]))));
+    };
+    result.part[0] = join(x.low);
+    result.part[1] = join(x.high);
+#else
+    double wide[16];
+    float lanes[16];
+    x.low.store(wide);
+    x.high.store(wide + 8);
+    for (int i = 0; i < 16; ++i) lanes[i] = static_cast<float>(wide[i]);
+    result = f32x16::load(lanes);
+#endif
+    return result;
+}
+
 // A fixed tree over the 8 lanes.
 LL_INLINE double sum_of_lanes(const f64x8& x) {
     double lane[8];

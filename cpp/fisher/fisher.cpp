@@ -7,6 +7,16 @@
 #include "layerlens/moments.hpp"
 
 namespace layerlens {
+namespace {
+
+// The addition runs in f64 whatever the output is, so a float output is rounded once, as in add_few_rows.
+template <class Sum>
+void add_scaled(const double* squares, std::ptrdiff_t cols, double scale, Sum* out) {
+    for (std::ptrdiff_t c = 0; c < cols; ++c) out[c] = static_cast<Sum>(out[c] + scale * squares[c]);
+}
+
+}  // namespace
+
 double fisher_trace(Isa isa, const MatrixView& g, int threads) {
     const std::ptrdiff_t starts[] = {0, 1};
     double total = 0.0;
@@ -14,7 +24,8 @@ double fisher_trace(Isa isa, const MatrixView& g, int threads) {
     return total / static_cast<double>(g.rows);
 }
 
-void add_column_sum_of_squares(Isa isa, const MatrixView& g, double scale, double* out, int threads) {
+void add_column_sum_of_squares(Isa isa, const MatrixView& g, double scale, DType out_type, void* out,
+                               int threads) {
     auto add_tile_squares = add_tile_squares_scalar;
     auto add_few_rows = add_few_rows_scalar;
 #ifdef LAYERLENS_X86
@@ -28,7 +39,7 @@ void add_column_sum_of_squares(Isa isa, const MatrixView& g, double scale, doubl
     }
 #endif
     const std::ptrdiff_t tiles = (g.cols + fisher_tile - 1) / fisher_tile, size = item_size(g.dtype);
-    const int workers = threads_for((g.rows * size + 8) * g.cols, tiles, threads);
+    const int workers = threads_for((g.rows * size + item_size(out_type)) * g.cols, tiles, threads);
     const bool gather = g.col_stride != size;
     const std::size_t gather_bytes = gather ? fisher_few * fisher_tile * size : 0;
     unsigned char* scratch = thread_scratch(gather_bytes * workers);
@@ -36,8 +47,9 @@ void add_column_sum_of_squares(Isa isa, const MatrixView& g, double scale, doubl
     for_each_task(tiles, workers, [&](std::ptrdiff_t tile, int worker) {
         const std::ptrdiff_t begin = tile * fisher_tile, cols = std::min(fisher_tile, g.cols - begin);
         const void* from = static_cast<const unsigned char*>(g.data) + begin * size;
+        void* out_tile = static_cast<unsigned char*>(out) + begin * item_size(out_type);
         if (!gather && g.rows <= fisher_few) {
-            add_few_rows(g.dtype, from, g.row_stride, g.rows, cols, scale, out + begin);
+            add_few_rows(g.dtype, from, g.row_stride, g.rows, cols, scale, out_type, out_tile);
             return;
         }
         double squares[fisher_tile] = {};
@@ -55,7 +67,8 @@ void add_column_sum_of_squares(Isa isa, const MatrixView& g, double scale, doubl
                 add_tile_squares(g.dtype, block, fisher_tile * size, rows, cols, squares);
             }
         }
-        for (std::ptrdiff_t c = 0; c < cols; ++c) out[begin + c] += scale * squares[c];
+        if (out_type == DType::f32) add_scaled(squares, cols, scale, static_cast<float*>(out_tile));
+        else add_scaled(squares, cols, scale, static_cast<double*>(out_tile));
     });
 }
 

@@ -14,13 +14,14 @@ constexpr std::ptrdiff_t fisher_tile = 1024;
 // `squares` has room for cols rounded up to 16 and its padding may be written.
 //
 // And, for at most `fisher_few` rows, out[c] += scale * sum_n x[n, c]^2 without a detour over `squares`: the same bits.
+// `out` is f64 or f32, in which the sum in f64 is rounded once.
 constexpr std::ptrdiff_t fisher_few = 8;
 
 #define LAYERLENS_DECLARE_FISHER(isa)                                                                         \
     void add_tile_squares_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,   \
                                 std::ptrdiff_t cols, double* squares) noexcept;                           \
     void add_few_rows_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,       \
-                            std::ptrdiff_t cols, double scale, double* out) noexcept;
+                            std::ptrdiff_t cols, double scale, DType out_type, void* out) noexcept;
 
 LAYERLENS_DECLARE_FISHER(scalar)
 LAYERLENS_DECLARE_FISHER(avx2)

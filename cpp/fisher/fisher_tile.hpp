@@ -73,23 +73,32 @@ LL_INLINE void add_tile(const void* data, ptrdiff_t row_stride, ptrdiff_t rows, 
     if (n < rows) over_columns<Load, 0>(x + n * row_stride, row_stride, rows - n, cols, begin, end);
 }
 
-template <class Load>
-LL_INLINE void add_few(const void* x, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t cols, double scale, double* out) {
+// How 16 consecutive elements of the output are written; WidenF32 and WidenF64 read them.
+LL_INLINE void store(const Widened& x, float* to) { narrow(x).store(to); }
+LL_INLINE void store(const Widened& x, double* to) {
+    x.low.store(to);
+    x.high.store(to + 8);
+}
+
+template <class Load, class Out>
+LL_INLINE void add_few(const void* x, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t cols, double scale, void* data) {
+    using Sum = typename Out::Element;
+    Sum* out = static_cast<Sum*>(data);
     f64x8 factor;
     for (int p = 0; p < parts; ++p) factor.part[p] = f64_register{} + scale;
     const auto begin = [&](ptrdiff_t, ptrdiff_t) __attribute__((always_inline)) {
         return Widened{f64x8::zero(), f64x8::zero()};
     };
     const auto end = [&](ptrdiff_t c, ptrdiff_t width, const Widened& sums) __attribute__((always_inline)) {
-        double padded[16] = {};
-        double* to = out + c;
+        Sum padded[16] = {};
+        Sum* to = out + c;
         if (width < 16) {
-            __builtin_memcpy(padded, to, static_cast<size_t>(width) * sizeof(double));
+            __builtin_memcpy(padded, to, static_cast<size_t>(width) * sizeof(Sum));
             to = padded;
         }
-        (f64x8::load(to) + factor * sums.low).store(to);
-        (f64x8::load(to + 8) + factor * sums.high).store(to + 8);
-        if (width < 16) __builtin_memcpy(out + c, padded, static_cast<size_t>(width) * sizeof(double));
+        const Widened before = Out::load(to);
+        store(Widened{before.low + factor * sums.low, before.high + factor * sums.high}, to);
+        if (width < 16) __builtin_memcpy(out + c, padded, static_cast<size_t>(width) * sizeof(Sum));
     };
     if (rows == 1) over_columns<Load, 1>(x, row_stride, rows, cols, begin, end);
     else if (rows == 8) over_columns<Load, 8>(x, row_stride, rows, cols, begin, end);
@@ -119,9 +128,11 @@ LL_INLINE void with_reader(DType dtype, const Act& act) {
         });                                                                                                   \
     }                                                                                                         \
     void add_few_rows_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,       \
-                            std::ptrdiff_t cols, double scale, double* out) noexcept {                        \
+                            std::ptrdiff_t cols, double scale, DType out_type, void* out) noexcept {          \
         with_reader(dtype, [&](auto load) __attribute__((always_inline)) {                                    \
-            add_few<decltype(load)>(x, row_stride, rows, cols, scale, out);                                   \
+            using Load = decltype(load);                                                                      \
+            if (out_type == DType::f32) add_few<Load, WidenF32>(x, row_stride, rows, cols, scale, out);       \
+            else add_few<Load, WidenF64>(x, row_stride, rows, cols, scale, out);                              \
         });                                                                                                   \
     }                                                                                                         \
     }

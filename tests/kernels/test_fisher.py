@@ -65,6 +65,58 @@ def test_same_bits_for_every_isa_thread_count_and_layout(dtype: str) -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("samples", SAMPLES)
+@pytest.mark.parametrize("cols", COLUMNS)
+def test_diagonal_into_float32_equals_the_twin(isa: str, dtype: str, samples: int, cols: int, threads: int) -> None:
+    g = matrix(samples, cols, dtype)
+    out = np.linspace(0.0, 1.0, cols, dtype=np.float32)
+    expected = reference.fisher_diagonal(g, out.copy())
+    assert fisher_diagonal(g, out, threads=threads) is out
+    assert out.dtype == expected.dtype == np.float32
+    # Both are one rounding (2^-24) away from float64 values that differ by much less: neighbouring floats at most.
+    np.testing.assert_array_max_ulp(out, expected, maxulp=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_in_float32_for_every_isa_thread_count_and_layout(dtype: str) -> None:
+    seen = set()
+    try:
+        for name in available_isas():
+            _dispatch._force(name)
+            for samples in (1, 5, 19):
+                g = matrix(19, 5003, dtype)
+                for threads in (1, 2, 3):
+                    for layout in (g[:samples], g.T.contiguous().T[:samples]):
+                        out = np.linspace(0.0, 1.0, 5003, dtype=np.float32)
+                        seen.add((samples, bits(fisher_diagonal(layout, out, scale=0.1, threads=threads))))
+    finally:
+        _dispatch._force(None)
+    assert len(seen) == 3
+
+
+def test_a_float32_sum_over_calls_errs_by_one_rounding_per_call(isa: str) -> None:
+    calls = 50
+    g = matrix(calls, 2000, "float32")
+    out, exact = np.zeros(2000, dtype=np.float32), np.zeros(2000)
+    for row in g:
+        fisher_diagonal(row[None], out, scale=1 / calls)
+        fisher_diagonal(row[None], exact, scale=1 / calls)
+    error = np.abs(out - exact) / exact
+    assert error.max() <= calls * 2.0**-24
+    # That it is float32 which is tested: float64 sums would be exact to 1e-14.
+    assert error.max() > 2.0**-26
+
+
+def test_float32_sums_outside_the_range_of_float32_squares(isa: str) -> None:
+    """Squares are float64: 1e-30 squared, scaled by 1e30, is an ordinary float32, and 1e200 is not."""
+    g, out = np.array([[1e-30, 1e25]], dtype=np.float32), np.zeros(2, dtype=np.float32)
+    fisher_diagonal(g, out, scale=1e30)
+    assert out[0] == pytest.approx(1e-30, rel=1e-6)
+    assert out[1] == np.inf
+
+
 def test_diagonal_sums_to_the_trace() -> None:
     g = matrix(6, 999, "float64")
     assert fisher_diagonal(g).sum() == pytest.approx(fisher_trace(g), rel=1e-13)
@@ -105,10 +157,11 @@ def read_only() -> np.ndarray:
 @pytest.mark.parametrize(
     ("out", "error", "message"),
     [
-        (np.zeros(3, dtype=np.float32), TypeError, "out must be float64, got float32"),
+        (np.zeros(3, dtype=np.float16), TypeError, "out must be float64 or float32, got float16"),
         (np.zeros(4), ValueError, r"out must have shape \(3,\).*got \(4,\)"),
         (np.zeros((1, 3)), ValueError, r"got \(1, 3\)"),
         (np.zeros(6)[::2], ValueError, "out must be contiguous"),
+        (np.zeros(6, dtype=np.float32)[::2], ValueError, "out must be contiguous, got a stride of 8 bytes"),
         (read_only(), ValueError, "out is read-only"),
         ([0.0, 0.0, 0.0], TypeError, "out must be a NumPy array.*got list"),
     ],
