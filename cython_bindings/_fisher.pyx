@@ -46,9 +46,9 @@ def fisher_diagonal(object g, object out=None, *, object scale=None, object thre
     over several batches pass 1/(samples of all batches).
 
     Sums run over samples in float64, where squares of 32- and 16-bit values are exact: relative error at most
-    (samples + 3) * 2^-53. A float32 ``out`` takes the result of each call with one rounding more: after K calls the
-    relative error is within K * 2^-24 (and within the float64 bound of all samples), for 12 bytes moved per parameter
-    of a float32 sample instead of 20; what is below 2^-126 in it loses digits. Bitwise the same for any number of ``threads``.
+    (samples + 3) * 2^-53. To a float32 ``out`` each call adds its float64 result rounded to float32: from zeros, K calls
+    add at most K * 2^-24 to the relative error (of values above 2^-126), and one float32 sample moves 12 bytes per
+    parameter instead of 20. Bitwise the same for any number of ``threads``.
 
     Raises TypeError and ValueError as `fisher_trace`, and for an ``out`` that cannot be written in place.
 

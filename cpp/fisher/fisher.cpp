@@ -9,10 +9,10 @@
 namespace layerlens {
 namespace {
 
-// The addition runs in f64 whatever the output is, so a float output is rounded once, as in add_few_rows.
+// The same roundings as in add_few_rows.
 template <class Sum>
 void add_scaled(const double* squares, std::ptrdiff_t cols, double scale, Sum* out) {
-    for (std::ptrdiff_t c = 0; c < cols; ++c) out[c] = static_cast<Sum>(out[c] + scale * squares[c]);
+    for (std::ptrdiff_t c = 0; c < cols; ++c) out[c] += static_cast<Sum>(scale * squares[c]);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ constexpr std::ptrdiff_t fisher_tile = 1024;
 // `squares` has room for cols rounded up to 16 and its padding may be written.
 //
 // And, for at most `fisher_few` rows, out[c] += scale * sum_n x[n, c]^2 without a detour over `squares`: the same bits.
-// `out` is f64 or f32, in which the sum in f64 is rounded once.
+// `out` is f64 or f32; for f32 the scaled sum is rounded, then added in f32.
 constexpr std::ptrdiff_t fisher_few = 8;
 
 #define LAYERLENS_DECLARE_FISHER(isa)                                                                         \

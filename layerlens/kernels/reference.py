@@ -74,13 +74,13 @@ def fisher_trace(g: Any) -> float:
 def fisher_diagonal(g: Any, out: np.ndarray | None = None, *, scale: float | None = None) -> np.ndarray:
     """``out`` + mean_n g[n, p]^2 (or + ``scale`` times the sum), in place if ``out`` is given.
 
-    A float32 ``out`` is the float64 result rounded once.
+    To a float32 ``out`` the mean is added rounded to float32.
     """
     values = as_float64(g)
     added = np.square(values).sum(axis=0) * (1.0 / len(values) if scale is None else scale)
     if out is None:
         return added
-    out[...] = out.astype(np.float64) + added
+    out += added.astype(out.dtype)
     return out
 
 

@@ -75,8 +75,9 @@ def test_diagonal_into_float32_equals_the_twin(isa: str, dtype: str, samples: in
     expected = reference.fisher_diagonal(g, out.copy())
     assert fisher_diagonal(g, out, threads=threads) is out
     assert out.dtype == expected.dtype == np.float32
-    # Both are one rounding (2^-24) away from float64 values that differ by much less: neighbouring floats at most.
-    np.testing.assert_array_max_ulp(out, expected, maxulp=1)
+    # What is added differs by at most an ulp (float64 values that nearly agree, rounded), so the exact sums differ by
+    # at most an ulp of the result, which two roundings to nearest can make two.
+    np.testing.assert_array_max_ulp(out, expected, maxulp=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +97,7 @@ def test_same_bits_in_float32_for_every_isa_thread_count_and_layout(dtype: str) 
     assert len(seen) == 3
 
 
-def test_a_float32_sum_over_calls_errs_by_one_rounding_per_call(isa: str) -> None:
+def test_a_float32_sum_over_calls_errs_by_a_rounding_per_call(isa: str) -> None:
     calls = 50
     g = matrix(calls, 2000, "float32")
     out, exact = np.zeros(2000, dtype=np.float32), np.zeros(2000)
