@@ -22,7 +22,9 @@ inline int threads_for(std::ptrdiff_t bytes, std::ptrdiff_t tasks, int threads) 
     return tasks < threads ? static_cast<int>(tasks) : threads;
 }
 
-// Calls body(task, worker) for every task in [0, tasks); each worker gets one contiguous range. The body must not throw.
+// Calls body(task, worker) for every task in [0, tasks), in runs of neighbours that the workers fetch as they get to them.
+// Equal shares would wait for a worker that slept: Linux often wakes it on the caller's core, behind the caller, where
+// shares took 1.3 to 1.5 times as long as one thread alone, runs 1.0 to 1.1 times. The body must not throw.
 template <class Body>
 void for_each_task(std::ptrdiff_t tasks, int threads, const Body& body) {
     if (threads <= 1) {
@@ -30,12 +32,13 @@ void for_each_task(std::ptrdiff_t tasks, int threads, const Body& body) {
         return;
     }
 #ifdef _OPENMP
+    constexpr std::ptrdiff_t runs_per_worker = 16;
+    const std::ptrdiff_t run = tasks / (runs_per_worker * threads) + 1;
 #pragma omp parallel num_threads(threads)
     {
         const int worker = omp_get_thread_num();
-        const int workers = omp_get_num_threads();
-        const std::ptrdiff_t begin = tasks * worker / workers, end = tasks * (worker + 1) / workers;
-        for (std::ptrdiff_t task = begin; task < end; ++task) body(task, worker);
+#pragma omp for schedule(dynamic, run) nowait
+        for (std::ptrdiff_t task = 0; task < tasks; ++task) body(task, worker);
     }
 #else
     for (std::ptrdiff_t task = 0; task < tasks; ++task) body(task, 0);
