@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Before NumPy and torch load: BLAS on one thread (the limits are per thread), and waiting OpenMP threads asleep, or the
-# idle pool of one runtime takes the core that the next candidate needs.
-os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+# Before NumPy and torch load: BLAS on one thread, since the limits are per thread. OpenMP keeps its own waiting policy,
+# under which users run; interleaved.py keeps one runtime's spinning workers out of another's time.
+os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import json
 import platform

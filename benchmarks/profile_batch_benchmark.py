@@ -4,7 +4,8 @@
 
 Columns: time of one call; our rate; share of the limit measured in the same run (for reductions the rate at which
 BLAS' ddot reads the same buffer, for ghost norms the best float32 matrix product of 1024^3); how many times faster than
-pure-Python loops, the best NumPy form, the best torch form, numba (where it is installed); and than the best of those.
+pure-Python loops, the best NumPy form, the best torch form, torch with a float32 result (16-bit rows), torch's
+addcmul_ (one call per sample), numba (where it is installed); and than the best of those.
 
 Regression gate: the ratio to the best peer must not fall below 0.6 of the one in results/kernel_ratios.json. Ratios are
 paired and interleaved, a failing one is measured three times, and the margin is what other work on the machine
@@ -32,6 +33,9 @@ except ImportError:
     numba = None
 
 GATE = 0.6
+# Peers that have targets of their own.
+TO_F32, ADDCMUL, CONVERTED = "torch vector_norm to f32", "torch addcmul_", "torch copy_ addcmul_"
+SETTLE_S = 0.01  # longer than an idle OpenMP worker spins
 STORED = Path(__file__).parent / "results" / "kernel_ratios.json"
 ORIGIN_SIZES = [(256, 1024), (512, 2048), (1024, 4096)]  # the project's origin: layers x hidden
 
@@ -103,7 +107,7 @@ def energy_case(rows: int, cols: int, dtype: torch.dtype, threads: int = 1, pyth
         "torch sum of squares": lambda: torch.einsum("ij,ij->i", x, x),
     }
     if dtype in (torch.bfloat16, torch.float16):
-        peers["torch vector_norm to f32"] = lambda: torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+        peers[TO_F32] = lambda: torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
     if dtype in (torch.float32, torch.float64):
         array = x.numpy()
         peers["numpy einsum"] = lambda: np.einsum("ij,ij->i", array, array)
@@ -125,18 +129,35 @@ def energy_case(rows: int, cols: int, dtype: torch.dtype, threads: int = 1, pyth
     )
 
 
-def fisher_case(samples: int, cols: int, dtype: torch.dtype, threads: int = 1, python: bool = False) -> Case:
+def fisher_case(
+    samples: int,
+    cols: int,
+    dtype: torch.dtype,
+    threads: int = 1,
+    python: bool = False,
+    into: type[np.floating] = np.float64,
+) -> Case:
+    """Into float64, what callers get by default; into float32 beside peers of the same width."""
     g = torch.randn(samples, cols, generator=torch.Generator().manual_seed(0)).to(dtype)
-    out, sums = np.zeros(cols), torch.zeros(cols)
+    out, sums = np.zeros(cols, dtype=into), torch.zeros(cols)
 
     def addcmul() -> None:
         for row in g:
             sums.addcmul_(row, row, value=1 / samples)
 
     peers: dict[str, Callable[[], object]] = {
-        "torch addcmul_ (f32 sums)": addcmul,
+        ADDCMUL: addcmul,
         "torch square mean": lambda: g.float().square().mean(0),
     }
+    if dtype == torch.bfloat16:
+        converted = torch.empty(cols)
+
+        def convert_and_addcmul() -> None:
+            for row in g:
+                converted.copy_(row)
+                sums.addcmul_(converted, converted, value=1 / samples)
+
+        peers[CONVERTED] = convert_and_addcmul
     if dtype in (torch.float32, torch.float64):
         array = g.numpy()
         peers["numpy einsum"] = lambda: np.einsum("ij,ij->j", array, array)
@@ -146,13 +167,13 @@ def fisher_case(samples: int, cols: int, dtype: torch.dtype, threads: int = 1, p
     lists = g.double().tolist() if python else []
     size = g.numel() * g.element_size()
     return Case(
-        f"diagonal Fisher {samples}x{cols} {str(dtype)[6:]} threads={threads}",
+        f"diagonal Fisher {samples}x{cols} {str(dtype)[6:]}{' to float32' * (into is np.float32)} threads={threads}",
         lambda: kernels.fisher_diagonal(g, out, threads=threads),
         peers,
         threads,
         limit=read_limit(g),
         limit_work=size,
-        work=size + 16 * cols,
+        work=size + 2 * out.nbytes,
         python=(lambda: python_fisher(lists)) if python else None,
     )
 
@@ -220,11 +241,19 @@ for _rows, _cols in ORIGIN_SIZES:
     CASES[f"fisher-{_rows}x{_cols}"] = lambda r=_rows, c=_cols: fisher_case(r, c, torch.float32, python=True)
 for _dtype in (torch.float64, torch.bfloat16, torch.float16):
     CASES[f"energy-{_dtype}"] = lambda t=_dtype: energy_case(1024, 4096, t)
+for _rows, _cols in [(64, 4096), (1024, 4096), (4096, 16384)]:  # in L2, in L3, beyond
+    CASES[f"energy-{_rows}x{_cols}-2"] = lambda r=_rows, c=_cols: energy_case(r, c, torch.float32, threads=2)
+for _dtype in (torch.bfloat16, torch.float16):
+    CASES[f"energy-128MiB-{_dtype}"] = lambda t=_dtype: energy_case(4096, 16384, t)
 CASES["energy-256MiB"] = lambda: energy_case(4096, 16384, torch.float32)
-CASES["energy-256MiB-2"] = lambda: energy_case(4096, 16384, torch.float32, threads=2)
 CASES["fisher-1"] = lambda: fisher_case(1, 1 << 22, torch.float32)
 CASES["fisher-8"] = lambda: fisher_case(8, 1 << 22, torch.float32)
 CASES["fisher-8-bf16"] = lambda: fisher_case(8, 1 << 22, torch.bfloat16)
+CASES["fisher-1-into-f32"] = lambda: fisher_case(1, 1 << 22, torch.float32, into=np.float32)
+CASES["fisher-1-into-f32-64MiB"] = lambda: fisher_case(1, 1 << 24, torch.float32, into=np.float32)
+CASES["fisher-8-into-f32"] = lambda: fisher_case(8, 1 << 22, torch.float32, into=np.float32)
+CASES["fisher-8-into-f32-512MiB"] = lambda: fisher_case(8, 1 << 24, torch.float32, into=np.float32)
+CASES["fisher-8-bf16-into-f32"] = lambda: fisher_case(8, 1 << 22, torch.bfloat16, into=np.float32)
 CASES["statistics"] = lambda: statistics_case(1024, 4096, torch.float32)
 CASES["statistics-bf16"] = lambda: statistics_case(1024, 4096, torch.bfloat16)
 for _threads in (1, 2):
@@ -253,6 +282,8 @@ def row_of(case: Case, measured: Measured) -> dict[str, str]:
     for family in ("numpy", "torch", "numba"):
         names = [name for name in case.peers if name.startswith(family)]
         row[family] = f"{best(measured, names)[1]:.2f}x" if names else ""
+    for column, name in (("to f32", TO_F32), ("addcmul_", ADDCMUL)):
+        row[column] = f"{measured.speedup('ours', over=name):.2f}x" if name in case.peers else ""
     fastest, ratio = best(measured, list(case.peers))
     row["best peer"] = f"{ratio:.2f}x {fastest}"
     return row
@@ -264,9 +295,10 @@ def test_profile_batch(name: str, benchmark, report: list[dict]) -> None:
     torch.set_num_threads(case.threads)
     candidates = {"ours": case.ours, **case.peers, **({"limit": case.limit} if case.limit else {})}
     stored = {} if os.environ.get("LAYERLENS_BENCHMARK_RECORD") else json.loads(STORED.read_text(encoding="utf-8"))
+    budget_s, settle_s = (0.5, 0.0) if case.threads == 1 else (3.0, SETTLE_S)
     wanted = GATE * stored.get(case.name, 0.0)
     for _ in range(3):
-        measured = measure(candidates)
+        measured = measure(candidates, budget_s=budget_s, settle_s=settle_s)
         _, ratio = best(measured, list(case.peers))
         if ratio >= wanted:
             break
