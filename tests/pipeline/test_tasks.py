@@ -42,7 +42,8 @@ def test_causal_language_models_need_no_labels(settings, tmp_path, tiny_gpt2_dir
     result = run_config(RunConfig.model_validate(settings), base_dir=tmp_path)
     assert result.manifest.model["task"] == "causal-lm"
     assert result.manifest.model["head_modules"] == []
-    assert not result.warnings
+    # Timings of a model this small are noise on a busy machine, of which the run then rightly warns.
+    assert not [line for line in result.warnings if not line.startswith("latency")]
     _, statistics = load_statistics(result.files["statistics"])
     tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2_dir)
     assert statistics.n_samples == 24
