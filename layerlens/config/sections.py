@@ -11,6 +11,10 @@ from layerlens.config.names import MethodName
 from layerlens.config.rules import ConstraintConfig
 
 StatisticName = Literal["fisher", "gradient", "input_scale", "spectrum", "whitened_spectrum", "ntk"]
+TaskName = Literal[
+    "sequence-classification", "regression", "token-classification", "question-answering", "causal-lm", "masked-lm",
+    "seq2seq",
+]  # fmt: skip
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
 UTILITY_MODELS = ("signal", "whitened", "gradient", "weighted", "uniform")
 
@@ -23,11 +27,13 @@ class ModelConfig(ConfigModel):
         description="Directory of a transformers model, a Hugging Face hub name, or `package:NAME` for an installed "
         "package whose `get_model_path()` returns such a directory.",
     )
-    task: Literal["sequence-classification", "regression", "causal-lm"] = Field(
+    task: TaskName = Field(
         default="sequence-classification",
         description="What the model is to be fine-tuned for: `sequence-classification` (single texts or sentence "
-        "pairs), `regression` (one number for each text or pair, squared error), `causal-lm` (next tokens; the data "
-        "needs no labels).",
+        "pairs), `regression` (one number for each text or pair, squared error), `token-classification` (a tag for "
+        "each word of a list of words), `question-answering` (where in a context the answer stands, as in SQuAD), "
+        "`causal-lm` (next tokens; the data needs no labels), `masked-lm` (tokens that were masked; no labels either), "
+        "`seq2seq` (a target text for each source text).",
     )
     dtype: Literal["float32"] = Field(default="float32", description="Precision of the weights while profiling.")
     head_fit_samples: int = Field(
@@ -49,18 +55,32 @@ class DataConfig(ConfigModel):
         "running Python's standard library, labelled by the package they come from).",
     )
     text_column: str | None = Field(
-        default=None, description="Column with the text; found by itself when one column is obviously text."
+        default=None,
+        description="Column with the text; found by itself when one column is obviously text. Of seq2seq the source "
+        "text (`source`, `text`, `document` ...), of token-classification the list of words (`tokens` or `words`), of "
+        "question-answering the question. `translation.en` is the value `en` of the mapping `translation`.",
     )
     pair_column: str | None = Field(
-        default=None, description="Column with the second sentence, for tasks on sentence pairs."
+        default=None,
+        description="Column with the second sentence, for tasks on sentence pairs; of question-answering the context.",
     )
     label_column: str | None = Field(
-        default=None, description="Column with the label; `label`, `labels`, `class` or `target` when not given."
+        default=None,
+        description="Column with the label; `label`, `labels`, `class` or `target` when not given. Of seq2seq the "
+        "target text, of token-classification the list of tags, of question-answering the answers "
+        '(`{"text": ["..."], "answer_start": [0]}`).',
     )
     calibration_samples: int = Field(
         default=256, ge=2, description="Samples that are measured. The noise correction needs at least 2."
     )
     max_length: int = Field(default=128, ge=2, description="Longest sequence, in tokens; longer texts are truncated.")
+    max_target_length: int | None = Field(
+        default=None, ge=1, description="Longest target text of seq2seq, in tokens; `max_length` when not given."
+    )
+    source_prefix: str = Field(default="", description="Written before every text, such as `summarize: ` for T5.")
+    mlm_probability: float = Field(
+        default=0.15, gt=0, le=1, description="Share of the tokens that a masked language model has to find."
+    )
     batch_size: int = Field(
         default=16, ge=1, description="Samples in one measuring batch. Memory grows with it; results do not change."
     )

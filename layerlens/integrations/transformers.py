@@ -24,9 +24,20 @@ if TYPE_CHECKING:
 AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
     "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
 }
 """Task -> the class of transformers that loads a model for it."""
+
+WITH_CLASSES = ("sequence-classification", "token-classification")
+LANGUAGE_MODELS = ("causal-lm", "masked-lm", "seq2seq")
+"""Tasks whose head comes with the checkpoint or not at all."""
+
+# Byte-level tokenizers that take a list of words only if they may put a space before each.
+SPACE_BEFORE_WORDS = ("bloom", "gpt2", "roberta", "deberta", "longformer")
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -195,7 +206,7 @@ def load_pretrained(
     with torch.random.fork_rng(devices=[]), _quiet_transformers():
         torch.manual_seed(seed)
         try:
-            if task == "sequence-classification":
+            if task in WITH_CLASSES:
                 labels = _labels_in_checkpoint_order(path, labels, local_only)
                 id2label = dict(enumerate(labels))
                 heads = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
@@ -210,7 +221,11 @@ def load_pretrained(
                 output_loading_info=True,
                 local_files_only=local_only,
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local_only)
+            model_type = getattr(model.config, "model_type", "")
+            spaced = task == "token-classification" and model_type in SPACE_BEFORE_WORDS
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                path, local_files_only=local_only, **({"add_prefix_space": True} if spaced else {})
+            )
         except (OSError, ValueError, KeyError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelNotFoundError(f"model.name_or_path: cannot load {name_or_path!r}: {first_line}") from error
@@ -221,7 +236,7 @@ def load_pretrained(
     model.eval().requires_grad_(False)
     mismatched = (entry[0] for entry in info["mismatched_keys"])
     new_parameters = tuple(sorted({*info["missing_keys"], *mismatched}))
-    if task == "causal-lm" and new_parameters:
+    if task in LANGUAGE_MODELS and new_parameters:
         raise ModelSpecError(
             f"model.task: {name_or_path!r} has no weights for {new_parameters[0]} and cannot predict tokens; give a "
             "language model's checkpoint"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from layerlens.config import RunConfig
-from layerlens.data import TextDataset
+from layerlens.data import Dataset
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.transformers import PretrainedModel, task_heads
 from layerlens.models import ModelSpec, ModelStatistics
@@ -13,14 +13,14 @@ from layerlens.pipeline.messages import Warnings
 from layerlens.pipeline.solve import versions
 from layerlens.profiling.cache import cache_key
 from layerlens.profiling.request import StatisticsRequest
-from layerlens.profiling.tasks import TASKS
+from layerlens.tasks import TASKS
 from layerlens.utility import needed_statistics
 
 STATISTICS_VERSION = 2
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
 
 
-def split_samples(dataset: TextDataset, config: RunConfig, warnings: Warnings) -> tuple[TextDataset, TextDataset]:
+def split_samples(dataset: Dataset, config: RunConfig, warnings: Warnings) -> tuple[Dataset, Dataset]:
     """Calibration and head samples; says so when the data has fewer than were asked for."""
     head_samples = config.model.head_fit_samples if TASKS[config.model.task].new_head else 0
     wanted = config.data.calibration_samples, head_samples
@@ -54,7 +54,7 @@ def statistics_request(config: RunConfig) -> StatisticsRequest:
 
 
 def statistics_identity(
-    config: RunConfig, spec: ModelSpec, calibration: TextDataset, head_data: TextDataset, threads: int
+    config: RunConfig, spec: ModelSpec, calibration: Dataset, head_data: Dataset, threads: int
 ) -> dict[str, Any]:
     """Everything that the statistics depend on: the key of the sensitivity cache."""
     return {
@@ -71,6 +71,9 @@ def statistics_identity(
             "task": config.model.task,
             "dtype": config.model.dtype,
             "max_length": config.data.max_length,
+            "max_target_length": config.data.max_target_length,
+            "source_prefix": config.data.source_prefix,
+            "mlm_probability": config.data.mlm_probability,
             "batch_size": config.data.batch_size,
             "statistics": list(statistics_request(config).names),
             "ntk_samples": config.profiling.ntk_samples,
@@ -82,7 +85,7 @@ def statistics_identity(
     }
 
 
-def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: TextDataset) -> dict[str, Any]:
+def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     """What the manifest records so that the base model can be loaded again."""
     return {
         "task": config.model.task,

@@ -19,10 +19,9 @@ from layerlens.integrations.attention import attention_outputs
 from layerlens.integrations.weight_matrices import conv_patches, matrix_shape
 from layerlens.models import LayerSpec, LayerStatistics, MethodStatistics, ModelSpec
 from layerlens.profiling.accumulators import InputAccumulator, MatrixAccumulator
-from layerlens.profiling.batches import Batch
-from layerlens.profiling.losses import Loss
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.sample_matrices import SampleMatrices, gram_matrix, join_calls
+from layerlens.tasks import Batch, Loss
 
 Recorder = Callable[..., None]
 Key = tuple[str, str]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerlens.profiling.losses import logits_of
+from layerlens.tasks import logits_of
 
 SAMPLES = 2
 

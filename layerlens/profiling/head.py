@@ -10,8 +10,8 @@ import torch
 
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.transformers import frozen_part
-from layerlens.profiling.batches import Batch
-from layerlens.profiling.losses import Loss, classification_loss
+from layerlens.tasks import Batch, Loss, logits_of
+from layerlens.tasks.losses import classification_loss
 from layerlens.utils.progress import Progress
 
 RIDGE = 1e-3
@@ -32,6 +32,7 @@ def fit_head(
     Raises:
         ProfilingError: a transformer block has new parameters, the features are not finite, or the fit diverges.
     """
+    batches = list(batches)  # they may be made anew each time they are asked for
     frozen = [model.get_submodule(path) for path in frozen_part(model, new_parameters)]
     features = _features(model, frozen[-1], batches, progress)
     parameters = [model.get_parameter(name) for name in new_parameters]
@@ -69,7 +70,7 @@ def _features(
     try:
         with progress.stage("Fitting the task head", total=len(batches)) as advance, torch.no_grad():
             for batch in batches:
-                if not torch.isfinite(model(**batch.inputs).logits).all():
+                if not torch.isfinite(logits_of(model(**batch.inputs))).all():
                     raise ProfilingError(
                         "the model's outputs are not finite (NaN or infinity) on the data; look for NaN weights"
                     )
@@ -79,10 +80,10 @@ def _features(
     return features
 
 
-def _replayed(model: torch.nn.Module, frozen: Sequence[torch.nn.Module], batch: Batch, output: Any) -> torch.Tensor:
-    """Logits [b, classes] of ``batch`` with ``output`` in place of computing the frozen modules."""
+def _replayed(model: torch.nn.Module, frozen: Sequence[torch.nn.Module], batch: Batch, output: Any) -> Any:
+    """The model's output for ``batch`` with ``output`` in place of computing the frozen modules."""
     with _returning(frozen, output):
-        return model(**batch.inputs).logits
+        return model(**batch.inputs)
 
 
 @contextmanager

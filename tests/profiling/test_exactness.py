@@ -24,9 +24,9 @@ from layerlens.exceptions import ProfilingError
 from layerlens.integrations.attention import attention_outputs
 from layerlens.integrations.transformers import PretrainedModel, model_spec
 from layerlens.models import ModelSpec
-from layerlens.profiling.batches import Batch
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import StatisticsRequest
+from layerlens.tasks.batches import Batch
 from layerlens.utils.progress import silent
 
 RELATIVE = 1e-9
