@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from layerlens.config import DataConfig
 from layerlens.data.columns import Table
 from layerlens.data.dataset import Dataset
+from layerlens.data.images import stored_image
+from layerlens.exceptions import DataError
 
 LABELS = ("label", "labels", "class", "target")
 TEXTS = ("text", "sentence", "content", "document", "review", "question")
 WORDS, TAGS = ("tokens", "words"), ("tags", "ner_tags", "pos_tags", "chunk_tags", "labels")
 SOURCES = ("source", "text", "document", "article", "dialogue", "input")
+IMAGES = ("image", "img", "file_name", "path")
 TARGETS = ("target", "summary", "highlights", "translation", "output")
 
 
@@ -57,6 +61,22 @@ def answered_questions(table: Table, config: DataConfig) -> Dataset:
     return Dataset({"text": questions, "pair": contexts}, answers, (), table.place)
 
 
+def classified_images(table: Table, config: DataConfig) -> Dataset:
+    """Images (paths or encoded bytes) and their classes."""
+    column = table.find(config.image_column, "image_column", IMAGES)
+    labels, names = table.classes(table.find(config.label_column, "label_column", LABELS))
+    images = []
+    for number, value in enumerate(table.values(column), start=1):
+        image = stored_image(value, Path(table.place), number, config.max_image_pixels)
+        if image is None:
+            raise DataError(
+                f"data.source: {table.place}: sample {number} has no image in column {column!r}; give the path of a "
+                "file, or encoded bytes"
+            )
+        images.append(image)
+    return Dataset({"image": tuple(images)}, labels, names, table.place)
+
+
 def _texts(
     table: Table, config: DataConfig, guesses: Sequence[str], label_column: str | None
 ) -> dict[str, tuple[str, ...]]:
@@ -79,5 +99,6 @@ READ: dict[str, Callable[[Table, DataConfig], Dataset]] = {
     "causal-lm": plain_texts,
     "masked-lm": plain_texts,
     "seq2seq": sequence_pairs,
+    "image-classification": classified_images,
 }
 """Task -> how its samples are read from a table."""

@@ -16,6 +16,9 @@ from layerlens.profiling.request import StatisticsRequest
 from layerlens.tasks import TASKS
 from layerlens.utility import needed_statistics
 
+PADDING_FIRST = ("roberta", "xlm-roberta", "camembert", "longformer")
+"""Models whose positions count from the padding token's id on."""
+
 STATISTICS_VERSION = 2
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
 
@@ -34,7 +37,12 @@ def split_samples(dataset: Dataset, config: RunConfig, warnings: Warnings) -> tu
 
 def check_lengths(pretrained: PretrainedModel, config: RunConfig) -> None:
     """Refuse sequences longer than the model's positions, before torch fails with an index error."""
-    limit = getattr(pretrained.model.config, "max_position_embeddings", None)
+    model_config: Any = getattr(pretrained.model, "config", None)
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if pretrained.tokenizer is None:
+        return
+    if limit is not None and getattr(model_config, "model_type", "") in PADDING_FIRST:
+        limit -= model_config.pad_token_id + 1
     asked = {
         "data.max_length": config.data.max_length,
         "optimization.latency_profile.sequence_length": config.optimization.latency_profile.sequence_length,
@@ -69,6 +77,7 @@ def statistics_identity(
         },
         "settings": {
             "task": config.model.task,
+            "loss": config.model.loss,
             "dtype": config.model.dtype,
             "max_length": config.data.max_length,
             "max_target_length": config.data.max_target_length,
@@ -85,14 +94,16 @@ def statistics_identity(
     }
 
 
-def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset, spec: ModelSpec) -> dict[str, Any]:
     """What the manifest records so that the base model can be loaded again."""
     return {
         "task": config.model.task,
         "num_labels": 1 if config.model.task == "regression" else len(dataset.label_names),
         "labels": list(dataset.label_names),
         "head_modules": list(task_heads(pretrained.model)) if TASKS[config.model.task].new_head else [],
-        "model_type": str(getattr(pretrained.model.config, "model_type", "")),
+        "model_type": str(getattr(getattr(pretrained.model, "config", None), "model_type", "")),
+        **{name: value for name in ("weights", "loss") if (value := getattr(config.model, name)) is not None},
+        **({"left_out": dict(spec.left_out)} if spec.left_out else {}),
     }
 
 

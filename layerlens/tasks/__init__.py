@@ -9,6 +9,6 @@ Profiling, training and evaluation take a task from ``TASKS`` and know nothing e
 
 from layerlens.tasks.batches import Batch, Batches, make_batches
 from layerlens.tasks.losses import IGNORED, Loss, logits_of
-from layerlens.tasks.registry import TASKS, Task
+from layerlens.tasks.registry import TASKS, Task, task_for
 
-__all__ = ["IGNORED", "TASKS", "Batch", "Batches", "Loss", "Task", "logits_of", "make_batches"]
+__all__ = ["IGNORED", "TASKS", "Batch", "Batches", "Loss", "Task", "logits_of", "make_batches", "task_for"]

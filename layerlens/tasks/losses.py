@@ -77,7 +77,9 @@ def logits_of(output: Any) -> torch.Tensor:
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:
-    """Every floating-point tensor of a model's output, be it a tensor, a mapping or a sequence of such."""
+    """The logits, or every floating-point tensor of an output without any (a mapping or sequence of tensors)."""
+    if hasattr(output, "logits") or hasattr(output, "start_logits"):
+        return [logits_of(output)]
     if isinstance(output, torch.Tensor):
         return [output] if output.is_floating_point() else []
     if isinstance(output, Mapping):
