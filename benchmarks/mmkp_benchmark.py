@@ -194,7 +194,7 @@ def main() -> None:
         print(line(name, entry), flush=True)
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps({"runs": entries}, indent=1) + "\n", encoding="utf-8")
+            options.output.write_text(json.dumps({**stored, "runs": entries}, indent=1) + "\n", encoding="utf-8")
     print("\n".join(summary(entries)))
 
 
