@@ -62,9 +62,9 @@ def steps(name: str, dtype: str, threads: int, *, checkpointing: bool) -> dict[s
 
     from layerlens.models import LayerSpec, ModelSpec
     from layerlens.profiling.capture import Capture
-    from layerlens.tasks.losses import classification_loss
     from layerlens.profiling.measure import frozen_without_dropout
     from layerlens.profiling.request import StatisticsRequest
+    from layerlens.tasks.losses import classification_loss
 
     model, batch = build(name, dtype)
     if checkpointing:
