@@ -8,6 +8,7 @@ configuration trains one (a KeyError in 0.21). The README beside the files says 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import (
     adapter_config_json,
     lora_config,
+    lora_initialization,
     lora_rows,
     manifest_seed,
     zero_step_tensors,
@@ -23,16 +25,22 @@ from layerlens.integrations.torch_modules import find_module
 from layerlens.integrations.transformers import load_model
 from layerlens.models import Manifest
 from layerlens.tuning.fit import check_names, check_weights
-from layerlens.tuning.storage import modules_bytes
+from layerlens.tuning.initialization import read_factors
+from layerlens.tuning.storage import MODULES_FILE, modules_bytes
 from layerlens.utils.atomic import staged_directory
 
 if TYPE_CHECKING:
     import torch
 
-PEFT_DIRECTORY, MODULES_FILE = "peft", "layerlens_modules.safetensors"
+PEFT_DIRECTORY = "peft"
 
 
-def export_adapter(manifest: Manifest, model: torch.nn.Module, directory: Path) -> dict[str, Path]:
+def export_adapter(
+    manifest: Manifest,
+    model: torch.nn.Module,
+    directory: Path,
+    factors: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, Path]:
     """Write the zero-step adapter of ``manifest`` below ``directory``; the same manifest gives the same bytes.
 
     What an earlier export left there is replaced, or removed where this manifest has none of that kind.
@@ -42,6 +50,7 @@ def export_adapter(manifest: Manifest, model: torch.nn.Module, directory: Path) 
             ``directory``/layerlens_modules.safetensors.
         model: the base model, for its module names and shapes; it is not changed.
         directory: created if it is not there.
+        factors: LoRA's first A by layer, where ``lora.initialization`` is not "default" (see ``apply``).
 
     Returns:
         The path of each thing written, under "peft" and "modules".
@@ -52,7 +61,7 @@ def export_adapter(manifest: Manifest, model: torch.nn.Module, directory: Path) 
     """
     check_names(model, manifest)
     directory = Path(directory)
-    peft_files, modules = _peft_files(manifest, model), _modules(manifest, model)
+    peft_files, modules = _peft_files(manifest, model, factors), _modules(manifest, model)
     written: dict[str, Path] = {}
     with staged_directory(directory, owned=(PEFT_DIRECTORY, MODULES_FILE)) as staging:
         if peft_files:
@@ -66,13 +75,16 @@ def export_adapter(manifest: Manifest, model: torch.nn.Module, directory: Path) 
     return written
 
 
-def apply_to_directory(manifest: Manifest, model: str | None, output: Path) -> dict[str, Path]:
+def apply_to_directory(
+    manifest: Manifest, model: str | None, output: Path, measured: Path | None = None
+) -> dict[str, Path]:
     """Load the manifest's base model and write its zero-step adapter below ``output``.
 
     Args:
         manifest: what to export.
         model: name or path of the base model; the one that the manifest names when None.
         output: directory, created if it is not there.
+        measured: the run's peft directory, which has LoRA's first A where the initialisation comes from data.
 
     Returns:
         See ``export_adapter``.
@@ -91,17 +103,20 @@ def apply_to_directory(manifest: Manifest, model: str | None, output: Path) -> d
             )
     base = load_model(str(told["name_or_path"]), str(told["task"]), list(told["labels"]), seed=manifest_seed(manifest))
     check_weights(base, manifest)
-    return export_adapter(manifest, base, output)
+    factors = read_factors(measured or Path(PEFT_DIRECTORY), manifest)
+    return export_adapter(manifest, base, output, factors)
 
 
-def _peft_files(manifest: Manifest, model: torch.nn.Module) -> dict[str, bytes]:
+def _peft_files(
+    manifest: Manifest, model: torch.nn.Module, factors: Mapping[str, torch.Tensor] | None
+) -> dict[str, bytes]:
     from safetensors.torch import save
 
     if not lora_rows(manifest):
         return {}
     return {
         "adapter_config.json": adapter_config_json(lora_config(manifest, model, train_head=False)).encode(),
-        "adapter_model.safetensors": save(zero_step_tensors(manifest, model), metadata={"format": "pt"}),
+        "adapter_model.safetensors": save(zero_step_tensors(manifest, model, factors), metadata={"format": "pt"}),
         "README.md": _card(manifest).encode(),
     }
 
@@ -122,6 +137,14 @@ def _card(manifest: Manifest) -> str:
     ranks = sorted({row.rank for row in rows})
     base = manifest.model.get("name_or_path", "the base model")
     parameters = sum(row.cost for row in rows)
+    scale = f"alpha/r = {manifest.lora['alpha_over_r']:g}"
+    if manifest.lora.get("use_rslora"):
+        scale = f"scaled by alpha/√r (rsLoRA) with alpha = {manifest.lora['alpha_over_r'] * ranks[-1]:g}"
+    begin = {
+        "default": "",
+        "pca": " A holds the principal components of each layer's inputs.",
+        "gradient_svd": " A holds the right singular vectors of each layer's mean gradient.",
+    }[lora_initialization(manifest)]
     text = f"""---
 library_name: peft
 tags: [lora, layerlens]
@@ -131,8 +154,8 @@ tags: [lora, layerlens]
 
 LoRA on {_counted(len(rows), "module")}, rank{"s" if len(ranks) > 1 else ""} {", ".join(map(str, ranks))}, \
 {parameters:,} trainable parameters, \
-alpha/r = {manifest.lora["alpha_over_r"]:g}, chosen by LayerLens (manifest.json beside this directory). B is zero: \
-the model computes exactly what it did before, until it is trained.
+{scale}, chosen by LayerLens (manifest.json beside this directory). B is zero: \
+the model computes exactly what it did before, until it is trained.{begin}
 
 Load it with PEFT; LayerLens is not needed:
 

@@ -104,7 +104,7 @@ def manifest_for(spec: Any, choose: Mapping[str, tuple[str, int]], **model_field
         solver="test",
         utility_model="uniform",
         utility_unit="share",
-        lora={"alpha_over_r": 2.0, "init": "default"},
+        lora={"alpha_over_r": 2.0, "initialization": "default"},
         provenance={"seed": 7},
     )
 
