@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import injected_ranks, lora_config, lora_rows, manifest_seed, zero_step_tensors
@@ -71,7 +71,15 @@ def apply(
     if config is None:
         for head in heads:
             head.requires_grad_(True)
+        _let_gradients_into_checkpoints(model)
     return tuned
+
+
+def _let_gradients_into_checkpoints(model: Any) -> None:
+    """Reentrant checkpoints pass no gradient on where no input has one; PEFT and text models see to it themselves."""
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if checkpointing and not getattr(model, "_require_grads_hooks", None):
+        model.enable_input_require_grads()
 
 
 def _below(names: tuple[str, ...]) -> tuple[str, ...]:

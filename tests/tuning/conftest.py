@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 
 from layerlens.integrations.transformers import PretrainedModel, model_spec
 from layerlens.models import Manifest, ManifestRow, trainable_params
+
+sys.path.insert(0, str(Path(__file__).parent))  # shapes.py, which pytest's importlib mode does not find
 
 LABELS = ["a", "b", "c"]
 ARCHITECTURES = ("bert", "gpt2", "llama")
