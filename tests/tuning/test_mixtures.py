@@ -116,12 +116,14 @@ def test_checkpointing_gives_the_same_gradients(architecture, reentrant, methods
             base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         tuned = apply(base.model, plan(base.model, choice, kv_width=base.kv_width))
         shake(tuned)
+        tuned.double()  # T5's wide weights amplify the rounding of sums in another order
         for module in tuned.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        tuned.train()(**base.inputs, **({} if architecture == "vit" else {"use_cache": False})).loss.backward()
+        inputs = {key: value.double() if value.is_floating_point() else value for key, value in base.inputs.items()}
+        tuned.train()(**inputs, **({} if architecture == "vit" else {"use_cache": False})).loss.backward()
         gradients.append({name: value.grad for name, value in tuned.named_parameters() if value.requires_grad})
         assert all(value is not None for value in gradients[-1].values())
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12, msg=name)
