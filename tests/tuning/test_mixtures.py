@@ -126,4 +126,6 @@ def test_checkpointing_gives_the_same_gradients(architecture, reentrant, methods
         assert all(value is not None for value in gradients[-1].values())
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+        torch.testing.assert_close(
+            gradients[1][name], gradient, rtol=1e-9, atol=1e-9 * float(gradient.abs().max()), msg=name
+        )
