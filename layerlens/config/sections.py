@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from layerlens.config.base import ConfigModel
 from layerlens.config.names import MethodName
 from layerlens.config.rules import ConstraintConfig
+from layerlens.config.training import TrainingConfig
 
 StatisticName = Literal["fisher", "gradient", "input_scale", "spectrum", "whitened_spectrum", "ntk"]
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
@@ -291,5 +292,6 @@ class RunConfig(ConfigModel):
     data: DataConfig
     profiling: ProfilingConfig = Field(default_factory=ProfilingConfig, description="What is measured.")
     optimization: OptimizationConfig = Field(description="Budgets, options and solver.")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="How the choice is fine-tuned.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Where the results go.")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="How the run uses this machine.")
