@@ -15,6 +15,7 @@ from layerlens.cli import (
     commands_cache,
     commands_config,
     commands_doctor,
+    commands_export,
     commands_frontier,
     commands_run,
     commands_train,
@@ -59,6 +60,7 @@ app.command("run")(commands_run.run)
 app.command("optimize")(commands_run.optimize)
 app.command("frontier")(commands_frontier.frontier)
 app.command("apply")(commands_apply.apply)
+app.command("export")(commands_export.export)
 app.command("train")(commands_train.train)
 app.command("doctor")(commands_doctor.doctor)
 app.add_typer(commands_cache.app, name="cache")
