@@ -39,6 +39,7 @@ def manifest(spec, ranks: dict[str, int], path: str) -> Manifest:
 def main(directory: Path) -> None:
     """Everything that the checks read."""
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    tokenizer.eos_token = tokenizer.sep_token
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
