@@ -22,11 +22,12 @@ from layerlens.integrations.transformers import PretrainedModel, model_spec
 from layerlens.models import Manifest, ManifestRow, trainable_params
 from layerlens.pipeline.costs import compare_costs
 
+ATTENTION = ("query", "key", "value", "query_key_value")
 CHOICES: dict[str, tuple[dict[str, tuple[str, int]], int]] = {
     "one matrix of the last block": ({"ffn_down": ("lora", 4)}, 5),
     "lora 8, attention": (dict.fromkeys(("query", "value", "query_key_value"), ("lora", 8)), 0),
     "lora 16, all linear": (
-        dict.fromkeys(("query", "key", "value", "query_key_value", "attention_output", "ffn_up", "ffn_down"), ("lora", 16)),
+        dict.fromkeys((*ATTENTION, "attention_output", "ffn_up", "ffn_down"), ("lora", 16)),
         0,
     ),
     "lora 2, upper half": (dict.fromkeys(("query", "query_key_value", "ffn_up", "ffn_down"), ("lora", 2)), 3),

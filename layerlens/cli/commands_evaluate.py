@@ -104,11 +104,10 @@ def calibrate(
         output.json_result({**asdict(profile), "latency_profile": chosen, "file": profile_path(_cache(cache_dir))})
         return
     if not quiet:
-        output.note(
-            f"Measured {profile.device} with {profile.threads} threads; kept in {profile_path(_cache(cache_dir))}."
-        )
-        worst = max(profile.fit_error, key=lambda kind: profile.fit_error[kind])
-        output.note(f"Median errors of the fit are up to {100 * profile.fit_error[worst]:.0f} % ({worst}).\n")
+        where = output.short(profile_path(_cache(cache_dir)))
+        output.note(f"Measured {profile.device} with {profile.threads} threads; kept in {where}.")
+        errors = (f"{kind} {100 * error:.0f} %" for kind, error in profile.fit_error.items())
+        output.note(f"Median errors of the fit: {', '.join(errors)}.")
     numbers = ", ".join(f"{name}: {value:.4g}" for name, value in chosen.items())
     output.result(f"latency_profile: {{{numbers}}}")
 

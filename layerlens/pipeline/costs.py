@@ -87,6 +87,7 @@ def compare_costs(
     layers = {layer.name: layer for layer in spec.layers}
     chosen = [row for row in manifest.allocations if row.method != "none"]
     with progress.stage("Predicting and measuring", total=4) as advance:
+        model.train()  # with dropout, attention goes another way
         with torch.no_grad():
             base_flops = trace_step(model, batch).flops
         tuned = apply(model, manifest, factors=factors).train()

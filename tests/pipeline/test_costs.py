@@ -103,7 +103,7 @@ def test_rates_and_profile_file(tmp_path: Path):
     assert load_profile(path) == PROFILE
     assert load_profile(tmp_path / "none.json") is None
     path.write_text("{}")
-    with pytest.raises(OutputError, match="not a device profile .*layerlens calibrate"):
+    with pytest.raises(OutputError, match=r"not a device profile .*layerlens calibrate"):
         load_profile(path)
 
 
