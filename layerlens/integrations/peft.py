@@ -74,7 +74,7 @@ def lora_config(manifest: Manifest, model: torch.nn.Module, *, train_head: bool 
         base_model_name_or_path=manifest.model.get("name_or_path"),
         task_type=task if train_head else None,
         modules_to_save=heads or None if train_head else None,
-        target_modules=_target_modules(model, [row.layer for row in rows]),
+        target_modules=target_modules(model, [row.layer for row in rows]),
         r=largest,
         lora_alpha=_alpha(scale, largest),
         rank_pattern=dict(sorted(lowered.items())),
@@ -236,7 +236,7 @@ def why_no_lora(module: Any) -> str:
     return ""
 
 
-def _target_modules(model: torch.nn.Module, names: list[str]) -> list[str] | str:
+def target_modules(model: torch.nn.Module, names: list[str]) -> list[str] | str:
     """Full names; one regular expression instead where a name is also the ending of a longer one."""
     endings = tuple("." + name for name in names)
     if any(known.endswith(endings) for known, _ in model.named_modules() if known not in names):

@@ -147,6 +147,9 @@ class LoraEntry(_OpenPart):
         description="How A begins, with B = 0: default (uniform), pca (principal components of the layer's inputs), "
         "gradient_svd (right singular vectors of its mean gradient). The last two are in the exported peft directory.",
     )
+    generator: Text = Field(
+        default="", description="Generator that makes A and B while they are trained (layerlens.generators)."
+    )
 
 
 class ProvenanceEntry(_OpenPart):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import BASE_PREFIX, injected_ranks, lora_shape, why_no_lora
 from layerlens.integrations.torch_modules import find_module
+from layerlens.tuning.generators.attach import ordinary_lora
 from layerlens.tuning.initialization import ADAPTER_WEIGHTS
 from layerlens.tuning.storage import MODULES_FILE, SavedModules, model_bytes, read_modules
 from layerlens.tuning.undo import base_of, before_of, note_before
@@ -28,6 +29,8 @@ EXPORTED = "peft"  # where a run puts the PEFT files, beside its manifest
 
 def save(model: torch.nn.Module, directory: Path) -> dict[str, Path]:
     """Write everything that is trained in ``model`` to ``directory``; the base model's weights are not in it.
+
+    LoRA that is still generated is written as the ordinary LoRA that it is at present.
 
     Args:
         model: what ``apply`` or ``load`` returned, or a fully fine-tuned model.
@@ -48,7 +51,8 @@ def save(model: torch.nn.Module, directory: Path) -> dict[str, Path]:
         if base_of(model) is not model:
             peft_model: Any = model
             # "auto" would ask the hub for the base model's vocabulary; embeddings are never trained here.
-            peft_model.save_pretrained(staging, save_embedding_layers=False)
+            with ordinary_lora(model):
+                peft_model.save_pretrained(staging, save_embedding_layers=False)
             if (directory / CARD).exists():
                 (staging / CARD).unlink(missing_ok=True)
         if content is not None:

@@ -11,6 +11,7 @@ from layerlens.integrations.peft import injected_ranks, lora_config, lora_rows, 
 from layerlens.integrations.torch_modules import find_module
 from layerlens.models import Manifest
 from layerlens.tuning.fit import check_names, check_weights, head_modules
+from layerlens.tuning.generators import attach_generator, load_generator
 from layerlens.tuning.undo import note_before
 
 if TYPE_CHECKING:
@@ -61,6 +62,10 @@ def apply(
     tensors = zero_step_tensors(manifest, model, factors) if has_lora else {}
     config = lora_config(manifest, model) if has_lora else None
 
+    generator = manifest.lora.get("generator", "")
+    if generator:
+        load_generator(generator)  # an unknown one is refused before anything is changed
+
     # PEFT trains a copy of the head; without it the head itself is trained.
     in_place = () if has_lora else [name for name, _ in model.named_parameters() if name.startswith(_below(names))]
     note_before(model, manifest.model, in_place)
@@ -72,6 +77,8 @@ def apply(
         for head in heads:
             head.requires_grad_(True)
         _let_gradients_into_checkpoints(model)
+    if generator:
+        attach_generator(tuned, generator, seed=manifest_seed(manifest))
     return tuned
 
 

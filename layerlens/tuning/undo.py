@@ -73,6 +73,7 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
     """
     import torch
 
+    from layerlens.tuning.generators.attach import finish_generator
     from layerlens.tuning.modules import detach_all, release_statistics
 
     base, before = base_of(model), before_of(model)
@@ -83,6 +84,7 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
     if before.whole:
         raise ManifestError("full fine-tuning has changed the weights themselves; load the base model again")
     if base is not model:
+        finish_generator(model)
         _unload_peft(model, base)
     detach_all(base)
     release_statistics(base)
@@ -112,6 +114,7 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
             of the base model can take up; ``model`` is then unchanged.
     """
     from layerlens.integrations.peft import injected_ranks
+    from layerlens.tuning.generators.attach import finish_generator
     from layerlens.tuning.modules import attached, release_statistics
 
     base = base_of(model)
@@ -125,6 +128,7 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
         )
     if base is model or not injected_ranks(model):
         raise ManifestError(f"this {type(model).__name__} has no LoRA layers, so there is nothing to merge")
+    finish_generator(model)
     for name, parameter in model.named_parameters():
         if "lora_" in name and not bool(parameter.isfinite().all()):
             raise ManifestError(f"cannot be merged: {name} has values that are not finite")
