@@ -139,7 +139,7 @@ def test_unapply_and_merge():
     assert (base.logits(unapply(model)) - before).abs().max() == 0.0
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def plugin(tmp_path_factory: pytest.TempPathFactory):
     """A package with a generator, as a wheel that pip installs into a directory on sys.path."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
