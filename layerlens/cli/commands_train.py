@@ -41,6 +41,14 @@ def train(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model, if it is not where the manifest says.")
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline",
+            help="Train this instead, with as many parameters: uniform-lora, adalora, eva (a wrong name lists all).",
+            show_default=False,
+        ),
+    ] = None,
     settings: Set = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew; remove the checkpoints there.")] = False,
     keep_checkpoints: Annotated[
@@ -57,7 +65,11 @@ def train(
     checked, base_dir = _configuration(manifest, config, settings)
     from layerlens.pipeline.train import train_manifest
 
-    target = directory or manifest.parent / DEFAULT_FOLDER
+    if baseline is not None:
+        from layerlens.tuning.baselines import known_baseline
+
+        known_baseline(baseline)  # a misspelt one is told before anything is loaded
+    target = directory or manifest.parent / (f"{DEFAULT_FOLDER}-{baseline}" if baseline else DEFAULT_FOLDER)
     follower = int(os.environ.get("RANK", 0)) > 0  # one process of several speaks
     result = do(
         lambda progress, warn: train_manifest(
@@ -66,6 +78,7 @@ def train(
             base_dir=base_dir,
             output=target,
             model=model,
+            baseline=baseline,
             restart=restart,
             keep_checkpoints=keep_checkpoints,
             progress=progress,

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from layerlens.integrations.transformers import PretrainedModel, load_pretrained
 from layerlens.manifest.read import read_document
 from layerlens.manifest.write import write_manifest
 from layerlens.models import Manifest
+from layerlens.pipeline.baseline import baseline_facts, prepare_baseline
 from layerlens.pipeline.inputs import check_lengths
 from layerlens.pipeline.messages import Warnings
 from layerlens.pipeline.solve import versions
 from layerlens.pipeline.training_data import training_data
 from layerlens.tuning import apply, read_factors, save
+from layerlens.tuning.baselines import Finished, Prepared
 from layerlens.tuning.evaluation import evaluate
 from layerlens.tuning.export import PEFT_DIRECTORY
 from layerlens.tuning.samples import TrainingData
@@ -85,6 +87,7 @@ def train_manifest(
     base_dir: Path,
     output: Path,
     model: str | None = None,
+    baseline: str | None = None,
     restart: bool = False,
     keep_checkpoints: bool = False,
     progress: Progress = silent,
@@ -100,6 +103,8 @@ def train_manifest(
         base_dir: folder that relative paths in the configuration start from.
         output: directory for the result; other files in it stay.
         model: base model to load, if not the one that the manifest names.
+        baseline: train this way of spending the same number of parameters instead of the manifest's own choice (a key
+            of ``layerlens.tuning.baselines.BASELINES``).
         restart: begin anew, whatever checkpoints are there.
         keep_checkpoints: leave them there when all is done.
         progress: told of the long steps.
@@ -123,13 +128,21 @@ def train_manifest(
         check_lengths(pretrained, config)
         data = training_data(dataset, pretrained, config, warnings.add)
         base = pretrained.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    factors = read_factors(path.parent / PEFT_DIRECTORY, manifest)
     batch = _timed_batch(data, config, base)
     inference_ms = {"before": _inference_ms(base, batch)} if main else {}
     try:
-        tuned = apply(base, manifest, factors=factors)
+        if baseline is None:
+            factors = read_factors(path.parent / PEFT_DIRECTORY, manifest)
+            kept = sum(row.cost for row in manifest.allocations)
+            prepared = Prepared(
+                apply(base, manifest, factors=factors), kept, manifest, lambda tuned: Finished(tuned, kept, manifest)
+            )
+        else:
+            order = config.runtime.seed if config.training.seed is None else config.training.seed
+            prepared = prepare_baseline(baseline, pretrained, manifest, data, config, order)
     except ManifestError as error:
         raise type(error)(f"{path}: {error}") from error
+    tuned = prepared.model
     judged = bool(len(data.evaluation)) and main
     size = config.training.eval_batch_size
     before = evaluate(tuned, data, config.model.task, batch_size=size, progress=progress) if judged else {}
@@ -140,16 +153,30 @@ def train_manifest(
         task=config.model.task,
         checkpoints=output / CHECKPOINTS,
         seed=config.runtime.seed,
-        identity={"model": manifest.model.get("fingerprint", ""), "choice": _choice(manifest), "manifest_seed": seed},
+        hooks=prepared.hooks,
+        identity={
+            "model": manifest.model.get("fingerprint", ""),
+            "choice": _choice(manifest),
+            "manifest_seed": seed,
+            "method": baseline or "manifest",
+        },
         restart=restart,
         progress=progress,
     )
     if not main:
         return TrainedModel(output, {}, before, result.metrics, inference_ms, result, tuple(warnings.lines))
-    inference_ms["after"] = _inference_ms(tuned, batch)
+    finished = prepared.finish(tuned)
+    if finished.model is not tuned and judged:  # cut or converted: what is judged is what is kept
+        tuned = finished.model.eval()
+        result = replace(result, metrics=evaluate(tuned, data, config.model.task, batch_size=size, progress=progress))
+    inference_ms["after"] = _inference_ms(finished.model, batch)
     facts = _facts(manifest, config, data, pretrained, before, result, inference_ms)
+    if baseline is not None:
+        facts["baseline"] = baseline_facts(baseline, manifest, prepared, finished)
     with staged_directory(output, owned=OWNED) as staging:
-        files = save(tuned, staging) | write_manifest(manifest, staging, created_at=created_at)
+        files = save(finished.model, staging)
+        if baseline is None:
+            files |= write_manifest(manifest, staging, created_at=created_at)
         files["metrics"] = atomic_write_text(staging / METRICS_FILE, json.dumps(facts, indent=2) + "\n")
         files = {name: output / file.relative_to(staging) for name, file in files.items()}
     if not keep_checkpoints:
