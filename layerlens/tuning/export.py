@@ -167,11 +167,12 @@ model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
 """
     others = [row.method for row in manifest.allocations if row.method in ("adapter", "prefix")]
     if others:
+        measured = "" if not begin else ' (with `factors=layerlens.tuning.read_factors(Path("peft"), manifest)`)'
         kinds = {"adapter": ("adapter", "adapters"), "prefix": ("prefix", "prefixes")}
         counts = " and ".join(_counted(others.count(method), *kinds[method]) for method in dict.fromkeys(others))
         text += f"""
 The manifest has {counts} as well, which PEFT cannot hold: see {MODULES_FILE} beside this
-directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model.
+directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model{measured}.
 """
     if manifest.model.get("task") == "sequence-classification":
         text += """
