@@ -8,8 +8,11 @@ import pytest
 import torch
 from shapes import SHAPES, plan, shake, shape, train
 
+from layerlens.config import TrainingConfig
 from layerlens.integrations.transformers import weights_fingerprint
 from layerlens.tuning import apply, load, save, unapply
+from layerlens.tuning.samples import TrainingData
+from layerlens.tuning.training import fine_tune
 
 GENERATORS = ("gpt2", "llama", "t5")
 
@@ -129,3 +132,27 @@ def test_checkpointing_gives_the_same_gradients(architecture, reentrant, methods
         torch.testing.assert_close(
             gradients[1][name], gradient, rtol=1e-9, atol=1e-9 * float(gradient.abs().max()), msg=name
         )
+
+
+def test_the_whole_way_of_one_mixed_manifest(tmp_path):
+    """LoRA, adapter and prefixes through Trainer, to disk, back with the same bits, and text with and without a cache."""
+    base = shape("llama")
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(1, 50, (6 + index % 4,), generator=generator) for index in range(16)]
+    samples = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in rows]
+    tuned = apply(base.model, plan(base.model, base.choice, kv_width=base.kv_width))
+    result = fine_tune(
+        tuned, TrainingData(samples, samples[:4]), TrainingConfig(epochs=3, batch_size=4, learning_rate=1e-2),
+        task="causal-lm", checkpoints=tmp_path / "checkpoints",
+    )  # fmt: skip
+    assert result.losses[-1] < result.losses[0]
+    expected = base.logits(tuned)
+    save(tuned, tmp_path / "tuned")
+    fresh = shape("llama")
+    loaded = load(fresh.model, tmp_path / "tuned").eval()
+    assert (fresh.logits(loaded) - expected).abs().max() == 0.0
+    options = {"input_ids": base.inputs["input_ids"], "max_new_tokens": 16, "do_sample": False}
+    texts = [loaded.generate(**options, use_cache=cache) for cache in (True, False)]
+    assert texts[0].shape[1] == base.inputs["input_ids"].shape[1] + 16
+    assert torch.equal(*texts)
+    assert torch.equal(texts[0], tuned.generate(**options))
