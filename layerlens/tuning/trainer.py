@@ -215,6 +215,8 @@ class _Trainer(Trainer):
                 f"training.metric: {self.metric!r} is not a metric of {job.task}; known: {', '.join(metrics)}"
             )
         recorder.evaluations.append({"step": step, **metrics})
+        if not all(hook.settled(step) for hook in job.hooks):
+            return {f"eval_{name}": value for name, value in metrics.items()}
         recorder.stale += 1
         if better(self.metric, metrics[self.metric], recorder.best_value, job.config.early_stopping_threshold):
             recorder.best_step, recorder.best_value, recorder.stale = step, metrics[self.metric], 0

@@ -42,6 +42,10 @@ class TrainingHook:
     def after_step(self, model: torch.nn.Module, step: int) -> None:
         """The optimiser has stepped; gradients are still there."""
 
+    def settled(self, step: int) -> bool:
+        """Whether the weights after ``step`` steps may be kept as the best: not while a method still changes its size."""
+        return True
+
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on; saved in every checkpoint with ``torch.save``."""
         return {}

@@ -135,7 +135,7 @@ def test_checkpointing_gives_the_same_gradients(architecture, reentrant, methods
 
 
 def test_the_whole_way_of_one_mixed_manifest(tmp_path):
-    """LoRA, adapter and prefixes through Trainer, to disk, back with the same bits, and text with and without a cache."""
+    """LoRA, adapter and prefixes through Trainer, to disk, back with the same bits, text with a cache and without."""
     base = shape("llama")
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(1, 50, (6 + index % 4,), generator=generator) for index in range(16)]

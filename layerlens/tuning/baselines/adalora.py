@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,11 @@ class Allocator(TrainingHook):
             allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc = self.loaded["importance"]
             self.tuner.peft_config["default"].rank_pattern = self.loaded["rank_pattern"]
 
+    def settled(self, step: int) -> bool:
+        """Not before the last cut: earlier weights have more ranks than the budget buys."""
+        config = self.tuner.peft_config["default"]
+        return bool(step >= config.total_step - config.tfinal)
+
     def state_dict(self) -> dict[str, Any]:
         """Importance averages and the ranks so far."""
         allocator = self.tuner.rankallocator
@@ -55,10 +61,11 @@ class Allocator(TrainingHook):
 
 
 def adalora(request: BaselineRequest) -> Prepared:
-    """Starts with 1.5 times the uniform rank of the budget and ends with that rank on average.
+    """Starts with 1.5 times the ranks that the budget buys on average and ends with those.
 
     AdaLoRA's budget is a number of ranks: how many parameters are kept depends on which layers keep them. They are
-    counted when training is done, and the result becomes ordinary LoRA.
+    counted when training is done, and the result becomes ordinary LoRA. PEFT sets the number of ranks to a whole
+    number for each layer; it is set to what the budget buys instead.
 
     Raises:
         ConfigurationError: there are too few steps for its schedule.
@@ -72,7 +79,8 @@ def adalora(request: BaselineRequest) -> Prepared:
         )
     layers = layers_with(request, "lora", dense=True)
     target = uniform_size(layers, "lora", request.budget)
-    start = max(target + 1, round(1.5 * target))
+    ranks = max(len(layers), request.budget * len(layers) // sum(layer.n_in + layer.n_out for layer in layers))
+    start = max(target + 1, math.ceil(1.5 * ranks / len(layers)))
     warmup, final = int(WARMUP * request.total_steps), max(1, int(FINAL * request.total_steps))
     config = AdaLoraConfig(
         task_type=TASK_TYPES.get(str(request.facts.get("task"))),
@@ -90,14 +98,15 @@ def adalora(request: BaselineRequest) -> Prepared:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, and a renamed property of transformers
         torch.manual_seed(request.seed)
-        model: torch.nn.Module = get_peft_model(request.model, config)
+        model: Any = get_peft_model(request.model, config)
+    model.base_model.rankallocator.target_bgt = ranks
 
     def finish(trained: torch.nn.Module) -> Finished:
         factors, scale = _kept(trained)
         choice = {name: ("lora", len(a)) for name, (a, _) in factors.items()}
         return as_lora(request, trained, plan(request, "adalora", choice, alpha_over_r=scale), factors)
 
-    note = f"starts with rank {start} and ends with {target} on average; what it keeps is counted afterwards"
+    note = f"starts with rank {start}, ends with {ranks} ranks on {len(layers)} layers; what it keeps is counted then"
     return Prepared(model, trained_params(model, request.facts), None, finish, (Allocator(),), note)
 
 
@@ -107,6 +116,9 @@ def _kept(model: Any) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], flo
     from peft.tuners.adalora import AdaLoraLayer
 
     factors, scale = {}, 1.0
+    pattern = model.peft_config["default"].rank_pattern
+    if pattern:  # masks once more: the last optimiser step has moved what was masked before it
+        model.base_model.rankallocator.mask_using_rank_pattern(model.base_model.model, pattern)
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, AdaLoraLayer):
             layer: Any = module
