@@ -43,7 +43,7 @@ class TrainingHook:
         """The optimiser has stepped; gradients are still there."""
 
     def settled(self, step: int) -> bool:
-        """Whether the weights after ``step`` steps may be kept as the best: not while a method still changes its size."""
+        """Whether the weights after ``step`` steps may be kept as the best; not while a method changes its size."""
         return True
 
     def state_dict(self) -> dict[str, Any]:
