@@ -28,14 +28,20 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.torch_modules import find_module
-from layerlens.integrations.transformers import is_dense
+from layerlens.integrations.transformers import dense_shape, is_dense
 from layerlens.models import Manifest, ManifestRow
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
 
-TASK_TYPES = {"sequence-classification": "SEQ_CLS"}
+TASK_TYPES = {
+    "sequence-classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+}
+"""Task -> PEFT's, where PEFT has one and there is a head to train; it then finds the head by itself."""
 INITIALIZATIONS = ("default", "pca", "gradient_svd")
 """How A begins; B is zero with each of them. ``tuning.initialization`` says what they are."""
 BASE_PREFIX = "base_model.model."
@@ -114,7 +120,7 @@ def zero_step_tensors(
     tensors = {}
     for row in lora_rows(manifest):
         module = _lora_module(model, row)
-        n_in, n_out = lora_shape(module)
+        n_in, n_out, groups = lora_shape(module)
         if initialization == "default":
             a = default_factor(manifest, row, n_in)
         else:
@@ -122,7 +128,7 @@ def zero_step_tensors(
         kernel = tuple(getattr(module, "kernel_size", ()))
         key = BASE_PREFIX + row.layer
         tensors[f"{key}.lora_A.weight"] = a.reshape(row.rank, -1, *kernel) if kernel else a
-        tensors[f"{key}.lora_B.weight"] = a.new_zeros(n_out, row.rank, *(1 for _ in kernel))
+        tensors[f"{key}.lora_B.weight"] = a.new_zeros(n_out, row.rank // groups, *(1 for _ in kernel))
     return tensors
 
 
@@ -197,28 +203,36 @@ def _lora_module(model: torch.nn.Module, row: ManifestRow) -> torch.nn.Module:
     why_not = why_no_lora(module)
     if why_not:
         raise ManifestError(f"{row.layer}: {why_not}")
-    n_in, n_out = lora_shape(module)
-    if row.cost != row.rank * (n_in + n_out):
+    n_in, n_out, groups = lora_shape(module)
+    if row.rank % groups:
         raise ManifestError(
-            f"{row.layer}: LoRA rank {row.rank} on this {n_in} → {n_out} module trains {row.rank * (n_in + n_out)} "
+            f"{row.layer}: LoRA rank {row.rank} is no multiple of the {groups} groups of this convolution, which PEFT "
+            "demands"
+        )
+    trained = row.rank * (n_in + n_out // groups)
+    if row.cost != trained:
+        raise ManifestError(
+            f"{row.layer}: LoRA rank {row.rank} on this {n_in} → {n_out} module trains {trained} "
             f"parameters, the manifest says {row.cost}; it was made for a model of another shape"
         )
     return module
 
 
-def lora_shape(module: Any) -> tuple[int, int]:
-    """(n_in, n_out) of the map that LoRA changes; a convolution's inputs are the pixels under its kernel."""
-    from layerlens.integrations.weight_matrices import matrix_shape
+def lora_shape(module: Any) -> tuple[int, int, int]:
+    """(n_in, n_out, groups): A is [r, n_in], B is [n_out, r / groups]; of a convolution n_in is a patch."""
+    import torch
 
-    _, n_out, n_in = matrix_shape(module)
-    return n_in, n_out
+    if isinstance(module, torch.nn.Conv2d):
+        patch = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+        return patch, module.out_channels, module.groups
+    return (*dense_shape(module), 1)
 
 
 def why_no_lora(module: Any) -> str:
     """Why this module cannot take LoRA; "" where it can.
 
-    PEFT builds a convolution's A with stride and padding, but without dilation and padding mode, and cannot merge
-    grouped ones.
+    PEFT (0.21) gives a convolution an A of r × all input channels, with stride and padding but without dilation and
+    padding mode, and a B of 1 × 1 with the layer's groups; so r must be a multiple of the groups.
     """
     import torch
 
@@ -229,8 +243,8 @@ def why_no_lora(module: Any) -> str:
             f"LoRA goes on a Linear, Conv1D or Conv2d, this is a {type(module).__name__}; "
             "profile the model with module granularity"
         )
-    if module.groups != 1:
-        return f"LoRA on a convolution of {module.groups} groups cannot be merged; its method must be none"
+    if module.groups > 1 and module.groups == module.in_channels:
+        return f"PEFT's LoRA of a depthwise convolution needs a rank that is a multiple of its {module.groups} groups"
     if tuple(module.dilation) != (1, 1) or module.padding_mode != "zeros":
         return "PEFT has no LoRA for convolutions with dilation or padding other than zeros; its method must be none"
     return ""

@@ -151,7 +151,7 @@ def _check_peft_files(base: torch.nn.Module, directory: Path) -> None:
         module = find_module(base, layer)
         if why_no_lora(module):
             raise ManifestError(f"{path}: {layer}: {why_no_lora(module)}")
-        n_in, n_out = lora_shape(module)
+        n_in, n_out, _ = lora_shape(module)
         count = 1
         for size in shape:
             count *= size

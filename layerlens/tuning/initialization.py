@@ -119,7 +119,12 @@ def _groups(model: torch.nn.Module, rows: Sequence[ManifestRow], kind: str) -> I
         module = find_module(model, row.layer)
         if why_no_lora(module):
             raise ManifestError(f"{row.layer}: {why_no_lora(module)}")
-        n_in, n_out = lora_shape(module)
+        n_in, n_out, groups = lora_shape(module)
+        if groups > 1:
+            raise ManifestError(
+                f"{row.layer}: lora.initialization: {kind!r} is not there for a convolution of {groups} groups; choose "
+                "default"
+            )
         size = 4 * n_in * (n_in if kind == "pca" else n_out)
         if group and held + size > MATRIX_BYTES:
             yield group

@@ -128,6 +128,12 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
         )
     if base is model or not injected_ranks(model):
         raise ManifestError(f"this {type(model).__name__} has no LoRA layers, so there is nothing to merge")
+    for name, module in base.named_modules():
+        if getattr(module, "groups", 1) > 1 and name.endswith(".base_layer"):
+            raise ManifestError(
+                f"cannot be merged: {name.removesuffix('.base_layer')} is a convolution of {module.groups} groups, "
+                "whose LoRA PEFT cannot add to the weight; keep the model as it is (layerlens.tuning.save and load)"
+            )
     finish_generator(model)
     for name, parameter in model.named_parameters():
         if "lora_" in name and not bool(parameter.isfinite().all()):

@@ -146,7 +146,8 @@ def plan(
     for name, (method, rank) in choice.items():
         module = model.get_submodule(name)
         if method == "lora":
-            cost = rank * sum(lora_shape(module))
+            n_in, n_out, groups = lora_shape(module)
+            cost = rank * (n_in + n_out // groups)
         elif method == "adapter":
             n_out = lora_shape(module)[1]
             cost = 2 * n_out * rank + rank + n_out

@@ -93,10 +93,35 @@ def test_a_convolution_trains_r_times_its_patch_and_channels():
     assert sum(value.numel() for value in tuned.parameters() if value.requires_grad) == manifest.allocations[0].cost
 
 
-def test_grouped_dilated_and_reflecting_convolutions_are_refused():
+def test_a_grouped_convolution_takes_multiples_of_its_groups_and_is_not_merged(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(8, 12, 3, groups=4, padding=1))
+
+    pixels = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(1))
+    model = build()
+    before = model(pixels)
+    manifest = plan(model, {"0": ("lora", 8)}, head_modules=[])
+    assert manifest.allocations[0].cost == 8 * 8 * 9 + 8 // 4 * 12
+    tuned = apply(model, manifest)
+    assert sum(value.numel() for value in tuned.parameters() if value.requires_grad) == manifest.allocations[0].cost
+    assert torch.equal(tuned(pixels), before)
+    shake(tuned)
+    expected = tuned(pixels)
+    assert (expected - before).abs().max() > 1e-2
+    save(tuned, tmp_path)
+    assert torch.equal(load(build(), tmp_path)(pixels), expected)
+    with pytest.raises(ManifestError, match="cannot be merged: 0 is a convolution of 4 groups"):
+        merge(tuned)
+    assert torch.equal(tuned(pixels), expected)
+    with pytest.raises(ManifestError, match="rank 6 is no multiple of the 4 groups"):
+        apply(build(), plan(build(), {"0": ("lora", 6)}, head_modules=[]))
+
+
+def test_depthwise_dilated_and_reflecting_convolutions_are_refused():
     grouped = next(name for name, module in convolutions(convnext()).items() if module.groups > 1)
     model = convnext()
-    with pytest.raises(ManifestError, match=f"{grouped}: LoRA on a convolution of 8 groups cannot be merged"):
+    with pytest.raises(ManifestError, match=f"{grouped}: PEFT's LoRA of a depthwise convolution needs"):
         apply(model, plan(model, {grouped: ("lora", 8)}))
     for option in ({"dilation": 2}, {"padding_mode": "reflect", "padding": 1}):
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, **option))

@@ -19,7 +19,7 @@ ATTENTION = "attention"
 
 
 def layers_with(request: BaselineRequest, method: str, *, dense: bool = False) -> tuple[LayerSpec, ...]:
-    """Layers that offer ``method``; ``dense`` leaves convolutions out.
+    """Layers that offer ``method``, without grouped convolutions; ``dense`` leaves all convolutions out.
 
     Raises:
         ConfigurationError: there are none.
@@ -27,6 +27,8 @@ def layers_with(request: BaselineRequest, method: str, *, dense: bool = False) -
     from layerlens.integrations.transformers import is_dense
 
     found = tuple(layer for layer in request.spec.layers if method in layer.methods)
+    if method == "lora":  # ranks of grouped convolutions are multiples of their groups, which no rule here knows
+        found = tuple(layer for layer in found if getattr(request.model.get_submodule(layer.name), "groups", 1) == 1)
     if dense:
         found = tuple(layer for layer in found if is_dense(request.model.get_submodule(layer.name)))
     if not found:
