@@ -143,12 +143,17 @@ def _show(result: TrainedModel) -> None:
     kept = f" (kept: step {training.best_step})" if training.best_step != training.steps else ""
     figures.add_row("optimiser steps", f"{training.steps}{kept}")
     figures.add_row("trained parameters", f"{training.trained_parameters:,}")
+    if result.baseline:
+        told = result.baseline
+        figures.add_row(f"kept by {told['name']}", f"{told['kept_params']:,} of {told['budget_params']:,}")
     figures.add_row("wall time", f"{training.wall_seconds:.1f} s")
     figures.add_row("tokens per second", scaled(training.tokens_per_second))
     figures.add_row(f"memory: {training.peak_memory_of}", amount("vram_gb", training.peak_memory_gb))
     for when, what in (("before", "base model"), ("after", "with its options")):
         figures.add_row(f"inference, one batch: {what}", amount("latency_ms", result.inference_ms[when]))
     console.print(figures)
+    if result.baseline.get("note"):
+        output.note(f"{result.baseline['name']}: {result.baseline['note']}.")
     if training.stopped_early:
         output.note("Stopped early: the last evaluations brought no improvement.")
     if training.resumed_from is not None:

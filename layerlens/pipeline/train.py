@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class TrainedModel:
         inference_ms: forward time of one evaluation batch: "before" of the base model, "after" with its options.
         training: what happened in between.
         warnings: what the user should know, a line each.
+        baseline: its name, note, and parameters trained and kept; empty where the manifest's choice was trained.
     """
 
     directory: Path
@@ -63,6 +64,7 @@ class TrainedModel:
     inference_ms: dict[str, float]
     training: TrainingResult
     warnings: tuple[str, ...] = ()
+    baseline: dict[str, Any] = field(default_factory=dict)
 
 
 def train_config(manifest: Manifest) -> RunConfig:
@@ -181,7 +183,8 @@ def train_manifest(
         files = {name: output / file.relative_to(staging) for name, file in files.items()}
     if not keep_checkpoints:
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    return TrainedModel(output, files, before, result.metrics, inference_ms, result, tuple(warnings.lines))
+    told = facts.get("baseline", {})
+    return TrainedModel(output, files, before, result.metrics, inference_ms, result, tuple(warnings.lines), told)
 
 
 def _model_section(manifest: Manifest, model: str | None) -> dict[str, Any]:

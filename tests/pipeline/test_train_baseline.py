@@ -79,6 +79,15 @@ def test_a_baseline_is_trained_kept_and_described(job, name):
     assert sum(value.numel() for value in loaded.parameters() if value.requires_grad) > told["kept_params"]
 
 
+def test_what_a_baseline_kept_is_shown(job, tmp_path):
+    command = ["train", str(job / "out/manifest.json"), "-c", str(job / "config.yaml"), "--baseline", "truncation"]
+    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "tuned"), "--set", "training.max_steps=2"])
+    assert done.exit_code == 0, done.stderr
+    words = " ".join(done.stderr.split())
+    assert "kept by truncation" in words
+    assert "truncation: trains rank" in words
+
+
 def test_an_unknown_baseline_is_refused_at_once(job):
     done = train(job, "--baseline", "adalorra")
     assert done.exit_code == 2
