@@ -69,6 +69,10 @@ class ManifestError(LayerLensError, ValueError):
     exit_code = 2
 
 
+class TrainingError(LayerLensError, RuntimeError):
+    """Fine-tuning cannot go on (a loss that is not finite), or its checkpoints belong to another job."""
+
+
 class OutputError(LayerLensError, OSError):
     """The output directory or the cache cannot be written."""
 

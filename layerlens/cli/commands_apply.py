@@ -40,7 +40,7 @@ def apply(
 
         check_writable(directory)
         try:
-            files = apply_to_directory(plan, model, directory)
+            files = apply_to_directory(plan, model, directory, manifest.parent / "peft")
         except ManifestError as error:
             raise type(error)(f"{manifest}: {error}") from error
     from layerlens.cli.snippets import python_snippet

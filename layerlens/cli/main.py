@@ -15,8 +15,11 @@ from layerlens.cli import (
     commands_cache,
     commands_config,
     commands_doctor,
+    commands_evaluate,
+    commands_export,
     commands_frontier,
     commands_run,
+    commands_train,
     output,
 )
 from layerlens.cli.errors import exit_cleanly
@@ -58,6 +61,10 @@ app.command("run")(commands_run.run)
 app.command("optimize")(commands_run.optimize)
 app.command("frontier")(commands_frontier.frontier)
 app.command("apply")(commands_apply.apply)
+app.command("export")(commands_export.export)
+app.command("train")(commands_train.train)
+app.command("evaluate")(commands_evaluate.evaluate)
+app.command("calibrate")(commands_evaluate.calibrate)
 app.command("doctor")(commands_doctor.doctor)
 app.add_typer(commands_cache.app, name="cache")
 

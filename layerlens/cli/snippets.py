@@ -28,9 +28,15 @@ def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, 
         tuned = f"PeftModel.from_pretrained(base, {short(peft_directory)!r}, is_trainable=True)"
     else:
         standard = ["from pathlib import Path", ""]
-        own = ["from layerlens.manifest import read_manifest", "from layerlens.tuning import apply"]
+        measured = manifest.lora.get("initialization", "default") != "default" and "lora" in methods
+        names = "apply, read_factors" if measured else "apply"
+        own = ["from layerlens.manifest import read_manifest", f"from layerlens.tuning import {names}"]
         imports = [*imports, "", *own] if imports else own
         tuned = f"apply(base, read_manifest(Path({short(path)!r})))"
+        if measured:  # LoRA's first A is in the exported adapter
+            peft = short(peft_directory or path.parent / "peft")
+            imports += ["", f"manifest = read_manifest(Path({short(path)!r}))"]
+            tuned = f"apply(base, manifest, factors=read_factors(Path({peft!r}), manifest))"
     comment = "# Now train `model` as you would any other: Trainer, TRL, or your own loop."
     return "\n".join([*standard, *imports, "", f"base = {base}", f"model = {tuned}", comment, ""])
 

@@ -12,6 +12,7 @@ from layerlens.config.sections import (
     RunConfig,
     RuntimeConfig,
 )
+from layerlens.config.training import TrainingConfig
 
 __all__ = [
     "DataConfig",
@@ -22,6 +23,7 @@ __all__ = [
     "ProfilingConfig",
     "RunConfig",
     "RuntimeConfig",
+    "TrainingConfig",
     "config_schema",
     "load_run_config",
     "parse_run_config",

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from layerlens.config.base import ConfigModel
 from layerlens.config.names import MethodName
 from layerlens.config.rules import ConstraintConfig
+from layerlens.config.training import TrainingConfig
 
 StatisticName = Literal["fisher", "gradient", "input_scale", "spectrum", "whitened_spectrum", "ntk"]
 TaskName = Literal[
@@ -241,6 +242,17 @@ class OptimizationConfig(ConfigModel):
         default_factory=ConstraintConfig, description="What the choice must keep beyond the four budgets."
     )
     alpha_over_r: float = Field(default=2.0, gt=0, description="LoRA scale alpha/r, one constant for the whole model.")
+    use_rslora: bool = Field(
+        default=False,
+        description="Scale LoRA by alpha/√r instead of alpha/r (rsLoRA), with alpha = alpha_over_r times the largest "
+        "chosen rank in every layer.",
+    )
+    lora_initialization: Literal["default", "pca", "gradient_svd"] = Field(
+        default="default",
+        description="How LoRA's A begins, with B = 0: `default` (uniform, as PEFT draws it), `pca` (principal "
+        "components of the layer's inputs, as EVA), `gradient_svd` (right singular vectors of the mean gradient, as "
+        "LoRA-GA). The last two are measured on the calibration samples in one more pass.",
+    )
     optimizer: Literal["adamw", "sgd"] = Field(
         default="adamw", description="Optimiser of the later fine-tune; its state is part of the memory prediction."
     )
@@ -345,5 +357,6 @@ class RunConfig(ConfigModel):
     data: DataConfig
     profiling: ProfilingConfig = Field(default_factory=ProfilingConfig, description="What is measured.")
     optimization: OptimizationConfig = Field(description="Budgets, options and solver.")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="How the choice is fine-tuned.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Where the results go.")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="How the run uses this machine.")

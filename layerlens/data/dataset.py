@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -91,9 +91,8 @@ class Dataset:
             DataError: fewer than 2 samples are left for calibration.
         """
         keyed = []
-        for index in range(len(self)):
-            content = hashlib.sha256(self._identity(index)).digest()
-            if int.from_bytes(content[:8], "big") >= TEST_SHARE * 2**64:
+        for index, content in enumerate(self._digests()):
+            if not _of_test(content):
                 keyed.append((hashlib.sha256(f"{seed}:{index}:".encode() + content).digest(), index))
         order = [index for _, index in sorted(keyed)]
         calibration = order[:n_calibration]
@@ -103,6 +102,16 @@ class Dataset:
                 "test split; give at least 2, better 256 or more"
             )
         return self.select(calibration), self.select(order[n_calibration : n_calibration + n_head])
+
+    def split_test(self) -> tuple[Dataset, Dataset]:
+        """(training, test) samples: the test split that ``split`` leaves alone, and all the others, in their order."""
+        of_test = [_of_test(content) for content in self._digests()]
+        parts = ([index for index, test in enumerate(of_test) if test is wanted] for wanted in (False, True))
+        train, test = (self.select(part) for part in parts)
+        return train, test
+
+    def _digests(self) -> Iterator[bytes]:
+        return (hashlib.sha256(self._identity(index)).digest() for index in range(len(self)))
 
     def _identity(self, index: int) -> bytes:
         """What a sample is told apart by: all of its columns, not its label."""
@@ -122,3 +131,7 @@ def _content(value: Any) -> bytes:
     if isinstance(value, Stored):
         return value.content()
     return "\0".join(value).encode() if isinstance(value, tuple) else str(value).encode()
+
+
+def _of_test(content: bytes) -> bool:
+    return int.from_bytes(content[:8], "big") < TEST_SHARE * 2**64

@@ -138,7 +138,18 @@ class LoraEntry(_OpenPart):
     """How LoRA layers are scaled and begin; needed where there are any."""
 
     alpha_over_r: Number | None = Field(default=None, gt=0, description="LoRA scale alpha/r, one for the model.")
-    init: Text = Field(default="default", description="Initialisation of the LoRA matrices.")
+    use_rslora: Annotated[bool, Field(strict=True)] = Field(
+        default=False,
+        description="Scale by alpha/√r, with alpha = alpha_over_r times the largest rank for every layer (rsLoRA).",
+    )
+    initialization: Literal["default", "pca", "gradient_svd"] = Field(
+        default="default",
+        description="How A begins, with B = 0: default (uniform), pca (principal components of the layer's inputs), "
+        "gradient_svd (right singular vectors of its mean gradient). The last two are in the exported peft directory.",
+    )
+    generator: Text = Field(
+        default="", description="Generator that makes A and B while they are trained (layerlens.generators)."
+    )
 
 
 class ProvenanceEntry(_OpenPart):
@@ -171,7 +182,7 @@ class ManifestDocument(_Part):
     solver: str = Field(description="Which solver stages ran.")
     utility_model: str = Field(description="Which utility model made the utilities.")
     utility_unit: str = Field(description="What utilities are measured in.")
-    lora: LoraEntry = Field(description="alpha_over_r (one constant for the model) and init of LoRA.")
+    lora: LoraEntry = Field(description="Scale and initialisation of LoRA.")
     predicted: dict[str, JsonValue] = Field(description="Predicted gain and what it rests on.")
     provenance: ProvenanceEntry = Field(description="Fingerprints, versions, configuration, seed.")
 

@@ -59,7 +59,7 @@ class Manifest:
         resources: one entry for each resource.
         score, upper_bound, gap, status, solver: the certificate of the allocation.
         utility_model, utility_unit: which utility model made the utilities.
-        lora: ``alpha_over_r`` (one constant for the model) and ``init`` of the LoRA layers.
+        lora: ``alpha_over_r`` (one constant for the model), ``use_rslora`` and ``initialization`` of the LoRA layers.
         predicted: predicted gain and what it rests on.
         provenance: data and statistics fingerprints, versions, configuration, seed.
     """

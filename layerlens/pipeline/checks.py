@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ def check_manifest(
     inputs: dict[str, torch.Tensor],
     config: OptimizationConfig,
     progress: Progress,
+    factors: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """Inject the manifest's options into ``model`` (which keeps them) and measure what was predicted.
 
@@ -35,6 +37,7 @@ def check_manifest(
         inputs: a real batch; its tokens fill the batch of the latency profile.
         config: latency profile and optimiser.
         progress: told of the steps.
+        factors: LoRA's first A by layer, where it is measured.
 
     Returns:
         resource -> {"predicted", "measured", "relative_error"}, and "step_zero_max_abs_delta", the largest change
@@ -47,7 +50,7 @@ def check_manifest(
         base_flops = _forward_flops(model, batch)
         base_ms = _forward_ms(model, batch)
         advance(1)
-        model = apply(model, manifest)
+        model = apply(model, manifest, factors=factors)
         model.eval()
         delta = float((_logits(model, inputs) - before).abs().max())
         flops = _forward_flops(model, batch) - base_flops

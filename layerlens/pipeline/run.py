@@ -21,6 +21,7 @@ from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.manifest import write_manifest, write_report
 from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
 from layerlens.pipeline.checks import check_manifest
+from layerlens.pipeline.factors import measured_factors
 from layerlens.pipeline.inputs import (
     check_lengths,
     data_facts,
@@ -138,12 +139,18 @@ def run_config(
     )
     with staged_directory(output, owned=(*CHOICE_FILES, STATISTICS_FILE)) as staging:
         with clock.stage("export"):
+
+            def fit_head_if_cached() -> None:  # else profiling has fitted it
+                if found is not None:
+                    _fit_new_head(config, pretrained, task, head_data, progress)
+
+            factors = measured_factors(pretrained.model, manifest, batches, task.loss, fit_head_if_cached)
             written = write_manifest(manifest, staging, created_at=_now())
-            written |= export_adapter(manifest, pretrained.model, staging)
+            written |= export_adapter(manifest, pretrained.model, staging, factors)
             written["statistics"] = atomic_write_bytes(staging / STATISTICS_FILE, statistics_to_bytes(spec, statistics))
         with clock.stage("check"):
             longest = batches[-1].inputs
-            measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress)
+            measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress, factors)
             warn_of_overrun(manifest, measured, warnings)
         written |= _write_report(staging, manifest, solution, statistics, measured)
         files = {name: output / path.relative_to(staging) for name, path in written.items()}
@@ -185,6 +192,11 @@ def optimize_statistics(
     with clock.stage("solve"), progress.stage("Solving"):
         solution = _solve(config, spec, statistics, threads)
         warn_of_no_gain(solution, config, warnings)
+    if config.optimization.lora_initialization != "default":
+        warnings.add(
+            f"optimization.lora_initialization: {config.optimization.lora_initialization!r} is measured on the model; "
+            "this manifest can be trained only after `layerlens run` has written its peft directory"
+        )
     facts = statistics.provenance
     if "model" not in facts or "data" not in facts.get("identity", {}):
         raise ActivationCacheError(
@@ -244,11 +256,7 @@ def _profile(
     saved: SavedPass | None,
 ) -> ModelStatistics:
     """Fit the head if it is new, then measure every layer."""
-    if pretrained.new_parameters and len(head_data):
-        head_batches = make_batches(
-            task, pretrained, head_data, config.data, batch_size=HEAD_BATCH_SIZE, seed=config.runtime.seed
-        )
-        fit_head(pretrained.model, pretrained.new_parameters, head_batches, progress, task.loss)
+    _fit_new_head(config, pretrained, task, head_data, progress)
     return measure(
         pretrained.model,
         spec,
@@ -261,6 +269,16 @@ def _profile(
         loss=task.loss,
         saved=saved,
     )
+
+
+def _fit_new_head(
+    config: RunConfig, pretrained: PretrainedModel, task: Task, head_data: Dataset, progress: Progress
+) -> None:
+    if pretrained.new_parameters and len(head_data):
+        head_batches = make_batches(
+            task, pretrained, head_data, config.data, batch_size=HEAD_BATCH_SIZE, seed=config.runtime.seed
+        )
+        fit_head(pretrained.model, pretrained.new_parameters, head_batches, progress, task.loss)
 
 
 def _solve(config: RunConfig, spec: ModelSpec, statistics: ModelStatistics, threads: int) -> Solution:

@@ -118,7 +118,11 @@ def make_manifest(
         solver=allocation.solver,
         utility_model=utilities.model,
         utility_unit=utilities.unit,
-        lora={"alpha_over_r": config.alpha_over_r, "init": "default"},
+        lora={
+            "alpha_over_r": config.alpha_over_r,
+            "use_rslora": config.use_rslora,
+            "initialization": config.lora_initialization,
+        },
         predicted={"gain": sum(row.utility for row in rows), "unit": utilities.unit, "calibrated": False},
         provenance=provenance,
     )

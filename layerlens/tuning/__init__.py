@@ -3,8 +3,24 @@
 Nothing here imports torch before it is called, so the command line can show its help at once.
 """
 
+from layerlens.tuning.directory import load, save
 from layerlens.tuning.export import apply_to_directory, export_adapter
+from layerlens.tuning.initialization import CalibrationBatch, initial_factors, read_factors
 from layerlens.tuning.inject import apply
 from layerlens.tuning.storage import load_modules, save_modules
+from layerlens.tuning.undo import merge, unapply
 
-__all__ = ["apply", "apply_to_directory", "export_adapter", "load_modules", "save_modules"]
+__all__ = [
+    "CalibrationBatch",
+    "apply",
+    "apply_to_directory",
+    "export_adapter",
+    "initial_factors",
+    "load",
+    "load_modules",
+    "merge",
+    "read_factors",
+    "save",
+    "save_modules",
+    "unapply",
+]

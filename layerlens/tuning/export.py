@@ -8,32 +8,39 @@ configuration trains one (a KeyError in 0.21). The README beside the files says 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import (
     TASK_TYPES,
     adapter_config_json,
     lora_config,
+    lora_initialization,
     lora_rows,
     manifest_seed,
     zero_step_tensors,
 )
 from layerlens.integrations.torch_modules import find_module
-from layerlens.integrations.transformers import WITH_CLASSES, load_model
 from layerlens.models import Manifest
+from layerlens.tuning.base_model import load_base
 from layerlens.tuning.fit import check_names, check_weights
-from layerlens.tuning.storage import modules_bytes
+from layerlens.tuning.initialization import read_factors
+from layerlens.tuning.storage import MODULES_FILE, modules_bytes
 from layerlens.utils.atomic import staged_directory
 
 if TYPE_CHECKING:
     import torch
 
-PEFT_DIRECTORY, MODULES_FILE = "peft", "layerlens_modules.safetensors"
+PEFT_DIRECTORY = "peft"
 
 
-def export_adapter(manifest: Manifest, model: torch.nn.Module, directory: Path) -> dict[str, Path]:
+def export_adapter(
+    manifest: Manifest,
+    model: torch.nn.Module,
+    directory: Path,
+    factors: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, Path]:
     """Write the zero-step adapter of ``manifest`` below ``directory``; the same manifest gives the same bytes.
 
     What an earlier export left there is replaced, or removed where this manifest has none of that kind.
@@ -43,6 +50,7 @@ def export_adapter(manifest: Manifest, model: torch.nn.Module, directory: Path) 
             ``directory``/layerlens_modules.safetensors.
         model: the base model, for its module names and shapes; it is not changed.
         directory: created if it is not there.
+        factors: LoRA's first A by layer, where ``lora.initialization`` is not "default" (see ``apply``).
 
     Returns:
         The path of each thing written, under "peft" and "modules".
@@ -53,7 +61,7 @@ def export_adapter(manifest: Manifest, model: torch.nn.Module, directory: Path) 
     """
     check_names(model, manifest)
     directory = Path(directory)
-    peft_files, modules = _peft_files(manifest, model), _modules(manifest, model)
+    peft_files, modules = _peft_files(manifest, model, factors), _modules(manifest, model)
     written: dict[str, Path] = {}
     with staged_directory(directory, owned=(PEFT_DIRECTORY, MODULES_FILE)) as staging:
         if peft_files:
@@ -67,13 +75,16 @@ def export_adapter(manifest: Manifest, model: torch.nn.Module, directory: Path) 
     return written
 
 
-def apply_to_directory(manifest: Manifest, model: str | None, output: Path) -> dict[str, Path]:
+def apply_to_directory(
+    manifest: Manifest, model: str | None, output: Path, measured: Path | None = None
+) -> dict[str, Path]:
     """Load the manifest's base model and write its zero-step adapter below ``output``.
 
     Args:
         manifest: what to export.
         model: name or path of the base model; the one that the manifest names when None.
         output: directory, created if it is not there.
+        measured: the run's peft directory, which has LoRA's first A where the initialisation comes from data.
 
     Returns:
         See ``export_adapter``.
@@ -83,39 +94,22 @@ def apply_to_directory(manifest: Manifest, model: str | None, output: Path) -> d
         ModelNotFoundError: the model cannot be found or read.
         OutputError: the directory cannot be written.
     """
-    told = {**manifest.model, "name_or_path": model or manifest.model.get("name_or_path")}
-    needed = ("name_or_path", "task", *(("labels",) if told.get("task") in WITH_CLASSES else ()))
-    for key in needed:
-        if not told.get(key):
-            raise ManifestError(
-                f"the manifest has no model.{key}, so its base model cannot be loaded; "
-                "`layerlens run` writes manifests that have it"
-            )
-    reference = str(told["name_or_path"])
-    if reference.startswith("factory:") and model is None:
-        raise ManifestError(
-            f"the base model is made by Python code that the manifest names ({reference}); if you trust it, say so "
-            f"with --model {reference}"
-        )
-    base = load_model(
-        reference,
-        str(told["task"]),
-        list(told.get("labels") or []),
-        seed=manifest_seed(manifest),
-        weights=None if told.get("weights") is None else str(told["weights"]),
-    )
+    base = load_base(manifest, model).model
     check_weights(base, manifest)
-    return export_adapter(manifest, base, output)
+    factors = read_factors(measured or Path(PEFT_DIRECTORY), manifest)
+    return export_adapter(manifest, base, output, factors)
 
 
-def _peft_files(manifest: Manifest, model: torch.nn.Module) -> dict[str, bytes]:
+def _peft_files(
+    manifest: Manifest, model: torch.nn.Module, factors: Mapping[str, torch.Tensor] | None
+) -> dict[str, bytes]:
     from safetensors.torch import save
 
     if not lora_rows(manifest):
         return {}
     return {
         "adapter_config.json": adapter_config_json(lora_config(manifest, model, train_head=False)).encode(),
-        "adapter_model.safetensors": save(zero_step_tensors(manifest, model), metadata={"format": "pt"}),
+        "adapter_model.safetensors": save(zero_step_tensors(manifest, model, factors), metadata={"format": "pt"}),
         "README.md": _card(manifest).encode(),
     }
 
@@ -136,6 +130,14 @@ def _card(manifest: Manifest) -> str:
     ranks = sorted({row.rank for row in rows})
     base = manifest.model.get("name_or_path", "the base model")
     parameters = sum(row.cost for row in rows)
+    scale = f"alpha/r = {manifest.lora['alpha_over_r']:g}"
+    if manifest.lora.get("use_rslora"):
+        scale = f"scaled by alpha/√r (rsLoRA) with alpha = {manifest.lora['alpha_over_r'] * ranks[-1]:g}"
+    begin = {
+        "default": "",
+        "pca": " A holds the principal components of each layer's inputs.",
+        "gradient_svd": " A holds the right singular vectors of each layer's mean gradient.",
+    }[lora_initialization(manifest)]
     text = f"""---
 library_name: peft
 tags: [lora, layerlens]
@@ -145,8 +147,8 @@ tags: [lora, layerlens]
 
 LoRA on {_counted(len(rows), "module")}, rank{"s" if len(ranks) > 1 else ""} {", ".join(map(str, ranks))}, \
 {parameters:,} trainable parameters, \
-alpha/r = {manifest.lora["alpha_over_r"]:g}, chosen by LayerLens (manifest.json beside this directory). B is zero: \
-the model computes exactly what it did before, until it is trained.
+{scale}, chosen by LayerLens (manifest.json beside this directory). B is zero: \
+the model computes exactly what it did before, until it is trained.{begin}
 
 Load it with PEFT; LayerLens is not needed:
 
@@ -158,11 +160,12 @@ model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
 """
     others = [row.method for row in manifest.allocations if row.method in ("adapter", "prefix")]
     if others:
+        measured = "" if not begin else ' (with `factors=layerlens.tuning.read_factors(Path("peft"), manifest)`)'
         kinds = {"adapter": ("adapter", "adapters"), "prefix": ("prefix", "prefixes")}
         counts = " and ".join(_counted(others.count(method), *kinds[method]) for method in dict.fromkeys(others))
         text += f"""
 The manifest has {counts} as well, which PEFT cannot hold: see {MODULES_FILE} beside this
-directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model.
+directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model{measured}.
 """
     heads = list(manifest.model.get("head_modules") or [])
     if heads:

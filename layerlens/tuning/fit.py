@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.torch_modules import find_module
@@ -14,12 +15,17 @@ if TYPE_CHECKING:
 
 
 def head_modules(manifest: Manifest) -> tuple[str, ...]:
+    """Names of the task head's modules; see ``heads_of``."""
+    return heads_of(manifest.model)
+
+
+def heads_of(facts: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the task head's modules, which are trained beside the chosen options.
 
     Raises:
         ManifestError: the field is not a list of names.
     """
-    names = manifest.model.get("head_modules") or []
+    names = facts.get("head_modules") or []
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ManifestError(f"model.head_modules: must be a list of module names, got {names!r}")
     return tuple(names)
@@ -41,25 +47,30 @@ def check_names(model: torch.nn.Module, manifest: Manifest) -> None:
 
 
 def check_weights(model: torch.nn.Module, manifest: Manifest) -> None:
-    """Refuse a model whose weights are not those that the manifest was measured on.
+    """Refuse a model whose weights are not those that the manifest was measured on; see ``check_facts``."""
+    check_facts(model, manifest.model)
 
-    The task head is left out when it was new then: it is random in every freshly loaded model. A manifest without a
-    fingerprint (written without the model at hand) fits any weights.
+
+def check_facts(model: torch.nn.Module, facts: Mapping[str, Any], source: str = "the manifest") -> None:
+    """Refuse a model whose weights are not those that ``facts``, a manifest's ``model`` section, describes.
+
+    The task head is left out when it was new then: it is random in every freshly loaded model. Facts without a
+    fingerprint (written without the model at hand) fit any weights.
 
     Raises:
         ManifestError: the number of parameters or the fingerprint differs.
     """
-    expected = manifest.model.get("fingerprint")
+    expected = facts.get("fingerprint")
     if not expected:
         return
-    counted, total = manifest.model.get("total_params"), sum(parameter.numel() for parameter in model.parameters())
+    counted, total = facts.get("total_params"), sum(parameter.numel() for parameter in model.parameters())
     if counted and counted != total:
-        raise ManifestError(f"the manifest was made for a model of {counted:,} parameters, this one has {total:,}")
-    heads = tuple(name + "." for name in head_modules(manifest))
+        raise ManifestError(f"{source} was made for a model of {counted:,} parameters, this one has {total:,}")
+    heads = tuple(name + "." for name in heads_of(facts))
     head_parameters = [name for name in model.state_dict() if heads and name.startswith(heads)]
     if expected not in (weights_fingerprint(model, head_parameters), weights_fingerprint(model)):
         raise ManifestError(
-            f"these are not the weights that the manifest was made for: fingerprint "
+            f"these are not the weights that {source} was made for: fingerprint "
             f"{weights_fingerprint(model, head_parameters)[:12]}… instead of {str(expected)[:12]}…; load "
-            f"{manifest.model.get('name_or_path')!r} in the precision it was profiled in, or profile this model"
+            f"{facts.get('name_or_path')!r} in the precision it was profiled in, or profile this model"
         )

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import injected_ranks, lora_config, lora_rows, manifest_seed, zero_step_tensors
 from layerlens.integrations.torch_modules import find_module
 from layerlens.models import Manifest
 from layerlens.tuning.fit import check_names, check_weights, head_modules
+from layerlens.tuning.generators import attach_generator, load_generator
+from layerlens.tuning.undo import note_before
 
 if TYPE_CHECKING:
     import torch
+    from peft import LoraConfig
 
 
-def apply(model: torch.nn.Module, manifest: Manifest, *, check_fingerprint: bool = True) -> torch.nn.Module:
+def apply(
+    model: torch.nn.Module,
+    manifest: Manifest,
+    *,
+    factors: Mapping[str, torch.Tensor] | None = None,
+    check_fingerprint: bool = True,
+) -> torch.nn.Module:
     """Make ``model`` ready to train as the manifest says; no logit changes until a step is taken.
 
-    LoRA, adapters, prefixes and the task head are trainable, every other parameter is frozen. The new weights depend
-    on the manifest's seed and the layers' names only; LoRA starts exactly as in the exported adapter directory.
+    LoRA, adapters, prefixes and the task head are trainable, every other parameter is frozen, and so are the running
+    statistics of batch normalisation. The new weights depend on the manifest's seed and the layers' names only; LoRA
+    starts exactly as in the exported adapter directory. ``unapply`` takes everything out again.
 
     Args:
         model: a freshly loaded base model; it is changed in place.
         manifest: what to put in.
+        factors: LoRA's first A by layer, where ``lora.initialization`` is not "default": from ``read_factors`` or
+            ``initial_factors``.
         check_fingerprint: refuse weights other than those that were profiled. False for the same model in another
             precision, or after further training.
 
@@ -33,7 +46,7 @@ def apply(model: torch.nn.Module, manifest: Manifest, *, check_fingerprint: bool
     Raises:
         ManifestError: the manifest does not fit; the model is then unchanged.
     """
-    from layerlens.tuning.modules import attach, attached, new_module
+    from layerlens.tuning.modules import attach, attached, keep_statistics, new_module
 
     if attached(model) or injected_ranks(model):
         raise ManifestError("the model already has LoRA layers, adapters or prefixes; load the base model afresh")
@@ -43,24 +56,50 @@ def apply(model: torch.nn.Module, manifest: Manifest, *, check_fingerprint: bool
     own = [row for row in manifest.allocations if row.method in ("adapter", "prefix")]
     targets = [find_module(model, row.layer) for row in own]
     added = [new_module(model, target, row, manifest_seed(manifest)) for row, target in zip(own, targets, strict=True)]
-    heads = [find_module(model, name) for name in head_modules(manifest)]
+    names = head_modules(manifest)
+    heads = [find_module(model, name) for name in names]
+    has_lora = bool(lora_rows(manifest))
+    tensors = zero_step_tensors(manifest, model, factors) if has_lora else {}
+    config = lora_config(manifest, model) if has_lora else None
 
-    tuned = _with_lora(model, manifest) if lora_rows(manifest) else model.requires_grad_(False)
+    generator = manifest.lora.get("generator", "")
+    if generator:
+        load_generator(generator)  # an unknown one is refused before anything is changed
+
+    # PEFT trains a copy of the head; without it the head itself is trained.
+    in_place = () if has_lora else [name for name, _ in model.named_parameters() if name.startswith(_below(names))]
+    note_before(model, manifest.model, in_place)
+    keep_statistics(model, heads)
+    tuned = model.requires_grad_(False) if config is None else _with_lora(model, manifest, config, tensors)
     for target, module in zip(targets, added, strict=True):
         attach(model, target, module)
-    if not lora_rows(manifest):
+    if config is None:
         for head in heads:
             head.requires_grad_(True)
+        _let_gradients_into_checkpoints(model)
+    if generator:
+        attach_generator(tuned, generator, seed=manifest_seed(manifest))
     return tuned
 
 
-def _with_lora(model: torch.nn.Module, manifest: Manifest) -> torch.nn.Module:
+def _let_gradients_into_checkpoints(model: Any) -> None:
+    """Reentrant checkpoints pass no gradient on where no input has one; PEFT and text models see to it themselves."""
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if checkpointing and not getattr(model, "_require_grads_hooks", None):
+        model.enable_input_require_grads()
+
+
+def _below(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in names)
+
+
+def _with_lora(
+    model: torch.nn.Module, manifest: Manifest, config: LoraConfig, tensors: Mapping[str, torch.Tensor]
+) -> torch.nn.Module:
     import torch
     from peft import get_peft_model
 
-    config = lora_config(manifest, model)
     config.base_model_name_or_path = None  # PEFT fills in where this very model came from
-    tensors = zero_step_tensors(manifest, model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT 0.21 still reads a name of gradient checkpointing that transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)

@@ -9,6 +9,7 @@ as PEFT does for LoRA.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -141,6 +142,48 @@ def attach(model: torch.nn.Module, target: torch.nn.Module, added: torch.nn.Modu
     else:
         target.add_module(PREFIX_CHILD, added)
         _route_attention(_attention_config(model, target))
+
+
+def detach_all(base: torch.nn.Module) -> None:
+    """Take every adapter and prefix out of ``base`` again; what it computes is as before ``attach``."""
+    for layer, (method, _) in attached(base).items():
+        target = base.get_submodule(layer)
+        delattr(target, CHILDREN[method])
+        drop_hooks(target, _through_adapter)
+    names = {_PREFIX_NAME.format(name): name for name in PREFIX_BASES}
+    configs: list[Any] = [module.config for module in base.modules() if hasattr(module, "config")]
+    for config in configs:
+        routed = getattr(config, "_attn_implementation", None)
+        if routed in names:
+            config._attn_implementation_internal = names[routed]
+
+
+def drop_hooks(module: torch.nn.Module, function: Callable[..., Any]) -> None:
+    """Remove ``function`` from the forward hooks of ``module``; found by identity, so that copies of models work."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if hook is function]:
+            del hooks[key]
+
+
+def keep_statistics(base: torch.nn.Module, heads: Sequence[torch.nn.Module] = ()) -> None:
+    """Let frozen batch normalisation use its running statistics in training too, and leave them as they are.
+
+    They are weights of the frozen model; updated, they would be in no adapter file.
+    """
+    trained = {id(module) for head in heads for module in head.modules()}
+    for module in base.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and id(module) not in trained:
+            module.register_forward_pre_hook(_in_evaluation_mode)
+
+
+def release_statistics(base: torch.nn.Module) -> None:
+    """Undo ``keep_statistics``."""
+    for module in base.modules():
+        drop_hooks(module, _in_evaluation_mode)
+
+
+def _in_evaluation_mode(module: torch.nn.Module, args: Any) -> None:
+    module.training = False
 
 
 def attached(model: torch.nn.Module) -> dict[str, tuple[str, torch.nn.Module]]:

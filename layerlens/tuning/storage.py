@@ -1,68 +1,92 @@
 """Adapters and prefixes in one safetensors file, beside PEFT's own files; loaded again they give equal logits.
 
 Tensors are named ``<layer>.layerlens_adapter.down_weight`` and so on. One metadata entry, ``layerlens``, lists layer,
-method and rank as JSON (one, because safetensors writes several in no fixed order). Without PEFT in the model, the
+method and rank, and says which base model it is for, as JSON (one, because safetensors writes several in no fixed
+order). Without PEFT in the model, the
 trained parameters of the task head are kept here as well; with PEFT, it saves them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.torch_modules import find_module
 from layerlens.models import ManifestRow
+from layerlens.tuning.fit import check_facts
+from layerlens.tuning.undo import base_of, before_of, note_before
 from layerlens.utils.atomic import atomic_write_bytes
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
+MODULES_FILE = "layerlens_modules.safetensors"
+BASE_FACTS = ("name_or_path", "fingerprint", "total_params", "head_modules")
+"""What the file remembers of the base model, from the manifest."""
 
 
 def save_modules(model: torch.nn.Module, path: Path) -> Path:
     """Write every adapter and prefix of ``model`` to ``path``, atomically.
 
     Raises:
-        ManifestError: the model has none.
+        ManifestError: the model has none, and nothing is trained outside PEFT.
         OutputError: the file cannot be written.
     """
+    content = model_bytes(model)
+    if content is None:
+        raise ManifestError("the model has no adapters and no prefixes, so there is nothing to save")
+    return atomic_write_bytes(Path(path), content)
+
+
+def model_bytes(model: torch.nn.Module) -> bytes | None:
+    """The content of the file for ``model``; None where PEFT's own files hold everything that is trained."""
     from layerlens.tuning.modules import attached
 
-    base = _base(model)
+    base, before = base_of(model), before_of(model)
     found = attached(base)
-    if not found:
-        raise ManifestError("the model has no adapters and no prefixes, so there is nothing to save")
-    return atomic_write_bytes(Path(path), modules_bytes(found, {} if base is not model else _other_trained(model)))
+    if before is None and not found:  # a model that nobody has tuned, though its parameters may have gradients
+        return None
+    others = {} if base is not model else _other_trained(model)
+    if not found and not others:
+        return None
+    return modules_bytes(found, others, before.facts if before else {})
 
 
 def modules_bytes(
-    modules: Mapping[str, tuple[str, torch.nn.Module]], others: Mapping[str, torch.nn.Parameter]
+    modules: Mapping[str, tuple[str, torch.nn.Module]],
+    others: Mapping[str, torch.Tensor],
+    facts: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The content of the file for (method, module) by layer, and for other trained parameters by name."""
+    """The content of the file for (method, module) by layer, and for other trained tensors by name."""
     from safetensors.torch import save
 
     from layerlens.tuning.modules import CHILDREN
 
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in others.items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in others.items()}
     for layer, (method, module) in modules.items():
         for name, tensor in module.state_dict().items():
             tensors[f"{layer}.{CHILDREN[method]}.{name}"] = tensor.cpu().contiguous()
     entries = [{"layer": layer, "method": method, "rank": module.rank} for layer, (method, module) in modules.items()]
-    description = json.dumps({"format": FORMAT, "modules": entries, "others": sorted(others)})
-    return save(tensors, metadata={"layerlens": description})
+    described = {"format": FORMAT, "modules": entries, "others": sorted(others)}
+    described["base"] = {key: (facts or {})[key] for key in BASE_FACTS if (facts or {}).get(key)}
+    return save(tensors, metadata={"layerlens": json.dumps(described, sort_keys=True)})
 
 
-def load_modules(model: torch.nn.Module, path: Path, *, trainable: bool = True) -> torch.nn.Module:
+def load_modules(
+    model: torch.nn.Module, path: Path, *, trainable: bool = True, check_fingerprint: bool = True
+) -> torch.nn.Module:
     """Attach the adapters and prefixes of ``path`` to ``model``, with their saved weights.
 
     Args:
         model: the base model, or a PEFT model around it; it is changed in place.
         path: what ``save_modules`` or ``export_adapter`` wrote.
         trainable: whether the loaded parameters require gradients.
+        check_fingerprint: refuse other base weights than those that the file was made for, where it says which.
 
     Returns:
         ``model``.
@@ -70,14 +94,53 @@ def load_modules(model: torch.nn.Module, path: Path, *, trainable: bool = True) 
     Raises:
         ManifestError: not such a file, an unknown module, or tensors of another shape; the model is then unchanged.
     """
-    import torch
+    content = read_modules(model, Path(path), check_fingerprint=check_fingerprint)
+    return content.put_into(model, trainable=trainable)
 
-    from layerlens.tuning.modules import CHILDREN, attach, attached, new_module
 
-    base = _base(model)
+@dataclass(frozen=True)
+class SavedModules:
+    """What a file holds, checked against a base model and not yet in it."""
+
+    modules: tuple[tuple[torch.nn.Module, torch.nn.Module], ...]
+    others: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+
+    def put_into(self, model: torch.nn.Module, *, trainable: bool) -> torch.nn.Module:
+        """Attach everything to the model that it was checked against."""
+        import torch
+
+        from layerlens.tuning.modules import attach, keep_statistics
+
+        base = base_of(model)
+        state = base.state_dict(keep_vars=True)
+        if before_of(base) is None:
+            note_before(base, self.facts, [name for name in self.others if name in dict(base.named_parameters())])
+            keep_statistics(base, _trained_whole(base, self.others))
+        if base is model:
+            base.requires_grad_(False)
+        for target, made in self.modules:
+            attach(base, target, made.requires_grad_(trainable))
+        with torch.no_grad():
+            for name, tensor in self.others.items():
+                state[name].copy_(tensor)
+                if isinstance(state[name], torch.nn.Parameter):
+                    state[name].requires_grad_(trainable)
+        return model
+
+
+def read_modules(model: torch.nn.Module, path: Path, *, check_fingerprint: bool = True) -> SavedModules:
+    """The content of ``path``, checked against ``model``, which is not changed.
+
+    Raises:
+        ManifestError: see ``load_modules``.
+    """
+    from layerlens.tuning.modules import CHILDREN, attached, new_module
+
+    base = base_of(model)
     if attached(base):
         raise ManifestError("the model already has adapters or prefixes; load the base model afresh")
-    description, tensors = _read(Path(path))
+    description, tensors = _read(path)
     pairs = []
     for entry in description["modules"]:
         mark = f"{entry['layer']}.{CHILDREN[entry['method']]}."
@@ -86,18 +149,15 @@ def load_modules(model: torch.nn.Module, path: Path, *, trainable: bool = True) 
         target = find_module(base, row.layer)
         made = new_module(base, target, row, seed=0)
         _fill(made, state, row.layer)
-        pairs.append((target, made.requires_grad_(trainable)))
-    parameters = dict(base.named_parameters())
+        pairs.append((target, made))
+    known = base.state_dict()
     for name, tensor in tensors.items():
-        if name not in description["others"] or name not in parameters or parameters[name].shape != tensor.shape:
+        if name not in description["others"] or name not in known or known[name].shape != tensor.shape:
             raise ManifestError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in {type(base).__name__}")
-    for target, made in pairs:
-        attach(base, target, made)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
-            parameters[name].requires_grad_(trainable)
-    return model
+    facts = description.get("base", {})
+    if check_fingerprint and base is model:  # LoRA in it hides the base model's names
+        check_facts(base, facts, str(path))
+    return SavedModules(tuple(pairs), tensors, facts)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -113,6 +173,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         sound = description["format"] == FORMAT and isinstance(description["others"], list)
         sound = sound and all(set(entry) == {"layer", "method", "rank"} for entry in entries)
         sound = sound and all(entry["method"] in CHILDREN and entry["rank"] > 0 for entry in entries)
+        sound = sound and isinstance(description.get("base", {}), dict)
     except FileNotFoundError as error:
         raise ManifestError(f"{path}: no such file") from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -133,17 +194,30 @@ def _count(state: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() for tensor in state.values())
 
 
-def _base(model: Any) -> torch.nn.Module:
-    """The model inside a PEFT model, else the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _other_trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def _other_trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Trained parameters outside our modules, and buffers (running statistics) of modules that are trained whole."""
     from layerlens.tuning.modules import CHILDREN
 
     own = tuple(f".{child}." for child in CHILDREN.values())
-    return {
+    others: dict[str, torch.Tensor] = {
         name: parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and not any(mark in name for mark in own)
     }
+    persistent = model.state_dict()
+    for module_name, module in model.named_modules():
+        parameters = list(module.parameters(recurse=False))
+        if parameters and all(parameter.requires_grad for parameter in parameters):
+            names = (f"{module_name}.{name}" for name, _ in module.named_buffers(recurse=False))
+            others |= {name: persistent[name] for name in names if name in persistent}
+    return others
+
+
+def _trained_whole(base: torch.nn.Module, others: Collection[str]) -> list[torch.nn.Module]:
+    """Modules whose own parameters are all among ``others``."""
+    found = []
+    for module_name, module in base.named_modules():
+        names = [f"{module_name}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        if names and all(name in others for name in names):
+            found.append(module)
+    return found

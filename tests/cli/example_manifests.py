@@ -49,7 +49,7 @@ def manifest(
         solver="greedy-lagrangian + cp-sat",
         utility_model="signal",
         utility_unit="square root of gradient energy",
-        lora={"alpha_over_r": 2.0, "init": "default"},
+        lora={"alpha_over_r": 2.0, "initialization": "default"},
         predicted={"gain": 3.2, "unit": "x", "calibrated": False},
         provenance={"seed": 0},
     )

@@ -57,7 +57,8 @@ def test_output_writes_the_adapter(invoke: Invoke, tmp_path: Path, monkeypatch: 
     saved(few(), tmp_path)
     calls: list[Any] = []
 
-    def export(plan: Manifest, model: str | None, output: Path) -> dict[str, Path]:
+    def export(plan: Manifest, model: str | None, output: Path, measured: Path) -> dict[str, Path]:
+        assert measured == Path("peft")  # beside the manifest
         calls.append((plan, model, output))
         (output / "peft").mkdir(parents=True)
         return {"peft": output / "peft"}

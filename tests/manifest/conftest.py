@@ -40,7 +40,7 @@ def manifest() -> Manifest:
         solver="greedy-lagrangian",
         utility_model="signal",
         utility_unit="√(gradient energy)",
-        lora={"alpha_over_r": 2.0, "init": "default"},
+        lora={"alpha_over_r": 2.0, "initialization": "default"},
         predicted={"gain": 0.0123, "calibrated": False},
         provenance={"seed": 0, "versions": {"layerlens": "0.1.0"}, "config": {"ranks": [1, 2], "note": None}},
     )

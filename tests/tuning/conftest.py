@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.transformers import PretrainedModel
 from layerlens.models import Manifest, ManifestRow, trainable_params
+
+sys.path.insert(0, str(Path(__file__).parent))  # shapes.py, which pytest's importlib mode does not find
 
 LABELS = ["a", "b", "c"]
 ARCHITECTURES = ("bert", "gpt2", "llama")
@@ -105,7 +109,7 @@ def manifest_for(spec: Any, choose: Mapping[str, tuple[str, int]], **model_field
         solver="test",
         utility_model="uniform",
         utility_unit="share",
-        lora={"alpha_over_r": 2.0, "init": "default"},
+        lora={"alpha_over_r": 2.0, "initialization": "default"},
         provenance={"seed": 7},
     )
 

@@ -207,7 +207,7 @@ def test_refusals_name_the_trouble_and_leave_the_model_as_it_was(tiny, manifest_
         (change_row(good, down, method="prefix"), "does not go through|attention block"),
         (change_row(good, block, method="adapter"), "an adapter follows a Linear"),
         (change_row(good, query, layer="classifier"), "classifier: is in the task head"),
-        (dataclasses.replace(good, lora={"alpha_over_r": 2.0, "init": "pissa"}), "lora.init"),
+        (dataclasses.replace(good, lora={"alpha_over_r": 2.0, "initialization": "pissa"}), "lora.initialization"),
         (dataclasses.replace(good, lora={}), "lora.alpha_over_r"),
         (dataclasses.replace(good, provenance={"seed": "x"}), "provenance.seed"),
         (dataclasses.replace(good, model={**good.model, "head_modules": ["classifer"]}), "nearest: classifier"),

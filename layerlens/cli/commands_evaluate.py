@@ -1,0 +1,152 @@
+"""``evaluate``: predictions held against measurements; ``calibrate``: measures the device that predictions are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from layerlens.cli import output
+from layerlens.cli.commands_run import do
+from layerlens.cli.errors import guarded
+from layerlens.cli.parameters import Debug, Json, Quiet
+from layerlens.exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from layerlens.models import Manifest
+    from layerlens.pipeline.costs import Comparison
+
+NAMES = {
+    "trainable_params": "trainable parameters",
+    "flops": "FLOPs of a forward pass",
+    "step_memory_gb": "peak memory of a training step",
+    "step_memory_above_weights_gb": "of it above weights and optimiser",
+    "step_ms": "time of a training step",
+}
+Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all cores.")]
+CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Where the device's profile is kept.")]
+
+
+@guarded()
+def evaluate(
+    manifest: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="manifest.json or manifest.yaml of a run.", show_default=False)
+    ],
+    costs: Annotated[
+        bool, typer.Option("--costs", help="Parameters, FLOPs, memory and time: predicted against measured.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Base model, if it is not where the manifest says.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples in the batch; that of the run's latency profile.")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in a sequence; that of the run's latency profile.")
+    ] = None,
+    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Measure the device again first.")] = False,
+    threads: Threads = 0,
+    cache_dir: CacheDir = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Hold a manifest's predictions against what is measured on the model."""
+    if not costs:
+        raise ConfigurationError("nothing to evaluate: give --costs")
+    from layerlens.manifest import read_manifest
+
+    plan = read_manifest(manifest)
+    sizes = _sizes(plan, batch_size, sequence_length)
+    from layerlens.pipeline.costs import device_profile, evaluate_costs
+    from layerlens.utils.threads import set_threads
+
+    set_threads(threads)
+
+    def job(progress: Any, warn: Any) -> dict[str, Comparison]:
+        profile = device_profile(_cache(cache_dir), recalibrate=recalibrate, progress=progress)
+        return evaluate_costs(
+            plan,
+            model=model,
+            base_dir=manifest.absolute().parent if model is None else Path.cwd(),
+            measured_factors=manifest.parent / "peft",
+            profile=profile,
+            batch_size=sizes[0],
+            sequence_length=sizes[1],
+            progress=progress,
+        )
+
+    result = do(job, quiet)
+    if json:
+        output.json_result({name: _fields(each) for name, each in result.items()})
+    elif not quiet:
+        _show(result, sizes)
+
+
+@guarded()
+def calibrate(
+    threads: Threads = 0, cache_dir: CacheDir = None, json: Json = False, quiet: Quiet = False, debug: Debug = False
+) -> None:
+    """Measure this device, keep the figures, and show them as a latency profile for configurations."""
+    from layerlens.config import LatencyProfile
+    from layerlens.cost.device import profile_path
+    from layerlens.pipeline.costs import device_profile
+    from layerlens.utils.threads import set_threads
+
+    set_threads(threads)
+    profile = do(lambda progress, warn: device_profile(_cache(cache_dir), recalibrate=True, progress=progress), quiet)
+    figures = profile.latency_profile(LatencyProfile())
+    chosen = {name: getattr(figures, name) for name in ("peak_gflops", "memory_bandwidth_gb_s", "op_overhead_us")}
+    if json:
+        from dataclasses import asdict
+
+        output.json_result({**asdict(profile), "latency_profile": chosen, "file": profile_path(_cache(cache_dir))})
+        return
+    if not quiet:
+        where = output.short(profile_path(_cache(cache_dir)))
+        output.note(f"Measured {profile.device} with {profile.threads} threads; kept in {where}.")
+        errors = (f"{kind} {100 * error:.0f} %" for kind, error in profile.fit_error.items())
+        output.note(f"Median errors of the fit: {', '.join(errors)}.")
+    numbers = ", ".join(f"{name}: {value:.4g}" for name, value in chosen.items())
+    output.result(f"latency_profile: {{{numbers}}}")
+
+
+def _cache(given: Path | None) -> Path:
+    from layerlens.profiling.cache import default_cache_dir
+
+    return given or default_cache_dir()
+
+
+def _sizes(plan: Manifest, batch_size: int | None, sequence_length: int | None) -> tuple[int, int]:
+    """Batch size and sequence length: as given, else those that the run predicted for."""
+    from layerlens.config import LatencyProfile
+
+    recorded = plan.provenance.get("config")
+    optimization = recorded.get("optimization", {}) if isinstance(recorded, dict) else {}
+    profile = optimization.get("latency_profile", {}) if isinstance(optimization, dict) else {}
+    default = LatencyProfile()
+    found = []
+    for name, given in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+        value = given or profile.get(name, getattr(default, name))
+        found.append(int(value))
+    return found[0], found[1]
+
+
+def _fields(each: Comparison) -> dict[str, float]:
+    return {"predicted": each.predicted, "measured": each.measured, "relative_error": each.relative_error}
+
+
+def _show(result: dict[str, Comparison], sizes: tuple[int, int]) -> None:
+    from layerlens.cli.tables import new_table
+    from layerlens.cli.units import amount
+
+    table = new_table(f"Costs of {sizes[0]} × {sizes[1]} tokens")
+    table.add_column("")
+    for name in ("predicted", "measured", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, each in result.items():
+        kind = "vram_gb" if name.endswith("_gb") else name
+        error = f"{100 * each.relative_error:+.1f} %"
+        table.add_row(NAMES[name], amount(kind, each.predicted), amount(kind, each.measured), error)
+    output.console().print(table)

@@ -1,0 +1,162 @@
+"""``train``: fine-tune what a manifest chose, and say what it brought and what it took."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from layerlens.cli import output
+from layerlens.cli.commands_run import do, load
+from layerlens.cli.errors import guarded
+from layerlens.cli.parameters import Debug, Json, Quiet, Set
+
+if TYPE_CHECKING:
+    from layerlens.config import RunConfig
+    from layerlens.pipeline.train import TrainedModel
+
+DEFAULT_FOLDER = "tuned"
+
+
+@guarded("run the same command again to go on from the last checkpoint")
+def train(
+    manifest: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="manifest.json or manifest.yaml of a run.", show_default=False)
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            help="Configuration (YAML) with data and training; that of the manifest's own run when not given.",
+        ),
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help=f"Directory for the result; {DEFAULT_FOLDER}/ beside the manifest."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Base model, if it is not where the manifest says.")
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline",
+            help="Train this instead, with as many parameters: uniform-lora, adalora, eva (a wrong name lists all).",
+            show_default=False,
+        ),
+    ] = None,
+    settings: Set = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew; remove the checkpoints there.")] = False,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Leave the checkpoints there when all is done.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune what a manifest chose; under torchrun or accelerate launch, on several processes.
+
+    Interrupted or killed, the same command goes on from the last checkpoint to the same result.
+    """
+    checked, base_dir = _configuration(manifest, config, settings)
+    from layerlens.pipeline.train import train_manifest
+
+    if baseline is not None:
+        from layerlens.tuning.baselines import known_baseline
+
+        known_baseline(baseline)  # a misspelt one is told before anything is loaded
+    target = directory or manifest.parent / (f"{DEFAULT_FOLDER}-{baseline}" if baseline else DEFAULT_FOLDER)
+    follower = int(os.environ.get("RANK", 0)) > 0  # one process of several speaks
+    result = do(
+        lambda progress, warn: train_manifest(
+            manifest,
+            checked,
+            base_dir=base_dir,
+            output=target,
+            model=model,
+            baseline=baseline,
+            restart=restart,
+            keep_checkpoints=keep_checkpoints,
+            progress=progress,
+            warn=warn,
+        ),
+        quiet or follower,
+    )
+    if follower:
+        return
+    if json:
+        output.json_result(_as_json(result))
+    elif not quiet:
+        _show(result)
+
+
+def _configuration(manifest: Path, config: Path | None, settings: list[str] | None) -> tuple[RunConfig, Path]:
+    """The configuration, and the folder that its relative paths start from."""
+    if config is not None:
+        return load(config, settings, None), config.absolute().parent
+    if not settings:
+        from layerlens.manifest import read_manifest
+        from layerlens.pipeline.train import train_config
+
+        return train_config(read_manifest(manifest)), Path.cwd()
+    import yaml
+
+    from layerlens.config import parse_run_config
+    from layerlens.manifest import read_manifest
+    from layerlens.pipeline.train import recorded_config
+
+    recorded = recorded_config(read_manifest(manifest))
+    return parse_run_config(yaml.safe_dump(recorded), f"{manifest} (provenance.config)", settings), Path.cwd()
+
+
+def _as_json(result: TrainedModel) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(result)
+
+
+def _show(result: TrainedModel) -> None:
+    from rich.text import Text
+
+    from layerlens.cli.tables import new_table
+    from layerlens.cli.units import amount, scaled, significant
+
+    console, training = output.console(), result.training
+    if result.after:
+        table = new_table("On the test split")
+        table.add_column("")
+        for name in ("before", "after"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name, value in result.after.items():
+            table.add_row(name.replace("_", " "), significant(result.before.get(name, 0.0)), significant(value))
+        console.print(table)
+    figures = new_table("What it took")
+    figures.add_column("")
+    figures.add_column("", justify="right", no_wrap=True)
+    kept = f" (kept: step {training.best_step})" if training.best_step != training.steps else ""
+    figures.add_row("optimiser steps", f"{training.steps}{kept}")
+    figures.add_row("trained parameters", f"{training.trained_parameters:,}")
+    if result.baseline:
+        told = result.baseline
+        figures.add_row(f"kept by {told['name']}", f"{told['kept_params']:,} of {told['budget_params']:,}")
+    figures.add_row("wall time", f"{training.wall_seconds:.1f} s")
+    figures.add_row("tokens per second", scaled(training.tokens_per_second))
+    figures.add_row(f"memory: {training.peak_memory_of}", amount("vram_gb", training.peak_memory_gb))
+    for when, what in (("before", "base model"), ("after", "with its options")):
+        figures.add_row(f"inference, one batch: {what}", amount("latency_ms", result.inference_ms[when]))
+    console.print(figures)
+    if result.baseline.get("note"):
+        output.note(f"{result.baseline['name']}: {result.baseline['note']}.")
+    if training.stopped_early:
+        output.note("Stopped early: the last evaluations brought no improvement.")
+    if training.resumed_from is not None:
+        output.note(f"Went on from the checkpoint of step {training.resumed_from}.")
+    console.print()
+    for path in result.files.values():
+        console.print(Text(f"  {output.short(path)}"), soft_wrap=True)
+    console.print()
+    code = f"layerlens.tuning.load(base_model, {output.short(result.directory)!r})"
+    console.print(Text.assemble("Use it: ", (code, "bold")), soft_wrap=True)

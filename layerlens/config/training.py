@@ -1,0 +1,72 @@
+"""How a manifest is fine-tuned: optimiser, schedule, precision, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from layerlens.config.base import ConfigModel
+
+
+class TrainingConfig(ConfigModel):
+    """How `layerlens train` fine-tunes what the manifest chose."""
+
+    epochs: float = Field(default=3.0, gt=0, description="Passes over the training samples.")
+    max_steps: int | None = Field(default=None, ge=1, description="Optimiser steps, instead of `epochs`.")
+    learning_rate: float = Field(default=5e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="How the learning rate falls to 0 after the warm-up; `constant` does not fall."
+    )
+    warmup_ratio: float = Field(default=0.06, ge=0, lt=1, description="Share of the steps in which the rate rises.")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="Optimiser.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay; none on biases and norms.")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are scaled to this norm; 0: they are not.")
+    batch_size: int = Field(default=16, ge=1, description="Samples in a batch of one process.")
+    gradient_accumulation: int = Field(default=1, ge=1, description="Batches in one optimiser step.")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Precision of the forward and backward passes (autocast); weights that train stay float32. "
+        "float16 scales the loss and needs a GPU.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations again in the backward pass: less memory, more time."
+    )
+    train_samples: int | None = Field(default=None, ge=1, description="At most so many training samples.")
+    eval_samples: int | None = Field(
+        default=None, ge=1, description="At most so many samples of the test split, which training never sees."
+    )
+    eval_batch_size: int = Field(default=32, ge=1, description="Samples in an evaluation batch.")
+    eval_every: int | None = Field(
+        default=None, ge=1, description="Evaluate after so many optimiser steps; after every epoch when not given."
+    )
+    save_every: int | None = Field(
+        default=None, ge=1, description="Checkpoint after so many optimiser steps; after every epoch when not given."
+    )
+    metric: str | None = Field(
+        default=None,
+        description="Metric that decides which step was best; the task's own when not given (accuracy, pearson, "
+        "perplexity, f1 ...).",
+    )
+    keep_best: bool = Field(
+        default=True, description="Hand back the weights of the best evaluation instead of those of the last step."
+    )
+    early_stopping_patience: int | None = Field(
+        default=None, ge=1, description="Stop after so many evaluations without improvement."
+    )
+    early_stopping_threshold: float = Field(
+        default=0.0, ge=0, description="What the metric must improve by to count as an improvement."
+    )
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        lt=2**31,
+        description="Seed of the data order and of dropout; `runtime.seed` when not given. The new weights have the "
+        "manifest's own seed.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingConfig:
+        if self.early_stopping_patience is not None and not self.keep_best:
+            raise ValueError("early_stopping_patience needs keep_best: the last step is past the best one by design")
+        return self

@@ -1,0 +1,260 @@
+"""A device, measured: how long its tensor operations take, from a minute of timing; kept in a file for this machine.
+
+Every kind of operation has time = overhead + FLOPs / rate + bytes / bandwidth, fitted by non-negative least squares on
+relative errors over sizes from a few KiB to tens of MiB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from layerlens.config import LatencyProfile
+from layerlens.cost.measure import time_ms
+from layerlens.cost.trace import ATTENTION, CURVE, KINDS, MATMUL, MEMORY, VIEW, StepTrace, TracedOperation, trace_step
+from layerlens.exceptions import OutputError
+from layerlens.utils.atomic import atomic_write_text
+from layerlens.utils.progress import Progress, silent
+
+FORMAT = 1
+SECONDS = 0.08
+Timing = Callable[[Callable[[], object], float], float]
+"""(work, share of the usual time to spend on it) -> milliseconds."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one kind of operation costs: µs for each, ms for a GFLOP, ms for a GB."""
+
+    overhead_us: float
+    ms_per_gflop: float
+    ms_per_gb: float
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """A measured device.
+
+    Args:
+        device: what it is, and how many threads were used.
+        rates: by kind of operation.
+        parameter_us: µs of the optimiser step for each parameter tensor.
+        fit_error: median relative error of the fit, by kind.
+    """
+
+    device: str
+    threads: int
+    rates: dict[str, Rates]
+    parameter_us: float
+    fit_error: dict[str, float] = field(default_factory=dict)
+
+    def operation_ms(self, operation: TracedOperation) -> float:
+        """Predicted milliseconds of one operation."""
+        rates = self.rates[operation.kind]
+        return (
+            1e-3 * rates.overhead_us
+            + 1e-9 * rates.ms_per_gflop * operation.flops
+            + 1e-9 * rates.ms_per_gb * operation.n_bytes
+        )
+
+    def step_ms(self, trace: StepTrace, parameters: int, elements: int) -> float:
+        """Predicted milliseconds of a training step with AdamW on so many tensors of so many elements together."""
+        # fused AdamW reads weight, gradient and two moments and writes all but the gradient: 7 float32 for an element
+        update = TracedOperation(MEMORY, 0.0, 28.0 * elements)
+        passes = sum(map(self.operation_ms, trace.operations))
+        return passes + self.operation_ms(update) + 1e-3 * self.parameter_us * parameters
+
+    def latency_profile(self, profile: LatencyProfile) -> LatencyProfile:
+        """``profile`` with the roofline figures of this device."""
+        matmul, memory = self.rates[MATMUL], self.rates[MEMORY]
+        return profile.model_copy(
+            update={
+                "peak_gflops": 1e3 / matmul.ms_per_gflop,
+                "memory_bandwidth_gb_s": 1e3 / memory.ms_per_gb,
+                "op_overhead_us": memory.overhead_us,
+            }
+        )
+
+
+def calibrate(progress: Progress = silent, *, seconds: float = SECONDS, cpu_time: bool = False) -> DeviceProfile:
+    """Measure the device that torch computes on, with the threads that torch is set to.
+
+    Args:
+        progress: told of the timings.
+        seconds: time spent on each of about 70 sizes.
+        cpu_time: see ``time_ms``; for one thread on a machine that others use.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases = list(_cases(device))
+
+    def timed(work: Callable[[], object], share: float = 1.0) -> float:
+        return time_ms(_synchronised(work, device), seconds=share * seconds, cpu_time=cpu_time)
+
+    measured: dict[str, list[tuple[float, float, float, float]]] = {kind: [] for kind in KINDS}
+    with progress.stage("Timing operations", total=len(cases) + 2) as advance:
+        for kind, flops, n_bytes, work in cases:
+            measured[kind].append((flops, n_bytes, 1.0, timed(work)))
+            advance(1)
+        fits = {kind: _fit(rows) for kind, rows in measured.items() if rows}
+        rates = {kind: fit[0] for kind, fit in fits.items()}
+        parameter_us = _optimizer_us(device, timed)
+        advance(1)
+        rates = _with_host_overhead(rates, device, timed)
+        advance(1)
+    return DeviceProfile(
+        device=_device_name(device),
+        threads=torch.get_num_threads(),
+        rates=rates,
+        parameter_us=parameter_us,
+        fit_error={kind: fit[1] for kind, fit in fits.items()},
+    )
+
+
+def profile_path(cache_dir: Path) -> Path:
+    """Where the profile of this device with this number of threads is kept below ``cache_dir``."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    told = f"{_device_name(device)}|{torch.get_num_threads()}|{torch.__version__}"
+    return cache_dir / f"device-{hashlib.sha256(told.encode()).hexdigest()[:12]}.json"
+
+
+def save_profile(profile: DeviceProfile, path: Path) -> Path:
+    """Write the profile as JSON."""
+    return atomic_write_text(path, json.dumps({"format": FORMAT, **asdict(profile)}, indent=2) + "\n")
+
+
+def load_profile(path: Path) -> DeviceProfile | None:
+    """The profile in ``path``; None where there is none.
+
+    Raises:
+        OutputError: the file is there and is no such profile.
+    """
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if fields.pop("format") != FORMAT:
+            return None
+        rates = {kind: Rates(**values) for kind, values in fields.pop("rates").items()}
+        return DeviceProfile(rates=rates, **fields)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{path}: not a device profile ({error}); measure again with: layerlens calibrate") from error
+
+
+def _cases(device: torch.device) -> Iterator[tuple[str, float, float, Callable[[], object]]]:
+    """(kind, FLOPs, bytes, work) over the shapes that fine-tuning meets."""
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device)
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> tuple[str, float, float, Callable[[], object]]:
+        rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
+        batches = a.shape[0] if a.dim() == 3 else 1
+        n_bytes = 4.0 * (a.numel() + b.numel() + batches * rows * columns)
+        return MATMUL, 2.0 * batches * rows * inner * columns, n_bytes, partial(torch.matmul, a, b)
+
+    for rows in (128, 512, 2048):
+        for n_in, n_out in ((4, 384), (384, 4), (16, 768), (768, 16), (384, 384), (384, 1536), (1536, 384), (768, 768)):
+            yield product(new(rows, n_in), new(n_out, n_in).T)  # a Linear's weight is stored transposed
+    for rank, features in ((8, 384), (384, 384), (384, 1536)):  # gradients of weights: a long sum
+        yield product(new(1024, rank).T, new(1024, features))
+    for batch, tokens, width in ((48, 64, 32), (96, 128, 32), (48, 128, 64)):  # attention by products
+        yield product(new(batch, tokens, width), new(batch, width, tokens))
+    for batch, heads, tokens, width in ((2, 12, 64, 32), (8, 12, 128, 32), (4, 12, 128, 64), (8, 4, 256, 64)):
+        q = new(batch, heads, tokens, width)
+        flops, n_bytes = 4.0 * batch * heads * tokens * tokens * width, 4.0 * 4 * q.numel()
+        yield ATTENTION, flops, n_bytes, partial(torch.nn.functional.scaled_dot_product_attention, q, q, q)
+    for size in (2**12, 2**15, 2**18, 2**20, 2**22, 2**23):
+        x, y = new(size // 64, 64), new(size // 64, 64)
+        yield MEMORY, 0.0, 12.0 * size, partial(torch.add, x, y)
+        yield MEMORY, 0.0, 8.0 * size, partial(torch.clone, x)
+        yield CURVE, 0.0, 8.0 * size, partial(torch.nn.functional.gelu, x)
+        yield CURVE, 0.0, 8.0 * size, partial(torch.softmax, x, dim=-1)
+        yield CURVE, 0.0, 8.0 * size, partial(torch.nn.functional.layer_norm, x, (64,))
+        yield CURVE, 0.0, 8.0 * size, partial(torch.tanh, x)
+    yield VIEW, 0.0, 0.0, partial(torch.Tensor.view, new(64, 64), -1)
+    yield VIEW, 0.0, 0.0, partial(torch.Tensor.t, new(64, 64))
+
+
+def _fit(rows: list[tuple[float, float, float, float]]) -> tuple[Rates, float]:
+    """Rates by non-negative least squares on relative errors, and the median relative error."""
+    from scipy.optimize import nnls
+
+    table = np.array(rows)
+    features, times = table[:, :3] * np.array([1e-9, 1e-9, 1.0]), table[:, 3]
+    scale = np.maximum(features.max(axis=0), 1e-30)  # columns of one magnitude, for the solver's tolerance
+    solution, _ = nnls(features / scale / times[:, None], np.ones(len(times)))
+    per_gflop, per_gb, fixed = solution / scale
+    errors = np.abs(features @ (solution / scale) - times) / times
+    return Rates(1e3 * float(fixed), float(per_gflop), float(per_gb)), float(np.median(errors))
+
+
+def _optimizer_us(device: torch.device, timed: Timing) -> float:
+    """µs of a fused AdamW step for each of many small tensors."""
+    parameters = [torch.nn.Parameter(torch.zeros(64, device=device)) for _ in range(100)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    return 10.0 * timed(lambda: optimizer.step(), 1.0)
+
+
+def _with_host_overhead(rates: dict[str, Rates], device: torch.device, timed: Timing) -> dict[str, Rates]:
+    """Overheads raised to what an operation costs inside a model: Python, module calls and autograd come on top.
+
+    Measured on a step of a chain of layers that are so small that there is nothing else.
+    """
+    layers = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.GELU()) for _ in range(24)]
+    model = _Chain(torch.nn.Sequential(*layers)).to(device)
+    batch = {"x": torch.randn(4, 8, device=device)}
+
+    def step() -> None:
+        model.zero_grad()
+        model(**batch).backward()
+
+    trace = trace_step(model, batch, lambda output: output)
+    bare = DeviceProfile("", 1, rates, 0.0)
+    predicted = sum(map(bare.operation_ms, trace.operations))
+    missing_us = 1e3 * (timed(step, 4.0) - predicted) / len(trace.operations)
+    return {
+        kind: Rates(max(0.0, each.overhead_us + missing_us), each.ms_per_gflop, each.ms_per_gb)
+        for kind, each in rates.items()
+    }
+
+
+class _Chain(torch.nn.Module):
+    def __init__(self, layers: torch.nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.layers(x)).sum()
+
+
+def _synchronised(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    if device.type == "cpu":
+        return work
+
+    def waiting() -> None:
+        work()
+        torch.cuda.synchronize()
+
+    return waiting
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        named = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        named = platform.processor() or platform.machine()
+    return named

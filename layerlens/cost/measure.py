@@ -1,0 +1,80 @@
+"""What a model takes on this machine, measured: time of a forward pass and of a training step, and its peak memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer as default_timer
+
+TIMING_SECONDS = 0.5
+
+
+def time_ms(work: Callable[[], object], *, seconds: float = TIMING_SECONDS, cpu_time: bool = False) -> float:
+    """Milliseconds that ``work`` takes, with the threads that torch is set to: the lower quartile of the runs.
+
+    Other work on the machine only ever adds time, so the faster runs are nearer to what is needed.
+
+    Args:
+        work: called again and again.
+        seconds: how long, on the clock that is used.
+        cpu_time: count processor time instead of wall time. With one thread on a CPU that is what an idle machine
+            would take, but for shared caches and memory; with several threads it is their sum.
+    """
+    clock: Callable[[], float] = time.process_time if cpu_time else default_timer
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads(), timer=clock)
+    work()  # the first call allocates
+    return 1e3 * float(np.quantile(timer.blocked_autorange(min_run_time=seconds).times, 0.25))
+
+
+def forward_ms(model: torch.nn.Module, inputs: dict[str, torch.Tensor], *, seconds: float = TIMING_SECONDS) -> float:
+    """Milliseconds of one forward pass without gradients."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(**inputs)
+
+    return time_ms(forward, seconds=seconds)
+
+
+def training_step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[Callable[[], None], int]:
+    """(a whole training step with AdamW, bytes of its optimiser state); the learning rate is 0, so weights stay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    return step, 2 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Most bytes that torch had allocated at one time during ``work``, above what was there when it began.
+
+    On a CPU from the allocator's own events (``torch.profiler``), on a GPU from its statistics: exact, whatever else
+    runs on the machine.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated()) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    recorded: Any = profiler.profiler
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak

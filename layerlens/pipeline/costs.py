@@ -1,0 +1,173 @@
+"""``layerlens evaluate --costs``: what a manifest is predicted to cost, and what it costs on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from layerlens.cost.device import DeviceProfile, calibrate, load_profile, profile_path, save_profile
+from layerlens.cost.measure import peak_bytes, time_ms, training_step
+from layerlens.cost.options import operations
+from layerlens.cost.trace import trace_step
+from layerlens.exceptions import ManifestError
+from layerlens.integrations.layers import model_spec
+from layerlens.integrations.transformers import PretrainedModel
+from layerlens.models import Manifest, trainable_params
+from layerlens.tuning import apply, read_factors
+from layerlens.tuning.base_model import load_base
+from layerlens.utils.progress import Progress, silent
+
+OWN_PARAMETERS = (".lora_", ".layerlens_adapter.", ".layerlens_prefix.")
+"""What an option's parameters have in their names; the task head's have not."""
+STEP_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One figure: predicted without running the model, and measured on it."""
+
+    predicted: float
+    measured: float
+
+    @property
+    def relative_error(self) -> float:
+        """(predicted − measured) / measured."""
+        return (self.predicted - self.measured) / self.measured if self.measured else 0.0
+
+
+def device_profile(
+    cache_dir: Path, *, recalibrate: bool = False, cpu_time: bool = False, progress: Progress = silent
+) -> DeviceProfile:
+    """The kept profile of this device and number of threads; measured, and kept, where there is none."""
+    path = profile_path(cache_dir)
+    found = None if recalibrate else load_profile(path)
+    if found is None:
+        found = calibrate(progress, cpu_time=cpu_time)
+        save_profile(found, path)
+    return found
+
+
+def compare_costs(
+    manifest: Manifest,
+    pretrained: PretrainedModel,
+    profile: DeviceProfile,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    factors: dict[str, torch.Tensor] | None = None,
+    seconds: float = STEP_SECONDS,
+    cpu_time: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Comparison]:
+    """Inject the manifest into the model (which keeps it) and hold the predictions against measurements.
+
+    Args:
+        manifest: what to inject.
+        pretrained: its base model, freshly loaded.
+        profile: of the device that the model is on.
+        batch_size, sequence_length: the batch, full, of random tokens.
+        factors: see ``layerlens.tuning.apply``.
+        seconds: how long training steps are timed.
+        cpu_time: see ``layerlens.cost.measure.time_ms``.
+        progress: told of the steps.
+
+    Returns:
+        "trainable_params" (task head left out); "flops", of a forward pass; "step_memory_gb", the peak of a training
+        step with AdamW, and "step_memory_above_weights_gb"; "step_ms".
+
+    Raises:
+        ManifestError: the manifest does not fit the model, or its task has no synthetic batch.
+    """
+    model, task = pretrained.model, str(manifest.model.get("task"))
+    batch = synthetic_batch(model, task, batch_size, sequence_length)
+    spec = model_spec(pretrained, str(manifest.model.get("name_or_path", "")), adapter_sites="all")
+    layers = {layer.name: layer for layer in spec.layers}
+    chosen = [row for row in manifest.allocations if row.method != "none"]
+    with progress.stage("Predicting and measuring", total=4) as advance:
+        model.train()  # with dropout, attention goes another way
+        with torch.no_grad():
+            base_flops = trace_step(model, batch).flops
+        tuned = apply(model, manifest, factors=factors).train()
+        unknown = [row.layer for row in chosen if row.layer not in layers]
+        if unknown:
+            raise ManifestError(f"{unknown[0]}: costs are predicted for layers of transformer blocks only")
+        tokens = batch_size * sequence_length
+        added = sum(step.flops for row in chosen for step in operations(layers[row.layer], row.method, row.rank))
+        parameters = sum(trainable_params(layers[row.layer], row.method, row.rank) for row in chosen)
+        trained = {name: tensor for name, tensor in tuned.named_parameters() if tensor.requires_grad}
+        trace = trace_step(tuned, batch)
+        advance(1)
+        step, state = training_step(tuned, batch)
+        elements = sum(tensor.numel() for tensor in trained.values())
+        step_ms = profile.step_ms(trace, len(trained), elements)
+        tensors = (*tuned.parameters(), *tuned.buffers(), *batch.values())
+        resident = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + state
+        step()  # the optimiser's state is there from the second step on
+        measured_peak = peak_bytes(step)
+        advance(1)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            tuned(**batch)
+        advance(1)
+        measured_ms = time_ms(step, seconds=seconds, cpu_time=cpu_time)
+        advance(1)
+    own = sum(tensor.numel() for name, tensor in trained.items() if any(mark in name for mark in OWN_PARAMETERS))
+    return {
+        "trainable_params": Comparison(parameters, own),
+        "flops": Comparison(base_flops + tokens * added, counter.get_total_flops()),
+        "step_memory_gb": Comparison(1e-9 * (resident + trace.peak_bytes), 1e-9 * (resident + measured_peak)),
+        "step_memory_above_weights_gb": Comparison(1e-9 * trace.peak_bytes, 1e-9 * measured_peak),
+        "step_ms": Comparison(step_ms, measured_ms),
+    }
+
+
+def evaluate_costs(
+    manifest: Manifest,
+    *,
+    model: str | None,
+    base_dir: Path,
+    measured_factors: Path,
+    profile: DeviceProfile,
+    batch_size: int,
+    sequence_length: int,
+    progress: Progress = silent,
+) -> dict[str, Comparison]:
+    """Load the manifest's base model and ``compare_costs``."""
+    with progress.stage("Loading model"):
+        pretrained = load_base(manifest, model, base_dir)
+    factors = read_factors(measured_factors, manifest)
+    return compare_costs(
+        manifest,
+        pretrained,
+        profile,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        factors=factors,
+        progress=progress,
+    )
+
+
+def synthetic_batch(model: Any, task: str, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
+    """A full batch of random tokens with labels; costs depend on shapes alone.
+
+    Without a mask: models look into a mask whether it hides anything, which a trace without data cannot.
+
+    Raises:
+        ManifestError: the task has another kind of input.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, sequence_length)
+    ids = torch.randint(5, int(model.config.get_text_config().vocab_size), shape, generator=generator)
+    labels = {
+        "sequence-classification": lambda: torch.zeros(batch_size, dtype=torch.long),
+        "regression": lambda: torch.zeros(batch_size),
+        "token-classification": lambda: torch.zeros(shape, dtype=torch.long),
+        "causal-lm": lambda: ids.clone(),
+        "masked-lm": lambda: ids.clone(),
+    }
+    if task not in labels:
+        raise ManifestError(f"costs are measured on synthetic tokens for {', '.join(labels)}, not for {task}")
+    return {"input_ids": ids, "labels": labels[task]()}

@@ -1,0 +1,287 @@
+"""``layerlens train``: a manifest and the data in; a trained adapter, its metrics and what it took out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerlens.config import RunConfig
+from layerlens.cost.measure import forward_ms
+from layerlens.data import Dataset, load_dataset
+from layerlens.exceptions import ConfigurationError, DataError, ManifestError
+from layerlens.integrations.peft import manifest_seed
+from layerlens.integrations.transformers import PretrainedModel
+from layerlens.manifest.read import read_document
+from layerlens.manifest.write import write_manifest
+from layerlens.models import Manifest
+from layerlens.pipeline.baseline import baseline_facts, prepare_baseline
+from layerlens.pipeline.inputs import check_lengths
+from layerlens.pipeline.messages import Warnings
+from layerlens.pipeline.solve import versions
+from layerlens.pipeline.training_data import training_data
+from layerlens.tasks import task_for
+from layerlens.tuning import apply, read_factors, save
+from layerlens.tuning.base_model import base_reference, load_base
+from layerlens.tuning.baselines import Finished, Prepared
+from layerlens.tuning.evaluation import evaluate
+from layerlens.tuning.export import PEFT_DIRECTORY
+from layerlens.tuning.metrics import task_metrics
+from layerlens.tuning.samples import TrainingData
+from layerlens.tuning.training import TrainingResult, fine_tune
+from layerlens.utils.atomic import atomic_write_text, check_writable, staged_directory
+from layerlens.utils.progress import Progress, silent
+from layerlens.utils.threads import resolve_threads, set_threads
+from layerlens.utils.user_code import REFERENCE
+
+METRICS_FILE, CHECKPOINTS = "metrics.json", "checkpoints"
+OWNED = (METRICS_FILE, "manifest.json", "manifest.yaml")
+TIMING_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A finished ``layerlens train``.
+
+    Args:
+        directory: has PEFT's files, layerlens_modules.safetensors, the manifest and metrics.json;
+            ``layerlens.tuning.load`` and, for its LoRA part, PEFT read it.
+        files: what was written, by name.
+        before, after: metrics of the test split, before the first step and with the weights that were kept.
+        inference_ms: forward time of one evaluation batch: "before" of the base model, "after" with its options.
+        training: what happened in between.
+        warnings: what the user should know, a line each.
+        baseline: its name, note, and parameters trained and kept; empty where the manifest's choice was trained.
+    """
+
+    directory: Path
+    files: dict[str, Path]
+    before: dict[str, float]
+    after: dict[str, float]
+    inference_ms: dict[str, float]
+    training: TrainingResult
+    warnings: tuple[str, ...] = ()
+    baseline: dict[str, Any] = field(default_factory=dict)
+
+
+def recorded_config(manifest: Manifest) -> dict[str, Any]:
+    """The configuration that the manifest's run had, as it was written.
+
+    Raises:
+        ConfigurationError: the manifest does not have it, or it names Python code, which runs only when the user's own
+            configuration says so.
+    """
+    recorded = manifest.provenance.get("config")
+    if not isinstance(recorded, dict):
+        raise ConfigurationError("the manifest does not record its run's configuration; give one with -c CONFIG")
+    named = {
+        "model.factory": recorded.get("model", {}).get("factory"),
+        "model.loss": recorded.get("model", {}).get("loss"),
+        "data.source": recorded.get("data", {}).get("source"),
+    }
+    for key, value in named.items():
+        if isinstance(value, str) and REFERENCE.fullmatch(value) and not value.startswith("builtin:"):
+            raise ConfigurationError(
+                f"the manifest's recorded configuration names Python code ({key}: {value}); if you trust it, give a "
+                "configuration that says so with -c CONFIG"
+            )
+    return recorded
+
+
+def train_config(manifest: Manifest) -> RunConfig:
+    """The configuration of the run that wrote ``manifest``, which training goes on with where no other is given.
+
+    Raises:
+        ConfigurationError: see ``recorded_config``; or it is of another version.
+    """
+    recorded = recorded_config(manifest)
+    try:
+        return RunConfig(**recorded)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"the manifest's recorded configuration cannot be used ({error}); give -c") from error
+
+
+def train_manifest(
+    path: Path,
+    config: RunConfig,
+    *,
+    base_dir: Path,
+    output: Path,
+    model: str | None = None,
+    baseline: str | None = None,
+    restart: bool = False,
+    keep_checkpoints: bool = False,
+    progress: Progress = silent,
+    warn: Callable[[str], None] = lambda line: None,
+) -> TrainedModel:
+    """Put a manifest into its base model, fine-tune it and write the result; see ``fine_tune`` for how.
+
+    A run that was interrupted goes on from its last checkpoint in ``output``/checkpoints.
+
+    Args:
+        path: the manifest.
+        config: data, training and runtime; its model section is not used, since the manifest names the model.
+        base_dir: folder that relative paths in the configuration start from.
+        output: directory for the result; other files in it stay.
+        model: base model to load, if not the one that the manifest names.
+        baseline: train this way of spending the same number of parameters instead of the manifest's own choice (a key
+            of ``layerlens.tuning.baselines.BASELINES``).
+        restart: begin anew, whatever checkpoints are there.
+        keep_checkpoints: leave them there when all is done.
+        progress: told of the long steps.
+        warn: told of what the user should know, a line at a time.
+
+    Raises:
+        LayerLensError: with one line that says what to do; its class has the exit code.
+    """
+    manifest, created_at = read_document(path)
+    warnings, main = Warnings(warn), int(os.environ.get("RANK", 0)) == 0
+    if main:
+        check_writable(output)
+    set_threads(resolve_threads(config.runtime.threads))
+    with progress.stage("Loading model and data"):
+        named = {"task": manifest.model.get("task"), "name_or_path": base_reference(manifest, model)}
+        config = config.model_copy(update={"model": config.model.model_copy(update=named)})
+        task_metrics(config.model.task)  # a task that cannot be judged is told before the model is loaded
+        dataset = load_dataset(config.data, base_dir, config.model.task)
+        labels = [str(name) for name in manifest.model.get("labels") or ()]
+        dataset = _with_labels(dataset, labels, manifest)
+        seed = manifest_seed(manifest)
+        pretrained = load_base(manifest, model, base_dir)
+        check_lengths(pretrained, config)
+        data = training_data(dataset, pretrained, task_for(config.model, base_dir), config, warnings.add)
+        base = pretrained.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    batch = _timed_batch(data, config, base)
+    inference_ms = {"before": _inference_ms(base, batch)} if main else {}
+    try:
+        if baseline is None:
+            factors = read_factors(path.parent / PEFT_DIRECTORY, manifest)
+            kept = sum(row.cost for row in manifest.allocations)
+            prepared = Prepared(
+                apply(base, manifest, factors=factors), kept, manifest, lambda tuned: Finished(tuned, kept, manifest)
+            )
+        else:
+            order = config.runtime.seed if config.training.seed is None else config.training.seed
+            prepared = prepare_baseline(baseline, pretrained, manifest, data, config, order)
+    except ManifestError as error:
+        raise type(error)(f"{path}: {error}") from error
+    tuned = prepared.model
+    judged = bool(len(data.evaluation)) and main
+    size = config.training.eval_batch_size
+    before = evaluate(tuned, data, config.model.task, batch_size=size, progress=progress) if judged else {}
+    result = fine_tune(
+        tuned,
+        data,
+        config.training,
+        task=config.model.task,
+        checkpoints=output / CHECKPOINTS,
+        seed=config.runtime.seed,
+        hooks=prepared.hooks,
+        identity={
+            "model": manifest.model.get("fingerprint", ""),
+            "choice": _choice(manifest),
+            "manifest_seed": seed,
+            "method": baseline or "manifest",
+        },
+        restart=restart,
+        progress=progress,
+    )
+    if not main:
+        return TrainedModel(output, {}, before, result.metrics, inference_ms, result, tuple(warnings.lines))
+    finished = prepared.finish(tuned)
+    if finished.model is not tuned and judged:  # cut or converted: what is judged is what is kept
+        tuned = finished.model.eval()
+        result = replace(result, metrics=evaluate(tuned, data, config.model.task, batch_size=size, progress=progress))
+    inference_ms["after"] = _inference_ms(finished.model, batch)
+    facts = _facts(manifest, config, data, pretrained, before, result, inference_ms)
+    if baseline is not None:
+        facts["baseline"] = baseline_facts(baseline, manifest, prepared, finished)
+    with staged_directory(output, owned=OWNED) as staging:
+        files = save(finished.model, staging)
+        if baseline is None:
+            files |= write_manifest(manifest, staging, created_at=created_at)
+        files["metrics"] = atomic_write_text(staging / METRICS_FILE, json.dumps(facts, indent=2) + "\n")
+        files = {name: output / file.relative_to(staging) for name, file in files.items()}
+    if not keep_checkpoints:
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    told = facts.get("baseline", {})
+    return TrainedModel(output, files, before, result.metrics, inference_ms, result, tuple(warnings.lines), told)
+
+
+def _with_labels(dataset: Dataset, labels: list[str], manifest: Manifest) -> Dataset:
+    """The data with its classes numbered as the manifest has them."""
+    if not dataset.label_names:
+        return dataset
+    unknown, missing = set(dataset.label_names) - set(labels), set(labels) - set(dataset.label_names)
+    if unknown or missing:
+        told = [f"has {', '.join(sorted(unknown))}, which the manifest has not"] if unknown else []
+        told += [f"lacks {', '.join(sorted(missing))}"] if missing else []
+        raise DataError(f"data.source: the data {' and '.join(told)}; train on data with the manifest's classes")
+    return dataset.with_label_order(labels)
+
+
+def _choice(manifest: Manifest) -> list[Any]:
+    rows = [[row.layer, row.method, row.rank] for row in manifest.allocations if row.method != "none"]
+    return [*rows, dict(manifest.lora)]
+
+
+def _timed_batch(data: TrainingData, config: RunConfig, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What inference is timed on: the first evaluation batch, without labels."""
+    samples = data.evaluation if len(data.evaluation) else data.train
+    batch = data.collate(samples[: config.training.eval_batch_size])
+    device = next(model.parameters()).device
+    targets = ("labels", "start_positions", "end_positions")
+    return {name: tensor.to(device) for name, tensor in batch.items() if name not in targets}
+
+
+def _inference_ms(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    with _evaluating(model):
+        return forward_ms(model, batch, seconds=TIMING_SECONDS)
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _facts(
+    manifest: Manifest,
+    config: RunConfig,
+    data: TrainingData,
+    pretrained: PretrainedModel,
+    before: dict[str, float],
+    result: TrainingResult,
+    inference_ms: dict[str, float],
+) -> dict[str, Any]:
+    """What metrics.json says; all that depends on this machine and its load is under "measured"."""
+    training = asdict(result)
+    del training["job"]
+    measured = ("train_seconds", "wall_seconds", "tokens_per_second", "peak_memory_gb", "peak_memory_of")
+    resumed = training.pop("resumed_from")
+    return {
+        "task": config.model.task,
+        "model": {key: manifest.model.get(key) for key in ("name_or_path", "fingerprint")},
+        "samples": {"train": len(data.train), "evaluation": len(data.evaluation), "fingerprint": data.fingerprint},
+        "before": before,
+        "after": result.metrics,
+        "training": {name: value for name, value in training.items() if name not in measured},
+        "measured": {
+            **{name: training[name] for name in measured},
+            "inference_ms": inference_ms,
+            "resumed_from": resumed,
+        },
+        "config": config.training.model_dump(mode="json"),
+        "versions": versions(),
+    }

@@ -1,0 +1,57 @@
+"""The base model that a manifest was made for, loaded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from layerlens.exceptions import ManifestError
+from layerlens.integrations.peft import manifest_seed
+from layerlens.integrations.transformers import WITH_CLASSES, PretrainedModel, load_pretrained
+from layerlens.models import Manifest
+
+
+def base_reference(manifest: Manifest, model: str | None) -> str:
+    """What the base model is loaded by: ``model``, or else what the manifest names.
+
+    Raises:
+        ManifestError: the manifest lacks what loading needs, or names Python code, which runs only when the user says
+            so.
+    """
+    told = {**manifest.model, "name_or_path": model or manifest.model.get("name_or_path")}
+    for key in ("name_or_path", "task", *(("labels",) if told.get("task") in WITH_CLASSES else ())):
+        if not told.get(key):
+            raise ManifestError(
+                f"the manifest has no model.{key}, so its base model cannot be loaded; "
+                "`layerlens run` writes manifests that have it"
+            )
+    reference = str(told["name_or_path"])
+    if reference.startswith("factory:") and model is None:
+        raise ManifestError(
+            f"the base model is made by Python code that the manifest names ({reference}); if you trust it, say so "
+            f"with --model {reference}"
+        )
+    return reference
+
+
+def load_base(manifest: Manifest, model: str | None = None, base_dir: Path | None = None) -> PretrainedModel:
+    """The manifest's base model with its tokenizer or image processor, as it was profiled.
+
+    Args:
+        manifest: names the model, its task, its classes and the seed of a new head.
+        model: name or path to load instead.
+        base_dir: folder that relative paths start from.
+
+    Raises:
+        ManifestError: see ``base_reference``.
+        ModelNotFoundError: the model cannot be found or read.
+    """
+    reference = base_reference(manifest, model)
+    weights = manifest.model.get("weights")
+    return load_pretrained(
+        reference,
+        str(manifest.model["task"]),
+        [str(label) for label in manifest.model.get("labels") or ()],
+        seed=manifest_seed(manifest),
+        base_dir=base_dir,
+        weights=None if weights is None else str(weights),
+    )

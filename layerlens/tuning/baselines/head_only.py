@@ -1,0 +1,19 @@
+"""The task head alone on frozen features."""
+
+from __future__ import annotations
+
+from layerlens.exceptions import ConfigurationError
+from layerlens.tuning.baselines.interface import BaselineRequest, Prepared
+from layerlens.tuning.baselines.plans import plan, planned
+from layerlens.tuning.fit import heads_of
+
+
+def head_only(request: BaselineRequest) -> Prepared:
+    """No layer is adapted.
+
+    Raises:
+        ConfigurationError: the model has no task head of its own.
+    """
+    if not heads_of(request.facts):
+        raise ConfigurationError("baseline head-only: this model has no new task head, so nothing would be trained")
+    return planned(request, plan(request, "head-only", {}), note="adds nothing to the layers")

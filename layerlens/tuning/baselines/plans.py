@@ -1,0 +1,156 @@
+"""Manifests of baselines: uniform and proportional sizes within a budget, and models that are trained as they say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from layerlens.exceptions import ConfigurationError
+from layerlens.models import LayerSpec, Manifest, ManifestRow, ResourceUse, trainable_params
+from layerlens.tuning.baselines.interface import BaselineRequest, Finished, Prepared
+from layerlens.tuning.fit import heads_of
+from layerlens.tuning.inject import apply
+
+if TYPE_CHECKING:
+    import torch
+
+ATTENTION = "attention"
+
+
+def layers_with(request: BaselineRequest, method: str, *, dense: bool = False) -> tuple[LayerSpec, ...]:
+    """Layers that offer ``method``, without grouped convolutions; ``dense`` leaves all convolutions out.
+
+    Raises:
+        ConfigurationError: there are none.
+    """
+    from layerlens.integrations.transformers import is_dense
+
+    found = tuple(layer for layer in request.spec.layers if method in layer.methods)
+    if method == "lora":  # ranks of grouped convolutions are multiples of their groups, which no rule here knows
+        found = tuple(layer for layer in found if getattr(request.model.get_submodule(layer.name), "groups", 1) == 1)
+    if dense:
+        found = tuple(layer for layer in found if is_dense(request.model.get_submodule(layer.name)))
+    if not found:
+        raise ConfigurationError(f"baseline: no layer of this model can take {method}{' as a Linear' * dense}")
+    return found
+
+
+def uniform_size(layers: Sequence[LayerSpec], method: str, budget: int) -> int:
+    """The largest size with which ``method`` on all ``layers`` stays within ``budget``.
+
+    Raises:
+        ConfigurationError: size 1 is too much; the message has the smallest budget that would do.
+    """
+    cost: Callable[[int], int] = lambda size: sum(trainable_params(layer, method, size) for layer in layers)  # noqa: E731
+    least, slope = cost(1), cost(2) - cost(1)
+    if least > budget:
+        raise ConfigurationError(
+            f"baseline: {method} of size 1 on {len(layers)} layers trains {least:,} parameters, more than the "
+            f"budget of {budget:,}; give at least {least:,}"
+        )
+    largest = min(min(layer.n_in, layer.n_out) for layer in layers) if method == "lora" else math.inf
+    return int(min(largest, 1 + (budget - least) // slope))
+
+
+def proportional_ranks(
+    layers: Sequence[LayerSpec], weights: Mapping[str, float], budget: int, *, least: int = 0, most: int | None = None
+) -> dict[str, int]:
+    """LoRA ranks in proportion to ``weights``, as near to ``budget`` as whole ranks allow.
+
+    The scale is the largest with Σ rank·(n_in + n_out) within the budget; what is left goes to the layers that
+    rounding cut most, one rank each.
+
+    Args:
+        layers: layers to choose ranks for.
+        weights: not negative, by layer name.
+        budget: trainable parameters.
+        least, most: limits of every rank; a layer's smaller side limits it too.
+
+    Raises:
+        ConfigurationError: the least ranks are too much.
+    """
+    cost = {layer.name: layer.n_in + layer.n_out for layer in layers}
+    limit = {layer.name: min(layer.n_in, layer.n_out, most or layer.n_in) for layer in layers}
+    scale_of = {name: max(float(weights[name]), 0.0) for name in cost}
+
+    def ranks(scale: float) -> dict[str, int]:
+        return {name: min(limit[name], max(least, math.floor(scale * scale_of[name]))) for name in cost}
+
+    def used(chosen: Mapping[str, int]) -> int:
+        return sum(rank * cost[name] for name, rank in chosen.items())
+
+    if used(ranks(0.0)) > budget:
+        raise ConfigurationError(
+            f"baseline: rank {least} on {len(layers)} layers trains {used(ranks(0.0)):,} parameters, more than the "
+            f"budget of {budget:,}"
+        )
+    low, high = 0.0, 1.0
+    while used(ranks(high)) <= budget and any(ranks(high)[name] < limit[name] for name in cost if scale_of[name] > 0.0):
+        low, high = high, 2.0 * high
+    for _ in range(60):  # to the last bit of the scale
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if used(ranks(middle)) <= budget else (low, middle)
+    chosen = ranks(low)
+    left = budget - used(chosen)
+    for name in sorted(cost, key=lambda name: (chosen[name] - low * scale_of[name], name)):
+        if cost[name] <= left and chosen[name] < limit[name] and scale_of[name] > 0.0:
+            chosen[name] += 1
+            left -= cost[name]
+    return {name: rank for name, rank in chosen.items() if rank > 0}
+
+
+def plan(request: BaselineRequest, name: str, choice: Mapping[str, tuple[str, int]], **lora: Any) -> Manifest:
+    """A manifest of ``choice`` (method and size by layer), for injection; nothing but parameters is predicted in it.
+
+    Args:
+        request: says which model and seed.
+        name: of the baseline.
+        choice: layers that are not in it are left alone.
+        lora: fields of ``manifest.lora``.
+    """
+    rows = []
+    for layer in request.spec.layers:
+        method, size = choice.get(layer.name, ("none", 0))
+        rows.append(
+            ManifestRow(layer.name, method, size, 0.0, trainable_params(layer, method, size), 0.0, 0.0, 0.0, 0.0)
+        )
+    added = float(sum(row.cost for row in rows))
+    return Manifest(
+        model={
+            "name_or_path": request.spec.model_name,
+            "fingerprint": request.spec.fingerprint,
+            "total_params": request.spec.total_params,
+            **request.facts,
+        },
+        allocations=tuple(rows),
+        resources=(ResourceUse("trainable_params", float(request.budget), 0.0, added, added, 0.0, "exact"),),
+        score=0.0,
+        upper_bound=0.0,
+        gap=0.0,
+        status="feasible",
+        solver=f"baseline {name}",
+        utility_model="none",
+        utility_unit="none",
+        lora={"alpha_over_r": request.alpha_over_r, "use_rslora": False, "initialization": "default", **lora},
+        provenance={"seed": request.seed},
+    )
+
+
+def planned(
+    request: BaselineRequest, manifest: Manifest, factors: Mapping[str, torch.Tensor] | None = None, note: str = ""
+) -> Prepared:
+    """``manifest`` in the request's model, to be trained and kept as it is."""
+    model = apply(request.model, manifest, factors=factors, check_fingerprint=False)
+    params = trained_params(model, request.facts)
+    return Prepared(model, params, manifest, lambda tuned: Finished(tuned, params, manifest), note=note)
+
+
+def trained_params(model: torch.nn.Module, facts: Mapping[str, Any]) -> int:
+    """Parameters that require gradients, the task head left out."""
+    heads = tuple(f".{head}." for head in heads_of(facts))
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(head in f".{name}" for head in heads)
+    )

@@ -1,0 +1,174 @@
+"""A tuned model in one directory: PEFT's own files for LoRA and the task head, one safetensors file for the rest.
+
+``adapter_config.json`` and ``adapter_model.safetensors`` are what PEFT writes, so ``PeftModel.from_pretrained`` reads
+the directory too, and gets the LoRA part. What is saved and loaded again computes the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerlens.exceptions import ManifestError
+from layerlens.integrations.peft import BASE_PREFIX, injected_ranks, lora_shape, why_not_adaptable
+from layerlens.integrations.torch_modules import find_module
+from layerlens.tuning.generators.attach import ordinary_lora
+from layerlens.tuning.initialization import ADAPTER_WEIGHTS
+from layerlens.tuning.storage import MODULES_FILE, SavedModules, model_bytes, read_modules
+from layerlens.tuning.undo import base_of, before_of, note_before
+from layerlens.utils.atomic import staged_directory
+
+if TYPE_CHECKING:
+    import torch
+
+ADAPTER_CONFIG, CARD = "adapter_config.json", "README.md"
+EXPORTED = "peft"  # where a run puts the PEFT files, beside its manifest
+
+
+def save(model: torch.nn.Module, directory: Path) -> dict[str, Path]:
+    """Write everything that is trained in ``model`` to ``directory``; the base model's weights are not in it.
+
+    LoRA that is still generated is written as the ordinary LoRA that it is at present.
+
+    Args:
+        model: what ``apply`` or ``load`` returned, or a fully fine-tuned model.
+        directory: created if it is not there; other files in it stay.
+
+    Returns:
+        The path of each file, by its name.
+
+    Raises:
+        ManifestError: nothing in the model is trained or added.
+        OutputError: the directory cannot be written; what was there before is untouched.
+    """
+    directory = Path(directory)
+    content = model_bytes(model)
+    if content is None and base_of(model) is model:
+        raise ManifestError(f"this {type(model).__name__} has nothing that was added or is trained, so nothing to save")
+    with staged_directory(directory, owned=(ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULES_FILE)) as staging:
+        if base_of(model) is not model:
+            peft_model: Any = model
+            # "auto" would ask the hub for the base model's vocabulary; embeddings are never trained here.
+            with ordinary_lora(model):
+                peft_model.save_pretrained(staging, save_embedding_layers=False)
+            if (directory / CARD).exists():
+                (staging / CARD).unlink(missing_ok=True)
+        if content is not None:
+            (staging / MODULES_FILE).write_bytes(content)
+        names = sorted(path.name for path in staging.iterdir())
+    return {name: directory / name for name in names}
+
+
+def load(
+    base: torch.nn.Module, directory: Path, *, trainable: bool = True, check_fingerprint: bool = True
+) -> torch.nn.Module:
+    """Put what ``save`` (or a run's export) wrote to ``directory`` into a freshly loaded base model.
+
+    Args:
+        base: the base model; it is changed in place.
+        directory: with ``adapter_config.json`` in it or in its ``peft`` folder, ``layerlens_modules.safetensors``, or
+            both.
+        trainable: whether what is loaded requires gradients.
+        check_fingerprint: refuse other base weights than those that the directory was made for, where it says which.
+
+    Returns:
+        A PEFT model around ``base`` if there is a PEFT part, else ``base`` itself; same logits as when it was saved.
+
+    Raises:
+        ManifestError: not such a directory, a damaged file, an unknown module or tensors of another shape (the nearest
+            names are shown), or another base model; ``base`` is then unchanged.
+    """
+    from layerlens.tuning.modules import attached
+
+    directory = Path(directory)
+    peft_directory = directory if (directory / ADAPTER_CONFIG).is_file() else directory / EXPORTED
+    has_peft, has_modules = (peft_directory / ADAPTER_CONFIG).is_file(), (directory / MODULES_FILE).is_file()
+    if not has_peft and not has_modules:
+        raise ManifestError(
+            f"{directory}: has neither {ADAPTER_CONFIG} nor {MODULES_FILE}; give a directory that `layerlens run` or "
+            "layerlens.tuning.save wrote"
+        )
+    if attached(base) or injected_ranks(base):
+        raise ManifestError("the model already has LoRA layers, adapters or prefixes; load the base model afresh")
+    saved = SavedModules((), {}, {})
+    if has_modules:
+        saved = read_modules(base, directory / MODULES_FILE, check_fingerprint=check_fingerprint)
+    if not has_peft:
+        return saved.put_into(base, trainable=trainable)
+    _check_peft_files(base, peft_directory)
+    return saved.put_into(_with_peft(base, peft_directory, saved.facts, trainable), trainable=trainable)
+
+
+def _with_peft(base: torch.nn.Module, directory: Path, facts: dict[str, Any], trainable: bool) -> torch.nn.Module:
+    from peft import PeftModel
+    from peft.utils.other import ModulesToSaveWrapper
+
+    from layerlens.tuning.modules import keep_statistics
+
+    note_before(base, facts)
+    base.requires_grad_(False)
+    try:
+        with warnings.catch_warnings():
+            # PEFT 0.21 still reads a name of gradient checkpointing that transformers 5.23 has renamed.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            model: torch.nn.Module = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ManifestError(f"{directory}: PEFT cannot load this onto {type(base).__name__}: {first}") from error
+    keep_statistics(base, [module for module in base.modules() if isinstance(module, ModulesToSaveWrapper)])
+    assert before_of(model) is not None
+    return model
+
+
+def _check_peft_files(base: torch.nn.Module, directory: Path) -> None:
+    """Names and shapes of PEFT's tensors against the base model, before PEFT changes anything."""
+    from safetensors import SafetensorError, safe_open
+
+    config_path, path = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{config_path}: not a PEFT configuration ({error})") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ManifestError(f"{path}: no such file") from error
+    except (SafetensorError, OSError) as error:
+        raise ManifestError(f"{path}: is damaged or cut short ({error})") from error
+    if kind != "LORA":
+        return
+    known = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
+    for key, shape in shapes.items():
+        name = key.removeprefix(BASE_PREFIX)
+        layer, mark, part = name.partition(".lora_")
+        if not mark:
+            _check_tensor(path, known, name, shape)
+            continue
+        module = find_module(base, layer)
+        if reason := why_not_adaptable(layer, module):
+            raise ManifestError(f"{path}: {layer}: {reason}")
+        n_in, n_out, _ = lora_shape(module)
+        count = 1
+        for size in shape:
+            count *= size
+        width = n_in if part.startswith("A") else n_out
+        if count % width or (shape[0] != n_out if part.startswith("B") else count // shape[0] != n_in):
+            raise ManifestError(
+                f"{path}: {layer}: lora_{part} is {shape}, which does not fit this {n_in} → {n_out} "
+                f"{type(module).__name__}; it was made for a model of another shape"
+            )
+
+
+def _check_tensor(path: Path, known: dict[str, tuple[int, ...]], name: str, shape: tuple[int, ...]) -> None:
+    """A tensor of the task head."""
+    if name not in known:
+        raise ManifestError(f"{path}: tensor {name} {shape} has no place in the base model")
+    if known[name] != shape:
+        raise ManifestError(
+            f"{path}: {name} is {shape}, in the base model {known[name]}; load it with as many labels as it was "
+            "trained for"
+        )

@@ -1,0 +1,156 @@
+"""A generator in a model: its factors stand in for PEFT's A and B in every forward pass, until training is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from layerlens.exceptions import ManifestError
+from layerlens.tuning.generators.registry import GeneratedLayer, load_generator
+from layerlens.tuning.undo import base_of
+
+if TYPE_CHECKING:
+    import torch
+
+CHILD, TASK = "layerlens_generator", "_layerlens_task"
+
+
+def attach_generator(
+    model: torch.nn.Module, name: str, *, tasks: int = 1, seed: int = 0, **options: Any
+) -> torch.nn.Module:
+    """Let the generator ``name`` make A and B of every LoRA layer of ``model``; it trains, they do not.
+
+    Args:
+        model: a PEFT model with LoRA, as ``apply`` returns it; changed in place.
+        name: one of ``known_generators()``.
+        tasks: how many tasks it is to tell apart; ``use_task`` chooses.
+        seed: of its weights.
+        options: passed on to it.
+
+    Returns:
+        ``model``; its logits are those of the base model, since B = 0 is demanded.
+
+    Raises:
+        ManifestError: unknown generator, no LoRA in the model, or factors of wrong names, shapes, values or with B ≠ 0;
+            the model is then unchanged.
+    """
+    make = load_generator(name)
+    layers = _lora_layers(model)
+    if not layers:
+        raise ManifestError(f"lora.generator: {name!r} needs LoRA layers, and this model has none")
+    wanted = tuple(
+        GeneratedLayer(path, _columns(layer.lora_A["default"]), len(layer.lora_B["default"].weight), layer.r["default"])
+        for path, layer in layers.items()
+    )
+    generator = make(wanted, tasks=tasks, seed=seed, **options)
+    _check(name, generator, wanted)
+    base = base_of(model)
+    generator.to(next(base.parameters()).device)
+    for layer in layers.values():
+        for part in (layer.lora_A["default"], layer.lora_B["default"]):
+            del part.weight  # a Parameter; what is generated is set as a plain tensor
+    setattr(base, TASK, 0)
+    base.add_module(CHILD, generator)
+    base.register_forward_pre_hook(_generate)
+    _generate(base, ())
+    return model
+
+
+def use_task(model: torch.nn.Module, task: int) -> None:
+    """Generate for this task from now on.
+
+    Raises:
+        ManifestError: the model has no generator.
+    """
+    base = base_of(model)
+    if not has_generator(model):
+        raise ManifestError("lora.generator: this model has none, so there is no task to choose")
+    setattr(base, TASK, task)
+    _generate(base, ())
+
+
+def has_generator(model: torch.nn.Module) -> bool:
+    """Whether the LoRA of ``model`` is still generated."""
+    return hasattr(base_of(model), CHILD)
+
+
+def finish_generator(model: torch.nn.Module) -> torch.nn.Module:
+    """Make what the generator gives for its present task ordinary LoRA parameters, and drop it; no logit changes."""
+    from layerlens.tuning.modules import drop_hooks
+
+    base = base_of(model)
+    if has_generator(model):
+        _make_parameters(base)
+        delattr(base, CHILD)
+        delattr(base, TASK)
+        drop_hooks(base, _generate)
+    return model
+
+
+@contextmanager
+def ordinary_lora(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, A and B are parameters with their present values, for whoever reads the state dict."""
+    base = base_of(model)
+    if not has_generator(model):
+        yield
+        return
+    _make_parameters(base)
+    try:
+        yield
+    finally:
+        for layer in _lora_layers(base).values():
+            for part in (layer.lora_A["default"], layer.lora_B["default"]):
+                del part.weight
+        _generate(base, ())
+
+
+def _generate(base: Any, args: Any) -> None:
+    factors = getattr(base, CHILD)(getattr(base, TASK))
+    for name, layer in _lora_layers(base).items():
+        a, b = factors[name]
+        kernel = tuple(getattr(layer.lora_A["default"], "kernel_size", ()))
+        layer.lora_A["default"].weight = a.reshape(len(a), -1, *kernel) if kernel else a
+        layer.lora_B["default"].weight = b.reshape(*b.shape, *(1 for _ in kernel)) if kernel else b
+
+
+def _make_parameters(base: Any) -> None:
+    import torch
+
+    _generate(base, ())
+    for layer in _lora_layers(base).values():
+        for part in (layer.lora_A["default"], layer.lora_B["default"]):
+            value = part.weight.detach().clone()
+            del part.weight
+            part.weight = torch.nn.Parameter(value)
+
+
+def _lora_layers(model: Any) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: layer for name, layer in base_of(model).named_modules() if isinstance(layer, LoraLayer)}
+
+
+def _columns(part: Any) -> int:
+    return int(part.weight.flatten(1).shape[1])
+
+
+def _check(name: str, generator: Any, layers: tuple[GeneratedLayer, ...]) -> None:
+    import torch
+
+    if not isinstance(generator, torch.nn.Module):
+        raise ManifestError(f"lora.generator: {name!r} made a {type(generator).__name__}, not a torch.nn.Module")
+    factors = generator(0)
+    for layer in layers:
+        if layer.name not in factors:
+            raise ManifestError(f"lora.generator: {name!r} gives no factors for {layer.name}")
+        a, b = factors[layer.name]
+        if tuple(a.shape) != (layer.rank, layer.n_in) or tuple(b.shape) != (layer.n_out, layer.rank):
+            raise ManifestError(
+                f"lora.generator: {name!r} gives {layer.name} factors of {tuple(a.shape)} and {tuple(b.shape)}, needed "
+                f"are {(layer.rank, layer.n_in)} and {(layer.n_out, layer.rank)}"
+            )
+        if not bool(a.isfinite().all()) or bool(b.any()):
+            raise ManifestError(
+                f"lora.generator: {name!r} must begin with finite A and B = 0, and does not for {layer.name}"
+            )

@@ -1,0 +1,265 @@
+"""LoRA's first A from data: principal components of a layer's inputs, or singular vectors of its mean gradient.
+
+Both keep B = 0, so step 0 changes no logit, and both give A orthonormal rows.
+
+- ``pca``: the directions in which the layer's inputs vary most (EVA, Paischer et al. 2024, arXiv:2410.07170).
+- ``gradient_svd``: the right singular vectors of the mean gradient G of the loss. The first step then moves W along
+  G·Aᵀ·A, the best rank-r approximation of G (Eckart-Young), which is what LoRA-GA (Wang et al. 2024, arXiv:2407.05000)
+  wants. LoRA-GA starts B away from zero too and subtracts the difference from W; with B = 0 no base weight changes, and
+  stock PEFT loads the adapter onto the base model as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerlens.exceptions import ManifestError
+from layerlens.integrations.peft import (
+    BASE_PREFIX,
+    default_factor,
+    lora_initialization,
+    lora_rows,
+    lora_shape,
+    why_not_adaptable,
+)
+from layerlens.integrations.torch_modules import find_module
+from layerlens.models import Manifest, ManifestRow
+
+if TYPE_CHECKING:
+    import torch
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MATRIX_BYTES = 2**30
+"""Covariances or gradients held at one time; layers beyond that wait for another pass over the batches."""
+RANK_TOLERANCE = 1e-6  # of the largest singular value; directions below it are rounding, not data
+
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """One batch to measure on.
+
+    Args:
+        inputs: keyword arguments of the model. A row of ``attention_mask`` that is 0 is padding and is left out.
+        loss: from the model's output to the sum of the samples' losses; None takes the model's own loss.
+    """
+
+    inputs: Mapping[str, Any]
+    loss: Callable[[Any], torch.Tensor] | None = None
+
+
+def initial_factors(
+    model: torch.nn.Module, manifest: Manifest, batches: Sequence[CalibrationBatch]
+) -> dict[str, torch.Tensor]:
+    """A of every LoRA layer as ``lora.initialization`` says, measured on ``batches``.
+
+    Args:
+        model: the base model, without LoRA; it is left as it was.
+        manifest: its LoRA rows and their ranks.
+        batches: gone through once, or several times where all matrices together are too large for memory.
+
+    Returns:
+        float32 [r, n_in] with orthonormal rows, by layer; empty for the default initialisation. Directions that the
+        data leaves open (a rank above that of the matrix) are filled from the default initialisation, made orthogonal.
+
+    Raises:
+        ManifestError: no batches, a layer that no batch reached, or values that are not finite.
+    """
+    kind = lora_initialization(manifest)
+    if kind == "default":
+        return {}
+    if not batches:
+        raise ManifestError(f"lora.initialization: {kind!r} needs at least one batch to measure on")
+    factors = {}
+    for rows in _groups(model, lora_rows(manifest), kind):
+        modules = {row.layer: find_module(model, row.layer) for row in rows}
+        measured = (_input_covariances if kind == "pca" else _mean_gradients)(model, modules, batches)
+        for row in rows:
+            matrix = measured[row.layer]
+            if not bool(matrix.isfinite().all()):
+                raise ManifestError(f"{row.layer}: the matrix of lora.initialization {kind!r} is not finite")
+            directions = _eigenvectors(matrix, row.rank) if kind == "pca" else _right_vectors(matrix, row.rank)
+            factors[row.layer] = _complete(directions, default_factor(manifest, row, matrix.shape[1]))
+    return factors
+
+
+def read_factors(peft_directory: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """A of every LoRA layer as the exported adapter has it; empty where the manifest's initialisation needs none.
+
+    Raises:
+        ManifestError: there is no such file, or it lacks a layer.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    kind = lora_initialization(manifest)
+    if kind == "default" or not lora_rows(manifest):
+        return {}
+    path = Path(peft_directory) / ADAPTER_WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {
+                row.layer: file.get_tensor(f"{BASE_PREFIX}{row.layer}.lora_A.weight").flatten(1)
+                for row in lora_rows(manifest)
+            }
+    except (SafetensorError, OSError) as error:
+        raise ManifestError(
+            f"lora.initialization: {kind!r} begins from factors that the run measured and wrote to {path}, which "
+            f"cannot be read ({error}); keep the peft directory beside the manifest, or run again"
+        ) from error
+
+
+def _groups(model: torch.nn.Module, rows: Sequence[ManifestRow], kind: str) -> Iterator[list[ManifestRow]]:
+    """Rows whose matrices together fit into ``MATRIX_BYTES``, at least one at a time."""
+    group: list[ManifestRow] = []
+    held = 0
+    for row in rows:
+        module = find_module(model, row.layer)
+        if reason := why_not_adaptable(row.layer, module):
+            raise ManifestError(f"{row.layer}: {reason}")
+        n_in, n_out, groups = lora_shape(module)
+        if groups > 1:
+            raise ManifestError(
+                f"{row.layer}: lora.initialization: {kind!r} is not there for a convolution of {groups} groups; choose "
+                "default"
+            )
+        size = 4 * n_in * (n_in if kind == "pca" else n_out)
+        if group and held + size > MATRIX_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(row)
+        held += size
+    if group:
+        yield group
+
+
+def _input_covariances(
+    model: torch.nn.Module, modules: Mapping[str, torch.nn.Module], batches: Sequence[CalibrationBatch]
+) -> dict[str, torch.Tensor]:
+    """Centred covariance [n_in, n_in] of each module's inputs."""
+    import torch
+
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
+    mask: list[Any] = [None]
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            rows = _input_rows(module, args[0], mask[0]).float()
+            gram, total, count = sums.get(name, (0.0, 0.0, 0))
+            sums[name] = (gram + rows.T @ rows, total + rows.sum(0), count + len(rows))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
+    try:
+        with _as_it_was(model), torch.no_grad():
+            for batch in batches:
+                mask[0] = batch.inputs.get("attention_mask")
+                model(**batch.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    _refuse_missing(modules, sums)
+    return {
+        name: gram.double() / count - torch.outer(total.double() / count, total.double() / count)
+        for name, (gram, total, count) in sums.items()
+    }
+
+
+def _mean_gradients(
+    model: torch.nn.Module, modules: Mapping[str, torch.nn.Module], batches: Sequence[CalibrationBatch]
+) -> dict[str, torch.Tensor]:
+    """Gradient [n_out, n_in] of the summed loss with respect to each module's weight; only its directions matter."""
+    import torch
+
+    weights: dict[str, Any] = {name: module.weight for name, module in modules.items()}
+    with _as_it_was(model), torch.enable_grad():
+        model.requires_grad_(False)
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        sums: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            output = model(**batch.inputs)
+            loss = output.loss if batch.loss is None else batch.loss(output)
+            if loss is None:
+                raise ManifestError("lora.initialization: 'gradient_svd' needs labels in the batches, or their loss")
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for name, gradient in zip(weights, gradients, strict=True):
+                if gradient is not None:
+                    sums[name] = sums[name] + gradient.float() if name in sums else gradient.float()
+    _refuse_missing(modules, sums)
+    return {name: _as_matrix(modules[name], gradient) for name, gradient in sums.items()}
+
+
+def _input_rows(module: Any, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Inputs as rows [n, n_in], padding left out; patches of a convolution."""
+    from layerlens.integrations.weight_matrices import conv_patches
+
+    if hasattr(module, "kernel_size"):
+        return conv_patches(module, inputs).flatten(0, 2)
+    if mask is not None and inputs.shape[:-1] == mask.shape:
+        return inputs[mask.bool()]
+    return inputs.flatten(0, -2)
+
+
+def _as_matrix(module: Any, gradient: torch.Tensor) -> torch.Tensor:
+    gradient = gradient.T if hasattr(module, "nx") else gradient  # transformers' Conv1D is stored transposed
+    return gradient.flatten(1).double()
+
+
+def _eigenvectors(covariance: torch.Tensor, rank: int) -> torch.Tensor:
+    """[≤ rank, n] eigenvectors of the largest eigenvalues, largest first."""
+    import torch
+
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values.flip(0)[:rank] > RANK_TOLERANCE**2 * values[-1].clamp(min=0)
+    return vectors.flip(1)[:, :rank].T[kept]
+
+
+def _right_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """[≤ rank, n_in] right singular vectors, from the Gram matrix of the smaller side in float64."""
+    n_out, n_in = matrix.shape
+    if n_in <= n_out:
+        return _eigenvectors(matrix.T @ matrix, rank)
+    rows = _eigenvectors(matrix @ matrix.T, rank) @ matrix
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def _complete(directions: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
+    """Orthonormal rows: ``directions``, signs fixed, then what ``default`` has beside them.
+
+    A rank above n_in cannot be orthonormal; the rows beyond keep their default values.
+    """
+    import torch
+
+    default = default.to(directions)
+    rank, n_in = default.shape
+    largest = directions.abs().argmax(dim=1, keepdim=True)
+    directions = directions * directions.gather(1, largest).sign()  # eigenvectors have no sign of their own
+    missing = min(rank, n_in) - len(directions)
+    q, r = torch.linalg.qr(torch.cat([directions, default[:missing]]).T)
+    rows = (q * r.diagonal().sign()).T
+    return torch.cat([rows, default[len(rows) :]]).float().cpu().contiguous()
+
+
+def _refuse_missing(modules: Mapping[str, torch.nn.Module], found: Mapping[str, Any]) -> None:
+    missing = sorted(modules.keys() - found.keys())
+    if missing:
+        raise ManifestError(f"{missing[0]}: lora.initialization: no batch reached this layer")
+
+
+@contextmanager
+def _as_it_was(model: torch.nn.Module) -> Iterator[None]:
+    """In evaluation mode inside; modes and requires_grad as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)

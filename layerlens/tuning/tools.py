@@ -1,0 +1,262 @@
+"""A manifest for the trainer that the user already has: what it reads, or a refusal that names what it cannot hold.
+
+All of them train LoRA alone. TRL and LLaMA-Factory start from the zero-step PEFT directory; axolotl makes the same LoRA
+from its YAML; AdapterHub has one rank for all layers and the same matrices in every block that is not left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerlens.exceptions import ManifestError
+from layerlens.integrations.peft import lora_config, lora_rows
+from layerlens.integrations.transformers import blocks_of, resolve_model_path, role_of
+from layerlens.models import Manifest, ManifestRow
+from layerlens.tuning.base_model import base_reference, load_base
+from layerlens.tuning.export import PEFT_DIRECTORY, export_adapter
+from layerlens.tuning.fit import check_names, check_weights
+from layerlens.tuning.initialization import read_factors
+from layerlens.utils.atomic import staged_directory
+
+if TYPE_CHECKING:
+    import torch
+
+CAUSAL_LM = "causal-lm"
+ADAPTERHUB_MATRICES = {"query": "q", "key": "k", "value": "v"}
+ADAPTERHUB_FLAGS = {"ffn_up": "intermediate_lora", "ffn_down": "output_lora"}
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One trainer.
+
+    Args:
+        name: as people write it.
+        tasks: what it trains; None for everything.
+        starts_from_peft: it reads the zero-step PEFT directory.
+        files: (manifest, base model, its resolved name or path) -> text of further files by name.
+    """
+
+    name: str
+    tasks: tuple[str, ...] | None
+    starts_from_peft: bool
+    files: Callable[[Manifest, torch.nn.Module, str], dict[str, str]]
+
+
+def export_for(
+    tool: str, manifest: Manifest, model: str | None, output: Path, *, lora_part: bool = False, measured: Path
+) -> dict[str, Path]:
+    """Write below ``output`` what ``tool`` trains the manifest from.
+
+    Args:
+        tool: a key of ``TOOLS``.
+        manifest: what to train.
+        model: name or path of the base model; the one that the manifest names when None.
+        output: directory, created if it is not there; other files in it stay.
+        lora_part: leave adapters and prefixes out instead of refusing them.
+        measured: the run's peft directory, which has LoRA's first A where the initialisation comes from data.
+
+    Returns:
+        The path of each file or directory written, by its name.
+
+    Raises:
+        ManifestError: the tool cannot hold the manifest (the message names what), or it does not fit the model.
+        ModelNotFoundError: the model cannot be found or read.
+        OutputError: the directory cannot be written.
+    """
+    wanted = TOOLS[tool]
+    chosen = _lora_part(manifest, wanted.name, lora_part)
+    name, task = base_reference(manifest, model), str(manifest.model["task"])
+    if wanted.tasks is not None and task not in wanted.tasks:
+        raise ManifestError(
+            f"{wanted.name} trains {', '.join(wanted.tasks)}, and the manifest is for {task}; use --to peft with your "
+            "own loop or Trainer, or `layerlens train`"
+        )
+    base = load_base(manifest, model).model
+    check_names(base, chosen)
+    check_weights(base, chosen)
+    texts = wanted.files(chosen, base, resolve_model_path(name))
+    with staged_directory(output, owned=(PEFT_DIRECTORY, *texts)) as staging:
+        if wanted.starts_from_peft:
+            export_adapter(chosen, base, staging, read_factors(measured, manifest))
+        for file, text in texts.items():
+            (staging / file).write_text(text, encoding="utf-8")
+        names = sorted(path.name for path in staging.iterdir())
+    return {file: output / file for file in names}
+
+
+def _lora_part(manifest: Manifest, tool: str, lora_part: bool) -> Manifest:
+    others = [row for row in manifest.allocations if row.method not in ("none", "lora")]
+    if others and not lora_part:
+        counted = []
+        for method in dict.fromkeys(row.method for row in others):
+            rows = [row for row in others if row.method == method]
+            counted.append(f"{method} on {len(rows)} layer{'s' if len(rows) > 1 else ''} ({rows[0].layer} ...)")
+        raise ManifestError(
+            f"{tool} holds LoRA only, and the manifest has {' and '.join(counted)}; train it with `layerlens train`, "
+            "export its LoRA with --lora-part, or choose again with optimization.methods: [lora]"
+        )
+    if not lora_rows(manifest):
+        raise ManifestError(f"the manifest has no LoRA layer, so there is nothing for {tool} to train")
+    nothing: dict[str, Any] = {"method": "none", "rank": 0, "cost": 0, "utility": 0.0, "total_score": 0.0}
+    kept = tuple(row if row.method in ("none", "lora") else replace(row, **nothing) for row in manifest.allocations)
+    return replace(manifest, allocations=kept)
+
+
+def _peft(manifest: Manifest, model: torch.nn.Module, path: str) -> dict[str, str]:
+    return {}
+
+
+def _trl(manifest: Manifest, model: torch.nn.Module, path: str) -> dict[str, str]:
+    """A script, since the options of TRL's command line have no rank for each layer."""
+    script = f'''"""Trains the LoRA that LayerLens chose with TRL: python train_trl.py DATASET [OUTPUT]."""
+
+import sys
+from pathlib import Path
+
+from datasets import load_dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+BASE = {path!r}
+PEFT = Path(__file__).parent / {PEFT_DIRECTORY!r}
+
+
+def trainer(train_dataset, output_dir="trl-output", **arguments):
+    """A trainer on the chosen LoRA; `arguments` are SFTConfig's."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), str(PEFT), is_trainable=True)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config = SFTConfig(output_dir=output_dir, **arguments)
+    return SFTTrainer(model=model, args=config, train_dataset=train_dataset, processing_class=tokenizer)
+
+
+if __name__ == "__main__":
+    trainer(load_dataset(sys.argv[1], split="train"), *sys.argv[2:3]).train()
+'''
+    return {"train_trl.py": script}
+
+
+def _axolotl(manifest: Manifest, model: torch.nn.Module, path: str) -> dict[str, str]:
+    config = lora_config(manifest, model, train_head=False)
+    ranks, patterns = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
+    alphas = {**patterns, "lora_alpha": config.lora_alpha}
+    broken = {key: alpha for key, alpha in alphas.items() if alpha != int(alpha)}
+    if broken:
+        raise ManifestError(
+            f"axolotl takes whole numbers for alpha, and alpha/r = {manifest.lora.get('alpha_over_r'):g} gives "
+            f"{next(iter(broken.values())):g} ({next(iter(broken))}); choose again with a whole "
+            "optimization.alpha_over_r"
+        )
+    targets = config.target_modules
+    fields: dict[str, Any] = {
+        "base_model": path,
+        "adapter": "lora",
+        "lora_r": config.r,
+        "lora_alpha": int(config.lora_alpha),
+        "lora_dropout": 0.0,
+        "lora_target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
+        "lora_rank_pattern": ranks,
+        "lora_alpha_pattern": {key: int(alpha) for key, alpha in patterns.items()},
+    }
+    if config.fan_in_fan_out:
+        fields["lora_fan_in_fan_out"] = True
+    if config.use_rslora:
+        fields["peft_use_rslora"] = True
+    if manifest.lora.get("initialization", "default") != "default":
+        raise ManifestError(
+            f"axolotl's YAML cannot hold factors that were measured (lora.initialization "
+            f"{manifest.lora['initialization']!r}); export with --to peft and set lora_model_dir in axolotl"
+        )
+    empty = [key for key in ("lora_rank_pattern", "lora_alpha_pattern") if not fields[key]]
+    return {"axolotl.yaml": _yaml({key: value for key, value in fields.items() if key not in empty}, AXOLOTL_TODO)}
+
+
+def _llama_factory(manifest: Manifest, model: torch.nn.Module, path: str) -> dict[str, str]:
+    """Its own fields have one rank for all layers, so it goes on from the directory, which has all of them."""
+    fields = {
+        "model_name_or_path": path,
+        "adapter_name_or_path": PEFT_DIRECTORY,
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "create_new_adapter": False,
+        "output_dir": "llama-factory-output",
+    }
+    return {"llama_factory.yaml": _yaml(fields, LLAMA_FACTORY_TODO)}
+
+
+def _adapterhub(manifest: Manifest, model: torch.nn.Module, path: str) -> dict[str, str]:
+    rows = lora_rows(manifest)
+    ranks = sorted({row.rank for row in rows})
+    if len(ranks) > 1:
+        raise ManifestError(
+            f"AdapterHub has one LoRA rank for all layers, and the manifest has {', '.join(map(str, ranks))}; choose "
+            "again with one entry in optimization.lora_ranks"
+        )
+    if manifest.lora.get("use_rslora"):
+        raise ManifestError("AdapterHub has no rsLoRA (lora.use_rslora)")
+    if manifest.lora.get("initialization", "default") != "default":
+        raise ManifestError(f"AdapterHub has no lora.initialization {manifest.lora['initialization']!r}")
+    blocks = blocks_of(model)
+    by_block = _adapterhub_roles(rows, blocks)
+    kinds = {frozenset(roles) for roles in by_block.values()}
+    if len(kinds) > 1:
+        shown = "; ".join(f"block {block}: {', '.join(sorted(roles))}" for block, roles in sorted(by_block.items()))
+        raise ManifestError(
+            "AdapterHub adapts the same matrices in every block that is not left out, and the manifest does not "
+            f"({shown})"
+        )
+    roles, rank = next(iter(kinds)), ranks[0]
+    alpha = float(manifest.lora["alpha_over_r"]) * rank
+    fields = {
+        "architecture": "lora",
+        "r": rank,
+        "alpha": int(alpha) if alpha.is_integer() else alpha,
+        "dropout": 0.0,
+        "attn_matrices": [letter for role, letter in ADAPTERHUB_MATRICES.items() if role in roles],
+        "selfattn_lora": any(role in roles for role in ADAPTERHUB_MATRICES),
+        **{flag: role in roles for role, flag in ADAPTERHUB_FLAGS.items()},
+        "leave_out": [block for block in range(len(blocks)) if block not in by_block],
+    }
+    return {"adapterhub_config.json": json.dumps(fields, indent=2) + "\n"}
+
+
+def _adapterhub_roles(rows: tuple[ManifestRow, ...], blocks: tuple[str, ...]) -> dict[int, set[str]]:
+    by_block: dict[int, set[str]] = {}
+    known = {**ADAPTERHUB_MATRICES, **ADAPTERHUB_FLAGS}
+    for row in rows:
+        block = next((index for index, name in enumerate(blocks) if row.layer.startswith(name + ".")), None)
+        if block is None or role_of(row.layer) not in known:
+            raise ManifestError(
+                f"{row.layer}: AdapterHub puts LoRA on a block's {', '.join(known)} only; choose again with "
+                "optimization.constraints.rules"
+            )
+        by_block.setdefault(block, set()).add(role_of(row.layer))
+    return by_block
+
+
+def _yaml(fields: dict[str, Any], remaining: str) -> str:
+    import yaml
+
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=2**20)
+    return f"# The LoRA that LayerLens chose. {remaining}\n{text}"
+
+
+AXOLOTL_TODO = "Add your datasets, batch size and learning rate, then: axolotl train axolotl.yaml"
+LLAMA_FACTORY_TODO = (
+    "Add dataset, template and learning rate, then, from this directory: llamafactory-cli train llama_factory.yaml"
+)
+TOOLS = {
+    "peft": Tool("PEFT", None, True, _peft),
+    "trl": Tool("TRL", (CAUSAL_LM,), True, _trl),
+    "axolotl": Tool("axolotl", (CAUSAL_LM,), False, _axolotl),
+    "llama-factory": Tool("LLaMA-Factory", (CAUSAL_LM,), True, _llama_factory),
+    "adapterhub": Tool("AdapterHub", None, False, _adapterhub),
+}

@@ -1,0 +1,166 @@
+"""Taking options out of a model again: ``unapply`` gives the base model back, ``merge`` keeps what LoRA has learned.
+
+``apply`` and ``load`` leave a note in the base model of what they are about to change beyond what can be read off the
+model: which parameters had gradients, and the weights of a task head that is trained in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from layerlens.exceptions import ManifestError
+
+if TYPE_CHECKING:
+    import torch
+
+NOTE = "_layerlens_before"
+
+
+@dataclass
+class Before:
+    """The base model as it was.
+
+    Args:
+        trained: names of the parameters that required gradients.
+        weights: copies, by name, of the parameters that are trained in place.
+        facts: the manifest's ``model`` section, which says which weights these are.
+        whole: every parameter is trained in place, and nothing was copied.
+    """
+
+    trained: frozenset[str]
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
+
+
+def base_of(model: Any) -> torch.nn.Module:
+    """The model inside a PEFT model, else the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def note_before(
+    base: torch.nn.Module, facts: dict[str, Any], in_place: Sequence[str] = (), *, whole: bool = False
+) -> None:
+    """Remember ``base`` before it is changed; ``in_place`` are the parameters to copy."""
+    parameters = dict(base.named_parameters())
+    setattr(
+        base,
+        NOTE,
+        Before(
+            frozenset(name for name, parameter in parameters.items() if parameter.requires_grad),
+            {name: parameters[name].detach().clone() for name in in_place},
+            dict(facts),
+            whole,
+        ),
+    )
+
+
+def before_of(model: torch.nn.Module) -> Before | None:
+    """What ``note_before`` remembered; None for a model that LayerLens has not changed."""
+    return getattr(base_of(model), NOTE, None)
+
+
+def unapply(model: torch.nn.Module) -> torch.nn.Module:
+    """The base model as it was before ``apply`` or ``load``: same modules, weights and requires_grad.
+
+    Args:
+        model: what ``apply`` or ``load`` returned, trained or not; it must not be used afterwards.
+
+    Raises:
+        ManifestError: there is nothing to take out, LoRA is merged into the weights, or all weights were trained.
+    """
+    import torch
+
+    from layerlens.tuning.generators.attach import finish_generator
+    from layerlens.tuning.modules import detach_all, release_statistics
+
+    base, before = base_of(model), before_of(model)
+    if before is None:
+        raise ManifestError(
+            f"this {type(model).__name__} holds nothing that layerlens.tuning.apply or load has put into it"
+        )
+    if before.whole:
+        raise ManifestError("full fine-tuning has changed the weights themselves; load the base model again")
+    if base is not model:
+        finish_generator(model)
+        _unload_peft(model, base)
+    detach_all(base)
+    release_statistics(base)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if name in before.weights:
+                parameter.copy_(before.weights[name])
+            parameter.requires_grad_(name in before.trained)
+            parameter.grad = None
+    delattr(base, NOTE)
+    return base
+
+
+def merge(model: torch.nn.Module) -> torch.nn.Module:
+    """The base model with LoRA added into its weights, and the trained task head in place: as fast as before.
+
+    Logits agree with those of ``model`` up to the rounding of W + (alpha/r)·B·A in the precision of W.
+
+    Args:
+        model: what ``apply`` or ``load`` returned; it must not be used afterwards.
+
+    Returns:
+        A plain model of the base model's class, frozen, which ``save_pretrained`` writes whole.
+
+    Raises:
+        ManifestError: there is no LoRA, a LoRA weight is not finite, or there are adapters or prefixes, which no weight
+            of the base model can take up; ``model`` is then unchanged.
+    """
+    from layerlens.integrations.peft import injected_ranks
+    from layerlens.tuning.generators.attach import finish_generator
+    from layerlens.tuning.modules import attached, release_statistics
+
+    base = base_of(model)
+    others = attached(base)
+    if others:
+        names = [f"{method} on {layer}" for layer, (method, _) in others.items()]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        raise ManifestError(
+            f"cannot be merged: {', '.join(names[:4])}{more}. An adapter or prefix is no change of a weight; keep the "
+            "model as it is (layerlens.tuning.save and load), or choose LoRA alone (optimization.methods: [lora])"
+        )
+    if base is model or not injected_ranks(model):
+        raise ManifestError(f"this {type(model).__name__} has no LoRA layers, so there is nothing to merge")
+    for name, module in base.named_modules():
+        if getattr(module, "groups", 1) > 1 and name.endswith(".base_layer"):
+            raise ManifestError(
+                f"cannot be merged: {name.removesuffix('.base_layer')} is a convolution of {module.groups} groups, "
+                "whose LoRA PEFT cannot add to the weight; keep the model as it is (layerlens.tuning.save and load)"
+            )
+    finish_generator(model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and not bool(parameter.isfinite().all()):
+            raise ManifestError(f"cannot be merged: {name} has values that are not finite")
+    tuned: Any = model
+    merged: torch.nn.Module = tuned.merge_and_unload()
+    release_statistics(merged)
+    if before_of(merged) is not None:
+        delattr(merged, NOTE)
+    return merged.requires_grad_(False)
+
+
+def _unload_peft(model: Any, base: torch.nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise ManifestError(
+                f"{name}: LoRA is merged into the weight, and taking it out again would leave rounding errors; load "
+                "the base model again"
+            )
+    originals = {
+        name: module.original_module
+        for name, module in base.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    model.unload()
+    for name, original in originals.items():
+        base.set_submodule(name, original)

@@ -1,0 +1,39 @@
+"""Metrics against scikit-learn's, and answers as SQuAD scores them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from layerlens.tuning.metrics import answer_scores, classification_metrics, regression_metrics
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=30))
+def test_classification_is_that_of_scikit_learn(pairs: list[tuple[int, int]]):
+    predicted, actual = np.array(pairs).T
+    found = classification_metrics(predicted, actual)
+    assert found["accuracy"] == pytest.approx(accuracy_score(actual, predicted))
+    assert found["f1_macro"] == pytest.approx(f1_score(actual, predicted, average="macro"))
+    assert found["mcc"] == pytest.approx(matthews_corrcoef(actual, predicted), abs=1e-12)
+
+
+def test_two_classes_have_the_f1_of_the_second():
+    predicted, actual = np.array([1, 1, 0, 0]), np.array([1, 0, 0, 1])
+    assert classification_metrics(predicted, actual)["f1"] == f1_score(actual, predicted)
+
+
+def test_regression():
+    found = regression_metrics(np.array([1.0, 2.0, 4.0]), np.array([1.0, 3.0, 9.0]))
+    assert found["spearman"] == pytest.approx(1.0)
+    assert found["mse"] == pytest.approx(26 / 3)
+    assert regression_metrics(np.ones(3), np.arange(3.0))["pearson"] == 0.0
+
+
+def test_answers():
+    assert answer_scores("The Eiffel Tower!", "eiffel tower") == (1.0, 1.0)
+    assert answer_scores("in Paris", "Paris") == (0.0, pytest.approx(2 / 3))
+    assert answer_scores("", "") == (1.0, 1.0)
