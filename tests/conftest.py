@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import layerlens.integrations  # noqa: F401 (before transformers is imported: see integrations/torchvision.py)
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():

@@ -1,1 +1,5 @@
-"""The rooms that know how torch, transformers and PEFT models are built and named."""
+"""The rooms that know how torch, torchvision, transformers, ultralytics and PEFT models are built and named."""
+
+from layerlens.integrations import torchvision as _torchvision
+
+_torchvision.watch()  # before any of those libraries imports it

