@@ -16,6 +16,7 @@ from layerlens.cli import (
     commands_config,
     commands_doctor,
     commands_frontier,
+    commands_pipeline,
     commands_run,
     output,
 )
@@ -58,6 +59,7 @@ app.command("run")(commands_run.run)
 app.command("optimize")(commands_run.optimize)
 app.command("frontier")(commands_frontier.frontier)
 app.command("apply")(commands_apply.apply)
+app.command("pipeline")(commands_pipeline.pipeline)
 app.command("doctor")(commands_doctor.doctor)
 app.add_typer(commands_cache.app, name="cache")
 
