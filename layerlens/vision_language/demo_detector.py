@@ -9,7 +9,7 @@ from layerlens.data.plates import CLASSES, draw_plates
 from layerlens.models import LabelledImage
 from layerlens.utils.progress import Progress, silent
 
-TRAINING_PLATES, EPOCHS = 400, 12
+TRAINING_PLATES, EPOCHS = 400, 10
 HELD_OUT_PLATES, HELD_OUT_SEED = 100, 10_001
 """The plates whose mAP is told; no training seed draws them."""
 

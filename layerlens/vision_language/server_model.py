@@ -81,6 +81,7 @@ class ServerModel:
             if not key:
                 raise ConfigurationError(f"api_key_env: the environment variable {api_key_env} is not set")
             headers["Authorization"] = f"Bearer {key}"
+            self.base_url = _without_user(self.base_url)  # a user in the URL would be sent instead of the key
         limits = httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s))
         self._client = httpx.Client(headers=headers, timeout=limits)
         self._usage_wanted = True
@@ -92,9 +93,7 @@ class ServerModel:
 
     def describe(self) -> dict[str, Any]:
         """Where it is and what it is called; no key."""
-        parts = urlsplit(self.base_url)
-        shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-        return {"kind": "OpenAI-compatible server", "base_url": shown, "name": self.model}
+        return {"kind": "OpenAI-compatible server", "base_url": _without_user(self.base_url), "name": self.model}
 
     def generate(self, messages: list[dict[str, str]], max_new_tokens: int) -> Generation:
         """The answer at temperature 0, streamed.
@@ -324,6 +323,11 @@ def _base(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigurationError(f"llm: {url!r} is not the URL of a server; it looks like http://localhost:8000/v1")
     return urlunsplit(parts._replace(path=parts.path.rstrip("/") or "/v1"))
+
+
+def _without_user(url: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def _pause(attempt: int) -> float:
