@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import layerlens.integrations  # noqa: F401 (before transformers is imported: see integrations/torchvision.py)
+from layerlens.integrations.torchvision_import import make_torchvision_importable
+
+make_torchvision_importable()  # before any test imports transformers
 
 
 @pytest.fixture(autouse=True)

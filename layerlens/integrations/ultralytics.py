@@ -8,6 +8,7 @@ Weights (``.pt``) are pickled Python objects: loading them runs what they say, s
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError, ModelNotFoundError, ModelSpecError
+from layerlens.integrations.suppression import make_suppression_work
+from layerlens.integrations.torchvision_import import make_torchvision_importable
 from layerlens.models import Detection
 
 if TYPE_CHECKING:
@@ -51,6 +54,8 @@ def import_ultralytics(*, offline: bool = True) -> None:
     os.environ.setdefault("YOLO_AUTOINSTALL", "false")
     os.environ.setdefault("YOLO_VERBOSE", "false")
     os.environ.setdefault("YOLO_CONFIG_DIR", str(Path(tempfile.gettempdir()) / f"layerlens-ultralytics-{os.getuid()}"))
+    make_torchvision_importable()
+    make_suppression_work()
     importlib.import_module("ultralytics")
 
 

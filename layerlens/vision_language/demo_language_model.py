@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from layerlens.data.plates import CLASSES, SIZE
+from layerlens.integrations.torchvision_import import make_torchvision_importable
 from layerlens.models import Detection
 from layerlens.utils.atomic import staged_directory
 from layerlens.utils.progress import Progress, silent
@@ -59,6 +60,8 @@ def reference_report(detections: list[Detection], size: tuple[int, int]) -> str:
 def train_language_model(directory: Path, *, seed: int = 0, progress: Progress = silent) -> Path:
     """Train the model and write it as ``save_pretrained`` does, with tokenizer and chat template, atomically."""
     import torch
+
+    make_torchvision_importable()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _tokenizer(np.random.default_rng((seed, 1)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from layerlens.integrations import torchvision_ready  # noqa: F401 isort: skip (before transformers)
 from transformers.generation.streamers import BaseStreamer
 
 from layerlens.vision_language.generation import Communication, Generation, GenerationError, Tokens

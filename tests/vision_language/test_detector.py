@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from layerlens.data.plates import draw_plates
 from layerlens.exceptions import ConfigurationError, ModelNotFoundError
-from layerlens.integrations import torchvision as repair
+from layerlens.integrations.suppression import make_suppression_work, nms
+from layerlens.integrations.torchvision_import import make_torchvision_importable
 from layerlens.integrations.ultralytics import find_weights, load_detector
 from layerlens.vision_language.demo_detector import held_out_precision
 from layerlens.vision_language.images import load_image
@@ -93,11 +94,12 @@ def test_suppression_without_torchvisions_compiled_part(seed: int, count: int, t
                 break
         else:
             stay.append(int(index))
-    assert repair.nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold).tolist() == stay
+    assert nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold).tolist() == stay
 
 
 def test_torchvision_can_be_imported_whatever_torch_is_there():
+    assert make_torchvision_importable()
     import torchvision
 
+    make_suppression_work()
     assert torchvision.ops.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([1.0]), 0.5).tolist() == [0]
-    assert repair.fits() == torchvision.extension._has_ops()
