@@ -27,8 +27,8 @@ class ModelConfig(ConfigModel):
         default="",
         description="Directory of a transformers model, a Hugging Face hub name, `package:NAME` for an installed "
         "package whose `get_model_path()` returns such a directory, `timm:NAME` for a model of timm, or "
-        "`ultralytics:WEIGHTS.pt` for a detector (loading one runs what its pickle says: use trusted files). Not needed "
-        "with `factory`.",
+        "`ultralytics:WEIGHTS.pt` for a detector (loading one runs what its pickle says: use trusted files). Not "
+        "needed with `factory`.",
     )
     factory: str | None = Field(
         default=None,

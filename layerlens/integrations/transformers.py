@@ -201,7 +201,8 @@ def load_pretrained(
     caller's random state is left alone.
 
     Args:
-        name_or_path: of transformers, ``timm:NAME``, ``ultralytics:WEIGHTS.pt``, or ``factory:module:function``, which runs the user's code.
+        name_or_path: of transformers, ``timm:NAME``, ``ultralytics:WEIGHTS.pt``, or ``factory:module:function``,
+            which runs the user's code.
         task: one of ``AUTO_CLASSES``; any for a factory.
         labels: the classes, where the task has some.
         seed: of a new head.

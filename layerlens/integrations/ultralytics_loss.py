@@ -1,4 +1,4 @@
-"""Detection models of ultralytics for profiling and tuning: ``ultralytics:WEIGHTS.pt``, with their own detection loss."""
+"""Detection models of ultralytics for profiling and tuning: ``ultralytics:WEIGHTS.pt``, with their own loss."""
 
 from __future__ import annotations
 

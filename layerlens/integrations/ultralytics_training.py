@@ -76,12 +76,7 @@ def train_detector(
             _average(averaged, model, min(1 - 1 / _AVERAGED_STEPS, (1 + step) / (10 + step)))
             advance(1)
     averaged.names = dict(enumerate(names))
-    for attribute in ("criterion",):  # it holds tensors that belong to training
-        if hasattr(averaged, attribute):
-            delattr(averaged, attribute)
-    buffer = io.BytesIO()
-    torch.save({"epoch": -1, "model": averaged, "train_args": {"imgsz": side, "task": "detect"}}, buffer)
-    return atomic_write_bytes(path, buffer.getvalue())
+    return save_checkpoint(averaged, path, side)
 
 
 def detection_batch(samples: Sequence[LabelledImage], random: np.random.Generator | None = None) -> dict[str, Any]:
@@ -159,3 +154,22 @@ def _average(averaged: Any, model: Any, keep: float) -> None:
                 mean.mul_(keep).add_(new, alpha=1.0 - keep)
             else:
                 mean.copy_(new)
+
+
+def save_checkpoint(model: Any, path: Path, image_size: int) -> Path:
+    """Write a detection model, adapters merged before, so that ``YOLO(path)`` loads it.
+
+    Args:
+        model: ultralytics' DetectionModel.
+        path: where it goes, atomically.
+        image_size: side of the images it was trained with.
+    """
+    import torch
+
+    base = copy.deepcopy(model)
+    for attribute in ("criterion", "layerlens_criterion"):  # they hold tensors that belong to training
+        base.__dict__.pop(attribute, None)
+        base._modules.pop(attribute, None)
+    buffer = io.BytesIO()
+    torch.save({"epoch": -1, "model": base, "train_args": {"imgsz": image_size, "task": "detect"}}, buffer)
+    return atomic_write_bytes(path, buffer.getvalue())
