@@ -83,16 +83,16 @@ def main() -> None:
     adapted = [row for row in chosen.manifest.allocations if row.method != "none"]
     print(
         f"Chosen: LoRA on {len(adapted)} of {len(chosen.manifest.allocations)} convolutions, "
-        f"{sum(row.cost for row in adapted):,} trainable parameters (budget {BUDGET:,}), gap {chosen.manifest.gap:.1e};\n"
+        f"{sum(row.cost for row in adapted):,} trainable parameters (budget {BUDGET:,}), "
+        f"gap {chosen.manifest.gap:.1e}\n"
         f"  step 0 changes no output (largest change {chosen.measured['step_zero_max_abs_delta']:g})"
     )
 
     task = TASKS["object-detection"]
     pretrained = load_pretrained(config.model.reference, "object-detection", [])
 
-    batches = make_batches(
-        task, pretrained, load_dataset(config.data, output, "object-detection"), config.data, batch_size=16
-    )
+    dataset = load_dataset(config.data, output, "object-detection")
+    batches = make_batches(task, pretrained, dataset, config.data, batch_size=16)
     tuned = apply(pretrained.model, chosen.manifest)
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=LEARNING_RATE)
     random = np.random.default_rng(0)

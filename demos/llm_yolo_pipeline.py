@@ -22,6 +22,7 @@ from layerlens.pipeline.builtin_models import builtin_detector, builtin_language
 from layerlens.pipeline.vision_language import run_vision_language
 from layerlens.profiling.cache import default_cache_dir
 from layerlens.vision_language.demo_detector import HELD_OUT_PLATES, held_out_precision
+from layerlens.vision_language.demo_language_model import DESCRIPTION
 
 IMAGES, REPEATS, SEED = 6, 3, 40_004
 
@@ -32,9 +33,7 @@ def main() -> None:
     cache = default_cache_dir()
     weights, language_model = builtin_detector(cache), builtin_language_model(cache)
     print(f"Detector: {weights}, mAP50 {held_out_precision(weights)['map50']:.3f} on {HELD_OUT_PLATES} held-out plates")
-    print(
-        f"Language model: {language_model} (0.4 M parameters, trained here; it words findings and can do nothing else)"
-    )
+    print(f"Language model: {language_model}, {DESCRIPTION}; it words findings and can do nothing else")
     folder = output / "images"
     folder.mkdir(parents=True, exist_ok=True)
     for index, plate in enumerate(draw_plates(IMAGES, SEED)):

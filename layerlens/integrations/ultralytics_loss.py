@@ -30,6 +30,13 @@ class DetectionTargets:
     criterion: Any
     samples: tuple[dict[str, torch.Tensor], ...]
 
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, places: slice) -> DetectionTargets:
+        """Those of some images."""
+        return DetectionTargets(self.criterion, self.samples[places])
+
 
 def load_detection_model(reference: str, task: str, base_dir: Path | None) -> PretrainedModel:
     """The model behind ``ultralytics:WEIGHTS.pt``, not fused, frozen, in evaluation mode.
