@@ -22,7 +22,7 @@ from layerlens.vision_language.prompt import Messages, build_messages, place
 
 DESCRIPTION = "a demonstration model of 0.4 M parameters, trained by LayerLens on generated findings and reports"
 MOST_FINDINGS = 4
-_STEPS, _BATCH, _LEARNING_RATE = 500, 16, 5e-3
+_STEPS, _BATCH, _LEARNING_RATE = 400, 16, 4e-3
 _VOCABULARY = 384
 _START, _REPORT, _END, _PAD = "<s>", "<report>", "</s>", "<pad>"
 # The system message is the same everywhere and would only lengthen the prompt.
