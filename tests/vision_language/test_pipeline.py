@@ -35,8 +35,8 @@ def test_reports_timings_and_files(plates: Path, tmp_path: Path):
     (variant,) = result.summary["variants"]
     steady, warmup = variant["steady"], variant["warmup"]
     assert (steady["passes"], warmup["passes"]) == (12, 2)  # 4 images three times; one batch of 2 before
-    # What lies between the steps is a few Python statements; a pause there weighs little in the sum over all passes.
-    assert 0 <= steady["unattributed_share"] < 0.01
+    # What lies between the steps is a few Python statements. Medians, since a busy machine may pause there for once.
+    assert 0 <= steady["unattributed_ms"]["p50"] < 0.01 * steady["total_ms"]["p50"]
     for item in result.items:
         for outcome in item.outcomes["base"]:
             run = outcome.run
