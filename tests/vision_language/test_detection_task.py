@@ -48,7 +48,8 @@ def test_the_loss_is_ultralytics_own_and_each_images_alone(detector):
 
 
 def test_statistics_equal_one_backward_pass_per_image(detector):
-    batches = list(batches_of(detector, 6, 3))
+    detector.model.double()
+    batches = [replace(batch, inputs={"x": batch.inputs["x"].double()}) for batch in batches_of(detector, 6, 3)]
     spec = model_spec(detector, "detector", inputs=batches[0].inputs)
     assert sum(layer.layer_type == "conv" for layer in spec.layers) == len(spec.layers) > 20
     assert [name for name in spec.left_out if name.endswith("dfl.conv")]
@@ -56,8 +57,9 @@ def test_statistics_equal_one_backward_pass_per_image(detector):
     statistics = profile(detector.model, spec, batches, loss, everything=False)
     gradients = [sample_gradients(detector.model, batch, loss) for batch in batches]
     joined = {name: torch.cat([torch.from_numpy(part[name]) for part in gradients]).numpy() for name in gradients[0]}
-    # float32 throughout: a gradient is a sum over up to 4,096 positions and 34 layers of rounding at 6e-8 each.
-    assert_equal(statistics, joined, 1e-3)
+    # float64, because ultralytics' assignment of boxes to cells is a choice: in float32, a batch of 3 and single images
+    # round differently, and where they then choose another cell the gradients differ by percents.
+    assert_equal(statistics, joined, 1e-9)
 
 
 def test_a_detector_is_chosen_for_and_its_adapter_runs_in_the_pipeline(
