@@ -22,7 +22,7 @@ from layerlens.integrations.transformers import (
 from layerlens.integrations.weight_matrices import why_not_measurable
 from layerlens.models import LayerSpec, ModelSpec
 
-HEAD_WIDTHS = ("head_dim", "attention_head_size")
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 BLOCK_LAYERS = 2
 """A member of a list of modules is a convolutional block from this many layers on."""
 

@@ -35,9 +35,9 @@ TASK_TYPES = {
     "sequence-classification": "SEQ_CLS",
     "regression": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
-    "question-answering": "QUESTION_ANS",
 }
-"""Task -> PEFT's, where PEFT has one and there is a head to train; it then finds the head by itself."""
+"""Task -> PEFT's, where PEFT has one and there is a head to train; it then finds the head by itself. Not QUESTION_ANS:
+its model (0.21) takes ``token_type_ids`` and does not pass them on, which changes the logits of BERT."""
 INITS = ("default",)
 
 

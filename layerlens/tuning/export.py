@@ -164,7 +164,10 @@ model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
 The manifest has {counts} as well, which PEFT cannot hold: see {MODULES_FILE} beside this
 directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model.
 """
-    if manifest.model.get("task") in TASK_TYPES:
+    heads = list(manifest.model.get("head_modules") or [])
+    if heads:
+        task = TASK_TYPES.get(str(manifest.model.get("task")))
+        with_head = f"config.modules_to_save = {heads}" if task is None else f'config.task_type = "{task}"'
         text += f"""
 This trains the LoRA weights alone, as there are no head weights in this directory. To train the task head with them,
 and have PEFT save it, start from the configuration (with B = 0 that is the same starting point):
@@ -173,7 +176,7 @@ and have PEFT save it, start from the configuration (with B = 0 that is the same
 from peft import PeftConfig, get_peft_model
 
 config = PeftConfig.from_pretrained("peft")
-config.task_type = "{TASK_TYPES[manifest.model["task"]]}"
+{with_head}
 model = get_peft_model(base_model, config)
 ```
 """
