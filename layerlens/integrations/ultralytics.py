@@ -56,7 +56,11 @@ def import_ultralytics(*, offline: bool = True) -> None:
     os.environ.setdefault("YOLO_CONFIG_DIR", str(Path(tempfile.gettempdir()) / f"layerlens-ultralytics-{os.getuid()}"))
     make_torchvision_importable()
     make_suppression_work()
-    importlib.import_module("ultralytics")
+    from PIL import Image
+
+    opener = Image.open
+    importlib.import_module("ultralytics.utils")
+    Image.open = opener  # ultralytics puts one there that fails on what is no image for want of a reader for HEIF
 
 
 def find_weights(name: str, base_dir: Path | None = None) -> Path:
