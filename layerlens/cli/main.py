@@ -18,6 +18,7 @@ from layerlens.cli import (
     commands_evaluate,
     commands_export,
     commands_frontier,
+    commands_pipeline,
     commands_run,
     commands_train,
     output,
@@ -65,6 +66,7 @@ app.command("export")(commands_export.export)
 app.command("train")(commands_train.train)
 app.command("evaluate")(commands_evaluate.evaluate)
 app.command("calibrate")(commands_evaluate.calibrate)
+app.command("pipeline")(commands_pipeline.pipeline)
 app.command("doctor")(commands_doctor.doctor)
 app.add_typer(commands_cache.app, name="cache")
 

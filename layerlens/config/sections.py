@@ -14,7 +14,7 @@ from layerlens.config.training import TrainingConfig
 StatisticName = Literal["fisher", "gradient", "input_scale", "spectrum", "whitened_spectrum", "ntk"]
 TaskName = Literal[
     "sequence-classification", "regression", "token-classification", "question-answering", "causal-lm", "masked-lm",
-    "seq2seq", "image-classification", "custom",
+    "seq2seq", "image-classification", "object-detection", "custom",
 ]  # fmt: skip
 FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
@@ -27,8 +27,9 @@ class ModelConfig(ConfigModel):
     name_or_path: str = Field(
         default="",
         description="Directory of a transformers model, a Hugging Face hub name, `package:NAME` for an installed "
-        "package whose `get_model_path()` returns such a directory, or `timm:NAME` for a model of timm. Not needed "
-        "with `factory`.",
+        "package whose `get_model_path()` returns such a directory, `timm:NAME` for a model of timm, or "
+        "`ultralytics:WEIGHTS.pt` for a detector (loading one runs what its pickle says: use trusted files). Not "
+        "needed with `factory`.",
     )
     factory: str | None = Field(
         default=None,
@@ -53,8 +54,9 @@ class ModelConfig(ConfigModel):
         "pairs), `regression` (one number for each text or pair, squared error), `token-classification` (a tag for "
         "each word of a list of words), `question-answering` (where in a context the answer stands, as in SQuAD), "
         "`causal-lm` (next tokens; the data needs no labels), `masked-lm` (tokens that were masked; no labels either), "
-        "`seq2seq` (a target text for each source text), `image-classification` (one class for each image), `custom` "
-        "(your own `loss` on your own data).",
+        "`seq2seq` (a target text for each source text), `image-classification` (one class for each image), "
+        "`object-detection` (boxes; `ultralytics:` models with their own loss), `custom` (your own `loss` on your own "
+        "data).",
     )
     dtype: Literal["float32"] = Field(default="float32", description="Precision of the weights while profiling.")
     head_fit_samples: int = Field(
@@ -90,7 +92,8 @@ class DataConfig(ConfigModel):
         "`hf:NAME:SPLIT` for a data set of the Hugging Face hub; a folder with a sub-folder of images for each class; "
         "`module:function` of yours, which returns rows (for the task custom: a map-style data set or batches); "
         "`builtin:stdlib-docstrings` (docstrings of the running Python's standard library, labelled by the package "
-        "they come from); or `builtin:digits` (8 × 8 handwritten digits; needs scikit-learn).",
+        "they come from); `builtin:digits` (8 × 8 handwritten digits; needs scikit-learn); for `object-detection` the "
+        "YAML file of a YOLO data set, or `builtin:plates` (drawn plates with findings).",
     )
     text_column: str | None = Field(
         default=None,

@@ -10,6 +10,7 @@ from layerlens.data.by_task import READ
 from layerlens.data.columns import Table, class_names
 from layerlens.data.custom import own_dataset
 from layerlens.data.dataset import Dataset
+from layerlens.data.detection import detection_dataset
 from layerlens.data.digits import digits
 from layerlens.data.images import image_folder
 from layerlens.data.readers import READERS, Rows, read_hub_dataset, read_saved_dataset
@@ -34,6 +35,8 @@ def load_dataset(config: DataConfig, base_dir: Path | None = None, task: str = "
         DataNotFoundError: no such built-in, file or data set.
         DataError: the data cannot be used; the message has the line or the columns it found.
     """
+    if task == "object-detection":
+        return detection_dataset(config.source, base_dir, config.max_image_pixels)
     if config.source.startswith("builtin:"):
         return _built_in(config.source, task)
     if config.source.startswith(HUB_PREFIX):

@@ -1,1 +1,1 @@
-"""The rooms that know how torch, transformers and PEFT models are built and named."""
+"""The rooms that know how torch, torchvision, transformers, ultralytics and PEFT models are built and named."""

@@ -100,8 +100,9 @@ def why_no_lora(name: str, module: Any) -> str:
     PEFT (0.21) gives a convolution an A of r × all input channels, with the kernel, stride and padding of the layer but
     without its dilation, and a 1 × 1 B with the layer's groups; so r must be a multiple of the groups.
     """
-    if not isinstance(module, torch.nn.Conv2d):
-        return why_not_measurable(name, module)
+    left_out = getattr(module, "layerlens_left_out", "")
+    if left_out or not isinstance(module, torch.nn.Conv2d):
+        return left_out or why_not_measurable(name, module)
     if module.dilation != (1, 1) and module.kernel_size != (1, 1):
         return "PEFT's LoRA drops the dilation of a convolution"
     if module.groups > 1 and module.groups == module.in_channels:

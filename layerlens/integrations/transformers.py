@@ -213,7 +213,8 @@ def load_pretrained(
     caller's random state is left alone.
 
     Args:
-        name_or_path: of transformers, ``timm:NAME``, or ``factory:module:function``, which runs the user's code.
+        name_or_path: of transformers, ``timm:NAME``, ``ultralytics:WEIGHTS.pt``, or ``factory:module:function``,
+            which runs the user's code.
         task: one of ``AUTO_CLASSES``; any for a factory.
         labels: the classes, where the task has some.
         seed: of a new head.
@@ -232,6 +233,10 @@ def load_pretrained(
         from layerlens.integrations.timm_models import load_timm
 
         return load_timm(name_or_path, task, labels, weights=weights, seed=seed, base_dir=base_dir)
+    if name_or_path.startswith("ultralytics:"):
+        from layerlens.integrations.ultralytics_loss import load_detection_model
+
+        return load_detection_model(name_or_path, task, base_dir)
     if name_or_path.startswith("factory:"):
         from layerlens.integrations.factories import load_factory
 

@@ -1,6 +1,7 @@
 """The nouns: frozen dataclasses that the stages hand to one another. They know nothing of torch or files."""
 
 from layerlens.models.allocation import Allocation, AllocationProblem, LayerExplanation, SolverEvent
+from layerlens.models.detection import Box, Detection, LabelledImage
 from layerlens.models.frontier import FrontierRow
 from layerlens.models.manifest import Manifest, ManifestRow, ResourceUse
 from layerlens.models.model_spec import LayerSpec, ModelSpec
@@ -13,9 +14,12 @@ __all__ = [
     "RESOURCES",
     "Allocation",
     "AllocationProblem",
+    "Box",
     "CostTable",
+    "Detection",
     "FrontierRow",
     "KernelStatistics",
+    "LabelledImage",
     "LayerExplanation",
     "LayerSpec",
     "LayerStatistics",

@@ -13,7 +13,7 @@ from layerlens.config import DataConfig, ModelConfig
 from layerlens.data import Dataset
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.transformers import PretrainedModel
-from layerlens.tasks import custom, images, losses, text
+from layerlens.tasks import custom, detection, images, losses, text
 from layerlens.tasks.batches import Features, Inputs
 from layerlens.utils.user_code import load_function
 
@@ -54,6 +54,9 @@ TASKS = {
     "seq2seq": Task(losses.token_loss, text.encode_sequences, text.collate_sequences, new_head=False),
     "image-classification": Task(
         losses.classification_loss, images.encode_images, images.collate_images, new_head=True
+    ),
+    "object-detection": Task(
+        detection.detection_loss, detection.encode_objects, detection.collate_objects, new_head=False
     ),
     "custom": Task(custom.own_loss(_no_loss, "model.loss"), custom.encode_own, custom.collate_own, new_head=False),
 }

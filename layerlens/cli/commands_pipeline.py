@@ -1,0 +1,98 @@
+"""``pipeline``: images through a detector and a language model to reports, with the time of every step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from layerlens.cli import output
+from layerlens.cli.errors import UNEXPECTED, guarded
+from layerlens.cli.parameters import Debug, Json, Quiet
+
+
+@guarded("images that were done are in results/ and annotated/ of the output directory")
+def pipeline(
+    images: Annotated[
+        list[str],
+        typer.Option("--images", "-i", help="Image file, folder or pattern; repeatable.", show_default=False),
+    ],
+    detector: Annotated[
+        str,
+        typer.Option(
+            "--detector", "-d", help="ultralytics weights (.pt), the name of published ones, or builtin:plates."
+        ),
+    ] = "builtin:plates",
+    llm: Annotated[
+        str,
+        typer.Option(
+            "--llm",
+            "-l",
+            help="URL of an OpenAI-compatible server, or a model for transformers: directory, hub name, package:NAME, "
+            "or builtin:plates.",
+        ),
+    ] = "builtin:plates",
+    directory: Annotated[Path, typer.Option("--output", "-o", help="Directory for the results.")] = Path(
+        "pipeline-out"
+    ),
+    llm_model: Annotated[str | None, typer.Option(help="The server's name of the model.")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the server's key.")] = None,
+    detector_adapter: Annotated[
+        str | None, typer.Option(help="Folder of a tuned detector: time it beside the base, unmerged and merged.")
+    ] = None,
+    llm_adapter: Annotated[str | None, typer.Option(help="The same for a local language model.")] = None,
+    prompt: Annotated[
+        Path | None, typer.Option(help="File with a template of the request; {findings} is where the boxes go.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images that the detector sees at once.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Measured passes over all images.")] = 1,
+    warmup: Annotated[int, typer.Option(help="Passes over the first batch before, kept apart.")] = 1,
+    confidence: Annotated[float, typer.Option(help="Boxes below are left out.")] = 0.25,
+    iou: Annotated[float, typer.Option(help="Of boxes that overlap more, the best stays.")] = 0.5,
+    image_size: Annotated[int | None, typer.Option(help="Side of the detector's input, in pixels.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest report, in tokens.")] = 160,
+    max_megapixels: Annotated[float, typer.Option(help="Larger images are refused.")] = 100.0,
+    timeout_s: Annotated[float, typer.Option(help="Longest time for one answer of a server.")] = 120.0,
+    retries: Annotated[int, typer.Option(help="How often a request is repeated that may yet succeed.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu, cuda:0 ...")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 for one on each core.")] = 0,
+    seed: Annotated[int, typer.Option(help="Starts the training of builtin models.")] = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Detect on every image, have a language model write a report, and time every step."""
+    from layerlens.config.vision_language import PipelineConfig
+
+    config = PipelineConfig(
+        images=tuple(images), detector=detector, llm=llm, llm_model=llm_model, api_key_env=api_key_env,
+        detector_adapter=detector_adapter, llm_adapter=llm_adapter, prompt=_template(prompt), batch_size=batch_size,
+        repeats=repeats, warmup=warmup, confidence=confidence, iou=iou, image_size=image_size,
+        max_new_tokens=max_new_tokens, max_megapixels=max_megapixels, timeout_s=timeout_s, retries=retries,
+        device=device, threads=threads, seed=seed,
+    )  # fmt: skip
+    from layerlens.cli.commands_run import do
+    from layerlens.pipeline.vision_language import run_vision_language
+
+    result: Any = do(lambda progress, warn: run_vision_language(config, directory, progress=progress, warn=warn), quiet)
+    if json:
+        output.json_result({"directory": directory, "files": result.files, **result.summary})
+    elif not quiet:
+        from layerlens.cli.pipeline_tables import show
+
+        show(result, output.console())
+    if result.failed:
+        output.error(f"{len(result.failed)} of {len(result.items)} images failed; the reasons are in summary.json")
+        raise typer.Exit(UNEXPECTED)
+
+
+def _template(path: Path | None) -> str | None:
+    from layerlens.exceptions import ConfigurationError
+
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"prompt: cannot read {path}: {error}") from error

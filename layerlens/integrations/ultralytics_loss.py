@@ -1,0 +1,146 @@
+"""Detection models of ultralytics for profiling and tuning: ``ultralytics:WEIGHTS.pt``, with their own loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerlens.exceptions import DataError, ModelSpecError
+from layerlens.integrations.image_input import ImageInput
+from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.ultralytics import find_weights, load_detector
+
+if TYPE_CHECKING:
+    import torch
+
+PREFIX, TASK = "ultralytics:", "object-detection"
+
+
+@dataclass(frozen=True)
+class DetectionTargets:
+    """What the loss of a batch needs beside the model's output.
+
+    Args:
+        criterion: ultralytics' loss of this model.
+        samples: for each image its ``cls``, ``bboxes`` and ``batch_idx`` (all 0), as ultralytics' loss reads them.
+    """
+
+    criterion: Any
+    samples: tuple[dict[str, torch.Tensor], ...]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, places: slice) -> DetectionTargets:
+        """Those of some images."""
+        return DetectionTargets(self.criterion, self.samples[places])
+
+
+def load_detection_model(reference: str, task: str, base_dir: Path | None) -> PretrainedModel:
+    """The model behind ``ultralytics:WEIGHTS.pt``, not fused, frozen, in evaluation mode.
+
+    Batch normalisation uses its running statistics, so that no sample's loss depends on the others in its batch.
+
+    Raises:
+        ModelNotFoundError: the weights cannot be found or read.
+        ModelSpecError: another task than object detection.
+    """
+    if task != TASK:
+        raise ModelSpecError(f"model.task: {reference} finds objects in images; set model.task: {TASK}")
+    import torch
+
+    detector = load_detector(find_weights(reference.removeprefix(PREFIX), base_dir))
+    model = detector.module
+    for name, module in model.named_modules():
+        if name.endswith(".dfl.conv"):
+            module.layerlens_left_out = "its weights are the numbers 0, 1, 2 ..., which only decode boxes"
+
+    def transform(images: Sequence[Any]) -> torch.Tensor:
+        return torch.stack([detector.preprocess(image) for image in images])
+
+    return PretrainedModel(model, None, reference, (), detector.names, ImageInput(transform, "x", "RGB"))
+
+
+def detection_targets(
+    pretrained: PretrainedModel, sizes: Sequence[tuple[int, int]], side: int, objects: Sequence[Any]
+) -> DetectionTargets:
+    """The boxes of every image where they lie in the detector's square input.
+
+    Args:
+        pretrained: what ``load_detection_model`` returned.
+        sizes: width and height of every image.
+        side: side of the square that they were scaled into.
+        objects: see ``data.detection.Objects``.
+
+    Raises:
+        DataError: a class that the detector does not know.
+    """
+    import torch
+
+    index = {name: place for place, name in enumerate(pretrained.labels)}
+    samples = []
+    for (width, height), found in zip(sizes, objects, strict=True):
+        unknown = sorted({name for name, *_ in found} - index.keys())
+        if unknown:
+            raise DataError(
+                f"data.source: the detector does not know the class {unknown[0]!r}; it knows {', '.join(index)}"
+            )
+        scale = min(side / width, side / height)
+        wide, high = max(round(width * scale), 1), max(round(height * scale), 1)
+        left, top = round((side - wide) / 2 - 0.1), round((side - high) / 2 - 0.1)  # where ultralytics puts it
+        boxes = torch.tensor([box for _, *box in found], dtype=torch.float32).reshape(-1, 4)
+        corners = boxes * torch.tensor([wide, high, wide, high]) + torch.tensor([left, top, left, top])
+        centres, spans = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+        samples.append(
+            {
+                "cls": torch.tensor([[float(index[name])] for name, *_ in found]).reshape(-1, 1),
+                "bboxes": torch.cat([centres, spans], dim=1) / side,
+                "batch_idx": torch.zeros(len(found)),
+            }
+        )
+    return DetectionTargets(_criterion(pretrained.model), tuple(samples))
+
+
+def sample_losses(output: Any, targets: DetectionTargets) -> torch.Tensor:
+    """ultralytics' detection loss (box, class and distribution terms, weighted as it trains) of every image by itself.
+
+    ultralytics divides by the assignment scores of the whole batch; one image at a time, a loss is its own.
+
+    Args:
+        output: what the model returned in evaluation mode.
+        targets: of the same images.
+
+    Returns:
+        [b] losses.
+    """
+    import torch
+
+    raw = output[1] if isinstance(output, (tuple, list)) else output
+    losses = []
+    for place, sample in enumerate(targets.samples):
+        loss, _ = targets.criterion(_row(raw, place), sample)
+        losses.append(loss.sum())
+    return torch.stack(losses)
+
+
+def _criterion(model: Any) -> Any:
+    from ultralytics.cfg import get_cfg
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(base.args, dict):  # as checkpoints have it
+        base.args = get_cfg(overrides=base.args)
+    kept = base.__dict__.get("layerlens_criterion")
+    if kept is None:
+        kept = base.init_criterion()
+        base.__dict__["layerlens_criterion"] = kept  # no submodule: the loss is no part of the model
+    return kept
+
+
+def _row(value: Any, place: int) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _row(part, place) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_row(part, place) for part in value]
+    return value[place : place + 1]

@@ -1,0 +1,199 @@
+"""The whole pipeline on real models: what it finds, says, times and writes, and what it does with bad images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from layerlens.cli.main import app
+from layerlens.config.vision_language import PipelineConfig
+from layerlens.exceptions import ConfigurationError, DataError, ManifestError, ModelNotFoundError
+from layerlens.integrations.transformers import load_pretrained
+from layerlens.integrations.ultralytics import load_detector
+from layerlens.pipeline.vision_language import run_vision_language
+from layerlens.vision_language.demo_language_model import share_of_exact_reports
+from layerlens.vision_language.local_model import LocalModel
+
+BUILTIN = {"detector": "builtin:plates", "llm": "builtin:plates", "threads": 1}
+pytestmark = pytest.mark.usefixtures("builtin_models")
+
+
+def config(*images: Path, **settings: Any) -> PipelineConfig:
+    return PipelineConfig(**{"images": tuple(map(str, images)), **BUILTIN, **settings})
+
+
+def test_reports_timings_and_files(plates: Path, tmp_path: Path):
+    result = run_vision_language(config(plates, repeats=3, batch_size=2), tmp_path)
+    assert result.failed == []
+    (variant,) = result.summary["variants"]
+    steady, warmup = variant["steady"], variant["warmup"]
+    assert (steady["passes"], warmup["passes"]) == (12, 2)  # 4 images three times; one batch of 2 before
+    # What lies between the steps is a few Python statements. Medians, since a busy machine may pause there for once.
+    assert 0 <= steady["unattributed_ms"]["p50"] < 0.01 * steady["total_ms"]["p50"]
+    for item in result.items:
+        for outcome in item.outcomes["base"]:
+            run = outcome.run
+            assert sum(run.steps_ms.values()) + run.unattributed_ms == pytest.approx(run.total_ms, rel=1e-9)
+            assert run.time_to_first_token_ms is not None
+            assert len(run.token_ms) == outcome.usage["completion_tokens"] - 1
+            assert sum(run.token_ms) == pytest.approx(run.steps_ms["llm_decode"], rel=1e-9)
+    # The shares of a batch add up to its wall time.
+    first, second = (item.outcomes["base"][-1].run for item in result.items[:2])
+    assert first.batch_ms == second.batch_ms == pytest.approx(first.total_ms + second.total_ms, rel=1e-9)
+    assert set(steady["steps_ms"]) == {
+        "load", "preprocess", "detect", "nms", "prompt", "llm_encode", "llm_first_token", "llm_decode", "llm_finish"
+    }  # fmt: skip
+    assert {"mean", "p50", "p95"} <= steady["per_token_ms"].keys()
+    environment = result.summary["environment"]
+    assert environment["threads"] == 1
+    assert environment["device"].startswith("cpu (")
+
+    written = json.loads((tmp_path / "results" / "plate0.json").read_text(encoding="utf-8"))
+    assert written["report"].split()[0].lower() in ("nodule", "fracture", "device")
+    assert written["detections"][0]["confidence"] >= 0.25
+    assert len(written["variants"]["base"]["passes"]) == 4
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == json.loads(json.dumps(result.summary))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == 4
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    with Image.open(tmp_path / "annotated" / "plate0.png") as picture:
+        assert picture.size == (512, 512)
+
+
+def test_bad_images_are_marked_and_the_others_go_on(plates: Path, tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    good = sorted(plates.iterdir())[0].read_bytes()
+    (tmp_path / "in" / "good.png").write_bytes(good)
+    (tmp_path / "in" / "cut.png").write_bytes(good[: len(good) // 2])
+    Image.new("L", (128, 128), 60).save(tmp_path / "in" / "nothing.png")
+    Image.new("L", (2000, 1000)).save(tmp_path / "in" / "large.png")
+    (tmp_path / "in" / "words.png").write_text("hello")
+    (tmp_path / "in2").mkdir()
+    (tmp_path / "in2" / "good.jpg").write_bytes(good)
+    warnings: list[str] = []
+    wanted = config(tmp_path / "in", tmp_path / "in2", max_megapixels=1.5, batch_size=4)
+    result = run_vision_language(wanted, tmp_path / "out", warn=warnings.append)
+    latest = {item.path.name: item.latest("base") for item in result.items}
+    assert {name: outcome.status for name, outcome in latest.items()} == {
+        "good.png": "done", "cut.png": "failed", "nothing.png": "done", "large.png": "failed", "words.png": "failed",
+        "good.jpg": "done",
+    }  # fmt: skip
+    assert latest["nothing.png"].report == "No findings were detected (confidence 0.25 and above)."
+    assert latest["nothing.png"].report_source == "no detections"
+    assert latest["nothing.png"].usage is None
+    assert sorted(warnings)[0].startswith("cut.png: failed (load): the file is truncated")
+    assert [failure["step"] for failure in result.summary["failures"]] == ["load"] * 3
+    names = {path.name for path in (tmp_path / "out" / "results").iterdir()}
+    assert names == {"good.json", "good-2.json", "cut.json", "nothing.json", "large.json", "words.json"}
+
+
+def test_nothing_usable_and_models_that_cannot_be_had(plates: Path, tmp_path: Path):
+    (tmp_path / "words.png").write_text("hello")
+    with pytest.raises(DataError, match=r"images: none of 1 can be used; .*words.png: not an image"):
+        run_vision_language(config(tmp_path / "words.png"), tmp_path / "out")
+    with pytest.raises(ModelNotFoundError, match="detector: no weights at"):
+        run_vision_language(config(plates, detector="missing.pt"), tmp_path / "out")
+    with pytest.raises(ModelNotFoundError, match="llm: no model directory at"):
+        run_vision_language(config(plates, llm="./missing"), tmp_path / "out")
+    with pytest.raises(ConfigurationError, match="llm_model: is for servers"):
+        run_vision_language(config(plates, llm_model="x"), tmp_path / "out")
+
+
+def test_a_server_that_is_down_loses_no_detection(plates: Path, tmp_path: Path):
+    result = run_vision_language(config(plates, llm="http://127.0.0.1:9/v1", retries=0, warmup=0), tmp_path)
+    assert len(result.failed) == 4
+    assert all(item.latest("base").detections for item in result.items)
+    assert "nobody answers" in result.summary["failures"][0]["reason"]
+
+
+def _save_lora(model: torch.nn.Module, targets: list[str], folder: Path) -> None:
+    """A LoRA adapter whose B is not zero, so that it changes what the model computes."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    tuned = get_peft_model(model, LoraConfig(r=2, lora_alpha=2, target_modules=targets))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-3)
+    tuned.save_pretrained(folder)
+
+
+def test_adapted_models_before_and_after_merging(
+    plates: Path, tmp_path: Path, detector_weights: Path, language_model_dir: Path
+):
+    language_model = load_pretrained(str(language_model_dir), "causal-lm", []).model
+    _save_lora(language_model, ["q_proj", "v_proj"], tmp_path / "llm" / "peft")
+    _save_lora(load_detector(detector_weights).module, ["cv1.conv", "cv2.conv"], tmp_path / "detector")
+    wanted = config(plates, detector_adapter=str(tmp_path / "detector"), llm_adapter=str(tmp_path / "llm"))
+    result = run_vision_language(wanted, tmp_path / "out")
+    assert [variant["variant"] for variant in result.summary["variants"]] == ["base", "adapted", "merged"]
+    assert result.summary["primary"] == "adapted"
+    models = result.summary["models"]
+    base, adapted, merged = (models[name] for name in ("base", "adapted", "merged"))
+    assert (base["detector"]["fused"], adapted["detector"]["fused"], merged["detector"]["fused"]) == (True, False, True)
+    assert adapted["llm"]["parameters"] > merged["llm"]["parameters"] == base["llm"]["parameters"]
+    for item in result.items:
+        beside, within = item.latest("adapted"), item.latest("merged")
+        assert beside.report == within.report
+        # B A is added to the weight in float32, batch normalisation is folded in: rounding of sums of up to 432 terms.
+        boxes = [[detection.box for detection in outcome.detections] for outcome in (beside, within)]
+        assert np.allclose(*boxes, atol=0.05)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "merged, measured" in page
+
+
+def test_folders_without_an_adapter(plates: Path, tmp_path: Path):
+    with pytest.raises(ManifestError, match=r"no adapter_config\.json"):
+        run_vision_language(config(plates, detector_adapter=str(tmp_path)), tmp_path / "out")
+    with pytest.raises(ModelNotFoundError, match="llm_adapter: no folder at"):
+        run_vision_language(config(plates, llm_adapter="missing"), tmp_path / "out")
+    with pytest.raises(ConfigurationError, match="llm_adapter: works with a local language model"):
+        run_vision_language(config(plates, llm="http://127.0.0.1:9", llm_adapter=str(tmp_path)), tmp_path / "out")
+
+
+def test_the_tiny_language_model_words_findings(language_model_dir: Path):
+    loaded = load_pretrained(str(language_model_dir), "causal-lm", [])
+    assert share_of_exact_reports(LocalModel(loaded.model, loaded.tokenizer, "tiny"), count=10) >= 0.2
+
+
+def test_command_line(plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["pipeline", "--threads", "1", *arguments])
+
+    done = run("--images", str(plates), "-o", "out")
+    assert done.exit_code == 0, done.stderr
+    for shown in (
+        "plate0.png: ",
+        "non-maximum suppression",
+        "per token",
+        "AGPL-3.0",
+        "a demonstration model",
+        "out/report",
+    ):
+        assert shown in done.stderr
+    as_json = run("--images", str(plates / "plate0.png"), "-o", "out", "--json", "--warmup", "0")
+    assert json.loads(as_json.stdout)["images"] == 1
+
+    (tmp_path / "words.png").write_text("hello")
+    some = run("-i", str(plates / "plate0.png"), "-i", "words.png", "-o", "out", "--warmup", "0")
+    assert some.exit_code == 1
+    assert "error: 1 of 2 images failed; the reasons are in summary.json" in some.stderr
+    for arguments, code, line in (
+        (["-i", "words.png"], 4, "error: images: none of 1 can be used; words.png: not an image"),
+        (["-i", "missing.png"], 4, "error: images: nothing at missing.png"),
+        (["-i", "words.png", "--detector", "missing.pt"], 4, "error: detector: no weights at missing.pt"),
+        (["-i", "words.png", "--repeats", "0"], 2, "error: PipelineConfig.repeats: must be greater than"),
+        (["-i", "words.png", "--prompt", "missing.txt"], 2, "error: prompt: cannot read missing.txt"),
+    ):
+        failed = run(*arguments)
+        assert (failed.exit_code, line in failed.stderr) == (code, True), failed.stderr
