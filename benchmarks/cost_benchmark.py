@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from layerlens.cost.device import calibrate
-from layerlens.integrations.transformers import PretrainedModel, model_spec
+from layerlens.integrations.layers import model_spec
+from layerlens.integrations.transformers import PretrainedModel
 from layerlens.models import Manifest, ManifestRow, trainable_params
 from layerlens.pipeline.costs import compare_costs
 

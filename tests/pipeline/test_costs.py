@@ -18,7 +18,8 @@ from layerlens.cost.device import DeviceProfile, Rates, load_profile, save_profi
 from layerlens.cost.measure import peak_bytes
 from layerlens.cost.trace import KINDS, MATMUL, MEMORY, TracedOperation, trace_step
 from layerlens.exceptions import ManifestError, OutputError
-from layerlens.integrations.transformers import PretrainedModel, model_spec
+from layerlens.integrations.layers import model_spec
+from layerlens.integrations.transformers import PretrainedModel
 from layerlens.models import Manifest, ManifestRow, trainable_params
 from layerlens.pipeline.costs import Comparison, compare_costs
 

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 from layerlens.cli.main import app
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.layers import model_spec
 from layerlens.integrations.peft import injected_ranks
-from layerlens.integrations.transformers import PretrainedModel, load_model, model_spec
+from layerlens.integrations.transformers import PretrainedModel, load_model
 from layerlens.models import Manifest
 from layerlens.tuning.tools import TOOLS, export_for
 
