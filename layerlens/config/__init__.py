@@ -9,6 +9,7 @@ from layerlens.config.sections import (
     OptimizationConfig,
     OutputConfig,
     ProfilingConfig,
+    ProxyConfig,
     RunConfig,
     RuntimeConfig,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "OptimizationConfig",
     "OutputConfig",
     "ProfilingConfig",
+    "ProxyConfig",
     "RunConfig",
     "RuntimeConfig",
     "config_schema",

@@ -66,6 +66,37 @@ class DataConfig(ConfigModel):
     )
 
 
+class ProxyConfig(ConfigModel):
+    """Short real training of a few options, which turns utilities into predicted loss drops and checks them.
+
+    Each option is trained alone, from the same start and on the same batches, and judged on held-out samples.
+    """
+
+    options: int = Field(
+        default=0,
+        ge=0,
+        description="How many options are trained, chosen evenly over methods, roles, depths and ranks; 0: none, the "
+        "utilities stay uncalibrated. At least 4; 24 is a good start.",
+    )
+    steps: int = Field(default=16, ge=1, description="Training steps of each option.")
+    learning_rate: float = Field(default=1e-3, gt=0, description="Learning rate of AdamW in these steps.")
+    held_out_samples: int = Field(
+        default=128, ge=8, description="Samples, neither measured nor trained on, whose loss is compared."
+    )
+    time_limit_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="No further option is begun after this many seconds; what is done counts, and a later run goes on.",
+    )
+
+    @field_validator("options")
+    @classmethod
+    def _enough_to_fit(cls, options: int) -> int:
+        if 0 < options < 4:
+            raise ValueError("must be 0 or at least 4, the fewest that a curve can be fitted to")
+        return options
+
+
 class ProfilingConfig(ConfigModel):
     """What is measured and how it becomes a utility."""
 
@@ -103,6 +134,9 @@ class ProfilingConfig(ConfigModel):
         default="residual",
         description="Where adapters are considered: after the modules that write to the residual stream (attention "
         "output, FFN output), or after every Linear.",
+    )
+    proxies: ProxyConfig = Field(
+        default_factory=ProxyConfig, description="Short real training of a few options, to calibrate the utilities."
     )
 
     @field_validator("metric_weights")

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from layerlens.integrations.transformers import role_of
+from layerlens.manifest.calibration import calibration_section
 from layerlens.manifest.figures import Curve, solver_progress, utility_curves
 from layerlens.manifest.formats import RESOURCE_NAMES, UNITS, number, percent, quantity, signed_percent
 from layerlens.models import (
@@ -78,6 +79,7 @@ def write_report(
         budgets=[_budget(use) for use in manifest.resources],
         heat=heat_map(manifest.allocations),
         certificate=_certificate(manifest),
+        calibration=calibration_section(manifest, utilities.calibration),
         checks=_checks(measured),
         curves=curves,
         curve_methods=[method for method in METHODS[1:] if any(method in curve["methods"] for curve in curves)],
@@ -197,12 +199,17 @@ def _checks(measured: Mapping[str, Any]) -> dict[str, Any]:
         label = RESOURCE_NAMES.get(resource) or name.replace("_", " ")
         if resource and resource != name:
             label += " of the frozen model"
-        if isinstance(value, Mapping):
+        error = (
+            f" ± {number(value['standard_error'])}" if isinstance(value, Mapping) and "standard_error" in value else ""
+        )
+        if isinstance(value, Mapping) and "predicted" not in value:
+            single.append((label, number(value["measured"]) + error))
+        elif isinstance(value, Mapping):
             compared.append(
                 {
                     "name": label,
                     "predicted": quantity(resource, value["predicted"]),
-                    "measured": quantity(resource, value["measured"]),
+                    "measured": quantity(resource, value["measured"]) + error,
                     "error": signed_percent(value["relative_error"]),
                 }
             )

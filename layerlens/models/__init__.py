@@ -5,6 +5,7 @@ from layerlens.models.frontier import FrontierRow
 from layerlens.models.manifest import Manifest, ManifestRow, ResourceUse
 from layerlens.models.model_spec import LayerSpec, ModelSpec
 from layerlens.models.options import METHODS, Option, enumerate_options, trainable_params
+from layerlens.models.proxies import Calibration, Prediction, ProxyGain, ProxyStudy
 from layerlens.models.statistics import KernelStatistics, LayerStatistics, MethodStatistics, ModelStatistics
 from layerlens.models.tables import RESOURCES, CostTable, UtilityTable
 
@@ -13,6 +14,7 @@ __all__ = [
     "RESOURCES",
     "Allocation",
     "AllocationProblem",
+    "Calibration",
     "CostTable",
     "FrontierRow",
     "KernelStatistics",
@@ -25,6 +27,9 @@ __all__ = [
     "ModelSpec",
     "ModelStatistics",
     "Option",
+    "Prediction",
+    "ProxyGain",
+    "ProxyStudy",
     "ResourceUse",
     "SolverEvent",
     "UtilityTable",

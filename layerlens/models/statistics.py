@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from layerlens.models.proxies import ProxyStudy
+
 
 @dataclass(frozen=True)
 class MethodStatistics:
@@ -78,6 +80,7 @@ class ModelStatistics:
             parameter name; empty where they were not asked for.
         left_out: parameters without statistics, by name, with the reason.
         coverage: share of the model's parameters that have statistics.
+        proxies: gains of single options by real training, None where none were trained.
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -91,6 +94,7 @@ class ModelStatistics:
     other_weights: dict[str, MethodStatistics] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     coverage: float = 0.0
+    proxies: ProxyStudy | None = None
 
     def by_name(self) -> dict[str, LayerStatistics]:
         """The layers by their names."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from functools import cache as once
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from layerlens.pipeline.inputs import (
     check_lengths,
     data_facts,
     model_facts,
+    proxy_identity,
     split_samples,
     statistics_identity,
     statistics_request,
 )
-from layerlens.pipeline.messages import Warnings, warn_of_no_gain, warn_of_overrun
+from layerlens.pipeline.messages import Warnings, warn_of_calibration, warn_of_no_gain, warn_of_overrun
+from layerlens.pipeline.proxies import ProxyTrainer, joint_gains, measure_proxies
 from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
 from layerlens.profiling.batches import Batch, make_batches
@@ -39,7 +42,7 @@ from layerlens.profiling.saved_pass import SavedPass
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.profiling.tasks import TASKS
 from layerlens.tuning import export_adapter
-from layerlens.utility import utility_table
+from layerlens.utility import calibrated_table
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
@@ -100,30 +103,39 @@ def run_config(
         check_lengths(pretrained, config)
         if dataset.label_names:
             dataset = dataset.with_label_order(pretrained.labels)
-        calibration, head_data = split_samples(dataset, config, warnings)
+        calibration, head_data, held_out = split_samples(dataset, config, warnings)
         spec = model_spec(pretrained, config.model.name_or_path, adapter_sites=config.profiling.adapter_sites)
-        batches = make_batches(
-            pretrained.tokenizer,
-            calibration.texts,
-            calibration.labels,
-            max_length=config.data.max_length,
-            batch_size=config.data.batch_size,
-            pairs=calibration.pairs,
-            targets=TASKS[config.model.task].targets,
-        )
+        batches = _batches(config, pretrained, calibration, config.data.batch_size)
+    fit = once(lambda: _fit_head(config, pretrained, head_data, progress))
     with clock.stage("profile"):
         identity = statistics_identity(config, spec, calibration, head_data, threads)
         key = cache_key(identity)
         found = cache.get(key) if cache else None
         if found is None:
             saved = cache.saved_pass(key) if cache else None
-            statistics = _profile(config, pretrained, spec, batches, head_data, threads, progress, saved)
+            fit()
+            statistics = _profile(config, pretrained, spec, batches, threads, progress, saved)
         else:
             statistics = found[1]
         facts = model_facts(pretrained, config, dataset)
         statistics = replace(statistics, provenance={"identity": identity, "model": facts})
         if cache and found is None:
             cache.put(key, spec, statistics)
+
+    @once
+    def trainer() -> ProxyTrainer:
+        fit()
+        judged_on = _batches(config, pretrained, held_out, config.data.batch_size)
+        return ProxyTrainer(pretrained.model, spec, batches, judged_on, TASKS[config.model.task].loss, config)
+
+    saved_proxies = None
+    if config.profiling.proxies.options:
+        with clock.stage("proxies"):
+            if cache:
+                proxies_key = cache_key(proxy_identity(identity, held_out, config))
+                saved_proxies = cache.saved_proxies(proxies_key, spec.model_name, len(held_out))
+            study = measure_proxies(trainer, spec, config, saved_proxies, progress)
+            statistics = replace(statistics, proxies=study)
     with clock.stage("solve"), progress.stage("Solving"):
         solution = _solve(config, spec, statistics, threads)
         warn_of_no_gain(solution, config, warnings)
@@ -134,6 +146,12 @@ def run_config(
         model=facts,
         provenance=run_provenance(config, threads, data_facts(statistics)),
     )
+    joint: dict[str, Any] = {}
+    if statistics.proxies:
+        with clock.stage("joint proxies"):
+            alike = _solve(config, spec, statistics, threads, utility_model="uniform")
+            uniform = make_manifest(spec, alike, config.optimization, model=facts, provenance=manifest.provenance)
+            joint = joint_gains(trainer, manifest, uniform, saved_proxies, progress)
     with staged_directory(output, owned=(*CHOICE_FILES, STATISTICS_FILE)) as staging:
         with clock.stage("export"):
             written = write_manifest(manifest, staging, created_at=_now())
@@ -143,6 +161,9 @@ def run_config(
             longest = batches[-1].inputs
             measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress)
             warn_of_overrun(manifest, measured, warnings)
+            if statistics.proxies:
+                measured |= joint
+                warn_of_calibration(manifest, joint, warnings)
         written |= _write_report(staging, manifest, solution, statistics, measured)
         files = {name: output / path.relative_to(staging) for name, path in written.items()}
     return RunResult(
@@ -230,29 +251,35 @@ def _write_report(
     return {"report": report, "solver_log": atomic_write_text(staging / SOLVER_LOG_FILE, lines)}
 
 
+def _batches(config: RunConfig, pretrained: PretrainedModel, samples: TextDataset, batch_size: int) -> list[Batch]:
+    return make_batches(
+        pretrained.tokenizer,
+        samples.texts,
+        samples.labels,
+        max_length=config.data.max_length,
+        batch_size=batch_size,
+        pairs=samples.pairs,
+        targets=TASKS[config.model.task].targets,
+    )
+
+
+def _fit_head(config: RunConfig, pretrained: PretrainedModel, samples: TextDataset, progress: Progress) -> None:
+    """Fit the head where it is new."""
+    if pretrained.new_parameters and len(samples):
+        batches = _batches(config, pretrained, samples, HEAD_BATCH_SIZE)
+        fit_head(pretrained.model, pretrained.new_parameters, batches, progress, TASKS[config.model.task].loss)
+
+
 def _profile(
     config: RunConfig,
     pretrained: PretrainedModel,
     spec: ModelSpec,
     batches: list[Batch],
-    head_data: TextDataset,
     threads: int,
     progress: Progress,
     saved: SavedPass | None,
 ) -> ModelStatistics:
-    """Fit the head if it is new, then measure every layer."""
-    task = TASKS[config.model.task]
-    if pretrained.new_parameters and len(head_data):
-        head_batches = make_batches(
-            pretrained.tokenizer,
-            head_data.texts,
-            head_data.labels,
-            max_length=config.data.max_length,
-            batch_size=HEAD_BATCH_SIZE,
-            pairs=head_data.pairs,
-            targets=task.targets,
-        )
-        fit_head(pretrained.model, pretrained.new_parameters, head_batches, progress, task.loss)
+    """Measure every layer."""
     return measure(
         pretrained.model,
         spec,
@@ -262,17 +289,20 @@ def _profile(
         sequence_length=config.data.max_length,
         threads=threads,
         progress=progress,
-        loss=task.loss,
+        loss=TASKS[config.model.task].loss,
         saved=saved,
     )
 
 
-def _solve(config: RunConfig, spec: ModelSpec, statistics: ModelStatistics, threads: int) -> Solution:
+def _solve(
+    config: RunConfig, spec: ModelSpec, statistics: ModelStatistics, threads: int, *, utility_model: str | None = None
+) -> Solution:
     """Utilities and costs of every option, and the certified choice."""
     options = enumerate_options(spec, config.optimization.ranks())
-    utilities = utility_table(
-        config.profiling.utility_model, spec, statistics, options, config.profiling.metric_weights
-    )
+    utilities = calibrated_table(
+        utility_model or config.profiling.utility_model, spec, statistics, options, config.profiling.metric_weights,
+        seed=config.runtime.seed,
+    )  # fmt: skip
     costs = cost_table(spec, statistics, options, config.optimization)
     return find_allocation(spec, utilities, costs, config.optimization, seed=config.runtime.seed, threads=threads)
 

@@ -17,9 +17,10 @@ from safetensors.numpy import save
 
 from layerlens.exceptions import ActivationCacheError
 from layerlens.models import KernelStatistics, LayerSpec, LayerStatistics, MethodStatistics, ModelSpec, ModelStatistics
+from layerlens.profiling.proxy_file import study_from_json, study_to_json
 from layerlens.profiling.statistics_check import check_statistics
 
-FORMAT = "layerlens-statistics-2"
+FORMAT = "layerlens-statistics-3"
 METADATA_KEY = "layerlens"
 """The only key: safetensors writes several in the order of a hash map that differs from run to run."""
 
@@ -48,6 +49,7 @@ def statistics_to_bytes(spec: ModelSpec, statistics: ModelStatistics) -> bytes:
         "spec": dataclasses.asdict(spec),
         "layers": layers,
         "other_weights": others,
+        "proxies": study_to_json(statistics.proxies),
         "kernel": None if kernel is None else {name: getattr(kernel, name) for name in _KERNEL_FIELDS},
         **{name: getattr(statistics, name) for name in _MODEL_FIELDS},
     }
@@ -129,5 +131,5 @@ def _from_content(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> tu
     kernel = None if content["kernel"] is None else KernelStatistics(gram=tensors[GRAM], **content["kernel"])
     model_fields = {name: content[name] for name in _MODEL_FIELDS}
     return ModelSpec(layers=layer_specs, **spec_fields), ModelStatistics(
-        layers=layers, other_weights=others, kernel=kernel, **model_fields
+        layers=layers, other_weights=others, kernel=kernel, proxies=study_from_json(content["proxies"]), **model_fields
     )
