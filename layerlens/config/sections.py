@@ -29,7 +29,11 @@ class ModelConfig(ConfigModel):
         "pairs), `regression` (one number for each text or pair, squared error), `causal-lm` (next tokens; the data "
         "needs no labels).",
     )
-    dtype: Literal["float32"] = Field(default="float32", description="Precision of the weights while profiling.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Precision of the weights while profiling, and of the base model in later fine-tuning. Sums of "
+        "statistics are float32 or wider in any case.",
+    )
     head_fit_samples: int = Field(
         default=512,
         ge=0,
@@ -299,6 +303,11 @@ class RuntimeConfig(ConfigModel):
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the data split, the head and the solver.")
     threads: int = Field(
         default=0, ge=0, description="CPU threads for torch, the kernels and the solver; 0: all cores."
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu",
+        description="Where the model runs and statistics are computed. On `cuda` activations and gradients never leave "
+        "the GPU.",
     )
     cache_dir: str | None = Field(
         default=None,

@@ -174,8 +174,9 @@ def load_pretrained(
     *,
     seed: int = 0,
     base_dir: Path | None = None,
+    dtype: str = "float32",
 ) -> PretrainedModel:
-    """Load a model and its tokenizer for ``task``, frozen, in float32 and in evaluation mode.
+    """Load a model and its tokenizer for ``task``, frozen, in ``dtype`` and in evaluation mode.
 
     A task head that the checkpoint lacks (or has for another number of labels) is initialised from ``seed``; the
     caller's random state is left alone.
@@ -205,7 +206,7 @@ def load_pretrained(
             model, info = auto_class.from_pretrained(
                 path,
                 **heads,
-                dtype=torch.float32,
+                dtype=getattr(torch, dtype),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 local_files_only=local_only,
@@ -244,9 +245,10 @@ def load_model(
     *,
     seed: int = 0,
     base_dir: Path | None = None,
+    dtype: str = "float32",
 ) -> torch.nn.Module:
     """The model alone, as ``load_pretrained`` loads it."""
-    return load_pretrained(name_or_path, task, labels, seed=seed, base_dir=base_dir).model
+    return load_pretrained(name_or_path, task, labels, seed=seed, base_dir=base_dir, dtype=dtype).model
 
 
 def weights_fingerprint(model: torch.nn.Module, leave_out: Sequence[str] = ()) -> str:

@@ -99,6 +99,7 @@ def statistics_identity(
             "ntk_samples": config.profiling.ntk_samples,
             "all_weights": config.profiling.all_weights,
             "seed": config.runtime.seed,
+            "device": config.runtime.device,
             "threads": threads,
         },
         "versions": versions(),
@@ -120,6 +121,7 @@ def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: TextDat
     """What the manifest records so that the base model can be loaded again."""
     return {
         "task": config.model.task,
+        "dtype": config.model.dtype,
         "num_labels": 1 if config.model.task == "regression" else len(dataset.label_names),
         "labels": list(dataset.label_names),
         "head_modules": list(task_heads(pretrained.model)) if TASKS[config.model.task].new_head else [],

@@ -16,6 +16,7 @@ from layerlens.config import RunConfig
 from layerlens.cost import cost_table
 from layerlens.data import TextDataset, load_dataset
 from layerlens.exceptions import ActivationCacheError
+from layerlens.integrations.torch_modules import usable_device
 from layerlens.integrations.transformers import PretrainedModel, load_pretrained, model_spec
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.manifest import write_manifest, write_report
@@ -91,6 +92,7 @@ def run_config(
     cache = SensitivityCache(_cache_dir(config, base_dir)) if use_cache else None
     threads = resolve_threads(config.runtime.threads)
     set_threads(threads)
+    device = usable_device(config.runtime.device)
     with clock.stage("load"), progress.stage("Loading model and data"):
         dataset = load_dataset(config.data, base_dir, config.model.task)
         pretrained = load_pretrained(
@@ -99,12 +101,14 @@ def run_config(
             dataset.label_names,
             seed=config.runtime.seed,
             base_dir=base_dir,
+            dtype=config.model.dtype,
         )
         check_lengths(pretrained, config)
         if dataset.label_names:
             dataset = dataset.with_label_order(pretrained.labels)
         calibration, head_data, held_out = split_samples(dataset, config, warnings)
         spec = model_spec(pretrained, config.model.name_or_path, adapter_sites=config.profiling.adapter_sites)
+        pretrained.model.to(device)
         batches = _batches(config, pretrained, calibration, config.data.batch_size)
     fit = once(lambda: _fit_head(config, pretrained, head_data, progress))
     with clock.stage("profile"):
@@ -252,7 +256,8 @@ def _write_report(
 
 
 def _batches(config: RunConfig, pretrained: PretrainedModel, samples: TextDataset, batch_size: int) -> list[Batch]:
-    return make_batches(
+    """The samples in batches, on the model's device."""
+    batches = make_batches(
         pretrained.tokenizer,
         samples.texts,
         samples.labels,
@@ -261,6 +266,8 @@ def _batches(config: RunConfig, pretrained: PretrainedModel, samples: TextDatase
         pairs=samples.pairs,
         targets=TASKS[config.model.task].targets,
     )
+    device = next(pretrained.model.parameters()).device
+    return [batch.to(device) for batch in batches]
 
 
 def _fit_head(config: RunConfig, pretrained: PretrainedModel, samples: TextDataset, progress: Progress) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from layerlens import kernels
 from layerlens.models import MethodStatistics
+from layerlens.profiling.device import uses_kernels
 from layerlens.profiling.gram_sum import GramSum
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.sample_matrices import SampleMatrices
@@ -36,7 +37,7 @@ class InputAccumulator:
             self.n_tokens += b * t if mask__bt is None else int(mask__bt.sum())
         if self.request.input_scale:
             rows = z__bgti.reshape(-1, i)
-            if rows.device.type == "cpu":
+            if uses_kernels(rows):
                 squares = float(kernels.row_sum_of_squares(rows.contiguous(), threads=self.threads).sum())
             else:
                 squares = float(rows.square().sum(dtype=torch.float64))
@@ -104,7 +105,7 @@ class MatrixAccumulator:
         energy = trace = signal = scale = None
         if self.request.mean:
             mean = self.mean_sums[0] if len(self.mean_sums) == 1 else self.mean_sums[0] + self.mean_sums[1]
-            energy = kernels.gradient_energy(mean.cpu(), threads=self.threads) / n**2
+            energy = squared_norm(mean, self.threads) / n**2
         if self.request.fisher:
             trace = self.trace_sum / n
         if energy is not None and trace is not None:
@@ -119,9 +120,7 @@ class MatrixAccumulator:
         plain, whitened = np.zeros(0), np.zeros(0)
         if not self.request.halves or 0 in self.n_samples:
             return plain, whitened
-        halves = [
-            total.double().cpu().numpy() / count for total, count in zip(self.mean_sums, self.n_samples, strict=True)
-        ]
+        halves = [total.double() / count for total, count in zip(self.mean_sums, self.n_samples, strict=True)]
         heads = range(self.shape[0])
         if self.request.spectrum:
             plain = _descending([split_half_spectrum(halves[0][head], halves[1][head]) for head in heads])
@@ -135,6 +134,13 @@ class MatrixAccumulator:
                 ]
             )
         return plain, whitened
+
+
+def squared_norm(tensor: torch.Tensor, threads: int) -> float:
+    """Sum of squares, in float64."""
+    if uses_kernels(tensor):
+        return kernels.gradient_energy(tensor, threads=threads)
+    return float(tensor.square().sum(dtype=torch.float64))
 
 
 def _descending(spectra: list[np.ndarray]) -> np.ndarray:

@@ -25,6 +25,11 @@ class Batch:
     labels: torch.Tensor
     index: torch.Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on ``device``; ``index`` stays in main memory."""
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return Batch(inputs, self.labels.to(device), self.index)
+
     @property
     def masks(self) -> tuple[torch.Tensor, ...]:
         """Masks [b, t] of the inputs, 1 for tokens and 0 for padding; none for images."""

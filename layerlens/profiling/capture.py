@@ -195,8 +195,14 @@ class Capture:
         return covered | {f"{name}.weight": f"{name}.weight" for name in layers}
 
     def gram(self) -> np.ndarray:
-        """⟨g_n, g_m⟩ of the kept samples, summed over the weights of all layers; float64 [n, n]."""
+        """⟨g_n, g_m⟩ of the kept samples, summed over the weights of all layers; float64 [n, n].
+
+        Raises:
+            ProfilingError: there are no such layers.
+        """
         kept = [self.accumulators[layer.name, "lora"].kept for layer in self.spec.layers if "lora" in layer.methods]
+        if not kept:
+            raise ProfilingError("ntk: the model has no layer that LoRA can be put on, so there is no kernel of them")
         total = sum(gram_matrix(batches, self.threads) for batches in kept)
         assert isinstance(total, np.ndarray)
         return total
@@ -356,7 +362,8 @@ def _open_graph(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ..
 def _refuse_bad_loss(loss__b: torch.Tensor, batch: Batch) -> None:
     bad = (~torch.isfinite(loss__b)).nonzero().flatten()
     if len(bad):
+        first = int(bad[0])
         raise ProfilingError(
-            f"the loss of calibration sample {int(batch.index[bad[0]])} is {float(loss__b[bad[0]])}; the model "
+            f"the loss of calibration sample {int(batch.index[first])} is {float(loss__b[first])}; the model "
             "overflows on it: look for NaN weights or leave the sample out"
         )

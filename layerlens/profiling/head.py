@@ -34,6 +34,7 @@ def fit_head(
     """
     frozen = [model.get_submodule(path) for path in frozen_part(model, new_parameters)]
     features = _features(model, frozen[-1], batches, progress)
+    widened = _widen(model, frozen)
     parameters = [model.get_parameter(name) for name in new_parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -55,6 +56,8 @@ def fit_head(
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
+    for parameter, dtype in widened:
+        parameter.data = parameter.data.to(dtype)
     if not final < float("inf"):
         raise ProfilingError(f"fitting the task head diverged (loss {final}); set model.head_fit_samples: 0")
     return final
@@ -65,7 +68,7 @@ def _features(
 ) -> list[Any]:
     """What ``module`` puts out for every batch, computed once."""
     features: list[Any] = []
-    handle = module.register_forward_hook(lambda module, args, output: features.append(output))
+    handle = module.register_forward_hook(lambda module, args, output: features.append(_as_float32(output)))
     try:
         with progress.stage("Fitting the task head", total=len(batches)) as advance, torch.no_grad():
             for batch in batches:
@@ -77,6 +80,32 @@ def _features(
     finally:
         handle.remove()
     return features
+
+
+def _widen(model: torch.nn.Module, frozen: Sequence[torch.nn.Module]) -> list[tuple[torch.nn.Parameter, torch.dtype]]:
+    """Make half-precision weights outside the frozen modules float32; these weights and what they were.
+
+    L-BFGS compares losses that differ by less than half precision can tell; widening and narrowing changes no bit of
+    the other weights.
+    """
+    inside = {id(parameter) for module in frozen for parameter in module.parameters()}
+    widened = []
+    for parameter in model.parameters():
+        if id(parameter) not in inside and parameter.dtype in (torch.float16, torch.bfloat16):
+            widened.append((parameter, parameter.dtype))
+            parameter.data = parameter.data.float()
+    return widened
+
+
+def _as_float32(output: Any) -> Any:
+    """A module's output with half-precision tensors as float32."""
+    if isinstance(output, torch.Tensor):
+        return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+    if isinstance(output, tuple):
+        return tuple(map(_as_float32, output))
+    if isinstance(output, dict):  # transformers' ModelOutput, which is made from its fields
+        return type(output)(**{name: _as_float32(value) for name, value in output.items()})
+    return output
 
 
 def _replayed(model: torch.nn.Module, frozen: Sequence[torch.nn.Module], batch: Batch, output: Any) -> torch.Tensor:

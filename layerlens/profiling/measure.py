@@ -64,7 +64,7 @@ def measure(
             n_done, losses = saved.restore(capture) if saved else (0, [])
             advance(n_done)
             for batch in batches[n_done:]:
-                losses.append(capture.run(batch, loss))
+                losses.append(capture.run(batch, loss).cpu())
                 if saved:
                     saved.after_batch(capture, losses)
                 advance(1)
@@ -131,7 +131,7 @@ def refuse_non_finite(statistics: ModelStatistics) -> None:
 
 
 def _kept_labels(batches: Sequence[Batch], request: StatisticsRequest) -> np.ndarray:
-    return torch.cat([batch.labels for batch in batches])[: request.ntk_samples].numpy()
+    return torch.cat([batch.labels for batch in batches])[: request.ntk_samples].cpu().numpy()
 
 
 def _left_out(model: torch.nn.Module, covered: dict[str, str]) -> dict[str, str]:

@@ -63,6 +63,8 @@ class SavedPass:
         start = time.perf_counter()
         if start - self._last_end < self._last_cost / SHARE_OF_TIME:
             return
+        if any(one.kept and not one.kept[0].on_host for one in capture.accumulators.values()):
+            return  # activations stay on their device
         tensors, scalars = _state(capture)
         if sum(tensor.nbytes for tensor in tensors.values()) > MAX_BYTES:
             return

@@ -89,7 +89,10 @@ def apply_to_directory(manifest: Manifest, model: str | None, output: Path) -> d
                 f"the manifest has no model.{key}, so its base model cannot be loaded; "
                 "`layerlens run` writes manifests that have it"
             )
-    base = load_model(str(told["name_or_path"]), str(told["task"]), list(told["labels"]), seed=manifest_seed(manifest))
+    base = load_model(
+        str(told["name_or_path"]), str(told["task"]), list(told["labels"]), seed=manifest_seed(manifest),
+        dtype=str(told.get("dtype") or "float32"),
+    )  # fmt: skip
     check_weights(base, manifest)
     return export_adapter(manifest, base, output)
 
