@@ -10,7 +10,20 @@ from layerlens.config.base import ConfigModel
 from layerlens.config.names import MethodName
 from layerlens.config.rules import ConstraintConfig
 
-StatisticName = Literal["fisher", "gradient", "input_scale", "spectrum", "whitened_spectrum", "ntk"]
+StatisticName = Literal[
+    "fisher",
+    "gradient",
+    "input_scale",
+    "spectrum",
+    "whitened_spectrum",
+    "factors",
+    "sketched_spectrum",
+    "sketched_factors",
+    "ntk",
+    "activation_memory",
+    "flops",
+    "time",
+]
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
 UTILITY_MODELS = ("signal", "whitened", "gradient", "weighted", "uniform")
 
@@ -119,15 +132,18 @@ class ProfilingConfig(ConfigModel):
         default=(),
         description="Statistics to measure beside those that the utility model reads: `fisher` (trace of the empirical "
         "Fisher), `gradient` (energy of the mean gradient), `input_scale`, `spectrum` (split-half spectrum of the mean "
-        "gradient), `whitened_spectrum` (the same, K-FAC-whitened), `ntk` (Gram matrix of per-sample gradients, its "
-        "effective rank and target alignment). Only what is needed or asked for is computed.",
+        "gradient), `whitened_spectrum` (the same, K-FAC-whitened), `factors` (the K-FAC factors themselves; large), "
+        "`sketched_spectrum` and `sketched_factors` (by random projections, with their errors), `ntk` (Gram matrix of "
+        "per-sample gradients, its effective rank and target alignment), and of every module `activation_memory`, "
+        "`flops` and `time`. Only what is needed or asked for is computed.",
     )
     ntk_samples: int = Field(
         default=64,
         ge=2,
-        le=256,
-        description="Samples of the neural tangent kernel. Their activations and gradients are kept in memory: samples "
-        "× tokens × (inputs + outputs of every layer) × 4 bytes.",
+        le=8192,
+        description="Samples of the neural tangent kernel. Up to 256 it is exact, from activations and gradients that "
+        "are kept in memory: samples × tokens × (inputs + outputs of every layer) × 4 bytes. Beyond, it comes from "
+        "random projections of 4 kB a sample, and its error is told.",
     )
     all_weights: bool = Field(
         default=False,

@@ -6,7 +6,14 @@ from layerlens.models.manifest import Manifest, ManifestRow, ResourceUse
 from layerlens.models.model_spec import LayerSpec, ModelSpec
 from layerlens.models.options import METHODS, Option, enumerate_options, trainable_params
 from layerlens.models.proxies import Calibration, Prediction, ProxyGain, ProxyStudy
-from layerlens.models.statistics import KernelStatistics, LayerStatistics, MethodStatistics, ModelStatistics
+from layerlens.models.statistics import (
+    FactorSketch,
+    KernelStatistics,
+    LayerStatistics,
+    MethodStatistics,
+    ModelStatistics,
+    ModuleCosts,
+)
 from layerlens.models.tables import RESOURCES, CostTable, UtilityTable
 
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "AllocationProblem",
     "Calibration",
     "CostTable",
+    "FactorSketch",
     "FrontierRow",
     "KernelStatistics",
     "LayerExplanation",
@@ -26,6 +34,7 @@ __all__ = [
     "MethodStatistics",
     "ModelSpec",
     "ModelStatistics",
+    "ModuleCosts",
     "Option",
     "Prediction",
     "ProxyGain",

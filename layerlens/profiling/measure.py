@@ -12,11 +12,12 @@ import torch
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.transformers import blocks_of
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
-from layerlens.models import ModelSpec, ModelStatistics
+from layerlens.models import FactorSketch, ModelSpec, ModelStatistics
 from layerlens.profiling.batches import Batch
 from layerlens.profiling.capture import Capture
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
 from layerlens.profiling.losses import Loss, classification_loss
+from layerlens.profiling.module_costs import module_costs
 from layerlens.profiling.ntk import kernel_statistics
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.saved_pass import SavedPass
@@ -58,6 +59,8 @@ def measure(
         ProfilingError: a loss or a statistic is not finite, or a layer cannot be measured; names the layer.
     """
     model = uncompiled(model)
+    n_samples = sum(len(batch.index) for batch in batches)
+    request = dataclasses.replace(request, ntk_samples=min(request.ntk_samples, n_samples))
     with frozen_without_dropout(model, checkpointing=True):
         capture = Capture(model, spec, request, threads, other_modules)
         with progress.stage("Measuring gradients", total=len(batches)) as advance, capture.open():
@@ -75,13 +78,15 @@ def measure(
         covered = capture.covered_weights()
     with frozen_without_dropout(model, checkpointing=False):
         inputs = dense_inputs(batches[0].inputs, sequence_length)
-        activation_bytes, forward_flops = frozen_footprint(model, next(iter(blocks_of(model)), None), inputs)
+        first_block = next(iter(blocks_of(model)), None)
+        activation_bytes, forward_flops = frozen_footprint(model, first_block, inputs)
+        modules = module_costs(model, first_block, inputs, request)
     left_out = _left_out(model, covered)
     total = sum(parameter.numel() for parameter in model.parameters())
     missing = sum(model.get_parameter(name).numel() for name in left_out)
     statistics = ModelStatistics(
         layers=layers,
-        n_samples=sum(len(batch.index) for batch in batches),
+        n_samples=n_samples,
         n_tokens=sum(batch.n_tokens for batch in batches),
         mean_loss=float(torch.cat(losses).double().mean()),
         activation_bytes=activation_bytes,
@@ -90,6 +95,7 @@ def measure(
         other_weights=others,
         left_out=left_out,
         coverage=1.0 - missing / total,
+        modules=modules,
     )
     refuse_non_finite(statistics)
     return statistics
@@ -123,6 +129,8 @@ def refuse_non_finite(statistics: ModelStatistics) -> None:
     for name, method, found in measured:
         for field in dataclasses.fields(found):
             value = getattr(found, field.name)
+            if isinstance(value, FactorSketch):
+                value = value.values
             if value is not None and not np.all(np.isfinite(value)):
                 raise ProfilingError(
                     f"{name}: the {field.name} statistic{method} is not finite; the model overflows on this "
