@@ -63,7 +63,8 @@ def build(name: str, dtype: str) -> tuple[Any, Any]:
         model = hf.ViTForImageClassification(hf.ViTConfig())
         inputs = {"pixel_values": torch.randn(2, 3, 224, 224).to(getattr(torch, dtype))}
     n = len(next(iter(inputs.values())))
-    return model.to(getattr(torch, dtype)).eval(), Batch(inputs, torch.arange(n) % 2, torch.arange(n))
+    batch = Batch(inputs, torch.arange(n) % 2, torch.arange(n))
+    return model.to(getattr(torch, dtype)).eval(), batch.halves_apart()
 
 
 def steps(name: str, dtype: str, threads: int, *, checkpointing: bool) -> dict[str, Callable[[], object]]:

@@ -95,7 +95,7 @@ class KernelStatistics:
     """The empirical neural tangent kernel of the measured layers: K[n, m] = ⟨g_n, g_m⟩, g_n the gradient of sample n.
 
     Args:
-        gram: float64 [n, n], in the order of the calibration set's batches.
+        gram: float64 [n, n], in the order of the samples in the calibration set.
         trace: tr K.
         effective_rank: (tr K)² / ‖K‖²_F, between 1 (all gradients parallel) and n (all orthogonal, of one length).
         target_alignment: centred alignment of K with the kernel that is 1 for samples of one class and 0 for others

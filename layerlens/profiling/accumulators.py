@@ -122,8 +122,8 @@ class MatrixAccumulator:
             matrices.add_sum_to(self.mean_sums[0])
             return
         for half, total in enumerate(self.mean_sums):
-            chosen__b = (half__b == half).nonzero().flatten().to(total.device)
-            if len(chosen__b):
+            chosen__b = samples_of(half, half__b)
+            if chosen__b is not None:
                 matrices.add_sum_to(total, chosen__b)
 
     def _add_sketches(self, matrices: SampleMatrices, half__b: torch.Tensor) -> None:
@@ -137,14 +137,15 @@ class MatrixAccumulator:
         if not self.sketched and self.kernel is None:
             return
         q__btk = self.projection.of_inputs(z__bti)
+        self.projection.forget()
         if self.kernel is not None:
             self.kernel.add(p__btl, q__btk)
         if self.sketched:
             if self.spectrum_sketch is None:
                 self.spectrum_sketch = SpectrumSketch(self.shape[1], self.shape[2], d__bto)
             for half in (0, 1):
-                chosen__b = (half__b == half).nonzero().flatten().to(d__bto.device)
-                if len(chosen__b):
+                chosen__b = samples_of(half, half__b)
+                if chosen__b is not None:
                     rows = [tensor[chosen__b].flatten(0, 1) for tensor in (d__bto, z__bti, p__btl, q__btk)]
                     self.spectrum_sketch.add(half, rows[0], rows[1], rows[2], rows[3])
 
@@ -207,6 +208,15 @@ class MatrixAccumulator:
                 ]
             )
         return found
+
+
+def samples_of(half: int, half__b: torch.Tensor) -> slice | torch.Tensor | None:
+    """Where a batch has the samples of a half: a slice where they are together, which copies nothing; None for none."""
+    chosen__b = (half__b == half).nonzero().flatten()
+    if len(chosen__b) == 0:
+        return None
+    first, last = int(chosen__b[0]), int(chosen__b[-1])
+    return slice(first, last + 1) if last - first + 1 == len(chosen__b) else chosen__b
 
 
 def _sum_of_squares(rows: torch.Tensor, threads: int) -> float:

@@ -30,6 +30,15 @@ class Batch:
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         return Batch(inputs, self.labels.to(device), self.index)
 
+    def halves_apart(self) -> Batch:
+        """The same samples, those with an even index first: each half of the calibration set is then one slice."""
+        order = (self.index % 2).argsort(stable=True)
+        if bool((order.diff() > 0).all()):
+            return self
+        there = order.to(self.labels.device)
+        inputs = {name: tensor[there] for name, tensor in self.inputs.items()}
+        return Batch(inputs, self.labels[there], self.index[order])
+
     @property
     def masks(self) -> tuple[torch.Tensor, ...]:
         """Masks [b, t] of the inputs, 1 for tokens and 0 for padding; none for images."""

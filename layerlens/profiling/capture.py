@@ -21,6 +21,7 @@ from layerlens.integrations.weight_matrices import conv_patches, matrix_shape
 from layerlens.models import LayerSpec, LayerStatistics, MethodStatistics, ModelSpec
 from layerlens.profiling.accumulators import InputAccumulator, MatrixAccumulator
 from layerlens.profiling.batches import Batch
+from layerlens.profiling.device import uses_kernels
 from layerlens.profiling.kernel_sketch import KernelSketch
 from layerlens.profiling.losses import Loss
 from layerlens.profiling.request import StatisticsRequest
@@ -297,6 +298,10 @@ class Capture:
         if self._loss_scale != 1.0:
             d__bgto = d__bgto.float() * self._scale_back
             z__bgti = z__bgti.float()
+        if self.request.sketches and uses_kernels(d__bgto):
+            # Once for all the sketches; narrow products of half precision are slower than those of float32 on the CPU.
+            wide = torch.promote_types(d__bgto.dtype, torch.float32)
+            d__bgto, z__bgti = d__bgto.to(wide), z__bgti.to(wide)
         if len(z__bgti) == 1 < len(d__bgto):
             z__bgti = z__bgti.expand(len(d__bgto), *z__bgti.shape[1:])
         if mask__bt is not None and self.request.masked_inputs:
@@ -328,7 +333,9 @@ class Capture:
     def new_matrix(self, key: Key, inputs: InputAccumulator, shape: tuple[int, int, int]) -> MatrixAccumulator:
         """Empty sums for one matrix. The kernel is that of the layers' own weights, so only these are kept for it."""
         request = self.request if key[1] == "lora" else replace(self.request, ntk=False)
-        projection = Projection(f"{key[0]}|{key[1]}") if shape[0] == 1 and key[1] != "weight" else None
+        projection = inputs.projection if shape[0] == 1 else None
+        if projection is not None and projection.name != "|".join(key):  # the inputs are those of another layer
+            projection = Projection("|".join(key))
         kernel = self.kernel_sketch if key[1] == "lora" else None
         return MatrixAccumulator(request, self.threads, inputs, shape, projection, kernel)
 

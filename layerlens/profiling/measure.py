@@ -12,7 +12,7 @@ import torch
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.transformers import blocks_of
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
-from layerlens.models import FactorSketch, ModelSpec, ModelStatistics
+from layerlens.models import FactorSketch, KernelStatistics, ModelSpec, ModelStatistics
 from layerlens.profiling.batches import Batch
 from layerlens.profiling.capture import Capture
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
@@ -59,6 +59,7 @@ def measure(
         ProfilingError: a loss or a statistic is not finite, or a layer cannot be measured; names the layer.
     """
     model = uncompiled(model)
+    batches = [batch.halves_apart() for batch in batches]
     n_samples = sum(len(batch.index) for batch in batches)
     request = dataclasses.replace(request, ntk_samples=min(request.ntk_samples, n_samples))
     with frozen_without_dropout(model, checkpointing=True):
@@ -74,7 +75,7 @@ def measure(
         with progress.stage("Computing statistics", total=None):
             layers = capture.result(DAMPING)
             others = capture.other_weights(DAMPING)
-            kernel = kernel_statistics(capture.gram(), _kept_labels(batches, request)) if request.ntk else None
+            kernel = _kernel(capture, batches) if request.ntk else None
         covered = capture.covered_weights()
     with frozen_without_dropout(model, checkpointing=False):
         inputs = dense_inputs(batches[0].inputs, sequence_length)
@@ -138,8 +139,12 @@ def refuse_non_finite(statistics: ModelStatistics) -> None:
                 )
 
 
-def _kept_labels(batches: Sequence[Batch], request: StatisticsRequest) -> np.ndarray:
-    return torch.cat([batch.labels for batch in batches])[: request.ntk_samples].cpu().numpy()
+def _kernel(capture: Capture, batches: Sequence[Batch]) -> KernelStatistics:
+    """The kernel of the first samples that were measured, in the order that they have in the calibration set."""
+    count = capture.request.ntk_samples
+    order = torch.cat([batch.index for batch in batches])[:count].argsort().numpy()
+    labels = torch.cat([batch.labels for batch in batches])[:count].cpu().numpy()
+    return kernel_statistics(capture.gram()[:, order][:, :, order], labels[order])
 
 
 def _left_out(model: torch.nn.Module, covered: dict[str, str]) -> dict[str, str]:

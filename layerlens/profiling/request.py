@@ -99,6 +99,11 @@ class StatisticsRequest:
         return self.ntk and self.ntk_samples > EXACT_NTK_SAMPLES
 
     @property
+    def sketches(self) -> bool:
+        """Whether anything is projected."""
+        return self.sketched_spectrum or self.sketched_factors or self.sketched_ntk
+
+    @property
     def masked_inputs(self) -> bool:
         """Whether padded inputs must be zero; for gradients alone their zero output gradients do."""
         return self.exact_factors or self.input_scale or self.sketched_factors

@@ -64,7 +64,7 @@ class SampleMatrices:
                 total += 2.0 * _sum_products(z__bti @ rows.mT, d__bto.gather(2, index))
         return total
 
-    def add_sum_to(self, total__goi: torch.Tensor, chosen__b: torch.Tensor | None = None) -> None:
+    def add_sum_to(self, total__goi: torch.Tensor, chosen__b: slice | torch.Tensor | None = None) -> None:
         """Add Σ_n M_n, over all samples or the ``chosen__b``, to ``total__goi`` in place."""
         if self.d__bgto is not None and self.z__bgti is not None:
             d, z = (_rows(tensor, chosen__b) for tensor in (self.d__bgto, self.z__bgti))
@@ -158,7 +158,7 @@ def _tiles(d__nto: torch.Tensor, z__nti: torch.Tensor) -> Iterator[torch.Tensor]
         yield (d__nto[..., start : start + step].mT @ z__nti).flatten(1)
 
 
-def _rows(tensor__bgtk: torch.Tensor, chosen__b: torch.Tensor | None) -> torch.Tensor:
+def _rows(tensor__bgtk: torch.Tensor, chosen__b: slice | torch.Tensor | None) -> torch.Tensor:
     return tensor__bgtk if chosen__b is None else tensor__bgtk[chosen__b]
 
 

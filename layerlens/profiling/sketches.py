@@ -52,6 +52,7 @@ class Projection:
     def __init__(self, name: str) -> None:
         self.name = name
         self._drawn: dict[str, torch.Tensor] = {}
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def omega__ik(self, n_in: int, like: torch.Tensor) -> torch.Tensor:
         """Ω [n_in, COLUMNS + PROBES], in the dtype and on the device of ``like``."""
@@ -62,8 +63,14 @@ class Projection:
         return self._signs("gradients", n_out, ROWS, like)
 
     def of_inputs(self, z: torch.Tensor) -> torch.Tensor:
-        """z Ω, [..., COLUMNS + PROBES]."""
-        return z @ self.omega__ik(z.shape[-1], z)
+        """z Ω, [..., COLUMNS + PROBES]; of the same rows as the last time without another product."""
+        if self._last is None or not _same_rows(self._last[0], z):
+            self._last = z, z @ self.omega__ik(z.shape[-1], z)
+        return self._last[1].view(*z.shape[:-1], -1)
+
+    def forget(self) -> None:
+        """Let go of the rows that were last projected."""
+        self._last = None
 
     def of_gradients(self, d: torch.Tensor) -> torch.Tensor:
         """d Ψ, [..., ROWS]."""
@@ -73,6 +80,14 @@ class Projection:
         if side not in self._drawn:
             self._drawn[side] = signs(f"{self.name}|{side}", rows, columns, like)
         return self._drawn[side].to(like)  # exact in every dtype
+
+
+def _same_rows(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both are the same memory, maybe in another shape; ``one`` is alive, so its address is its own."""
+    return (
+        one.data_ptr() == other.data_ptr() and one.numel() == other.numel() and one.dtype == other.dtype
+        and one.is_contiguous() and other.is_contiguous()
+    )  # fmt: skip
 
 
 class SpectrumSketch:
