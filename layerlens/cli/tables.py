@@ -98,13 +98,15 @@ def measured(checks: Mapping[str, Any]) -> RenderableType | None:
             predicted, found, error = (float(check[key]) for key in ("predicted", "measured", "relative_error"))
             # Latency depends on the machine; the others are arithmetic and should be close.
             style = "yellow" if abs(error) > 0.1 else ""
+            spread = f" ± {significant(check['standard_error'])}" if "standard_error" in check else ""
             table.add_row(
-                label, amount(kind, predicted), amount(kind, found), Text(f"{100 * error:+.1f} %", style=style)
+                label, amount(kind, predicted), amount(kind, found) + spread, Text(f"{100 * error:+.1f} %", style=style)
             )
     over = checks.get("loss_drop_over_uniform")
     if over is not None:
-        row = f"{over['measured']:.4g} ± {over['standard_error']:.2g}"
-        table.add_row("loss drop over that of all layers alike", "", row, "")
+        table.add_row(
+            "difference of the two", "", f"{significant(over['measured'])} ± {significant(over['standard_error'])}", ""
+        )
     change = checks.get("step_zero_max_abs_delta")
     if change is not None:
         style = "green" if change == 0 else "bold red"

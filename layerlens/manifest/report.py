@@ -34,6 +34,11 @@ from layerlens.models import (
 from layerlens.utils.atomic import atomic_write_text
 
 METHOD_NAMES = {"none": "none", "lora": "LoRA", "adapter": "adapter", "prefix": "prefix"}
+PROXY_CHECKS = {
+    "loss_drop": "loss drop of the choice in a proxy's steps",
+    "uniform_loss_drop": "the same with all layers alike",
+    "loss_drop_over_uniform": "loss drop of the choice over that with all layers alike",
+}
 STRONGEST = 6
 """Layers whose utility curves are shown."""
 
@@ -196,7 +201,7 @@ def _checks(measured: Mapping[str, Any]) -> dict[str, Any]:
     compared, single = [], []
     for name, value in measured.items():
         resource = name.removeprefix("base_") if name.removeprefix("base_") in RESOURCES else ""
-        label = RESOURCE_NAMES.get(resource) or name.replace("_", " ")
+        label = RESOURCE_NAMES.get(resource) or PROXY_CHECKS.get(name) or name.replace("_", " ")
         if resource and resource != name:
             label += " of the frozen model"
         error = (

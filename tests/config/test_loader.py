@@ -93,9 +93,11 @@ def test_one_problem(section: str, line: str, message: str) -> None:
     assert problems(with_lines(section, line)) == [f"config.yaml:{message}"]
 
 
-def test_a_single_choice_is_named_once() -> None:
+def test_the_nearest_choice_is_named() -> None:
     (line,) = problems(with_lines("model", "dtype: float31"))
-    assert line.endswith("model.dtype: must be 'float32', got float31")
+    assert line.endswith(
+        "model.dtype: must be 'float32', 'bfloat16' or 'float16', got float31; did you mean 'float32'?"
+    )
 
 
 def test_python_objects_are_never_made() -> None:
