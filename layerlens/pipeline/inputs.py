@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from layerlens.config import RunConfig
-from layerlens.data import TextDataset
+from layerlens.data import Dataset
 from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.transformers import PretrainedModel, task_heads
 from layerlens.models import ModelSpec, ModelStatistics
@@ -13,19 +13,20 @@ from layerlens.pipeline.messages import Warnings
 from layerlens.pipeline.solve import versions
 from layerlens.profiling.cache import cache_key
 from layerlens.profiling.request import StatisticsRequest
-from layerlens.profiling.tasks import TASKS
+from layerlens.tasks import TASKS
 from layerlens.utility import needed_statistics
 
-STATISTICS_VERSION = 3
+PADDING_FIRST = ("roberta", "xlm-roberta", "camembert", "longformer")
+"""Models whose positions count from the padding token's id on."""
+
+STATISTICS_VERSION = 4
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
 
 MIN_HELD_OUT = 8
 """Samples that a mean with a standard error can be trusted from."""
 
 
-def split_samples(
-    dataset: TextDataset, config: RunConfig, warnings: Warnings
-) -> tuple[TextDataset, TextDataset, TextDataset]:
+def split_samples(dataset: Dataset, config: RunConfig, warnings: Warnings) -> tuple[Dataset, Dataset, Dataset]:
     """Calibration, head and held-out proxy samples; says so when the data has fewer than were asked for.
 
     Raises:
@@ -56,7 +57,12 @@ def split_samples(
 
 def check_lengths(pretrained: PretrainedModel, config: RunConfig) -> None:
     """Refuse sequences longer than the model's positions, before torch fails with an index error."""
-    limit = getattr(pretrained.model.config, "max_position_embeddings", None)
+    model_config: Any = getattr(pretrained.model, "config", None)
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if pretrained.tokenizer is None:
+        return
+    if limit is not None and getattr(model_config, "model_type", "") in PADDING_FIRST:
+        limit -= model_config.pad_token_id + 1
     asked = {
         "data.max_length": config.data.max_length,
         "optimization.latency_profile.sequence_length": config.optimization.latency_profile.sequence_length,
@@ -77,7 +83,7 @@ def statistics_request(config: RunConfig) -> StatisticsRequest:
 
 
 def statistics_identity(
-    config: RunConfig, spec: ModelSpec, calibration: TextDataset, head_data: TextDataset, threads: int
+    config: RunConfig, spec: ModelSpec, calibration: Dataset, head_data: Dataset, threads: int
 ) -> dict[str, Any]:
     """Everything that the statistics depend on: the key of the sensitivity cache."""
     return {
@@ -92,8 +98,12 @@ def statistics_identity(
         },
         "settings": {
             "task": config.model.task,
+            "loss": config.model.loss,
             "dtype": config.model.dtype,
             "max_length": config.data.max_length,
+            "max_target_length": config.data.max_target_length,
+            "source_prefix": config.data.source_prefix,
+            "mlm_probability": config.data.mlm_probability,
             "batch_size": config.data.batch_size,
             "statistics": list(statistics_request(config).names),
             "ntk_samples": config.profiling.ntk_samples,
@@ -106,7 +116,7 @@ def statistics_identity(
     }
 
 
-def proxy_identity(identity: dict[str, Any], held_out: TextDataset, config: RunConfig) -> dict[str, Any]:
+def proxy_identity(identity: dict[str, Any], held_out: Dataset, config: RunConfig) -> dict[str, Any]:
     """Everything that a proxy's gain depends on: not which statistics were measured, and not how many are trained."""
     unread = ("statistics", "ntk_samples", "all_weights")
     settings = config.profiling.proxies.model_dump(include={"steps", "learning_rate"})
@@ -117,7 +127,7 @@ def proxy_identity(identity: dict[str, Any], held_out: TextDataset, config: RunC
     }
 
 
-def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: TextDataset) -> dict[str, Any]:
+def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset, spec: ModelSpec) -> dict[str, Any]:
     """What the manifest records so that the base model can be loaded again."""
     return {
         "task": config.model.task,
@@ -125,7 +135,9 @@ def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: TextDat
         "num_labels": 1 if config.model.task == "regression" else len(dataset.label_names),
         "labels": list(dataset.label_names),
         "head_modules": list(task_heads(pretrained.model)) if TASKS[config.model.task].new_head else [],
-        "model_type": str(getattr(pretrained.model.config, "model_type", "")),
+        "model_type": str(getattr(getattr(pretrained.model, "config", None), "model_type", "")),
+        **{name: value for name in ("weights", "loss") if (value := getattr(config.model, name)) is not None},
+        **({"left_out": dict(spec.left_out)} if spec.left_out else {}),
     }
 
 

@@ -29,10 +29,9 @@ from layerlens.models import (
     enumerate_options,
     trainable_params,
 )
-from layerlens.profiling.batches import Batch
-from layerlens.profiling.losses import Loss
 from layerlens.profiling.proxy_file import SavedProxies, study_from_json, study_to_json
 from layerlens.profiling.proxy_plan import plan_proxies
+from layerlens.tasks import Batch, Loss
 from layerlens.tuning import apply
 from layerlens.tuning.short_training import train_steps, twin_of
 from layerlens.utils.progress import Progress
@@ -61,13 +60,15 @@ class ProxyTrainer:
         loss: Loss,
         config: RunConfig,
     ) -> None:
-        self.model, self.spec, self.held_out, self.loss, self.config = model, spec, held_out, loss, config
+        self.model, self.spec, self.loss, self.config = model, spec, loss, config
+        self.held_out = list(held_out)  # every option is judged on them, so they are made once
         order = random.Random(config.runtime.seed)
         steps = config.profiling.proxies.steps
-        shuffled: list[Batch] = []
-        while len(shuffled) < steps:  # whole passes, each in an order of its own
-            shuffled += order.sample(list(train), len(train))
-        self.batches = shuffled[:steps]
+        numbers: list[int] = []
+        while len(numbers) < steps:  # whole passes, each in an order of its own
+            numbers += order.sample(range(len(train)), len(train))
+        made = {number: train[number] for number in sorted(set(numbers[:steps]))}
+        self.batches = [made[number] for number in numbers[:steps]]
         self.base_losses = self._held_out_losses(model)
 
     def train(self, manifest: Manifest) -> np.ndarray:

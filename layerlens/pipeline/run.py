@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -14,10 +14,11 @@ from typing import Any
 
 from layerlens.config import RunConfig
 from layerlens.cost import cost_table
-from layerlens.data import TextDataset, load_dataset
+from layerlens.data import Dataset, load_dataset
 from layerlens.exceptions import ActivationCacheError
+from layerlens.integrations.layers import model_spec
 from layerlens.integrations.torch_modules import usable_device
-from layerlens.integrations.transformers import PretrainedModel, load_pretrained, model_spec
+from layerlens.integrations.transformers import PretrainedModel, load_pretrained
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.manifest import write_manifest, write_report
 from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
@@ -35,13 +36,12 @@ from layerlens.pipeline.messages import Warnings, warn_of_calibration, warn_of_n
 from layerlens.pipeline.proxies import ProxyTrainer, joint_gains, measure_proxies
 from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
-from layerlens.profiling.batches import Batch, make_batches
 from layerlens.profiling.cache import SensitivityCache, cache_key, default_cache_dir
 from layerlens.profiling.head import fit_head
 from layerlens.profiling.measure import measure, refuse_non_finite
 from layerlens.profiling.saved_pass import SavedPass
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
-from layerlens.profiling.tasks import TASKS
+from layerlens.tasks import Batch, Batches, Task, make_batches, task_for
 from layerlens.tuning import export_adapter
 from layerlens.utility import calibrated_table
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
@@ -95,22 +95,41 @@ def run_config(
     device = usable_device(config.runtime.device)
     with clock.stage("load"), progress.stage("Loading model and data"):
         dataset = load_dataset(config.data, base_dir, config.model.task)
+        task = task_for(config.model, base_dir)
         pretrained = load_pretrained(
-            config.model.name_or_path,
+            config.model.reference,
             config.model.task,
             dataset.label_names,
             seed=config.runtime.seed,
             base_dir=base_dir,
             dtype=config.model.dtype,
+            weights=config.model.weights,
         )
         check_lengths(pretrained, config)
         if dataset.label_names:
             dataset = dataset.with_label_order(pretrained.labels)
-        calibration, head_data, held_out = split_samples(dataset, config, warnings)
-        spec = model_spec(pretrained, config.model.name_or_path, adapter_sites=config.profiling.adapter_sites)
         pretrained.model.to(device)
-        batches = _batches(config, pretrained, calibration, config.data.batch_size)
-    fit = once(lambda: _fit_head(config, pretrained, head_data, progress))
+        calibration, head_data, held_out = split_samples(dataset, config, warnings)
+
+        def batches_of(samples: Dataset, batch_size: int = config.data.batch_size) -> Batches:
+            return make_batches(task, pretrained, samples, config.data, batch_size=batch_size, seed=config.runtime.seed)
+
+        batches = batches_of(calibration)
+        inputs = batches[0].inputs
+        spec = model_spec(
+            pretrained,
+            config.model.reference,
+            adapter_sites=config.profiling.adapter_sites,
+            inputs=None if "input_ids" in inputs else inputs,
+        )
+
+    @once
+    def fit() -> None:
+        """Fit the head where it is new."""
+        if pretrained.new_parameters and len(head_data):
+            head_batches = batches_of(head_data, HEAD_BATCH_SIZE)
+            fit_head(pretrained.model, pretrained.new_parameters, head_batches, progress, task.loss)
+
     with clock.stage("profile"):
         identity = statistics_identity(config, spec, calibration, head_data, threads)
         key = cache_key(identity)
@@ -118,10 +137,10 @@ def run_config(
         if found is None:
             saved = cache.saved_pass(key) if cache else None
             fit()
-            statistics = _profile(config, pretrained, spec, batches, threads, progress, saved)
+            statistics = _profile(config, pretrained, task, spec, batches, threads, progress, saved)
         else:
             statistics = found[1]
-        facts = model_facts(pretrained, config, dataset)
+        facts = model_facts(pretrained, config, dataset, spec)
         statistics = replace(statistics, provenance={"identity": identity, "model": facts})
         if cache and found is None:
             cache.put(key, spec, statistics)
@@ -129,8 +148,7 @@ def run_config(
     @once
     def trainer() -> ProxyTrainer:
         fit()
-        judged_on = _batches(config, pretrained, held_out, config.data.batch_size)
-        return ProxyTrainer(pretrained.model, spec, batches, judged_on, TASKS[config.model.task].loss, config)
+        return ProxyTrainer(pretrained.model, spec, batches, batches_of(held_out), task.loss, config)
 
     saved_proxies = None
     if config.profiling.proxies.options:
@@ -255,33 +273,12 @@ def _write_report(
     return {"report": report, "solver_log": atomic_write_text(staging / SOLVER_LOG_FILE, lines)}
 
 
-def _batches(config: RunConfig, pretrained: PretrainedModel, samples: TextDataset, batch_size: int) -> list[Batch]:
-    """The samples in batches, on the model's device."""
-    batches = make_batches(
-        pretrained.tokenizer,
-        samples.texts,
-        samples.labels,
-        max_length=config.data.max_length,
-        batch_size=batch_size,
-        pairs=samples.pairs,
-        targets=TASKS[config.model.task].targets,
-    )
-    device = next(pretrained.model.parameters()).device
-    return [batch.to(device) for batch in batches]
-
-
-def _fit_head(config: RunConfig, pretrained: PretrainedModel, samples: TextDataset, progress: Progress) -> None:
-    """Fit the head where it is new."""
-    if pretrained.new_parameters and len(samples):
-        batches = _batches(config, pretrained, samples, HEAD_BATCH_SIZE)
-        fit_head(pretrained.model, pretrained.new_parameters, batches, progress, TASKS[config.model.task].loss)
-
-
 def _profile(
     config: RunConfig,
     pretrained: PretrainedModel,
+    task: Task,
     spec: ModelSpec,
-    batches: list[Batch],
+    batches: Sequence[Batch],
     threads: int,
     progress: Progress,
     saved: SavedPass | None,
@@ -296,7 +293,7 @@ def _profile(
         sequence_length=config.data.max_length,
         threads=threads,
         progress=progress,
-        loss=TASKS[config.model.task].loss,
+        loss=task.loss,
         saved=saved,
     )
 

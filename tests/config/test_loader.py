@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from layerlens.config import load_run_config, parse_run_config
+from layerlens.config.wording import must_be, nearest_choice
 from layerlens.exceptions import ConfigurationError
 
 VALID = """\
@@ -100,6 +103,16 @@ def test_the_nearest_choice_is_named() -> None:
     )
 
 
+def test_a_single_choice_is_named_once() -> None:
+    class OneChoice(BaseModel):
+        precision: Literal["float32"]
+
+    with pytest.raises(ValidationError) as raised:
+        OneChoice.model_validate({"precision": "float31"})
+    (detail,) = raised.value.errors()
+    assert (must_be(detail), nearest_choice(detail)) == ("must be 'float32'", "")
+
+
 def test_python_objects_are_never_made() -> None:
     tag = "!!python/object/apply:os.getcwd"
     assert problems(with_lines("data", f"text_column: {tag} []")) == [
@@ -114,7 +127,7 @@ def test_number_with_more_digits_than_python_reads() -> None:
 
 def test_missing_keys_point_at_their_section() -> None:
     assert problems("# a comment\nmodel:\ndata:\n  batch_size: 4\n") == [
-        "config.yaml:2:1: model.name_or_path: required key is missing",
+        "config.yaml:2:1: model: give the model by name_or_path or by factory, one of the two",
         "config.yaml:2:1: optimization: required key is missing",
         "config.yaml:3:1: data.source: required key is missing",
     ]

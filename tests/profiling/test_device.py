@@ -15,10 +15,10 @@ from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.torch_modules import usable_device
 from layerlens.models import ModelStatistics
 from layerlens.profiling import accumulators
-from layerlens.profiling.batches import Batch
 from layerlens.profiling.request import STATISTICS, StatisticsRequest
 from layerlens.profiling.sample_matrices import SampleMatrices, gram_matrix
 from layerlens.profiling.statistics_file import statistics_to_bytes
+from layerlens.tasks import Batch
 
 RELATIVE = 1e-9  # float64 on both ways, as in test_architectures
 MODULES = ("sample_matrices", "accumulators", "gram_sum")

@@ -8,11 +8,11 @@ from brute_force import profile
 from test_architectures import CASES, spec_of
 
 from layerlens.models import ModelSpec, ModuleCosts
-from layerlens.profiling.batches import Batch
-from layerlens.profiling.losses import classification_loss
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import OF_MODULES, StatisticsRequest
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
+from layerlens.tasks import Batch
+from layerlens.tasks.losses import classification_loss
 from layerlens.utils.progress import silent
 
 

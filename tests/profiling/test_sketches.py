@@ -11,11 +11,11 @@ from test_architectures import CASES, spec_of
 
 from layerlens.models import LayerSpec, ModelSpec
 from layerlens.profiling import request as request_module
-from layerlens.profiling.batches import Batch
-from layerlens.profiling.losses import classification_loss
 from layerlens.profiling.ntk import kernel_statistics
 from layerlens.profiling.sketches import COLUMNS, FactorSum, Projection, SpectrumSketch, worth_sketching
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
+from layerlens.tasks import Batch
+from layerlens.tasks.losses import classification_loss
 
 WIDE = 640  # the smallest square matrix that is worth sketching is 2 · 248 wide
 
