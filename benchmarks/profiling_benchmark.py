@@ -1,10 +1,15 @@
 """Cost of the statistics beside one ordinary training step (forward and backward) of the same model and batch.
 
-    python benchmarks/profiling_benchmark.py --threads 1 2 --out benchmarks/results/profiling.json
+    python benchmarks/profiling_benchmark.py --out benchmarks/results/profiling.json [--peers PYTHON]
+
+remakes ``profiling.json`` and the tables in ``profiling.md`` beside it. With ``--peers`` that interpreter, in whose
+environment the peers are installed (see ``profiling_peers.py``), measures them too; otherwise the peers' figures that
+the file has stay there. What is not measured in a run (``--models``, ``--dtypes``, ``--threads``) keeps its figures.
 
 Models are BERT-base- and ViT-base-shaped with random weights; statistics are those of every Linear. The steps of all
 rows are interleaved round by round, and a row's ratio is the median over rounds of time(row) / time(ordinary step): a
-single time on a machine with other work says little. Peak memory is that of one step in a process of its own, above
+single time on a machine with other work says little. With one thread, times are those of the process on its core, which
+other work hardly changes; with more, they are wall time. Peak memory is that of one step in a process of its own, above
 what the process has with the model loaded.
 """
 
@@ -13,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,19 +26,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from profiling_report import page
+
 MODELS = ("bert-base", "vit-base")
 DTYPES = ("float32", "bfloat16")
 TARGETS = {
     "Fisher": {"float32": 0.78, "bfloat16": 0.78},
     "Fisher + G": {"float32": 1.05, "bfloat16": 0.86},
+    "Fisher + sketched spectra + NTK + sketched factors": {"float32": 1.0, "bfloat16": 0.85},
     "Fisher + G + exact K-FAC factors": {"float32": 1.4},
 }
 REQUESTS = {
     "Fisher": ("fisher",),
     "Fisher + G": ("fisher", "gradient"),
-    "Fisher + G + exact K-FAC factors": ("fisher", "gradient", "whitened_spectrum"),
+    "Fisher + sketched spectra + NTK + sketched factors": ("fisher", "sketched_spectrum", "ntk", "sketched_factors"),
+    "Fisher + G + exact K-FAC factors": ("fisher", "gradient", "factors"),
 }
 ORDINARY, FROZEN = "ordinary step", "frozen weights, no statistics"
+CHECKPOINTED = ("Fisher", "Fisher + sketched spectra + NTK + sketched factors")
+"""Rows whose memory with activation checkpointing is measured too."""
 
 
 def build(name: str, dtype: str) -> tuple[Any, Any]:
@@ -53,7 +63,8 @@ def build(name: str, dtype: str) -> tuple[Any, Any]:
         model = hf.ViTForImageClassification(hf.ViTConfig())
         inputs = {"pixel_values": torch.randn(2, 3, 224, 224).to(getattr(torch, dtype))}
     n = len(next(iter(inputs.values())))
-    return model.to(getattr(torch, dtype)).eval(), Batch(inputs, torch.arange(n) % 2, torch.arange(n))
+    batch = Batch(inputs, torch.arange(n) % 2, torch.arange(n))
+    return model.to(getattr(torch, dtype)).eval(), batch.halves_apart()
 
 
 def steps(name: str, dtype: str, threads: int, *, checkpointing: bool) -> dict[str, Callable[[], object]]:
@@ -88,7 +99,9 @@ def steps(name: str, dtype: str, threads: int, *, checkpointing: bool) -> dict[s
         first.remove()
 
     def measured(names: tuple[str, ...]) -> Callable[[], object]:
-        capture = Capture(model, ModelSpec(name, 0, layers), StatisticsRequest.of(names), threads)
+        # More samples than are kept, so that the kernel is sketched; every step adds its batch as a pass does.
+        request = StatisticsRequest.of(names, ntk_samples=1000)
+        capture = Capture(model, ModelSpec(name, 0, layers), request, threads)
 
         def step() -> None:
             with frozen_without_dropout(model, checkpointing=checkpointing), capture.open():
@@ -105,11 +118,12 @@ def run_times(name: str, dtype: str, threads: int, rounds: int) -> dict[str, lis
     for step in candidates.values():
         step()
     seconds: dict[str, list[float]] = {row: [] for row in candidates}
+    clock = time.process_time if threads == 1 else time.perf_counter
     for _ in range(rounds):
         for row, step in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             step()
-            seconds[row].append(time.perf_counter() - start)
+            seconds[row].append(clock() - start)
     return seconds
 
 
@@ -159,7 +173,7 @@ def measure_all(models: list[str], dtypes: list[str], threads: list[int], rounds
                     1,
                 )
                 for row in (ORDINARY, FROZEN, *REQUESTS)
-                for checkpointing in ((False, True) if row in ("Fisher",) else (False,))
+                for checkpointing in ((False, True) if row in CHECKPOINTED else (False,))
             }
             for count in threads:
                 seconds = in_child(["--model", name, "--dtype", dtype, "--rounds", str(rounds)], count)
@@ -187,6 +201,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--peers", metavar="PYTHON", help="interpreter that has the peers installed")
     for option in ("--model", "--dtype", "--row"):
         parser.add_argument(option, help=argparse.SUPPRESS)
     for option in ("--child", "--checkpointing"):
@@ -202,13 +217,37 @@ def main() -> None:
         else:
             print(json.dumps(run_times(*of, options.rounds)))
         return
-    results = measure_all(options.models, options.dtypes, options.threads, options.rounds)
+    measured = {_key(row): row for row in measure_all(options.models, options.dtypes, options.threads, options.rounds)}
     if options.out:
         import torch
 
-        machine = {"processor": platform.processor(), "torch": torch.__version__, "load": os.getloadavg()}
+        old = json.loads(options.out.read_text()) if options.out.is_file() else {"results": [], "peers": []}
+        kept = {_key(row): row for row in old["results"]}
+        peers = old["peers"]
+        if options.peers:
+            peers_file = options.out.with_name("profiling_peers.json")
+            command = [options.peers, str(Path(__file__).with_name("profiling_peers.py")), "--out", str(peers_file)]
+            subprocess.run(command, check=True)
+            peers = json.loads(peers_file.read_text())
+            peers_file.unlink()
+        machine = {"processor": _processor(), "cores": os.cpu_count(), "torch": torch.__version__}
+        content = {
+            "machine": machine | {"load": round(os.getloadavg()[2], 1)},
+            "results": list((kept | measured).values()),
+            "peers": peers,
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        options.out.write_text(json.dumps(content, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(page(content))
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("model", "dtype", "threads", "row"))
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

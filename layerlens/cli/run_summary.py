@@ -29,6 +29,9 @@ def show(result: RunResult, console: Console, *, explain: bool = False) -> None:
     """Write the summary of a run for people."""
     manifest = result.manifest
     parts = [tables.chosen(manifest), tables.budgets(manifest.resources), tables.certificate(manifest)]
+    told = tables.calibration(manifest.predicted)
+    if told is not None:
+        parts.append(told)
     if explain:
         parts.append(tables.explanations(result.explanations))
     for part in (*parts, tables.measured(result.measured)):
@@ -67,6 +70,7 @@ def as_json(result: RunResult) -> dict[str, Any]:
         "gap": manifest.gap,
         "status": manifest.status,
         "solver": manifest.solver,
+        "predicted": manifest.predicted,
         "measured": result.measured,
         "explanations": [asdict(explanation) for explanation in result.explanations],
         "statistics_from_cache": result.statistics_from_cache,

@@ -65,6 +65,26 @@ def certificate(manifest: Manifest) -> Text:
     return text.append(f" Utility model: {manifest.utility_model}, in {manifest.utility_unit}.")
 
 
+def calibration(predicted: Mapping[str, Any]) -> Text | None:
+    """What the proxies showed; None where the utilities are not calibrated."""
+    if not predicted.get("calibrated"):
+        return None
+    found, (low, high) = predicted["calibration"], predicted["gain_interval"]
+    steps = f"{found['proxies']} options trained for {found['steps']} steps"
+    text = Text.assemble(
+        "Predicted loss drop: ",
+        (f"{predicted['gain']:.4g}", "bold"),
+        f" nats per sample (95 %: {low:.3g} to {high:.3g})",
+    )
+    if found["spearman"] is None:
+        return text.append(f", from {steps}; they were too alike to say how well the utilities rank them.")
+    interval = found["spearman_interval"]
+    style = "" if interval is None else "green" if interval[0] > 0.0 else "yellow"
+    span = "" if interval is None else f" (95 %: {interval[0]:.2f} to {interval[1]:.2f})"
+    text.append(f", from {steps}, which the utilities ranked with a Spearman of ")
+    return text.append(f"{found['spearman']:.2f}{span}", style=style).append(".")
+
+
 def measured(checks: Mapping[str, Any]) -> RenderableType | None:
     """Predictions beside what was measured; None when nothing was measured."""
     table = new_table("Checked on the model")
@@ -78,9 +98,15 @@ def measured(checks: Mapping[str, Any]) -> RenderableType | None:
             predicted, found, error = (float(check[key]) for key in ("predicted", "measured", "relative_error"))
             # Latency depends on the machine; the others are arithmetic and should be close.
             style = "yellow" if abs(error) > 0.1 else ""
+            spread = f" ± {significant(check['standard_error'])}" if "standard_error" in check else ""
             table.add_row(
-                label, amount(kind, predicted), amount(kind, found), Text(f"{100 * error:+.1f} %", style=style)
+                label, amount(kind, predicted), amount(kind, found) + spread, Text(f"{100 * error:+.1f} %", style=style)
             )
+    over = checks.get("loss_drop_over_uniform")
+    if over is not None:
+        table.add_row(
+            "difference of the two", "", f"{significant(over['measured'])} ± {significant(over['standard_error'])}", ""
+        )
     change = checks.get("step_zero_max_abs_delta")
     if change is not None:
         style = "green" if change == 0 else "bold red"

@@ -9,6 +9,7 @@ from layerlens.config.sections import (
     OptimizationConfig,
     OutputConfig,
     ProfilingConfig,
+    ProxyConfig,
     RunConfig,
     RuntimeConfig,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "OptimizationConfig",
     "OutputConfig",
     "ProfilingConfig",
+    "ProxyConfig",
     "RunConfig",
     "RuntimeConfig",
     "TrainingConfig",

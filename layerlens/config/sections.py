@@ -11,7 +11,20 @@ from layerlens.config.names import MethodName
 from layerlens.config.rules import ConstraintConfig
 from layerlens.config.training import TrainingConfig
 
-StatisticName = Literal["fisher", "gradient", "input_scale", "spectrum", "whitened_spectrum", "ntk"]
+StatisticName = Literal[
+    "fisher",
+    "gradient",
+    "input_scale",
+    "spectrum",
+    "whitened_spectrum",
+    "factors",
+    "sketched_spectrum",
+    "sketched_factors",
+    "ntk",
+    "activation_memory",
+    "flops",
+    "time",
+]
 TaskName = Literal[
     "sequence-classification", "regression", "token-classification", "question-answering", "causal-lm", "masked-lm",
     "seq2seq", "image-classification", "object-detection", "custom",
@@ -58,7 +71,11 @@ class ModelConfig(ConfigModel):
         "`object-detection` (boxes; `ultralytics:` models with their own loss), `custom` (your own `loss` on your own "
         "data).",
     )
-    dtype: Literal["float32"] = Field(default="float32", description="Precision of the weights while profiling.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Precision of the weights while profiling, and of the base model in later fine-tuning. Sums of "
+        "statistics are float32 or wider in any case.",
+    )
     head_fit_samples: int = Field(
         default=512,
         ge=0,
@@ -135,6 +152,37 @@ class DataConfig(ConfigModel):
     )
 
 
+class ProxyConfig(ConfigModel):
+    """Short real training of a few options, which turns utilities into predicted loss drops and checks them.
+
+    Each option is trained alone, from the same start and on the same batches, and judged on held-out samples.
+    """
+
+    options: int = Field(
+        default=0,
+        ge=0,
+        description="How many options are trained, chosen evenly over methods, roles, depths and ranks; 0: none, the "
+        "utilities stay uncalibrated. At least 4; 24 is a good start.",
+    )
+    steps: int = Field(default=16, ge=1, description="Training steps of each option.")
+    learning_rate: float = Field(default=1e-3, gt=0, description="Learning rate of AdamW in these steps.")
+    held_out_samples: int = Field(
+        default=128, ge=8, description="Samples, neither measured nor trained on, whose loss is compared."
+    )
+    time_limit_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="No further option is begun after this many seconds; what is done counts, and a later run goes on.",
+    )
+
+    @field_validator("options")
+    @classmethod
+    def _enough_to_fit(cls, options: int) -> int:
+        if 0 < options < 4:
+            raise ValueError("must be 0 or at least 4, the fewest that a curve can be fitted to")
+        return options
+
+
 class ProfilingConfig(ConfigModel):
     """What is measured and how it becomes a utility."""
 
@@ -153,15 +201,18 @@ class ProfilingConfig(ConfigModel):
         default=(),
         description="Statistics to measure beside those that the utility model reads: `fisher` (trace of the empirical "
         "Fisher), `gradient` (energy of the mean gradient), `input_scale`, `spectrum` (split-half spectrum of the mean "
-        "gradient), `whitened_spectrum` (the same, K-FAC-whitened), `ntk` (Gram matrix of per-sample gradients, its "
-        "effective rank and target alignment). Only what is needed or asked for is computed.",
+        "gradient), `whitened_spectrum` (the same, K-FAC-whitened), `factors` (the K-FAC factors themselves; large), "
+        "`sketched_spectrum` and `sketched_factors` (by random projections, with their errors), `ntk` (Gram matrix of "
+        "per-sample gradients, its effective rank and target alignment), and of every module `activation_memory`, "
+        "`flops` and `time`. Only what is needed or asked for is computed.",
     )
     ntk_samples: int = Field(
         default=64,
         ge=2,
-        le=256,
-        description="Samples of the neural tangent kernel. Their activations and gradients are kept in memory: samples "
-        "× tokens × (inputs + outputs of every layer) × 4 bytes.",
+        le=8192,
+        description="Samples of the neural tangent kernel. Up to 256 it is exact, from activations and gradients that "
+        "are kept in memory: samples × tokens × (inputs + outputs of every layer) × 4 bytes. Beyond, it comes from "
+        "random projections of 4 kB a sample, and its error is told.",
     )
     all_weights: bool = Field(
         default=False,
@@ -172,6 +223,9 @@ class ProfilingConfig(ConfigModel):
         default="residual",
         description="Where adapters are considered: after the modules that write to the residual stream (attention "
         "output, FFN output), or after every Linear.",
+    )
+    proxies: ProxyConfig = Field(
+        default_factory=ProxyConfig, description="Short real training of a few options, to calibrate the utilities."
     )
 
     @field_validator("metric_weights")
@@ -345,6 +399,11 @@ class RuntimeConfig(ConfigModel):
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the data split, the head and the solver.")
     threads: int = Field(
         default=0, ge=0, description="CPU threads for torch, the kernels and the solver; 0: all cores."
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu",
+        description="Where the model runs and statistics are computed. On `cuda` activations and gradients never leave "
+        "the GPU.",
     )
     cache_dir: str | None = Field(
         default=None,

@@ -20,11 +20,19 @@ PREFIX = "factory:"
 
 
 def load_factory(
-    reference: str, task: str, labels: Sequence[str], *, weights: str | None, seed: int, base_dir: Path | None
+    reference: str,
+    task: str,
+    labels: Sequence[str],
+    *,
+    weights: str | None,
+    seed: int,
+    base_dir: Path | None,
+    dtype: str = "float32",
 ) -> PretrainedModel:
     """Call the factory, with torch's random state set from ``seed``; the model is frozen and in evaluation mode.
 
-    No part of it is taken to be new: the factory returns the model as it is to be measured.
+    No part of it is taken to be new: the factory returns the model as it is to be measured, but for its
+    weights with a point, which become those of ``dtype``.
 
     Raises:
         ConfigurationError: no such function, it fails, or it returns no model.
@@ -48,7 +56,7 @@ def load_factory(
         )
     if weights is not None:
         load_weights(model, weights, base_dir)
-    model.eval().requires_grad_(False)
+    model.to(getattr(torch, dtype)).eval().requires_grad_(False)
     tokenizer = processor if hasattr(processor, "pad") else None
     images = None
     if processor is not None and tokenizer is None:

@@ -18,9 +18,16 @@ CLASSIFICATION = "image-classification"
 
 
 def load_timm(
-    reference: str, task: str, labels: Sequence[str], *, weights: str | None, seed: int, base_dir: Path | None
+    reference: str,
+    task: str,
+    labels: Sequence[str],
+    *,
+    weights: str | None,
+    seed: int,
+    base_dir: Path | None,
+    dtype: str = "float32",
 ) -> PretrainedModel:
-    """Load ``timm:NAME`` for image classification with a head for ``labels``, frozen, in evaluation mode.
+    """Load ``timm:NAME`` for image classification with a head for ``labels``, frozen and in evaluation mode.
 
     A head that the weights do not have for so many classes is new, drawn from ``seed``; timm does not say which classes
     its own heads mean, so the head of the hub's weights is always replaced.
@@ -59,7 +66,7 @@ def load_timm(
     def transform(images: Sequence[Any]) -> torch.Tensor:
         return torch.stack([one_image(image) for image in images])
 
-    model.eval().requires_grad_(False)
+    model.to(getattr(torch, dtype)).eval().requires_grad_(False)
     images = ImageInput(transform, "x", mode_for(settings["input_size"][0]))
     return PretrainedModel(model, None, reference, tuple(sorted(new)), tuple(labels), images)
 

@@ -205,9 +205,10 @@ def load_pretrained(
     *,
     seed: int = 0,
     base_dir: Path | None = None,
+    dtype: str = "float32",
     weights: str | None = None,
 ) -> PretrainedModel:
-    """Load a model and its tokenizer or image processor for ``task``, frozen, in float32 and in evaluation mode.
+    """Load a model and its tokenizer or image processor for ``task``, frozen, in ``dtype`` and in evaluation mode.
 
     A task head that the checkpoint lacks (or has for another number of labels) is initialised from ``seed``; the
     caller's random state is left alone.
@@ -219,6 +220,7 @@ def load_pretrained(
         labels: the classes, where the task has some.
         seed: of a new head.
         base_dir: folder that relative paths start from.
+        dtype: of the weights: "float32", "bfloat16" or "float16".
         weights: of a timm model or of a factory's (``model.weights``).
 
     Raises:
@@ -232,15 +234,17 @@ def load_pretrained(
     if name_or_path.startswith("timm:"):
         from layerlens.integrations.timm_models import load_timm
 
-        return load_timm(name_or_path, task, labels, weights=weights, seed=seed, base_dir=base_dir)
+        return load_timm(name_or_path, task, labels, weights=weights, seed=seed, base_dir=base_dir, dtype=dtype)
     if name_or_path.startswith("ultralytics:"):
         from layerlens.integrations.ultralytics_loss import load_detection_model
 
+        if dtype != "float32":
+            raise ModelSpecError(f"model.dtype: {name_or_path} is profiled in float32 only, got {dtype}")
         return load_detection_model(name_or_path, task, base_dir)
     if name_or_path.startswith("factory:"):
         from layerlens.integrations.factories import load_factory
 
-        return load_factory(name_or_path, task, labels, weights=weights, seed=seed, base_dir=base_dir)
+        return load_factory(name_or_path, task, labels, weights=weights, seed=seed, base_dir=base_dir, dtype=dtype)
     if task not in AUTO_CLASSES:
         raise ModelSpecError(f"model.task: {task!r} is not supported; supported: {', '.join(AUTO_CLASSES)}")
     auto_class = getattr(transformers, AUTO_CLASSES[task])
@@ -260,7 +264,7 @@ def load_pretrained(
             model, info = auto_class.from_pretrained(
                 path,
                 **heads,
-                dtype=torch.float32,
+                dtype=getattr(torch, dtype),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 local_files_only=local_only,
@@ -310,10 +314,11 @@ def load_model(
     *,
     seed: int = 0,
     base_dir: Path | None = None,
+    dtype: str = "float32",
     weights: str | None = None,
 ) -> torch.nn.Module:
     """The model alone, as ``load_pretrained`` loads it."""
-    return load_pretrained(name_or_path, task, labels, seed=seed, base_dir=base_dir, weights=weights).model
+    return load_pretrained(name_or_path, task, labels, seed=seed, base_dir=base_dir, dtype=dtype, weights=weights).model
 
 
 def weights_fingerprint(model: torch.nn.Module, leave_out: Sequence[str] = ()) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -43,6 +44,17 @@ _SETTINGS: Any = {
 }
 
 
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """matplotlib with the report's settings alone, whatever style the user or a notebook has set."""
+    from matplotlib import rc_context, rcdefaults, rcParams
+
+    with rc_context():
+        rcdefaults()
+        rcParams.update(_SETTINGS)
+        yield
+
+
 @dataclass(frozen=True)
 class Curve:
     """Utility of the options of one method on one layer.
@@ -72,12 +84,9 @@ def utility_curves(
         title, description: what a screen reader says.
         prefix: makes the figure's ids unique on the page.
     """
-    from matplotlib import rc_context, rcdefaults, rcParams
     from matplotlib.figure import Figure
 
-    with rc_context():
-        rcdefaults()  # whatever style the user or a notebook has set
-        rcParams.update(_SETTINGS)
+    with figure_style():
         figure = Figure(figsize=(3.6, 2.3), layout="constrained")
         axes = figure.subplots()
         for curve in curves:
@@ -109,13 +118,10 @@ def solver_progress(events: Sequence[SolverEvent], *, title: str, prefix: str) -
         title: what a screen reader says; the page has the figures as a table beside it.
         prefix: makes the figure's ids unique on the page.
     """
-    from matplotlib import rc_context, rcdefaults, rcParams
     from matplotlib.figure import Figure
 
     found = [event for event in events if event.value is not None]
-    with rc_context():
-        rcdefaults()
-        rcParams.update(_SETTINGS)
+    with figure_style():
         figure = Figure(figsize=(8.4, 2.0), layout="constrained")
         axes = figure.subplots()
         lines = (

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from layerlens.integrations.transformers import role_of
+from layerlens.manifest.calibration import calibration_section
 from layerlens.manifest.figures import Curve, solver_progress, utility_curves
 from layerlens.manifest.formats import RESOURCE_NAMES, UNITS, number, percent, quantity, signed_percent
 from layerlens.models import (
@@ -33,6 +34,11 @@ from layerlens.models import (
 from layerlens.utils.atomic import atomic_write_text
 
 METHOD_NAMES = {"none": "none", "lora": "LoRA", "adapter": "adapter", "prefix": "prefix"}
+PROXY_CHECKS = {
+    "loss_drop": "loss drop of the choice in a proxy's steps",
+    "uniform_loss_drop": "the same with all layers alike",
+    "loss_drop_over_uniform": "loss drop of the choice over that with all layers alike",
+}
 STRONGEST = 6
 """Layers whose utility curves are shown."""
 
@@ -78,6 +84,7 @@ def write_report(
         budgets=[_budget(use) for use in manifest.resources],
         heat=heat_map(manifest.allocations),
         certificate=_certificate(manifest),
+        calibration=calibration_section(manifest, utilities.calibration),
         checks=_checks(measured),
         curves=curves,
         curve_methods=[method for method in METHODS[1:] if any(method in curve["methods"] for curve in curves)],
@@ -194,15 +201,20 @@ def _checks(measured: Mapping[str, Any]) -> dict[str, Any]:
     compared, single = [], []
     for name, value in measured.items():
         resource = name.removeprefix("base_") if name.removeprefix("base_") in RESOURCES else ""
-        label = RESOURCE_NAMES.get(resource) or name.replace("_", " ")
+        label = RESOURCE_NAMES.get(resource) or PROXY_CHECKS.get(name) or name.replace("_", " ")
         if resource and resource != name:
             label += " of the frozen model"
-        if isinstance(value, Mapping):
+        error = (
+            f" ± {number(value['standard_error'])}" if isinstance(value, Mapping) and "standard_error" in value else ""
+        )
+        if isinstance(value, Mapping) and "predicted" not in value:
+            single.append((label, number(value["measured"]) + error))
+        elif isinstance(value, Mapping):
             compared.append(
                 {
                     "name": label,
                     "predicted": quantity(resource, value["predicted"]),
-                    "measured": quantity(resource, value["measured"]),
+                    "measured": quantity(resource, value["measured"]) + error,
                     "error": signed_percent(value["relative_error"]),
                 }
             )

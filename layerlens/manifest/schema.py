@@ -128,6 +128,9 @@ class ModelEntry(_OpenPart):
     fingerprint: Text = Field(default="", description="SHA-256 of the weights.")
     total_params: Whole = Field(default=0, description="Parameters of the base model.")
     task: Text = Field(default="", description="What the model is to be fine-tuned for.")
+    dtype: Literal["", "float32", "bfloat16", "float16"] = Field(
+        default="", description="Precision of the weights that were measured, and that the fingerprint is of."
+    )
     num_labels: Whole = Field(default=0, description="Number of classes.")
     labels: list[Text] = Field(default=[], description="Name of each class, in the order of the logits.")
     head_modules: list[Text] = Field(default=[], description="Modules of the task head, which is trained whole.")

@@ -6,7 +6,15 @@ from layerlens.models.frontier import FrontierRow
 from layerlens.models.manifest import Manifest, ManifestRow, ResourceUse
 from layerlens.models.model_spec import LayerSpec, ModelSpec
 from layerlens.models.options import METHODS, Option, enumerate_options, trainable_params
-from layerlens.models.statistics import KernelStatistics, LayerStatistics, MethodStatistics, ModelStatistics
+from layerlens.models.proxies import Calibration, Prediction, ProxyGain, ProxyStudy
+from layerlens.models.statistics import (
+    FactorSketch,
+    KernelStatistics,
+    LayerStatistics,
+    MethodStatistics,
+    ModelStatistics,
+    ModuleCosts,
+)
 from layerlens.models.tables import RESOURCES, CostTable, UtilityTable
 
 __all__ = [
@@ -15,8 +23,10 @@ __all__ = [
     "Allocation",
     "AllocationProblem",
     "Box",
+    "Calibration",
     "CostTable",
     "Detection",
+    "FactorSketch",
     "FrontierRow",
     "KernelStatistics",
     "LabelledImage",
@@ -28,7 +38,11 @@ __all__ = [
     "MethodStatistics",
     "ModelSpec",
     "ModelStatistics",
+    "ModuleCosts",
     "Option",
+    "Prediction",
+    "ProxyGain",
+    "ProxyStudy",
     "ResourceUse",
     "SolverEvent",
     "UtilityTable",

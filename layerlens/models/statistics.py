@@ -7,6 +7,41 @@ from typing import Any
 
 import numpy as np
 
+from layerlens.models.proxies import ProxyStudy
+
+
+@dataclass(frozen=True)
+class FactorSketch:
+    """A Kronecker factor by its leading eigenpairs: A ≈ V diag(values) Vᵀ, never above A (Nyström).
+
+    Args:
+        values: float64 [k], descending.
+        vectors: float32 [n, k].
+        trace: tr A, exact.
+        error: share of the trace that the eigenpairs lack, exact: (tr A − Σ values) / tr A.
+    """
+
+    values: np.ndarray
+    vectors: np.ndarray
+    trace: float
+    error: float
+
+
+@dataclass(frozen=True)
+class ModuleCosts:
+    """What one module costs, with everything inside it; None for what was not asked for.
+
+    Args:
+        activation_bytes: bytes per token (per sample where there are no tokens) that it keeps for the backward pass of
+            the frozen model.
+        forward_flops: FLOPs of its forward pass, per token or sample.
+        forward_ms: time of its forward pass on two sequences, milliseconds, the least of some passes; hooks included.
+    """
+
+    activation_bytes: float | None = None
+    forward_flops: float | None = None
+    forward_ms: float | None = None
+
 
 @dataclass(frozen=True)
 class MethodStatistics:
@@ -26,6 +61,11 @@ class MethodStatistics:
         spectrum: float64, descending, squared split-half singular values of the whitened matrix; unbiased, so single
             values can be < 0.
         plain_spectrum: the same of the matrix itself.
+        sketched_spectrum: an approximation of ``plain_spectrum`` by random projections, or itself for small matrices.
+        sketch_error: estimated ‖M − M̂‖_F / ‖M‖_F of the approximation, of half the samples; 0 where it is exact.
+        input_factor: float32 [g, n_in, n_in], A = mean over tokens of z zᵀ.
+        output_factor: float32 [g, n_out, n_out], S = mean over samples of Σ_t d dᵀ.
+        input_sketch, output_sketch: the same by their leading eigenpairs; None for several heads.
     """
 
     energy: float | None = None
@@ -34,6 +74,12 @@ class MethodStatistics:
     input_mean_square: float | None = None
     spectrum: np.ndarray = field(default_factory=lambda: np.zeros(0))
     plain_spectrum: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    sketched_spectrum: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    sketch_error: float | None = None
+    input_factor: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    output_factor: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    input_sketch: FactorSketch | None = None
+    output_sketch: FactorSketch | None = None
 
 
 @dataclass(frozen=True)
@@ -49,17 +95,19 @@ class KernelStatistics:
     """The empirical neural tangent kernel of the measured layers: K[n, m] = ⟨g_n, g_m⟩, g_n the gradient of sample n.
 
     Args:
-        gram: float64 [n, n], in the order of the calibration set's batches.
+        gram: float64 [n, n], in the order of the samples in the calibration set.
         trace: tr K.
         effective_rank: (tr K)² / ‖K‖²_F, between 1 (all gradients parallel) and n (all orthogonal, of one length).
         target_alignment: centred alignment of K with the kernel that is 1 for samples of one class and 0 for others
             (Cortes et al. 2012), between -1 and 1; None where the targets are no classes.
+        relative_error: estimated ‖K̂ − K‖_F / ‖K‖_F where K is sketched (more than 256 samples); 0 where it is exact.
     """
 
     gram: np.ndarray
     trace: float
     effective_rank: float
     target_alignment: float | None
+    relative_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +126,8 @@ class ModelStatistics:
             parameter name; empty where they were not asked for.
         left_out: parameters without statistics, by name, with the reason.
         coverage: share of the model's parameters that have statistics.
+        modules: costs of every module, by name; empty where they were not asked for.
+        proxies: gains of single options by real training, None where none were trained.
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -91,6 +141,8 @@ class ModelStatistics:
     other_weights: dict[str, MethodStatistics] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     coverage: float = 0.0
+    modules: dict[str, ModuleCosts] = field(default_factory=dict)
+    proxies: ProxyStudy | None = None
 
     def by_name(self) -> dict[str, LayerStatistics]:
         """The layers by their names."""

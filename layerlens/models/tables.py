@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from layerlens.models.options import Option
+from layerlens.models.proxies import Calibration
 
 TRAINABLE_PARAMS, FLOPS, VRAM_GB, LATENCY_MS = "trainable_params", "flops", "vram_gb", "latency_ms"
 RESOURCES = (TRAINABLE_PARAMS, FLOPS, VRAM_GB, LATENCY_MS)
@@ -21,12 +22,21 @@ class UtilityTable:
         utility: float64 [n_options].
         model: name of the utility model.
         unit: what the utility is measured in, for the reader.
+        calibration: how it was calibrated by proxies; None where it is what theory says.
     """
 
     options: tuple[Option, ...]
     utility: np.ndarray
     model: str
     unit: str
+    calibration: Calibration | None = None
+
+    def first(self, count: int) -> UtilityTable:
+        """The table of the first ``count`` options."""
+        calibration = self.calibration
+        if calibration is not None:
+            calibration = replace(calibration, replicates__bo=calibration.replicates__bo[:, :count])
+        return replace(self, options=self.options[:count], utility=self.utility[:count], calibration=calibration)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from layerlens.config import RunConfig
 from layerlens.data import Dataset
-from layerlens.exceptions import ConfigurationError
+from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.transformers import PretrainedModel, task_heads
 from layerlens.models import ModelSpec, ModelStatistics
 from layerlens.pipeline.messages import Warnings
@@ -19,20 +19,40 @@ from layerlens.utility import needed_statistics
 PADDING_FIRST = ("roberta", "xlm-roberta", "camembert", "longformer")
 """Models whose positions count from the padding token's id on."""
 
-STATISTICS_VERSION = 2
+STATISTICS_VERSION = 4
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
 
+MIN_HELD_OUT = 8
+"""Samples that a mean with a standard error can be trusted from."""
 
-def split_samples(dataset: Dataset, config: RunConfig, warnings: Warnings) -> tuple[Dataset, Dataset]:
-    """Calibration and head samples; says so when the data has fewer than were asked for."""
+
+def split_samples(dataset: Dataset, config: RunConfig, warnings: Warnings) -> tuple[Dataset, Dataset, Dataset]:
+    """Calibration, head and held-out proxy samples; says so when the data has fewer than were asked for.
+
+    Raises:
+        DataError: too few samples are left to judge proxies on.
+    """
     head_samples = config.model.head_fit_samples if TASKS[config.model.task].new_head else 0
-    wanted = config.data.calibration_samples, head_samples
-    parts = dataset.split(*wanted, config.runtime.seed)
-    names = ("data.calibration_samples", "model.head_fit_samples")
-    for name, asked, part in zip(names, wanted, parts, strict=True):
-        if len(part) < asked:
-            warnings.add(f"{name}: asked for {asked}, the data has {len(part)} left after the test split")
-    return parts
+    proxies, measured = config.profiling.proxies, config.data.calibration_samples
+    held_out = proxies.held_out_samples if proxies.options else 0
+    together, head = dataset.split(measured + held_out, head_samples, config.runtime.seed)
+    n_held_out = min(held_out, len(together) // 3) if len(together) < measured + held_out else held_out
+    n_measured = len(together) - n_held_out
+    if held_out > 0 and n_held_out < MIN_HELD_OUT:
+        raise DataError(
+            f"profiling.proxies: the data leaves {n_held_out} samples to judge proxies on, and {MIN_HELD_OUT} are "
+            "needed; give more data or set profiling.proxies.options: 0"
+        )
+    asked = {
+        "data.calibration_samples": (measured, n_measured),
+        "model.head_fit_samples": (head_samples, len(head)),
+        "profiling.proxies.held_out_samples": (held_out, n_held_out),
+    }
+    for name, (wanted, left) in asked.items():
+        if left < wanted:
+            warnings.add(f"{name}: asked for {wanted}, the data has {left} left after the test split")
+    parts = list(range(n_measured)), list(range(n_measured, len(together)))
+    return together.select(parts[0]), head, together.select(parts[1])
 
 
 def check_lengths(pretrained: PretrainedModel, config: RunConfig) -> None:
@@ -57,7 +77,8 @@ def check_lengths(pretrained: PretrainedModel, config: RunConfig) -> None:
 def statistics_request(config: RunConfig) -> StatisticsRequest:
     """What the utility model reads, and what the configuration asks for beside that."""
     profiling = config.profiling
-    needed = needed_statistics(profiling.utility_model, profiling.metric_weights)
+    proxies = profiling.proxies.options > 0
+    needed = needed_statistics(profiling.utility_model, profiling.metric_weights, proxies=proxies)
     return StatisticsRequest.of({*needed, *profiling.statistics}, ntk_samples=profiling.ntk_samples)
 
 
@@ -88,9 +109,21 @@ def statistics_identity(
             "ntk_samples": config.profiling.ntk_samples,
             "all_weights": config.profiling.all_weights,
             "seed": config.runtime.seed,
+            "device": config.runtime.device,
             "threads": threads,
         },
         "versions": versions(),
+    }
+
+
+def proxy_identity(identity: dict[str, Any], held_out: Dataset, config: RunConfig) -> dict[str, Any]:
+    """Everything that a proxy's gain depends on: not which statistics were measured, and not how many are trained."""
+    unread = ("statistics", "ntk_samples", "all_weights")
+    settings = config.profiling.proxies.model_dump(include={"steps", "learning_rate"})
+    return {
+        **identity,
+        "settings": {name: value for name, value in identity["settings"].items() if name not in unread},
+        "proxies": {**settings, "held_out": held_out.fingerprint, "alpha_over_r": config.optimization.alpha_over_r},
     }
 
 
@@ -98,6 +131,7 @@ def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset
     """What the manifest records so that the base model can be loaded again."""
     return {
         "task": config.model.task,
+        "dtype": config.model.dtype,
         "num_labels": 1 if config.model.task == "regression" else len(dataset.label_names),
         "labels": list(dataset.label_names),
         "head_modules": list(task_heads(pretrained.model)) if TASKS[config.model.task].new_head else [],

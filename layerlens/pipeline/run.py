@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from functools import cache as once
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from layerlens.cost import cost_table
 from layerlens.data import Dataset, load_dataset
 from layerlens.exceptions import ActivationCacheError
 from layerlens.integrations.layers import model_spec
+from layerlens.integrations.torch_modules import usable_device
 from layerlens.integrations.transformers import PretrainedModel, load_pretrained
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.manifest import write_manifest, write_report
@@ -26,11 +28,13 @@ from layerlens.pipeline.inputs import (
     check_lengths,
     data_facts,
     model_facts,
+    proxy_identity,
     split_samples,
     statistics_identity,
     statistics_request,
 )
-from layerlens.pipeline.messages import Warnings, warn_of_no_gain, warn_of_overrun
+from layerlens.pipeline.messages import Warnings, warn_of_calibration, warn_of_no_gain, warn_of_overrun
+from layerlens.pipeline.proxies import ProxyTrainer, joint_gains, measure_proxies
 from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
 from layerlens.profiling.cache import SensitivityCache, cache_key, default_cache_dir
@@ -38,9 +42,9 @@ from layerlens.profiling.head import fit_head
 from layerlens.profiling.measure import measure, refuse_non_finite
 from layerlens.profiling.saved_pass import SavedPass
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
-from layerlens.tasks import Batch, Task, make_batches, task_for
+from layerlens.tasks import Batch, Batches, Task, make_batches, task_for
 from layerlens.tuning import export_adapter
-from layerlens.utility import utility_table
+from layerlens.utility import calibrated_table
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
@@ -89,6 +93,7 @@ def run_config(
     cache = SensitivityCache(_cache_dir(config, base_dir)) if use_cache else None
     threads = resolve_threads(config.runtime.threads)
     set_threads(threads)
+    device = usable_device(config.runtime.device)
     with clock.stage("load"), progress.stage("Loading model and data"):
         dataset = load_dataset(config.data, base_dir, config.model.task)
         task = task_for(config.model, base_dir)
@@ -98,15 +103,19 @@ def run_config(
             dataset.label_names,
             seed=config.runtime.seed,
             base_dir=base_dir,
+            dtype=config.model.dtype,
             weights=config.model.weights,
         )
         check_lengths(pretrained, config)
         if dataset.label_names:
             dataset = dataset.with_label_order(pretrained.labels)
-        calibration, head_data = split_samples(dataset, config, warnings)
-        batches = make_batches(
-            task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed
-        )
+        pretrained.model.to(device)
+        calibration, head_data, held_out = split_samples(dataset, config, warnings)
+
+        def batches_of(samples: Dataset, batch_size: int = config.data.batch_size) -> Batches:
+            return make_batches(task, pretrained, samples, config.data, batch_size=batch_size, seed=config.runtime.seed)
+
+        batches = batches_of(calibration)
         inputs = batches[0].inputs
         spec = model_spec(
             pretrained,
@@ -114,19 +123,42 @@ def run_config(
             adapter_sites=config.profiling.adapter_sites,
             inputs=None if "input_ids" in inputs else inputs,
         )
+
+    @once
+    def fit() -> None:
+        """Fit the head where it is new."""
+        if pretrained.new_parameters and len(head_data):
+            head_batches = batches_of(head_data, HEAD_BATCH_SIZE)
+            fit_head(pretrained.model, pretrained.new_parameters, head_batches, progress, task.loss)
+
     with clock.stage("profile"):
         identity = statistics_identity(config, spec, calibration, head_data, threads)
         key = cache_key(identity)
         found = cache.get(key) if cache else None
         if found is None:
             saved = cache.saved_pass(key) if cache else None
-            statistics = _profile(config, pretrained, task, spec, batches, head_data, threads, progress, saved)
+            fit()
+            statistics = _profile(config, pretrained, task, spec, batches, threads, progress, saved)
         else:
             statistics = found[1]
         facts = model_facts(pretrained, config, dataset, spec)
         statistics = replace(statistics, provenance={"identity": identity, "model": facts})
         if cache and found is None:
             cache.put(key, spec, statistics)
+
+    @once
+    def trainer() -> ProxyTrainer:
+        fit()
+        return ProxyTrainer(pretrained.model, spec, batches, batches_of(held_out), task.loss, config)
+
+    saved_proxies = None
+    if config.profiling.proxies.options:
+        with clock.stage("proxies"):
+            if cache:
+                proxies_key = cache_key(proxy_identity(identity, held_out, config))
+                saved_proxies = cache.saved_proxies(proxies_key, spec.model_name, len(held_out))
+            study = measure_proxies(trainer, spec, config, saved_proxies, progress)
+            statistics = replace(statistics, proxies=study)
     with clock.stage("solve"), progress.stage("Solving"):
         solution = _solve(config, spec, statistics, threads)
         warn_of_no_gain(solution, config, warnings)
@@ -137,14 +169,15 @@ def run_config(
         model=facts,
         provenance=run_provenance(config, threads, data_facts(statistics)),
     )
+    joint: dict[str, Any] = {}
+    if statistics.proxies:
+        with clock.stage("joint proxies"):
+            alike = _solve(config, spec, statistics, threads, utility_model="uniform")
+            uniform = make_manifest(spec, alike, config.optimization, model=facts, provenance=manifest.provenance)
+            joint = joint_gains(trainer, manifest, uniform, saved_proxies, progress)
     with staged_directory(output, owned=(*CHOICE_FILES, STATISTICS_FILE)) as staging:
         with clock.stage("export"):
-
-            def fit_head_if_cached() -> None:  # else profiling has fitted it
-                if found is not None:
-                    _fit_new_head(config, pretrained, task, head_data, progress)
-
-            factors = measured_factors(pretrained.model, manifest, batches, task.loss, fit_head_if_cached)
+            factors = measured_factors(pretrained.model, manifest, batches, task.loss, fit)
             written = write_manifest(manifest, staging, created_at=_now())
             written |= export_adapter(manifest, pretrained.model, staging, factors)
             written["statistics"] = atomic_write_bytes(staging / STATISTICS_FILE, statistics_to_bytes(spec, statistics))
@@ -152,6 +185,9 @@ def run_config(
             longest = batches[-1].inputs
             measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress, factors)
             warn_of_overrun(manifest, measured, warnings)
+            if statistics.proxies:
+                measured |= joint
+                warn_of_calibration(manifest, joint, warnings)
         written |= _write_report(staging, manifest, solution, statistics, measured)
         files = {name: output / path.relative_to(staging) for name, path in written.items()}
     return RunResult(
@@ -250,13 +286,11 @@ def _profile(
     task: Task,
     spec: ModelSpec,
     batches: Sequence[Batch],
-    head_data: Dataset,
     threads: int,
     progress: Progress,
     saved: SavedPass | None,
 ) -> ModelStatistics:
-    """Fit the head if it is new, then measure every layer."""
-    _fit_new_head(config, pretrained, task, head_data, progress)
+    """Measure every layer."""
     return measure(
         pretrained.model,
         spec,
@@ -271,22 +305,15 @@ def _profile(
     )
 
 
-def _fit_new_head(
-    config: RunConfig, pretrained: PretrainedModel, task: Task, head_data: Dataset, progress: Progress
-) -> None:
-    if pretrained.new_parameters and len(head_data):
-        head_batches = make_batches(
-            task, pretrained, head_data, config.data, batch_size=HEAD_BATCH_SIZE, seed=config.runtime.seed
-        )
-        fit_head(pretrained.model, pretrained.new_parameters, head_batches, progress, task.loss)
-
-
-def _solve(config: RunConfig, spec: ModelSpec, statistics: ModelStatistics, threads: int) -> Solution:
+def _solve(
+    config: RunConfig, spec: ModelSpec, statistics: ModelStatistics, threads: int, *, utility_model: str | None = None
+) -> Solution:
     """Utilities and costs of every option, and the certified choice."""
     options = enumerate_options(spec, config.optimization.ranks())
-    utilities = utility_table(
-        config.profiling.utility_model, spec, statistics, options, config.profiling.metric_weights
-    )
+    utilities = calibrated_table(
+        utility_model or config.profiling.utility_model, spec, statistics, options, config.profiling.metric_weights,
+        seed=config.runtime.seed,
+    )  # fmt: skip
     costs = cost_table(spec, statistics, options, config.optimization)
     return find_allocation(spec, utilities, costs, config.optimization, seed=config.runtime.seed, threads=threads)
 

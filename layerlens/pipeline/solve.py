@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+import numpy as np
+
 from layerlens import __version__
 from layerlens.config import OptimizationConfig, RunConfig
 from layerlens.models import (
@@ -19,6 +21,7 @@ from layerlens.models import (
     Manifest,
     ManifestRow,
     ModelSpec,
+    Prediction,
     ResourceUse,
     SolverEvent,
     UtilityTable,
@@ -123,9 +126,46 @@ def make_manifest(
             "use_rslora": config.use_rslora,
             "initialization": config.lora_initialization,
         },
-        predicted={"gain": sum(row.utility for row in rows), "unit": utilities.unit, "calibrated": False},
+        predicted=_predicted(utilities, problem.entries(allocation.choice)),
         provenance=provenance,
     )
+
+
+def _predicted(utilities: UtilityTable, chosen: np.ndarray) -> dict[str, Any]:
+    """Predicted gain of the chosen options, and what the prediction rests on."""
+    gain = float(utilities.utility[chosen].sum())
+    found = utilities.calibration
+    if found is None:
+        return {"gain": gain, "unit": utilities.unit, "calibrated": False}
+    low, high = np.percentile(found.replicates__bo[:, chosen].sum(axis=1), [2.5, 97.5])
+    study = found.study
+    return {
+        "gain": gain,
+        "gain_interval": [float(low), float(high)],
+        "unit": utilities.unit,
+        "calibrated": True,
+        "calibration": {
+            "proxies": len(study.gains),
+            "planned": study.planned,
+            "steps": study.steps,
+            "learning_rate": study.learning_rate,
+            "held_out_samples": study.held_out_samples,
+            "base_loss": study.base_loss,
+            "mean_standard_error": float(np.mean([one.standard_error for one in study.gains])),
+            "leave_one_out_rmse": found.leave_one_out_rmse,
+            **_ranking(found.overall),
+            "by_method": {method: _ranking(each) for method, each in found.by_method.items()},
+            "curves": {method: [list(knot) for knot in knots] for method, knots in found.curves.items()},
+        },
+    }
+
+
+def _ranking(found: Prediction) -> dict[str, Any]:
+    return {
+        "options": found.n_options,
+        "spearman": found.spearman,
+        "spearman_interval": None if found.interval is None else list(found.interval),
+    }
 
 
 def _resource_uses(solution: Solution, config: OptimizationConfig) -> tuple[ResourceUse, ...]:

@@ -19,11 +19,13 @@ from typing import Any
 
 from layerlens.exceptions import ActivationCacheError, OutputError
 from layerlens.models import ModelSpec, ModelStatistics
+from layerlens.profiling.proxy_file import SavedProxies
 from layerlens.profiling.saved_pass import SavedPass
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.utils.atomic import atomic_write_bytes
 
 BUSY_TIMEOUT_S = 30.0
+PROXIES = ".proxies"
 
 
 def default_cache_dir() -> Path:
@@ -43,7 +45,8 @@ class CacheEntry:
     """What is kept under one key.
 
     Args:
-        key: as ``cache_key`` made it, with ``.partial`` for a pass that was interrupted.
+        key: as ``cache_key`` made it, with ``.partial`` for a pass that was interrupted and ``.proxies`` for measured
+            gains of options.
         model_name, n_samples: what was measured; "?" for a file that is not in the index.
         bytes: size of the blob.
         created_at: UTC, as SQLite writes it.
@@ -79,9 +82,7 @@ class SensitivityCache:
 
     def get(self, key: str) -> tuple[ModelSpec, ModelStatistics] | None:
         """What is kept under ``key``; None when it is absent or its blob does not match its checksum."""
-        with self._index() as index:
-            row = index.execute("SELECT sha256 FROM statistics WHERE key = ?", (key,)).fetchone()
-        if row is None or self._checked(key, row[0]) is None:
+        if self._read(key) is None:
             return None
         try:
             return load_statistics(self._blob(key))
@@ -96,13 +97,12 @@ class SensitivityCache:
     def saved_pass(self, key: str) -> SavedPass:
         """Where an unfinished pass for ``key`` is kept, until its statistics are."""
         partial = f"{key}.partial"
+        return SavedPass(lambda: self._read(partial), lambda data: self._keep(partial, data, "unfinished pass", 0))
 
-        def read() -> bytes | None:
-            with self._index() as index:
-                row = index.execute("SELECT sha256 FROM statistics WHERE key = ?", (partial,)).fetchone()
-            return None if row is None else self._checked(partial, row[0])
-
-        return SavedPass(read, lambda data: self._keep(partial, data, "unfinished pass", 0))
+    def saved_proxies(self, key: str, model_name: str, n_samples: int) -> SavedProxies:
+        """Where the gains of single options are kept for ``key``, from the first one on."""
+        entry = f"{key}{PROXIES}"
+        return SavedProxies(lambda: self._read(entry), lambda data: self._keep(entry, data, model_name, n_samples))
 
     def entries(self) -> list[CacheEntry]:
         """Everything in the cache, oldest first, each blob read and held against its checksum."""
@@ -116,7 +116,7 @@ class SensitivityCache:
             state = "missing" if missing else "ok" if self._checked(key, sha256) is not None else "damaged"
             entries.append(CacheEntry(key, model_name, n_samples, size, created_at, state))
         known = {self._blob(entry.key).name for entry in entries}
-        for path in sorted((self.directory / "blobs").glob("*.safetensors")):
+        for path in sorted(x for x in (self.directory / "blobs").iterdir() if x.suffix in (".safetensors", ".json")):
             if path.name not in known:
                 entries.append(CacheEntry(path.stem, "?", 0, path.stat().st_size, "", "foreign"))
         return entries
@@ -136,6 +136,12 @@ class SensitivityCache:
                 (key, hashlib.sha256(data).hexdigest(), model_name, n_samples, len(data)),
             )
 
+    def _read(self, key: str) -> bytes | None:
+        """The bytes under ``key``; None when they are absent or do not match their checksum."""
+        with self._index() as index:
+            row = index.execute("SELECT sha256 FROM statistics WHERE key = ?", (key,)).fetchone()
+        return None if row is None else self._checked(key, row[0])
+
     def _checked(self, key: str, sha256: str) -> bytes | None:
         """The blob's bytes, None when they do not match the checksum."""
         try:
@@ -145,7 +151,7 @@ class SensitivityCache:
         return data if hashlib.sha256(data).hexdigest() == sha256 else None
 
     def _blob(self, key: str) -> Path:
-        return self.directory / "blobs" / f"{key}.safetensors"
+        return self.directory / "blobs" / f"{key}{'.json' if key.endswith(PROXIES) else '.safetensors'}"
 
     @contextmanager
     def _index(self) -> Iterator[sqlite3.Connection]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,11 @@ from layerlens.integrations.attention import attention_outputs
 from layerlens.integrations.weight_matrices import conv_patches, matrix_shape
 from layerlens.models import LayerSpec, LayerStatistics, MethodStatistics, ModelSpec
 from layerlens.profiling.accumulators import InputAccumulator, MatrixAccumulator
+from layerlens.profiling.device import uses_kernels
+from layerlens.profiling.kernel_sketch import KernelSketch
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.sample_matrices import SampleMatrices, gram_matrix, join_calls
+from layerlens.profiling.sketches import Projection
 from layerlens.tasks import Batch, Loss
 
 Recorder = Callable[..., None]
@@ -84,6 +88,7 @@ class Capture:
         self.other_modules = tuple(other_modules)
         self.accumulators: dict[Key, MatrixAccumulator] = {}
         self.inputs: dict[Key, InputAccumulator] = {}
+        self.kernel_sketch = KernelSketch() if request.sketched_ntk else None
         self._anchor = torch.zeros((), requires_grad=True)
         self._loss_scale = 1.0
         self._calls: Counter[str] = Counter()
@@ -152,6 +157,8 @@ class Capture:
                 (loss__b.sum() * self._loss_scale).backward()
                 for key in list(self._pending):  # a module whose other call the loss does not depend on
                     self._flush(key)
+                if self.kernel_sketch is not None:
+                    self.kernel_sketch.end_batch()
             finally:
                 self._in_backward = False
                 self._pending.clear()
@@ -195,11 +202,20 @@ class Capture:
         return covered | {f"{name}.weight": f"{name}.weight" for name in layers}
 
     def gram(self) -> np.ndarray:
-        """⟨g_n, g_m⟩ of the kept samples, summed over the weights of all layers; float64 [n, n]."""
-        kept = [self.accumulators[layer.name, "lora"].kept for layer in self.spec.layers if "lora" in layer.methods]
-        total = sum(gram_matrix(batches, self.threads) for batches in kept)
-        assert isinstance(total, np.ndarray)
-        return total
+        """⟨g_n, g_m⟩ of the samples, summed over the weights of all layers; float64 [sketches, n, n].
+
+        One exact matrix, or several independent estimates of it where there are too many samples to keep.
+
+        Raises:
+            ProfilingError: there are no such layers.
+        """
+        names = [layer.name for layer in self.spec.layers if "lora" in layer.methods]
+        if not names:
+            raise ProfilingError("ntk: the model has no layer that LoRA can be put on, so there is no kernel of them")
+        if self.kernel_sketch is not None:
+            return self.kernel_sketch.grams(self.request.ntk_samples)
+        grams = [gram_matrix(self.accumulators[name, "lora"].kept, self.threads) for name in names]
+        return np.sum(grams, axis=0)[None]
 
     def _dense_hook(self, layer: LayerSpec) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
         with_adapter = "adapter" in layer.methods
@@ -288,8 +304,14 @@ class Capture:
         if self._loss_scale != 1.0:
             d__bgto = d__bgto.float() * self._scale_back
             z__bgti = z__bgti.float()
+        if self.request.sketches and uses_kernels(d__bgto):
+            # Once for all the sketches; narrow products of half precision are slower than those of float32 on the CPU.
+            wide = torch.promote_types(d__bgto.dtype, torch.float32)
+            d__bgto, z__bgti = d__bgto.to(wide), z__bgti.to(wide)
         if len(z__bgti) == 1 < len(d__bgto):
             z__bgti = z__bgti.expand(len(d__bgto), *z__bgti.shape[1:])
+        if mask__bt is not None and self.request.masked_inputs:
+            z__bgti = z__bgti * mask__bt[:, None, :, None].to(z__bgti.dtype)
         accumulator = self._accumulator(key, (d__bgto.shape[1], d__bgto.shape[3], z__bgti.shape[3]), leader)
         if leader == key[0] or key[1] == "weight":
             accumulator.inputs.add(z__bgti, mask__bt)
@@ -304,9 +326,24 @@ class Capture:
         if key not in self.accumulators:
             source = (leader, key[1])
             if source not in self.inputs:
-                self.inputs[source] = InputAccumulator(self.request, self.threads)
-            self.accumulators[key] = MatrixAccumulator(self.request, self.threads, self.inputs[source], shape)
+                self.inputs[source] = self.new_inputs(source)
+            self.accumulators[key] = self.new_matrix(key, self.inputs[source], shape)
         return self.accumulators[key]
+
+    def new_inputs(self, source: Key) -> InputAccumulator:
+        """Empty sums over the inputs of one layer, and of those that have the same."""
+        inputs = InputAccumulator(self.request, self.threads)
+        inputs.projection = None if source[1] == "weight" else Projection(f"{source[0]}|{source[1]}")
+        return inputs
+
+    def new_matrix(self, key: Key, inputs: InputAccumulator, shape: tuple[int, int, int]) -> MatrixAccumulator:
+        """Empty sums for one matrix. The kernel is that of the layers' own weights, so only these are kept for it."""
+        request = self.request if key[1] == "lora" else replace(self.request, ntk=False)
+        projection = inputs.projection if shape[0] == 1 else None
+        if projection is not None and projection.name != "|".join(key):  # the inputs are those of another layer
+            projection = Projection("|".join(key))
+        kernel = self.kernel_sketch if key[1] == "lora" else None
+        return MatrixAccumulator(request, self.threads, inputs, shape, projection, kernel)
 
     def _queue(self, key: Key, matrices: SampleMatrices) -> None:
         """Hold a call until all calls of this forward pass are there: their sum comes before any square."""
@@ -362,7 +399,8 @@ def _open_graph(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ..
 def _refuse_bad_loss(loss__b: torch.Tensor, batch: Batch) -> None:
     bad = (~torch.isfinite(loss__b)).nonzero().flatten()
     if len(bad):
+        first = int(bad[0])
         raise ProfilingError(
-            f"the loss of calibration sample {int(batch.index[bad[0]])} is {float(loss__b[bad[0]])}; the model "
+            f"the loss of calibration sample {int(batch.index[first])} is {float(loss__b[first])}; the model "
             "overflows on it: look for NaN weights or leave the sample out"
         )

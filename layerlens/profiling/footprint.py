@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,22 +16,55 @@ SAMPLES = 2
 
 def count_saved_bytes(model: torch.nn.Module, run: Callable[[], object]) -> int:
     """Bytes that autograd keeps during ``run()``, every storage counted once, the model's own weights left out."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+    sizes: list[int] = []
+    saved_tensors_seen(model, run, sizes.append)
+    return sum(sizes)
+
+
+def saved_tensors_seen(model: torch.nn.Module, run: Callable[[], object], see: Callable[[int], object]) -> None:
+    """Call ``run()`` and tell ``see`` the bytes of every storage that autograd keeps, when it is first kept."""
+    seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     alive: list[
         object
     ] = []  # a freed storage's address may be used again, so every saved tensor is held until the count is done
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            see(storage.nbytes())
             alive.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         alive.append(run())
-    return sum(kept.values())
+
+
+def samples_in(inputs: dict[str, torch.Tensor]) -> int:
+    """Tokens of a full batch; samples where the inputs are no tokens."""
+    return inputs["input_ids"].numel() if "input_ids" in inputs else len(next(iter(inputs.values())))
+
+
+@contextmanager
+def opened_at(
+    model: torch.nn.Module, first_block: str | None, inputs: dict[str, torch.Tensor]
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """A forward pass of the frozen model whose backward pass would reach down to ``first_block`` (None: the inputs)."""
+
+    def open_graph(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}
+
+    if first_block is None:
+        opened = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+        yield lambda: _total(model(**opened))
+        return
+    handle = model.get_submodule(first_block).register_forward_pre_hook(open_graph, with_kwargs=True)
+    try:
+        yield lambda: _total(model(**inputs))
+    finally:
+        handle.remove()
 
 
 def frozen_footprint(
@@ -43,25 +77,12 @@ def frozen_footprint(
     Adapting any layer of a block needs the activations above it; counting from the first block on is what a choice that
     touches the lowest layers needs, and an upper bound for every other.
     """
-
-    def open_graph(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}
-
-    tokens = inputs["input_ids"].numel() if "input_ids" in inputs else len(next(iter(inputs.values())))
-    if first_block is None:
-        opened = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
-        saved = count_saved_bytes(model, lambda: _total(model(**opened)))
-    else:
-        handle = model.get_submodule(first_block).register_forward_pre_hook(open_graph, with_kwargs=True)
-        try:
-            saved = count_saved_bytes(model, lambda: _total(model(**inputs)))
-        finally:
-            handle.remove()
+    count = samples_in(inputs)
+    with opened_at(model, first_block, inputs) as run:
+        saved = count_saved_bytes(model, run)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**inputs)
-    return saved / tokens, counter.get_total_flops() / tokens
+    return saved / count, counter.get_total_flops() / count
 
 
 def dense_inputs(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from scipy.linalg.blas import dsyrk, ssyrk
+
+from layerlens.profiling.device import uses_kernels
 
 
 class GramSum:
@@ -24,20 +25,20 @@ class GramSum:
         if self.total is None:
             self.total = torch.zeros(groups, k, k, dtype=dtype, device=rows__gnk.device)
         rows = rows__gnk.to(dtype)
-        if groups > 1 or rows.device.type != "cpu":
+        if groups > 1 or not uses_kernels(rows):
             self.total.baddbmm_(rows.mT, rows)
             return
         # Fortran order is the transpose's order: the lower triangle of the C-ordered total is updated in place.
         update = dsyrk if dtype == torch.float64 else ssyrk
         update(1.0, rows[0].contiguous().numpy().T, beta=1.0, c=self.total[0].numpy().T, overwrite_c=1)
 
-    def result(self) -> np.ndarray:
-        """float64 [g, k, k], symmetric.
+    def result(self) -> torch.Tensor:
+        """float64 [g, k, k], symmetric, on the device of what was added.
 
         Raises:
             ValueError: nothing was added.
         """
         if self.total is None:
             raise ValueError("nothing was added")
-        lower = np.tril(self.total.double().cpu().numpy())
-        return lower + np.tril(lower, -1).transpose(0, 2, 1)
+        lower = self.total.double().tril()
+        return lower + lower.tril(-1).mT

@@ -34,7 +34,8 @@ def fit_head(
     """
     batches = list(batches)  # they may be made anew each time they are asked for
     replay = _replay_of(model, new_parameters)
-    features = replay.features(batches, progress)
+    features = [_as_float32(found) for found in replay.features(batches, progress)]
+    widened = _widen(model, replay.frozen)
     parameters = [model.get_parameter(name) for name in new_parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -56,6 +57,8 @@ def fit_head(
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
+    for parameter, dtype in widened:
+        parameter.data = parameter.data.to(dtype)
     if not final < float("inf"):
         raise ProfilingError(f"fitting the task head diverged (loss {final}); set model.head_fit_samples: 0")
     return final
@@ -98,11 +101,38 @@ class _Replay:
             return self.model(**batch.inputs)
 
 
+def _widen(model: torch.nn.Module, frozen: Sequence[torch.nn.Module]) -> list[tuple[torch.nn.Parameter, torch.dtype]]:
+    """Make half-precision weights outside the frozen modules float32; these weights and what they were.
+
+    L-BFGS compares losses that differ by less than half precision can tell; widening and narrowing changes no bit of
+    the other weights.
+    """
+    inside = {id(parameter) for module in frozen for parameter in module.parameters()}
+    widened = []
+    for parameter in model.parameters():
+        if id(parameter) not in inside and parameter.dtype in (torch.float16, torch.bfloat16):
+            widened.append((parameter, parameter.dtype))
+            parameter.data = parameter.data.float()
+    return widened
+
+
+def _as_float32(output: Any) -> Any:
+    """A module's output with half-precision tensors as float32."""
+    if isinstance(output, torch.Tensor):
+        return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+    if isinstance(output, tuple):
+        return tuple(map(_as_float32, output))
+    if isinstance(output, dict):  # transformers' ModelOutput, which is made from its fields
+        return type(output)(**{name: _as_float32(value) for name, value in output.items()})
+    return output
+
+
 class _TimmReplay(_Replay):
-    """timm's models say themselves where their features end and their head begins."""
+    """timm's models say themselves where their features end and their head begins, but not which weights are before."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.frozen = []
 
     def run(self, batch: Batch) -> tuple[Any, Any]:
         features = self.model.forward_features(*batch.inputs.values())

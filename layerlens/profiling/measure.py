@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +12,14 @@ import torch
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.transformers import blocks_of
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
-from layerlens.models import ModelSpec, ModelStatistics
+from layerlens.models import FactorSketch, KernelStatistics, ModelSpec, ModelStatistics
 from layerlens.profiling.capture import Capture
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
+from layerlens.profiling.module_costs import module_costs
 from layerlens.profiling.ntk import kernel_statistics
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.saved_pass import SavedPass
-from layerlens.tasks import Batch, Loss
+from layerlens.tasks import Batch, Batches, Loss
 from layerlens.tasks.losses import classification_loss
 from layerlens.utils.progress import Progress
 
@@ -59,31 +59,40 @@ def measure(
         ProfilingError: a loss or a statistic is not finite, or a layer cannot be measured; names the layer.
     """
     model = uncompiled(model)
+    n_samples = batches.n_samples if isinstance(batches, Batches) else sum(len(batch.index) for batch in batches)
+    request = dataclasses.replace(request, ntk_samples=min(request.ntk_samples, n_samples))
+    told = _Told()
     with frozen_without_dropout(model, checkpointing=True):
         capture = Capture(model, spec, request, threads, other_modules)
         with progress.stage("Measuring gradients", total=len(batches)) as advance, capture.open():
             n_done, losses = saved.restore(capture) if saved else (0, [])
             advance(n_done)
-            for batch in batches[n_done:]:
-                losses.append(capture.run(batch, loss))
+            for number in range(len(batches)):  # each is made once, and not kept
+                batch = batches[number].halves_apart()
+                told.add(batch)
+                if number < n_done:
+                    continue
+                losses.append(capture.run(batch, loss).cpu())
                 if saved:
                     saved.after_batch(capture, losses)
                 advance(1)
         with progress.stage("Computing statistics", total=None):
             layers = capture.result(DAMPING)
             others = capture.other_weights(DAMPING)
-            kernel = kernel_statistics(capture.gram(), _kept_labels(batches, request)) if request.ntk else None
+            kernel = _kernel(capture, told) if request.ntk else None
         covered = capture.covered_weights()
     with frozen_without_dropout(model, checkpointing=False):
         inputs = dense_inputs(batches[0].inputs, sequence_length)
-        activation_bytes, forward_flops = frozen_footprint(model, next(iter(blocks_of(model)), None), inputs)
+        first_block = next(iter(blocks_of(model)), None)
+        activation_bytes, forward_flops = frozen_footprint(model, first_block, inputs)
+        modules = module_costs(model, first_block, inputs, request)
     left_out = _left_out(model, covered)
     total = sum(parameter.numel() for parameter in model.parameters())
     missing = sum(model.get_parameter(name).numel() for name in left_out)
     statistics = ModelStatistics(
         layers=layers,
-        n_samples=sum(len(batch.index) for batch in batches),
-        n_tokens=sum(batch.n_tokens for batch in batches),
+        n_samples=n_samples,
+        n_tokens=told.n_tokens,
         mean_loss=float(torch.cat(losses).double().mean()),
         activation_bytes=activation_bytes,
         forward_flops=forward_flops,
@@ -91,6 +100,7 @@ def measure(
         other_weights=others,
         left_out=left_out,
         coverage=1.0 - missing / total,
+        modules=modules,
     )
     refuse_non_finite(statistics)
     return statistics
@@ -124,6 +134,8 @@ def refuse_non_finite(statistics: ModelStatistics) -> None:
     for name, method, found in measured:
         for field in dataclasses.fields(found):
             value = getattr(found, field.name)
+            if isinstance(value, FactorSketch):
+                value = value.values
             if value is not None and not np.all(np.isfinite(value)):
                 raise ProfilingError(
                     f"{name}: the {field.name} statistic{method} is not finite; the model overflows on this "
@@ -131,16 +143,30 @@ def refuse_non_finite(statistics: ModelStatistics) -> None:
                 )
 
 
-def _kept_labels(batches: Sequence[Batch], request: StatisticsRequest) -> np.ndarray:
-    """Targets of the kernel's samples; of another shape where they are no classes or numbers."""
-    labels: list[Any] = []
-    for batch in batches:
-        if not isinstance(batch.labels, torch.Tensor) or batch.labels.dim() != 1:
-            return np.zeros((0, 0))
-        labels.extend(batch.labels.tolist())
-        if len(labels) >= request.ntk_samples:
-            break
-    return np.array(labels[: request.ntk_samples])
+@dataclasses.dataclass
+class _Told:
+    """What is kept of the samples in the order in which they are measured: not their inputs."""
+
+    n_tokens: int = 0
+    index: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    labels: list[torch.Tensor | None] = dataclasses.field(default_factory=list)
+
+    def add(self, batch: Batch) -> None:
+        """Keep one batch's; its targets only where there is one number for each sample."""
+        one_each = isinstance(batch.labels, torch.Tensor) and batch.labels.dim() == 1
+        self.n_tokens += batch.n_tokens
+        self.index.append(batch.index)
+        self.labels.append(batch.labels.cpu() if one_each else None)
+
+
+def _kernel(capture: Capture, told: _Told) -> KernelStatistics:
+    """The kernel of the first samples that were measured, in the order that they have in the calibration set."""
+    count = capture.request.ntk_samples
+    order = torch.cat(told.index)[:count].argsort().numpy()
+    labels = [part for part in told.labels if part is not None]
+    comparable = len(labels) == len(told.labels)
+    of_samples = torch.cat(labels)[:count].numpy()[order] if comparable else np.zeros((0, 0))
+    return kernel_statistics(capture.gram()[:, order][:, :, order], of_samples)
 
 
 def _left_out(model: torch.nn.Module, covered: dict[str, str]) -> dict[str, str]:

@@ -7,8 +7,22 @@ from dataclasses import dataclass
 
 from layerlens.exceptions import ConfigurationError
 
-STATISTICS = ("fisher", "gradient", "input_scale", "spectrum", "whitened_spectrum", "ntk")
+BY_SAMPLES = (
+    "fisher",
+    "gradient",
+    "input_scale",
+    "spectrum",
+    "whitened_spectrum",
+    "factors",
+    "sketched_spectrum",
+    "sketched_factors",
+    "ntk",
+)
+OF_MODULES = ("activation_memory", "flops", "time")
+STATISTICS = (*BY_SAMPLES, *OF_MODULES)
 NTK_SAMPLES = 64
+EXACT_NTK_SAMPLES = 256
+"""The activations and gradients of more samples are not kept; their kernel is sketched."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +35,12 @@ class StatisticsRequest:
         input_scale: mean square of the inputs.
         spectrum: split-half spectrum of G.
         whitened_spectrum: the same of S^-½ G A^-½, for which the exact K-FAC factors A and S are formed.
-        ntk: the Gram matrix of per-sample gradients of the first ``ntk_samples`` samples, which are kept for it.
-        ntk_samples: at most 256.
+        factors: A and S themselves, as output.
+        sketched_spectrum, sketched_factors: approximations of these by random projections, with their errors.
+        ntk: the Gram matrix of per-sample gradients of the first ``ntk_samples`` samples: exact from kept activations
+            and gradients up to 256, sketched beyond.
+        activation_memory, flops, time: costs of every module (``ModuleCosts``).
+        ntk_samples: see ``ntk``.
     """
 
     fisher: bool = False
@@ -30,7 +48,13 @@ class StatisticsRequest:
     input_scale: bool = False
     spectrum: bool = False
     whitened_spectrum: bool = False
+    factors: bool = False
+    sketched_spectrum: bool = False
+    sketched_factors: bool = False
     ntk: bool = False
+    activation_memory: bool = False
+    flops: bool = False
+    time: bool = False
     ntk_samples: int = NTK_SAMPLES
 
     @classmethod
@@ -65,6 +89,26 @@ class StatisticsRequest:
         return self.gradient or self.halves
 
     @property
+    def exact_factors(self) -> bool:
+        """Whether A and S are summed."""
+        return self.whitened_spectrum or self.factors
+
+    @property
+    def sketched_ntk(self) -> bool:
+        """Whether the kernel is of more samples than are kept."""
+        return self.ntk and self.ntk_samples > EXACT_NTK_SAMPLES
+
+    @property
+    def sketches(self) -> bool:
+        """Whether anything is projected."""
+        return self.sketched_spectrum or self.sketched_factors or self.sketched_ntk
+
+    @property
+    def masked_inputs(self) -> bool:
+        """Whether padded inputs must be zero; for gradients alone their zero output gradients do."""
+        return self.exact_factors or self.input_scale or self.sketched_factors
+
+    @property
     def backward(self) -> bool:
         """Whether gradients are needed."""
-        return self.mean or self.fisher or self.ntk
+        return any(getattr(self, name) for name in BY_SAMPLES)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from layerlens import kernels
+from layerlens.profiling.device import uses_kernels
 
 CHUNK_BYTES = 64 * 2**20
 """Per-sample matrices are formed at most this much at a time, where forming them is the cheaper way."""
@@ -41,6 +42,12 @@ class SampleMatrices:
         assert first is not None
         return len(first)
 
+    @property
+    def on_host(self) -> bool:
+        """Whether the factors are in main memory."""
+        first = self.d__bgto if self.d__bgto is not None else self.ids__bt
+        return first is None or first.device.type == "cpu"
+
     def squared_norms(self, threads: int) -> np.ndarray:
         """‖M_n‖²_F of every sample, float64 [b], without forming M_n."""
         total = np.zeros(self.n_samples)
@@ -57,7 +64,7 @@ class SampleMatrices:
                 total += 2.0 * _sum_products(z__bti @ rows.mT, d__bto.gather(2, index))
         return total
 
-    def add_sum_to(self, total__goi: torch.Tensor, chosen__b: torch.Tensor | None = None) -> None:
+    def add_sum_to(self, total__goi: torch.Tensor, chosen__b: slice | torch.Tensor | None = None) -> None:
         """Add Σ_n M_n, over all samples or the ``chosen__b``, to ``total__goi`` in place."""
         if self.d__bgto is not None and self.z__bgti is not None:
             d, z = (_rows(tensor, chosen__b) for tensor in (self.d__bgto, self.z__bgti))
@@ -68,10 +75,10 @@ class SampleMatrices:
             total__goi[0].index_add_(0, ids.reshape(-1), rows.flatten(0, 1).to(total__goi.dtype))
 
     def first(self, count: int) -> SampleMatrices:
-        """A copy of the first ``count`` samples in main memory."""
+        """A copy of the first ``count`` samples, where they are."""
         return SampleMatrices(
             *(
-                None if tensor is None else tensor[:count].detach().to("cpu", copy=True)
+                None if tensor is None else tensor[:count].detach().clone()
                 for tensor in (self.d__bgto, self.z__bgti, self.ids__bt, self.rows__bti)
             )
         )
@@ -107,17 +114,26 @@ def gram_matrix(batches: Sequence[SampleMatrices], threads: int) -> np.ndarray:
     for group in range(groups):
         d, z = d__ngto[:, group], z__ngti[:, group]
         if n * n * t * t * (i + o) / 2 < n * t * i * o + n * n * i * o:
-            gram += kernels.ghost_gram(z, d, threads=threads)
+            gram += kernels.ghost_gram(z, d, threads=threads) if uses_kernels(d) else gram_on_device(d, z)
         else:
-            for tile__nk in _tiles(d, z):
-                gram += (tile__nk @ tile__nk.T).double().numpy()
+            tiles = [(tile__nk @ tile__nk.T).double() for tile__nk in _tiles(d, z)]
+            gram += torch.stack(tiles).sum(dim=0).cpu().numpy()
     return gram
+
+
+def gram_on_device(d__nto: torch.Tensor, z__nti: torch.Tensor) -> np.ndarray:
+    """What ``kernels.ghost_gram`` computes, by torch on the device of the tensors; only the Gram matrix leaves it."""
+    rows = [
+        ((d__nto @ one_d.mT) * (z__nti @ one_z.mT)).sum(dim=(1, 2), dtype=torch.float64)
+        for one_d, one_z in zip(d__nto, z__nti, strict=True)
+    ]
+    return torch.stack(rows).cpu().numpy()
 
 
 def _dense_norms(d__bgto: torch.Tensor, z__bgti: torch.Tensor, threads: int) -> np.ndarray:
     b, g = d__bgto.shape[:2]
     d__nto, z__nti = d__bgto.flatten(0, 1), z__bgti.flatten(0, 1)
-    if d__nto.device.type == "cpu":
+    if uses_kernels(d__nto):
         norms = kernels.ghost_norms(z__nti, d__nto, threads=threads)
     else:
         norms = norms_on_device(d__nto, z__nti)
@@ -142,13 +158,16 @@ def _tiles(d__nto: torch.Tensor, z__nti: torch.Tensor) -> Iterator[torch.Tensor]
         yield (d__nto[..., start : start + step].mT @ z__nti).flatten(1)
 
 
-def _rows(tensor__bgtk: torch.Tensor, chosen__b: torch.Tensor | None) -> torch.Tensor:
+def _rows(tensor__bgtk: torch.Tensor, chosen__b: slice | torch.Tensor | None) -> torch.Tensor:
     return tensor__bgtk if chosen__b is None else tensor__bgtk[chosen__b]
 
 
 def _add_product(total__goi: torch.Tensor, d__bgto: torch.Tensor, z__bgti: torch.Tensor) -> None:
     """total += Σ over b and t of d zᵀ, for each g."""
     d__gno, z__gni = d__bgto.transpose(0, 1).flatten(1, 2), z__bgti.transpose(0, 1).flatten(1, 2)
+    if uses_kernels(d__gno):
+        # A bfloat16 product of these shapes takes 1.7 times a float32 one on the CPU, and rounds the sum as well.
+        d__gno, z__gni = d__gno.to(total__goi.dtype), z__gni.to(total__goi.dtype)
     if d__gno.dtype != total__goi.dtype:
         total__goi += d__gno.mT @ z__gni
     elif len(total__goi) == 1:

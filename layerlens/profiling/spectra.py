@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
+import torch
 
 MAX_VALUES = 64
 """No option on offer is larger; more singular values would only be stored."""
 
 
 def split_half_spectrum(
-    gradient_1: np.ndarray,
-    gradient_2: np.ndarray,
-    input_factor: np.ndarray | None = None,
-    output_factor: np.ndarray | None = None,
+    gradient_1: torch.Tensor,
+    gradient_2: torch.Tensor,
+    input_factor: torch.Tensor | None = None,
+    output_factor: torch.Tensor | None = None,
     damping: float = 0.0,
 ) -> np.ndarray:
     """Estimated squared singular values of G, or of S^-½ G A^-½, without the bias that noise adds to a plain spectrum.
@@ -30,26 +30,30 @@ def split_half_spectrum(
         damping: relative, > 0 where factors are given.
 
     Returns:
-        float64, at most 64 values, descending; single values can be negative.
+        float64, at most 64 values, descending; single values can be negative. Computed on the tensors' device.
     """
     halves = [gradient_1, gradient_2]
     if input_factor is not None and output_factor is not None:
-        roots = _cholesky(output_factor, damping), _cholesky(input_factor, damping)
-        halves = [_whiten(gradient, *roots) for gradient in halves]
+        roots = cholesky_root(output_factor, damping), cholesky_root(input_factor, damping)
+        halves = [whiten(gradient, *roots) for gradient in halves]
     estimates = []
     for from_half, to_half in (halves, halves[::-1]):
-        left, values, right_t = scipy.linalg.svd(from_half, full_matrices=False, check_finite=False)
-        estimates.append(values * np.einsum("oi,oi->i", left, to_half @ right_t.T))
-    return np.sort((estimates[0] + estimates[1]) / 2)[::-1][:MAX_VALUES].copy()
+        left, values, right_t = torch.linalg.svd(from_half, full_matrices=False)
+        estimates.append(values * torch.einsum("oi,oi->i", left, to_half @ right_t.mT))
+    both = (estimates[0] + estimates[1]) / 2
+    return both.sort(descending=True).values[:MAX_VALUES].cpu().numpy().copy()
 
 
-def _whiten(gradient: np.ndarray, output_root: np.ndarray, input_root: np.ndarray) -> np.ndarray:
-    left = scipy.linalg.solve_triangular(output_root, gradient, lower=True)
-    return scipy.linalg.solve_triangular(input_root, left.T, lower=True).T
+def whiten(gradient: torch.Tensor, output_root: torch.Tensor, input_root: torch.Tensor) -> torch.Tensor:
+    """L_S⁻¹ G L_A⁻ᵀ for lower triangular roots."""
+    left = torch.linalg.solve_triangular(output_root, gradient, upper=False)
+    return torch.linalg.solve_triangular(input_root, left.mT, upper=False).mT
 
 
-def _cholesky(factor: np.ndarray, damping: float) -> np.ndarray:
+def cholesky_root(factor: torch.Tensor, damping: float) -> torch.Tensor:
+    """Lower triangular root of the damped factor."""
     size = factor.shape[0]
-    level = damping * float(np.trace(factor)) / size
+    level = damping * float(factor.trace()) / size
     # A factor of nothing but zeros (a module whose gradient vanishes) whitens to zero gain at any positive level.
-    return scipy.linalg.cholesky(factor + (level or 1.0) * np.eye(size), lower=True)
+    eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
+    return torch.linalg.cholesky(factor + (level or 1.0) * eye)

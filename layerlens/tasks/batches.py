@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -35,6 +35,23 @@ class Batch:
     labels: Any
     index: torch.Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on ``device``; ``index`` stays in main memory."""
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return Batch(inputs, _each_tensor(self.labels, lambda tensor: tensor.to(device)), self.index)
+
+    def halves_apart(self) -> Batch:
+        """The same samples, those with an even index first: each half of the calibration set is then one slice."""
+        order = (self.index % 2).argsort(stable=True)
+        if bool((order.diff() > 0).all()):
+            return self
+
+        def ordered(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[order.to(tensor.device)]
+
+        inputs = {name: ordered(tensor) for name, tensor in self.inputs.items()}
+        return Batch(inputs, _each_tensor(self.labels, ordered, order.tolist()), self.index[order])
+
     @property
     def masks(self) -> tuple[torch.Tensor, ...]:
         """Masks [b, t] of the inputs, 1 for tokens and 0 for padding; none for images.
@@ -55,7 +72,7 @@ class Batch:
 
 
 class Batches(Sequence[Batch]):
-    """Batches of encoded samples, padded (and images decoded) each time one is asked for.
+    """Batches of encoded samples on the model's device, padded (and images decoded) each time one is asked for.
 
     The shortest samples come first and the longest last. Samples of tensors share a batch only with others of the same
     shapes, since nothing says how those are padded.
@@ -80,6 +97,11 @@ class Batches(Sequence[Batch]):
     def __len__(self) -> int:
         return len(self.plan)
 
+    @property
+    def n_samples(self) -> int:
+        """Samples of all batches."""
+        return sum(map(len, self.plan))
+
     @overload
     def __getitem__(self, index: int) -> Batch: ...
 
@@ -93,7 +115,7 @@ class Batches(Sequence[Batch]):
             return part
         chosen = self.plan[index]
         inputs, labels = self.task.collate(self.pretrained, [self.features[sample] for sample in chosen])
-        return Batch(inputs, labels, torch.tensor(chosen))
+        return Batch(inputs, labels, torch.tensor(chosen)).to(next(self.pretrained.model.parameters()).device)
 
 
 def make_batches(
@@ -120,6 +142,22 @@ def make_batches(
         ConfigurationError: the tokenizer lacks what the task needs.
     """
     return Batches(task, pretrained, task.encode(pretrained, dataset, config, seed), batch_size=batch_size)
+
+
+def _each_tensor(
+    labels: Any, change: Callable[[torch.Tensor], torch.Tensor], order: Sequence[int] | None = None
+) -> Any:
+    """Targets that ``default_collate`` joined, with each tensor [b, ...] changed and lists of b texts in ``order``."""
+    if isinstance(labels, torch.Tensor):
+        return change(labels)
+    if isinstance(labels, Mapping):
+        return {name: _each_tensor(part, change, order) for name, part in labels.items()}
+    if isinstance(labels, (list, tuple)):
+        if any(isinstance(part, (str, bytes)) for part in labels):
+            return [labels[position] for position in order] if order is not None else labels
+        parts = [_each_tensor(part, change, order) for part in labels]
+        return type(labels)(*parts) if hasattr(labels, "_fields") else parts
+    return labels
 
 
 def _length(features: Features) -> int:

@@ -32,8 +32,10 @@ def encode_own(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig
 
 
 def collate_own(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inputs, Any]:
-    """Inputs of one shape, and targets as torch's ``default_collate`` joins them."""
-    inputs = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "labels"}
+    """Inputs of one shape, those with a point in the model's precision; targets by torch's ``default_collate``."""
+    dtype = next(pretrained.model.parameters()).dtype
+    stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "labels"}
+    inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in stacked.items()}
     return inputs, default_collate([row["labels"] for row in rows])
 
 

@@ -53,5 +53,6 @@ def load_base(manifest: Manifest, model: str | None = None, base_dir: Path | Non
         [str(label) for label in manifest.model.get("labels") or ()],
         seed=manifest_seed(manifest),
         base_dir=base_dir,
+        dtype=str(manifest.model.get("dtype") or "float32"),
         weights=None if weights is None else str(weights),
     )

@@ -10,6 +10,7 @@ import numpy as np
 from layerlens.exceptions import ProfilingError
 from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable
 from layerlens.utility import spectral
+from layerlens.utility.calibration import calibrate
 from layerlens.utility.weighted import metrics_of, weighted_table
 
 STATISTIC_OF = {"gradient_energy": "gradient", "fisher": "fisher"}
@@ -51,15 +52,18 @@ UTILITY_MODELS: dict[str, UtilityModel] = {
 }
 
 
-def needed_statistics(name: str, metric_weights: Mapping[str, float]) -> tuple[str, ...]:
+def needed_statistics(name: str, metric_weights: Mapping[str, float], *, proxies: bool = False) -> tuple[str, ...]:
     """The statistics that the utility model ``name`` reads; those of "weighted" follow from its weights.
+
+    With ``proxies`` the metric proxy_eval is there too: measured gains, carried to all layers along the signal.
 
     >>> needed_statistics("weighted", {"fisher": 1.0})
     ('fisher',)
     """
     if name == "weighted":
         wanted = {metric for metric, weight in metric_weights.items() if weight > 0.0}
-        return tuple(STATISTIC_OF[metric] for metric in sorted(wanted & set(STATISTIC_OF)))
+        needed = {STATISTIC_OF[metric] for metric in wanted & set(STATISTIC_OF)}
+        return tuple(sorted(needed | set(SIGNAL if proxies and "proxy_eval" in wanted else ())))
     return UTILITY_MODELS[name].needs
 
 
@@ -83,7 +87,11 @@ def utility_table(
         ProfilingError: the statistics lack what the model needs.
     """
     if name == "weighted":
-        return weighted_table(spec, metrics_of(statistics), options, metric_weights)
+        metrics = metrics_of(statistics)
+        if statistics.proxies and metric_weights.get("proxy_eval"):
+            for layer, gain in _proxy_gains(spec, statistics, options).items():
+                metrics[layer]["proxy_eval"] = gain
+        return weighted_table(spec, metrics, options, metric_weights)
     model = UTILITY_MODELS[name]
     lacking = [need for need in model.needs if not has_statistic(statistics, need)]
     if lacking:
@@ -95,3 +103,35 @@ def utility_table(
             f"`layerlens run` with utility_model: {name}, or choose {', '.join(usable)}"
         )
     return UtilityTable(tuple(options), model.function(spec, statistics, options), name, model.unit)
+
+
+def calibrated_table(
+    name: str,
+    spec: ModelSpec,
+    statistics: ModelStatistics,
+    options: Sequence[Option],
+    metric_weights: Mapping[str, float],
+    *,
+    seed: int = 0,
+) -> UtilityTable:
+    """``utility_table`` as predicted loss drops, by the proxies of ``statistics``; as it is where there are none.
+
+    Raises:
+        ProfilingError: the statistics lack what the model needs.
+    """
+    study = statistics.proxies
+    if study is None:
+        return utility_table(name, spec, statistics, options, metric_weights)
+    trained = [one.option for one in study.gains]  # maybe of ranks that are no longer on offer
+    together = tuple(dict.fromkeys((*options, *trained)))
+    found = calibrate(utility_table(name, spec, statistics, together, metric_weights), study, seed=seed)
+    return found.first(len(options))
+
+
+def _proxy_gains(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> dict[str, float]:
+    """Loss drop of each layer's best option: the proxies' gains, carried to all layers along the signal."""
+    table = calibrated_table("signal", spec, statistics, options, {})
+    best = {layer.name: 0.0 for layer in spec.layers}
+    for option, gain in zip(table.options, table.utility, strict=True):
+        best[option.layer] = max(best[option.layer], float(gain))
+    return best

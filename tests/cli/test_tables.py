@@ -144,3 +144,30 @@ def test_positions() -> None:
 )
 def test_numbers_as_people_read_them(shown: str, text: str) -> None:
     assert shown == text
+
+
+CALIBRATED = {
+    "gain": 0.0123,
+    "gain_interval": [0.008, 0.02],
+    "calibrated": True,
+    "calibration": {"proxies": 24, "steps": 16, "spearman": 0.7, "spearman_interval": [0.4, 0.9]},
+}
+
+
+def test_what_the_proxies_showed() -> None:
+    told = tables.calibration(CALIBRATED)
+    assert told is not None
+    text = " ".join(drawn(told, 80).split())
+    assert "Predicted loss drop: 0.0123 nats per sample (95 %: 0.008 to 0.02), from 24 options" in text
+    assert "Spearman of 0.70 (95 %: 0.40 to 0.90)." in text
+    assert tables.calibration({"gain": 1.0, "calibrated": False}) is None
+    alike = CALIBRATED | {"calibration": CALIBRATED["calibration"] | {"spearman": None, "spearman_interval": None}}
+    assert "too alike to say" in " ".join(drawn(tables.calibration(alike) or "").split())
+    checks = {
+        "loss_drop": {"predicted": 0.0123, "measured": 0.011, "relative_error": 0.12, "standard_error": 0.002},
+        "loss_drop_over_uniform": {"measured": 0.003, "standard_error": 0.001},
+    }
+    shown = drawn(tables.measured(checks) or "", 80)
+    assert "0.011 ± 0.002" in shown
+    assert "0.003 ± 0.001" in shown
+    assert "…" not in shown

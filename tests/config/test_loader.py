@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from layerlens.config import load_run_config, parse_run_config
+from layerlens.config.wording import must_be, nearest_choice
 from layerlens.exceptions import ConfigurationError
 
 VALID = """\
@@ -93,9 +96,21 @@ def test_one_problem(section: str, line: str, message: str) -> None:
     assert problems(with_lines(section, line)) == [f"config.yaml:{message}"]
 
 
-def test_a_single_choice_is_named_once() -> None:
+def test_the_nearest_choice_is_named() -> None:
     (line,) = problems(with_lines("model", "dtype: float31"))
-    assert line.endswith("model.dtype: must be 'float32', got float31")
+    assert line.endswith(
+        "model.dtype: must be 'float32', 'bfloat16' or 'float16', got float31; did you mean 'float32'?"
+    )
+
+
+def test_a_single_choice_is_named_once() -> None:
+    class OneChoice(BaseModel):
+        precision: Literal["float32"]
+
+    with pytest.raises(ValidationError) as raised:
+        OneChoice.model_validate({"precision": "float31"})
+    (detail,) = raised.value.errors()
+    assert (must_be(detail), nearest_choice(detail)) == ("must be 'float32'", "")
 
 
 def test_python_objects_are_never_made() -> None:

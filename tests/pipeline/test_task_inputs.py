@@ -48,8 +48,8 @@ CASES: dict[str, tuple[str, Callable[[], Any], list[dict[str, Any]] | None]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(CASES))
-def test_every_task_ends_in_an_adapter_that_changes_nothing(settings, tmp_path, minilm_path, name):
+def prepare(settings: dict[str, Any], tmp_path: Path, minilm_path: str, name: str) -> None:
+    """Save the model and data of a case, and name them in ``settings``."""
     task, make, made = CASES[name]
     torch.manual_seed(0)
     make().save_pretrained(tmp_path / "model")
@@ -63,6 +63,11 @@ def test_every_task_ends_in_an_adapter_that_changes_nothing(settings, tmp_path, 
         settings["data"]["source"] = "d.jsonl"
     settings["model"] |= {"name_or_path": "model", "task": task}
     settings["optimization"] |= {"max_flops": None, "methods": ["lora"]}  # several, whatever the noise
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_task_ends_in_an_adapter_that_changes_nothing(settings, tmp_path, minilm_path, name):
+    prepare(settings, tmp_path, minilm_path, name)
     settings["profiling"]["utility_model"] = "gradient"
     settings["profiling"] |= {"all_weights": True, "statistics": ["ntk"], "ntk_samples": 4}
     result = run_config(RunConfig.model_validate(settings), base_dir=tmp_path)
@@ -79,6 +84,22 @@ def test_every_task_ends_in_an_adapter_that_changes_nothing(settings, tmp_path, 
         first, second = ((folder / "peft" / file).read_bytes() for folder in (result.directory, tmp_path / "again"))
         assert first == second
     assert again["peft"].is_dir()
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_task_trains_proxies_in_half_precision(settings, tmp_path, minilm_path, name):
+    prepare(settings, tmp_path, minilm_path, name)
+    settings["model"]["dtype"] = "bfloat16"
+    settings["profiling"]["proxies"] = {"options": 4, "steps": 2, "held_out_samples": 12}
+    settings["profiling"]["statistics"] = ["sketched_spectrum", "sketched_factors", "activation_memory", "flops"]
+    result = run(settings, tmp_path)
+    assert result.measured["step_zero_max_abs_delta"] == 0.0
+    assert result.manifest.model["dtype"] == "bfloat16"
+    _, statistics = load_statistics(result.files["statistics"])
+    assert statistics.proxies.held_out_samples == 12
+    assert len(statistics.proxies.gains) == 4
+    assert any(gain.gain != 0.0 for gain in statistics.proxies.gains)
+    assert statistics.modules
 
 
 OWN = """
@@ -160,6 +181,19 @@ def test_a_model_of_ones_own_with_ones_own_loss_and_data(own, tmp_path):
         apply_to_directory(manifest, None, tmp_path / "again")
 
 
+def test_proxies_train_ones_own_loss_on_ones_own_samples(own, tmp_path):
+    settings, _ = own
+    settings["model"]["dtype"] = "bfloat16"
+    settings["profiling"]["proxies"] = {"options": 4, "steps": 8, "learning_rate": 0.01, "held_out_samples": 8}
+    result = run(settings, tmp_path)
+    spec, statistics = load_statistics(result.files["statistics"])
+    assert statistics.n_samples == 24
+    assert statistics.proxies.held_out_samples == 8
+    # The head reads all that there is of a spot, so a few steps on it lower the loss; weights are in two bytes.
+    assert max(gain.gain for gain in statistics.proxies.gains if gain.option.layer == "head") > 0.0
+    assert spec.weight_bytes == 2 * spec.total_params
+
+
 def test_weights_of_a_factory_come_from_a_safetensors_file(own, tmp_path):
     from safetensors.torch import save_file
 
@@ -200,9 +234,12 @@ def test_modules_that_are_not_there_are_said(own, tmp_path):
         run(settings, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["timm:test_vit", "timm:test_resnet"])
-def test_timm_models_end_in_an_adapter_too(settings, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("timm:test_vit", "float32"), ("timm:test_vit", "bfloat16"), ("timm:test_resnet", "float32")]
+)
+def test_timm_models_end_in_an_adapter_too(settings, tmp_path, name, dtype):
     pytest.importorskip("timm", exc_type=Exception)
+    settings["model"]["dtype"] = dtype
     settings["model"] |= {"name_or_path": name, "task": "image-classification", "weights": "random"}
     settings["data"] |= {"source": "builtin:digits", "calibration_samples": 6}
     settings["model"]["head_fit_samples"] = 8

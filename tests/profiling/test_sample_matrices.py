@@ -46,7 +46,7 @@ def test_gram_sums_are_symmetric_and_equal_the_product(groups: int, dtype: torch
     for rows in batches:
         total.add(rows)
     joined = torch.cat(batches, dim=1).double()
-    result = total.result()
+    result = total.result().numpy()
     np.testing.assert_array_equal(result, result.transpose(0, 2, 1))
     tolerance = RELATIVE if dtype == torch.float64 else 1e-5  # half precision is summed in float32
     np.testing.assert_allclose(result, (joined.mT @ joined).numpy(), rtol=tolerance, atol=tolerance)

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from brute_force import SIGNAL, pieces
+from brute_force import pieces
 from test_architectures import CASES, spec_of
 
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.models import ModelStatistics
 from layerlens.profiling.cache import SensitivityCache, cache_key
 from layerlens.profiling.measure import measure
-from layerlens.profiling.request import StatisticsRequest
+from layerlens.profiling.request import BY_SAMPLES, StatisticsRequest
 from layerlens.profiling.saved_pass import MAX_BYTES, SavedPass
 from layerlens.profiling.statistics_file import statistics_to_bytes
 from layerlens.utils.progress import silent
 
-EVERYTHING = (*SIGNAL, "spectrum", "whitened_spectrum", "ntk")
+EVERYTHING = BY_SAMPLES
 KEY = cache_key({"test": 1})
 
 
@@ -56,7 +56,11 @@ def run(saved: SavedPass | None, progress: Any = silent) -> tuple[bytes, ModelSt
     return statistics_to_bytes(spec, statistics), statistics
 
 
-def test_a_resumed_pass_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("sketched", [False, True])
+def test_a_resumed_pass_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sketched: bool):
+    if sketched:  # small as the model is
+        monkeypatch.setattr("layerlens.profiling.request.EXACT_NTK_SAMPLES", 2)
+        monkeypatch.setattr("layerlens.profiling.accumulators.worth_sketching", lambda shape: shape[0] == 1)
     monkeypatch.setattr("layerlens.profiling.saved_pass.SHARE_OF_TIME", float("inf"))  # save after every batch
     expected, _ = run(None)
     with pytest.raises(KeyboardInterrupt):
@@ -74,7 +78,7 @@ def test_a_damaged_pass_is_measured_from_the_start(tmp_path: Path, damage: str):
     (blob,) = (tmp_path / "blobs").iterdir()
     data = bytearray(blob.read_bytes())
     if damage == "other version":
-        data = data.replace(b"layerlens-pass-1", b"layerlens-pass-0")
+        data = data.replace(b"layerlens-pass-2", b"layerlens-pass-0")
         SensitivityCache(tmp_path).saved_pass(KEY).write(bytes(data))
     else:
         data[-1] ^= 1

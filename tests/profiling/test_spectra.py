@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 
-from layerlens.profiling.spectra import split_half_spectrum
+from layerlens.profiling import spectra
+
+
+def split_half_spectrum(*matrices, damping=0.0):
+    return spectra.split_half_spectrum(*map(torch.from_numpy, matrices), damping=damping)
 
 
 def test_without_noise_it_is_the_squared_spectrum_of_the_whitened_matrix():
@@ -19,7 +24,7 @@ def test_without_noise_it_is_the_squared_spectrum_of_the_whitened_matrix():
     damped_s = s + damping * np.trace(s) / 5 * np.eye(5)
     roots = [np.linalg.inv(scipy.linalg.sqrtm(factor).real) for factor in (damped_s, damped_a)]
     expected = np.linalg.svd(roots[0] @ gradient @ roots[1], compute_uv=False) ** 2
-    got = split_half_spectrum(gradient, gradient, a, s, damping)
+    got = split_half_spectrum(gradient, gradient, a, s, damping=damping)
     # Both routes condition like the damped factors (about 1e4 here): 1e4 · 2^-53 ≈ 1e-12, with a margin of 1e3.
     np.testing.assert_allclose(got, expected, rtol=1e-9)
 
@@ -32,7 +37,7 @@ def test_noise_does_not_inflate_it():
     split, plain = [], []
     for _ in range(trials):
         halves = [truth + noise * rng.standard_normal((n_out, n_in)) for _ in range(2)]
-        split.append(split_half_spectrum(*halves, np.eye(n_in), np.eye(n_out), 1e-9).sum())
+        split.append(split_half_spectrum(*halves, np.eye(n_in), np.eye(n_out), damping=1e-9).sum())
         plain.append(np.sum(((halves[0] + halves[1]) / 2) ** 2))
     # The truth has energy 1; the plain estimate carries noise²·n_out·n_in/2 = 5.4 on top of it.
     assert np.mean(plain) > 5.0
@@ -42,4 +47,4 @@ def test_noise_does_not_inflate_it():
 
 def test_a_module_without_gradient_has_no_gain():
     zero = np.zeros((3, 4))
-    assert split_half_spectrum(zero, zero, np.eye(4), np.zeros((3, 3)), 1e-2) == pytest.approx(np.zeros(3))
+    assert split_half_spectrum(zero, zero, np.eye(4), np.zeros((3, 3)), damping=1e-2) == pytest.approx(np.zeros(3))

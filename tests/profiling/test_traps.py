@@ -164,6 +164,8 @@ def test_each_statistic_alone_computes_nothing_else():
         "gradient": "energy",
         "spectrum": "plain_spectrum",
         "whitened_spectrum": "spectrum",
+        "factors": "output_factor",
+        "sketched_spectrum": "sketched_spectrum",
     }
     reference = profile(model, spec, [batch], classification_loss, statistics=(*SIGNAL, *has), everything=False)
     for statistic, field in has.items():
