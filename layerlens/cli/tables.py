@@ -74,7 +74,7 @@ def calibration(predicted: Mapping[str, Any]) -> Text | None:
     text = Text.assemble(
         "Predicted loss drop: ",
         (f"{predicted['gain']:.4g}", "bold"),
-        f" nats per sample (95 %: {low:.3g} to {high:.3g})",
+        f" per sample (95 %: {low:.3g} to {high:.3g})",
     )
     if found["spearman"] is None:
         return text.append(f", from {steps}; they were too alike to say how well the utilities rank them.")

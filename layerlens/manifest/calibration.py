@@ -74,7 +74,7 @@ def _figure(found: Calibration) -> str:
             knots = found.curves[method]
             axes.plot([knot[0] for knot in knots], [knot[1] for knot in knots], color=INK, linewidth=1.2)
             axes.set_xlabel("utility by theory")
-            axes.set_ylabel("measured loss drop (nats)")
+            axes.set_ylabel("measured loss drop")
             axes.set_title({"lora": "LoRA"}.get(method, method), fontsize=10, color=INK)
             axes.locator_params(nbins=4)
             for side in ("top", "right"):

@@ -15,7 +15,8 @@ class ProxyGain:
 
     Args:
         option: what was trained.
-        gain: mean drop of the held-out loss, nats per sample; below 0 where training made it worse.
+        gain: mean drop of the held-out loss, per sample (nats where the loss is a log-likelihood); below 0 where
+            training made it worse.
         standard_error: of ``gain``, from the paired differences of the held-out samples.
     """
 
@@ -70,7 +71,7 @@ class Calibration:
         overall: all options together.
         by_method: each method alone.
         curves: for each method the knots (utility, loss drop) of its monotone fit; linear in between.
-        leave_one_out_rmse: root mean square of (measured − predicted from the other proxies), nats per sample.
+        leave_one_out_rmse: root mean square of (measured − predicted from the other proxies), per sample.
         replicates__bo: float64 [n_replicates, n_options], the utilities of the table under fits to resampled proxies.
     """
 

@@ -74,5 +74,5 @@ def warn_of_calibration(manifest: Manifest, joint: dict[str, Any], warnings: War
     if over["measured"] < -2.0 * over["standard_error"]:
         warnings.add(
             f"treating all layers alike gained more in the same steps, by {-over['measured']:.4g} ± "
-            f"{over['standard_error']:.2g} nats per sample; profiling.utility_model: uniform chooses that"
+            f"{over['standard_error']:.2g} per sample; profiling.utility_model: uniform chooses that"
         )

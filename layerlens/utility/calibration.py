@@ -27,7 +27,7 @@ Knots = tuple[tuple[float, float], ...]
 
 def calibrated_unit(steps: int) -> str:
     """What calibrated utilities are measured in."""
-    return f"predicted loss drop after {steps} steps, nats per sample"
+    return f"predicted loss drop after {steps} steps, per sample"
 
 
 def calibrate(table: UtilityTable, study: ProxyStudy, *, seed: int = 0) -> UtilityTable:

@@ -158,7 +158,7 @@ def test_what_the_proxies_showed() -> None:
     told = tables.calibration(CALIBRATED)
     assert told is not None
     text = " ".join(drawn(told, 80).split())
-    assert "Predicted loss drop: 0.0123 nats per sample (95 %: 0.008 to 0.02), from 24 options" in text
+    assert "Predicted loss drop: 0.0123 per sample (95 %: 0.008 to 0.02), from 24 options" in text
     assert "Spearman of 0.70 (95 %: 0.40 to 0.90)." in text
     assert tables.calibration({"gain": 1.0, "calibrated": False}) is None
     alike = CALIBRATED | {"calibration": CALIBRATED["calibration"] | {"spearman": None, "spearman_interval": None}}

@@ -75,7 +75,7 @@ def test_the_whole_job_with_proxies(with_proxies, tmp_path, trainings):
     assert any(gain.gain > 2 * gain.standard_error for gain in study.gains)  # training does something
     predicted = result.manifest.predicted
     assert predicted["calibrated"]
-    assert "nats" in predicted["unit"]
+    assert predicted["unit"] == "predicted loss drop after 3 steps, per sample"
     assert predicted["unit"] == result.manifest.utility_unit
     facts = predicted["calibration"]
     assert facts["proxies"] == facts["planned"] == facts["options"] == 7
