@@ -8,7 +8,7 @@
 //  - the score: value + p.slack - slack' Q slack / 2. The favourites of the groups still open react to prices; how
 //    much, is the curvature H of the dual of the open groups, and Q = H^-1 is what steering the slack to 0 costs;
 //  - the bounds: by weak duality, for any prices q, value + q.slack + sum over open groups of max(value - q.cost)
-//    bounds what a state can become. Prices are taken where the states are: for a sample of them, by Newton steps from p.
+//    bounds what a state can become. Prices are taken where the states are: for a sample, by Newton steps from p.
 // Slacks are integers in doubles below 2^53, so their sums are exact and equal states are recognised.
 #include <algorithm>
 #include <cmath>
