@@ -87,7 +87,7 @@ def test_no_option_lies_above_a_hull_of_any_floats(options):
     assert v[hull[-1]] == max(v)
     allowed = len(options) * (max(v) - min(v)) * Fraction(7, 2**53)
     for option in range(len(options)):
-        left = max((k for k in range(len(hull)) if c[hull[k]] <= c[option]))
+        left = max(k for k in range(len(hull)) if c[hull[k]] <= c[option])
         a, b = hull[left], hull[min(left + 1, len(hull) - 1)]
         line = v[a] if a == b else v[a] + (v[b] - v[a]) * (c[option] - c[a]) / (c[b] - c[a])
         assert v[option] <= line + allowed
