@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs the kernel tests with them.
+# Builds the kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs the tests of every family with them,
+# and those of the solver that go through its kernels.
 #
 #   scripts/sanitize.sh [pytest arguments]
 #
@@ -31,4 +32,6 @@ cp pyproject.toml "$work"
 cd "$work"
 LD_PRELOAD=$runtime PYTHONPATH="$work/site" "$python" -c \
   "import layerlens.kernels as k; assert k.__file__.startswith('$work'), k.__file__; print('instrumented:', k.isa())"
-LD_PRELOAD=$runtime PYTHONPATH="$work/site" "$python" -m pytest -q -p no:cacheprovider tests/kernels "$@"
+LD_PRELOAD=$runtime PYTHONPATH="$work/site" "$python" -m pytest -q -p no:cacheprovider tests/kernels \
+  tests/optimization/test_knapsack_kernels.py tests/optimization/test_knapsack_property.py \
+  tests/optimization/test_beam_search.py "$@"
