@@ -19,6 +19,13 @@ CXXFLAGS=$flags LDFLAGS="-fsanitize=address,undefined" "$python" -m pip install 
   --no-build-isolation --disable-pip-version-check --target "$work/site" \
   -C build-dir="$work/build" -C cmake.build-type=Debug -C install.strip=false .
 
+# An editable install finds the checkout's modules before PYTHONPATH is asked; Python imports this file after it set up.
+cat > "$work/site/sitecustomize.py" << 'END'
+import sys
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "ScikitBuildRedirectingFinder"]
+END
+
 # The interpreter is not instrumented, so the runtime is loaded before it. Python keeps memory until exit (no leak check)
 # and importing torch uses alternative signal stacks.
 compiler=${CXX:-c++}
