@@ -8,7 +8,6 @@ import os
 # under which users run; interleaved.py keeps one runtime's spinning workers out of another's time.
 os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
-import json
 import platform
 import sys
 from pathlib import Path
@@ -16,6 +15,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not let files import their neighbours
+
+from stored_ratios import STORED, missing_ratios, processor_key, record_ratios
 
 ROWS = pytest.StashKey[list[dict]]()
 
@@ -57,8 +58,10 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     for line in lines:
         terminalreporter.write_line(line.rstrip())
     target = os.environ.get("LAYERLENS_BENCHMARK_RECORD")
+    if not target and (missing := missing_ratios(STORED, processor_key(kernels.isa()))):
+        terminalreporter.write_line(missing)
     if target:
         Path(target).mkdir(parents=True, exist_ok=True)
         (Path(target) / "kernels.txt").write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
         ratios = {row["case"]: float(row["best peer"].split("x")[0]) for row in rows if row.get("best peer")}
-        (Path(target) / "kernel_ratios.json").write_text(json.dumps(ratios, indent=1) + "\n", encoding="utf-8")
+        record_ratios(Path(target) / "kernel_ratios.json", processor_key(kernels.isa()), ratios)

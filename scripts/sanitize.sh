@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs the kernel tests with them.
+# Builds the kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs the tests of every family with them,
+# and those of the solver that go through its kernels.
 #
 #   scripts/sanitize.sh [pytest arguments]
 #
@@ -18,6 +19,13 @@ CXXFLAGS=$flags LDFLAGS="-fsanitize=address,undefined" "$python" -m pip install 
   --no-build-isolation --disable-pip-version-check --target "$work/site" \
   -C build-dir="$work/build" -C cmake.build-type=Debug -C install.strip=false .
 
+# An editable install finds the checkout's modules before PYTHONPATH is asked; Python imports this file after it set up.
+cat > "$work/site/sitecustomize.py" << 'END'
+import sys
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "ScikitBuildRedirectingFinder"]
+END
+
 # The interpreter is not instrumented, so the runtime is loaded before it. Python keeps memory until exit (no leak check)
 # and importing torch uses alternative signal stacks.
 compiler=${CXX:-c++}
@@ -31,4 +39,6 @@ cp pyproject.toml "$work"
 cd "$work"
 LD_PRELOAD=$runtime PYTHONPATH="$work/site" "$python" -c \
   "import layerlens.kernels as k; assert k.__file__.startswith('$work'), k.__file__; print('instrumented:', k.isa())"
-LD_PRELOAD=$runtime PYTHONPATH="$work/site" "$python" -m pytest -q -p no:cacheprovider tests/kernels "$@"
+LD_PRELOAD=$runtime PYTHONPATH="$work/site" "$python" -m pytest -q -p no:cacheprovider tests/kernels \
+  tests/optimization/test_knapsack_kernels.py tests/optimization/test_knapsack_property.py \
+  tests/optimization/test_beam_search.py "$@"

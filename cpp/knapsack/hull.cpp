@@ -18,9 +18,16 @@ struct Point {
   std::int64_t option;
 };
 
-// Whether b lies on or below the line from a to c, costs rising from a to c.
+// Whether b lies on or below the line from a to c, all of whose costs and values rise from a to b and to c.
 bool below(const Point& a, const Point& b, const Point& c) {
-  return (b.value - a.value) * (c.cost - a.cost) <= (c.value - a.value) * (b.cost - a.cost);
+  const double rise_b = b.value - a.value, run_b = b.cost - a.cost, rise_c = c.value - a.value, run_c = c.cost - a.cost;
+  const double left = rise_b * run_c, right = rise_c * run_b;
+  if (std::isnormal(left) && std::isnormal(right)) return left <= right;
+  // A product overflowed or lost digits to underflow: fractions in [1/4, 1) and exponents apart.
+  int exponent[4] = {0, 0, 0, 0};
+  const double left_part = std::frexp(rise_b, &exponent[0]) * std::frexp(run_c, &exponent[1]);
+  const double right_part = std::frexp(rise_c, &exponent[2]) * std::frexp(run_b, &exponent[3]);
+  return std::ldexp(left_part, exponent[0] + exponent[1] - exponent[2] - exponent[3]) <= right_part;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -36,6 +37,28 @@ def score_groups(
             total += block
         totals.append(total)
     return choice, score[choice], np.array(totals)
+
+
+def group_hulls(offset: np.ndarray, value: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Options on each group's upper concave hull of value over cost, in exact arithmetic: (options int64, int64 [g]).
+
+    From the cheapest option (the best of them, the first of equals) on, as far as the value rises; points on a line
+    between others are left out. The next corner is the dearer, better option with the steepest line to it.
+    """
+    hull, length = [], []
+    for begin, end in itertools.pairwise(offset):
+        points = [(Fraction(float(cost[o])), Fraction(float(value[o])), o) for o in range(begin, end)]
+        corners = [min(points, key=lambda point: (point[0], -point[1], point[2]))]
+        while True:
+            c0, v0, _ = corners[-1]
+            further = [(c, v, o) for c, v, o in points if v > v0]
+            if not further:
+                break
+            # Of equally steep ones the farthest, so that none lies between corners; of equal points the first.
+            corners.append(max(further, key=lambda point: ((point[1] - v0) / (point[0] - c0), point[0], -point[2])))
+        hull += [o for _, _, o in corners]
+        length.append(len(corners))
+    return np.array(hull), np.array(length)
 
 
 def exhaustive_optimum(
