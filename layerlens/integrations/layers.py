@@ -105,6 +105,8 @@ def why_no_lora(name: str, module: Any) -> str:
         return left_out or why_not_measurable(name, module)
     if module.dilation != (1, 1) and module.kernel_size != (1, 1):
         return "PEFT's LoRA drops the dilation of a convolution"
+    if module.padding_mode != "zeros":
+        return "PEFT's LoRA drops the padding mode of a convolution"
     if module.groups > 1 and module.groups == module.in_channels:
         return f"PEFT's LoRA of a depthwise convolution needs a rank that is a multiple of its {module.groups} groups"
     return why_not_measurable(name, module)

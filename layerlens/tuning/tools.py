@@ -70,13 +70,13 @@ def export_for(
     """
     wanted = TOOLS[tool]
     chosen = _lora_part(manifest, wanted.name, lora_part)
-    name, task = base_reference(manifest, model), str(manifest.model["task"])
-    if wanted.tasks is not None and task not in wanted.tasks:
+    task = str(manifest.model.get("task") or "")
+    if task and wanted.tasks is not None and task not in wanted.tasks:
         raise ManifestError(
             f"{wanted.name} trains {', '.join(wanted.tasks)}, and the manifest is for {task}; use --to peft with your "
             "own loop or Trainer, or `layerlens train`"
         )
-    base = load_base(manifest, model).model
+    name, base = base_reference(manifest, model), load_base(manifest, model).model
     check_names(base, chosen)
     check_weights(base, chosen)
     texts = wanted.files(chosen, base, resolve_model_path(name))

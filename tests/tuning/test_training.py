@@ -330,6 +330,8 @@ WORKER = """
 import dataclasses, importlib.util, json, os, sys
 from pathlib import Path
 import torch
+from layerlens.integrations.torchvision_import import make_torchvision_importable
+make_torchvision_importable()  # which importing transformers wants
 torch.set_num_threads(1)
 def load(name):
     spec = importlib.util.spec_from_file_location(name, {tests!r} + "/" + name + ".py")
