@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Makes a built wheel run where there is no compiler and no libgomp: repair_wheel.py WHEEL DESTINATION [--libgomp FILE].
+"""Makes a built wheel run where there is no compiler and no libgomp.
+
+    python repair_wheel.py WHEEL DESTINATION [--libgomp FILE]
 
 The OpenMP runtime goes into the wheel under its own SONAME, libgomp.so.1, found by RPATH, and auditwheel is told not to
 rename it. The dynamic loader knows one library for each SONAME, and torch brings a libgomp.so.1 too: whichever of the

@@ -16,7 +16,8 @@ class LayerSpec:
         hidden_size: width of the residual stream.
         layer_type: ``"linear"`` (one Linear or Conv1D), ``"attention"`` (one attention block, for prefixes) or
             ``"transformer"`` (a whole block, taken as one hidden_size × hidden_size map, as in the origin's API).
-        n_in, n_out: input and output features; ``hidden_size`` unless given.
+        n_in: input features; ``hidden_size`` unless given.
+        n_out: output features; ``hidden_size`` unless given.
         d_kv: width of all key/value heads together (prefix parameters are 2·p·d_kv); ``hidden_size`` unless given.
         num_heads: query heads of an attention layer.
         methods: PEFT methods that this layer can take.
