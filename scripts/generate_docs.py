@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the configuration models, so that it says what the code does.
+"""Writes docs/configuration.md and docs/cli.md from the code, so that they say what it does.
 
 python scripts/generate_docs.py          write it
 python scripts/generate_docs.py --check  fail if it is not current (a test does this)
@@ -6,6 +6,7 @@ python scripts/generate_docs.py --check  fail if it is not current (a test does 
 
 from __future__ import annotations
 
+import re
 import sys
 import typing
 from collections.abc import Iterator
@@ -14,13 +15,16 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from typer.cli import get_docs_for_click
+from typer.main import get_command
 
+from layerlens.cli.main import app
 from layerlens.config.base import ConfigModel
 from layerlens.config.example import default_of, example_config, summary, yaml_value
 from layerlens.config.schema import alternatives, as_model
 from layerlens.config.sections import RunConfig
 
-TARGET = Path(__file__).resolve().parents[1] / "docs/configuration.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 INTRODUCTION = """\
 # Configuration
@@ -46,15 +50,35 @@ RULES = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}", "min_length
 
 
 def main() -> int:
-    """Write the page, or with --check say whether it is current."""
-    page = configuration_page()
+    """Write the pages, or with --check say which are not current."""
+    pages = {DOCS / "configuration.md": configuration_page(), DOCS / "cli.md": cli_page()}
     if "--check" not in sys.argv[1:]:
-        TARGET.write_text(page, encoding="utf-8")
+        for path, page in pages.items():
+            path.write_text(page, encoding="utf-8")
         return 0
-    if TARGET.is_file() and TARGET.read_text(encoding="utf-8") == page:
-        return 0
-    print(f"docs/{TARGET.name} is not current; run: python scripts/generate_docs.py", file=sys.stderr)
-    return 1
+    stale = [path for path, page in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != page]
+    for path in stale:
+        print(f"docs/{path.name} is not current; run: python scripts/generate_docs.py", file=sys.stderr)
+    return 1 if stale else 0
+
+
+def cli_page() -> str:
+    """docs/cli.md, by Typer's own generator."""
+    command: Any = get_command(app)
+    with command.make_context("layerlens", ["--help"], resilient_parsing=True) as context:
+        text = get_docs_for_click(obj=command, ctx=context, name="layerlens")
+    # Shell completion is told of in other words where the generator runs in a shell that it does not know.
+    lines = [line for line in text.splitlines() if not re.match(r"\* `--(install|show)-completion`", line)]
+    return (
+        "# Command line\n\n<!-- Made by scripts/generate_docs.py from layerlens/cli; change it there. -->\n\n"
+        "Tables and progress go to stderr, results (`--json`) to stdout. "
+        "[Exit codes](ERROR_HANDLING.md#exit-codes) are the same for every command.\n\n"
+        + "\n".join(lines)
+        .replace("\n# `layerlens`\n", "\n## `layerlens`\n")
+        .lstrip("\n")
+        .removeprefix("# `layerlens`\n\n")
+        + "\n"
+    )
 
 
 def configuration_page() -> str:

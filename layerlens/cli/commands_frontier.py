@@ -68,7 +68,10 @@ def _show(result: FrontierResult) -> None:
     for row in result.certified:
         share = f"{100 * row.score / most:.1f} %" if most > 0 else "–"
         table.add_row(amount(result.resource, row.budget), f"{row.score:.6g}", share, gap(row.gap), row.status)
-    console.print(table)
-    console.print(f"The exact hull has {len(result.hull):,} points.")
+    if len(result.hull) == 1 and not result.certified:
+        console.print("No option has a gain above its sampling noise, so no budget buys anything.")
+    else:
+        console.print(table)
+    console.print(f"The exact hull has {len(result.hull):,} {'points' if len(result.hull) > 1 else 'point'}.")
     for path in result.files.values():
         console.print(f"  {output.short(path)}", soft_wrap=True)

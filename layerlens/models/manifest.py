@@ -13,7 +13,9 @@ class ManifestRow:
     """What was chosen for one layer (the origin's ``allocations[]`` fields).
 
     Args:
-        layer, method, rank: the choice; rank is 0 exactly for method "none".
+        layer: module path.
+        method: "lora", "adapter", "prefix" or "none".
+        rank: LoRA rank, adapter width or prefix pairs; 0 exactly for "none".
         utility: expected gain, in the manifest's ``utility_unit``.
         cost: trainable parameters.
         flops: forward FLOPs added for one batch.
@@ -57,8 +59,13 @@ class Manifest:
         model: name, fingerprint, total_params, task, num_labels, labels (what is needed to load the base model again).
         allocations: one row for each layer, in the order of the model.
         resources: one entry for each resource.
-        score, upper_bound, gap, status, solver: the certificate of the allocation.
-        utility_model, utility_unit: which utility model made the utilities.
+        score: what the solver maximised, summed over the layers.
+        upper_bound: no allocation within the budgets has a higher score.
+        gap: (upper_bound − score) / upper_bound.
+        status: "optimal" where the gap is within the tolerance, else "feasible".
+        solver: the stages that found and proved it.
+        utility_model: which utility model made the utilities.
+        utility_unit: and their unit.
         lora: ``alpha_over_r`` (one constant for the model), ``use_rslora`` and ``initialization`` of the LoRA layers.
         predicted: predicted gain and what it rests on.
         provenance: data and statistics fingerprints, versions, configuration, seed.

@@ -17,8 +17,9 @@ class LayerSpec:
         layer_type: ``"linear"`` (one Linear or Conv1D), ``"conv"`` (one Conv2d), ``"attention"`` (one attention block,
             for prefixes) or ``"transformer"`` (a whole block, taken as one hidden_size × hidden_size map, as in the
             origin's API).
-        n_in, n_out: input and output features; ``hidden_size`` unless given. Of a convolution, n_in is all input
-            channels times the kernel's pixels, also where it has groups: that is what its LoRA reads.
+        n_in: input features; ``hidden_size`` unless given. Of a convolution, all input channels times the kernel's
+            pixels, also where it has groups: that is what its LoRA reads.
+        n_out: output features; ``hidden_size`` unless given.
         d_kv: width of all key/value heads together (prefix parameters are 2·p·d_kv); ``hidden_size`` unless given.
         num_heads: query heads of an attention layer.
         methods: PEFT methods that this layer can take.

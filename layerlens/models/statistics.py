@@ -116,7 +116,8 @@ class ModelStatistics:
 
     Args:
         layers: one entry per layer of ``spec``, in its order.
-        n_samples, n_tokens: calibration samples and unpadded tokens that were measured.
+        n_samples: calibration samples that were measured.
+        n_tokens: their unpadded tokens.
         mean_loss: mean per-sample loss of the frozen model on them.
         activation_bytes: bytes per token that the frozen model keeps for the backward pass (saved-tensor hooks).
         forward_flops: FLOPs of one forward pass of the frozen model, per token.

@@ -128,9 +128,12 @@ def _problem_with_any_budget(statistics_path: Path, config: RunConfig, resource:
 
 
 def _spread(curve: Frontier, points: int) -> list[float]:
-    """Budgets from the first that adapts anything to the last that buys anything, evenly spread in their logarithm."""
+    """Budgets from the first that adapts anything to the last that buys anything, evenly spread in their logarithm.
+
+    None where no option has a gain: no budget buys anything then.
+    """
     if len(curve.budget) == 1:
-        return [float(curve.budget[0])]
+        return []
     added = np.geomspace(curve.budget[1] - curve.budget[0], curve.budget[-1] - curve.budget[0], points)
     budgets = curve.budget[0] + added
     budgets[0], budgets[-1] = curve.budget[1], curve.budget[-1]  # exactly, whatever geomspace rounds

@@ -83,6 +83,6 @@ def test_signals_unwind_the_run(tmp_path: Path, number: signal.Signals, code: in
 
 def test_reader_that_has_seen_enough() -> None:
     done = subprocess.run(
-        f"{sys.executable} -m layerlens.cli schema | head -c 1", shell=True, capture_output=True, text=True, check=True
+        f"{sys.executable} -m layerlens schema | head -c 1", shell=True, capture_output=True, text=True, check=True
     )
     assert (done.stdout, done.stderr) == ("{", "")

@@ -1,4 +1,4 @@
-"""docs/configuration.md is what the models say today."""
+"""docs/configuration.md and docs/cli.md are what the code says today."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_page_is_current(generator: ModuleType, monkeypatch: pytest.MonkeyPatch)
 def test_check_finds_a_page_that_is_not(
     generator: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(generator, "TARGET", tmp_path / "configuration.md")
+    monkeypatch.setattr(generator, "DOCS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["generate_docs.py", "--check"])
     assert generator.main() == 1
     assert "run: python scripts/generate_docs.py" in capsys.readouterr().err

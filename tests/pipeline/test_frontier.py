@@ -55,6 +55,15 @@ def test_every_resource_is_written_as_csv_and_svg(config, saved_statistics, tmp_
     assert result.files["frontier_svg"].read_text(encoding="utf-8").rstrip().endswith("</svg>")
 
 
+def test_no_gain_is_a_frontier_of_one_point(settings, saved_statistics, tmp_path):
+    settings["optimization"]["methods"] = ["prefix"]  # whose gain on this random model is all sampling noise
+    config = RunConfig.model_validate(settings)
+    result = trace_frontier(saved_statistics, config, "trainable_params", base_dir=tmp_path)
+    assert [(row.budget, row.score) for row in result.hull] == [(0.0, 0.0)]
+    assert result.certified == ()
+    assert result.files["frontier_svg"].read_text(encoding="utf-8").rstrip().endswith("</svg>")
+
+
 def test_other_budgets_hold_at_the_certified_points(settings, saved_statistics, tmp_path):
     settings["optimization"]["max_flops"] = 3e4
     config = RunConfig.model_validate(settings)

@@ -1,0 +1,5 @@
+"""``python -m layerlens``: the command line where the script is not on PATH, and under torchrun."""
+
+from layerlens.cli.main import main
+
+main()

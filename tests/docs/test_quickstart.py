@@ -1,0 +1,49 @@
+"""The README's first command: what scripts/quickstart.sh runs after installing, on the real model and data."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def quickstart_command() -> list[str]:
+    """The last line of scripts/quickstart.sh."""
+    line = (ROOT / "scripts/quickstart.sh").read_text(encoding="utf-8").splitlines()[-1]
+    assert line.startswith("exec .venv/bin/layerlens ")
+    assert line.endswith(' "$@"')
+    return shlex.split(line)[2:-1]
+
+
+def run(*arguments: str, cache: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "layerlens", *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={"LAYERLENS_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(cache)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_quickstart_runs_and_the_second_run_gives_the_same_bytes_from_the_cache(tmp_path: Path):
+    first = run(*quickstart_command(), "-o", str(tmp_path / "first"), cache=tmp_path / "cache")
+    again = run(*quickstart_command(), "-o", str(tmp_path / "again"), cache=tmp_path / "cache")
+    assert "statistics taken from the cache" not in first
+    assert "statistics taken from the cache" in again
+    assert "exactly 0" in first  # largest change of a logit at step 0
+    texts = [(tmp_path / name / "manifest.json").read_text(encoding="utf-8") for name in ("first", "again")]
+    assert len({re.sub(r'"created_at": "[^"]*"', "", text) for text in texts}) == 1
+    manifest = json.loads(texts[0])
+    assert manifest["status"] == "optimal"
+    assert all(use["total"] <= use["budget"] for use in manifest["resources"])
+    for name in ("manifest.yaml", "report.html", "statistics.safetensors", "peft/adapter_model.safetensors"):
+        assert (tmp_path / "first" / name).stat().st_size > 0
+
+
+def test_test_script_ends_in_the_test_suite():
+    assert (ROOT / "scripts/test.sh").read_text(encoding="utf-8").splitlines()[-1] == 'exec .venv/bin/pytest "$@"'
+    assert "scripts/test.sh" in (ROOT / ".ci/run").read_text(encoding="utf-8")
