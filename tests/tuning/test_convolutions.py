@@ -125,5 +125,5 @@ def test_depthwise_dilated_and_reflecting_convolutions_are_refused():
         apply(model, plan(model, {grouped: ("lora", 8)}))
     for option in ({"dilation": 2}, {"padding_mode": "reflect", "padding": 1}):
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, **option))
-        with pytest.raises(ManifestError, match="0: PEFT's LoRA drops the (dilation|padding mode) of a convolution"):
+        with pytest.raises(ManifestError, match=r"0: PEFT's LoRA drops the (dilation|padding mode) of a convolution"):
             apply(model, plan(model, {"0": ("lora", 2)}))
