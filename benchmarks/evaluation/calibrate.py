@@ -12,7 +12,7 @@ import time
 
 import torch
 from candidates import CANDIDATES
-from run import PRODUCT, RESULTS
+from run import RESULTS
 from tasks import TASKS
 
 from layerlens.evaluation.allocations import allocate, lora_spec, profile, utilities
@@ -25,10 +25,11 @@ from layerlens.evaluation.calibration import (
 )
 from layerlens.evaluation.lora_stack import Arm
 from layerlens.evaluation.results import ResultsFile
+from layerlens.evaluation.study import UTILITY_ARMS
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import train
 
-MODELS = {**{name: name for name in PRODUCT}, **CANDIDATES}
+MODELS = {**UTILITY_ARMS, **CANDIDATES}
 SEEDS = (0, 1)
 SAMPLE_COUNTS = (32, 64, 128, 256)
 

@@ -22,7 +22,7 @@ from layerlens.profiling.head import fit_head
 from layerlens.profiling.losses import causal_loss, classification_loss
 from layerlens.utils.progress import silent
 
-N_HEAD, N_TRAIN, N_VALIDATION, N_TEST = 256, 1024, 128, 320
+N_HEAD, N_TRAIN, N_VALIDATION, N_TEST = 256, 1024, 96, 256
 WINDOW = 32
 
 
@@ -178,7 +178,7 @@ def _language_task(name: str, texts: list[str]) -> StudyTask:
     model: Any = transformers.LlamaForCausalLM.from_pretrained(MODELS / "clm").eval().requires_grad_(False)
     ids = windows(_pieces(texts, 2000), WINDOW)
     n = len(ids)
-    parts = _parts(torch.arange(n), (min(N_TRAIN, n // 2), min(64, n // 8), min(160, n)))
+    parts = _parts(torch.arange(n), (min(N_TRAIN, n // 2), min(48, n // 8), min(128, n)))
     samples = [Samples({"input_ids": ids[part]}, ids[part]) for part in parts]
     spec: ModelSpec = model_spec(PretrainedModel(model, tokenizer(), name, ()), "llama-stdlib")
     return StudyTask(name, model, spec, *samples, causal_loss, token_labels=True, shifted=True,

@@ -15,6 +15,7 @@ from layerlens.cli import (
     commands_cache,
     commands_config,
     commands_doctor,
+    commands_evaluate_study,
     commands_frontier,
     commands_run,
     output,
@@ -57,6 +58,7 @@ app.command("schema")(commands_config.schema)
 app.command("run")(commands_run.run)
 app.command("optimize")(commands_run.optimize)
 app.command("frontier")(commands_frontier.frontier)
+app.command("evaluate")(commands_evaluate_study.evaluate)
 app.command("apply")(commands_apply.apply)
 app.command("doctor")(commands_doctor.doctor)
 app.add_typer(commands_cache.app, name="cache")

@@ -12,6 +12,7 @@ from layerlens.config.sections import (
     RunConfig,
     RuntimeConfig,
 )
+from layerlens.config.study import StudyConfig
 
 __all__ = [
     "DataConfig",
@@ -22,6 +23,7 @@ __all__ = [
     "ProfilingConfig",
     "RunConfig",
     "RuntimeConfig",
+    "StudyConfig",
     "config_schema",
     "load_run_config",
     "parse_run_config",

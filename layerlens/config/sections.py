@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from layerlens.config.base import ConfigModel
 from layerlens.config.names import MethodName
 from layerlens.config.rules import ConstraintConfig
+from layerlens.config.study import StudyConfig
 
 StatisticName = Literal["fisher", "gradient", "input_scale", "spectrum", "whitened_spectrum", "ntk"]
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
@@ -282,3 +283,6 @@ class RunConfig(ConfigModel):
     optimization: OptimizationConfig = Field(description="Budgets, options and solver.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Where the results go.")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="How the run uses this machine.")
+    study: StudyConfig | None = Field(
+        default=None, description="What `layerlens evaluate` compares; other commands do not read it."
+    )

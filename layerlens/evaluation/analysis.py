@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from layerlens.evaluation.results import Record, ResultsFile
-from layerlens.evaluation.sweep import SEEDS, chosen_rate
+from layerlens.evaluation.sweep import chosen_rate
 
 UNIFORM = "uniform"
 N_BOOTSTRAP = 10_000
@@ -20,7 +20,7 @@ class ArmResult:
     """One arm's runs at the learning rate that validation chose.
 
     Args:
-        test_loss: float64 [seeds], in the order of ``SEEDS``.
+        test_loss: float64 [seeds].
         test_metric: the same.
         params: trainable parameters.
         learning_rate: the chosen one.
@@ -37,19 +37,26 @@ class ArmResult:
 def arm_results(results: ResultsFile, budget: str) -> dict[str, ArmResult]:
     """Arm -> result, of the arms whose runs are complete."""
     found = {}
+    seeds, sweep_seeds = study_seeds(results)
     for arm in results.select(kind="arm", budget=budget):
         runs = results.select(kind="run", key=arm["key"])
         if not runs:
             continue
-        rate = chosen_rate(runs)
+        rate = chosen_rate(runs, sweep_seeds)
         by_seed = {run["seed"]: run for run in runs if run["lr"] == rate}
-        if set(SEEDS) <= set(by_seed):
+        if set(seeds) <= set(by_seed):
             found[arm["arm"]] = ArmResult(
-                np.array([by_seed[seed]["test_loss"] for seed in SEEDS]),
-                np.array([by_seed[seed]["test_metric"] for seed in SEEDS]),
+                np.array([by_seed[seed]["test_loss"] for seed in seeds]),
+                np.array([by_seed[seed]["test_metric"] for seed in seeds]),
                 arm["params"], rate, len(arm["ranks"]),
             )  # fmt: skip
     return found
+
+
+def study_seeds(results: ResultsFile) -> tuple[list[int], list[int]]:
+    """(seeds of the paired runs, those of the sweep), as the study's reference record has them."""
+    reference = (results.select(kind="reference", name="frozen") or [{}])[0]
+    return reference.get("seeds", [0, 1, 2, 3, 4]), reference.get("sweep_seeds", [0])
 
 
 def baseline_loss(results: ResultsFile) -> float:
@@ -100,12 +107,14 @@ def checked_arm(
     chosen = {}
     for task, found in results.items():
         present = [arm for arm in arms if arm in tables[task]]
+        _, sweep_seeds = study_seeds(found)
         early: dict[str, float] = {}
         for arm in present:
             key = found.select(kind="arm", budget=budget, arm=arm)[0]["key"]
             runs = [_early(run) for run in found.select(kind="run", key=key)]
-            rate = chosen_rate(runs)
-            early[arm] = float(np.mean([r["validation_loss"] for r in runs if r["lr"] == rate and r["seed"] in (0, 1)]))
+            rate = chosen_rate(runs, sweep_seeds)
+            of_seeds = [run for run in runs if run["lr"] == rate and run["seed"] in sweep_seeds]
+            early[arm] = float(np.mean([run["validation_loss"] for run in of_seeds]))
         if present:
             chosen[task] = min(present, key=lambda arm: early[arm])
     return chosen

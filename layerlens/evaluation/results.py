@@ -33,25 +33,35 @@ class ResultsFile:
 
     @classmethod
     def open(cls, path: Path) -> ResultsFile:
-        """The file's records; none where it is not there. A last line that was cut off is dropped.
+        """The file's records; none where it is not there. A last line that was cut off is removed from it.
 
         Raises:
             DataError: another line is no JSON object.
         """
         found = cls(path)
-        if not path.is_file():
-            return found
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                if number == len(lines) and not line.endswith("\n"):
-                    path.write_text("".join(lines[:-1]), encoding="utf-8")
-                    break
-                raise DataError(f"{path}:{number}: not a JSON object ({error}); remove the line") from error
-            found.records.append(record)
+        if found.refresh():
+            whole = path.read_text(encoding="utf-8").rpartition("\n")
+            path.write_text(whole[0] + whole[1], encoding="utf-8")
         return found
+
+    def refresh(self) -> bool:
+        """Read the file again, to which another process may have added; whether its last line is cut off.
+
+        Raises:
+            DataError: another line is no JSON object.
+        """
+        self.records = []
+        if not self.path.is_file():
+            return False
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            if number == len(lines) and not line.endswith("\n"):
+                return True
+            try:
+                self.records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{self.path}:{number}: not a JSON object ({error}); remove the line") from error
+        return False
 
     def append(self, records: Iterable[Record]) -> None:
         """Add records to the file, all in one write."""

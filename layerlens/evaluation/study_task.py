@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -58,6 +58,9 @@ class StudyTask:
         steps, batch_size: of every run.
         learning_rates: ascending; the sweep.
         ranks: LoRA ranks on offer.
+        seeds: of the paired runs at the chosen learning rate.
+        sweep_seeds: those of them that the learning rate is chosen on.
+        arms_at_once: runs that are trained together.
     """
 
     name: str
@@ -74,7 +77,9 @@ class StudyTask:
     batch_size: int = 8
     learning_rates: Sequence[float] = (1e-3, 2.5e-3, 6.3e-3, 1.6e-2, 4e-2)
     ranks: Sequence[int] = (1, 2, 3, 4, 6, 8, 12, 16)
-    description: str = field(default="", compare=False)
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    sweep_seeds: Sequence[int] = (0,)
+    arms_at_once: int = 64
 
     def label_count(self, labels: torch.Tensor) -> torch.Tensor:
         """float [b]: by how much each sample counts in a mean loss: its labelled tokens, or 1."""

@@ -15,13 +15,11 @@ from layerlens.evaluation.results import Record, ResultsFile
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import train
 
-SWEEP_SEEDS = (0, 1)
-SEEDS = (0, 1, 2, 3, 4)
 MAX_EXTENSIONS = 4
 """Rates that are added beyond an end of the grid, as long as the end is the best."""
 
 
-def chosen_rate(runs: Sequence[Record], sweep_seeds: Sequence[int] = SWEEP_SEEDS) -> float:
+def chosen_rate(runs: Sequence[Record], sweep_seeds: Sequence[int] = (0,)) -> float:
     """The learning rate with the least validation loss, averaged over the sweep's seeds; NaN counts as infinite."""
     losses: dict[float, list[float]] = defaultdict(list)
     for run in runs:
@@ -47,16 +45,16 @@ def run_allocation(
     grid = [_rounded(rate) for rate in sorted(task.learning_rates)]
     factor = grid[1] / grid[0]
     for _ in range(MAX_EXTENSIONS + 1):
-        wanted = [(rate, seed) for rate in grid for seed in SWEEP_SEEDS]
+        wanted = [(rate, seed) for rate in grid for seed in task.sweep_seeds]
         _run(task, results, key, ranks, wanted, inits or {}, layer_stack)
-        best = chosen_rate(results.select(kind="run", key=key))
+        best = chosen_rate(results.select(kind="run", key=key), task.sweep_seeds)
         if best == grid[0]:
             grid = [_rounded(grid[0] / factor), *grid]
         elif best == grid[-1]:
             grid = [*grid, _rounded(grid[-1] * factor)]
         else:
             break
-    _run(task, results, key, ranks, [(best, seed) for seed in SEEDS], inits or {}, layer_stack)
+    _run(task, results, key, ranks, [(best, seed) for seed in task.seeds], inits or {}, layer_stack)
 
 
 def _rounded(value: float) -> float:
@@ -75,11 +73,11 @@ def _run(
 ) -> None:
     done = {(run["lr"], run["seed"]) for run in results.select(kind="run", key=key)}
     missing = [pair for pair in wanted if pair not in done]
-    if not missing:
-        return
-    runs = train(task, [Arm(ranks, seed, rate, inits) for rate, seed in missing], layer_stack=layer_stack)
-    results.append(
-        {"kind": "run", "task": task.name, "key": key, "lr": rate, "seed": seed, "steps": task.steps}
-        | {name: float(f"{value:.6g}") for name, value in dataclasses.asdict(run).items()}
-        for (rate, seed), run in zip(missing, runs, strict=True)
-    )
+    for start in range(0, len(missing), task.arms_at_once):
+        group = missing[start : start + task.arms_at_once]
+        runs = train(task, [Arm(ranks, seed, rate, inits) for rate, seed in group], layer_stack=layer_stack)
+        results.append(
+            {"kind": "run", "task": task.name, "key": key, "lr": rate, "seed": seed, "steps": task.steps}
+            | {name: float(f"{value:.6g}") for name, value in dataclasses.asdict(run).items()}
+            for (rate, seed), run in zip(group, runs, strict=True)
+        )

@@ -172,8 +172,10 @@ def measure_arms(task: StudyTask, samples: Samples, n_arms: int) -> list[tuple[f
 
 
 def _right(task: StudyTask, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """float [b]: labels of each sample that are predicted right."""
+    """float [b]: labels of each sample that are predicted right; 0 where labels are no classes."""
     predicted = logits.argmax(dim=-1)
+    if labels.is_floating_point():
+        return torch.zeros(len(labels))
     if task.shifted:
         predicted, labels = predicted[:, :-1], labels[:, 1:]
     return (predicted == labels).view(len(labels), -1).sum(dim=1).float()

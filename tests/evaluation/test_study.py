@@ -26,7 +26,7 @@ def test_a_sweep_extends_its_grid_and_goes_on(task: StudyTask, tmp_path: Path, m
     best = sweep.chosen_rate(results.records)
     # Either the best rate is inside the grid, or the grid was extended as often as is allowed.
     assert min(rates) < best < max(rates) or len(rates) == 2 + sweep.MAX_EXTENSIONS
-    assert {run["seed"] for run in results.records if run["lr"] == best} == set(sweep.SEEDS)
+    assert {run["seed"] for run in results.records if run["lr"] == best} == set(task.seeds)
 
     again = ResultsFile.open(tmp_path / "tiny.jsonl")
     assert again.records == results.records
@@ -57,7 +57,7 @@ def test_the_rate_is_chosen_by_validation_on_the_sweep_seeds() -> None:
         {"lr": 0.2, "seed": 1, "validation_loss": 2.0},
         {"lr": 0.3, "seed": 4, "validation_loss": 0.0},
     ]
-    assert sweep.chosen_rate(runs) == 0.2
+    assert sweep.chosen_rate(runs, (0, 1)) == 0.2
 
 
 def _fake_results(folder: Path, task: str, losses: dict[str, float], noise: float) -> ResultsFile:
