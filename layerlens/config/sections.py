@@ -283,6 +283,6 @@ class RunConfig(ConfigModel):
     optimization: OptimizationConfig = Field(description="Budgets, options and solver.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Where the results go.")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="How the run uses this machine.")
-    study: StudyConfig | None = Field(
-        default=None, description="What `layerlens evaluate` compares; other commands do not read it."
+    study: StudyConfig = Field(
+        default_factory=StudyConfig, description="What `layerlens evaluate` compares; other commands do not read it."
     )

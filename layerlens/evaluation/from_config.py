@@ -60,12 +60,10 @@ def evaluate_config(
     Every run is kept in ``runs.jsonl`` in the output directory as soon as it is done; called again, the study goes on.
 
     Raises:
-        ConfigurationError: there is no ``study`` section, or the directory holds another study's runs.
+        ConfigurationError: the directory holds another study's runs, or a budget is too small for any layer.
         LayerLensError: the model or the data cannot be used.
     """
     study_config = config.study
-    if study_config is None:
-        raise ConfigurationError("study: the section is missing; `study: {}` compares uniform, signal, eva and adalora")
     started = time.perf_counter()
     output = base_dir / Path(config.output.directory).expanduser()
     check_writable(output)
@@ -216,7 +214,6 @@ def _budgets(study: StudyConfig, config: RunConfig, task: StudyTask) -> dict[str
 
 def _refuse_other_study(results: ResultsFile, config: RunConfig) -> None:
     """Runs of another model, data or training must not be mixed with these."""
-    assert config.study is not None
     identity = config.model_dump(mode="json", include={"model", "data"}) | {
         "seed": config.runtime.seed,
         "ranks": list(config.optimization.lora_ranks),

@@ -103,11 +103,3 @@ def test_mistakes_are_told_by_key(folder: Path, setting: str, told: str) -> None
     result = CliRunner().invoke(app, command)
     assert told in result.output or told in str(result.exception), (result.output, result.exception)
     assert isinstance(result.exception, (ConfigurationError, SystemExit))
-
-
-def test_a_missing_section_is_told(folder: Path) -> None:
-    text = (folder / "study.yaml").read_text(encoding="utf-8")
-    start, end = text.index("study:"), text.index("runtime:")
-    (folder / "none.yaml").write_text(text[:start] + text[end:], encoding="utf-8")
-    with pytest.raises(ConfigurationError, match="study: the section is missing"):
-        evaluate_config(load_run_config(folder / "none.yaml"), base_dir=folder)
