@@ -33,9 +33,9 @@ def adam(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]
     return _table(spec, statistics, options, lambda m: _signal(m) / np.sqrt(_signal(m) + (m.trace or 0.0) / 8))
 
 
-def tempered(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
-    """S^¼ · √r: half-way (geometrically) between `signal` and even spreading."""
-    return _table(spec, statistics, options, lambda m: _signal(m) ** 0.25)
+def tempered_energy(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """‖G‖^½ · √r: `tempered` with the sampling noise left in, so that no layer has 0 and other samples say the same."""
+    return _table(spec, statistics, options, lambda m: (m.energy or 0.0) ** 0.25)
 
 
 def mixed(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
@@ -64,4 +64,6 @@ def signal_log(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[O
     return _table(spec, statistics, options, lambda m: np.sqrt(_signal(m)), law=lambda r: np.log2(1.0 + r))
 
 
-CANDIDATES = {function.__name__: function for function in (adam, tempered, mixed, adam_shape, nuclear, signal_log)}
+CANDIDATES = {
+    function.__name__: function for function in (adam, tempered_energy, mixed, adam_shape, nuclear, signal_log)
+}

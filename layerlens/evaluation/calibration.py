@@ -34,7 +34,7 @@ def single_layer_records(
         task.shifted, task.steps, task.batch_size, task.learning_rates, task.ranks,
     )  # fmt: skip
     arms = [Arm({layer: RANK}, seed, rate) for rate in rates for layer in layers] + [Arm({}, seed, rates[0])]
-    runs = train(measured_on, arms, steps=steps, evaluate_test=False)
+    runs = train(measured_on, arms, steps=steps, evaluate_test=False, early=False)
     baseline = runs[-1].validation_loss
     return [
         {"kind": "single", "task": task.name, "layer": next(iter(arm.ranks)), "lr": arm.learning_rate, "seed": seed,
@@ -49,6 +49,21 @@ def single_layer_gains(records: Sequence[Record]) -> dict[str, float]:
     for record in records:
         by_layer.setdefault(record["layer"], {}).setdefault(record["lr"], []).append(record["gain"])
     return {layer: max(float(np.mean(gains)) for gains in rates.values()) for layer, rates in by_layer.items()}
+
+
+def reliability(records: Sequence[Record]) -> float:
+    """Spearman between the gains that two seeds measured, stepped up to their mean by the Spearman-Brown formula: no
+    prediction can be expected to correlate with the mean by more than its square root. NaN for fewer than two seeds.
+    """
+    by_seed = {
+        seed: single_layer_gains([record for record in records if record["seed"] == seed])
+        for seed in sorted({record["seed"] for record in records})
+    }
+    if len(by_seed) < 2:
+        return float("nan")
+    first, second, *_ = by_seed.values()
+    found = rank_correlation(first, second)[0]
+    return 2.0 * found / (1.0 + found) if found > 0.0 else found
 
 
 def predicted_gains(table: UtilityTable, rank: int = RANK) -> dict[str, float]:

@@ -185,11 +185,11 @@ def _head(pretrained: PretrainedModel) -> str:
         name
         for head in heads
         for name, module in pretrained.model.get_submodule(head).named_modules(prefix=head)
-        if isinstance(module, torch.nn.Linear) and module.bias is not None
+        if isinstance(module, torch.nn.Linear)
     ]
     if len(linear) != 1:
         raise ConfigurationError(
-            f"model.name_or_path: the task head has {len(linear)} Linear layers with a bias ({', '.join(linear)}); "
+            f"model.name_or_path: the task head has {len(linear)} Linear layers ({', '.join(linear)}); "
             "a study trains a head of one, such as BERT's"
         )
     return linear[0]

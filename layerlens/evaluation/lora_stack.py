@@ -90,7 +90,12 @@ class HeadStack:
 
     def __init__(self, module: Any, n_arms: int) -> None:
         self.weight = module.weight.detach().expand(n_arms, -1, -1).clone().requires_grad_(True)
-        self.bias = module.bias.detach().expand(n_arms, -1).clone().requires_grad_(True)
+        bias = torch.zeros(len(module.weight)) if module.bias is None else module.bias.detach()
+        self.bias = bias.expand(n_arms, -1).clone().requires_grad_(module.bias is not None)
+
+    def parameters(self) -> list[torch.Tensor]:
+        """What is trained: a head without a bias gets none."""
+        return [self.weight, self.bias] if self.bias.requires_grad else [self.weight]
 
     def apply(self, h: torch.Tensor) -> torch.Tensor:
         """Logits [k·b, c]."""

@@ -96,6 +96,7 @@ def train(
     layer_stack: Callable[[str, Any, Sequence[Arm]], Any] = LayerStack,
     evaluate_test: bool = True,
     measure: bool = True,
+    early: bool = True,
 ) -> list[Run]:
     """Train every arm on the task and measure it; the model is unchanged afterwards.
 
@@ -106,13 +107,14 @@ def train(
         layer_stack: how a layer is adapted.
         evaluate_test: False leaves the test losses NaN.
         measure: False leaves all losses NaN.
+        early: False leaves the early validation loss NaN.
     """
     steps = steps or task.steps
     stack = LoraStack(task.model, arms, head=task.head, scale=SCALE, layer_stack=layer_stack)
     optimizer = _optimizer(stack, arms)
     order__ks = torch.stack([data_order(len(task.train), steps * task.batch_size, arm.seed) for arm in arms])
     nothing = [(float("nan"), float("nan"))] * len(arms)
-    early, n_tokens, training_s, cpu_s = nothing, 0, 0.0, 0.0
+    first, n_tokens, training_s, cpu_s = nothing, 0, 0.0, 0.0
     with stack.attached():
         for step in range(steps):
             started, cpu_started = time.perf_counter(), time.process_time()
@@ -132,12 +134,12 @@ def train(
             n_tokens += batch.labels.numel()
             training_s += time.perf_counter() - started
             cpu_s += time.process_time() - cpu_started
-            if measure and step + 1 == round(EARLY_SHARE * steps):
-                early = measure_arms(task, task.validation, len(arms))
+            if measure and early and step + 1 == round(EARLY_SHARE * steps):
+                first = measure_arms(task, task.validation, len(arms))
         validation = measure_arms(task, task.validation, len(arms)) if measure else nothing
         test = measure_arms(task, task.test, len(arms)) if measure and evaluate_test else nothing
     return [
-        Run(early[k][0], validation[k][0], test[k][0], validation[k][1], test[k][1], training_s / len(arms),
+        Run(first[k][0], validation[k][0], test[k][0], validation[k][1], test[k][1], training_s / len(arms),
             cpu_s / len(arms), n_tokens / training_s)
         for k in range(len(arms))
     ]  # fmt: skip
@@ -151,8 +153,8 @@ def _optimizer(stack: LoraStack, arms: Sequence[Arm]) -> StackedAdam:
             parameters.append(parameter)
             rates.append(rates__k[layer.arms].view(-1, *[1] * (parameter.dim() - 1)))
     if stack.head is not None:
-        parameters += [stack.head.weight, stack.head.bias]
-        rates += [torch.tensor(HEAD_LEARNING_RATE)] * 2
+        parameters += stack.head.parameters()
+        rates += [torch.tensor(HEAD_LEARNING_RATE)] * len(stack.head.parameters())
     return StackedAdam(parameters, rates)
 
 

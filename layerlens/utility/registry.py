@@ -42,6 +42,7 @@ class UtilityModel:
 
 SIGNAL = ("fisher", "gradient", "input_scale")
 UTILITY_MODELS: dict[str, UtilityModel] = {
+    "tempered": UtilityModel(spectral.tempered, "relative gain (fourth root of the noise-corrected energy)", SIGNAL),
     "signal": UtilityModel(spectral.signal, "relative gain (root of the noise-corrected gradient energy)", SIGNAL),
     "whitened": UtilityModel(spectral.whitened, "predicted loss drop, nats per sample", ("whitened_spectrum",)),
     "gradient": UtilityModel(
