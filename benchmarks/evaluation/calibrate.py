@@ -52,9 +52,9 @@ def correlations(task: StudyTask, results: ResultsFile) -> None:
     half = min(256, len(task.train) // 2)
     first, second = (profile(task, torch.arange(start, start + half)).statistics for start in (0, half))
     smaller = {n: profile(task, torch.arange(n)).statistics for n in SAMPLE_COUNTS if n < half}
-    if results.select(kind="calibration"):
-        return
     for name, model in MODELS.items():
+        if results.select(kind="calibration", model=name):
+            continue
         of = [predicted_gains(utilities(task, found, model)) for found in (first, second, *smaller.values())]
         predicted = rank_correlation(of[0], measured)
         stability = rank_correlation(of[0], of[1])

@@ -30,7 +30,7 @@ def _signal(measured: MethodStatistics) -> float:
 
 def adam(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
     """S / √(S + T/b) · √r: the first-order gain of Adam, whose steps are divided by the gradients' root mean square."""
-    return _table(spec, statistics, options, lambda m: _signal(m) / np.sqrt(_signal(m) + (m.trace or 0.0) / 8))
+    return _table(spec, statistics, options, lambda m: _signal(m) / np.sqrt(_signal(m) + (m.trace or 1.0) / 8))
 
 
 def tempered_energy(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:

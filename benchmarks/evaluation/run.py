@@ -16,7 +16,7 @@ import sklearn.datasets  # noqa: F401  before the fork, once for all
 import torch
 import transformers  # noqa: F401
 from candidates import CANDIDATES
-from tasks import TASKS
+from tasks import MORE_TASKS, TASKS
 
 from layerlens.evaluation.baselines import cost
 from layerlens.evaluation.gradients import lora_layers
@@ -30,7 +30,7 @@ STAGES = (
     ("reference", ("head",)),
     ("tight", ("tempered", "adam", "adalora", "gora")),
     ("half", ("tempered", "adam", "even")),
-    ("tight", ("whitened", "nuclear", "mixed", "adam_shape", "fisher_proportional", "gradient")),
+    ("tight", ("whitened", "nuclear", "mixed", "tempered_energy", "adam_shape", "fisher_proportional", "gradient")),
     ("loose", ("uniform", "signal", "even", "tempered")),
     ("tight", ("uniform_qv", "weighted", "gradient_norm", "random", "signal_log", "eva_init")),
     ("reference", ("full",)),
@@ -41,7 +41,7 @@ STAGES = (
 
 def open_study(name: str) -> Study:
     """The task with its budgets: ``tight`` is what rank 1 on every layer takes."""
-    task = TASKS[name]()
+    task = {**TASKS, **MORE_TASKS}[name]()
     unit = sum(cost(layer) for layer in lora_layers(task))
     budgets = {"half": unit // 2, "tight": unit, "loose": 4 * unit}
     return Study(task, ResultsFile.open(RESULTS / f"{name}.jsonl"), budgets, CANDIDATES)
@@ -51,10 +51,13 @@ def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tasks", nargs="*", default=list(TASKS), help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--skip", type=int, default=0, help="begin after so many arms (another process does them)")
+    parser.add_argument("--arms", help="budget:arm,... instead of all, such as tight:tempered,half:tempered")
     parser.add_argument("--until", help="HH:MM (UTC): begin no further arm after this time")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    wanted = [(budget, arm) for budget, arms in STAGES for arm in arms]
+    if arguments.arms:
+        wanted = [(budget, arm) for budget, _, arm in (text.partition(":") for text in arguments.arms.split(","))]
     end = None
     if arguments.until:
         now = datetime.now(timezone.utc)
@@ -64,13 +67,13 @@ def main() -> None:
     for name in arguments.tasks:
         # One process for each task, which share what was imported; the last task runs in this one.
         if name == arguments.tasks[-1] or os.fork() == 0:
-            _run_task(name, end, arguments.skip)
+            _run_task(name, wanted, end)
             return
 
 
-def _run_task(name: str, end: datetime | None, skip: int) -> None:
+def _run_task(name: str, wanted: list[tuple[str, str]], end: datetime | None) -> None:
     study = open_study(name)
-    for budget, arm in [(budget, arm) for budget, arms in STAGES for arm in arms][skip:]:
+    for budget, arm in wanted:
         if end is not None and datetime.now(timezone.utc) > end:
             return
         study.results.refresh()

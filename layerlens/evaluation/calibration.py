@@ -76,7 +76,7 @@ def rank_correlation(first: dict[str, float], second: dict[str, float]) -> tuple
     """Spearman's coefficient over layers and its 95 % bootstrap interval (layers resampled); NaN for constants."""
     names = sorted(first)
     a, b = np.array([first[name] for name in names]), np.array([second[name] for name in names])
-    if np.ptp(a) == 0.0 or np.ptp(b) == 0.0:
+    if not (np.ptp(a) > 0.0 and np.ptp(b) > 0.0):
         return (float("nan"),) * 3
     generator = np.random.default_rng(0)
     resampled = []
