@@ -33,11 +33,6 @@ def adam(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]
     return _table(spec, statistics, options, lambda m: _signal(m) / np.sqrt(_signal(m) + (m.trace or 1.0) / 8))
 
 
-def tempered_energy(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
-    """‖G‖^½ · √r: `tempered` with the sampling noise left in, so that no layer has 0 and other samples say the same."""
-    return _table(spec, statistics, options, lambda m: (m.energy or 0.0) ** 0.25)
-
-
 def mixed(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
     """(√S / mean √S + 1)/2 · √r: half-way (arithmetically) between `signal` and even spreading."""
     mean = np.mean([np.sqrt(_signal(layer.by_method["lora"])) for layer in statistics.layers])
@@ -64,6 +59,4 @@ def signal_log(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[O
     return _table(spec, statistics, options, lambda m: np.sqrt(_signal(m)), law=lambda r: np.log2(1.0 + r))
 
 
-CANDIDATES = {
-    function.__name__: function for function in (adam, tempered_energy, mixed, adam_shape, nuclear, signal_log)
-}
+CANDIDATES = {function.__name__: function for function in (adam, mixed, adam_shape, nuclear, signal_log)}

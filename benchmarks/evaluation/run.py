@@ -31,7 +31,9 @@ STAGES = (
     ("tight", ("tempered", "adam", "adalora", "gora")),
     ("half", ("tempered", "adam", "even")),
     ("tight", ("whitened", "nuclear", "mixed", "tempered_energy", "adam_shape", "fisher_proportional", "gradient")),
-    ("loose", ("uniform", "signal", "even", "tempered")),
+    ("loose", ("uniform", "tempered")),
+    ("double", ("tempered",)),
+    ("loose", ("signal", "even")),
     ("tight", ("uniform_qv", "weighted", "gradient_norm", "random", "signal_log", "eva_init")),
     ("reference", ("full",)),
     ("loose", ("adam", "adalora", "eva", "gora")),
@@ -43,7 +45,7 @@ def open_study(name: str) -> Study:
     """The task with its budgets: ``tight`` is what rank 1 on every layer takes."""
     task = {**TASKS, **MORE_TASKS}[name]()
     unit = sum(cost(layer) for layer in lora_layers(task))
-    budgets = {"half": unit // 2, "tight": unit, "loose": 4 * unit}
+    budgets = {"half": unit // 2, "tight": unit, "double": 2 * unit, "loose": 4 * unit}
     return Study(task, ResultsFile.open(RESULTS / f"{name}.jsonl"), budgets, CANDIDATES)
 
 

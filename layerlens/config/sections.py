@@ -13,7 +13,8 @@ from layerlens.config.study import StudyConfig
 
 StatisticName = Literal["fisher", "gradient", "input_scale", "spectrum", "whitened_spectrum", "ntk"]
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
-UTILITY_MODELS = ("tempered", "signal", "whitened", "gradient", "weighted", "uniform")
+UtilityName = Literal["tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "uniform"]
+UTILITY_MODELS = ("tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "uniform")
 
 
 class ModelConfig(ConfigModel):
@@ -70,13 +71,13 @@ class DataConfig(ConfigModel):
 class ProfilingConfig(ConfigModel):
     """What is measured and how it becomes a utility."""
 
-    utility_model: Literal["tempered", "signal", "whitened", "gradient", "weighted", "uniform"] = Field(
+    utility_model: UtilityName = Field(
         default="tempered",
         description="How statistics become a utility curve: `tempered` (fourth root of the noise-corrected gradient "
-        "energy times the square root of the rank: half-way between `signal` and even spreading), `signal` (square "
-        "root of that energy times the square root of the rank), `whitened` (K-FAC-whitened split-half spectrum, in "
-        "nats), `gradient` (plain gradient energy), `weighted` (`metric_weights` over layers), `uniform` (every layer "
-        "equal).",
+        "energy times the square root of the rank: half-way between `signal` and even spreading), `tempered_energy` "
+        "(the same with the sampling noise left in), `signal` (square root of the noise-corrected energy times the "
+        "square root of the rank), `whitened` (K-FAC-whitened split-half spectrum, in nats), `gradient` (plain "
+        "gradient energy), `weighted` (`metric_weights` over layers), `uniform` (every layer equal).",
     )
     metric_weights: dict[str, float] = Field(
         default_factory=lambda: {"gradient_energy": 0.5, "fisher": 0.5},

@@ -19,7 +19,9 @@ from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.sweep import run_allocation
 from layerlens.evaluation.training import measure_arms, train
 
-UTILITY_ARMS = {name: name for name in ("tempered", "signal", "whitened", "gradient", "weighted")} | {"even": "uniform"}
+UTILITY_ARMS = {
+    name: name for name in ("tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted")
+} | {"even": "uniform"}
 """Arm -> utility model of the product."""
 FULL_RATE_FACTOR = 0.1
 """Learning rates of full fine-tuning, relative to those of adapters."""

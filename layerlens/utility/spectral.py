@@ -32,6 +32,15 @@ def tempered(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Opt
     return np.sqrt(_root_law(spec, statistics, options, "signal") * uniform(spec, statistics, options))
 
 
+def tempered_energy(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """(‖M‖² · scale)^¼ · √rank: ``tempered`` with the sampling noise left in.
+
+    The root tames what noise adds to small energies, no layer is taken for nothing at all, and other samples give
+    nearly the same order of layers.
+    """
+    return np.sqrt(_root_law(spec, statistics, options, "energy") * uniform(spec, statistics, options))
+
+
 def gradient(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
     """√(‖M‖² · scale) · √rank: the plain gradient energy, sampling noise included; kept for comparison."""
     return _root_law(spec, statistics, options, "energy")

@@ -76,6 +76,12 @@ def test_tempered_is_half_way_between_signal_and_even_spreading():
     assert found["fc", "adapter", 4] == 0.0
 
 
+def test_tempered_energy_leaves_the_noise_in():
+    found = utilities("tempered_energy")
+    assert found["fc", "lora", 1] == 2.0  # 16^¼
+    assert found["fc", "adapter", 4] == pytest.approx((4.0 * 2.0 / 8.0) ** 0.25 * 2.0)
+
+
 def test_gradient_is_the_same_law_with_the_noise_left_in():
     found = utilities("gradient")
     assert found["fc", "lora", 4] == 8.0
