@@ -29,10 +29,16 @@ from layerlens.utils.atomic import atomic_write_text
 FOLDER = Path(__file__).parent
 README = FOLDER.parent.parent / "README.md"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
-DEFAULT = "tempered"
+DEFAULT = "tempered_energy"
 """The arm of the default utility model."""
-LABELS = {"even": "even (utility model uniform)", "tempered": "tempered (default)"}
-README_ARMS = (DEFAULT, "gora", "adam", "signal", "even", UNIFORM, "eva", "adalora")
+LABELS = {
+    "even": "even (utility model uniform)",
+    "tempered_energy": "tempered_energy (default)",
+    "gora": "GoRA ranks",
+    "eva": "EVA ranks",
+    "adalora": "AdaLoRA",
+}
+README_ARMS = (DEFAULT, "gora", "tempered", "adam", "signal", "even", UNIFORM, "eva", "adalora")
 
 
 def main() -> None:
@@ -43,11 +49,11 @@ def main() -> None:
     sections.append(
         f"## Tight budget: as much as rank 1 on every layer\n\n{gain_table(files, 'tight', 'tight', tasks)}"
     )
-    others = (UNIFORM, "even", "eva", "adalora", "gora", "signal", "adam")
+    others = (UNIFORM, "even", "eva", "adalora", "gora", "tempered", "signal", "adam")
     sections.append(f"## The default against others\n\n{comparison_table(files, 'tight', DEFAULT, others)}")
     sections.append(f"## Four times as much\n\n{gain_table(files, 'loose', 'loose', tasks)}")
-    pairs = (("half", "tight"), ("tight", "loose"))
-    arms = (DEFAULT, "signal", "adam", "even")
+    pairs = (("half", "tight"), ("double", "loose"), ("tight", "loose"))
+    arms = (DEFAULT, "tempered", "signal", "adam", "even")
     sections.append(f"## Half or a quarter of the parameters\n\n{half_table(files, pairs, arms)}")
     checked = checked_table(files, "tight", (DEFAULT, UNIFORM))
     sections.append(f"## Uniform as a candidate of a check by short training\n\n{checked}")

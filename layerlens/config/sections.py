@@ -72,7 +72,7 @@ class ProfilingConfig(ConfigModel):
     """What is measured and how it becomes a utility."""
 
     utility_model: UtilityName = Field(
-        default="tempered",
+        default="tempered_energy",
         description="How statistics become a utility curve: `tempered` (fourth root of the noise-corrected gradient "
         "energy times the square root of the rank: half-way between `signal` and even spreading), `tempered_energy` "
         "(the same with the sampling noise left in), `signal` (square root of the noise-corrected energy times the "

@@ -17,7 +17,7 @@ class StudyConfig(ConfigModel):
     """Fine-tunes that `layerlens evaluate` runs: every arm at every budget, with a learning rate of its own."""
 
     arms: tuple[str, ...] = Field(
-        default=("uniform", "tempered", "eva", "adalora"),
+        default=("uniform", "tempered_energy", "eva", "adalora"),
         min_length=1,
         description="Allocations to compare: utility models (`tempered`, `tempered_energy`, `signal`, `whitened`, "
         "`gradient`, `weighted`, `even` for the model `uniform`) through the solver, and others' rules (`uniform`, the "

@@ -17,6 +17,7 @@ from layerlens.evaluation.analysis import (
     normalised_gain,
     t_interval,
 )
+from layerlens.evaluation.calibration import reliability
 from layerlens.evaluation.results import ResultsFile
 
 EXPLANATION = """# Study
@@ -138,23 +139,31 @@ def half_table(files: Mapping[str, ResultsFile], pairs: Sequence[tuple[str, str]
 
 
 def calibration_table(files: Mapping[str, ResultsFile]) -> str:
-    """Markdown: Spearman of each utility model's prediction with measured single-layer gains, and its stability."""
+    """Markdown: Spearman of each utility model's prediction with measured single-layer gains, and its stability.
+
+    The last line is how reliable the measurement itself is, where it was done with several seeds.
+    """
+    tasks = [task for task, results in files.items() if results.select(kind="calibration")]
     models: dict[str, dict[str, tuple[float, float, float, float]]] = {}
-    for task, results in files.items():
-        for record in results.select(kind="calibration"):
+    for task in tasks:
+        for record in files[task].select(kind="calibration"):
             models.setdefault(record["model"], {})[task] = (*record["spearman"], record["stability"][0])
     rows = []
     for model, found in models.items():
+        if any(np.isnan(values[0]) for values in found.values()):
+            continue
         cells = [
             f"{found[task][0]:.2f} [{found[task][1]:.2f}, {found[task][2]:.2f}] / {found[task][3]:.2f}"
             if task in found
             else "–"
-            for task in files
+            for task in tasks
         ]
         medians = [float(np.median([values[column] for values in found.values()])) for column in (0, 3)]
-        rows.append([model, *cells, f"{medians[0]:.2f} / {medians[1]:.2f}"])
-    rows.sort(key=lambda row: row[-1], reverse=True)
-    return markdown(["gain predicted / stability", *files, "median"], rows)
+        rows.append((medians[0], [model, *cells, f"{medians[0]:.2f} / {medians[1]:.2f}"]))
+    rows.sort(key=lambda row: -row[0])
+    reliable = [reliability(files[task].select(kind="single")) for task in tasks]
+    last = ["(the measurement itself)", *("–" if np.isnan(value) else f"{value:.2f}" for value in reliable), ""]
+    return markdown(["gain predicted [95 %] / stability", *tasks, "median"], [*(row for _, row in rows), last])
 
 
 def cost_table(files: Mapping[str, ResultsFile]) -> str:
