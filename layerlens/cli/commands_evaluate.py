@@ -1,4 +1,7 @@
-"""``evaluate``: predictions held against measurements; ``calibrate``: measures the device that predictions are for."""
+"""``evaluate``: a study of allocations, or predictions held against measurements.
+
+``calibrate`` measures the device that predictions are for.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import typer
 from layerlens.cli import output
 from layerlens.cli.commands_run import do
 from layerlens.cli.errors import guarded
-from layerlens.cli.parameters import Debug, Json, Quiet
+from layerlens.cli.parameters import Debug, Json, Output, Quiet, Set
 from layerlens.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
@@ -28,14 +31,20 @@ Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: 
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Where the device's profile is kept.")]
 
 
-@guarded()
+@guarded("finished runs are kept; call it again to go on")
 def evaluate(
-    manifest: Annotated[
-        Path, typer.Argument(metavar="MANIFEST", help="manifest.json or manifest.yaml of a run.", show_default=False)
+    subject: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG|MANIFEST", help="A study's configuration; with --costs, a manifest.", show_default=False
+        ),
     ],
     costs: Annotated[
-        bool, typer.Option("--costs", help="Parameters, FLOPs, memory and time: predicted against measured.")
+        bool,
+        typer.Option("--costs", help="A manifest's parameters, FLOPs, memory and time: predicted against measured."),
     ] = False,
+    directory: Output = None,
+    settings: Set = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model, if it is not where the manifest says.")
     ] = None,
@@ -52,11 +61,26 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Hold a manifest's predictions against what is measured on the model."""
+    """Train several allocations with tuned learning rates on paired seeds, and tell which wins on your data.
+
+    With --costs: hold a manifest's predictions against what is measured on the model.
+    """
     if not costs:
-        raise ConfigurationError("nothing to evaluate: give --costs")
+        from layerlens.cli.commands_evaluate_study import evaluate_study
+
+        for name, given in {"--model": model, "--batch-size": batch_size, "--sequence-length": sequence_length}.items():
+            if given is not None:
+                raise ConfigurationError(f"{name} goes with --costs; a study takes it from its configuration")
+        if subject.suffix == ".json":
+            raise ConfigurationError(f"{subject} is no configuration; to evaluate a manifest's costs, give --costs")
+        return evaluate_study(subject, directory, settings, json=json, quiet=quiet)
+    if directory is not None or settings:
+        raise ConfigurationError(
+            "--output and --set go with a study; --costs writes nothing and reads no configuration"
+        )
     from layerlens.manifest import read_manifest
 
+    manifest = subject
     plan = read_manifest(manifest)
     sizes = _sizes(plan, batch_size, sequence_length)
     from layerlens.pipeline.costs import device_profile, evaluate_costs

@@ -13,6 +13,7 @@ from layerlens.config.sections import (
     RunConfig,
     RuntimeConfig,
 )
+from layerlens.config.study import StudyConfig
 from layerlens.config.training import TrainingConfig
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "ProxyConfig",
     "RunConfig",
     "RuntimeConfig",
+    "StudyConfig",
     "TrainingConfig",
     "config_schema",
     "load_run_config",

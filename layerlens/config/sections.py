@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from layerlens.config.base import ConfigModel
 from layerlens.config.names import MethodName
 from layerlens.config.rules import ConstraintConfig
+from layerlens.config.study import StudyConfig
 from layerlens.config.training import TrainingConfig
 
 StatisticName = Literal[
@@ -31,7 +32,8 @@ TaskName = Literal[
 ]  # fmt: skip
 FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
-UTILITY_MODELS = ("signal", "whitened", "gradient", "weighted", "uniform")
+UtilityName = Literal["tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "uniform"]
+UTILITY_MODELS = ("tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "uniform")
 
 
 class ModelConfig(ConfigModel):
@@ -186,11 +188,13 @@ class ProxyConfig(ConfigModel):
 class ProfilingConfig(ConfigModel):
     """What is measured and how it becomes a utility."""
 
-    utility_model: Literal["signal", "whitened", "gradient", "weighted", "uniform"] = Field(
-        default="signal",
-        description="How statistics become a utility curve: `signal` (square root of the noise-corrected gradient "
-        "energy times the square root of the rank), `whitened` (K-FAC-whitened split-half spectrum, in nats), "
-        "`gradient` (plain gradient energy), `weighted` (`metric_weights` over layers), `uniform` (every layer equal).",
+    utility_model: UtilityName = Field(
+        default="tempered_energy",
+        description="How statistics become a utility curve: `tempered` (fourth root of the noise-corrected gradient "
+        "energy times the square root of the rank: half-way between `signal` and even spreading), `tempered_energy` "
+        "(the same with the sampling noise left in), `signal` (square root of the noise-corrected energy times the "
+        "square root of the rank), `whitened` (K-FAC-whitened split-half spectrum, in nats), `gradient` (plain "
+        "gradient energy), `weighted` (`metric_weights` over layers), `uniform` (every layer equal).",
     )
     metric_weights: dict[str, float] = Field(
         default_factory=lambda: {"gradient_energy": 0.5, "fisher": 0.5},
@@ -422,3 +426,6 @@ class RunConfig(ConfigModel):
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="How the choice is fine-tuned.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Where the results go.")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="How the run uses this machine.")
+    study: StudyConfig = Field(
+        default_factory=StudyConfig, description="What `layerlens evaluate` compares; other commands do not read it."
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -91,7 +91,7 @@ class Dataset:
             DataError: fewer than 2 samples are left for calibration.
         """
         keyed = []
-        for index, content in enumerate(self._digests()):
+        for index, content in enumerate(self.digests()):
             if not _of_test(content):
                 keyed.append((hashlib.sha256(f"{seed}:{index}:".encode() + content).digest(), index))
         order = [index for _, index in sorted(keyed)]
@@ -105,13 +105,14 @@ class Dataset:
 
     def split_test(self) -> tuple[Dataset, Dataset]:
         """(training, test) samples: the test split that ``split`` leaves alone, and all the others, in their order."""
-        of_test = [_of_test(content) for content in self._digests()]
+        of_test = [_of_test(content) for content in self.digests()]
         parts = ([index for index, test in enumerate(of_test) if test is wanted] for wanted in (False, True))
         train, test = (self.select(part) for part in parts)
         return train, test
 
-    def _digests(self) -> Iterator[bytes]:
-        return (hashlib.sha256(self._identity(index)).digest() for index in range(len(self)))
+    def digests(self) -> list[bytes]:
+        """SHA-256 of what each sample is told apart by."""
+        return [hashlib.sha256(self._identity(index)).digest() for index in range(len(self))]
 
     def _identity(self, index: int) -> bytes:
         """What a sample is told apart by: all of its columns, not its label."""

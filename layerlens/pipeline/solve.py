@@ -209,7 +209,9 @@ def _resource_uses(solution: Solution, config: OptimizationConfig) -> tuple[Reso
 def run_provenance(config: RunConfig, threads: int, statistics: dict[str, Any]) -> dict[str, Any]:
     """What a run was made from: nothing that differs between two runs of one configuration on one machine."""
     return {
-        "config": config.model_dump(mode="json", exclude={"output": True, "runtime": {"cache_dir", "threads"}}),
+        "config": config.model_dump(
+            mode="json", exclude={"output": True, "study": True, "runtime": {"cache_dir", "threads"}}
+        ),
         "seed": config.runtime.seed,
         "threads": threads,
         "statistics": statistics,

@@ -43,6 +43,10 @@ class UtilityModel:
 
 SIGNAL = ("fisher", "gradient", "input_scale")
 UTILITY_MODELS: dict[str, UtilityModel] = {
+    "tempered": UtilityModel(spectral.tempered, "relative gain (fourth root of the noise-corrected energy)", SIGNAL),
+    "tempered_energy": UtilityModel(
+        spectral.tempered_energy, "relative gain (fourth root of the gradient energy)", ("gradient", "input_scale")
+    ),
     "signal": UtilityModel(spectral.signal, "relative gain (root of the noise-corrected gradient energy)", SIGNAL),
     "whitened": UtilityModel(spectral.whitened, "predicted loss drop, nats per sample", ("whitened_spectrum",)),
     "gradient": UtilityModel(

@@ -1,7 +1,7 @@
 """Utility models that read the measured gradient matrices (DESIGN section 5).
 
-``signal``, ``gradient`` and ``uniform`` share the concave law √rank, which spreads rank over layers; they differ in
-what they multiply it with. ``whitened`` is the quadratic model with K-FAC curvature, in nats.
+``tempered``, ``signal``, ``gradient`` and ``uniform`` share the concave law √rank, which spreads rank over layers; they
+differ in what they multiply it with. ``whitened`` is the quadratic model with K-FAC curvature, in nats.
 """
 
 from __future__ import annotations
@@ -20,6 +20,25 @@ def signal(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Optio
     and √rank is what makes the allocation good (DESIGN section 5).
     """
     return _root_law(spec, statistics, options, "signal")
+
+
+def tempered(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """(max(0, ‖M‖² − noise) · scale)^¼ · √rank: the geometric mean of ``signal`` and of even spreading (``uniform``).
+
+    With √rank, the optimum under one budget has rank ∝ (score / cost)² in each layer: ``signal`` gives rank in
+    proportion to the energy itself, which spans decades over layers, and ``tempered`` to its root (docs/decisions.md,
+    Utility, has what the evaluation says of both).
+    """
+    return np.sqrt(_root_law(spec, statistics, options, "signal") * uniform(spec, statistics, options))
+
+
+def tempered_energy(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """(‖M‖² · scale)^¼ · √rank: ``tempered`` with the sampling noise left in.
+
+    The root tames what noise adds to small energies, no layer is taken for nothing at all, and other samples give
+    nearly the same order of layers.
+    """
+    return np.sqrt(_root_law(spec, statistics, options, "energy") * uniform(spec, statistics, options))
 
 
 def gradient(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:

@@ -69,6 +69,19 @@ def test_signal_is_the_root_of_the_noise_corrected_energy_times_the_root_of_the_
     }
 
 
+def test_tempered_is_half_way_between_signal_and_even_spreading():
+    found = utilities("tempered")
+    assert found["att", "prefix", 1] == 2.0  # (4 · 4)^¼
+    assert found["fc", "lora", 4] == pytest.approx(9.0**0.25 * 2.0)
+    assert found["fc", "adapter", 4] == 0.0
+
+
+def test_tempered_energy_leaves_the_noise_in():
+    found = utilities("tempered_energy")
+    assert found["fc", "lora", 1] == 2.0  # 16^¼
+    assert found["fc", "adapter", 4] == pytest.approx((4.0 * 2.0 / 8.0) ** 0.25 * 2.0)
+
+
 def test_gradient_is_the_same_law_with_the_noise_left_in():
     found = utilities("gradient")
     assert found["fc", "lora", 4] == 8.0

@@ -1,0 +1,102 @@
+"""The calibration study of one or more tasks: single-layer gains, stability over calibration samples, and cost.
+
+    python benchmarks/evaluation/calibrate.py digits-5-9
+
+Appends to ``results/<task>.jsonl`` what is missing there, and prints the rank correlations.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+from candidates import CANDIDATES
+from run import RESULTS
+from tasks import TASKS
+
+from layerlens.evaluation.allocations import allocate, lora_spec, profile, utilities
+from layerlens.evaluation.baselines import uniform
+from layerlens.evaluation.calibration import (
+    predicted_gains,
+    rank_correlation,
+    single_layer_gains,
+    single_layer_records,
+)
+from layerlens.evaluation.lora_stack import Arm
+from layerlens.evaluation.results import ResultsFile
+from layerlens.evaluation.study import UTILITY_ARMS
+from layerlens.evaluation.study_task import StudyTask
+from layerlens.evaluation.training import train
+
+MODELS = {**UTILITY_ARMS, **CANDIDATES}
+SEEDS = {"digits-5-9": (0, 1), "digits-inverted": (0, 1)}
+"""Seeds of the single-layer runs; (0,) for the other tasks, whose runs take longer."""
+SAMPLE_COUNTS = (32, 64, 128, 256)
+
+
+def singles(task: StudyTask, results: ResultsFile) -> dict[str, float]:
+    """Measured gain of every layer alone, at the better of the middle rates of the task's grid."""
+    layers = [layer.name for layer in lora_spec(task).layers]
+    seeds = SEEDS.get(task.name, (0,))
+    rates = tuple(sorted(task.learning_rates)[2:4] if len(seeds) > 1 else sorted(task.learning_rates)[2:3])
+    for seed in seeds:
+        if not results.select(kind="single", seed=seed):
+            results.append(single_layer_records(task, layers, steps=task.steps // 2, seed=seed, rates=rates))
+    return single_layer_gains(results.select(kind="single"))
+
+
+def correlations(task: StudyTask, results: ResultsFile) -> None:
+    """Spearman of every utility model with the measured gains, and with itself on other samples."""
+    measured = singles(task, results)
+    half = min(256, len(task.train) // 2)
+    first, second = (profile(task, torch.arange(start, start + half)).statistics for start in (0, half))
+    smaller = {n: profile(task, torch.arange(n)).statistics for n in SAMPLE_COUNTS if n < half}
+    for name, model in MODELS.items():
+        if results.select(kind="calibration", model=name):
+            continue
+        of = [predicted_gains(utilities(task, found, model)) for found in (first, second, *smaller.values())]
+        predicted = rank_correlation(of[0], measured)
+        stability = rank_correlation(of[0], of[1])
+        by_count = {n: rank_correlation(of[0], found)[0] for n, found in zip(smaller, of[2:], strict=True)}
+        results.append([
+            {"kind": "calibration", "task": task.name, "model": name, "spearman": predicted, "stability": stability,
+             "samples": half, "against_fewer": by_count}
+        ])  # fmt: skip
+
+
+def cost(task: StudyTask, results: ResultsFile) -> None:
+    """Processor time of profiling and solving, and of one fine-tune of uniform LoRA, one after the other."""
+    if results.select(kind="cost"):
+        return
+    layers = lora_spec(task).layers
+    budget = sum(layer.n_in + layer.n_out for layer in layers)
+    started = time.process_time()
+    statistics = profile(task, names=("fisher", "gradient", "input_scale")).statistics
+    profiled = time.process_time()
+    allocate(task, statistics, utilities(task, statistics, "signal"), budget)
+    solved = time.process_time()
+    run = train(task, [Arm(uniform(layers, budget), 0, 1e-3)], evaluate_test=False, measure=False)[0]
+    results.append([
+        {"kind": "cost", "task": task.name, "profile_s": profiled - started, "solve_s": solved - profiled,
+         "fine_tune_s": run.cpu_s, "calibration_samples": statistics.n_samples,
+         "fine_tune_samples": task.steps * task.batch_size}
+    ])  # fmt: skip
+
+
+def main() -> None:
+    """Every task that was named."""
+    torch.set_num_threads(1)
+    for name in sys.argv[1:] or TASKS:
+        task, results = TASKS[name](), ResultsFile.open(RESULTS / f"{name}.jsonl")
+        correlations(task, results)
+        cost(task, results)
+        for record in results.select(kind="calibration"):
+            found, low, high = record["spearman"]
+            print(f"{name:18} {record['model']:14} spearman {found:5.2f} [{low:5.2f}, {high:5.2f}] "
+                  f"stability {record['stability'][0]:5.2f} {record['against_fewer']}", flush=True)  # fmt: skip
+        print(results.select(kind="cost")[0], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Makes the study's tables and plots from ``results/*.jsonl``, and the short table in the README.
+
+python benchmarks/evaluation/report.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from layerlens.evaluation.analysis import UNIFORM, bootstrap_interval, t_interval
+from layerlens.evaluation.results import ResultsFile
+from layerlens.evaluation.study_report import (
+    EXPLANATION,
+    calibration_table,
+    checked_table,
+    comparison_table,
+    cost_table,
+    gain_table,
+    gains_at,
+    half_table,
+    markdown,
+    open_results,
+    write_gain_plot,
+)
+from layerlens.utils.atomic import atomic_write_text
+
+FOLDER = Path(__file__).parent
+README = FOLDER.parent.parent / "README.md"
+BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
+DEFAULT = "tempered_energy"
+"""The arm of the default utility model."""
+LABELS = {
+    "even": "even (utility model uniform)",
+    "tempered_energy": "tempered_energy (default)",
+    "gora": "GoRA ranks",
+    "eva": "EVA ranks",
+    "adalora": "AdaLoRA",
+}
+README_ARMS = (DEFAULT, "gora", "tempered", "adam", "signal", "even", UNIFORM, "eva", "adalora")
+
+
+def main() -> None:
+    """Write everything."""
+    files = open_results(FOLDER / "results")
+    tasks = list(files)
+    sections = [EXPLANATION]
+    sections.append(
+        f"## Tight budget: as much as rank 1 on every layer\n\n{gain_table(files, 'tight', 'tight', tasks)}"
+    )
+    others = (UNIFORM, "even", "eva", "adalora", "gora", "tempered", "signal", "adam")
+    sections.append(f"## The default against others\n\n{comparison_table(files, 'tight', DEFAULT, others)}")
+    sections.append(f"## Four times as much\n\n{gain_table(files, 'loose', 'loose', tasks)}")
+    pairs = (("half", "tight"), ("double", "loose"), ("tight", "loose"))
+    arms = (DEFAULT, "tempered", "signal", "adam", "even")
+    sections.append(f"## Half or a quarter of the parameters\n\n{half_table(files, pairs, arms)}")
+    checked = checked_table(files, "tight", (DEFAULT, UNIFORM))
+    sections.append(f"## Uniform as a candidate of a check by short training\n\n{checked}")
+    sections.append(f"## Prediction and stability\n\n{calibration_table(files)}")
+    sections.append(f"## Cost\n\n{cost_table(files)}")
+    sections.append(f"## Models and budgets\n\n{_models(files)}")
+    atomic_write_text(FOLDER / "results" / "study.md", "\n".join(sections))
+    for budget in ("tight", "loose"):
+        complete = [task for task in tasks if task in gains_at(files, budget, budget)[1].get(UNIFORM, {})]
+        write_gain_plot(files, budget, FOLDER / "results" / f"gain-{budget}.svg", complete, LABELS)
+    text = README.read_text(encoding="utf-8")
+    if BEGIN in text:
+        before, _, rest = text.partition(BEGIN)
+        atomic_write_text(README, before + BEGIN + "\n" + readme_table(files) + END + rest.partition(END)[2])
+
+
+def readme_table(files: dict[str, ResultsFile]) -> str:
+    """One line for each arm that every task has: mean gain, its interval, tasks significantly better / worse."""
+    _, gains = gains_at(files, "tight", "tight")
+    rows = []
+    for arm in README_ARMS:
+        found = gains.get(arm, {})
+        if set(found) != set(files):
+            continue
+        if arm == UNIFORM:
+            rows.append(["uniform LoRA, all linear layers", "0", ""])
+            continue
+        low, high = bootstrap_interval(found)
+        intervals = [t_interval(values) for values in found.values()]
+        mean = np.mean([values.mean() for values in found.values()])
+        signs = f"{sum(a > 0 for a, _ in intervals)} / {sum(b < 0 for _, b in intervals)}"
+        rows.append([LABELS.get(arm, arm), f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", signs])
+    header = ["allocation", f"gain over tuned uniform LoRA, {len(files)} tasks [95 %]", "tasks better / worse"]
+    return markdown(header, rows)
+
+
+def _models(files: dict[str, ResultsFile]) -> str:
+    rows = []
+    for task, results in files.items():
+        frozen = results.select(kind="reference", name="frozen")[0]
+        share = frozen["unit"] / frozen["total_params"]
+        rows.append([task, f"{frozen['total_params']:,}", f"{frozen['unit']:,}", f"{share:.2%}"])
+    return markdown(["task", "parameters of the model", "tight budget", "share"], rows)
+
+
+if __name__ == "__main__":
+    main()

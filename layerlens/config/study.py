@@ -1,0 +1,62 @@
+"""The ``study`` section: which allocations `layerlens evaluate` compares, and how they are trained."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from layerlens.config.base import ConfigModel
+
+STUDY_ARMS = (
+    "uniform", "uniform_qv", "eva", "eva_init", "gora", "adalora", "gradient_norm", "fisher_proportional", "random",
+    "tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "even",
+)  # fmt: skip
+"""Arms by name: others' rules, and the utility models ("even" is the utility model `uniform`)."""
+
+
+class StudyConfig(ConfigModel):
+    """Fine-tunes that `layerlens evaluate` runs: every arm at every budget, with a learning rate of its own."""
+
+    arms: tuple[str, ...] = Field(
+        default=("uniform", "tempered_energy", "eva", "adalora"),
+        min_length=1,
+        description="Allocations to compare: utility models (`tempered`, `tempered_energy`, `signal`, `whitened`, "
+        "`gradient`, `weighted`, `even` for the model `uniform`) through the solver, and others' rules (`uniform`, the "
+        "largest equal rank for all Linear layers; `uniform_qv`, for queries and values; `eva`, `eva_init` with its "
+        "initialisation; `gora`; `adalora`; "
+        "`gradient_norm` and `fisher_proportional`; `random`). `uniform` is always run: gains are over it.",
+    )
+    budgets: tuple[float, ...] = Field(
+        default=(),
+        description="Trainable parameters: shares of the model's parameters where below 1, numbers otherwise. Empty: "
+        "`optimization.max_trainable_params`.",
+    )
+    learning_rates: tuple[float, ...] = Field(
+        default=(1e-4, 2.5e-4, 6.3e-4, 1.6e-3, 4e-3),
+        min_length=2,
+        description="The sweep of every arm, chosen from by validation loss. It is extended where its end is the best.",
+    )
+    seeds: int = Field(default=5, ge=2, description="Paired runs of every arm at its chosen learning rate.")
+    sweep_seeds: int = Field(default=1, ge=1, description="Seeds that the learning rate is chosen on.")
+    steps: int = Field(default=200, ge=4, description="Optimiser steps of a run.")
+    batch_size: int = Field(default=16, ge=1, description="Samples in a step.")
+    train_samples: int = Field(default=2048, ge=2, description="Training samples; calibration samples are among them.")
+    validation_samples: int = Field(default=256, ge=2, description="Samples that learning rates are chosen on.")
+    test_samples: int = Field(default=512, ge=2, description="Samples that results are reported on.")
+    arms_at_once: int = Field(
+        default=16, ge=1, description="Runs that are trained together over one frozen model. Memory grows with it."
+    )
+
+    @field_validator("arms")
+    @classmethod
+    def _known_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        for arm in arms:
+            if arm not in STUDY_ARMS:
+                raise ValueError(f"unknown arm {arm!r}; known: {', '.join(STUDY_ARMS)}")
+        return tuple(dict.fromkeys(("uniform", *arms)))
+
+    @field_validator("budgets", "learning_rates")
+    @classmethod
+    def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if any(value <= 0.0 for value in values):
+            raise ValueError("must be above 0")
+        return tuple(sorted(set(values)))

@@ -1,0 +1,251 @@
+"""``layerlens evaluate``: the study of a configuration, from its model and data to tables and plots."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerlens.config import RunConfig, StudyConfig
+from layerlens.data import Dataset, load_dataset
+from layerlens.evaluation.analysis import arm_results
+from layerlens.evaluation.results import ResultsFile
+from layerlens.evaluation.study import Study
+from layerlens.evaluation.study_report import study_markdown, write_gain_plot
+from layerlens.evaluation.study_task import Samples, StudyTask
+from layerlens.exceptions import ConfigurationError, DataError
+from layerlens.integrations.layers import model_spec
+from layerlens.integrations.transformers import PretrainedModel, load_pretrained, task_heads
+from layerlens.pipeline.inputs import check_lengths
+from layerlens.profiling.head import fit_head
+from layerlens.tasks import TASKS
+from layerlens.utils.atomic import atomic_write_text, check_writable
+from layerlens.utils.progress import Progress, silent
+from layerlens.utils.threads import resolve_threads, set_threads
+
+RUNS_FILE, REPORT_FILE, PLOT_FILE = "runs.jsonl", "study.md", "gain-{budget}.svg"
+STUDY_TASKS = ("sequence-classification", "regression", "causal-lm")
+HEAD_BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study found.
+
+    Args:
+        files: name -> path of what was written.
+        arms: for each budget and arm: trainable parameters, chosen learning rate, mean test loss and metric.
+        seconds: wall time, without what an earlier call had done.
+    """
+
+    files: dict[str, Path]
+    arms: list[dict[str, Any]]
+    seconds: float
+
+
+def evaluate_config(
+    config: RunConfig,
+    *,
+    base_dir: Path,
+    progress: Progress = silent,
+    warn: Callable[[str], None] = lambda line: None,
+) -> StudyResult:
+    """Run the study of ``config.study``, or what is missing of it, and write its tables and plots.
+
+    Every run is kept in ``runs.jsonl`` in the output directory as soon as it is done; called again, the study goes on.
+
+    Raises:
+        ConfigurationError: the directory holds another study's runs, or a budget is too small for any layer.
+        LayerLensError: the model or the data cannot be used.
+    """
+    study_config = config.study
+    started = time.perf_counter()
+    output = base_dir / Path(config.output.directory).expanduser()
+    check_writable(output)
+    set_threads(resolve_threads(config.runtime.threads))
+    with progress.stage("Loading model and data"):
+        task = task_from_config(config, study_config, base_dir, progress, warn)
+        budgets = _budgets(study_config, config, task)
+    results = ResultsFile.open(output / RUNS_FILE)
+    _refuse_other_study(results, config)
+    with progress.stage("Measuring"):
+        study = Study(task, results, budgets)
+    with progress.stage("Training", total=1 + len(budgets) * len(study_config.arms)) as advance:
+        study.head_alone()
+        advance(1)
+        for budget in budgets:
+            for arm in study_config.arms:
+                study.run(budget, arm)
+                advance(1)
+    return _write(output, results, tuple(budgets), time.perf_counter() - started)
+
+
+def task_from_config(
+    config: RunConfig,
+    study: StudyConfig,
+    base_dir: Path,
+    progress: Progress,
+    warn: Callable[[str], None],
+) -> StudyTask:
+    """The model with its head fitted, and the data in three parts, padded to ``data.max_length``.
+
+    The test part is the one that `layerlens run` never measures on.
+    """
+    if config.model.task not in STUDY_TASKS:
+        raise ConfigurationError(f"model.task: studies are of {', '.join(STUDY_TASKS)}, not of {config.model.task}")
+    dataset = load_dataset(config.data, base_dir, config.model.task)
+    pretrained = load_pretrained(
+        config.model.reference, config.model.task, dataset.label_names, seed=config.runtime.seed, base_dir=base_dir
+    )
+    check_lengths(pretrained, config)
+    if dataset.label_names:
+        dataset = dataset.with_label_order(pretrained.labels)
+    parts = _parts(dataset, config, study, warn)
+    samples = [_samples(pretrained, part, config) for part in parts]
+    kind = TASKS[config.model.task]
+    if pretrained.new_parameters and len(samples[0]):
+        batches = samples[0].batches(torch.arange(len(samples[0])), HEAD_BATCH_SIZE)
+        fit_head(pretrained.model, pretrained.new_parameters, batches, progress, kind.loss)
+    tokens = config.model.task == "causal-lm"
+    return StudyTask(
+        name=config.model.task,
+        model=pretrained.model,
+        spec=model_spec(pretrained, config.model.reference),
+        train=samples[1],
+        validation=samples[2],
+        test=samples[3],
+        loss=kind.loss,
+        head=_head(pretrained) if kind.new_head else None,
+        token_labels=tokens,
+        shifted=tokens,
+        steps=study.steps,
+        batch_size=study.batch_size,
+        learning_rates=study.learning_rates,
+        ranks=config.optimization.lora_ranks,
+        seeds=tuple(range(study.seeds)),
+        sweep_seeds=tuple(range(min(study.sweep_seeds, study.seeds))),
+        arms_at_once=study.arms_at_once,
+    )
+
+
+def _parts(
+    dataset: Dataset, config: RunConfig, study: StudyConfig, warn: Callable[[str], None]
+) -> tuple[Dataset, Dataset, Dataset, Dataset]:
+    """Samples for fitting the head, training, validation and test."""
+    n_head = config.model.head_fit_samples if TASKS[config.model.task].new_head else 0
+    wanted = study.train_samples + study.validation_samples
+    rest, head = dataset.split(wanted, n_head, config.runtime.seed)
+    if len(head) < n_head:  # a small data set: the head is fitted on training samples
+        rest, head = dataset.split(wanted, 0, config.runtime.seed)
+        n_head_taken = min(n_head, len(rest) // 4)
+        head, rest = rest.select(list(range(n_head_taken))), rest.select(list(range(n_head_taken, len(rest))))
+    n_validation = min(study.validation_samples, len(rest) // 4)
+    validation = rest.select(list(range(n_validation)))
+    train = rest.select(list(range(n_validation, len(rest))))
+    _, test = dataset.split_test()
+    digests = test.digests()
+    test = test.select(sorted(range(len(test)), key=digests.__getitem__)[: study.test_samples])
+    for name, part, asked in (
+        ("train_samples", train, study.train_samples),
+        ("validation_samples", validation, study.validation_samples),
+        ("test_samples", test, study.test_samples),
+    ):
+        if len(part) < 2:
+            raise DataError(f"data.source: {len(dataset)} samples leave {len(part)} for study.{name}; give more data")
+        if len(part) < asked:
+            warn(f"study.{name}: asked for {asked}, the data has {len(part)}")
+    return head, train, validation, test
+
+
+def _samples(pretrained: PretrainedModel, part: Dataset, config: RunConfig) -> Samples:
+    if not len(part):
+        return Samples({}, torch.zeros(0))
+    task = TASKS[config.model.task]
+    inputs, labels = task.collate(pretrained, task.encode(pretrained, part, config.data, config.runtime.seed))
+    return Samples(inputs, labels)
+
+
+def _head(pretrained: PretrainedModel) -> str:
+    """The one Linear that gives the logits.
+
+    Raises:
+        ConfigurationError: the head has several layers, of which the study could train only one.
+    """
+    heads = task_heads(pretrained.model)
+    linear = [
+        name
+        for head in heads
+        for name, module in pretrained.model.get_submodule(head).named_modules(prefix=head)
+        if isinstance(module, torch.nn.Linear)
+    ]
+    if len(linear) != 1:
+        raise ConfigurationError(
+            f"model.name_or_path: the task head has {len(linear)} Linear layers ({', '.join(linear)}); "
+            "a study trains a head of one, such as BERT's"
+        )
+    return linear[0]
+
+
+def _budgets(study: StudyConfig, config: RunConfig, task: StudyTask) -> dict[str, int]:
+    """Name of each budget -> trainable parameters."""
+    given: Sequence[float] = study.budgets or (config.optimization.max_trainable_params or 0,)
+    budgets = {
+        f"{value:g}": round(value * task.spec.total_params) if value < 1.0 else round(value) for value in given if value
+    }
+    least = min(layer.n_in + layer.n_out for layer in task.spec.layers if "lora" in layer.methods)
+    for name, size in budgets.items():
+        if size < least:
+            raise ConfigurationError(
+                f"study.budgets: {name} is {size} parameters, and rank 1 on the smallest layer takes {least}"
+            )
+    if not budgets:
+        raise ConfigurationError("study.budgets: none given, and optimization.max_trainable_params is not set either")
+    return budgets
+
+
+def _refuse_other_study(results: ResultsFile, config: RunConfig) -> None:
+    """Runs of another model, data or training must not be mixed with these."""
+    identity = config.model_dump(mode="json", include={"model", "data"}) | {
+        "seed": config.runtime.seed,
+        "ranks": list(config.optimization.lora_ranks),
+        "study": config.study.model_dump(mode="json", exclude={"arms", "budgets", "arms_at_once", "learning_rates"}),
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    found = results.select(kind="study")
+    if not found:
+        results.append([{"kind": "study", "identity": digest, **identity}])
+    elif found[0]["identity"] != digest:
+        changed = [key for key, value in identity.items() if found[0].get(key) != value]
+        raise ConfigurationError(
+            f"output.directory: {results.path} has runs of another study ({', '.join(changed)} differ); give another "
+            "directory, or remove the file"
+        )
+
+
+def _write(output: Path, results: ResultsFile, budgets: Sequence[str], seconds: float) -> StudyResult:
+    files = {"runs": results.path}
+    name = results.select(kind="reference", name="frozen")[0]["task"]
+    files["report"] = atomic_write_text(output / REPORT_FILE, study_markdown({name: results}, budgets))
+    rows = []
+    for budget in budgets:
+        path = output / PLOT_FILE.format(budget=budget)
+        write_gain_plot({name: results}, budget, path, [name], {})
+        files[f"plot_{budget}"] = path
+        for arm, result in arm_results(results, budget).items():
+            rows.append(
+                {
+                    "budget": budget,
+                    "arm": arm,
+                    "params": result.params,
+                    "learning_rate": result.learning_rate,
+                    "test_loss": float(result.test_loss.mean()),
+                    "test_metric": float(result.test_metric.mean()),
+                }
+            )
+    return StudyResult(files, rows, seconds)

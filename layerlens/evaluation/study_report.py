@@ -1,0 +1,241 @@
+"""The study as a reader sees it: Markdown tables and SVG plots, made from the results files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from layerlens.evaluation.analysis import (
+    UNIFORM,
+    ArmResult,
+    arm_results,
+    baseline_loss,
+    bootstrap_interval,
+    checked_arm,
+    normalised_gain,
+    t_interval,
+)
+from layerlens.evaluation.calibration import reliability
+from layerlens.evaluation.results import ResultsFile
+
+EXPLANATION = """# Study
+
+Test loss (mean ± standard error over paired seeds) of every arm at the learning rate that validation chose for it. The
+gain is (L_uniform − L_arm) / (L_without adapters − L_uniform): 0 is as good as tuned uniform LoRA. Intervals are 95 %
+paired bootstrap intervals over seeds; "better / worse" counts tasks whose paired 95 % t interval excludes 0.
+"""
+
+Gains = dict[str, dict[str, np.ndarray]]
+"""arm -> task -> normalised gain [seeds]."""
+
+
+def open_results(folder: Path) -> dict[str, ResultsFile]:
+    """Task -> its results, for every ``*.jsonl`` that has a reference."""
+    found = {path.stem: ResultsFile.open(path) for path in sorted(folder.glob("*.jsonl"))}
+    return {task: results for task, results in found.items() if results.select(kind="reference", name="frozen")}
+
+
+def gains_at(
+    files: Mapping[str, ResultsFile], budget: str, reference_budget: str
+) -> tuple[dict[str, dict[str, ArmResult]], Gains]:
+    """(task -> arm -> result, arm -> task -> gain over uniform LoRA at ``reference_budget``)."""
+    tables = {task: arm_results(results, budget) for task, results in files.items()}
+    gains: Gains = {}
+    for task, results in files.items():
+        uniform = arm_results(results, reference_budget).get(UNIFORM)
+        for arm, result in tables[task].items():
+            if uniform is not None:
+                gains.setdefault(arm, {})[task] = normalised_gain(result, uniform, baseline_loss(results))
+    return tables, gains
+
+
+def gain_table(files: Mapping[str, ResultsFile], budget: str, reference_budget: str, tasks: Sequence[str]) -> str:
+    """Markdown: one line for each arm, best first; arms that lack a task come last."""
+    tables, gains = gains_at(files, budget, reference_budget)
+    header = ["arm", *tasks, "mean gain [95 %]", "better / worse"]
+    complete = [arm for arm in gains if set(tasks) <= set(gains[arm])]
+    incomplete = [arm for arm in gains if arm not in complete]
+
+    def mean_of(arm: str) -> float:
+        return float(np.mean([gain.mean() for gain in gains[arm].values()]))
+
+    rows = []
+    for arm in [*sorted(complete, key=mean_of, reverse=True), *sorted(incomplete)]:
+        cells = [arm]
+        for task in tasks:
+            result = tables.get(task, {}).get(arm)
+            if result is None:
+                cells.append("–")
+                continue
+            error = result.test_loss.std(ddof=1) / np.sqrt(len(result.test_loss))
+            cells.append(f"{result.test_loss.mean():.3f} ± {error:.3f}")
+        cells += [_interval(gains[arm], tasks, arm), _signs(gains[arm], arm, budget == reference_budget)]
+        rows.append(cells)
+    return markdown(header, rows)
+
+
+def _interval(gain: Mapping[str, np.ndarray], tasks: Sequence[str], arm: str) -> str:
+    found = {task: gain[task] for task in tasks if task in gain}
+    if arm == UNIFORM and all(not values.any() for values in found.values()):
+        return "0"
+    low, high = bootstrap_interval(found)
+    mean = np.mean([values.mean() for values in found.values()])
+    note = "" if len(found) == len(tasks) else f" ({len(found)} tasks)"
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{note}"
+
+
+def _signs(gain: Mapping[str, np.ndarray], arm: str, same_budget: bool) -> str:
+    if arm == UNIFORM and same_budget:
+        return ""
+    intervals = [t_interval(values) for values in gain.values()]
+    better, worse = sum(low > 0.0 for low, _ in intervals), sum(high < 0.0 for _, high in intervals)
+    return f"{better} / {worse}"
+
+
+def comparison_table(files: Mapping[str, ResultsFile], budget: str, arm: str, others: Sequence[str]) -> str:
+    """Markdown: by how much ``arm`` is above each of the others, in normalised gain, on the tasks that both have."""
+    _, gains = gains_at(files, budget, budget)
+    rows = []
+    for other in others:
+        tasks = sorted(set(gains.get(arm, {})) & set(gains.get(other, {})))
+        if not tasks:
+            continue
+        difference = {task: gains[arm][task] - gains[other][task] for task in tasks}
+        low, high = bootstrap_interval(difference)
+        wide = bootstrap_interval(difference, resample_tasks=True)
+        intervals = [t_interval(values) for values in difference.values()]
+        rows.append(
+            [
+                other,
+                str(len(tasks)),
+                f"{np.mean([values.mean() for values in difference.values()]):+.2f} [{low:+.2f}, {high:+.2f}]",
+                f"[{wide[0]:+.2f}, {wide[1]:+.2f}]",
+                f"{sum(low > 0 for low, _ in intervals)} / {sum(high < 0 for _, high in intervals)}",
+            ]
+        )
+    header = [f"{arm} against", "tasks", "difference [95 %, seeds]", "[95 %, seeds and tasks]", "better / worse"]
+    return markdown(header, rows)
+
+
+def half_table(files: Mapping[str, ResultsFile], pairs: Sequence[tuple[str, str]], arms: Sequence[str]) -> str:
+    """Markdown: arms at a budget against uniform LoRA at a larger one, task by task: gain [95 %]."""
+    rows = []
+    for budget, reference in pairs:
+        _, gains = gains_at(files, budget, reference)
+        for arm in arms:
+            cells = []
+            for task in files:
+                values = gains.get(arm, {}).get(task)
+                if values is None:
+                    cells.append("–")
+                    continue
+                low, high = t_interval(values)
+                cells.append(f"{values.mean():+.2f} [{low:+.2f}, {high:+.2f}]")
+            if any(cell != "–" for cell in cells):
+                rows.append([f"{arm} at {budget} against uniform at {reference}", *cells])
+    return markdown(["", *files], rows)
+
+
+def calibration_table(files: Mapping[str, ResultsFile]) -> str:
+    """Markdown: Spearman of each utility model's prediction with measured single-layer gains, and its stability.
+
+    The last line is how reliable the measurement itself is, where it was done with several seeds.
+    """
+    tasks = [task for task, results in files.items() if results.select(kind="calibration")]
+    models: dict[str, dict[str, tuple[float, float, float, float]]] = {}
+    for task in tasks:
+        for record in files[task].select(kind="calibration"):
+            models.setdefault(record["model"], {})[task] = (*record["spearman"], record["stability"][0])
+    rows = []
+    for model, found in models.items():
+        if any(np.isnan(values[0]) for values in found.values()):
+            continue
+        cells = [
+            f"{found[task][0]:.2f} [{found[task][1]:.2f}, {found[task][2]:.2f}] / {found[task][3]:.2f}"
+            if task in found
+            else "–"
+            for task in tasks
+        ]
+        medians = [float(np.median([values[column] for values in found.values()])) for column in (0, 3)]
+        rows.append((medians[0], [model, *cells, f"{medians[0]:.2f} / {medians[1]:.2f}"]))
+    rows.sort(key=lambda row: -row[0])
+    reliable = [reliability(files[task].select(kind="single")) for task in tasks]
+    last = ["(the measurement itself)", *("–" if np.isnan(value) else f"{value:.2f}" for value in reliable), ""]
+    return markdown(["gain predicted [95 %] / stability", *tasks, "median"], [*(row for _, row in rows), last])
+
+
+def cost_table(files: Mapping[str, ResultsFile]) -> str:
+    """Markdown: what profiling and solving take, as a share of one fine-tune."""
+    rows = []
+    for task, results in files.items():
+        for record in results.select(kind="cost"):
+            own = record["profile_s"] + record["solve_s"]
+            per_sample = record["fine_tune_s"] / record["fine_tune_samples"]
+            rows.append(
+                [
+                    task,
+                    f"{record['profile_s']:.2f} s",
+                    f"{record['solve_s']:.2f} s",
+                    f"{record['fine_tune_s']:.2f} s",
+                    f"{own / record['fine_tune_s']:.0%}",
+                    f"{own / per_sample / 0.05:,.0f}",
+                ]
+            )
+    header = ["task", "profile (256 samples)", "solve", "fine-tune here", "share", "samples trained on for 5 %"]
+    return markdown(header, rows)
+
+
+def checked_table(files: Mapping[str, ResultsFile], budget: str, arms: Sequence[str]) -> str:
+    """Markdown: what a check of the complete allocations by a quarter of the training would choose, and its gain."""
+    tables, gains = gains_at(files, budget, budget)
+    chosen = checked_arm(files, tables, budget, arms)
+    rows = [
+        [task, arm, "0" if arm == UNIFORM else f"{gains[arm][task].mean():+.2f}",
+         "–" if arms[0] not in gains or task not in gains[arms[0]] else f"{gains[arms[0]][task].mean():+.2f}"]
+        for task, arm in chosen.items()
+    ]  # fmt: skip
+    return markdown(["task", "chosen by the check", "its gain", f"gain of {arms[0]}"], rows)
+
+
+def write_gain_plot(
+    files: Mapping[str, ResultsFile], budget: str, path: Path, tasks: Sequence[str], labels: Mapping[str, str]
+) -> None:
+    """SVG: mean normalised gain of every complete arm with its interval, and its tasks as points."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    _, gains = gains_at(files, budget, budget)
+    complete = [arm for arm in gains if set(tasks) <= set(gains[arm]) and arm != UNIFORM]
+    complete.sort(key=lambda arm: float(np.mean([gains[arm][task].mean() for task in tasks])))
+    figure = Figure(figsize=(7.0, 0.9 + 0.3 * len(complete)))
+    FigureCanvasSVG(figure)
+    axes = figure.subplots()
+    for row, arm in enumerate(complete):
+        found = {task: gains[arm][task] for task in tasks}
+        low, high = bootstrap_interval(found)
+        points = [values.mean() for values in found.values()]
+        axes.plot([low, high], [row, row], color="#1f4e79", linewidth=2)
+        axes.plot(points, [row] * len(points), "o", color="#9bb7d4", markersize=4, zorder=1)
+        axes.plot(np.mean(points), row, "D", color="#1f4e79", markersize=5)
+    axes.axvline(0.0, color="#888888", linewidth=0.8)
+    axes.set_yticks(range(len(complete)), [labels.get(arm, arm) for arm in complete])
+    axes.set_xlabel(f"normalised gain over tuned uniform LoRA ({budget} budget; points: tasks, bar: 95 % interval)")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def study_markdown(files: Mapping[str, ResultsFile], budgets: Sequence[str]) -> str:
+    """The report of `layerlens evaluate`: a table of gains for each budget."""
+    sections = []
+    for budget in budgets:
+        sections.append(f"## Budget {budget}\n\n{gain_table(files, budget, budget, list(files))}")
+    return EXPLANATION + "\n" + "\n".join(sections)

@@ -1,0 +1,117 @@
+"""Every rank rule keeps the budget, and does what its paper says on small cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from layerlens.evaluation import baselines
+from layerlens.evaluation.adalora import AdaLora
+from layerlens.evaluation.allocations import allocate, profile, utilities
+from layerlens.evaluation.gradients import LayerGradient, layer_gradients, lora_layers
+from layerlens.evaluation.lora_stack import Arm, LoraStack
+from layerlens.evaluation.study_task import StudyTask
+from layerlens.evaluation.training import train
+from layerlens.models import LayerSpec
+
+
+def _layer(name: str, n_in: int, n_out: int, role: str = "") -> LayerSpec:
+    return LayerSpec(name=name, hidden_size=4, layer_type="linear", n_in=n_in, n_out=n_out, role=role)
+
+
+LAYERS = [_layer("a", 4, 4, "query"), _layer("b", 4, 8), _layer("c", 8, 4, "value")]  # 8, 12 and 12 parameters a rank
+
+
+def test_uniform_gives_equal_ranks_and_spreads_the_rest() -> None:
+    assert baselines.uniform(LAYERS, 64) == {"a": 2, "b": 2, "c": 2}
+    assert baselines.uniform(LAYERS, 63) == {"a": 2, "b": 2, "c": 1}
+    assert baselines.uniform(LAYERS, 20) == {"a": 1, "b": 1}
+    assert baselines.uniform(LAYERS, 40, ("query", "value")) == {"a": 2, "c": 2}
+
+
+def test_proportional_ranks_follow_the_score() -> None:
+    assert baselines.proportional(LAYERS, 44, {"a": 1.0, "b": 1.0, "c": 2.0}) == {"a": 1, "b": 1, "c": 2}
+
+
+@pytest.mark.parametrize("budget", [7, 8, 31, 32, 100, 1000])
+def test_no_rule_exceeds_the_budget(budget: int) -> None:
+    generator = torch.Generator().manual_seed(budget)
+    measured = {}
+    for layer in LAYERS:
+        inputs = torch.randn(20, layer.n_in, generator=generator)
+        gradient, weight = torch.randn(2, layer.n_out, layer.n_in, generator=generator)
+        measured[layer.name] = LayerGradient(gradient, weight, inputs.mT @ inputs / 20)
+    score = {"a": 0.3, "b": 0.0, "c": 5.0}
+    found = [
+        baselines.uniform(LAYERS, budget),
+        baselines.proportional(LAYERS, budget, score),
+        baselines.eva(LAYERS, budget, measured),
+        baselines.gora(LAYERS, budget, measured),
+        baselines.random_ranks(LAYERS, budget, 0),
+    ]
+    for ranks in found:
+        assert baselines.n_params(LAYERS, ranks) <= budget
+        assert all(rank >= 1 for rank in ranks.values())
+    assert "b" not in baselines.proportional(LAYERS, 31, score)
+
+
+def test_eva_follows_explained_variance() -> None:
+    concentrated, flat = torch.diag(torch.tensor([97.0, 1.0, 1.0, 1.0])), torch.eye(4)
+    layers = [_layer("concentrated", 4, 4), _layer("flat", 4, 4)]
+    nothing = torch.zeros(4, 4)
+    measured = {
+        "concentrated": LayerGradient(nothing, nothing, concentrated),
+        "flat": LayerGradient(nothing, nothing, flat),
+    }
+    # Ratios: 0.97 and then 0.01 on one layer, 0.25 each on the other; at most half of a side has rank.
+    assert baselines.eva(layers, 24, measured) == {"concentrated": 1, "flat": 2}
+    initial = baselines.eva_inits(measured, {"concentrated": 1})["concentrated"]
+    assert torch.allclose(initial.abs(), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+
+
+def test_mean_gradients_are_those_of_autograd(task: StudyTask) -> None:
+    index = torch.arange(8)
+    measured = layer_gradients(task, task.train.batches(index, 3))
+    name = lora_layers(task)[2].name
+    weight = task.model.get_submodule(name).weight
+    weight.requires_grad_(True)
+    batch = task.train.rows(index)
+    task.loss(task.model(**batch.inputs), batch).mean().backward()
+    # Sums of 48 float32 terms in another order: relative 48 · 2^-24.
+    torch.testing.assert_close(measured[name].gradient, weight.grad, rtol=1e-4, atol=1e-7)
+    weight.grad = None
+    weight.requires_grad_(False)
+
+
+def test_adalora_ends_within_its_budget(task: StudyTask) -> None:
+    layers = lora_layers(task)
+    budget = sum(baselines.cost(layer) for layer in layers)
+    kept: list[int] = []
+
+    class Watched(AdaLora):
+        def after_step(self, layers, step, steps):  # type: ignore[no-untyped-def]
+            super().after_step(layers, step, steps)
+            kept.append(int(sum(layer.cost * layer.mask[0].sum() for layer in layers)))
+
+    arms = [Arm({layer.name: 2 for layer in layers}, seed, 1e-2) for seed in (0, 1)]
+    train(task, arms, steps=20, layer_stack=Watched(budget))
+    assert kept[0] == 2 * budget
+    assert budget - max(baselines.cost(layer) for layer in layers) < kept[-1] <= budget
+
+
+def test_adalora_changes_nothing_at_first(task: StudyTask) -> None:
+    batch = task.train.rows(torch.arange(4))
+    before = task.model(**batch.inputs).logits
+    arm = Arm({layer.name: 2 for layer in lora_layers(task)}, 0, 1e-2)
+    stack = LoraStack(task.model, [arm], head=None, scale=2.0, layer_stack=AdaLora(10))
+    with stack.attached():
+        assert torch.equal(task.model(**batch.inputs).logits, before)
+
+
+@pytest.mark.parametrize("model", ["signal", "whitened", "gradient", "uniform", "weighted"])
+def test_product_utilities_allocate_within_the_budget(task: StudyTask, model: str) -> None:
+    statistics = profile(task).statistics
+    layers = lora_layers(task)
+    budget = sum(baselines.cost(layer) for layer in layers) // 2
+    ranks = allocate(task, statistics, utilities(task, statistics, model), budget)
+    assert 0 < baselines.n_params(layers, ranks) <= budget
