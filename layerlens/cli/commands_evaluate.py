@@ -93,7 +93,7 @@ def evaluate(
         return evaluate_costs(
             plan,
             model=model,
-            base_dir=manifest.absolute().parent if model is None else Path.cwd(),
+            base_dir=Path.cwd(),  # where `layerlens apply` and `train` look for the model too
             measured_factors=manifest.parent / "peft",
             profile=profile,
             batch_size=sizes[0],

@@ -25,6 +25,11 @@ from typing import Any
 
 import yaml
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest needs it there
+
 BLOCK = re.compile(
     r"(?:^<!-- (?P<key>file|part of|exit code|run by): (?P<value>.+?) -->\n)?"
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^(?P=indent)```$",
@@ -81,6 +86,8 @@ class Reader:
             self._valid_configuration(path)
         elif block.language == "json":
             json.loads(block.text)
+        elif block.language == "toml":
+            tomllib.loads(block.text)
         elif block.language not in NOT_CODE:
             raise AssertionError(f"nobody runs blocks of {block.language}")
 
