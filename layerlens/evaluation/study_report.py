@@ -203,6 +203,7 @@ def write_gain_plot(
     files: Mapping[str, ResultsFile], budget: str, path: Path, tasks: Sequence[str], labels: Mapping[str, str]
 ) -> None:
     """SVG: mean normalised gain of every complete arm with its interval, and its tasks as points."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -224,7 +225,8 @@ def write_gain_plot(
     axes.set_xlabel(f"normalised gain over tuned uniform LoRA ({budget} budget; points: tasks, bar: 95 % interval)")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "layerlens"}):  # ids from the content, so that the same data give the same bytes
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,15 @@ class DetectionTargets:
     def __getitem__(self, places: slice) -> DetectionTargets:
         """Those of some images."""
         return DetectionTargets(self.criterion, self.samples[places])
+
+    def each_tensor(
+        self, change: Callable[[torch.Tensor], torch.Tensor], order: Sequence[int] | None = None
+    ) -> DetectionTargets:
+        """The images in another order, or, without one, every tensor changed (moved to a device)."""
+        if order is not None:
+            return DetectionTargets(self.criterion, tuple(self.samples[place] for place in order))
+        moved = ({name: change(tensor) for name, tensor in sample.items()} for sample in self.samples)
+        return DetectionTargets(self.criterion, tuple(moved))
 
 
 def load_detection_model(reference: str, task: str, base_dir: Path | None) -> PretrainedModel:

@@ -65,7 +65,8 @@ class MethodStatistics:
         sketch_error: estimated ‖M − M̂‖_F / ‖M‖_F of the approximation, of half the samples; 0 where it is exact.
         input_factor: float32 [g, n_in, n_in], A = mean over tokens of z zᵀ.
         output_factor: float32 [g, n_out, n_out], S = mean over samples of Σ_t d dᵀ.
-        input_sketch, output_sketch: the same by their leading eigenpairs; None for several heads.
+        input_sketch: A by its leading eigenpairs; None for several heads.
+        output_sketch: S by its leading eigenpairs; None for several heads.
     """
 
     energy: float | None = None

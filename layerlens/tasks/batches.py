@@ -10,6 +10,7 @@ import torch
 
 from layerlens.config import DataConfig
 from layerlens.data import Dataset
+from layerlens.exceptions import ProfilingError
 from layerlens.integrations.transformers import PretrainedModel
 
 if TYPE_CHECKING:
@@ -147,9 +148,17 @@ def make_batches(
 def _each_tensor(
     labels: Any, change: Callable[[torch.Tensor], torch.Tensor], order: Sequence[int] | None = None
 ) -> Any:
-    """Targets that ``default_collate`` joined, with each tensor [b, ...] changed and lists of b texts in ``order``."""
+    """Targets that ``default_collate`` joined, with each tensor [b, ...] changed and lists of b texts in ``order``.
+
+    Targets of another kind say themselves how that is done, by a method ``each_tensor(change, order)``.
+
+    Raises:
+        ProfilingError: the samples have to change their order, and nobody knows how these targets do.
+    """
     if isinstance(labels, torch.Tensor):
         return change(labels)
+    if hasattr(labels, "each_tensor"):
+        return labels.each_tensor(change, order)
     if isinstance(labels, Mapping):
         return {name: _each_tensor(part, change, order) for name, part in labels.items()}
     if isinstance(labels, (list, tuple)):
@@ -157,6 +166,11 @@ def _each_tensor(
             return [labels[position] for position in order] if order is not None else labels
         parts = [_each_tensor(part, change, order) for part in labels]
         return type(labels)(*parts) if hasattr(labels, "_fields") else parts
+    if order is not None and labels is not None and not isinstance(labels, (bool, int, float)):
+        raise ProfilingError(
+            f"targets of type {type(labels).__name__} cannot be put into another order; give tensors [batch, ...], "
+            "mappings or sequences of them, or a method each_tensor(change, order)"
+        )
     return labels
 
 

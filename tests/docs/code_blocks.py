@@ -3,7 +3,7 @@
 A comment on the line before a block tells what a reader knows from the text around it:
 
 - ``<!-- file: NAME -->``: the block is a file that the reader saves;
-- ``<!-- part of: NAME -->``: YAML that goes into that file in place of its sections;
+- ``<!-- part of: NAME -->``: YAML that may go into that file in place of its sections;
 - ``<!-- exit code: N -->``: the block's last command ends so;
 - ``<!-- run by: PATH -->``: the block cannot be run here, and that file of the repository runs its commands.
 """
@@ -73,8 +73,9 @@ class Reader:
         if block.key == "part of":
             path = self.folder / block.value
             whole = yaml.safe_load(path.read_text(encoding="utf-8")) | yaml.safe_load(block.text)
-            path.write_text(yaml.safe_dump(whole), encoding="utf-8")
-            self._valid_configuration(path)
+            changed = self.folder / "changed.yaml"
+            changed.write_text(yaml.safe_dump(whole), encoding="utf-8")
+            self._valid_configuration(changed)
         elif block.language == "python":
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(compile(block.text, f"line {block.line}", "exec"), self.session)
@@ -95,7 +96,9 @@ class Reader:
         text = (self.root / block.value).read_text(encoding="utf-8")
         for line in block.text.splitlines():
             words = shlex.split(line, comments=True)
-            assert not words or words[-1] in text, f"{block.value} does not run: {line}"
+            options = [word for word in words if word.startswith("--")]
+            for needed in (*words[1:2], *options) if options else (word.rpartition("/")[2] for word in words[-1:]):
+                assert needed in text, f"{block.value} does not run: {line} ({needed})"
 
     def _valid_configuration(self, path: Path) -> None:
         from layerlens.config import load_run_config

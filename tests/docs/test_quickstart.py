@@ -21,10 +21,10 @@ def quickstart_command() -> list[str]:
 
 
 def run(*arguments: str, cache: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerlens", *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={"LAYERLENS_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(cache)},
-    )  # fmt: skip
+    # The installed program: `python -m layerlens` would take the checkout's folder, which has no compiled modules.
+    program = str(Path(sys.executable).with_name("layerlens"))
+    environment = {"LAYERLENS_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(cache)}
+    done = subprocess.run([program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

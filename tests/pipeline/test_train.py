@@ -60,7 +60,7 @@ def test_killed_and_run_again_it_writes_the_same_bytes(job: Path, tmp_path: Path
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = train(job, whole, "--json")
     assert done.exit_code == 0, done.stderr
-    command = [sys.executable, "-m", "layerlens", "train", str(job / "out/manifest.json"), "-q"]
+    command = [str(Path(sys.executable).with_name("layerlens")), "train", str(job / "out/manifest.json"), "-q"]
     with subprocess.Popen(
         [*command, "-c", str(job / "config.yaml"), "-o", str(cut)], env={**os.environ, "OMP_NUM_THREADS": "1"}
     ) as process:
