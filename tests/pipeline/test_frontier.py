@@ -10,7 +10,7 @@ import pytest
 
 from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError, InfeasibleError
-from layerlens.pipeline import optimize_statistics, trace_frontier
+from layerlens.pipeline import optimize_statistics, run_config, trace_frontier
 
 
 @pytest.fixture
@@ -55,10 +55,12 @@ def test_every_resource_is_written_as_csv_and_svg(config, saved_statistics, tmp_
     assert result.files["frontier_svg"].read_text(encoding="utf-8").rstrip().endswith("</svg>")
 
 
-def test_no_gain_is_a_frontier_of_one_point(settings, saved_statistics, tmp_path):
+def test_no_gain_is_a_frontier_of_one_point(settings, tmp_path):
     settings["optimization"]["methods"] = ["prefix"]  # whose gain on this random model is all sampling noise
+    settings["profiling"]["utility_model"] = "signal"  # which takes the noise off
     config = RunConfig.model_validate(settings)
-    result = trace_frontier(saved_statistics, config, "trainable_params", base_dir=tmp_path)
+    statistics = run_config(config, base_dir=tmp_path).files["statistics"]
+    result = trace_frontier(statistics, config, "trainable_params", base_dir=tmp_path)
     assert [(row.budget, row.score) for row in result.hull] == [(0.0, 0.0)]
     assert result.certified == ()
     assert result.files["frontier_svg"].read_text(encoding="utf-8").rstrip().endswith("</svg>")

@@ -20,6 +20,7 @@ from layerlens.tuning import apply, apply_to_directory
 def test_half_precision_from_profile_to_adapter(settings: dict[str, Any], tmp_path, dtype: str):
     settings["model"]["dtype"] = dtype
     settings["profiling"]["proxies"] = {"options": 4, "steps": 2, "held_out_samples": 12}
+    settings["profiling"]["statistics"] = ["fisher"]
     settings["optimization"]["methods"] = ["lora", "adapter"]
     result = run_config(RunConfig.model_validate(settings), base_dir=tmp_path)
     assert result.measured["step_zero_max_abs_delta"] == 0.0
