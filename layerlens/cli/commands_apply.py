@@ -35,14 +35,18 @@ def apply(
     plan = read_manifest(manifest)
     files: dict[str, Path] = {}
     if directory is not None:
+        from layerlens.cli.places import output_directory
+        from layerlens.storage import joined, local_or_url
         from layerlens.tuning import apply_to_directory
-        from layerlens.utils.atomic import check_writable
 
-        check_writable(directory)
-        try:
-            files = apply_to_directory(plan, model, directory)
-        except ManifestError as error:
-            raise type(error)(f"{manifest}: {error}") from error
+        url = local_or_url(directory)[1]
+        with output_directory(directory) as local:
+            try:
+                files = apply_to_directory(plan, model, local)
+            except ManifestError as error:
+                raise type(error)(f"{output.short(manifest)}: {error}") from error
+        if url is not None:
+            files = {name: Path(joined(url, path.relative_to(local).as_posix())) for name, path in files.items()}
     from layerlens.cli.snippets import python_snippet
 
     peft = files.get("peft", manifest.parent / "peft")

@@ -12,6 +12,7 @@ from layerlens.data.dataset import TextDataset
 from layerlens.data.readers import READERS, Rows, read_hub_dataset, read_saved_dataset
 from layerlens.data.stdlib_docstrings import stdlib_docstrings
 from layerlens.exceptions import DataError, DataNotFoundError
+from layerlens.storage import local_file
 
 CLASSIFICATION, REGRESSION, CAUSAL_LM = "sequence-classification", "regression", "causal-lm"
 HUB_PREFIX = "hf:"
@@ -35,7 +36,7 @@ def load_dataset(config: DataConfig, base_dir: Path | None = None, task: str = C
     if config.source.startswith(HUB_PREFIX):
         rows, place = read_hub_dataset(config.source.removeprefix(HUB_PREFIX)), Path(config.source)
         return _as_dataset(rows, config, place, task)
-    path = (base_dir or Path()) / Path(config.source).expanduser()
+    path = (base_dir or Path()) / local_file(config.source).expanduser()
     if path.is_dir():
         return _as_dataset(read_saved_dataset(path), config, path, task)
     if not path.is_file():

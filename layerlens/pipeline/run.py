@@ -29,13 +29,15 @@ from layerlens.pipeline.inputs import (
     statistics_request,
 )
 from layerlens.pipeline.messages import Warnings, warn_of_no_gain, warn_of_overrun
+from layerlens.pipeline.publishing import published
 from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
 from layerlens.profiling.batches import Batch, make_batches
-from layerlens.profiling.cache import SensitivityCache, cache_key, default_cache_dir
+from layerlens.profiling.cache import cache_key
 from layerlens.profiling.head import fit_head
 from layerlens.profiling.measure import measure, refuse_non_finite
 from layerlens.profiling.saved_pass import SavedPass
+from layerlens.profiling.shared_cache import open_cache
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.profiling.tasks import TASKS
 from layerlens.tuning import export_adapter
@@ -62,6 +64,7 @@ class _Clock:
             self.seconds[name] = time.perf_counter() - start
 
 
+@published(owned=(*CHOICE_FILES, STATISTICS_FILE))
 def run_config(
     config: RunConfig,
     *,
@@ -85,7 +88,7 @@ def run_config(
     clock, warnings = _Clock(), Warnings(warn)
     output = base_dir / Path(config.output.directory).expanduser()
     check_writable(output)
-    cache = SensitivityCache(_cache_dir(config, base_dir)) if use_cache else None
+    cache = open_cache(config.runtime.cache_dir, base_dir) if use_cache else None
     threads = resolve_threads(config.runtime.threads)
     set_threads(threads)
     with clock.stage("load"), progress.stage("Loading model and data"):
@@ -157,6 +160,7 @@ def run_config(
     )
 
 
+@published(owned=CHOICE_FILES)
 def optimize_statistics(
     statistics_path: Path,
     config: RunConfig,
@@ -275,11 +279,6 @@ def _solve(config: RunConfig, spec: ModelSpec, statistics: ModelStatistics, thre
     )
     costs = cost_table(spec, statistics, options, config.optimization)
     return find_allocation(spec, utilities, costs, config.optimization, seed=config.runtime.seed, threads=threads)
-
-
-def _cache_dir(config: RunConfig, base_dir: Path) -> Path:
-    given = config.runtime.cache_dir
-    return default_cache_dir() if given is None else base_dir / Path(given).expanduser()
 
 
 def _now() -> str:

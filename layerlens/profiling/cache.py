@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,15 +21,11 @@ from layerlens.models import ModelSpec, ModelStatistics
 from layerlens.profiling.saved_pass import SavedPass
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.utils.atomic import atomic_write_bytes
+from layerlens.utils.places import default_cache_dir
+
+__all__ = ["CacheEntry", "SensitivityCache", "cache_key", "default_cache_dir"]
 
 BUSY_TIMEOUT_S = 30.0
-
-
-def default_cache_dir() -> Path:
-    """$LAYERLENS_CACHE, or ``layerlens`` in the user's cache directory."""
-    if "LAYERLENS_CACHE" in os.environ:
-        return Path(os.environ["LAYERLENS_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "layerlens"
 
 
 def cache_key(content: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from safetensors.numpy import save
 from layerlens.exceptions import ActivationCacheError
 from layerlens.models import KernelStatistics, LayerSpec, LayerStatistics, MethodStatistics, ModelSpec, ModelStatistics
 from layerlens.profiling.statistics_check import check_statistics
+from layerlens.storage import local_file
 
 FORMAT = "layerlens-statistics-2"
 METADATA_KEY = "layerlens"
@@ -77,11 +78,13 @@ def _measured(prefix: str, scalars: dict[str, Any], tensors: dict[str, np.ndarra
 
 
 def load_statistics(path: Path) -> tuple[ModelSpec, ModelStatistics]:
-    """Read what ``statistics_to_bytes`` wrote.
+    """Read what ``statistics_to_bytes`` wrote, from a file or a URL.
 
     Raises:
+        StorageError: there is nothing at the URL, or it does not match its checksum.
         ActivationCacheError: no such file, not a statistics file, truncated, or of another version.
     """
+    path = local_file(path)
     if not path.is_file():
         raise ActivationCacheError(
             f"no statistics file at {path}; `layerlens run` writes one as statistics.safetensors"
