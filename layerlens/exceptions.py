@@ -83,3 +83,7 @@ class StorageError(LayerLensError, OSError):
 
 class ServiceError(LayerLensError, RuntimeError):
     """The LayerLens server cannot be reached, or refused a request."""
+
+
+class TrackingError(LayerLensError, RuntimeError):
+    """An experiment tracker cannot be reached or refused what it was told."""

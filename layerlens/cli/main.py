@@ -17,6 +17,7 @@ from layerlens.cli import (
     commands_doctor,
     commands_frontier,
     commands_run,
+    commands_serve,
     output,
 )
 from layerlens.cli.errors import exit_cleanly
@@ -58,8 +59,11 @@ app.command("run")(commands_run.run)
 app.command("optimize")(commands_run.optimize)
 app.command("frontier")(commands_frontier.frontier)
 app.command("apply")(commands_apply.apply)
+app.command("serve")(commands_serve.serve)
+app.command("submit")(commands_serve.submit)
 app.command("doctor")(commands_doctor.doctor)
 app.add_typer(commands_cache.app, name="cache")
+app.add_typer(commands_serve.jobs_app, name="jobs")
 
 
 @app.command("version")

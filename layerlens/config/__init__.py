@@ -1,6 +1,7 @@
 """Configuration: pydantic models of every section, and how a YAML file becomes them."""
 
 from layerlens.config.loader import load_run_config, parse_run_config
+from layerlens.config.monitoring import TelemetryConfig, TrackingConfig
 from layerlens.config.schema import config_schema
 from layerlens.config.sections import (
     DataConfig,
@@ -22,6 +23,8 @@ __all__ = [
     "ProfilingConfig",
     "RunConfig",
     "RuntimeConfig",
+    "TelemetryConfig",
+    "TrackingConfig",
     "config_schema",
     "load_run_config",
     "parse_run_config",

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from layerlens.config.base import ConfigModel
+from layerlens.config.monitoring import TelemetryConfig, TrackingConfig
 from layerlens.config.names import MethodName
 from layerlens.config.rules import ConstraintConfig
 
@@ -282,3 +283,5 @@ class RunConfig(ConfigModel):
     optimization: OptimizationConfig = Field(description="Budgets, options and solver.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Where the results go.")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="How the run uses this machine.")
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig, description="Metrics and traces.")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Experiment trackers.")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from layerlens.config import OutputConfig, RunConfig
 from layerlens.storage import check_publishable, joined, local_or_url, publish
+from layerlens.utils.observer import observed_stage
 
 Job = TypeVar("Job", bound=Callable[..., Any])
 
@@ -40,7 +41,8 @@ def published(owned: Collection[str] = ()) -> Callable[[Job], Job]:
             with tempfile.TemporaryDirectory(prefix="layerlens-") as work:
                 local = Path(work) / "out"
                 result = _call(job, args, keywords, local)
-                publish(local, url, owned)
+                with observed_stage("publish"):
+                    publish(local, url, owned)
             return _moved(result, local, url)
 
         return run  # type: ignore[return-value]

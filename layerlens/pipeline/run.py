@@ -29,6 +29,7 @@ from layerlens.pipeline.inputs import (
     statistics_request,
 )
 from layerlens.pipeline.messages import Warnings, warn_of_no_gain, warn_of_overrun
+from layerlens.pipeline.observed import observed
 from layerlens.pipeline.publishing import published
 from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
@@ -43,6 +44,7 @@ from layerlens.profiling.tasks import TASKS
 from layerlens.tuning import export_adapter
 from layerlens.utility import utility_table
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
+from layerlens.utils.observer import observed_stage
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
 
@@ -59,11 +61,13 @@ class _Clock:
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with observed_stage(name):
+                yield
         finally:
             self.seconds[name] = time.perf_counter() - start
 
 
+@observed("run")
 @published(owned=(*CHOICE_FILES, STATISTICS_FILE))
 def run_config(
     config: RunConfig,
@@ -160,6 +164,7 @@ def run_config(
     )
 
 
+@observed("optimize")
 @published(owned=CHOICE_FILES)
 def optimize_statistics(
     statistics_path: Path,

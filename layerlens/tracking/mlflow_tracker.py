@@ -1,0 +1,109 @@
+"""MLflow, through its client only: no global state of the process is changed, and mlflow-skinny is enough."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+# MLflow retries for minutes by default; a job should say in seconds that its server is down.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from layerlens import __version__
+from layerlens.config import TrackingConfig
+from layerlens.exceptions import TrackingError
+from layerlens.models import Manifest
+from layerlens.storage.url import redacted
+from layerlens.tracking.protocol import Parameter, Status
+
+LONGEST_PARAMETER = 6000
+BATCH = 100
+ADAPTER_ARTEFACT = "adapter"
+STATUSES = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
+
+
+class MlflowTracker:
+    """One MLflow run.
+
+    Raises:
+        TrackingError: no server is named, or it cannot be reached.
+    """
+
+    def __init__(self, config: TrackingConfig) -> None:
+        uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            raise TrackingError(
+                "tracking.uri: no MLflow server is named; set it, or MLFLOW_TRACKING_URI (`mlflow server` starts one)"
+            )
+        self.uri, self.config = uri, config
+        self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self.run_id = ""
+
+    def start(self, kind: str, parameters: Mapping[str, Parameter]) -> None:
+        """Open the run in the configured experiment; logs the parameters."""
+        tags = {"layerlens.kind": kind, "layerlens.version": __version__, **self.config.tags}
+        try:
+            found = self.client.get_experiment_by_name(self.config.experiment)
+            experiment = found.experiment_id if found else self.client.create_experiment(self.config.experiment)
+            run = self.client.create_run(experiment, run_name=self.config.run_name)
+            self.run_id = run.info.run_id
+            params = [Param(name, str(value)[:LONGEST_PARAMETER]) for name, value in parameters.items()]
+            for first in range(0, len(params), BATCH):
+                self.client.log_batch(self.run_id, params=params[first : first + BATCH])
+            self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        except (MlflowException, OSError) as error:
+            reason = redacted(str(error).strip().splitlines()[0])[:300]
+            raise TrackingError(
+                f"tracking.uri: the MLflow server at {redacted(self.uri)} cannot be used ({reason}); start it, or "
+                "remove mlflow from tracking.trackers"
+            ) from error
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Figures at a step."""
+        now = int(1000 * time.time())
+        batch = [Metric(name, value, now, step) for name, value in metrics.items()]
+        for first in range(0, len(batch), BATCH):
+            self.client.log_batch(self.run_id, metrics=batch[first : first + BATCH])
+
+    def log_files(self, files: Mapping[str, Path]) -> None:
+        """Each file at the top of the run's artefacts."""
+        for path in files.values():
+            self.client.log_artifact(self.run_id, str(path))
+
+    def log_adapter(self, directory: Path, manifest: Manifest) -> None:
+        """The adapter as an MLflow model (pyfunc, models from code: no pickle), and a version of a registered model."""
+        import mlflow.pyfunc
+
+        from layerlens.tracking import adapter_model
+
+        with tempfile.TemporaryDirectory(prefix="layerlens-") as work:
+            saved = Path(work) / ADAPTER_ARTEFACT
+            mlflow.pyfunc.save_model(
+                str(saved),
+                python_model=adapter_model.__file__,
+                artifacts={"peft": str(directory)},
+                pip_requirements=["peft", "torch", "transformers"],
+                model_config={"base_model": manifest.model["name_or_path"], "task": manifest.model.get("task", "")}
+                | {"labels": list(manifest.model.get("labels") or [])},
+            )
+            self.client.log_artifacts(self.run_id, str(saved), ADAPTER_ARTEFACT)
+        name = self.config.register_model
+        if name is not None:
+            try:
+                self.client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            source = f"{self.client.get_run(self.run_id).info.artifact_uri}/{ADAPTER_ARTEFACT}"
+            self.client.create_model_version(name, source, self.run_id)
+
+    def finish(self, status: Status) -> None:
+        """Close the run."""
+        self.client.set_terminated(self.run_id, STATUSES[status])
