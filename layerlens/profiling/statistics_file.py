@@ -106,7 +106,7 @@ def load_statistics(path: Path) -> tuple[ModelSpec, ModelStatistics]:
         spec, statistics = _from_content(content, tensors)
     except ActivationCacheError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ActivationCacheError(f"{path} has a damaged header ({error!r}); profile the model again") from error
     try:
         check_statistics(spec, statistics)

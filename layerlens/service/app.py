@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -50,6 +52,8 @@ DESCRIPTION = (
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 STUCK_S = 30.0
 
+logger = logging.getLogger(__name__)
+
 
 def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     meanings = {
@@ -60,7 +64,7 @@ def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": Problem, "description": meanings[code]} for code in codes}
 
 
-ALWAYS = _problems(401, 403, 413, 422, 429)
+ALWAYS = _problems(401, 403, 413, 422, 429, 503)
 JobId = Annotated[str, Path(pattern=JOB_ID, description="Id of the job.")]
 
 
@@ -102,6 +106,18 @@ def create_app(settings: ServiceSettings, store: JobStore) -> FastAPI:
     @app.exception_handler(ActivationCacheError)
     async def _refused(_request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"detail": str(error)[:10_000]}, 422)
+
+    @app.exception_handler(sqlite3.OperationalError)
+    @app.exception_handler(OSError)
+    async def _no_room(_request: Request, error: Exception) -> JSONResponse:
+        logger.error("the state directory cannot be used: %s", error)
+        detail = f"the server cannot write its state ({error.args[-1] if error.args else error}); nothing was changed"
+        return JSONResponse({"detail": detail}, 503, {"Retry-After": "30"})
+
+    @app.exception_handler(Exception)
+    async def _unexpected(_request: Request, error: Exception) -> JSONResponse:
+        logger.error("a request failed", exc_info=error)
+        return JSONResponse({"detail": "unexpected error; the server's log has it"}, 500)
 
     def known(job_id: str) -> Job:
         job = store.get(job_id)

@@ -8,6 +8,8 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 from layerlens.service.settings import ServiceSettings
 
 Scope = MutableMapping[str, Any]
@@ -19,10 +21,6 @@ OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/openapi.json")
 UPLOAD_PATH = "/v1/statistics"
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 MOST_CALLERS = 10_000
-
-
-class BodyTooLarge(Exception):
-    """More came than the limit allows."""
 
 
 class Guard:
@@ -74,26 +72,17 @@ class Guard:
         if not declared.isdecimal() or int(declared) > limit:
             await refuse(send, 413, too_large, {"connection": "close"})
             return
-        came, started = 0, False
+        came = 0
 
         async def counted() -> MutableMapping[str, Any]:
             nonlocal came
             message = await receive()
             came += len(message.get("body", b""))
             if came > limit:
-                raise BodyTooLarge
+                raise HTTPException(413, too_large, {"connection": "close"})  # the application answers with it
             return message
 
-        async def watched(message: MutableMapping[str, Any]) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self.app(scope, counted, watched)
-        except BodyTooLarge:
-            if not started:
-                await refuse(send, 413, too_large, {"connection": "close"})
+        await self.app(scope, counted, send)
 
 
 class Buckets:

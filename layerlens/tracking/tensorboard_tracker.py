@@ -44,7 +44,8 @@ class TensorboardTracker:
         for name, value in metrics.items():
             self.writer.add_scalar(name.replace(".", "/", 1), value, step)
         if step == 0 and "score" in metrics:
-            self.writer.add_hparams(self.parameters, {"score": metrics["score"], "gap": metrics["gap"]}, run_name=".")
+            found = {f"hparam/{name}": metrics[name] for name in ("score", "gap")}
+            self.writer.add_hparams(self.parameters, found, run_name=".")
 
     def log_files(self, files: Mapping[str, Path]) -> None:
         """Where each file is, and the manifest as text; TensorBoard keeps no files."""
