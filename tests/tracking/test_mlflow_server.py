@@ -79,7 +79,7 @@ def test_a_run_is_logged_whole_and_its_adapter_loads(
     assert run.data.metrics["gap"] == result.manifest.gap
     assert run.data.params["optimization.max_trainable_params"] == "1500"
     assert run.data.tags["team"] == "us"
-    steps = client.get_metric_history(run.info.run_id, "solver.bound")
+    steps = client.get_metric_history(run.info.run_id, "solver.upper_bound")
     assert len(steps) == len(result.files["solver_log"].read_text().splitlines())
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"manifest.json", "manifest.yaml", "report.html", "solver_log.jsonl", "adapter"} <= names

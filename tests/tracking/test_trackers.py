@@ -24,7 +24,7 @@ def test_tensorboard_has_figures_parameters_and_the_plan(tiny_run, tmp_path: Pat
     assert score.value == pytest.approx(result.manifest.score, rel=1e-6)  # TensorBoard keeps float32
     (share,) = found.Scalars("use/trainable_params.share")
     assert 0 < share.value <= 1
-    assert len(found.Scalars("solver/bound")) == len(result.files["solver_log"].read_text().splitlines())
+    assert len(found.Scalars("solver/upper_bound")) == len(result.files["solver_log"].read_text().splitlines())
     text = found.Tensors("manifest/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "schema_version" in text
 
