@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -88,6 +89,8 @@ def fine_tune(arguments: argparse.Namespace) -> dict[str, Any]:
         model.get_submodule(f"base_model.model.{part}").requires_grad_(True)
     encoded = tokenizer(list(dataset.texts), truncation=True, max_length=config.data.max_length)
     rows = [{**{k: encoded[k][i] for k in encoded}, "labels": int(label)} for i, label in enumerate(dataset.labels)]
+    random.Random(config.runtime.seed).shuffle(rows)
+    rows = rows[: arguments.samples]
     train, test = rows[len(rows) // 5 :], rows[: len(rows) // 5]
 
     def accuracy(outcome: Any) -> dict[str, float]:
@@ -157,6 +160,9 @@ def main() -> None:
     parser.add_argument("--work", required=True, help="folder or URL of this pipeline run")
     parser.add_argument("--experiment", default="layerlens", help="experiment of the tracking server")
     parser.add_argument("--steps", type=int, default=60, help="training steps of the fine-tune")
+    parser.add_argument(
+        "--samples", type=int, default=750, help="samples of the fine-tune; a fifth is the test"
+    )
     arguments = parser.parse_args()
     print(json.dumps(STAGES[arguments.stage](arguments)))
 
