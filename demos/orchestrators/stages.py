@@ -160,9 +160,7 @@ def main() -> None:
     parser.add_argument("--work", required=True, help="folder or URL of this pipeline run")
     parser.add_argument("--experiment", default="layerlens", help="experiment of the tracking server")
     parser.add_argument("--steps", type=int, default=60, help="training steps of the fine-tune")
-    parser.add_argument(
-        "--samples", type=int, default=750, help="samples of the fine-tune; a fifth is the test"
-    )
+    parser.add_argument("--samples", type=int, default=750, help="samples of the fine-tune; a fifth is the test")
     arguments = parser.parse_args()
     print(json.dumps(STAGES[arguments.stage](arguments)))
 
