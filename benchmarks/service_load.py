@@ -90,6 +90,8 @@ def measure(serving: Serving, statistics: Path, requests: int) -> dict[str, Any]
     for thread in threads:
         thread.join()
     accepted = time.perf_counter() - start
+    p95_ms = 1000 * percentile([seconds for seconds, _ in answers.values()], 0.95)
+    print(f"{len(answers)} accepted in {accepted:.2f} s, p95 {p95_ms:.0f} ms; waiting for results", file=sys.stderr)
     done: dict[str, float] = {}
     ids = {job_id for _, job_id in answers.values()}
     states: dict[str, str] = {}

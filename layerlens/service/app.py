@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from pydantic import ValidationError
+from starlette.routing import Route
 
 from layerlens import __version__
 from layerlens.config import RunConfig, parse_run_config
@@ -65,6 +66,10 @@ def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 
 ALWAYS = _problems(401, 403, 413, 422, 429, 503)
+LINKS = {
+    operation: {"operationId": operation, "parameters": {"job_id": "$response.body#/id"}}
+    for operation in ("show", "cancel", "remove", "events", "result")
+}
 JobId = Annotated[str, Path(pattern=JOB_ID, description="Id of the job.")]
 
 
@@ -114,6 +119,14 @@ def create_app(settings: ServiceSettings, store: JobStore) -> FastAPI:
         detail = f"the server cannot write its state ({error.args[-1] if error.args else error}); nothing was changed"
         return JSONResponse({"detail": detail}, 503, {"Retry-After": "30"})
 
+    @app.exception_handler(405)
+    async def _method(request: Request, _error: Exception) -> JSONResponse:
+        """Starlette's answer names the methods of the first route of the path only."""
+        routes = [route for route in app.routes if isinstance(route, Route)]
+        fitting = [route.methods or () for route in routes if route.path_regex.match(request.url.path)]
+        allowed = ", ".join(sorted({method for methods in fitting for method in methods}))
+        return JSONResponse({"detail": f"this path takes {allowed}"}, 405, {"Allow": allowed})
+
     @app.exception_handler(Exception)
     async def _unexpected(_request: Request, error: Exception) -> JSONResponse:
         logger.error("a request failed", exc_info=error)
@@ -127,7 +140,7 @@ def create_app(settings: ServiceSettings, store: JobStore) -> FastAPI:
 
     @app.post(
         "/v1/jobs", status_code=202, dependencies=secured, tags=["jobs"], summary="Submit a job",
-        responses=ALWAYS | _problems(400, 409), response_model=JobView, operation_id="submit",
+        responses=ALWAYS | _problems(400, 409) | {202: {"links": LINKS}}, response_model=JobView, operation_id="submit",
     )  # fmt: skip
     def submit(
         submission: Submission,

