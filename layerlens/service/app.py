@@ -70,6 +70,16 @@ LINKS = {
     operation: {"operationId": operation, "parameters": {"job_id": "$response.body#/id"}}
     for operation in ("show", "cancel", "remove", "events", "result")
 }
+EVENT = {
+    "type": "object",
+    "description": "One server-sent event.",
+    "properties": {
+        "id": {"type": "string", "pattern": "^[0-9]+$", "description": "Number, for Last-Event-ID."},
+        "event": {"type": "string", "enum": ["state", "stage", "progress", "warning"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+    "required": ["id", "event", "data"],
+}
 JobId = Annotated[str, Path(pattern=JOB_ID, description="Id of the job.")]
 
 
@@ -232,7 +242,7 @@ def create_app(settings: ServiceSettings, store: JobStore) -> FastAPI:
         response_class=StreamingResponse, operation_id="events",
         responses=ALWAYS
         | _problems(404, 503)
-        | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Events"}},
+        | {200: {"content": {"text/event-stream": {"schema": EVENT}}, "description": "Events"}},
     )  # fmt: skip
     async def events(
         job_id: JobId,
