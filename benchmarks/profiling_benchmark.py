@@ -42,7 +42,7 @@ def build(name: str, dtype: str) -> tuple[Any, Any]:
     import torch
     import transformers as hf
 
-    from layerlens.profiling.batches import Batch
+    from layerlens.tasks.batches import Batch
 
     torch.manual_seed(0)
     if name == "bert-base":
@@ -62,9 +62,9 @@ def steps(name: str, dtype: str, threads: int, *, checkpointing: bool) -> dict[s
 
     from layerlens.models import LayerSpec, ModelSpec
     from layerlens.profiling.capture import Capture
-    from layerlens.profiling.losses import classification_loss
     from layerlens.profiling.measure import frozen_without_dropout
     from layerlens.profiling.request import StatisticsRequest
+    from layerlens.tasks.losses import classification_loss
 
     model, batch = build(name, dtype)
     if checkpointing:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from profiling_benchmark import MODELS, build
 
-from layerlens.profiling.losses import classification_loss
+from layerlens.tasks.losses import classification_loss
 
 Step = Callable[[], object]
 

@@ -26,7 +26,7 @@ cdef class Instance:
     """
 
     cdef ks.Instance data
-    cdef const double* rows[16]
+    cdef const double* rows[64]
     cdef readonly object offset, value, cost_rows, capacity
 
     def __init__(self, offset, value, cost_rows, capacity):
@@ -283,7 +283,7 @@ cdef class Core:
 
     def beam_search(self, double[::1] price, int64_t[::1] favourite, double threshold, int64_t[::1] choice,
                     int64_t width, double softness=3.0, uint64_t seed=0):
-        """Search for an allocation worth more than threshold: (value, bound, truncations); see knapsack.hpp.
+        """Search for an allocation worth more than threshold: (value, bound, truncations, work); see knapsack.hpp.
 
         Costs and capacities must be integers whose sums stay below 2**53. `choice` [g] is overwritten when one is found.
         """
@@ -297,7 +297,7 @@ cdef class Core:
         cdef ks.BeamResult result
         with nogil:
             result = ks.beam_search(self.data, settings, &price[0], &favourite[0], threshold, &choice[0])
-        return result.value, result.bound, result.truncations
+        return result.value, result.bound, result.truncations, result.work
 
 
 def sum_use(const double[::1] amount):

@@ -61,6 +61,7 @@ cdef extern from "layerlens/knapsack.hpp" namespace "layerlens::knapsack" nogil:
         double value
         double bound
         int64_t truncations
+        int64_t work
 
     BeamResult beam_search(const Core&, const BeamSettings&, const double* price, const int64_t* favourite,
                            double threshold, int64_t* choice)

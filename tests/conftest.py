@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from layerlens.integrations.torchvision_import import make_torchvision_importable
+
+make_torchvision_importable()  # before any test imports transformers
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():

@@ -66,7 +66,7 @@ class Beam {
     std::vector<std::vector<std::pair<std::int32_t, std::int32_t>>> trace(static_cast<std::size_t>(n_));
     states_.clear();
     states_.push_back(root());
-    BeamResult result{-HUGE_VAL, -HUGE_VAL, 0};
+    BeamResult result{-HUGE_VAL, -HUGE_VAL, 0, 0};
     std::int32_t best_leaf = -1;
     for (std::int64_t depth = 0; depth < n_ && !states_.empty(); ++depth) {
       const std::int64_t left = n_ - depth - 1;
@@ -79,9 +79,12 @@ class Beam {
           best_leaf = static_cast<std::int32_t>(i);
         }
       } else {
+        // The bounds cost more than the score, so far too many states are thinned by score first; before they are
+        // merged, too, while few are equal.
+        const std::int64_t spare = std::min((many_hopeless_ ? 4 : 2) * width, width + kSpareStates);
+        if (!many_equal_) truncate(spare, result);
         merge_equal();
-        // The bounds cost more than the score, so far too many states are thinned by score first.
-        truncate(std::min(4 * width, width + kSpareStates), result);
+        truncate(spare, result);
         tighten_bounds(depth + 1);
         truncate(width, result);
       }
@@ -130,6 +133,8 @@ class Beam {
     gain_.resize(static_cast<std::size_t>(total));
     extra_.assign(static_cast<std::size_t>(total), Vector{});
     regret_.resize(static_cast<std::size_t>(total));
+    loss_.resize(static_cast<std::size_t>(total));
+    extra_rc_.resize(static_cast<std::size_t>(total * m_));
     for (int r = 0; r < m_; ++r) root_slack_[r] = core_.capacity[r];
     for (std::int64_t g = 0; g < n_; ++g) {
       const std::int64_t f = favourite_[g];
@@ -140,7 +145,9 @@ class Beam {
         gain_[c] = core_.value[c] - core_.value[f];
         for (int r = 0; r < m_; ++r) extra_[c][r] = core_.cost__cr[c * m_ + r] - core_.cost__cr[f * m_ + r];
         const double priced = dot(price_, extra_[c].data());
-        regret_[c] = std::max(0.0, priced - gain_[c]);
+        loss_[c] = priced - gain_[c];
+        regret_[c] = std::max(0.0, loss_[c]);
+        for (int r = 0; r < m_; ++r) extra_rc_[static_cast<std::size_t>(r * total + c)] = extra_[c][r];
         widest = std::max(widest, std::fabs(core_.value[c]) + std::fabs(gain_[c]) + std::fabs(priced));
       }
       size_ += widest;
@@ -255,35 +262,70 @@ class Beam {
     return 0.5 * total;
   }
 
+  // All children of a state at once, candidates side by side so that the compiler can use vectors; the additions of each
+  // child have a fixed order. The steering cost is quadratic, so a child's follows from its parent's by one product,
+  // but for resources without a price that run out.
   void expand(std::int64_t depth, std::int64_t width, BeamResult& result) {
-    const std::int64_t g = order_[depth], begin = core_.offset[g], end = core_.offset[g + 1];
+    const std::int64_t g = order_[depth], begin = core_.offset[g], n_children = core_.offset[g + 1] - begin;
     const Vector& savable = savable_[depth + 1];
     const Matrix& steer = steer_[depth + 1];
     const bool last = depth + 1 == n_;
-    const auto crowd = static_cast<std::size_t>(std::min(16 * width, 4 * width + kSpareStates));
+    const auto crowd =
+        static_cast<std::size_t>(std::min((many_equal_ || many_hopeless_ ? 16 : 6) * width, 4 * width + kSpareStates));
     double cut = -HUGE_VAL;
     next_.clear();
+    own_toll_.resize(static_cast<std::size_t>(n_children));
+    toll_.resize(static_cast<std::size_t>(n_children));
+    room_.resize(static_cast<std::size_t>(n_children));
+    spare_.resize(static_cast<std::size_t>(n_children));
+    double* const __restrict tolls = toll_.data();
+    double* const __restrict rooms = room_.data();
+    double* const __restrict spares = spare_.data();
+    for (std::int64_t c = 0; c < n_children; ++c) own_toll_[c] = own_toll(&extra_[begin + c][0], steer);
     State<M> child{};
+    result.work += static_cast<std::int64_t>(states_.size()) * m_ * (m_ + 2 * n_children);
     for (std::size_t i = 0; i < states_.size(); ++i) {
       const State<M>& state = states_[i];
-      for (std::int64_t c = begin; c < end; ++c) {
-        child.value = state.value + gain_[c];
-        bool possible = true;
-        for (int r = 0; r < M; ++r) {
-          child.slack[r] = state.slack[r] - extra_[c][r];
-          possible &= child.slack[r] + savable[r] >= 0.0;
-        }
-        if (!possible) continue;
-        const double bound = child.value + dot(price_, child.slack);
+      const double linear = state.value + dot(price_, state.slack);
+      double slope[M], toll = 0.0, lowest_spare = 0.0;
+      if (!last) toll = steering(state.slack, steer, slope, lowest_spare);
+      for (std::int64_t c = 0; c < n_children; ++c) {
+        tolls[c] = toll + own_toll_[c];
+        rooms[c] = HUGE_VAL;
+        spares[c] = HUGE_VAL;
+      }
+      for (int r = 0; r < m_; ++r) {
+        const double* const __restrict extra = &extra_rc_[static_cast<std::size_t>(r) * extra_.size()] + begin;
+        const double left = state.slack[r] + savable[r], slack = state.slack[r];
+        if (active_[r])
+          for (std::int64_t c = 0; c < n_children; ++c) {
+            tolls[c] -= slope[r] * extra[c];
+            rooms[c] = std::min(rooms[c], left - extra[c]);
+          }
+        else
+          for (std::int64_t c = 0; c < n_children; ++c) {
+            spares[c] = std::min(spares[c], slack - extra[c]);
+            rooms[c] = std::min(rooms[c], left - extra[c]);
+          }
+      }
+      for (std::int64_t c = 0; c < n_children; ++c) {
+        if (rooms[c] < 0.0) continue;
+        const double bound = linear - loss_[begin + c];
         if (bound + margin_ <= best_) continue;
+        child.value = state.value + gain_[begin + c];
         child.bound = std::min(bound, state.bound);
-        child.score = last ? child.value : bound - steering_cost(child.slack, steer);
+        const bool quadratic = lowest_spare >= 0.0 && spares[c] >= 0.0;
+        if (last || !quadratic)
+          for (int r = 0; r < M; ++r) child.slack[r] = state.slack[r] - extra_[begin + c][r];
+        child.score = last ? child.value : bound - (quadratic ? tolls[c] : steering_cost(child.slack, steer));
         if (child.score < cut) {
           result.bound = std::max(result.bound, child.bound + margin_);
           continue;
         }
+        if (!last && quadratic)
+          for (int r = 0; r < M; ++r) child.slack[r] = state.slack[r] - extra_[begin + c][r];
         child.parent = static_cast<std::int32_t>(i);
-        child.candidate = static_cast<std::int32_t>(c);
+        child.candidate = static_cast<std::int32_t>(begin + c);
         next_.push_back(child);
         if (!last && next_.size() >= crowd) {
           truncate(static_cast<std::int64_t>(crowd / 2), result);
@@ -291,6 +333,35 @@ class Beam {
         }
       }
     }
+  }
+
+  // Half of e'Qe over the resources that have a price.
+  double own_toll(const double* extra, const Matrix& q) const {
+    double total = 0.0;
+    for (int r = 0; r < m_; ++r) {
+      if (!active_[r]) continue;
+      double row = 0.0;
+      for (int k = 0; k < m_; ++k)
+        if (active_[k]) row += q[r * M + k] * extra[k];
+      total += extra[r] * row;
+    }
+    return 0.5 * total;
+  }
+
+  // steering_cost where no resource without a price has run out; slope = Q slack over those with a price, and spare is
+  // the least slack of those without.
+  double steering(const double* slack, const Matrix& q, double* slope, double& spare) const {
+    double felt[M], total = 0.0;
+    for (int r = 0; r < M; ++r) {
+      felt[r] = active_[r] ? slack[r] : 0.0;
+      if (!active_[r]) spare = std::min(spare, slack[r]);
+      slope[r] = 0.0;
+    }
+    // Column by column: Q is symmetric but for rounding.
+    for (int k = 0; k < M; ++k)
+      for (int r = 0; r < M; ++r) slope[r] += q[k * M + r] * felt[k];
+    for (int r = 0; r < M; ++r) total += felt[r] * slope[r];
+    return 0.5 * total;
   }
 
   // Of states with the same slack only the most valuable can matter.
@@ -317,6 +388,7 @@ class Beam {
         rival = next_[i];
       }
     }
+    many_equal_ = kept < next_.size() - next_.size() / 16;
     next_.resize(kept);
   }
 
@@ -389,6 +461,7 @@ class Beam {
       }
       if (state.bound + margin_ > best_) next_[kept++] = state;
     }
+    many_hopeless_ = kept < n - n / 16;
     next_.resize(kept);
   }
 
@@ -400,7 +473,12 @@ class Beam {
   double price_[M] = {}, root_slack_[M] = {};
   bool active_[M] = {};
   double favourites_value_ = 0.0, size_ = 0.0, margin_ = 0.0, best_ = 0.0;
-  std::vector<double> gain_, regret_;
+  // Of each candidate against its group's favourite; loss is the regret with the rounding that may put it below 0, and
+  // extra_rc_ has the extra costs resource by resource.
+  std::vector<double> gain_, regret_, loss_, extra_rc_;
+  // Of the children of a state: their own part of the steering cost, all of it, the least slack that is left of any
+  // resource after all that can be saved, and the least slack of those without a price.
+  std::vector<double> own_toll_, toll_, room_, spare_;
   std::vector<Vector> extra_, savable_;
   std::vector<Matrix> steer_;
   std::vector<std::int64_t> order_;
@@ -409,21 +487,28 @@ class Beam {
   std::vector<std::int32_t> table_;
   std::vector<double> scores_;
   double lowest_score_ = 0.0;
+  // Whether merging and bounding were worth their time at the last depth: then more states are held for them.
+  bool many_equal_ = true, many_hopeless_ = true;
 };
 
 }  // namespace
 
 BeamResult beam_search(const Core& core, const BeamSettings& settings, const double* price,
                        const std::int64_t* favourite, double threshold, std::int64_t* choice) {
-  switch (core.n_resources) {
-    case 1: return Beam<1>(core, settings, price, favourite, threshold).run(choice);
-    case 2: return Beam<2>(core, settings, price, favourite, threshold).run(choice);
-    case 3: return Beam<3>(core, settings, price, favourite, threshold).run(choice);
-    case 4: return Beam<4>(core, settings, price, favourite, threshold).run(choice);
-    default:
-      if (core.n_resources <= 8) return Beam<8>(core, settings, price, favourite, threshold).run(choice);
-      return Beam<kMaxResources>(core, settings, price, favourite, threshold).run(choice);
-  }
+  const int m = core.n_resources;
+  const auto run = [&](auto beam) { return beam.run(choice); };
+  if (m == 1) return run(Beam<1>(core, settings, price, favourite, threshold));
+  if (m == 2) return run(Beam<2>(core, settings, price, favourite, threshold));
+  if (m == 3) return run(Beam<3>(core, settings, price, favourite, threshold));
+  if (m == 4) return run(Beam<4>(core, settings, price, favourite, threshold));
+  if (m <= 6) return run(Beam<6>(core, settings, price, favourite, threshold));
+  if (m <= 8) return run(Beam<8>(core, settings, price, favourite, threshold));
+  if (m <= 10) return run(Beam<10>(core, settings, price, favourite, threshold));
+  if (m <= 16) return run(Beam<16>(core, settings, price, favourite, threshold));
+  if (m <= 20) return run(Beam<20>(core, settings, price, favourite, threshold));
+  if (m <= 30) return run(Beam<30>(core, settings, price, favourite, threshold));
+  if (m <= 40) return run(Beam<40>(core, settings, price, favourite, threshold));
+  return run(Beam<kMaxResources>(core, settings, price, favourite, threshold));
 }
 
 }  // namespace layerlens::knapsack

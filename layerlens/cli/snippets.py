@@ -37,13 +37,19 @@ def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, 
 
 def _base_model(manifest: Manifest, model: str | None) -> tuple[list[str], str]:
     """The imports and the expression that load the base model."""
-    name = model or manifest.model.get("name_or_path")
-    if not name or manifest.model.get("task") != "sequence-classification":
+    from layerlens.integrations.transformers import AUTO_CLASSES, WITH_CLASSES
+
+    name, task = str(model or manifest.model.get("name_or_path") or ""), manifest.model.get("task")
+    labels = 1 if task == "regression" else len(manifest.model.get("labels") or [])
+    if name.startswith("timm:"):
+        weights = manifest.model.get("weights")
+        known = f", pretrained={weights is None}, num_classes={labels}"
+        return ["import timm"], f"timm.create_model({name.removeprefix('timm:')!r}{known})"
+    if not name or name.startswith("factory:") or task not in AUTO_CLASSES:
         return [], f"...  # your model: {name or 'the one that was measured'}"
-    source, imports = repr(str(name)), ["from transformers import AutoModelForSequenceClassification"]
-    if str(name).startswith("package:"):
-        imports.insert(0, f"from {str(name).removeprefix('package:')} import get_model_path")
+    source, imports = repr(name), [f"from transformers import {AUTO_CLASSES[task]}"]
+    if name.startswith("package:"):
+        imports.insert(0, f"from {name.removeprefix('package:')} import get_model_path")
         source = "get_model_path()"
-    labels = len(manifest.model.get("labels") or [])
-    count = f", num_labels={labels}" if labels else ""
-    return imports, f"AutoModelForSequenceClassification.from_pretrained({source}{count})"
+    count = f", num_labels={labels}" if labels and (task in WITH_CLASSES or task == "regression") else ""
+    return imports, f"{AUTO_CLASSES[task]}.from_pretrained({source}{count})"

@@ -12,6 +12,11 @@ from layerlens.config.names import MethodName
 from layerlens.config.rules import ConstraintConfig
 
 StatisticName = Literal["fisher", "gradient", "input_scale", "spectrum", "whitened_spectrum", "ntk"]
+TaskName = Literal[
+    "sequence-classification", "regression", "token-classification", "question-answering", "causal-lm", "masked-lm",
+    "seq2seq", "image-classification", "custom",
+]  # fmt: skip
+FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
 UTILITY_MODELS = ("signal", "whitened", "gradient", "weighted", "uniform")
 
@@ -20,15 +25,36 @@ class ModelConfig(ConfigModel):
     """Which pretrained model, for which task."""
 
     name_or_path: str = Field(
-        min_length=1,
-        description="Directory of a transformers model, a Hugging Face hub name, or `package:NAME` for an installed "
-        "package whose `get_model_path()` returns such a directory.",
+        default="",
+        description="Directory of a transformers model, a Hugging Face hub name, `package:NAME` for an installed "
+        "package whose `get_model_path()` returns such a directory, or `timm:NAME` for a model of timm. Not needed "
+        "with `factory`.",
     )
-    task: Literal["sequence-classification", "regression", "causal-lm"] = Field(
+    factory: str | None = Field(
+        default=None,
+        pattern=FUNCTION_NAME,
+        description="`module:function` that returns the model, a `torch.nn.Module`, or (model, tokenizer or image "
+        "transform). Your code is run only because it is named here.",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="Weights for a `factory` or `timm:` model: a .safetensors file, a directory with "
+        "model.safetensors, or `random` (timm only; by default timm loads its pretrained weights).",
+    )
+    loss: str | None = Field(
+        default=None,
+        pattern=FUNCTION_NAME,
+        description="`module:function` for the task `custom`: (model output, targets of the batch) -> loss of each "
+        "sample, a tensor [batch]. A sample's loss must not depend on the others in its batch.",
+    )
+    task: TaskName = Field(
         default="sequence-classification",
         description="What the model is to be fine-tuned for: `sequence-classification` (single texts or sentence "
-        "pairs), `regression` (one number for each text or pair, squared error), `causal-lm` (next tokens; the data "
-        "needs no labels).",
+        "pairs), `regression` (one number for each text or pair, squared error), `token-classification` (a tag for "
+        "each word of a list of words), `question-answering` (where in a context the answer stands, as in SQuAD), "
+        "`causal-lm` (next tokens; the data needs no labels), `masked-lm` (tokens that were masked; no labels either), "
+        "`seq2seq` (a target text for each source text), `image-classification` (one class for each image), `custom` "
+        "(your own `loss` on your own data).",
     )
     dtype: Literal["float32"] = Field(default="float32", description="Precision of the weights while profiling.")
     head_fit_samples: int = Field(
@@ -39,6 +65,21 @@ class ModelConfig(ConfigModel):
         "which makes the gradients of a random head.",
     )
 
+    @property
+    def reference(self) -> str:
+        """What the model is loaded by: ``name_or_path``, or ``factory:module:function``."""
+        return self.name_or_path or f"factory:{self.factory}"
+
+    @model_validator(mode="after")
+    def _one_source_and_its_companions(self) -> ModelConfig:
+        if bool(self.name_or_path) == (self.factory is not None):
+            raise ValueError("give the model by name_or_path or by factory, one of the two")
+        if (self.task == "custom") != (self.loss is not None):
+            raise ValueError("task custom and loss belong together: give both or neither")
+        if self.weights is not None and self.factory is None and not self.name_or_path.startswith("timm:"):
+            raise ValueError("weights is for factory and timm: models; a transformers directory has its own weights")
+        return self
+
 
 class DataConfig(ConfigModel):
     """A little of the data that the model will be fine-tuned on."""
@@ -46,22 +87,46 @@ class DataConfig(ConfigModel):
     source: str = Field(
         min_length=1,
         description="A .jsonl, .csv or .parquet file; a directory that `datasets` saved with save_to_disk; "
-        "`hf:NAME:SPLIT` for a data set of the Hugging Face hub; or `builtin:stdlib-docstrings` (docstrings of the "
-        "running Python's standard library, labelled by the package they come from).",
+        "`hf:NAME:SPLIT` for a data set of the Hugging Face hub; a folder with a sub-folder of images for each class; "
+        "`module:function` of yours, which returns rows (for the task custom: a map-style data set or batches); "
+        "`builtin:stdlib-docstrings` (docstrings of the running Python's standard library, labelled by the package "
+        "they come from); or `builtin:digits` (8 × 8 handwritten digits; needs scikit-learn).",
     )
     text_column: str | None = Field(
-        default=None, description="Column with the text; found by itself when one column is obviously text."
+        default=None,
+        description="Column with the text; found by itself when one column is obviously text. Of seq2seq the source "
+        "text (`source`, `text`, `document` ...), of token-classification the list of words (`tokens` or `words`), of "
+        "question-answering the question. `translation.en` is the value `en` of the mapping `translation`.",
     )
     pair_column: str | None = Field(
-        default=None, description="Column with the second sentence, for tasks on sentence pairs."
+        default=None,
+        description="Column with the second sentence, for tasks on sentence pairs; of question-answering the context.",
     )
     label_column: str | None = Field(
-        default=None, description="Column with the label; `label`, `labels`, `class` or `target` when not given."
+        default=None,
+        description="Column with the label; `label`, `labels`, `class` or `target` when not given. Of seq2seq the "
+        "target text, of token-classification the list of tags, of question-answering the answers "
+        '(`{"text": ["..."], "answer_start": [0]}`).',
+    )
+    image_column: str | None = Field(
+        default=None,
+        description="Column with the image, a path (from the table's folder) or encoded bytes; `image` or `img` when "
+        "not given.",
+    )
+    max_image_pixels: int = Field(
+        default=2**26, ge=1, description="Larger images are refused before they are decoded (decompression bombs)."
     )
     calibration_samples: int = Field(
         default=256, ge=2, description="Samples that are measured. The noise correction needs at least 2."
     )
     max_length: int = Field(default=128, ge=2, description="Longest sequence, in tokens; longer texts are truncated.")
+    max_target_length: int | None = Field(
+        default=None, ge=1, description="Longest target text of seq2seq, in tokens; `max_length` when not given."
+    )
+    source_prefix: str = Field(default="", description="Written before every text, such as `summarize: ` for T5.")
+    mlm_probability: float = Field(
+        default=0.15, gt=0, le=1, description="Share of the tokens that a masked language model has to find."
+    )
     batch_size: int = Field(
         default=16, ge=1, description="Samples in one measuring batch. Memory grows with it; results do not change."
     )

@@ -15,7 +15,7 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Operation:
-    """One tensor operation for one token (weights apart).
+    """One tensor operation for one token, patch or pixel (weights apart).
 
     Args:
         flops: matrix-product FLOPs per token (2 per multiply-add); element-wise work is memory traffic, not FLOPs, as
@@ -34,10 +34,11 @@ def operations(layer: LayerSpec, method: str, rank: int) -> list[Operation]:
     n_in, n_out = layer.n_in, layer.n_out
     if method == "none":
         return []
-    if method == "lora":  # A x, B (A x), times alpha/r, plus the frozen output
+    if method == "lora":  # A x, B (A x), times alpha/r, plus the frozen output; B of a convolution has its groups
+        in_group = rank // layer.groups
         return [
-            Operation(2 * n_in * rank, n_in + rank, n_in * rank),
-            Operation(2 * rank * n_out, rank + n_out, rank * n_out),
+            Operation(2 * n_in * rank, layer.inputs_per_position + rank, n_in * rank),
+            Operation(2 * in_group * n_out, rank + n_out, in_group * n_out),
             Operation(0, 2 * n_out),
             Operation(0, 3 * n_out),
         ]
@@ -60,14 +61,14 @@ def operations(layer: LayerSpec, method: str, rank: int) -> list[Operation]:
     raise ModelSpecError(f"{layer.name}: unknown method {method!r}")
 
 
-def kept_elements(layer: LayerSpec, method: str, rank: int) -> int:
+def kept_elements(layer: LayerSpec, method: str, rank: int) -> float:
     """Elements per token that the option's backward pass needs and that the frozen model may not keep: an upper bound.
 
     LoRA keeps its input h (shared by q, k and v where all are adapted, which this bound counts each time) and A h; an
     adapter keeps y and both sides of its activation; a prefix keeps q, its attention weights and its output.
     """
     if method == "lora":
-        return layer.n_in + rank
+        return layer.inputs_per_position + rank
     if method == "adapter":
         return layer.n_out + 2 * rank
     if method == "prefix":

@@ -71,12 +71,13 @@ def cost_table(
         layer = layers[option.layer]
         steps = operations(layer, option.method, option.rank)
         params = trainable_params(layer, option.method, option.rank)
-        kept = kept_elements(layer, option.method, option.rank) * profile.tokens
+        tokens = profile.batch_size * (layer.positions or profile.sequence_length)
+        kept = kept_elements(layer, option.method, option.rank) * tokens
         cost__ro[:, column] = (
             params,
-            profile.tokens * sum(step.flops for step in steps),
+            tokens * sum(step.flops for step in steps),
             1e-9 * (bytes_per_parameter * params + FLOAT_BYTES * kept),
-            sum(roofline.operation_ms(step, profile.tokens) for step in steps),
+            sum(roofline.operation_ms(step, tokens) for step in steps),
         )
     figures = "given" if profile.peak_gflops and profile.memory_bandwidth_gb_s else "nominal"
     source = {
@@ -95,16 +96,17 @@ def base_use(spec: ModelSpec, statistics: ModelStatistics | None, config: Optimi
     taken as 2 for each parameter and token, and activations as one hidden state for each layer and token.
     """
     profile = config.latency_profile
+    tokens = profile.batch_size if spec.per_sample and statistics is not None else profile.tokens
     if statistics is not None:
         flops_per_token, kept_per_token = statistics.forward_flops, statistics.activation_bytes
     else:
         flops_per_token = 2.0 * spec.total_params
         kept_per_token = float(FLOAT_BYTES * sum(layer.hidden_size for layer in spec.layers))
-    n_bytes = spec.weight_bytes + kept_per_token * profile.tokens
+    n_bytes = spec.weight_bytes + kept_per_token * tokens
     overhead_ms = 1e-3 * Roofline.of(profile).overhead_us * len(spec.layers)
     return {
         "trainable_params": 0.0,
         "flops": 0.0,
         "vram_gb": 1e-9 * n_bytes,
-        "latency_ms": Roofline.of(profile).time_ms(flops_per_token * profile.tokens, n_bytes) + overhead_ms,
+        "latency_ms": Roofline.of(profile).time_ms(flops_per_token * tokens, n_bytes) + overhead_ms,
     }

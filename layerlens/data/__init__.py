@@ -1,6 +1,6 @@
-"""Labelled texts for calibration: built-in ones, and files of the user."""
+"""Samples for calibration and training: built-in ones, files of the user, and data sets of the Hugging Face hub."""
 
-from layerlens.data.dataset import TextDataset
+from layerlens.data.dataset import Dataset
 from layerlens.data.sources import load_dataset
 
-__all__ = ["TextDataset", "load_dataset"]
+__all__ = ["Dataset", "load_dataset"]

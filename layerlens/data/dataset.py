@@ -1,82 +1,98 @@
-"""Labelled texts in a fixed order, and the deterministic split that keeps calibration, head and test data apart."""
+"""Samples in a fixed order, and the deterministic split that keeps calibration, head and test data apart."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 from layerlens.exceptions import DataError
 
 TEST_SHARE = 0.15
 
 
+@runtime_checkable
+class Stored(Protocol):
+    """A value that is read when it is needed: an image, or a sample of the user's own data set."""
+
+    @property
+    def identity(self) -> str:
+        """What the value is told apart by, cheaply: the same in every run."""
+
+    def content(self) -> bytes:
+        """All that it is, for fingerprints."""
+
+
 @dataclass(frozen=True)
-class TextDataset:
-    """Texts with what a model is to say of them.
+class Dataset:
+    """Samples with what a model is to say of them.
 
     Args:
-        texts: the texts, none of them empty.
-        labels: for each text the index into ``label_names``; a number where the task is regression; 0 where the text is
-            its own target (language models).
-        label_names: the classes, sorted; none where there are no classes.
+        columns: what the samples are made of, each column as long as ``labels``: ``text`` and, for pairs, ``pair``
+            (questions and their contexts too); ``words`` (tuples of words); ``image``; ``sample`` (of a user's own data
+            set).
+        labels: for each sample the index into ``label_names``, a tuple of those (one for each word), a number
+            (regression), a text (seq2seq), a tuple of (start, text) answers, or None where a sample is its own target.
+        label_names: the classes; none where there are no classes.
         description: one line on where the data comes from, for the report.
-        pairs: the second sentence of each text, where the task has one.
     """
 
-    texts: tuple[str, ...]
-    labels: tuple[float, ...]
-    label_names: tuple[str, ...]
-    description: str
-    pairs: tuple[str, ...] = ()
+    columns: Mapping[str, tuple[Any, ...]]
+    labels: tuple[Any, ...]
+    label_names: tuple[str, ...] = ()
+    description: str = ""
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.labels)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts; none where the samples are something else."""
+        return self.columns.get("text", ())
+
+    @property
+    def pairs(self) -> tuple[str, ...]:
+        """The second text of each sample; none where there are no pairs."""
+        return self.columns.get("pair", ())
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over texts and labels in order."""
+        """SHA-256 over contents and labels in order."""
         digest = hashlib.sha256()
-        for text, label in zip(self.whole_texts, self.labels, strict=True):
-            said = self.label_names[int(label)] if self.label_names else repr(label)
-            digest.update(f"{len(text)}:{text}={said};".encode())
+        for index, label in enumerate(self.labels):
+            for values in self.columns.values():
+                content = _content(values[index])
+                digest.update(f"{len(content)}:".encode() + content)
+            digest.update(f"={self._named(label)!r};".encode())
         return digest.hexdigest()
 
-    @property
-    def whole_texts(self) -> tuple[str, ...]:
-        """Every sample's text, with its second sentence where there is one: what a sample is told apart by."""
-        if not self.pairs:
-            return self.texts
-        return tuple(f"{text}\0{pair}" for text, pair in zip(self.texts, self.pairs, strict=True))
-
-    def with_label_order(self, names: Sequence[str]) -> TextDataset:
+    def with_label_order(self, names: Sequence[str]) -> Dataset:
         """The same samples with the classes numbered in the order of ``names``, which are the same classes."""
         index = {name: position for position, name in enumerate(names)}
-        labels = tuple(index[self.label_names[int(label)]] for label in self.labels)
+        moved = [index[name] for name in self.label_names]
+        labels = tuple(
+            tuple(moved[one] for one in label) if isinstance(label, tuple) else moved[label] for label in self.labels
+        )
         return replace(self, labels=labels, label_names=tuple(names))
 
-    def select(self, indices: list[int]) -> TextDataset:
+    def select(self, indices: Sequence[int]) -> Dataset:
         """The samples with these indices, in this order."""
-        return TextDataset(
-            tuple(self.texts[index] for index in indices),
-            tuple(self.labels[index] for index in indices),
-            self.label_names,
-            self.description,
-            tuple(self.pairs[index] for index in indices) if self.pairs else (),
-        )
+        columns = {name: tuple(values[index] for index in indices) for name, values in self.columns.items()}
+        return replace(self, columns=columns, labels=tuple(self.labels[index] for index in indices))
 
-    def split(self, n_calibration: int, n_head: int, seed: int) -> tuple[TextDataset, TextDataset]:
+    def split(self, n_calibration: int, n_head: int, seed: int) -> tuple[Dataset, Dataset]:
         """Disjoint samples for calibration and for fitting the task head, in an order drawn by hashing with ``seed``.
 
-        15 % of the texts, chosen by their content alone, belong to the test split and are in neither. A small data set
-        gives all it has, calibration first.
+        15 % of the samples, chosen by what they are told apart by alone (texts by their content, files by their names),
+        belong to the test split and are in neither. A small data set gives all it has, calibration first.
 
         Raises:
             DataError: fewer than 2 samples are left for calibration.
         """
         keyed = []
-        for index, text in enumerate(self.whole_texts):
-            content = hashlib.sha256(text.encode()).digest()
+        for index in range(len(self)):
+            content = hashlib.sha256(self._identity(index)).digest()
             if int.from_bytes(content[:8], "big") >= TEST_SHARE * 2**64:
                 keyed.append((hashlib.sha256(f"{seed}:{index}:".encode() + content).digest(), index))
         order = [index for _, index in sorted(keyed)]
@@ -87,3 +103,22 @@ class TextDataset:
                 "test split; give at least 2, better 256 or more"
             )
         return self.select(calibration), self.select(order[n_calibration : n_calibration + n_head])
+
+    def _identity(self, index: int) -> bytes:
+        """What a sample is told apart by: all of its columns, not its label."""
+        return b"\0".join(_identity(values[index]) for values in self.columns.values())
+
+    def _named(self, label: Any) -> Any:
+        if not self.label_names:
+            return label
+        return tuple(map(self._named, label)) if isinstance(label, tuple) else self.label_names[int(label)]
+
+
+def _identity(value: Any) -> bytes:
+    return value.identity.encode() if isinstance(value, Stored) else _content(value)
+
+
+def _content(value: Any) -> bytes:
+    if isinstance(value, Stored):
+        return value.content()
+    return "\0".join(value).encode() if isinstance(value, tuple) else str(value).encode()

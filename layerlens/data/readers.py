@@ -119,14 +119,27 @@ def read_hub_dataset(name: str) -> Rows:
 
 
 def _rows_of(dataset: Any) -> Rows:
-    """Rows with the names of classes in place of their numbers."""
-    named = {name: feature for name, feature in dataset.features.items() if hasattr(feature, "int2str")}
+    """Rows with the names of classes, single ones or lists of them, in place of their numbers; images encoded."""
+    from datasets import Image
+
+    images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+    for name in images:
+        dataset = dataset.cast_column(name, Image(decode=False))
     rows: Rows = [dict(row) for row in dataset]
-    for row in rows:
-        for name, feature in named.items():
-            if isinstance(row[name], int) and row[name] >= 0:
-                row[name] = feature.int2str(row[name])
+    for name, feature in dataset.features.items():
+        inner = getattr(feature, "feature", None)  # of a list
+        if hasattr(feature, "int2str"):
+            for row in rows:
+                row[name] = _class_name(feature, row[name])
+        elif hasattr(inner, "int2str"):
+            for row in rows:
+                row[name] = [_class_name(inner, value) for value in row[name] or ()]
     return rows
+
+
+def _class_name(feature: Any, value: Any) -> Any:
+    """The name of class ``value``; what is no class (-1 where the labels are hidden) as it is."""
+    return feature.int2str(value) if isinstance(value, int) and value >= 0 else value
 
 
 def _datasets_library(source: str) -> Any:

@@ -11,7 +11,7 @@ import inspect
 import sysconfig
 from pathlib import Path
 
-from layerlens.data.dataset import TextDataset
+from layerlens.data.dataset import Dataset
 from layerlens.exceptions import DataError
 
 # Packages that CPython 3.10 to 3.13 share and that distributions do not strip (tkinter and idlelib often are).
@@ -32,7 +32,7 @@ PACKAGES = (
 MIN_CHARACTERS = 20
 
 
-def stdlib_docstrings() -> TextDataset:
+def stdlib_docstrings() -> Dataset:
     """Docstrings of at least 20 characters of the packages above, without duplicates, in order of file and line.
 
     Raises:
@@ -55,7 +55,7 @@ def stdlib_docstrings() -> TextDataset:
             f"data.source: builtin:stdlib-docstrings found no docstrings of {', '.join(missing)} under {root}; this "
             "Python has no readable standard library sources, give a .jsonl or .csv file instead"
         )
-    return TextDataset(tuple(texts), tuple(labels), PACKAGES, "docstrings of the Python standard library")
+    return Dataset({"text": tuple(texts)}, tuple(labels), PACKAGES, "docstrings of the Python standard library")
 
 
 def docstrings_of(source: str) -> list[str]:

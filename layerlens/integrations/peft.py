@@ -31,7 +31,13 @@ if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
 
-TASK_TYPES = {"sequence-classification": "SEQ_CLS"}
+TASK_TYPES = {
+    "sequence-classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+}
+"""Task -> PEFT's, where PEFT has one and there is a head to train; it then finds the head by itself. Not QUESTION_ANS:
+its model (0.21) takes ``token_type_ids`` and does not pass them on, which changes the logits of BERT."""
 INITS = ("default",)
 
 
@@ -74,7 +80,7 @@ def lora_config(manifest: Manifest, model: torch.nn.Module, *, train_head: bool 
         alpha_pattern={key: _alpha(scale, rank) for key, rank in sorted(lowered.items())},
         lora_dropout=0.0,
         bias="none",
-        fan_in_fan_out=any(not hasattr(module, "in_features") for module in modules.values()),
+        fan_in_fan_out=any(hasattr(module, "nf") for module in modules.values()),
     )
 
 
@@ -82,9 +88,9 @@ def zero_step_tensors(manifest: Manifest, model: torch.nn.Module) -> dict[str, t
     """The tensors of adapter_model.safetensors before the first step: B = 0, so no logit changes.
 
     Returns:
-        float32 ``base_model.model.<layer>.lora_A.weight`` [r, n_in], uniform in ±1/√n_in as PEFT initialises it
-        (Kaiming with a = √5), and ``....lora_B.weight`` [n_out, r], zero. A depends only on the seed in
-        ``manifest.provenance`` and the layer's name.
+        float32 ``base_model.model.<layer>.lora_A.weight`` [r, n_in] (of a convolution [r, channels, height, width]),
+        uniform in ±1/√n_in as PEFT initialises it (Kaiming with a = √5), and ``....lora_B.weight`` [n_out, r], zero.
+        A depends only on the seed in ``manifest.provenance`` and the layer's name.
 
     Raises:
         ManifestError: see ``lora_config``.
@@ -94,12 +100,17 @@ def zero_step_tensors(manifest: Manifest, model: torch.nn.Module) -> dict[str, t
     seed = manifest_seed(manifest)
     tensors = {}
     for row in lora_rows(manifest):
-        n_in, n_out = dense_shape(_lora_module(model, row))
+        module = _lora_module(model, row)
+        n_in, n_out, groups = lora_shape(module)
+        a_shape: tuple[int, ...] = (row.rank, n_in)
+        b_shape: tuple[int, ...] = (n_out, row.rank // groups)
+        if isinstance(module, torch.nn.Conv2d):
+            a_shape, b_shape = (row.rank, module.in_channels, *module.kernel_size), (*b_shape, 1, 1)
         bound = 1.0 / math.sqrt(n_in)
         generator = torch.Generator().manual_seed(name_seed(seed, row.layer))
         key = f"base_model.model.{row.layer}"
-        tensors[f"{key}.lora_A.weight"] = torch.empty(row.rank, n_in).uniform_(-bound, bound, generator=generator)
-        tensors[f"{key}.lora_B.weight"] = torch.zeros(n_out, row.rank)
+        tensors[f"{key}.lora_A.weight"] = torch.empty(a_shape).uniform_(-bound, bound, generator=generator)
+        tensors[f"{key}.lora_B.weight"] = torch.zeros(b_shape)
     return tensors
 
 
@@ -140,19 +151,41 @@ def name_seed(seed: int, name: str) -> int:
 
 
 def _lora_module(model: torch.nn.Module, row: ManifestRow) -> torch.nn.Module:
+    import torch
+
+    from layerlens.integrations.layers import why_no_lora
+
     module = find_module(model, row.layer)
-    if not is_dense(module):
+    if not is_dense(module) and not isinstance(module, torch.nn.Conv2d):
         raise ManifestError(
-            f"{row.layer}: LoRA goes on a Linear or Conv1D, this is a {type(module).__name__}; "
+            f"{row.layer}: LoRA goes on a Linear, Conv1D or Conv2d, this is a {type(module).__name__}; "
             "profile the model with module granularity"
         )
-    n_in, n_out = dense_shape(module)
-    if row.cost != row.rank * (n_in + n_out):
+    if isinstance(module, torch.nn.Conv2d) and (reason := why_no_lora(row.layer, module)):
+        raise ManifestError(f"{row.layer}: {reason}")
+    n_in, n_out, groups = lora_shape(module)
+    if row.rank % groups:
         raise ManifestError(
-            f"{row.layer}: LoRA rank {row.rank} on this {n_in} → {n_out} module trains {row.rank * (n_in + n_out)} "
+            f"{row.layer}: LoRA rank {row.rank} is no multiple of the {groups} groups of this convolution, which PEFT "
+            "demands"
+        )
+    trained = row.rank * (n_in + n_out // groups)
+    if row.cost != trained:
+        raise ManifestError(
+            f"{row.layer}: LoRA rank {row.rank} on this {n_in} → {n_out} module trains {trained} "
             f"parameters, the manifest says {row.cost}; it was made for a model of another shape"
         )
     return module
+
+
+def lora_shape(module: Any) -> tuple[int, int, int]:
+    """(n_in, n_out, groups): A is [r, n_in], B is [n_out, r / groups]; of a convolution n_in is a patch."""
+    import torch
+
+    if isinstance(module, torch.nn.Conv2d):
+        patch = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+        return patch, module.out_channels, module.groups
+    return (*dense_shape(module), 1)
 
 
 def _target_modules(model: torch.nn.Module, names: list[str]) -> list[str] | str:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ModelNotFoundError, ModelSpecError, ProfilingError
-from layerlens.models import LayerSpec, ModelSpec
+from layerlens.integrations.image_input import ImageInput, transformers_images
+from layerlens.integrations.torchvision_import import make_torchvision_importable
 from layerlens.storage import local_file
 
 if TYPE_CHECKING:
@@ -25,9 +26,21 @@ if TYPE_CHECKING:
 AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
     "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
 }
 """Task -> the class of transformers that loads a model for it."""
+
+WITH_CLASSES = ("sequence-classification", "token-classification", "image-classification")
+LANGUAGE_MODELS = ("causal-lm", "masked-lm", "seq2seq")
+"""Tasks whose head comes with the checkpoint or not at all."""
+
+# Byte-level tokenizers that take a list of words only if they may put a space before each.
+SPACE_BEFORE_WORDS = ("bloom", "gpt2", "roberta", "deberta", "longformer")
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -62,6 +75,22 @@ ROLES = {
     "attn.c_proj": "attention_output",
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
+    "SelfAttention.q": "query",
+    "SelfAttention.k": "key",
+    "SelfAttention.v": "value",
+    "SelfAttention.o": "attention_output",
+    "EncDecAttention.q": "query",
+    "EncDecAttention.k": "key",
+    "EncDecAttention.v": "value",
+    "EncDecAttention.o": "attention_output",
+    "DenseReluDense.wi": "ffn_up",
+    "DenseReluDense.wi_0": "ffn_gate",
+    "DenseReluDense.wi_1": "ffn_up",
+    "DenseReluDense.wo": "ffn_down",
+    "attn.qkv": "query_key_value",
+    "attn.proj": "attention_output",
+    "pwconv1": "ffn_up",
+    "pwconv2": "ffn_down",
 }
 RESIDUAL_WRITERS = ("attention_output", "ffn_down")
 
@@ -72,10 +101,11 @@ class PretrainedModel:
 
     Args:
         model: in evaluation mode, every parameter frozen.
-        tokenizer: the tokenizer saved with it.
+        tokenizer: the tokenizer saved with it; None for models of images.
         path: local directory or hub name it was loaded from.
         new_parameters: names of parameters that the checkpoint does not have (a new task head).
         labels: the classes in the order of the model's outputs: the checkpoint's own order where it knows them all.
+        images: how images become its inputs; None for models of texts.
     """
 
     model: torch.nn.Module
@@ -83,6 +113,7 @@ class PretrainedModel:
     path: str
     new_parameters: tuple[str, ...]
     labels: tuple[str, ...] = ()
+    images: ImageInput | None = None
 
 
 def resolve_model_path(name_or_path: str, base_dir: Path | None = None) -> str:
@@ -175,18 +206,37 @@ def load_pretrained(
     *,
     seed: int = 0,
     base_dir: Path | None = None,
+    weights: str | None = None,
 ) -> PretrainedModel:
-    """Load a model and its tokenizer for ``task``, frozen, in float32 and in evaluation mode.
+    """Load a model and its tokenizer or image processor for ``task``, frozen, in float32 and in evaluation mode.
 
     A task head that the checkpoint lacks (or has for another number of labels) is initialised from ``seed``; the
     caller's random state is left alone.
+
+    Args:
+        name_or_path: of transformers, ``timm:NAME``, or ``factory:module:function``, which runs the user's code.
+        task: one of ``AUTO_CLASSES``; any for a factory.
+        labels: the classes, where the task has some.
+        seed: of a new head.
+        base_dir: folder that relative paths start from.
+        weights: of a timm model or of a factory's (``model.weights``).
 
     Raises:
         ModelNotFoundError: the model cannot be found or read.
     """
     import torch
+
+    make_torchvision_importable()
     import transformers
 
+    if name_or_path.startswith("timm:"):
+        from layerlens.integrations.timm_models import load_timm
+
+        return load_timm(name_or_path, task, labels, weights=weights, seed=seed, base_dir=base_dir)
+    if name_or_path.startswith("factory:"):
+        from layerlens.integrations.factories import load_factory
+
+        return load_factory(name_or_path, task, labels, weights=weights, seed=seed, base_dir=base_dir)
     if task not in AUTO_CLASSES:
         raise ModelSpecError(f"model.task: {task!r} is not supported; supported: {', '.join(AUTO_CLASSES)}")
     auto_class = getattr(transformers, AUTO_CLASSES[task])
@@ -196,7 +246,7 @@ def load_pretrained(
     with torch.random.fork_rng(devices=[]), _quiet_transformers():
         torch.manual_seed(seed)
         try:
-            if task == "sequence-classification":
+            if task in WITH_CLASSES:
                 labels = _labels_in_checkpoint_order(path, labels, local_only)
                 id2label = dict(enumerate(labels))
                 heads = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
@@ -211,23 +261,34 @@ def load_pretrained(
                 output_loading_info=True,
                 local_files_only=local_only,
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local_only)
+            images = tokenizer = None
+            model_type = getattr(model.config, "model_type", "")
+            spaced = task == "token-classification" and model_type in SPACE_BEFORE_WORDS
+            if task == "image-classification":
+                images = transformers_images(path, model.config, local_only=local_only)
+            else:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    path, local_files_only=local_only, **({"add_prefix_space": True} if spaced else {})
+                )
+        except ModelNotFoundError:
+            raise
         except (OSError, ValueError, KeyError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelNotFoundError(f"model.name_or_path: cannot load {name_or_path!r}: {first_line}") from error
-    if tokenizer.pad_token is None:  # GPT-2 and Llama have none, and refuse batches without one
-        tokenizer.pad_token = tokenizer.eos_token
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer is not None:
+        if tokenizer.pad_token is None:  # GPT-2 and Llama have none, and refuse batches without one
+            tokenizer.pad_token = tokenizer.eos_token
+        if getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
     model.eval().requires_grad_(False)
     mismatched = (entry[0] for entry in info["mismatched_keys"])
     new_parameters = tuple(sorted({*info["missing_keys"], *mismatched}))
-    if task == "causal-lm" and new_parameters:
+    if task in LANGUAGE_MODELS and new_parameters:
         raise ModelSpecError(
             f"model.task: {name_or_path!r} has no weights for {new_parameters[0]} and cannot predict tokens; give a "
             "language model's checkpoint"
         )
-    return PretrainedModel(model, tokenizer, path, new_parameters, tuple(labels))
+    return PretrainedModel(model, tokenizer, path, new_parameters, tuple(labels), images)
 
 
 def _labels_in_checkpoint_order(path: str, labels: Sequence[str], local_only: bool) -> Sequence[str]:
@@ -245,9 +306,10 @@ def load_model(
     *,
     seed: int = 0,
     base_dir: Path | None = None,
+    weights: str | None = None,
 ) -> torch.nn.Module:
     """The model alone, as ``load_pretrained`` loads it."""
-    return load_pretrained(name_or_path, task, labels, seed=seed, base_dir=base_dir).model
+    return load_pretrained(name_or_path, task, labels, seed=seed, base_dir=base_dir, weights=weights).model
 
 
 def weights_fingerprint(model: torch.nn.Module, leave_out: Sequence[str] = ()) -> str:
@@ -287,22 +349,46 @@ def role_of(path: str) -> str:
 
 
 def blocks_of(model: torch.nn.Module) -> tuple[str, ...]:
-    """Paths of the transformer blocks: the members of every outermost ModuleList that holds attention."""
+    """Paths of the transformer blocks: the members of every outermost ModuleList that holds attention.
+
+    In models that keep their blocks in a Sequential (timm), those of every innermost Sequential that holds attention.
+    """
     import torch
 
     found: list[str] = []
     for path, module in model.named_modules():
-        if not isinstance(module, torch.nn.ModuleList) or any(path.startswith(block + ".") for block in found):
-            continue
-        for index, block in enumerate(module):
-            if any(role_of(name) == "attention_output" for name, _ in block.named_modules()):
-                found.append(f"{path}.{index}")
+        if isinstance(module, torch.nn.ModuleList) and not any(path.startswith(block + ".") for block in found):
+            found += [f"{path}.{name}" for name, block in module.named_children() if _holds_attention(block)]
+    if found:
+        return tuple(found)
+    holding = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Sequential) and _holds_attention(module)
+    }
+    for path, module in holding.items():
+        if not any(other.startswith(f"{path}." if path else "") and other != path for other in holding):
+            children = [name for name, block in module.named_children() if _holds_attention(block)]
+            found += [f"{path}.{name}" if path else name for name in children]
     return tuple(found)
 
 
+def _holds_attention(module: torch.nn.Module) -> bool:
+    return any(role_of(name) == "attention_output" for name, _ in module.named_modules())
+
+
 def task_heads(model: torch.nn.Module) -> tuple[str, ...]:
-    """Names of the modules beside the base model that have parameters: the task head."""
+    """Names of the modules beside the base model that have parameters (timm: the classifier): the task head.
+
+    Models without a named base (a user's own) have none.
+    """
+    if hasattr(model, "get_classifier"):
+        from layerlens.integrations.timm_models import head_name
+
+        return (head_name(model),)
     base = getattr(model, "base_model_prefix", "")
+    if not base:
+        return ()
     return tuple(
         name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())
     )
@@ -328,63 +414,3 @@ def frozen_part(model: torch.nn.Module, new_parameters: Sequence[str]) -> tuple[
 def takes_prefix(attention: torch.nn.Module) -> bool:
     """Whether the attention module goes through transformers' AttentionInterface, where prefixes are added."""
     return hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS")
-
-
-def model_spec(pretrained: PretrainedModel, name_or_path: str, *, adapter_sites: str = "residual") -> ModelSpec:
-    """Every Linear of every transformer block, and every attention block, as layers in forward order.
-
-    Raises:
-        ModelSpecError: the model has no transformer block that LayerLens recognises.
-    """
-    model = pretrained.model
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    blocks = blocks_of(model)
-    if not blocks:
-        raise ModelSpecError(
-            f"model.name_or_path: found no transformer blocks in {type(model).__name__}; blocks are recognised by "
-            f"module names such as {', '.join(list(ROLES)[:4])}"
-        )
-    modules = dict(model.named_modules())
-    layers: list[LayerSpec] = []
-    for index, block in enumerate(blocks):
-        members = {path: module for path, module in modules.items() if path.startswith(block + ".")}
-        queries = [
-            path for path in members if role_of(path) in ("query", "query_key_value") and is_dense(members[path])
-        ]
-        attentions = {path.rpartition(".")[0]: path for path in queries}
-        for path, module in members.items():
-            if path in attentions and takes_prefix(module):
-                layers.append(_attention_layer(path, modules[attentions[path]], module, text, index))
-            elif is_dense(module):
-                layers.append(_dense_layer(path, module, text.hidden_size, index, adapter_sites))
-    return ModelSpec(
-        model_name=name_or_path,
-        total_params=sum(parameter.numel() for parameter in model.parameters()),
-        layers=layers,
-        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-        fingerprint=weights_fingerprint(model, pretrained.new_parameters),
-    )
-
-
-def _dense_layer(path: str, module: Any, hidden_size: int, block: int, adapter_sites: str) -> LayerSpec:
-    n_in, n_out = dense_shape(module)
-    role = role_of(path)
-    writes = role in RESIDUAL_WRITERS
-    methods = ("lora", "adapter") if writes or adapter_sites == "all" else ("lora",)
-    return LayerSpec(
-        name=path, hidden_size=hidden_size, layer_type="linear", n_in=n_in, n_out=n_out, methods=methods,
-        block=block, role=role, writes_residual=writes,
-    )  # fmt: skip
-
-
-def _attention_layer(path: str, query: Any, module: Any, config: Any, block: int) -> LayerSpec:
-    heads = config.num_attention_heads
-    head_dim = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
-    head_dim = head_dim or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return LayerSpec(
-        name=path, hidden_size=config.hidden_size, layer_type="attention", n_in=heads * head_dim,
-        n_out=heads * head_dim, d_kv=kv_heads * head_dim, num_heads=heads, methods=("prefix",), block=block,
-        role="attention",
-    )  # fmt: skip

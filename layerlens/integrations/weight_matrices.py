@@ -25,10 +25,11 @@ def matrix_shape(module: Any) -> tuple[int, int, int]:
     return 1, module.nf, module.nx  # transformers' Conv1D, a Linear with a transposed weight
 
 
-def conv_patches(module: torch.nn.Conv2d, images__bchw: torch.Tensor) -> torch.Tensor:
+def conv_patches(module: torch.nn.Conv2d, images__bchw: torch.Tensor, *, groups: int | None = None) -> torch.Tensor:
     """The inputs that each output pixel of a convolution sees, [b, groups, pixels, n_in of a group].
 
-    In the order of ``module.weight[out].flatten()``, so that the layer is a Linear on them, group by group.
+    In the order of ``module.weight[out].flatten()``, so that the layer is a Linear on them, group by group. With
+    ``groups`` 1 every output sees all input channels, as the A of PEFT's LoRA does also where the layer has groups.
     """
     padding: Any = module.padding  # a string is refused by why_not_measurable
     patches__bkt = torch.nn.functional.unfold(
@@ -38,7 +39,7 @@ def conv_patches(module: torch.nn.Conv2d, images__bchw: torch.Tensor) -> torch.T
         padding=padding,
         stride=module.stride,
     )
-    return patches__bkt.unflatten(1, (module.groups, -1)).mT
+    return patches__bkt.unflatten(1, (groups or module.groups, -1)).mT
 
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
@@ -59,7 +60,7 @@ def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
 def measurable_modules(model: torch.nn.Module, spec: ModelSpec) -> tuple[str, ...]:
     """Modules outside the layers of ``spec`` whose weights can be measured: with them, nearly every parameter is."""
     model = uncompiled(model)
-    layers = {layer.name for layer in spec.layers}
+    layers = {layer.name for layer in spec.layers if layer.groups == 1}  # with groups, LoRA's matrix is not the weight
     return tuple(
         name
         for name, module in model.named_modules()

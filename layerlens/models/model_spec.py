@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-TRANSFORMER, LINEAR, ATTENTION = "transformer", "linear", "attention"
+TRANSFORMER, LINEAR, ATTENTION, CONV = "transformer", "linear", "attention", "conv"
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,11 @@ class LayerSpec:
     Args:
         name: unique name; a module path such as ``bert.encoder.layer.0.attention.self.query``.
         hidden_size: width of the residual stream.
-        layer_type: ``"linear"`` (one Linear or Conv1D), ``"attention"`` (one attention block, for prefixes) or
-            ``"transformer"`` (a whole block, taken as one hidden_size × hidden_size map, as in the origin's API).
-        n_in, n_out: input and output features; ``hidden_size`` unless given.
+        layer_type: ``"linear"`` (one Linear or Conv1D), ``"conv"`` (one Conv2d), ``"attention"`` (one attention block,
+            for prefixes) or ``"transformer"`` (a whole block, taken as one hidden_size × hidden_size map, as in the
+            origin's API).
+        n_in, n_out: input and output features; ``hidden_size`` unless given. Of a convolution, n_in is all input
+            channels times the kernel's pixels, also where it has groups: that is what its LoRA reads.
         d_kv: width of all key/value heads together (prefix parameters are 2·p·d_kv); ``hidden_size`` unless given.
         num_heads: query heads of an attention layer.
         methods: PEFT methods that this layer can take.
@@ -24,6 +26,9 @@ class LayerSpec:
         role: what the layer does in its block: ``query``, ``key``, ``value``, ``attention_output``, ``ffn_up``,
             ``ffn_gate``, ``ffn_down``, ``attention`` or "".
         writes_residual: its output is added to the residual stream.
+        groups: of a convolution; LoRA ranks are multiples of it (PEFT).
+        positions: output positions (patches, pixels) of one sample; 0 where they are the tokens of a sequence.
+        input_elements: elements of its input for one sample; 0 for n_in at every position.
     """
 
     name: str
@@ -37,12 +42,20 @@ class LayerSpec:
     block: int | None = None
     role: str = ""
     writes_residual: bool = False
+    groups: int = 1
+    positions: int = 0
+    input_elements: int = 0
 
     def __post_init__(self) -> None:
         for field_name in ("n_in", "n_out", "d_kv"):
             if getattr(self, field_name) == 0:
                 object.__setattr__(self, field_name, self.hidden_size)
         object.__setattr__(self, "methods", tuple(self.methods))
+
+    @property
+    def inputs_per_position(self) -> float:
+        """Input elements for each output position: fewer than n_in where patches overlap."""
+        return self.input_elements / self.positions if self.input_elements and self.positions else self.n_in
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ class ModelSpec:
         layers: the layers that may be adapted, in forward order.
         weight_bytes: bytes of the frozen weights; 4 per parameter unless given.
         fingerprint: content hash of the weights ("" when the model itself was never at hand).
+        per_sample: the model's own memory and FLOPs are counted for each sample (image), not for each token.
+        left_out: modules that look like layers and can take no option, with the reason.
     """
 
     model_name: str
@@ -62,6 +77,8 @@ class ModelSpec:
     layers: list[LayerSpec] = field(default_factory=list)
     weight_bytes: int = 0
     fingerprint: str = ""
+    per_sample: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.weight_bytes == 0:

@@ -27,13 +27,14 @@ class Option:
 def trainable_params(layer: LayerSpec, method: str, rank: int) -> int:
     """Parameters that ``method`` with ``rank`` trains on ``layer`` (exact).
 
-    LoRA r(n_in + n_out) (Hu et al. 2022); serial bottleneck adapter 2·n_out·k + k + n_out (Houlsby et al. 2019);
+    LoRA r(n_in + n_out) (Hu et al. 2022), with n_out / groups for a convolution's; serial
+    bottleneck adapter 2·n_out·k + k + n_out (Houlsby et al. 2019);
     prefix 2·p·d_kv (Li & Liang 2021) plus one gate for each attention head, which makes step 0 exact.
     """
     if method == NONE:
         return 0
     if method == LORA:
-        return rank * (layer.n_in + layer.n_out)
+        return rank * (layer.n_in + layer.n_out // layer.groups)
     if method == ADAPTER:
         return 2 * layer.n_out * rank + rank + layer.n_out
     if method == PREFIX:
@@ -44,12 +45,14 @@ def trainable_params(layer: LayerSpec, method: str, rank: int) -> int:
 def enumerate_options(spec: ModelSpec, ranks: Mapping[str, Sequence[int]]) -> tuple[Option, ...]:
     """Every option of every layer, "none" first in each layer, methods in the order of METHODS, ranks ascending.
 
-    ``ranks`` maps a method to its allowed sizes; a method that is absent or empty is not offered.
+    ``ranks`` maps a method to its allowed sizes; a method that is absent or empty is not offered. A grouped convolution
+    gets the LoRA ranks that are multiples of its groups.
     """
     options = []
     for layer in spec.layers:
         options.append(Option(layer.name, NONE, 0))
         for method in METHODS[1:]:
             if method in layer.methods:
-                options.extend(Option(layer.name, method, rank) for rank in sorted(set(ranks.get(method, ()))))
+                sizes = sorted(set(ranks.get(method, ())))
+                options.extend(Option(layer.name, method, size) for size in sizes if size % layer.groups == 0)
     return tuple(options)

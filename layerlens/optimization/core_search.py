@@ -6,6 +6,7 @@ and where the width suffices for all states, the allocation is proved optimal.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 
 from layerlens.kernels._lagrangian import Instance
 from layerlens.optimization.beam import beam_search
-from layerlens.optimization.lagrangian import Candidates, Dual, candidates_within
+from layerlens.optimization.lagrangian import Candidates, Dual, candidates_within, guided_search, solve_dual
 from layerlens.optimization.reduced import Reduced
 
 # A search takes all alternatives to the favourites if there are at most so many, else fewer, those of the least regret:
@@ -22,10 +23,19 @@ from layerlens.optimization.reduced import Reduced
 ALL_ALTERNATIVES, SOME_ALTERNATIVES = 600, 200
 # Widths of the first searches, and of the last ones, which may prove optimality. The widest pay only where the core is
 # small enough for them to have a chance.
-FIRST_WIDTHS, LAST_WIDTHS = (30, 300), (3_000, 20_000)
+FIRST_WIDTHS, MIDDLE_WIDTH, LAST_WIDTH = (30, 300), 1_000, 20_000
 PROOF_WIDTHS, PROOF_ALTERNATIVES = (100_000, 400_000), ALL_ALTERNATIVES
-# Between them: rounds of one search in another order and two of a neighbourhood with so many alternatives.
-ROUNDS, ORDER_WIDTH, NEIGHBOURHOODS, NEIGHBOURHOOD_ALTERNATIVES, NEIGHBOURHOOD_WIDTH = 6, 300, 2, 250, 100
+# The neighbourhoods end when this share of the work limit is used, or after so many; after some failures one must
+# change some choices and may lose some of the gap.
+WANDER_SHARE, WANDER_STEPS = 0.7, 2_000
+WANDER_PATIENCE, KICKED, WANDER_LOSS = 20, 4, 0.3
+# Without proofs the last searches are only as wide as this much work allows, counted in multiplications (1 to 3 ns
+# each): a clock would make the answer depend on the machine.
+WORK_LIMIT = 900_000_000
+# Where repair found nothing that fits.
+FITTING_SHARES, FITTING_WIDTHS = (0.98, 0.95, 0.9, 0.8), (30, 300, 3_000)
+# Between them one search in another order and neighbourhoods of so many alternatives.
+ORDER_WIDTH, NEIGHBOURHOOD_ALTERNATIVES, NEIGHBOURHOOD_WIDTH = 300, 250, 100
 
 
 @dataclass
@@ -78,25 +88,51 @@ def search_core(
         search.whole(width)
         progress(incumbent)
     random = np.random.RandomState(seed)  # its stream is frozen, unlike that of Generator
-    for round_ in range(ROUNDS):
-        if search.closed():
-            return
-        search.whole(ORDER_WIDTH, seed=round_ + 1)
-        for _ in range(NEIGHBOURHOODS):
-            if not search.closed():
-                search.neighbourhood(random)
+    if search.closed():
+        return
+    search.whole(ORDER_WIDTH, seed=1)
+    progress(incumbent)
+    if not search.closed():
+        search.whole(MIDDLE_WIDTH)
         progress(incumbent)
-    for width in LAST_WIDTHS + (PROOF_WIDTHS if prove else ()):
+    search.wander(random, WANDER_SHARE * WORK_LIMIT)
+    progress(incumbent)
+    for width in (LAST_WIDTH, *(PROOF_WIDTHS if prove else ())):
         if search.closed() or (width in PROOF_WIDTHS and search.alternatives() > PROOF_ALTERNATIVES):
             return
-        search.whole(width)
+        affordable = width if prove else search.affordable_width(WORK_LIMIT)
+        if affordable <= ORDER_WIDTH:
+            return
+        search.whole(min(width, affordable))
         progress(incumbent)
+
+
+def find_fitting(reduced: Reduced, dual: Dual, threads: int) -> np.ndarray | None:
+    """Some allocation that fits, int64 [g], where repair of the favourites found none; None where this finds none.
+
+    Prices for smaller capacities make favourites that use less, from which repair has less to do; then beam searches
+    over all options.
+    """
+    instance = reduced.instance
+    for share in FITTING_SHARES:
+        smaller = Instance(instance.offset, instance.value, instance.cost_rows, share * instance.capacity)
+        choice = guided_search(instance, solve_dual(dataclasses.replace(reduced, instance=smaller), threads))
+        if choice is not None:
+            return choice
+    everything = candidates_within(instance, dual, math.inf)
+    worthless = -2.0 * instance.n_groups * (reduced.largest_value + 1.0)
+    for width in FITTING_WIDTHS:
+        outcome = beam_search(instance, dual, everything, worthless, width=width)
+        if outcome.choice is not None or outcome.exhaustive:
+            return outcome.choice
+    return None
 
 
 class _CoreSearch:
     def __init__(self, reduced: Reduced, dual: Dual, incumbent: Incumbent, tolerance: float) -> None:
         self.reduced, self.dual, self.incumbent, self.tolerance = reduced, dual, incumbent, tolerance
         self.instance = reduced.instance
+        self.work, self.work_per_width = 0, 0.0
         # Everything that may be better than the first incumbent; what may be better than later ones is part of it.
         self.candidates = candidates_within(self.instance, dual, self.limit(), also=incumbent.choice)
 
@@ -106,6 +142,10 @@ class _CoreSearch:
 
     def closed(self) -> bool:
         return self.incumbent.bound - self.incumbent.value <= self.tolerance * abs(self.incumbent.bound)
+
+    def affordable_width(self, limit: float) -> int:
+        """How wide the next search may be for all work to stay within ``limit``, judged by the last one."""
+        return int(max(0.0, limit - self.work) / max(self.work_per_width, 1.0))
 
     def threshold(self) -> float:
         """What a better allocation is worth at least: values are multiples of the value unit, if there is one."""
@@ -121,24 +161,57 @@ class _CoreSearch:
             limit = float(lowest[self.instance.n_groups + SOME_ALTERNATIVES])
             candidates = self._only(candidates, candidates.regret < limit)
         outcome = beam_search(self.instance, self.dual, candidates, self.threshold(), width=width, seed=seed)
+        self.work += outcome.work
+        self.work_per_width = outcome.work / width
         self.incumbent.offer(self.instance, outcome.choice)
         # Whatever has an option beyond the limit is worth at most the dual's bound less that regret.
         beyond = self.dual.bound - limit + self.reduced.rounding(self.dual.price)
         self.incumbent.tighten(self.reduced.round_down(max(outcome.bound, beyond)))
 
-    def neighbourhood(self, random: np.random.RandomState) -> None:
-        """Keep the incumbent's options but in some groups, drawn from those that have a choice."""
-        self._narrow()
-        if self.alternatives() <= NEIGHBOURHOOD_ALTERNATIVES:
-            return  # the whole, which wider searches see to
-        sizes = np.bincount(self.candidates.group, minlength=self.instance.n_groups) - 1
+    def wander(self, random: np.random.RandomState, limit: float) -> None:
+        """Neighbourhoods until all work reaches ``limit``, of the incumbent and, where it has no better one, of others.
+
+        A kick forbids a few of its choices and takes the best beside them; what follows from there replaces the
+        incumbent or is forgotten (iterated local search: Lourenço, Martin & Stützle 2003).
+        """
+        current, value, failures = self.incumbent.choice, self.incumbent.value, 0
+        for _ in range(WANDER_STEPS):
+            if self.closed() or self.work >= limit or self.alternatives() <= NEIGHBOURHOOD_ALTERNATIVES:
+                return
+            kick = failures >= WANDER_PATIENCE
+            if kick:
+                current, value, failures = self.incumbent.choice, self.incumbent.value, 0
+                least = self.incumbent.value - WANDER_LOSS * (self.dual.bound - self.incumbent.value)
+            else:
+                least = value + self.reduced.value_unit * (1.0 - 1e-6)
+            found = self._search_near(random, current, least, KICKED if kick else 0)
+            if found is None:
+                failures += 1
+                continue
+            current, value, failures = found, math.fsum(self.instance.value[found]), 0
+            if self.incumbent.offer(self.instance, found):
+                self._narrow()
+
+    def _search_near(
+        self, random: np.random.RandomState, choice: np.ndarray, threshold: float, forbidden: int
+    ) -> np.ndarray | None:
+        """Keep ``choice`` but in some groups, drawn at random; in ``forbidden`` of these it must change."""
+        candidates = self.candidates
+        sizes = np.bincount(candidates.group, minlength=self.instance.n_groups) - 1
         several = random.permutation(np.flatnonzero(sizes))
         drawn = several[: 1 + int(np.searchsorted(np.cumsum(sizes[several]), NEIGHBOURHOOD_ALTERNATIVES))]
         free = np.zeros(self.instance.n_groups, dtype=bool)
         free[drawn] = True
-        part = self._only(self.candidates, free[self.candidates.group], favourites=False)
-        outcome = beam_search(self.instance, self.dual, part, self.threshold(), width=NEIGHBOURHOOD_WIDTH)
-        self.incumbent.offer(self.instance, outcome.choice)
+        chosen = choice[candidates.group] == candidates.option
+        keep = np.where(free[candidates.group], True, chosen)
+        if forbidden:  # the beam search needs the favourites
+            changing = np.zeros(self.instance.n_groups, dtype=bool)
+            changing[drawn[choice[drawn] != self.dual.favourites[drawn]][:forbidden]] = True
+            keep &= ~(chosen & changing[candidates.group])
+        part = Candidates(candidates.option[keep], candidates.regret[keep], candidates.group[keep])
+        outcome = beam_search(self.instance, self.dual, part, threshold, width=NEIGHBOURHOOD_WIDTH)
+        self.work += outcome.work
+        return outcome.choice
 
     def alternatives(self) -> int:
         """How many options beside one of each group a better allocation may have."""
@@ -147,9 +220,8 @@ class _CoreSearch:
     def _narrow(self) -> None:
         self.candidates = self._only(self.candidates, self.candidates.regret <= self.limit())
 
-    def _only(self, candidates: Candidates, keep: np.ndarray, favourites: bool = True) -> Candidates:
+    def _only(self, candidates: Candidates, keep: np.ndarray) -> Candidates:
         """Those to keep, the incumbent's options, and the favourites."""
         keep = keep | (self.incumbent.choice[candidates.group] == candidates.option)
-        if favourites:
-            keep |= self.dual.favourites[candidates.group] == candidates.option
+        keep |= self.dual.favourites[candidates.group] == candidates.option
         return Candidates(candidates.option[keep], candidates.regret[keep], candidates.group[keep])

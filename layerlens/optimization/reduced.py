@@ -21,6 +21,8 @@ LARGEST_EXPONENT = 300
 UNIT_ROUNDOFF = 2.0**-53
 # Values with up to so many binary digits after the point are searched for a common divisor, unless there are too many.
 FRACTION_BITS, UNIT_OPTIONS = 8, 200_000
+# What the kernels are compiled for.
+MAX_RESOURCES = 64
 # Relative error, with plenty to spare, of a plainly rounded sum; a row whose dearest options all but fill its capacity
 # is kept, which costs nothing but time.
 SUM_ROUNDING = 1e-9
@@ -130,6 +132,10 @@ def reduce(problem: AllocationProblem, summary: Summary | None = None) -> Reduce
         exponents.append(exponent)
         cost_rows.append(np.ldexp(row, exponent) if exponent else np.ascontiguousarray(row))
         capacities.append(math.ldexp(float(capacity), exponent))
+    if len(rows) > MAX_RESOURCES:
+        raise OptimizationError(
+            f"{len(rows)} budgets can bind; the solver takes at most {MAX_RESOURCES}, so drop or join user resources"
+        )
     return Reduced(
         instance=Instance(offset, value, cost_rows, np.array(capacities, dtype=np.float64)),
         rows=np.array(rows, dtype=np.int64),

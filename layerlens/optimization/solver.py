@@ -11,7 +11,7 @@ import numpy as np
 from layerlens.exceptions import OptimizationError
 from layerlens.models import Allocation, AllocationProblem, SolverEvent
 from layerlens.optimization import cpsat
-from layerlens.optimization.core_search import Incumbent, search_core
+from layerlens.optimization.core_search import Incumbent, find_fitting, search_core
 from layerlens.optimization.feasibility import check_feasible, obviously_feasible
 from layerlens.optimization.lagrangian import guided_search, solve_dual
 from layerlens.optimization.reduced import Reduced, Summary, reduce
@@ -75,6 +75,8 @@ def solve(
     dual = solve_dual(reduced, threads)
     report("multipliers", None, math.ldexp(dual.bound, unscaled))
     choice = guided_search(instance, dual)
+    if choice is None:
+        choice = find_fitting(reduced, dual, threads)
     if choice is None:
         choice = cpsat.find_any(problem, refine_deterministic_time, seed)
         stages.append("cp-sat")

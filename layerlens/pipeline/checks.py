@@ -13,6 +13,7 @@ from layerlens.config import OptimizationConfig
 from layerlens.cost import OPTIMIZER_STATE
 from layerlens.models import Manifest
 from layerlens.profiling.footprint import count_saved_bytes, dense_inputs
+from layerlens.tasks.losses import output_tensors
 from layerlens.tuning import apply
 from layerlens.utils.progress import Progress
 
@@ -72,7 +73,7 @@ def _compare(predicted: float, measured: float) -> dict[str, float]:
 
 def _logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
-        return model(**inputs).logits.clone()
+        return torch.cat([part.flatten() for part in output_tensors(model(**inputs))])
 
 
 def _forward_flops(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
@@ -108,6 +109,8 @@ def _step_memory(
         model.get_submodule(head).requires_grad_(False)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    kept = count_saved_bytes(model, lambda: model(**inputs).logits.sum())
+    kept = count_saved_bytes(
+        model, lambda: torch.cat([part.flatten() for part in output_tensors(model(**inputs))]).sum()
+    )
     state_bytes = 4 * (1 + OPTIMIZER_STATE[config.optimizer]) * trained
     return 1e-9 * (weight_bytes + kept + state_bytes), trained

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from layerlens.config import RunConfig
-from layerlens.data import TextDataset
+from layerlens.data import Dataset
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.transformers import PretrainedModel, task_heads
 from layerlens.models import ModelSpec, ModelStatistics
@@ -13,14 +13,17 @@ from layerlens.pipeline.messages import Warnings
 from layerlens.pipeline.solve import versions
 from layerlens.profiling.cache import cache_key
 from layerlens.profiling.request import StatisticsRequest
-from layerlens.profiling.tasks import TASKS
+from layerlens.tasks import TASKS
 from layerlens.utility import needed_statistics
+
+PADDING_FIRST = ("roberta", "xlm-roberta", "camembert", "longformer")
+"""Models whose positions count from the padding token's id on."""
 
 STATISTICS_VERSION = 2
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
 
 
-def split_samples(dataset: TextDataset, config: RunConfig, warnings: Warnings) -> tuple[TextDataset, TextDataset]:
+def split_samples(dataset: Dataset, config: RunConfig, warnings: Warnings) -> tuple[Dataset, Dataset]:
     """Calibration and head samples; says so when the data has fewer than were asked for."""
     head_samples = config.model.head_fit_samples if TASKS[config.model.task].new_head else 0
     wanted = config.data.calibration_samples, head_samples
@@ -34,7 +37,12 @@ def split_samples(dataset: TextDataset, config: RunConfig, warnings: Warnings) -
 
 def check_lengths(pretrained: PretrainedModel, config: RunConfig) -> None:
     """Refuse sequences longer than the model's positions, before torch fails with an index error."""
-    limit = getattr(pretrained.model.config, "max_position_embeddings", None)
+    model_config: Any = getattr(pretrained.model, "config", None)
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if pretrained.tokenizer is None:
+        return
+    if limit is not None and getattr(model_config, "model_type", "") in PADDING_FIRST:
+        limit -= model_config.pad_token_id + 1
     asked = {
         "data.max_length": config.data.max_length,
         "optimization.latency_profile.sequence_length": config.optimization.latency_profile.sequence_length,
@@ -54,7 +62,7 @@ def statistics_request(config: RunConfig) -> StatisticsRequest:
 
 
 def statistics_identity(
-    config: RunConfig, spec: ModelSpec, calibration: TextDataset, head_data: TextDataset, threads: int
+    config: RunConfig, spec: ModelSpec, calibration: Dataset, head_data: Dataset, threads: int
 ) -> dict[str, Any]:
     """Everything that the statistics depend on: the key of the sensitivity cache."""
     return {
@@ -69,8 +77,12 @@ def statistics_identity(
         },
         "settings": {
             "task": config.model.task,
+            "loss": config.model.loss,
             "dtype": config.model.dtype,
             "max_length": config.data.max_length,
+            "max_target_length": config.data.max_target_length,
+            "source_prefix": config.data.source_prefix,
+            "mlm_probability": config.data.mlm_probability,
             "batch_size": config.data.batch_size,
             "statistics": list(statistics_request(config).names),
             "ntk_samples": config.profiling.ntk_samples,
@@ -82,14 +94,16 @@ def statistics_identity(
     }
 
 
-def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: TextDataset) -> dict[str, Any]:
+def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset, spec: ModelSpec) -> dict[str, Any]:
     """What the manifest records so that the base model can be loaded again."""
     return {
         "task": config.model.task,
         "num_labels": 1 if config.model.task == "regression" else len(dataset.label_names),
         "labels": list(dataset.label_names),
         "head_modules": list(task_heads(pretrained.model)) if TASKS[config.model.task].new_head else [],
-        "model_type": str(getattr(pretrained.model.config, "model_type", "")),
+        "model_type": str(getattr(getattr(pretrained.model, "config", None), "model_type", "")),
+        **{name: value for name in ("weights", "loss") if (value := getattr(config.model, name)) is not None},
+        **({"left_out": dict(spec.left_out)} if spec.left_out else {}),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -13,9 +13,10 @@ from typing import Any
 
 from layerlens.config import RunConfig
 from layerlens.cost import cost_table
-from layerlens.data import TextDataset, load_dataset
+from layerlens.data import Dataset, load_dataset
 from layerlens.exceptions import ActivationCacheError
-from layerlens.integrations.transformers import PretrainedModel, load_pretrained, model_spec
+from layerlens.integrations.layers import model_spec
+from layerlens.integrations.transformers import PretrainedModel, load_pretrained
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.manifest import write_manifest, write_report
 from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
@@ -33,14 +34,13 @@ from layerlens.pipeline.observed import observed
 from layerlens.pipeline.publishing import published
 from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
-from layerlens.profiling.batches import Batch, make_batches
 from layerlens.profiling.cache import cache_key
 from layerlens.profiling.head import fit_head
 from layerlens.profiling.measure import measure, refuse_non_finite
 from layerlens.profiling.saved_pass import SavedPass
 from layerlens.profiling.shared_cache import open_cache
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
-from layerlens.profiling.tasks import TASKS
+from layerlens.tasks import Batch, Task, make_batches, task_for
 from layerlens.tuning import export_adapter
 from layerlens.utility import utility_table
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
@@ -97,26 +97,28 @@ def run_config(
     set_threads(threads)
     with clock.stage("load"), progress.stage("Loading model and data"):
         dataset = load_dataset(config.data, base_dir, config.model.task)
+        task = task_for(config.model, base_dir)
         pretrained = load_pretrained(
-            config.model.name_or_path,
+            config.model.reference,
             config.model.task,
             dataset.label_names,
             seed=config.runtime.seed,
             base_dir=base_dir,
+            weights=config.model.weights,
         )
         check_lengths(pretrained, config)
         if dataset.label_names:
             dataset = dataset.with_label_order(pretrained.labels)
         calibration, head_data = split_samples(dataset, config, warnings)
-        spec = model_spec(pretrained, config.model.name_or_path, adapter_sites=config.profiling.adapter_sites)
         batches = make_batches(
-            pretrained.tokenizer,
-            calibration.texts,
-            calibration.labels,
-            max_length=config.data.max_length,
-            batch_size=config.data.batch_size,
-            pairs=calibration.pairs,
-            targets=TASKS[config.model.task].targets,
+            task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed
+        )
+        inputs = batches[0].inputs
+        spec = model_spec(
+            pretrained,
+            config.model.reference,
+            adapter_sites=config.profiling.adapter_sites,
+            inputs=None if "input_ids" in inputs else inputs,
         )
     with clock.stage("profile"):
         identity = statistics_identity(config, spec, calibration, head_data, threads)
@@ -124,10 +126,10 @@ def run_config(
         found = cache.get(key) if cache else None
         if found is None:
             saved = cache.saved_pass(key) if cache else None
-            statistics = _profile(config, pretrained, spec, batches, head_data, threads, progress, saved)
+            statistics = _profile(config, pretrained, task, spec, batches, head_data, threads, progress, saved)
         else:
             statistics = found[1]
-        facts = model_facts(pretrained, config, dataset)
+        facts = model_facts(pretrained, config, dataset, spec)
         statistics = replace(statistics, provenance={"identity": identity, "model": facts})
         if cache and found is None:
             cache.put(key, spec, statistics)
@@ -242,24 +244,18 @@ def _write_report(
 def _profile(
     config: RunConfig,
     pretrained: PretrainedModel,
+    task: Task,
     spec: ModelSpec,
-    batches: list[Batch],
-    head_data: TextDataset,
+    batches: Sequence[Batch],
+    head_data: Dataset,
     threads: int,
     progress: Progress,
     saved: SavedPass | None,
 ) -> ModelStatistics:
     """Fit the head if it is new, then measure every layer."""
-    task = TASKS[config.model.task]
     if pretrained.new_parameters and len(head_data):
         head_batches = make_batches(
-            pretrained.tokenizer,
-            head_data.texts,
-            head_data.labels,
-            max_length=config.data.max_length,
-            batch_size=HEAD_BATCH_SIZE,
-            pairs=head_data.pairs,
-            targets=task.targets,
+            task, pretrained, head_data, config.data, batch_size=HEAD_BATCH_SIZE, seed=config.runtime.seed
         )
         fit_head(pretrained.model, pretrained.new_parameters, head_batches, progress, task.loss)
     return measure(

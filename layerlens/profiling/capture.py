@@ -19,10 +19,9 @@ from layerlens.integrations.attention import attention_outputs
 from layerlens.integrations.weight_matrices import conv_patches, matrix_shape
 from layerlens.models import LayerSpec, LayerStatistics, MethodStatistics, ModelSpec
 from layerlens.profiling.accumulators import InputAccumulator, MatrixAccumulator
-from layerlens.profiling.batches import Batch
-from layerlens.profiling.losses import Loss
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.sample_matrices import SampleMatrices, gram_matrix, join_calls
+from layerlens.tasks import Batch, Loss
 
 Recorder = Callable[..., None]
 Key = tuple[str, str]
@@ -191,7 +190,8 @@ class Capture:
     def covered_weights(self) -> dict[str, str]:
         """Parameter name of every module with statistics -> the parameter its statistics are under."""
         covered = {f"{name}.weight": key[0] for name, key in self._weight_keys.items() if key in self.accumulators}
-        layers = [layer.name for layer in self.spec.layers if (layer.name, "lora") in self.accumulators]
+        measured = [layer for layer in self.spec.layers if (layer.name, "lora") in self.accumulators]
+        layers = [layer.name for layer in measured if layer.groups == 1]
         return covered | {f"{name}.weight": f"{name}.weight" for name in layers}
 
     def gram(self) -> np.ndarray:
@@ -203,8 +203,13 @@ class Capture:
 
     def _dense_hook(self, layer: LayerSpec) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
         with_adapter = "adapter" in layer.methods
+        module = self.model.get_submodule(layer.name)
 
         def record(gradient: torch.Tensor, h: torch.Tensor, y: torch.Tensor | None = None) -> None:
+            if isinstance(module, torch.nn.Conv2d):
+                z__bgti = conv_patches(module, h, groups=1)
+                self._collect((layer.name, "lora"), gradient.flatten(2).mT[:, None], z__bgti, None, layer.name)
+                return
             d__bgto, mask__bt = self._as_tokens(layer.name, gradient)
             if "lora" in layer.methods:
                 leader = self._leaders.get(layer.name, layer.name)
@@ -216,7 +221,8 @@ class Capture:
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             self._count_call(layer.name)
-            self._follow(layer.name, args[0])
+            if not isinstance(module, torch.nn.Conv2d):  # whose inputs are patches
+                self._follow(layer.name, args[0])
             saved = (args[0].detach(), output.detach()) if with_adapter else (args[0].detach(),)
             return self._tap(output, record, *saved)
 

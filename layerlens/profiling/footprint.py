@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerlens.profiling.losses import logits_of
+from layerlens.tasks.losses import output_tensors
 
 SAMPLES = 2
 
@@ -52,11 +52,11 @@ def frozen_footprint(
     tokens = inputs["input_ids"].numel() if "input_ids" in inputs else len(next(iter(inputs.values())))
     if first_block is None:
         opened = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
-        saved = count_saved_bytes(model, lambda: logits_of(model(**opened)).sum())
+        saved = count_saved_bytes(model, lambda: _total(model(**opened)))
     else:
         handle = model.get_submodule(first_block).register_forward_pre_hook(open_graph, with_kwargs=True)
         try:
-            saved = count_saved_bytes(model, lambda: logits_of(model(**inputs)).sum())
+            saved = count_saved_bytes(model, lambda: _total(model(**inputs)))
         finally:
             handle.remove()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -69,12 +69,18 @@ def dense_inputs(
 ) -> dict[str, torch.Tensor]:
     """A full batch (no padding) of ``samples`` × ``sequence_length`` tokens, repeating the tokens of a real one.
 
-    Other inputs than tokens are taken as they are, for the first ``samples`` samples.
+    Other inputs than tokens (images) are those of the batch's samples, over and over.
     """
     if "input_ids" not in batch_inputs:
-        return {name: tensor[:samples] for name, tensor in batch_inputs.items()}
+        n = len(next(iter(batch_inputs.values())))
+        return {name: tensor[torch.arange(samples) % n] for name, tensor in batch_inputs.items()}
     ids = batch_inputs["input_ids"].reshape(-1)
     n_tokens = samples * sequence_length
     full = ids.repeat(-(-n_tokens // ids.numel()))[:n_tokens].reshape(samples, sequence_length)
     inputs = {"input_ids": full, "attention_mask": torch.ones_like(full)}
     return inputs | ({"decoder_input_ids": full} if "decoder_input_ids" in batch_inputs else {})
+
+
+def _total(output: Any) -> torch.Tensor:
+    """A number that every part of a model's output goes into."""
+    return torch.stack([tensor.sum() for tensor in output_tensors(output)]).sum()

@@ -10,8 +10,8 @@ import torch
 
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.transformers import frozen_part
-from layerlens.profiling.batches import Batch
-from layerlens.profiling.losses import Loss, classification_loss
+from layerlens.tasks import Batch, Loss, logits_of
+from layerlens.tasks.losses import classification_loss
 from layerlens.utils.progress import Progress
 
 RIDGE = 1e-3
@@ -32,8 +32,9 @@ def fit_head(
     Raises:
         ProfilingError: a transformer block has new parameters, the features are not finite, or the fit diverges.
     """
-    frozen = [model.get_submodule(path) for path in frozen_part(model, new_parameters)]
-    features = _features(model, frozen[-1], batches, progress)
+    batches = list(batches)  # they may be made anew each time they are asked for
+    replay = _replay_of(model, new_parameters)
+    features = replay.features(batches, progress)
     parameters = [model.get_parameter(name) for name in new_parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -44,7 +45,7 @@ def fit_head(
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         pairs = zip(batches, features, strict=True)
-        losses = [loss_of(_replayed(model, frozen, batch, output), batch) for batch, output in pairs]
+        losses = [loss_of(replay.output(batch, output), batch) for batch, output in pairs]
         penalty = RIDGE * sum((parameter**2).sum() for parameter in parameters)
         value = torch.cat(losses).mean() + penalty
         value.backward()
@@ -60,29 +61,60 @@ def fit_head(
     return final
 
 
-def _features(
-    model: torch.nn.Module, module: torch.nn.Module, batches: Sequence[Batch], progress: Progress
-) -> list[Any]:
-    """What ``module`` puts out for every batch, computed once."""
-    features: list[Any] = []
-    handle = module.register_forward_hook(lambda module, args, output: features.append(output))
-    try:
+class _Replay:
+    """The model with its frozen modules computed once: calling any of them returns what the last of them put out."""
+
+    def __init__(self, model: Any, new_parameters: Sequence[str]) -> None:
+        self.model = model
+        self.frozen = [model.get_submodule(path) for path in frozen_part(model, new_parameters)]
+
+    def features(self, batches: Sequence[Batch], progress: Progress) -> list[Any]:
+        """What the frozen modules put out for every batch, computed once."""
+        found: list[Any] = []
         with progress.stage("Fitting the task head", total=len(batches)) as advance, torch.no_grad():
             for batch in batches:
-                if not torch.isfinite(model(**batch.inputs).logits).all():
+                features, output = self.run(batch)
+                if not torch.isfinite(logits_of(output)).all():
                     raise ProfilingError(
                         "the model's outputs are not finite (NaN or infinity) on the data; look for NaN weights"
                     )
+                found.append(features)
                 advance(1)
-    finally:
-        handle.remove()
-    return features
+        return found
+
+    def run(self, batch: Batch) -> tuple[Any, Any]:
+        """(features, output) of one batch."""
+        found: list[Any] = []
+        handle = self.frozen[-1].register_forward_hook(lambda module, args, output: found.append(output))
+        try:
+            output = self.model(**batch.inputs)
+        finally:
+            handle.remove()
+        return found[-1], output
+
+    def output(self, batch: Batch, features: Any) -> Any:
+        """The model's output for ``batch`` with these features in place of computing the frozen modules."""
+        with _returning(self.frozen, features):
+            return self.model(**batch.inputs)
 
 
-def _replayed(model: torch.nn.Module, frozen: Sequence[torch.nn.Module], batch: Batch, output: Any) -> torch.Tensor:
-    """Logits [b, classes] of ``batch`` with ``output`` in place of computing the frozen modules."""
-    with _returning(frozen, output):
-        return model(**batch.inputs).logits
+class _TimmReplay(_Replay):
+    """timm's models say themselves where their features end and their head begins."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def run(self, batch: Batch) -> tuple[Any, Any]:
+        features = self.model.forward_features(*batch.inputs.values())
+        return features, self.model.forward_head(features)
+
+    def output(self, batch: Batch, features: Any) -> Any:
+        return self.model.forward_head(features)
+
+
+def _replay_of(model: Any, new_parameters: Sequence[str]) -> _Replay:
+    in_two_parts = hasattr(model, "forward_features") and hasattr(model, "forward_head")
+    return _TimmReplay(model) if in_two_parts else _Replay(model, new_parameters)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +14,13 @@ from layerlens.exceptions import ProfilingError
 from layerlens.integrations.transformers import blocks_of
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
 from layerlens.models import ModelSpec, ModelStatistics
-from layerlens.profiling.batches import Batch
 from layerlens.profiling.capture import Capture
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
-from layerlens.profiling.losses import Loss, classification_loss
 from layerlens.profiling.ntk import kernel_statistics
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.saved_pass import SavedPass
+from layerlens.tasks import Batch, Loss
+from layerlens.tasks.losses import classification_loss
 from layerlens.utils.progress import Progress
 
 DAMPING = 1e-2
@@ -131,7 +132,15 @@ def refuse_non_finite(statistics: ModelStatistics) -> None:
 
 
 def _kept_labels(batches: Sequence[Batch], request: StatisticsRequest) -> np.ndarray:
-    return torch.cat([batch.labels for batch in batches])[: request.ntk_samples].numpy()
+    """Targets of the kernel's samples; of another shape where they are no classes or numbers."""
+    labels: list[Any] = []
+    for batch in batches:
+        if not isinstance(batch.labels, torch.Tensor) or batch.labels.dim() != 1:
+            return np.zeros((0, 0))
+        labels.extend(batch.labels.tolist())
+        if len(labels) >= request.ntk_samples:
+            break
+    return np.array(labels[: request.ntk_samples])
 
 
 def _left_out(model: torch.nn.Module, covered: dict[str, str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ that what is checked is what is used.
 from __future__ import annotations
 
 import posixpath
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -17,6 +18,8 @@ from layerlens.service.settings import ServiceSettings
 from layerlens.storage import local_or_url, url_of
 
 DEFAULT_OUTPUT = OutputConfig().directory
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+RANDOM_WEIGHTS = "random"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5")
 
 
@@ -26,7 +29,14 @@ def confine(config: RunConfig, settings: ServiceSettings) -> RunConfig:
     Raises:
         ConfigurationError: the key, what came, and what this server allows.
     """
-    model = config.model.model_copy(update={"name_or_path": _model(config.model.name_or_path, settings)})
+    _refuse_own_code(config)
+    weights = config.model.weights
+    if weights is not None and weights != RANDOM_WEIGHTS:
+        weights = confined_path("model.weights", weights, settings)
+        if not weights.endswith(".safetensors"):
+            raise ConfigurationError("model.weights: this server loads weights from .safetensors files only")
+    name = _model(config.model.name_or_path, settings, own_weights=weights is not None)
+    model = config.model.model_copy(update={"name_or_path": name, "weights": weights})
     data = config.data.model_copy(update={"source": _data(config.data.source, settings)})
     return confine_settings(config, settings).model_copy(update={"model": model, "data": data})
 
@@ -59,13 +69,25 @@ def confined_path(key: str, place: str, settings: ServiceSettings) -> str:
     return str(found)
 
 
-def _model(name: str, settings: ServiceSettings) -> str:
+def _refuse_own_code(config: RunConfig) -> None:
+    """Functions of a client's own (``module:function``) are code that the operator has not seen."""
+    asked = {"model.factory": config.model.factory, "model.loss": config.model.loss}
+    for key, value in asked.items():
+        if value is not None:
+            raise ConfigurationError(f"{key}: this server runs no code of its clients; got {value!r}")
+    if config.model.task == "custom":
+        raise ConfigurationError("model.task: this server runs no code of its clients, so there is no task custom")
+
+
+def _model(name: str, settings: ServiceSettings, *, own_weights: bool) -> str:
     key = "model.name_or_path"
+    if name.startswith("timm:") and (own_weights or settings.allow_hub):
+        return name
     if name.startswith("package:"):
         if name.removeprefix("package:") in settings.allow_packages:
             return name
         raise ConfigurationError(f"{key}: this server does not import {name!r}; its operator may --allow-package it")
-    hub_name = url_of(name) is None and name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+    hub_name = url_of(name) is None and HUB_NAME.fullmatch(name) is not None
     if settings.allow_hub and hub_name and _below_roots(Path(name), settings) is None:
         return name
     place = confined_path(key, name, settings)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import (
+    TASK_TYPES,
     adapter_config_json,
     lora_config,
     lora_rows,
@@ -20,7 +21,7 @@ from layerlens.integrations.peft import (
     zero_step_tensors,
 )
 from layerlens.integrations.torch_modules import find_module
-from layerlens.integrations.transformers import load_model
+from layerlens.integrations.transformers import WITH_CLASSES, load_model
 from layerlens.models import Manifest
 from layerlens.tuning.fit import check_names, check_weights
 from layerlens.tuning.storage import modules_bytes
@@ -83,13 +84,26 @@ def apply_to_directory(manifest: Manifest, model: str | None, output: Path) -> d
         OutputError: the directory cannot be written.
     """
     told = {**manifest.model, "name_or_path": model or manifest.model.get("name_or_path")}
-    for key in ("name_or_path", "task", "labels"):
+    needed = ("name_or_path", "task", *(("labels",) if told.get("task") in WITH_CLASSES else ()))
+    for key in needed:
         if not told.get(key):
             raise ManifestError(
                 f"the manifest has no model.{key}, so its base model cannot be loaded; "
                 "`layerlens run` writes manifests that have it"
             )
-    base = load_model(str(told["name_or_path"]), str(told["task"]), list(told["labels"]), seed=manifest_seed(manifest))
+    reference = str(told["name_or_path"])
+    if reference.startswith("factory:") and model is None:
+        raise ManifestError(
+            f"the base model is made by Python code that the manifest names ({reference}); if you trust it, say so "
+            f"with --model {reference}"
+        )
+    base = load_model(
+        reference,
+        str(told["task"]),
+        list(told.get("labels") or []),
+        seed=manifest_seed(manifest),
+        weights=None if told.get("weights") is None else str(told["weights"]),
+    )
     check_weights(base, manifest)
     return export_adapter(manifest, base, output)
 
@@ -150,8 +164,11 @@ model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
 The manifest has {counts} as well, which PEFT cannot hold: see {MODULES_FILE} beside this
 directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model.
 """
-    if manifest.model.get("task") == "sequence-classification":
-        text += """
+    heads = list(manifest.model.get("head_modules") or [])
+    if heads:
+        task = TASK_TYPES.get(str(manifest.model.get("task")))
+        with_head = f"config.modules_to_save = {heads}" if task is None else f'config.task_type = "{task}"'
+        text += f"""
 This trains the LoRA weights alone, as there are no head weights in this directory. To train the task head with them,
 and have PEFT save it, start from the configuration (with B = 0 that is the same starting point):
 
@@ -159,7 +176,7 @@ and have PEFT save it, start from the configuration (with B = 0 that is the same
 from peft import PeftConfig, get_peft_model
 
 config = PeftConfig.from_pretrained("peft")
-config.task_type = "SEQ_CLS"
+{with_head}
 model = get_peft_model(base_model, config)
 ```
 """

@@ -12,6 +12,8 @@ import math
 from typing import Any
 
 import torch
+
+from layerlens.integrations import torchvision_ready  # noqa: F401 isort: skip (before transformers)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 

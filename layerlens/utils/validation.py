@@ -17,14 +17,14 @@ from layerlens.config import OptimizationConfig, ProfilingConfig
 from layerlens.config.base import describe
 from layerlens.exceptions import ActivationCacheError, ConfigurationError, ModelSpecError
 from layerlens.models import METHODS, LayerSpec, ModelSpec
-from layerlens.models.model_spec import ATTENTION, LINEAR, TRANSFORMER
+from layerlens.models.model_spec import ATTENTION, CONV, LINEAR, TRANSFORMER
 from layerlens.models.options import NONE
 
 ActivationCache = Mapping[str, Mapping[str, float]]
 
 # Metric of the activation cache -> whether it may be below 0. A short proxy training can make the loss worse.
 CACHE_METRICS = {"grad_norm": False, "fisher_trace": False, "proxy_gain": True}
-LAYER_TYPES = (TRANSFORMER, LINEAR, ATTENTION)
+LAYER_TYPES = (TRANSFORMER, LINEAR, ATTENTION, CONV)
 _LISTED = 5
 
 
@@ -107,7 +107,7 @@ def validate_config(profiling: ProfilingConfig, optimization: OptimizationConfig
 
 def _validate_layer(layer: LayerSpec) -> None:
     place = f"layer {layer.name!r}: "
-    for name in ("hidden_size", "n_in", "n_out", "d_kv", "num_heads"):
+    for name in ("hidden_size", "n_in", "n_out", "d_kv", "num_heads", "groups"):
         _positive_integer(getattr(layer, name), place + name)
     if layer.layer_type not in LAYER_TYPES:
         raise ModelSpecError(f"{place}layer_type must be one of {', '.join(LAYER_TYPES)}, got {layer.layer_type!r}")

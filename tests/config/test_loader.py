@@ -112,7 +112,7 @@ def test_number_with_more_digits_than_python_reads() -> None:
 
 def test_missing_keys_point_at_their_section() -> None:
     assert problems("# a comment\nmodel:\ndata:\n  batch_size: 4\n") == [
-        "config.yaml:2:1: model.name_or_path: required key is missing",
+        "config.yaml:2:1: model: give the model by name_or_path or by factory, one of the two",
         "config.yaml:2:1: optimization: required key is missing",
         "config.yaml:3:1: data.source: required key is missing",
     ]

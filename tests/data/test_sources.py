@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerlens.config import DataConfig
-from layerlens.data import TextDataset, load_dataset
+from layerlens.data import Dataset, load_dataset
 from layerlens.data.stdlib_docstrings import MIN_CHARACTERS, PACKAGES, docstrings_of
 from layerlens.exceptions import DataError, DataNotFoundError
 
 
-def read(tmp_path: Path, name: str, content: str | bytes, **options: str) -> TextDataset:
+def read(tmp_path: Path, name: str, content: str | bytes, **options: str) -> Dataset:
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return load_dataset(DataConfig(source=name, **options), tmp_path)
@@ -91,7 +91,7 @@ def test_docstrings_come_in_source_order():
 @given(st.integers(2, 200), st.integers(0, 80), st.integers(0, 80), st.integers(0, 5))
 def test_splits_are_disjoint_deterministic_and_leave_the_test_texts_alone(size, n_calibration, n_head, seed):
     texts = tuple(f"text {index}" for index in range(size))
-    dataset = TextDataset(texts, tuple(index % 2 for index in range(size)), ("a", "b"), "test")
+    dataset = Dataset({"text": texts}, tuple(index % 2 for index in range(size)), ("a", "b"), "test")
     try:
         calibration, head = dataset.split(n_calibration, n_head, seed)
     except DataError:

@@ -61,7 +61,7 @@ def test_nothing_is_found_above_the_optimum():
     assert outcome.bound == pytest.approx(optimum, rel=1e-12)
 
 
-@pytest.mark.parametrize("n_resources", [1, 2, 3, 4, 5, 8, 9, 16])
+@pytest.mark.parametrize("n_resources", [1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 31, 64])
 def test_every_number_of_resources(n_resources):
     problem = large_problem(7, 3, n_resources, seed=n_resources)
     problem = dataclasses.replace(problem, capacity=3.0 * problem.capacity)

@@ -11,6 +11,7 @@ from instances import large_problem, problem_of, random_problem
 from layerlens.exceptions import InfeasibleError, OptimizationError
 from layerlens.kernels.knapsack_reference import exhaustive_optimum
 from layerlens.optimization import budget_sweep, frontier, solve
+from layerlens.optimization.frontier import _stable_order
 
 
 def test_every_point_is_an_allocation_and_the_best_for_what_it_uses():
@@ -85,3 +86,10 @@ def test_sweep_keeps_the_other_budgets_and_never_loses_value():
         assert allocation.used[1] <= problem.capacity[1]
     with pytest.raises(InfeasibleError):
         budget_sweep(problem, "resource_0", [0.5])
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 50, 10**9])
+def test_ties_keep_their_order(distinct):
+    key = np.random.default_rng(distinct).integers(0, distinct, 5000).astype(float)
+    assert np.array_equal(_stable_order(key), np.argsort(key, kind="stable"))
+    assert _stable_order(key[:0]).size == 0

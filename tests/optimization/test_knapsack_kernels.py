@@ -105,7 +105,7 @@ def test_local_search_never_exceeds_and_never_loses_value():
         (([0, 1, 1], [1.0], [np.ones(1)], [1.0]), "offset must rise"),
         (([0, 3], [1.0, 2.0], [np.ones(2)], [1.0]), "offset must rise"),
         (([0, 2], [1.0, 2.0], [np.ones(2)], [0.0]), "capacity must be above 0"),
-        (([0, 1], [1.0], [np.ones(1)] * 17, [1.0] * 17), "at most 16"),
+        (([0, 1], [1.0], [np.ones(1)] * 65, [1.0] * 65), "at most 64"),
     ],
 )
 def test_instances_are_checked_at_the_door(arguments, message):

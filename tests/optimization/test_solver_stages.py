@@ -28,7 +28,7 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize("n_groups", [40, 4200])
 def test_the_same_bits_for_every_thread_count_instruction_set_and_run(n_groups, monkeypatch):
     # Above 4096 groups the multipliers start from a sample of them. The wide searches would say nothing more here.
-    monkeypatch.setattr(core_search, "LAST_WIDTHS", (1000,))
+    monkeypatch.setattr(core_search, "WORK_LIMIT", 30_000_000)
     problem = large_problem(n_groups, 6, 3)
     wanted = solve(problem, refine=False)
     for isa in _dispatch.available_isas():

@@ -13,10 +13,10 @@ import torch
 
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.models import MethodStatistics, ModelSpec, ModelStatistics
-from layerlens.profiling.batches import Batch
-from layerlens.profiling.losses import Loss
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import StatisticsRequest
+from layerlens.tasks.batches import Batch
+from layerlens.tasks.losses import Loss
 from layerlens.utils.progress import silent
 
 SIGNAL = ("fisher", "gradient", "input_scale")

@@ -14,11 +14,12 @@ import torch
 import transformers as hf
 from brute_force import assert_equal, pieces, profile, sample_gradients, weight_statistics
 
-from layerlens.integrations.transformers import PretrainedModel, blocks_of, model_spec
+from layerlens.integrations.layers import model_spec
+from layerlens.integrations.transformers import PretrainedModel, blocks_of
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.models import ModelSpec
-from layerlens.profiling.batches import Batch
-from layerlens.profiling.losses import IGNORED, Loss, causal_loss, classification_loss, regression_loss, token_loss
+from layerlens.tasks.batches import Batch
+from layerlens.tasks.losses import IGNORED, Loss, causal_loss, classification_loss, regression_loss, token_loss
 
 RELATIVE = 1e-9
 N, T, VOCABULARY, CLASSES = 5, 6, 40, 3

@@ -22,11 +22,12 @@ from transformers import (
 
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.attention import attention_outputs
-from layerlens.integrations.transformers import PretrainedModel, model_spec
+from layerlens.integrations.layers import model_spec
+from layerlens.integrations.transformers import PretrainedModel
 from layerlens.models import ModelSpec
-from layerlens.profiling.batches import Batch
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import StatisticsRequest
+from layerlens.tasks.batches import Batch
 from layerlens.utils.progress import silent
 
 RELATIVE = 1e-9

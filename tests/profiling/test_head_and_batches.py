@@ -13,19 +13,27 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from layerlens.config import DataConfig
+from layerlens.data import Dataset
 from layerlens.exceptions import ProfilingError
-from layerlens.integrations.transformers import load_pretrained, task_heads
-from layerlens.profiling.batches import make_batches
+from layerlens.integrations.transformers import PretrainedModel, load_pretrained, task_heads
 from layerlens.profiling.head import RIDGE, fit_head
+from layerlens.tasks import TASKS, Batch, make_batches
 from layerlens.utils.progress import silent
 
 TEXTS = ["a fine day", "a grim and broken thing", "lovely", "awful " * 9, "great and bright", "dull"] * 4
 LABELS = [1, 0, 1, 0, 1, 0] * 4
 
 
+def batches_of(loaded: PretrainedModel, *, max_length: int = 16, batch_size: int = 8) -> list[Batch]:
+    dataset = Dataset({"text": tuple(TEXTS)}, tuple(LABELS), ("bad", "good"))
+    config = DataConfig(source="unused", max_length=max_length)
+    return list(make_batches(TASKS["sequence-classification"], loaded, dataset, config, batch_size=batch_size))
+
+
 def test_batches_hold_every_sample_once_and_mask_the_padding(tiny_bert_dir):
-    tokenizer = load_pretrained(str(tiny_bert_dir), "sequence-classification", ["a", "b"]).tokenizer
-    batches = make_batches(tokenizer, TEXTS, LABELS, max_length=8, batch_size=5)
+    loaded = load_pretrained(str(tiny_bert_dir), "sequence-classification", ["a", "b"])
+    tokenizer, batches = loaded.tokenizer, batches_of(loaded, max_length=8, batch_size=5)
     assert [len(batch.labels) for batch in batches] == [5, 5, 5, 5, 4]
     assert sorted(int(index) for batch in batches for index in batch.index) == list(range(len(TEXTS)))
     for batch in batches:
@@ -38,7 +46,7 @@ def test_batches_hold_every_sample_once_and_mask_the_padding(tiny_bert_dir):
 
 def test_the_head_reaches_the_optimum_and_nothing_else_changes(tiny_bert_dir):
     loaded = load_pretrained(str(tiny_bert_dir), "sequence-classification", ["bad", "good"])
-    batches = make_batches(loaded.tokenizer, TEXTS, LABELS, max_length=16, batch_size=8)
+    batches = batches_of(loaded)
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     fit_head(loaded.model, loaded.new_parameters, batches, silent)
     changed = {name for name, tensor in loaded.model.state_dict().items() if not torch.equal(before[name], tensor)}
@@ -88,11 +96,10 @@ def bert() -> torch.nn.Module:
     ids=["distilbert", "roberta", "bert-without-pooler"],
 )
 def test_heads_of_several_modules_are_fitted_as_the_whole_model_computes_them(tiny_bert_dir, make, new, heads):
-    tokenizer = load_pretrained(str(tiny_bert_dir), "sequence-classification", ["a", "b"]).tokenizer
+    batches = batches_of(load_pretrained(str(tiny_bert_dir), "sequence-classification", ["a", "b"]))
     torch.manual_seed(0)
     model = make().eval().requires_grad_(False)
     names = [f"{module}.{part}" for module in new for part in ("weight", "bias")]
-    batches = make_batches(tokenizer, TEXTS, LABELS, max_length=16, batch_size=8)
 
     def mean_loss() -> float:
         losses = [
@@ -114,6 +121,6 @@ def test_heads_of_several_modules_are_fitted_as_the_whole_model_computes_them(ti
 
 def test_weights_missing_all_over_the_model_are_refused(tiny_bert_dir):
     loaded = load_pretrained(str(tiny_bert_dir), "sequence-classification", ["bad", "good"])
-    batches = make_batches(loaded.tokenizer, TEXTS, LABELS, max_length=16, batch_size=8)
+    batches = batches_of(loaded)
     with pytest.raises(ProfilingError, match="lacks 1 parameters of the transformer blocks"):
         fit_head(loaded.model, ["bert.encoder.layer.0.output.dense.weight", "classifier.bias"], batches, silent)

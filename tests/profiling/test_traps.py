@@ -16,10 +16,10 @@ from test_architectures import CASES, RELATIVE, spec_of
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.models import ModelSpec
-from layerlens.profiling.batches import Batch
 from layerlens.profiling.capture import Capture
-from layerlens.profiling.losses import classification_loss
 from layerlens.profiling.request import StatisticsRequest
+from layerlens.tasks.batches import Batch
+from layerlens.tasks.losses import classification_loss
 
 BERT, GPT2 = CASES["bert-classification"], CASES["gpt2-causal-tied"]
 

@@ -197,6 +197,10 @@ def test_models_and_data_stay_below_the_roots(server: Serving, place: str):
     [
         ("model", {"name_or_path": "package:os"}, "does not import 'package:os'"),
         ("model", {"name_or_path": "bert-base-uncased"}, "not below a root"),
+        ("model", {"name_or_path": "factory:os:getcwd"}, "not below a root"),
+        ("model", {"name_or_path": "timm:vit_tiny_patch16_224"}, "not below a root"),
+        ("model", {"name_or_path": "model", "weights": "/etc/passwd"}, "model.weights: "),
+        ("data", {"source": "os:getcwd"}, "not below a root"),
         ("model", {"name_or_path": "s3://bucket/model"}, "not below a URL that this server allows"),
         ("model", {"name_or_path": "http://169.254.169.254/latest/meta-data"}, "not below a URL"),
         ("data", {"source": "hf:imdb"}, "loads nothing from the hub"),
@@ -376,3 +380,19 @@ def test_a_wrong_method_is_told_the_right_ones(server: Serving):
     assert (answer.status, answer.headers["Allow"]) == (405, "DELETE, GET")
     answer.read()
     connection.close()
+
+
+@pytest.mark.parametrize("fields", [{"factory": "os:getcwd"}, {"loss": "os:getcwd"}, {"task": "custom"}])
+def test_code_of_clients_is_not_run_even_where_the_hub_is_allowed(fields: dict[str, Any], tmp_path: Path):
+    from layerlens.config import RunConfig
+    from layerlens.service.confinement import confine
+
+    (tmp_path / "model").mkdir()
+    allowing = ServiceSettings(tmp_path, (tmp_path,), allow_hub=True)
+    config = RunConfig.model_validate(run_config_of())
+    changed_config = config.model_copy(update={"model": config.model.model_copy(update=fields)})
+    with pytest.raises(ConfigurationError, match="runs no code of its clients"):
+        confine(changed_config, allowing)
+    named = config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": "factory:os:getcwd"})})
+    with pytest.raises(ConfigurationError, match="not below a root"):
+        confine(named, allowing)

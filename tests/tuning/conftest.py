@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from layerlens.integrations.transformers import PretrainedModel, model_spec
+from layerlens.integrations.layers import model_spec
+from layerlens.integrations.transformers import PretrainedModel
 from layerlens.models import Manifest, ManifestRow, trainable_params
 
 LABELS = ["a", "b", "c"]

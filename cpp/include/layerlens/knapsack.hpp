@@ -17,7 +17,7 @@
 
 namespace layerlens::knapsack {
 
-constexpr int kMaxResources = 16;
+constexpr int kMaxResources = 64;
 
 // Group g owns the options offset[g] .. offset[g+1]-1; cost[r][o] is what option o uses of resource r.
 // A value of -infinity marks an option that may not be chosen; each group has at least one finite value.
@@ -125,10 +125,12 @@ struct BeamSettings {
 // value: of the best allocation found, written to `choice`; -infinity (and `choice` untouched) if none beats `threshold`.
 // bound: no allocation of the core is worth more, rounding included; with truncations = 0 it is
 //   max(value, threshold) up to rounding: the search was exhaustive.
+// work: about how many multiplications it took, a measure of time that is the same on every machine.
 struct BeamResult {
   double value;
   double bound;
   std::int64_t truncations;
+  std::int64_t work;
 };
 
 BeamResult beam_search(const Core& core, const BeamSettings& settings, const double* price,

@@ -7,12 +7,12 @@ samples that happen to be in the same batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from layerlens.profiling.batches import Batch
+from layerlens.tasks.batches import Batch
 
 Loss = Callable[[Any, Batch], torch.Tensor]
 IGNORED = -100
@@ -35,7 +35,8 @@ def regression_loss(output: Any, batch: Batch) -> torch.Tensor:
 def token_loss(output: Any, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy summed over each sample's labelled tokens; logits [b, t, classes], labels int64 [b, t].
 
-    For token classification, masked language models and sequence-to-sequence models.
+    For token classification, masked language models and sequence-to-sequence models. Samples without a labelled token
+    have loss 0.
     """
     logits__btc = logits_of(output)
     losses__bt = torch.nn.functional.cross_entropy(
@@ -54,7 +55,35 @@ def causal_loss(output: Any, batch: Batch) -> torch.Tensor:
     return losses__bt.view(next__bt.shape).sum(dim=1)
 
 
+def span_loss(output: Any, batch: Batch) -> torch.Tensor:
+    """Mean of the cross-entropies of an answer's first and last token; logits [b, t, 2], labels int64 [b, 2]."""
+    logits__bts = logits_of(output)
+    losses__bs = torch.nn.functional.cross_entropy(logits__bts, batch.labels, reduction="none")
+    return losses__bs.mean(dim=1)
+
+
 def logits_of(output: Any) -> torch.Tensor:
-    """The logits of a model's output, or the output where it is a tensor itself; half precision as float32."""
-    logits = output if isinstance(output, torch.Tensor) else output.logits
+    """The logits of a model's output, or the output where it is a tensor itself; half precision as float32.
+
+    Those of an answer's first and last token as [b, t, 2].
+    """
+    if isinstance(output, torch.Tensor):
+        logits = output
+    elif hasattr(output, "start_logits"):
+        logits = torch.stack([output.start_logits, output.end_logits], dim=-1)
+    else:
+        logits = output.logits
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def output_tensors(output: Any) -> list[torch.Tensor]:
+    """The logits, or every floating-point tensor of an output without any (a mapping or sequence of tensors)."""
+    if hasattr(output, "logits") or hasattr(output, "start_logits"):
+        return [logits_of(output)]
+    if isinstance(output, torch.Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        return [tensor for value in output.values() for tensor in output_tensors(value)]
+    if isinstance(output, (list, tuple)):
+        return [tensor for value in output for tensor in output_tensors(value)]
+    return []

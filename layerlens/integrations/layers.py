@@ -1,0 +1,217 @@
+"""Reading the layers that can be adapted off a model's modules, with their shapes and the methods they can take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from layerlens.exceptions import ModelSpecError
+from layerlens.integrations.transformers import (
+    RESIDUAL_WRITERS,
+    PretrainedModel,
+    blocks_of,
+    dense_shape,
+    is_dense,
+    role_of,
+    takes_prefix,
+    task_heads,
+    weights_fingerprint,
+)
+from layerlens.integrations.weight_matrices import why_not_measurable
+from layerlens.models import LayerSpec, ModelSpec
+
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
+BLOCK_LAYERS = 2
+"""A member of a list of modules is a convolutional block from this many layers on."""
+
+
+def model_spec(
+    pretrained: PretrainedModel,
+    name_or_path: str,
+    *,
+    adapter_sites: str = "residual",
+    inputs: Mapping[str, torch.Tensor] | None = None,
+) -> ModelSpec:
+    """The layers of a model in forward order.
+
+    Where there are transformer blocks: every Linear, Conv1D and Conv2d in them, and every attention block that takes
+    prefixes. Else every Linear and Conv2d that is not the task head's.
+
+    Args:
+        pretrained: the model.
+        name_or_path: what the manifest calls it.
+        adapter_sites: "residual" or "all": where adapters are considered.
+        inputs: one batch of inputs, needed where the inputs are no tokens: layers then have positions of their own
+            (patches, pixels), which one forward pass counts.
+
+    Raises:
+        ModelSpecError: the model has no layer that can take LoRA.
+    """
+    model = pretrained.model
+    blocks = blocks_of(model)
+    modules = dict(model.named_modules())
+    of_block = _transformer_layers(modules, blocks) if blocks else _other_layers(model, modules)
+    left_out = {path: reason for path in of_block if (reason := why_no_lora(path, modules[path]))}
+    positions: dict[str, tuple[int, int]] = {}
+    if inputs is not None:
+        positions = _count_positions(model, [path for path in of_block if path not in left_out], inputs)
+        unseen = [path for path in of_block if path not in left_out and path not in positions]
+        left_out |= dict.fromkeys(unseen, "the model does not call it as a module")
+    config = _text_config(model)
+    layers: list[LayerSpec] = []
+    done: set[str] = set()
+    for path, block in of_block.items():
+        module = modules[path]
+        attention = path.rpartition(".")[0]
+        is_query = role_of(path) in ("query", "query_key_value") and is_dense(module)
+        if config is not None and is_query and attention not in done:
+            done.add(attention)
+            if takes_prefix(modules[attention]):
+                layers.append(_attention_layer(attention, modules[attention], config, block, positions.get(path)))
+        if path in left_out:
+            continue
+        if isinstance(module, torch.nn.Conv2d):
+            layers.append(_conv_layer(path, module, block, positions.get(path)))
+        else:
+            width = getattr(config, "hidden_size", None) or dense_shape(module)[1]
+            layers.append(_dense_layer(path, module, width, block, adapter_sites, positions.get(path)))
+    if not layers:
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in list(left_out.items())[:3])
+        raise ModelSpecError(
+            f"model.name_or_path: found no layer in {type(model).__name__} that can take LoRA (Linear, Conv1D, Conv2d)"
+            + (f"; {reasons}" if reasons else "")
+        )
+    return ModelSpec(
+        model_name=name_or_path,
+        total_params=sum(parameter.numel() for parameter in model.parameters()),
+        layers=layers,
+        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        fingerprint=weights_fingerprint(model, pretrained.new_parameters),
+        per_sample=inputs is not None,
+        left_out=left_out,
+    )
+
+
+def why_no_lora(name: str, module: Any) -> str:
+    """Why Hugging Face PEFT's LoRA does not fit a Linear, Conv1D or Conv2d; "" where it does.
+
+    PEFT (0.21) gives a convolution an A of r × all input channels, with the kernel, stride and padding of the layer but
+    without its dilation, and a 1 × 1 B with the layer's groups; so r must be a multiple of the groups.
+    """
+    if not isinstance(module, torch.nn.Conv2d):
+        return why_not_measurable(name, module)
+    if module.dilation != (1, 1) and module.kernel_size != (1, 1):
+        return "PEFT's LoRA drops the dilation of a convolution"
+    if module.groups > 1 and module.groups == module.in_channels:
+        return f"PEFT's LoRA of a depthwise convolution needs a rank that is a multiple of its {module.groups} groups"
+    return why_not_measurable(name, module)
+
+
+def _transformer_layers(modules: Mapping[str, torch.nn.Module], blocks: tuple[str, ...]) -> dict[str, int | None]:
+    """Path -> block of every Linear, Conv1D and Conv2d of the blocks."""
+    found: dict[str, int | None] = {}
+    for index, block in enumerate(blocks):
+        inside = f"{block}."
+        found |= {path: index for path, module in modules.items() if path.startswith(inside) and _is_layer(module)}
+    return found
+
+
+def _other_layers(model: torch.nn.Module, modules: Mapping[str, torch.nn.Module]) -> dict[str, int | None]:
+    """Path -> block of every layer outside the head; a block is the innermost member of a list with several layers."""
+    heads = task_heads(model)
+    paths = [
+        path
+        for path, module in modules.items()
+        if _is_layer(module) and not any(path == head or path.startswith(f"{head}.") for head in heads)
+    ]
+    blocks: dict[str, int] = {}
+    found: dict[str, int | None] = {}
+    for path in paths:
+        block = next((outer for outer in _outer_members(path, modules) if _holds_several(outer, paths)), None)
+        found[path] = None if block is None else blocks.setdefault(block, len(blocks))
+    return found
+
+
+def _outer_members(path: str, modules: Mapping[str, torch.nn.Module]) -> list[str]:
+    """The modules around ``path`` that are members of a ModuleList or Sequential, innermost first."""
+    parts = path.split(".")
+    outer = [".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
+    lists = (torch.nn.ModuleList, torch.nn.Sequential)
+    return [one for one in outer if "." in one and isinstance(modules[one.rpartition(".")[0]], lists)]
+
+
+def _holds_several(outer: str, paths: list[str]) -> bool:
+    return sum(path.startswith(f"{outer}.") for path in paths) >= BLOCK_LAYERS
+
+
+def _is_layer(module: torch.nn.Module) -> bool:
+    return is_dense(module) or isinstance(module, torch.nn.Conv2d)
+
+
+def _count_positions(
+    model: torch.nn.Module, paths: list[str], inputs: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[int, int]]:
+    """Path -> (output positions, input elements) of one sample, for every module that a forward pass calls."""
+    found: dict[str, tuple[int, int]] = {}
+    n = len(next(iter(inputs.values())))
+
+    def count(path: str) -> Any:
+        def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+            n_out = module.out_channels if isinstance(module, torch.nn.Conv2d) else dense_shape(module)[1]
+            found[path] = (max(1, output.numel() // (n * n_out)), max(1, args[0].numel() // n))
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(count(path)) for path in paths]
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _text_config(model: Any) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
+
+
+def _dense_layer(
+    path: str, module: Any, hidden_size: int, block: int | None, adapter_sites: str, places: tuple[int, int] | None
+) -> LayerSpec:
+    n_in, n_out = dense_shape(module)
+    role = role_of(path)
+    writes = role in RESIDUAL_WRITERS
+    methods = ("lora", "adapter") if writes or adapter_sites == "all" else ("lora",)
+    positions, elements = places or (0, 0)
+    return LayerSpec(
+        name=path, hidden_size=hidden_size, layer_type="linear", n_in=n_in, n_out=n_out, methods=methods,
+        block=block, role=role, writes_residual=writes, positions=positions, input_elements=elements,
+    )  # fmt: skip
+
+
+def _conv_layer(path: str, module: torch.nn.Conv2d, block: int | None, places: tuple[int, int] | None) -> LayerSpec:
+    positions, elements = places or (0, 0)
+    patch = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+    return LayerSpec(
+        name=path, hidden_size=module.out_channels, layer_type="conv", n_in=patch, n_out=module.out_channels,
+        methods=("lora",), block=block, role=role_of(path), positions=positions, input_elements=elements,
+        groups=module.groups,
+    )  # fmt: skip
+
+
+def _attention_layer(
+    path: str, module: Any, config: Any, block: int | None, places: tuple[int, int] | None
+) -> LayerSpec:
+    heads = config.num_attention_heads
+    head_dim = next((width for name in HEAD_WIDTHS if (width := getattr(module, name, None))), None)
+    head_dim = head_dim or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return LayerSpec(
+        name=path, hidden_size=config.hidden_size, layer_type="attention", n_in=heads * head_dim,
+        n_out=heads * head_dim, d_kv=kv_heads * head_dim, num_heads=heads, methods=("prefix",), block=block,
+        role="attention", positions=places[0] if places else 0,
+    )  # fmt: skip

@@ -1,0 +1,132 @@
+"""Samples as batches: of like length, so that little is padding, and made only when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+
+from layerlens.config import DataConfig
+from layerlens.data import Dataset
+from layerlens.integrations.transformers import PretrainedModel
+
+if TYPE_CHECKING:
+    from layerlens.tasks.registry import Task
+
+MASKS = ("attention_mask", "decoder_attention_mask")
+Inputs = dict[str, torch.Tensor]
+Features = dict[str, Any]
+"""One encoded sample: lists of token ids, an image, or tensors, by the name of the model's argument; and ``labels``."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples.
+
+    Args:
+        inputs: what the model takes, each with the samples along its first axis.
+        labels: int64 [b] classes, int64 [b, t] labels of tokens, float targets, or what a user's own loss takes.
+        index: int64 [b], position of each sample in its data set.
+    """
+
+    inputs: Inputs
+    labels: Any
+    index: torch.Tensor
+
+    @property
+    def masks(self) -> tuple[torch.Tensor, ...]:
+        """Masks [b, t] of the inputs, 1 for tokens and 0 for padding; none for images.
+
+        No two of them have the same t: activations are told to be the encoder's or the decoder's by their t.
+        """
+        return tuple(self.inputs[name] for name in MASKS if name in self.inputs)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """[b, t], the mask of the (encoder's) tokens."""
+        return self.inputs["attention_mask"]
+
+    @property
+    def n_tokens(self) -> int:
+        """Unpadded tokens; samples where there are no tokens."""
+        return sum(int(mask.sum()) for mask in self.masks) if self.masks else len(self.index)
+
+
+class Batches(Sequence[Batch]):
+    """Batches of encoded samples, padded (and images decoded) each time one is asked for.
+
+    The shortest samples come first and the longest last. Samples of tensors share a batch only with others of the same
+    shapes, since nothing says how those are padded.
+    """
+
+    def __init__(
+        self, task: Task, pretrained: PretrainedModel, features: Sequence[Features], *, batch_size: int
+    ) -> None:
+        self.task = task
+        self.pretrained = pretrained
+        self.features = features
+        shapes = [_shapes(one) for one in features]
+        order = sorted(range(len(features)), key=lambda sample: (_length(features[sample]), shapes[sample], sample))
+        self.plan: list[list[int]] = []
+        for sample in order:
+            last = self.plan[-1] if self.plan else []
+            if last and len(last) < batch_size and shapes[last[0]] == shapes[sample]:
+                last.append(sample)
+            else:
+                self.plan.append([sample])
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Batches: ...
+
+    def __getitem__(self, index: int | slice) -> Batch | Batches:
+        if isinstance(index, slice):
+            part = Batches(self.task, self.pretrained, self.features, batch_size=1)
+            part.plan = self.plan[index]
+            return part
+        chosen = self.plan[index]
+        inputs, labels = self.task.collate(self.pretrained, [self.features[sample] for sample in chosen])
+        return Batch(inputs, labels, torch.tensor(chosen))
+
+
+def make_batches(
+    task: Task,
+    pretrained: PretrainedModel,
+    dataset: Dataset,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int = 0,
+) -> Batches:
+    """The samples of ``dataset`` as the inputs and targets that ``task`` gives the model.
+
+    Args:
+        task: says what is input and what is target.
+        pretrained: the model, and the tokenizer or image processor that belongs to it.
+        dataset: the samples.
+        config: longest sequences, and what else shapes the inputs.
+        batch_size: samples in a batch.
+        seed: of what is drawn (which tokens a masked language model has to find).
+
+    Raises:
+        DataError: a sample cannot be encoded.
+        ConfigurationError: the tokenizer lacks what the task needs.
+    """
+    return Batches(task, pretrained, task.encode(pretrained, dataset, config, seed), batch_size=batch_size)
+
+
+def _length(features: Features) -> int:
+    return len(features.get("input_ids", ()))
+
+
+def _shapes(features: Features) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes of a sample that is made of tensors."""
+    found = [(name, tuple(value.shape)) for name, value in features.items() if isinstance(value, torch.Tensor)]
+    return tuple(sorted(found))
