@@ -199,7 +199,7 @@ def test_models_and_data_stay_below_the_roots(server: Serving, place: str):
         ("model", {"name_or_path": "bert-base-uncased"}, "not below a root"),
         ("model", {"name_or_path": "factory:os:getcwd"}, "not below a root"),
         ("model", {"name_or_path": "timm:vit_tiny_patch16_224"}, "not below a root"),
-        ("model", {"name_or_path": "model", "weights": "/etc/passwd"}, "model.weights: "),
+        ("model", {"name_or_path": "timm:x", "weights": "/etc/passwd"}, "model.weights: "),
         ("data", {"source": "os:getcwd"}, "not below a root"),
         ("model", {"name_or_path": "s3://bucket/model"}, "not below a URL that this server allows"),
         ("model", {"name_or_path": "http://169.254.169.254/latest/meta-data"}, "not below a URL"),
