@@ -77,3 +77,17 @@ class OutputError(LayerLensError, OSError):
     """The output directory or the cache cannot be written."""
 
     exit_code = 2
+
+
+class StorageError(LayerLensError, OSError):
+    """An object of a store (s3://, gs://, az:// ...) is missing, cannot be read, or does not match its checksum."""
+
+    exit_code = 4
+
+
+class ServiceError(LayerLensError, RuntimeError):
+    """The LayerLens server cannot be reached, or refused a request."""
+
+
+class TrackingError(LayerLensError, RuntimeError):
+    """An experiment tracker cannot be reached or refused what it was told."""

@@ -29,6 +29,7 @@ def sweep_configs(text: str, config: RunConfig) -> list[tuple[float, RunConfig]]
     """
     from layerlens.config import OptimizationConfig, OutputConfig
     from layerlens.pipeline.frontier import BUDGET_FIELDS
+    from layerlens.storage import shown
 
     resource, _, amounts = text.partition("=")
     if resource not in BUDGET_FIELDS or not amounts:
@@ -42,8 +43,8 @@ def sweep_configs(text: str, config: RunConfig) -> list[tuple[float, RunConfig]]
         except ValueError as error:
             raise ConfigurationError(f"--budget-sweep: {part!r} is not a number") from error
         fields = {**dict(config.optimization), BUDGET_FIELDS[resource]: int(budget) if budget.is_integer() else budget}
-        folder = Path(config.output.directory) / f"{resource}-{part.strip()}"
-        changed = {"optimization": OptimizationConfig(**fields), "output": OutputConfig(directory=str(folder))}
+        folder = shown(Path(config.output.directory) / f"{resource}-{part.strip()}")
+        changed = {"optimization": OptimizationConfig(**fields), "output": OutputConfig(directory=folder)}
         swept.append((budget, config.model_copy(update=changed)))
     return swept
 

@@ -35,14 +35,15 @@ def apply(
     plan = read_manifest(manifest)
     files: dict[str, Path] = {}
     if directory is not None:
+        from layerlens.cli.places import output_directory, published_files
         from layerlens.tuning import apply_to_directory
-        from layerlens.utils.atomic import check_writable
 
-        check_writable(directory)
-        try:
-            files = apply_to_directory(plan, model, directory, manifest.parent / "peft")
-        except ManifestError as error:
-            raise type(error)(f"{manifest}: {error}") from error
+        with output_directory(directory) as local:
+            try:
+                files = apply_to_directory(plan, model, local, manifest.parent / "peft")
+            except ManifestError as error:
+                raise type(error)(f"{output.short(manifest)}: {error}") from error
+        files = published_files(files, local, directory)
     from layerlens.cli.snippets import python_snippet
 
     peft = files.get("peft", manifest.parent / "peft")

@@ -91,6 +91,13 @@ def verify(cache_dir: Directory = None, debug: Debug = False) -> None:
 
 
 def _open(cache_dir: Path | None) -> SensitivityCache:
-    from layerlens.profiling.cache import SensitivityCache, default_cache_dir
+    from layerlens.profiling.cache import SensitivityCache
+    from layerlens.storage import url_of
+    from layerlens.utils.places import default_cache_dir
 
+    if cache_dir is not None and url_of(cache_dir):
+        raise ConfigurationError(
+            f"--cache-dir: {url_of(cache_dir)} is a cache in a store; look after it with the store's own tools (blobs "
+            "are never rewritten, and one without an index entry may be removed)"
+        )
     return SensitivityCache(cache_dir or default_cache_dir())

@@ -40,15 +40,17 @@ def init(
 @guarded()
 def validate(config: Config, settings: Set = None, json: Json = False, debug: Debug = False) -> None:
     """Check a configuration without running it."""
-    from layerlens.config import load_run_config
+    from layerlens.cli.places import read_config
     from layerlens.utils.threads import resolve_threads
 
-    checked = load_run_config(config, settings or ())
+    checked = read_config(config, settings or ())
     resolve_threads(checked.runtime.threads)  # the only setting that this machine may not have
     if json:
         output.json_result(checked.model_dump(mode="json"))
     else:
-        output.note(f"{config} is valid. Run it with: {output.command('run', config)}")
+        from layerlens.storage import shown
+
+        output.note(f"{shown(config)} is valid. Run it with: {output.command('run', shown(config))}")
 
 
 @guarded()

@@ -137,7 +137,7 @@ def calibrate(
 
 
 def _cache(given: Path | None) -> Path:
-    from layerlens.profiling.cache import default_cache_dir
+    from layerlens.utils.places import default_cache_dir
 
     return given or default_cache_dir()
 

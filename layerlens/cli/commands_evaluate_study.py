@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from layerlens.cli import output
 from layerlens.cli.commands_run import do, load
+from layerlens.cli.places import base_dir_of
 
 if TYPE_CHECKING:
     from layerlens.evaluation.from_config import StudyResult
@@ -20,9 +21,7 @@ def evaluate_study(
     from layerlens.evaluation.from_config import evaluate_config
 
     result = do(
-        lambda progress, warn: evaluate_config(
-            checked, base_dir=config.absolute().parent, progress=progress, warn=warn
-        ),
+        lambda progress, warn: evaluate_config(checked, base_dir=base_dir_of(config), progress=progress, warn=warn),
         quiet,
     )
     if json:

@@ -46,15 +46,16 @@ def export(
     from layerlens.manifest import read_manifest
 
     plan = read_manifest(manifest)
+    from layerlens.cli.places import output_directory, published_files
     from layerlens.tuning.tools import export_for
-    from layerlens.utils.atomic import check_writable
 
     target = directory or manifest.parent / tool.value
-    check_writable(target)
-    try:
-        files = export_for(tool.value, plan, model, target, lora_part=lora_part, measured=manifest.parent / "peft")
-    except ManifestError as error:
-        raise type(error)(f"{manifest}: {error}") from error
+    with output_directory(target) as local:
+        try:
+            files = export_for(tool.value, plan, model, local, lora_part=lora_part, measured=manifest.parent / "peft")
+        except ManifestError as error:
+            raise type(error)(f"{output.short(manifest)}: {error}") from error
+    files = published_files(files, local, target)
     if json:
         output.json_result({"tool": tool.value, "directory": target, "files": files})
         return

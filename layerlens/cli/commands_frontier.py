@@ -10,6 +10,7 @@ from layerlens.cli import output
 from layerlens.cli.commands_run import do, load
 from layerlens.cli.errors import guarded
 from layerlens.cli.parameters import ConfigOption, Debug, Json, Output, Quiet, Set, Statistics
+from layerlens.cli.places import base_dir_of
 
 if TYPE_CHECKING:
     from layerlens.pipeline import FrontierResult
@@ -41,7 +42,7 @@ def frontier(
             statistics,
             checked,
             resource,
-            base_dir=config.absolute().parent,
+            base_dir=base_dir_of(config),
             budgets=at or (),
             points=points,
             progress=progress,

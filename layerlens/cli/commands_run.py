@@ -11,6 +11,7 @@ import typer
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
 from layerlens.cli.parameters import Config, ConfigOption, Debug, Explain, Json, Output, Quiet, Set, Statistics
+from layerlens.cli.places import absolute, base_dir_of, read_config
 
 if TYPE_CHECKING:
     from layerlens.config import RunConfig
@@ -36,7 +37,7 @@ def run(
     checked = load(config, settings, directory)
     from layerlens.pipeline import run_config
 
-    base_dir = config.absolute().parent
+    base_dir = base_dir_of(config)
     job: Job = lambda progress, warn: run_config(  # noqa: E731 (a def could not be typed in one line)
         checked, base_dir=base_dir, use_cache=not no_cache, progress=progress, warn=warn
     )
@@ -65,7 +66,7 @@ def optimize(
     checked = load(config, settings, directory)
     from layerlens.pipeline import optimize_statistics
 
-    base_dir = config.absolute().parent
+    base_dir = base_dir_of(config)
 
     def job_for(wanted: RunConfig) -> Job:
         return lambda progress, warn: optimize_statistics(
@@ -84,13 +85,13 @@ def optimize(
 
 def load(config: Path, settings: Sequence[str] | None, directory: Path | None) -> RunConfig:
     """The checked configuration, with the settings and the output directory of the command line."""
-    from layerlens.config import OutputConfig, load_run_config
+    from layerlens.config import OutputConfig
 
-    checked = load_run_config(config, settings or ())
+    checked = read_config(config, settings or ())
     if directory is None:
         return checked
     # What is typed is relative to here, unlike what is written in the file.
-    return checked.model_copy(update={"output": OutputConfig(directory=str(directory.absolute()))})
+    return checked.model_copy(update={"output": OutputConfig(directory=absolute(directory))})
 
 
 def do(job: Callable[[Progress, Callable[[str], None]], Result], quiet: bool) -> Result:

@@ -12,6 +12,7 @@ from layerlens.cli import output
 from layerlens.cli.commands_run import do, load
 from layerlens.cli.errors import guarded
 from layerlens.cli.parameters import Debug, Json, Quiet, Set
+from layerlens.cli.places import base_dir_of
 
 if TYPE_CHECKING:
     from layerlens.config import RunConfig
@@ -96,7 +97,7 @@ def train(
 def _configuration(manifest: Path, config: Path | None, settings: list[str] | None) -> tuple[RunConfig, Path]:
     """The configuration, and the folder that its relative paths start from."""
     if config is not None:
-        return load(config, settings, None), config.absolute().parent
+        return load(config, settings, None), base_dir_of(config)
     if not settings:
         from layerlens.manifest import read_manifest
         from layerlens.pipeline.train import train_config
@@ -109,7 +110,8 @@ def _configuration(manifest: Path, config: Path | None, settings: list[str] | No
     from layerlens.pipeline.train import recorded_config
 
     recorded = recorded_config(read_manifest(manifest))
-    return parse_run_config(yaml.safe_dump(recorded), f"{manifest} (provenance.config)", settings), Path.cwd()
+    origin = f"{output.short(manifest)} (provenance.config)"
+    return parse_run_config(yaml.safe_dump(recorded), origin, settings), Path.cwd()
 
 
 def _as_json(result: TrainedModel) -> dict[str, Any]:

@@ -102,8 +102,8 @@ def _memory() -> Finding:
 
 def _cache() -> Finding:
     from layerlens.exceptions import OutputError
-    from layerlens.profiling.cache import default_cache_dir
     from layerlens.utils.atomic import check_writable
+    from layerlens.utils.places import default_cache_dir
 
     directory = default_cache_dir()
     try:

@@ -79,7 +79,11 @@ def show_logs(*, quiet: bool = False) -> None:
 
 
 def short(path: Path) -> str:
-    """``path`` as one would type it from here: relative where it lies below the working directory."""
+    """``path`` as one would type it from here: relative where it lies below the working directory, or the URL."""
+    from layerlens.storage.url import shown, url_of
+
+    if url_of(path):
+        return shown(path)
     try:
         return str(path.absolute().relative_to(Path.cwd()))
     except ValueError:  # it lies elsewhere
@@ -99,5 +103,7 @@ def _line(kind: str, style: str, line: str) -> None:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
-        return str(value)
+        from layerlens.storage.url import shown
+
+        return shown(value)
     raise TypeError(f"{type(value).__name__} is not a JSON value")

@@ -16,6 +16,7 @@ from layerlens.data.images import image_folder
 from layerlens.data.readers import READERS, Rows, read_hub_dataset, read_saved_dataset
 from layerlens.data.stdlib_docstrings import stdlib_docstrings
 from layerlens.exceptions import DataError, DataNotFoundError
+from layerlens.storage import local_file
 from layerlens.utils.user_code import REFERENCE, load_function
 
 HUB_PREFIX = "hf:"
@@ -42,7 +43,7 @@ def load_dataset(config: DataConfig, base_dir: Path | None = None, task: str = "
     if config.source.startswith(HUB_PREFIX):
         rows = read_hub_dataset(config.source.removeprefix(HUB_PREFIX))
         return _as_dataset(rows, config, config.source, task)
-    path = (base_dir or Path()) / Path(config.source).expanduser()
+    path = (base_dir or Path()) / local_file(config.source).expanduser()
     if REFERENCE.fullmatch(config.source) and not path.exists():
         return _own(config, base_dir, task)
     if task == "custom":

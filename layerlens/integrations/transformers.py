@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from layerlens.exceptions import ModelNotFoundError, ModelSpecError, ProfilingError
 from layerlens.integrations.image_input import ImageInput, transformers_images
 from layerlens.integrations.torchvision_import import make_torchvision_importable
+from layerlens.storage import local_file
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,7 @@ def resolve_model_path(name_or_path: str, base_dir: Path | None = None) -> str:
     """
     if name_or_path.startswith("package:"):
         return _package_model_path(name_or_path.removeprefix("package:"))
-    folder = (base_dir or Path()) / Path(name_or_path).expanduser()
+    folder = (base_dir or Path()) / local_file(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelNotFoundError(

@@ -11,6 +11,7 @@ import yaml
 from layerlens.exceptions import ManifestError
 from layerlens.manifest.schema import check_document
 from layerlens.models import Manifest, ManifestRow, ResourceUse
+from layerlens.storage import local_or_url, read_bytes, shown
 
 MAX_BYTES = 64 * 2**20
 
@@ -18,9 +19,10 @@ _YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest in ``path``: JSON if it ends in .json, YAML if it ends in .yaml or .yml.
+    """The manifest in ``path``, a file or a URL: JSON if it ends in .json, YAML if it ends in .yaml or .yml.
 
     Raises:
+        StorageError: there is nothing at the URL, or it does not match its checksum.
         ManifestError: the file is missing, too large, not JSON or YAML, or a field is wrong; the message names each
             wrong field.
     """
@@ -34,7 +36,7 @@ def read_document(path: Path) -> tuple[Manifest, str]:
         ManifestError: see ``read_manifest``.
     """
     path = Path(path)
-    document = check_document(_parse(path, _text(path)), str(path))
+    document = check_document(_parse(path, _text(path)), shown(path))
     fields = document.model_dump(exclude={"schema_version", "created_at"}, exclude_unset=True)
     fields["allocations"] = tuple(ManifestRow(**row) for row in fields["allocations"])
     fields["resources"] = tuple(ResourceUse(**row) for row in fields["resources"])
@@ -43,8 +45,12 @@ def read_document(path: Path) -> tuple[Manifest, str]:
 
 def _text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        path, url = local_or_url(path)
+        if url is not None:
+            content = read_bytes(url, MAX_BYTES)
+        else:
+            with path.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
         text = content.decode("utf-8")
     except IsADirectoryError as error:
         raise ManifestError(f"{path} is a directory; give the manifest.json in it") from error
@@ -53,9 +59,9 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}: not UTF-8 text (byte {error.start})") from error
+        raise ManifestError(f"{shown(path)}: not UTF-8 text (byte {error.start})") from error
     if len(content) > MAX_BYTES:
-        raise ManifestError(f"{path}: larger than {MAX_BYTES // 2**20} MiB; this is not a manifest")
+        raise ManifestError(f"{shown(path)}: larger than {MAX_BYTES // 2**20} MiB; this is not a manifest")
     return text
 
 
@@ -69,18 +75,18 @@ def _parse(path: Path, text: str) -> Any:
                 raise ValueError("YAML aliases (*name) are not allowed in a manifest")
             return yaml.load(text, Loader=_YamlLoader)
     except json.JSONDecodeError as error:
-        raise ManifestError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+        raise ManifestError(f"{shown(path)}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ManifestError(f"{path}{place}: not YAML: {error.problem or error}") from error
+        raise ManifestError(f"{shown(path)}{place}: not YAML: {error.problem or error}") from error
     except yaml.YAMLError as error:
-        raise ManifestError(f"{path}: not YAML: {error}") from error
+        raise ManifestError(f"{shown(path)}: not YAML: {error}") from error
     except RecursionError as error:
-        raise ManifestError(f"{path}: nested too deeply for a manifest") from error
+        raise ManifestError(f"{shown(path)}: nested too deeply for a manifest") from error
     except ValueError as error:  # an alias, a key twice, a number or date too large
-        raise ManifestError(f"{path}: {error}") from error
-    raise ManifestError(f"{path}: a manifest ends in .json, .yaml or .yml")
+        raise ManifestError(f"{shown(path)}: {error}") from error
+    raise ManifestError(f"{shown(path)}: a manifest ends in .json, .yaml or .yml")
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

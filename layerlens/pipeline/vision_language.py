@@ -17,8 +17,8 @@ from layerlens.config.vision_language import PipelineConfig
 from layerlens.exceptions import ConfigurationError, DataError, ModelNotFoundError
 from layerlens.pipeline.adapted_models import adapted_detector, adapted_language_model
 from layerlens.pipeline.builtin_models import BUILTIN, builtin_detector, builtin_language_model
-from layerlens.profiling.cache import default_cache_dir
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable
+from layerlens.utils.places import default_cache_dir
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
 from layerlens.vision_language import Item, LanguageModel, ServerModel, Variant, find_images, load_image, run_images

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,13 +25,6 @@ from layerlens.utils.atomic import atomic_write_bytes
 
 BUSY_TIMEOUT_S = 30.0
 PROXIES = ".proxies"
-
-
-def default_cache_dir() -> Path:
-    """$LAYERLENS_CACHE, or ``layerlens`` in the user's cache directory."""
-    if "LAYERLENS_CACHE" in os.environ:
-        return Path(os.environ["LAYERLENS_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "layerlens"
 
 
 def cache_key(content: dict[str, Any]) -> str:

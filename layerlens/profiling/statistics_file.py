@@ -28,6 +28,7 @@ from layerlens.models import (
 )
 from layerlens.profiling.proxy_file import study_from_json, study_to_json
 from layerlens.profiling.statistics_check import check_statistics
+from layerlens.storage import local_file
 
 FORMAT = "layerlens-statistics-3"
 METADATA_KEY = "layerlens"
@@ -116,11 +117,13 @@ def _measured(prefix: str, scalars: dict[str, Any], tensors: dict[str, np.ndarra
 
 
 def load_statistics(path: Path) -> tuple[ModelSpec, ModelStatistics]:
-    """Read what ``statistics_to_bytes`` wrote.
+    """Read what ``statistics_to_bytes`` wrote, from a file or a URL.
 
     Raises:
+        StorageError: there is nothing at the URL, or it does not match its checksum.
         ActivationCacheError: no such file, not a statistics file, truncated, or of another version.
     """
+    path = local_file(path)
     if not path.is_file():
         raise ActivationCacheError(
             f"no statistics file at {path}; `layerlens run` writes one as statistics.safetensors"
@@ -142,7 +145,7 @@ def load_statistics(path: Path) -> tuple[ModelSpec, ModelStatistics]:
         spec, statistics = _from_content(content, tensors)
     except ActivationCacheError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ActivationCacheError(f"{path} has a damaged header ({error!r}); profile the model again") from error
     try:
         check_statistics(spec, statistics)

@@ -28,6 +28,7 @@ from layerlens.integrations.peft import (
 )
 from layerlens.integrations.torch_modules import find_module
 from layerlens.models import Manifest, ManifestRow
+from layerlens.storage import local_file
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +98,7 @@ def read_factors(peft_directory: Path, manifest: Manifest) -> dict[str, torch.Te
     kind = lora_initialization(manifest)
     if kind == "default" or not lora_rows(manifest):
         return {}
-    path = Path(peft_directory) / ADAPTER_WEIGHTS
+    path = local_file(peft_directory) / ADAPTER_WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
             return {
