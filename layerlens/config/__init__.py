@@ -1,6 +1,7 @@
 """Configuration: pydantic models of every section, and how a YAML file becomes them."""
 
 from layerlens.config.loader import load_run_config, parse_run_config
+from layerlens.config.monitoring import TelemetryConfig, TrackingConfig
 from layerlens.config.schema import config_schema
 from layerlens.config.sections import (
     DataConfig,
@@ -27,6 +28,8 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "StudyConfig",
+    "TelemetryConfig",
+    "TrackingConfig",
     "TrainingConfig",
     "config_schema",
     "load_run_config",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from layerlens.exceptions import ConfigurationError
+
+_PASSWORD = re.compile(r"://[^/\s]*@")
 
 
 class ConfigModel(BaseModel):
@@ -36,5 +39,6 @@ def describe(error: ValidationError, owner: str) -> str:
         message = message.replace("Extra inputs are not permitted", "there is no such field")
         # An object that failed a check of its own, or a required field that is missing, would show the whole input.
         came = "" if problem["type"] == "missing" or not place else f", got {problem['input']!r}"
+        came = _PASSWORD.sub("://***@", came)
         lines.append(f"{owner}.{place}: {message}{came}" if place else f"{owner}: {message}")
     return "; ".join(lines)

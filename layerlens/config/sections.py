@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from layerlens.config.base import ConfigModel
+from layerlens.config.monitoring import TelemetryConfig, TrackingConfig
 from layerlens.config.names import MethodName
 from layerlens.config.rules import ConstraintConfig
 from layerlens.config.study import StudyConfig
@@ -429,3 +430,5 @@ class RunConfig(ConfigModel):
     study: StudyConfig = Field(
         default_factory=StudyConfig, description="What `layerlens evaluate` compares; other commands do not read it."
     )
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig, description="Metrics and traces.")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Experiment trackers.")

@@ -23,9 +23,12 @@ from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.transformers import PretrainedModel, load_pretrained, task_heads
 from layerlens.pipeline.inputs import check_lengths
+from layerlens.pipeline.observed import observed
+from layerlens.pipeline.publishing import published
 from layerlens.profiling.head import fit_head
 from layerlens.tasks import TASKS
 from layerlens.utils.atomic import atomic_write_text, check_writable
+from layerlens.utils.observer import observed_stage
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
 
@@ -48,7 +51,15 @@ class StudyResult:
     arms: list[dict[str, Any]]
     seconds: float
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Test loss and metric of every arm at its learning rate, as experiment trackers have them."""
+        figures = ("test_loss", "test_metric")
+        return {f"{row['budget']}.{row['arm']}.{figure}": row[figure] for row in self.arms for figure in figures}
 
+
+@observed("evaluate")
+@published(resumes=True)
 def evaluate_config(
     config: RunConfig,
     *,
@@ -69,14 +80,15 @@ def evaluate_config(
     output = base_dir / Path(config.output.directory).expanduser()
     check_writable(output)
     set_threads(resolve_threads(config.runtime.threads))
-    with progress.stage("Loading model and data"):
+    with observed_stage("load"), progress.stage("Loading model and data"):
         task = task_from_config(config, study_config, base_dir, progress, warn)
         budgets = _budgets(study_config, config, task)
     results = ResultsFile.open(output / RUNS_FILE)
     _refuse_other_study(results, config)
-    with progress.stage("Measuring"):
+    with observed_stage("profile"), progress.stage("Measuring"):
         study = Study(task, results, budgets)
-    with progress.stage("Training", total=1 + len(budgets) * len(study_config.arms)) as advance:
+    runs = 1 + len(budgets) * len(study_config.arms)
+    with observed_stage("train"), progress.stage("Training", total=runs) as advance:
         study.head_alone()
         advance(1)
         for budget in budgets:

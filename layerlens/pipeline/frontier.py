@@ -14,6 +14,7 @@ from layerlens.exceptions import ConfigurationError
 from layerlens.manifest import write_frontier
 from layerlens.models import RESOURCES, AllocationProblem, FrontierRow, enumerate_options
 from layerlens.optimization import Frontier, budget_sweep, build_problem, frontier
+from layerlens.pipeline.publishing import published
 from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics
 from layerlens.utility import calibrated_table
@@ -46,6 +47,7 @@ class FrontierResult:
     files: dict[str, Path]
 
 
+@published()
 def trace_frontier(
     statistics_path: Path,
     config: RunConfig,

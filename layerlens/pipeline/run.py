@@ -34,18 +34,22 @@ from layerlens.pipeline.inputs import (
     statistics_request,
 )
 from layerlens.pipeline.messages import Warnings, warn_of_calibration, warn_of_no_gain, warn_of_overrun
+from layerlens.pipeline.observed import observed
 from layerlens.pipeline.proxies import ProxyTrainer, joint_gains, measure_proxies
+from layerlens.pipeline.publishing import published
 from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
-from layerlens.profiling.cache import SensitivityCache, cache_key, default_cache_dir
+from layerlens.profiling.cache import cache_key
 from layerlens.profiling.head import fit_head
 from layerlens.profiling.measure import measure, refuse_non_finite
 from layerlens.profiling.saved_pass import SavedPass
+from layerlens.profiling.shared_cache import open_cache
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.tasks import Batch, Batches, Task, make_batches, task_for
 from layerlens.tuning import export_adapter
 from layerlens.utility import calibrated_table
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
+from layerlens.utils.observer import observed_stage
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
 
@@ -62,11 +66,14 @@ class _Clock:
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with observed_stage(name):
+                yield
         finally:
             self.seconds[name] = time.perf_counter() - start
 
 
+@observed("run")
+@published(owned=(*CHOICE_FILES, STATISTICS_FILE))
 def run_config(
     config: RunConfig,
     *,
@@ -90,7 +97,7 @@ def run_config(
     clock, warnings = _Clock(), Warnings(warn)
     output = base_dir / Path(config.output.directory).expanduser()
     check_writable(output)
-    cache = SensitivityCache(_cache_dir(config, base_dir)) if use_cache else None
+    cache = open_cache(config.runtime.cache_dir, base_dir) if use_cache else None
     threads = resolve_threads(config.runtime.threads)
     set_threads(threads)
     device = usable_device(config.runtime.device)
@@ -202,6 +209,8 @@ def run_config(
     )
 
 
+@observed("optimize")
+@published(owned=CHOICE_FILES)
 def optimize_statistics(
     statistics_path: Path,
     config: RunConfig,
@@ -316,11 +325,6 @@ def _solve(
     )  # fmt: skip
     costs = cost_table(spec, statistics, options, config.optimization)
     return find_allocation(spec, utilities, costs, config.optimization, seed=config.runtime.seed, threads=threads)
-
-
-def _cache_dir(config: RunConfig, base_dir: Path) -> Path:
-    given = config.runtime.cache_dir
-    return default_cache_dir() if given is None else base_dir / Path(given).expanduser()
 
 
 def _now() -> str:

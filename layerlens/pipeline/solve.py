@@ -29,6 +29,10 @@ from layerlens.models import (
 from layerlens.optimization import build_problem, explain, solve
 
 RECORDED_PACKAGES = ("numpy", "torch", "transformers", "peft", "ortools")
+NOT_RECORDED: Any = {
+    "output": True, "study": True, "runtime": {"cache_dir", "threads"}, "telemetry": True, "tracking": True
+}  # fmt: skip
+"""Settings that change no number."""
 
 
 @dataclass(frozen=True)
@@ -209,9 +213,7 @@ def _resource_uses(solution: Solution, config: OptimizationConfig) -> tuple[Reso
 def run_provenance(config: RunConfig, threads: int, statistics: dict[str, Any]) -> dict[str, Any]:
     """What a run was made from: nothing that differs between two runs of one configuration on one machine."""
     return {
-        "config": config.model_dump(
-            mode="json", exclude={"output": True, "study": True, "runtime": {"cache_dir", "threads"}}
-        ),
+        "config": config.model_dump(mode="json", exclude=NOT_RECORDED),
         "seed": config.runtime.seed,
         "threads": threads,
         "statistics": statistics,

@@ -25,18 +25,25 @@ from layerlens.models import Manifest
 from layerlens.pipeline.baseline import baseline_facts, prepare_baseline
 from layerlens.pipeline.inputs import check_lengths
 from layerlens.pipeline.messages import Warnings
+from layerlens.pipeline.observed import observed
+from layerlens.pipeline.publishing import published
 from layerlens.pipeline.solve import versions
 from layerlens.pipeline.training_data import training_data
+from layerlens.storage import shown
 from layerlens.tasks import task_for
 from layerlens.tuning import apply, read_factors, save
 from layerlens.tuning.base_model import base_reference, load_base
 from layerlens.tuning.baselines import Finished, Prepared
+from layerlens.tuning.directory import ADAPTER_CONFIG
 from layerlens.tuning.evaluation import evaluate
 from layerlens.tuning.export import PEFT_DIRECTORY
+from layerlens.tuning.initialization import ADAPTER_WEIGHTS
 from layerlens.tuning.metrics import task_metrics
 from layerlens.tuning.samples import TrainingData
+from layerlens.tuning.storage import MODULES_FILE
 from layerlens.tuning.training import TrainingResult, fine_tune
 from layerlens.utils.atomic import atomic_write_text, check_writable, staged_directory
+from layerlens.utils.observer import observed_stage
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
 from layerlens.utils.user_code import REFERENCE
@@ -59,6 +66,7 @@ class TrainedModel:
         training: what happened in between.
         warnings: what the user should know, a line each.
         baseline: its name, note, and parameters trained and kept; empty where the manifest's choice was trained.
+        manifest: what was trained; None where it was a baseline.
     """
 
     directory: Path
@@ -69,6 +77,30 @@ class TrainedModel:
     training: TrainingResult
     warnings: tuple[str, ...] = ()
     baseline: dict[str, Any] = field(default_factory=dict)
+    manifest: Manifest | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Its figures by name, as experiment trackers have them."""
+        training = self.training
+        found = {f"before.{name}": value for name, value in self.before.items()}
+        found |= {f"after.{name}": value for name, value in self.after.items()}
+        found |= {f"inference_ms.{name}": value for name, value in self.inference_ms.items()}
+        return found | {
+            "best_step": training.best_step,
+            "trained_parameters": training.trained_parameters,
+            "train_seconds": training.train_seconds,
+            "tokens_per_second": training.tokens_per_second,
+            "peak_memory_gb": training.peak_memory_gb,
+        }
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """Training loss of every optimiser step, with the evaluation after it where there was one; step 0 is first."""
+        rows = [{"train.loss": loss} for loss in self.training.losses]
+        for evaluation in self.training.evaluations:
+            rows[int(evaluation["step"]) - 1] |= {f"eval.{k}": v for k, v in evaluation.items() if k != "step"}
+        return [{}, *rows]
 
 
 def recorded_config(manifest: Manifest) -> dict[str, Any]:
@@ -108,6 +140,8 @@ def train_config(manifest: Manifest) -> RunConfig:
         raise ConfigurationError(f"the manifest's recorded configuration cannot be used ({error}); give -c") from error
 
 
+@observed("train")
+@published(owned=(*OWNED, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULES_FILE), keyword="output", resumes=True)
 def train_manifest(
     path: Path,
     config: RunConfig,
@@ -126,10 +160,10 @@ def train_manifest(
     A run that was interrupted goes on from its last checkpoint in ``output``/checkpoints.
 
     Args:
-        path: the manifest.
+        path: the manifest, a file or a URL.
         config: data, training and runtime; its model section is not used, since the manifest names the model.
         base_dir: folder that relative paths in the configuration start from.
-        output: directory for the result; other files in it stay.
+        output: directory or URL for the result; other files in it stay.
         model: base model to load, if not the one that the manifest names.
         baseline: train this way of spending the same number of parameters instead of the manifest's own choice (a key
             of ``layerlens.tuning.baselines.BASELINES``).
@@ -141,12 +175,13 @@ def train_manifest(
     Raises:
         LayerLensError: with one line that says what to do; its class has the exit code.
     """
+    path, output = Path(path), Path(output)
     manifest, created_at = read_document(path)
     warnings, main = Warnings(warn), int(os.environ.get("RANK", 0)) == 0
     if main:
         check_writable(output)
     set_threads(resolve_threads(config.runtime.threads))
-    with progress.stage("Loading model and data"):
+    with observed_stage("load"), progress.stage("Loading model and data"):
         named = {"task": manifest.model.get("task"), "name_or_path": base_reference(manifest, model)}
         config = config.model_copy(update={"model": config.model.model_copy(update=named)})
         task_metrics(config.model.task)  # a task that cannot be judged is told before the model is loaded
@@ -171,28 +206,29 @@ def train_manifest(
             order = config.runtime.seed if config.training.seed is None else config.training.seed
             prepared = prepare_baseline(baseline, pretrained, manifest, data, config, order)
     except ManifestError as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{shown(path)}: {error}") from error
     tuned = prepared.model
     judged = bool(len(data.evaluation)) and main
     size = config.training.eval_batch_size
     before = evaluate(tuned, data, config.model.task, batch_size=size, progress=progress) if judged else {}
-    result = fine_tune(
-        tuned,
-        data,
-        config.training,
-        task=config.model.task,
-        checkpoints=output / CHECKPOINTS,
-        seed=config.runtime.seed,
-        hooks=prepared.hooks,
-        identity={
-            "model": manifest.model.get("fingerprint", ""),
-            "choice": _choice(manifest),
-            "manifest_seed": seed,
-            "method": baseline or "manifest",
-        },
-        restart=restart,
-        progress=progress,
-    )
+    with observed_stage("train"):
+        result = fine_tune(
+            tuned,
+            data,
+            config.training,
+            task=config.model.task,
+            checkpoints=output / CHECKPOINTS,
+            seed=config.runtime.seed,
+            hooks=prepared.hooks,
+            identity={
+                "model": manifest.model.get("fingerprint", ""),
+                "choice": _choice(manifest),
+                "manifest_seed": seed,
+                "method": baseline or "manifest",
+            },
+            restart=restart,
+            progress=progress,
+        )
     if not main:
         return TrainedModel(output, {}, before, result.metrics, inference_ms, result, tuple(warnings.lines))
     finished = prepared.finish(tuned)
@@ -203,7 +239,7 @@ def train_manifest(
     facts = _facts(manifest, config, data, pretrained, before, result, inference_ms)
     if baseline is not None:
         facts["baseline"] = baseline_facts(baseline, manifest, prepared, finished)
-    with staged_directory(output, owned=OWNED) as staging:
+    with observed_stage("save"), staged_directory(output, owned=OWNED) as staging:
         files = save(finished.model, staging)
         if baseline is None:
             files |= write_manifest(manifest, staging, created_at=created_at)
@@ -211,8 +247,10 @@ def train_manifest(
         files = {name: output / file.relative_to(staging) for name, file in files.items()}
     if not keep_checkpoints:
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    told = facts.get("baseline", {})
-    return TrainedModel(output, files, before, result.metrics, inference_ms, result, tuple(warnings.lines), told)
+    return TrainedModel(
+        output, files, before, result.metrics, inference_ms, result, tuple(warnings.lines),
+        baseline=facts.get("baseline", {}), manifest=manifest if baseline is None else None,
+    )  # fmt: skip
 
 
 def _with_labels(dataset: Dataset, labels: list[str], manifest: Manifest) -> Dataset:
