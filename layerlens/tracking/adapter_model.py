@@ -1,0 +1,61 @@
+"""The adapter as MLflow loads it: this file itself is stored with the model (models from code).
+
+``mlflow.pyfunc.load_model(...).predict(["a text", ...])`` returns the logits of each text. An adapter of LoRA alone
+needs PEFT and transformers; one with bottleneck adapters, prefixes or a trained head needs LayerLens to put them in.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow.models
+import mlflow.pyfunc
+
+
+class AdaptedModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
+    """The base model with its adapter."""
+
+    def load_context(self, context: Any) -> None:
+        """Load base model and adapter; the base must be there under the name that the run used."""
+        facts, directory = context.model_config["model"], Path(context.artifacts["adapter"])
+        if context.model_config["needs_layerlens"]:
+            from layerlens.integrations.transformers import load_pretrained
+            from layerlens.tuning import load
+
+            base = load_pretrained(
+                facts["name_or_path"], facts["task"], facts["labels"], seed=facts["seed"], dtype=facts["dtype"]
+            )
+            self.tokenizer, self.model = base.tokenizer, load(base.model, directory, trainable=False).eval()
+            return
+        import importlib
+
+        import transformers
+        from peft import PeftModel
+
+        name = facts["name_or_path"]
+        if name.startswith("package:"):
+            name = importlib.import_module(name.removeprefix("package:")).get_model_path()
+        heads = {} if facts["task"] == "causal-lm" else {"num_labels": len(facts["labels"]) or 1}
+        kind = "AutoModelForSequenceClassification" if heads else "AutoModelForCausalLM"
+        plain = getattr(transformers, kind).from_pretrained(name, dtype=facts["dtype"], **heads)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        self.model = PeftModel.from_pretrained(plain, str(directory)).eval()
+
+    def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[list[float]]:
+        """Logits [n_texts, n_classes]; of language models those of each text's last token, [n_texts, vocabulary]."""
+        import torch
+
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        batch = self.tokenizer(list(model_input), return_tensors="pt", padding=True, truncation=True)
+        with torch.no_grad():
+            logits = self.model(**batch).logits
+        if logits.dim() == 3:
+            last = batch["attention_mask"].cumsum(1).argmax(1)  # whichever side the padding is on
+            logits = logits[torch.arange(len(logits)), last]
+        found: list[list[float]] = logits.tolist()
+        return found
+
+
+mlflow.models.set_model(AdaptedModel())
