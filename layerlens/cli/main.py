@@ -20,6 +20,7 @@ from layerlens.cli import (
     commands_frontier,
     commands_pipeline,
     commands_run,
+    commands_serve,
     commands_train,
     output,
 )
@@ -67,8 +68,11 @@ app.command("train")(commands_train.train)
 app.command("evaluate")(commands_evaluate.evaluate)
 app.command("calibrate")(commands_evaluate.calibrate)
 app.command("pipeline")(commands_pipeline.pipeline)
+app.command("serve")(commands_serve.serve)
+app.command("submit")(commands_serve.submit)
 app.command("doctor")(commands_doctor.doctor)
 app.add_typer(commands_cache.app, name="cache")
+app.add_typer(commands_serve.jobs_app, name="jobs")
 
 
 @app.command("version")

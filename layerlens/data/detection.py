@@ -11,6 +11,8 @@ from layerlens.data.dataset import Dataset
 from layerlens.data.images import SUFFIXES, StoredImage
 from layerlens.data.plates import CLASSES, draw_plates
 from layerlens.exceptions import DataError, DataNotFoundError
+from layerlens.storage import local_file
+from layerlens.utils.readable import check_readable
 
 PLATES, PLATES_COUNT, PLATES_SEED = "builtin:plates", 400, 20_002
 """A built-in data set that shares no plate with those that the builtin detector was trained or judged on."""
@@ -35,7 +37,7 @@ def detection_dataset(source: str, base_dir: Path | None, max_pixels: int) -> Da
     """
     if source == PLATES:
         return _plates()
-    path = (base_dir or Path()) / Path(source).expanduser()
+    path = (base_dir or Path()) / local_file(source).expanduser()
     if not path.is_file():
         raise DataNotFoundError(f"data.source: no file at {path}; give the YAML file of a YOLO data set, or {PLATES}")
     return _yolo(path, max_pixels)
@@ -63,11 +65,14 @@ def _yolo(path: Path, max_pixels: int) -> Dataset:
         names = dict(names) if isinstance(names, dict) else dict(enumerate(names))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"data.source: {path} is no YOLO data set (path, train, names): {error}") from error
+    check_readable(folder, path)
     if not folder.is_dir():
         raise DataNotFoundError(f"data.source: {path}: no folder of images at {folder}")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise DataError(f"data.source: {path}: no images in {folder}")
+    for file in files:
+        check_readable(file, path)
     images = tuple(StoredImage(file.relative_to(folder).as_posix(), path=file, max_pixels=max_pixels) for file in files)
     return Dataset({"image": images}, tuple(_objects(file, folder, names) for file in files), (), path.name)
 
@@ -77,6 +82,7 @@ def _objects(image: Path, folder: Path, names: dict[Any, Any]) -> Objects:
     if "images" in parts:  # the last one, as YOLO trainers replace it
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
     file = (Path(*parts) / image.relative_to(folder)).with_suffix(".txt")
+    check_readable(file, folder)
     if not file.is_file():
         return ()
     found = []

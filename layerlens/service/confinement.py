@@ -1,0 +1,187 @@
+"""What a job may touch: models and data below the operator's roots, URLs below his prefixes, nothing else.
+
+A configuration comes from whoever has a token. It is rewritten to absolute places that were found to be allowed, so
+that what is checked is what is used.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from layerlens.config import OutputConfig, RunConfig, RuntimeConfig, TelemetryConfig, TrackingConfig
+from layerlens.exceptions import ConfigurationError
+from layerlens.service.settings import ServiceSettings
+from layerlens.storage import local_or_url, url_of
+from layerlens.utils.user_code import REFERENCE
+
+DEFAULT_OUTPUT = OutputConfig().directory
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+RANDOM_WEIGHTS, ULTRALYTICS, HUB_PREFIX = "random", "ultralytics:", "hf:"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5")
+
+
+def confine(config: RunConfig, settings: ServiceSettings) -> RunConfig:
+    """The configuration of a run with places that it may use.
+
+    Raises:
+        ConfigurationError: the key, what came, and what this server allows.
+    """
+    _refuse_own_code(config, settings)
+    weights = config.model.weights
+    if weights is not None and weights != RANDOM_WEIGHTS:
+        weights = confined_path("model.weights", weights, settings)
+        if not weights.endswith(".safetensors"):
+            raise ConfigurationError("model.weights: this server loads weights from single .safetensors files only")
+    name = config.model.name_or_path
+    if config.model.factory is None:
+        name = _model(name, settings, own_weights=weights is not None)
+    model = config.model.model_copy(update={"name_or_path": name, "weights": weights})
+    data = config.data.model_copy(update={"source": _data(config.data.source, settings)})
+    return confine_settings(config, settings).model_copy(update={"model": model, "data": data})
+
+
+def confine_settings(config: RunConfig, settings: ServiceSettings) -> RunConfig:
+    """The same for a job that loads neither model nor data: where it writes, and what the operator decides."""
+    if config.runtime.cache_dir is not None:
+        raise ConfigurationError("runtime.cache_dir: the server has its own cache; leave it out")
+    if config.telemetry != TelemetryConfig() or config.tracking != TrackingConfig():
+        raise ConfigurationError("telemetry, tracking: the operator of the server decides on these; leave them out")
+    changed: dict[str, Any] = {
+        "output": OutputConfig(directory=_output(config.output.directory, settings)),
+        "runtime": RuntimeConfig(seed=config.runtime.seed, device=config.runtime.device, threads=settings.threads),
+    }
+    return config.model_copy(update=changed)
+
+
+def confined_path(key: str, place: str, settings: ServiceSettings) -> str:
+    """An existing file or folder below a root, or a URL below an allowed prefix, as an absolute place.
+
+    Raises:
+        ConfigurationError: it is elsewhere, or not there; the two are not told apart.
+    """
+    path, url = local_or_url(place)
+    if url is not None:
+        return _allowed_url(key, url, settings)
+    found = _below_roots(path, settings)
+    if found is None:
+        raise ConfigurationError(f"{key}: {place!r} is not below a root of this server")
+    return str(found)
+
+
+def _refuse_own_code(config: RunConfig, settings: ServiceSettings) -> None:
+    """Functions that a configuration names (``module:function``) are code, which the operator must have allowed."""
+    asked = {"model.factory": config.model.factory, "model.loss": config.model.loss}
+    if _names_code(config.data.source):
+        asked["data.source"] = config.data.source
+    for key, value in asked.items():
+        if value is not None and not _allowed_code(value, settings):
+            raise ConfigurationError(
+                f"{key}: this server does not run {value!r}; its operator may --allow-code {value.partition(':')[0]}"
+            )
+
+
+def _names_code(source: str) -> bool:
+    return REFERENCE.fullmatch(source) is not None and not source.startswith(("builtin:", HUB_PREFIX))
+
+
+def _allowed_code(reference: str, settings: ServiceSettings) -> bool:
+    module = reference.partition(":")[0]
+    return any(module == allowed or module.startswith(f"{allowed}.") for allowed in settings.allow_code)
+
+
+def _model(name: str, settings: ServiceSettings, *, own_weights: bool) -> str:
+    key = "model.name_or_path"
+    if name.startswith("timm:") and (own_weights or settings.allow_hub):
+        return name
+    if name.startswith("package:"):
+        if name.removeprefix("package:") in settings.allow_packages:
+            return name
+        raise ConfigurationError(f"{key}: this server does not import {name!r}; its operator may --allow-package it")
+    if name.startswith(ULTRALYTICS):
+        if not settings.allow_pickles:
+            raise ConfigurationError(
+                f"{key}: {name!r} is a pickle, which runs code when it is loaded; the operator may --allow-pickles"
+            )
+        return ULTRALYTICS + confined_path(key, name.removeprefix(ULTRALYTICS), settings)
+    hub_name = url_of(name) is None and HUB_NAME.fullmatch(name) is not None
+    if settings.allow_hub and hub_name and _below_roots(Path(name), settings) is None:
+        return name
+    place = confined_path(key, name, settings)
+    if url_of(place) is None:
+        _refuse_pickles(key, name, Path(place), settings)
+    return place
+
+
+def _data(source: str, settings: ServiceSettings) -> str:
+    key = "data.source"
+    if source.startswith("builtin:"):
+        return source
+    if _names_code(source):  # which _refuse_own_code has let pass
+        return source
+    if source.startswith(HUB_PREFIX):
+        if settings.allow_hub:
+            return source
+        raise ConfigurationError(f"{key}: this server loads nothing from the hub; its operator may --allow-hub")
+    return confined_path(key, source, settings)
+
+
+def _output(directory: str, settings: ServiceSettings) -> str:
+    """URLs only: what a job writes on the server lies in its own folder, and is fetched from there."""
+    if directory == DEFAULT_OUTPUT:
+        return directory
+    _, url = local_or_url(directory)
+    if url is None:
+        raise ConfigurationError(
+            f"output.directory: got {directory!r}; a job writes to its own folder on the server, from which you fetch "
+            "it; leave it out, or give a URL that the server allows"
+        )
+    return _allowed_url("output.directory", url, settings)
+
+
+def _below_roots(path: Path, settings: ServiceSettings) -> Path | None:
+    """The real place of an existing ``path`` if that is below a root, links followed."""
+    if "\0" in str(path):
+        return None
+    for root in settings.roots:
+        real_root = root.resolve()
+        try:
+            found = (real_root / path).resolve(strict=True)
+        except (OSError, RuntimeError):  # not there, or links that go round in circles
+            continue
+        if found.is_relative_to(real_root):
+            return found
+    return None
+
+
+def _allowed_url(key: str, url: str, settings: ServiceSettings) -> str:
+    rest = unquote(url.partition("://")[2])
+    clean = posixpath.normpath(rest) == rest.rstrip("/") and not any(mark in rest for mark in "?#\\\0*[")
+    below = any(url == prefix.rstrip("/") or url.startswith(prefix.rstrip("/") + "/") for prefix in settings.allow_urls)
+    if clean and below:
+        return url
+    allowed = ", ".join(settings.allow_urls) or "none"
+    raise ConfigurationError(f"{key}: {url!r} is not below a URL that this server allows ({allowed})")
+
+
+def _refuse_pickles(key: str, name: str, folder: Path, settings: ServiceSettings) -> None:
+    """Weights as safetensors only, no code, and no file of the folder that lies elsewhere.
+
+    Raises:
+        ConfigurationError: a file in ``folder`` is not allowed.
+    """
+    if not folder.is_dir():
+        raise ConfigurationError(f"{key}: {name!r} is no model directory")
+    for path in sorted(folder.rglob("*")):
+        shown = path.relative_to(folder)
+        if _below_roots(path, settings) is None:
+            raise ConfigurationError(f"{key}: {shown} in {name!r} leads out of the roots of this server")
+        if path.suffix in PICKLES and not settings.allow_pickles:
+            raise ConfigurationError(
+                f"{key}: {name!r} has {shown}, which can run code when it is loaded; convert it to safetensors"
+            )
+        if path.suffix == ".py":
+            raise ConfigurationError(f"{key}: {name!r} has code ({shown}); this server runs no code of models")
