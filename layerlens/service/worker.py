@@ -121,6 +121,7 @@ def _work(order: Order, job: Job, store: JobStore) -> dict[str, Any]:
                 result = optimize_statistics(Path(job.statistics), local, **keywords)
             else:
                 result = run_config(local, **keywords)
+        watcher.stage_started("write")
         atomic_write_text(work / OUTCOME, json.dumps(_outcome(result, work, watcher), indent=2))
         os.rename(work, results)
     outcome: dict[str, Any] = json.loads((results / OUTCOME).read_text(encoding="utf-8"))

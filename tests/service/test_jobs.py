@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from layerlens.cli.main import app
 from layerlens.exceptions import ServiceError
 from layerlens.manifest import read_manifest
 from layerlens.service.client import Client
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_run_gives_what_it_gives_here(client: Client, finished_run: dict[str, Any], tmp_path: Path):
@@ -132,6 +137,28 @@ def test_submit_by_the_command_line(server: Serving, statistics: Path, tmp_path:
     (tmp_path / "infeasible.yaml").write_text(infeasible)
     failed = invoke("submit", "infeasible.yaml", "--statistics", str(statistics), "--wait", "--quiet")
     assert failed.exit_code == 3, failed.output
+
+
+def test_the_demo_of_the_client_finds_its_job_again(server: Serving, finished_run: dict[str, Any], tmp_path: Path):
+    """The second call is what a pipeline does that was killed after it had submitted."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run_config_of()))
+    environment = {**os.environ, "LAYERLENS_TOKEN": TOKEN, "LAYERLENS_SERVER": server.address}
+    for output in ("out", "again"):
+        command = [
+            sys.executable,
+            str(ROOT / "demos/service_client.py"),
+            "config.yaml",
+            output,
+            "--key",
+            "one-pipeline",
+        ]
+        done = subprocess.run(
+            [sys.executable, *demo], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "stage {'at': " in done.stdout
+    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("out", "again")]
+    assert manifests[0] == manifests[1]  # created_at too: one job
 
 
 def test_a_server_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
