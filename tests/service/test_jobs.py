@@ -144,17 +144,8 @@ def test_the_demo_of_the_client_finds_its_job_again(server: Serving, finished_ru
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(run_config_of()))
     environment = {**os.environ, "LAYERLENS_TOKEN": TOKEN, "LAYERLENS_SERVER": server.address}
     for output in ("out", "again"):
-        command = [
-            sys.executable,
-            str(ROOT / "demos/service_client.py"),
-            "config.yaml",
-            output,
-            "--key",
-            "one-pipeline",
-        ]
-        done = subprocess.run(
-            [sys.executable, *demo], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
+        demo = [str(ROOT / "demos/service_client.py"), "config.yaml", output, "--key", "one-pipeline"]
+        done = subprocess.run([sys.executable, *demo], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "stage {'at': " in done.stdout
     manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("out", "again")]
