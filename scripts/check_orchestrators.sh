@@ -25,12 +25,15 @@ environment() { # environment NAME PACKAGE...
 
 check_result() { # check_result NAME FOLDER
   "$LAYERLENS_PYTHON" - "$1" "$2" <<'PYTHON'
-import json, pathlib, sys
+import hashlib, json, pathlib, sys
 name, work = sys.argv[1], pathlib.Path(sys.argv[2])
 entry = json.loads((work / "registered/registered.json").read_text())
-for path in ("profile/statistics.safetensors", "plan/manifest.json", "plan/peft/adapter_config.json"):
+for path in ("profile/statistics.safetensors", "plan/manifest.json", "plan/peft/adapter_config.json",
+             "tuned/metrics.json"):
     assert (work / path).is_file(), path
-print(f"{name}: registered, accuracy {entry['accuracy_before']:.3f} -> {entry['accuracy']:.3f}")
+for name_of, digest in entry["sha256"].items():
+    assert hashlib.sha256((work / "tuned" / name_of).read_bytes()).hexdigest() == digest, name_of
+print(f"{name}: registered, accuracy {entry['before']['accuracy']:.3f} -> {entry['after']['accuracy']:.3f}")
 PYTHON
 }
 
