@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,13 +63,14 @@ def train(
     """
     checked, base_dir = _configuration(manifest, config, settings)
     from layerlens.pipeline.train import train_manifest
+    from layerlens.utils.processes import is_main_process
 
     if baseline is not None:
         from layerlens.tuning.baselines import known_baseline
 
         known_baseline(baseline)  # a misspelt one is told before anything is loaded
     target = directory or manifest.parent / (f"{DEFAULT_FOLDER}-{baseline}" if baseline else DEFAULT_FOLDER)
-    follower = int(os.environ.get("RANK", 0)) > 0  # one process of several speaks
+    follower = not is_main_process()  # one process of several speaks
     result = do(
         lambda progress, warn: train_manifest(
             manifest,

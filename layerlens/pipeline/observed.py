@@ -10,7 +10,8 @@ from layerlens.config import RunConfig
 from layerlens.models.run_record import RunRecord
 from layerlens.telemetry import telemetry_observers
 from layerlens.tracking import tracking_observers
-from layerlens.utils.observer import observe
+from layerlens.utils.observer import RunObserver, observe
+from layerlens.utils.processes import is_main_process
 
 Job = TypeVar("Job", bound=Callable[..., Any])
 
@@ -27,7 +28,9 @@ def observed(kind: str) -> Callable[[Job], Job]:
         @functools.wraps(job)
         def run(*args: Any, **keywords: Any) -> Any:
             config = next(value for value in (*args, *keywords.values()) if isinstance(value, RunConfig))
-            observers = [*telemetry_observers(config.telemetry), *tracking_observers(config.tracking)]
+            observers: list[RunObserver] = []
+            if is_main_process():
+                observers += [*telemetry_observers(config.telemetry), *tracking_observers(config.tracking)]
             return observe(lambda: job(*args, **keywords), kind, config, observers, lambda result: record(kind, result))
 
         return run  # type: ignore[return-value]

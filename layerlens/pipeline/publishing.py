@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -17,6 +16,7 @@ from layerlens.config import OutputConfig, RunConfig
 from layerlens.storage import check_publishable, joined, local_or_url, publish
 from layerlens.utils.observer import observed_stage
 from layerlens.utils.places import default_cache_dir
+from layerlens.utils.processes import is_main_process
 
 Job = TypeVar("Job", bound=Callable[..., Any])
 
@@ -56,15 +56,14 @@ def published(
             path, url = local_or_url(config.output.directory if keyword is None else keywords[keyword])
             if url is None:  # file:// is a local path
                 return into(path)
-            speaks = int(os.environ.get("RANK", 0)) == 0  # one process of several publishes
-            if speaks:
+            if is_main_process():
                 check_publishable(url)
             with _working_directory(url, resumes) as local:
                 result = into(local)
-                if speaks:
+                if is_main_process():
                     with observed_stage("publish"):
                         publish(local, url, owned)
-            if resumes and speaks:
+            if resumes and is_main_process():
                 shutil.rmtree(local)
             return _moved(result, local, url)
 

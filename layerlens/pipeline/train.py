@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -44,6 +43,7 @@ from layerlens.tuning.storage import MODULES_FILE
 from layerlens.tuning.training import TrainingResult, fine_tune
 from layerlens.utils.atomic import atomic_write_text, check_writable, staged_directory
 from layerlens.utils.observer import observed_stage
+from layerlens.utils.processes import is_main_process
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
 from layerlens.utils.user_code import REFERENCE
@@ -177,7 +177,7 @@ def train_manifest(
     """
     path, output = Path(path), Path(output)
     manifest, created_at = read_document(path)
-    warnings, main = Warnings(warn), int(os.environ.get("RANK", 0)) == 0
+    warnings, main = Warnings(warn), is_main_process()
     if main:
         check_writable(output)
     set_threads(resolve_threads(config.runtime.threads))

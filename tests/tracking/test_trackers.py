@@ -109,6 +109,12 @@ def test_a_training_is_told_step_by_step(tiny_run, tiny_settings, tmp_path: Path
     assert run.calls[-1] == ("finish", "finished")
 
 
+def test_of_several_processes_one_is_tracked(tiny_optimize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "1")
+    tiny_optimize(tmp_path, tracking={"trackers": ["recording"]})
+    assert not Recording.runs
+
+
 def test_a_tracker_that_breaks_costs_a_warning(tiny_run, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     tiny_run(tmp_path, tracking={"trackers": ["broken", "recording"]})
     assert (tmp_path / "out/manifest.json").is_file()
