@@ -21,6 +21,7 @@ from layerlens.tuning.checkpoints import check_job, last_checkpoint
 from layerlens.tuning.metrics import LOWER_IS_BETTER, task_metrics
 from layerlens.tuning.samples import TrainingData
 from layerlens.utils.atomic import check_writable
+from layerlens.utils.processes import is_main_process
 from layerlens.utils.progress import Progress, silent
 
 Loss = Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
@@ -189,4 +190,4 @@ def _processes() -> tuple[int, bool]:
     """(number of processes, whether this is the first one) of a run that torchrun or accelerate started."""
     import os
 
-    return int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
+    return int(os.environ.get("WORLD_SIZE", 1)), is_main_process()
