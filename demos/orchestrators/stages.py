@@ -10,6 +10,7 @@ and adapter directory), ``tuned/`` (trained adapter and its metrics), ``register
 replaces its own result. MLFLOW_TRACKING_URI names a tracking server, OTEL_EXPORTER_OTLP_ENDPOINT a collector.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
@@ -19,6 +20,10 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from layerlens.utils.threads import let_idle_threads_sleep
+
+let_idle_threads_sleep()  # before torch is loaded, as the command line does
 
 from layerlens.cli.places import base_dir_of, output_directory, read_config
 from layerlens.config import OutputConfig, RunConfig, TrackingConfig
