@@ -13,8 +13,9 @@ import pytest
 
 from layerlens.exceptions import ActivationCacheError, OutputError
 from layerlens.models import LayerSpec, LayerStatistics, MethodStatistics, ModelSpec, ModelStatistics
-from layerlens.profiling.cache import SensitivityCache, cache_key, default_cache_dir
+from layerlens.profiling.cache import SensitivityCache, cache_key
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
+from layerlens.utils.places import default_cache_dir
 
 SPEC = ModelSpec("m", 100, [LayerSpec("a.b", 4, "linear", n_in=4, n_out=8, methods=("lora", "adapter"), block=0)])
 
