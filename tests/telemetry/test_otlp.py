@@ -11,6 +11,7 @@ import time
 import pytest
 from otlp_collector import collector
 
+from layerlens.config import RunConfig
 from layerlens.exceptions import InfeasibleError
 from layerlens.telemetry.bounded import LONGEST_WAIT_S
 
@@ -88,9 +89,6 @@ class Dead:
 
 
 def test_dead_collectors_and_gateways_cost_a_moment_and_no_job(tiny_optimize, tmp_path, caplog):
-    from layerlens.telemetry.otlp import OtlpObserver
-    from layerlens.telemetry.push import PushObserver
-
     with Dead() as dead:
         for number, endpoint in enumerate(dead.endpoints):
             caplog.clear()
@@ -98,21 +96,24 @@ def test_dead_collectors_and_gateways_cost_a_moment_and_no_job(tiny_optimize, tm
             assert (tmp_path / str(number) / "out/manifest.json").is_file()
             said = [record.getMessage() for record in caplog.records if record.name.startswith("layerlens.telemetry")]
             assert [line.split(":")[0] for line in said] == ["telemetry.push_gateway", "telemetry"], said
-            # What the two wait at the end, together, without the job around it.
-            observers = [PushObserver(endpoint, "layerlens"), OtlpObserver(endpoint, "layerlens")]
-            for observer in observers:
-                observer.run_started("optimize", settings())
-            start = time.monotonic()
-            for observer in observers:
-                observer.run_ended(None, None)
-            # Their own bound, and a fifth of a second for a busy machine to wake a thread up.
-            assert time.monotonic() - start < LONGEST_WAIT_S + 0.2
+            # The best of a few attempts: a busy machine delays some, a bound that does not hold delays all.
+            waits = [waited_at_the_end(endpoint) for _ in range(3)]
+            assert min(waits) < LONGEST_WAIT_S + 0.2, waits  # a fifth of a second to wake a thread up
 
 
-def settings():
-    from conftest import settings_of
+def waited_at_the_end(endpoint: str) -> float:
+    """What gateway and collector cost together when a job ends, in seconds, without the job around it."""
+    from layerlens.telemetry.otlp import OtlpObserver
+    from layerlens.telemetry.push import PushObserver
 
-    return settings_of("package:x", "builtin:stdlib-docstrings")
+    config = RunConfig(model={"name_or_path": "x"}, data={"source": "x"}, optimization={"max_flops": 1})
+    observers = [PushObserver(endpoint, "layerlens"), OtlpObserver(endpoint, "layerlens")]
+    for observer in observers:
+        observer.run_started("optimize", config)
+    start = time.monotonic()
+    for observer in observers:
+        observer.run_ended(None, None)
+    return time.monotonic() - start
 
 
 def test_nothing_waits_when_the_process_ends():
@@ -129,7 +130,12 @@ observer.run_started("run", config)
 observer.run_ended(None, None)
 print(time.time(), flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    # From the last line of the program to the end of the process; importing is not in it.
-    assert time.time() - float(done.stdout) < 2.0
-    assert "Traceback" not in done.stderr
+    took = []
+    for _ in range(3):  # the best of a few attempts, as above
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "Traceback" not in done.stderr
+        # From the last line of the program to the end of the process; importing is not in it.
+        took.append(time.time() - float(done.stdout))
+        if took[-1] < 2.0:
+            break
+    assert min(took) < 2.0, took
