@@ -31,8 +31,9 @@ PROOF_WIDTHS, PROOF_ALTERNATIVES = (100_000, 400_000), ALL_ALTERNATIVES
 # The neighbourhoods end after so many; after some failures one must change some choices and may lose some of the gap.
 WANDER_STEPS, WANDER_PATIENCE, KICKED, WANDER_LOSS = 2_000, 20, 4, 0.3
 # The neighbourhoods end at this much work, counted in multiplications (1 to 3 ns each), and without proofs the last
-# search is only as wide as it allows: a clock would make the answer depend on the machine.
-WORK_LIMIT = 900_000_000
+# search is only as wide as it allows: a clock would make the answer depend on the machine. To lay out a neighbourhood
+# takes as long as so many multiplications for each candidate of the core.
+WORK_LIMIT, LAYOUT_WORK = 900_000_000, 128
 # Where repair found nothing that fits.
 FITTING_SHARES, FITTING_WIDTHS = (0.98, 0.95, 0.9, 0.8), (30, 300, 3_000)
 # Between them one search in another order and neighbourhoods of so many alternatives.
@@ -253,7 +254,7 @@ class _CoreSearch:
             keep &= ~(chosen & changing[candidates.group])
         part = Candidates(candidates.option[keep], candidates.regret[keep], candidates.group[keep])
         outcome = beam_search(self.instance, self.dual, part, threshold, width=NEIGHBOURHOOD_WIDTH)
-        self.work += outcome.work
+        self.work += outcome.work + LAYOUT_WORK * len(candidates.option)
         return outcome.choice
 
     def alternatives(self) -> int:
