@@ -175,7 +175,11 @@ def train_manifest(
     tuned = prepared.model
     judged = bool(len(data.evaluation)) and main
     size = config.training.eval_batch_size
-    before = evaluate(tuned, data, config.model.task, batch_size=size, progress=progress) if judged else {}
+
+    def judge(model: torch.nn.Module) -> dict[str, float]:
+        return evaluate(model, data, config.model.task, batch_size=size, shared=False, progress=progress)
+
+    before = judge(tuned) if judged else {}
     result = fine_tune(
         tuned,
         data,
@@ -198,7 +202,7 @@ def train_manifest(
     finished = prepared.finish(tuned)
     if finished.model is not tuned and judged:  # cut or converted: what is judged is what is kept
         tuned = finished.model.eval()
-        result = replace(result, metrics=evaluate(tuned, data, config.model.task, batch_size=size, progress=progress))
+        result = replace(result, metrics=judge(tuned))
     inference_ms["after"] = _inference_ms(finished.model, batch)
     facts = _facts(manifest, config, data, pretrained, before, result, inference_ms)
     if baseline is not None:

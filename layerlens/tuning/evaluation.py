@@ -20,6 +20,7 @@ def evaluate(
     *,
     samples: Sequence[Sample] | None = None,
     batch_size: int = 32,
+    shared: bool = True,
     progress: Progress = silent,
 ) -> dict[str, float]:
     """Mean loss and the task's metrics over ``samples`` (the evaluation samples unless given), without gradients.
@@ -31,6 +32,7 @@ def evaluate(
         model: gives ``loss`` and ``logits`` (start and end logits for question answering) for a collated batch.
         data: how samples are collated.
         task: a key of ``TASK_METRICS``.
+        shared: whether all processes of a distributed run call this; False where one of them does, alone.
 
     Returns:
         "loss" (mean over samples, or over tokens for language models), and metric by name.
@@ -42,7 +44,7 @@ def evaluate(
     if not len(chosen):
         raise TrainingError("there are no samples to evaluate on")
     rank, world = 0, 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if shared and torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     device = next(model.parameters()).device
     starts = list(range(0, len(chosen), batch_size))
