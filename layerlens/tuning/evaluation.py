@@ -9,7 +9,7 @@ import torch
 
 from layerlens.exceptions import TrainingError
 from layerlens.tuning.metrics import Record, task_metrics
-from layerlens.tuning.samples import Sample, TrainingData
+from layerlens.tuning.samples import Sample, TrainingData, on_device
 from layerlens.utils.progress import Progress, silent
 
 
@@ -55,8 +55,8 @@ def evaluate(
         with torch.no_grad(), progress.stage("Evaluating", total=len(starts[rank::world])) as advance:
             for start in starts[rank::world]:
                 batch = data.collate([chosen[index] for index in range(start, min(start + batch_size, len(chosen)))])
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                records[start] = metrics.record(model(**batch), batch, data.decode)
+                batch = on_device(batch, device)
+                records[start] = metrics.record(data.output(model, batch), batch, data.decode)
                 advance(1)
     finally:
         model.train(was_training)
@@ -64,7 +64,7 @@ def evaluate(
         records = _gathered(records, world)
     in_order = [records[start] for start in starts]
     loss = sum(record["loss"] for record in in_order) / max(1, sum(record["items"] for record in in_order))
-    return {"loss": loss, **metrics.finish(in_order)}
+    return {"loss": loss, **metrics.finish(in_order, data.labels)}
 
 
 def _gathered(records: dict[int, Record], world: int) -> dict[int, Record]:

@@ -11,10 +11,8 @@ from typing import Any
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-WORDS = [
-    f"{word} thing {n}"
-    for n, word in enumerate(["great", "lovely", "fine", "bright", "awful", "dull", "broken", "grim"])
-] * 3
+ADJECTIVES = ("great", "lovely", "fine", "bright", "awful", "dull", "broken", "grim")
+WORDS = [f"{word} thing {n}" for n, word in enumerate(ADJECTIVES)] * 3
 
 
 def _trained(tokenizer: Tokenizer, trainer: Any) -> Any:
