@@ -95,6 +95,22 @@ def test_the_batch_dependent_mean_of_the_models_own_loss_is_not_used():
         assert weight_statistics(together)[name].trace == pytest.approx(found.trace, rel=RELATIVE), name
 
 
+def test_padding_takes_no_part_in_where_an_answer_is():
+    """The models' own loss is a softmax over padding too: it changes when a longer sample joins the batch."""
+    case = CASES["bert-questions"]
+    torch.manual_seed(1)
+    model, batch = case.make().double().eval(), case.batch()
+    wider = {name: torch.nn.functional.pad(tensor, (0, 5)) for name, tensor in batch.inputs.items()}
+    starts, ends = batch.labels.T
+    own = [model(**inputs, start_positions=starts, end_positions=ends).loss for inputs in (batch.inputs, wider)]
+    assert abs(float(own[0] - own[1])) > 1e-3  # the trap is there
+    plain = profile(model, spec_of(model), [batch], case.loss)
+    padded = profile(model, spec_of(model), [replace(batch, inputs=wider)], case.loss)
+    assert padded.mean_loss == pytest.approx(plain.mean_loss, rel=RELATIVE)
+    for name, found in weight_statistics(plain).items():
+        assert weight_statistics(padded)[name].trace == pytest.approx(found.trace, rel=RELATIVE), name
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_lower_precision_is_near_float64(dtype: torch.dtype, tolerance: float):
     """Activations and gradients round at u = 6e-8, 4e-3, 5e-4 in each of some 20 operations in a row: about 20 u."""
