@@ -128,16 +128,17 @@ def test_lower_precision_is_near_float64(dtype: torch.dtype, tolerance: float):
 
 
 def test_float16_does_not_lose_small_gradients():
-    """Gradients of a loss scaled by 1e-5 are below float16's smallest number, 6e-8, without the loss scale."""
+    """Most gradients of a loss scaled by 1e-5 are below float16's smallest number, 6e-8, without the loss scale."""
     model, batch = bert(torch.float16), BERT.batch()
 
     def small(output: object, batch: Batch) -> torch.Tensor:
-        return 1e-3 * classification_loss(output, batch)
+        return 1e-5 * classification_loss(output, batch)
 
     full = weight_statistics(profile(model, spec_of(model), [batch], classification_loss))
     tiny = weight_statistics(profile(model, spec_of(model), [batch], small))
+    total = sum(found.trace for found in full.values())
     for name, found in full.items():
-        assert tiny[name].trace == pytest.approx(1e-6 * found.trace, rel=0.05, abs=1e-12), name
+        assert tiny[name].trace == pytest.approx(1e-10 * found.trace, rel=0.05, abs=1e-10 * 1e-3 * total), name
 
 
 def test_a_compiled_model_is_measured_through_the_module_it_was_made_from():
