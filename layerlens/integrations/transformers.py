@@ -397,7 +397,7 @@ def longest_sequence(model: torch.nn.Module) -> int | None:
     for name, module in model.named_modules():
         table = name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
         if table and module.padding_idx is not None:
-            return int(module.num_embeddings) - int(module.padding_idx) - 1  # type: ignore[arg-type]
+            return int(module.num_embeddings) - int(module.padding_idx) - 1
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return None if limit is None else int(limit)
 

@@ -31,7 +31,7 @@ def matched(output: Any, targets: DetectionTargets) -> list[Matched]:
     from ultralytics.utils.nms import non_max_suppression
     from ultralytics.utils.ops import xywh2xyxy
 
-    overlaps = SimpleNamespace(iouv=torch.linspace(0.5, 0.95, 10))
+    overlaps: Any = SimpleNamespace(iouv=torch.linspace(0.5, 0.95, 10))
     kept = non_max_suppression(
         output, CONFIDENCE, OVERLAP, max_det=MOST_BOXES, multi_label=True, nc=targets.classes, end2end=targets.end2end
     )

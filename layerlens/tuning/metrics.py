@@ -12,7 +12,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from layerlens.exceptions import TrainingError
 
 if TYPE_CHECKING:
     import torch
+
+    from layerlens.integrations.ultralytics_loss import DetectionTargets
 
     Batch = Mapping[str, torch.Tensor]
 
@@ -255,7 +257,8 @@ def _own(output: Any, batch: Batch, decode: Decode | None) -> Record:
 def _objects(output: Any, batch: Batch, decode: Decode | None) -> Record:
     from layerlens.integrations.ultralytics_metrics import matched
 
-    return {**_mean_loss(output, output.items), "objects": matched(output.output, batch[TARGETS])}
+    targets = cast("DetectionTargets", batch[TARGETS])
+    return {**_mean_loss(output, output.items), "objects": matched(output.output, targets)}
 
 
 def _finish_objects(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:

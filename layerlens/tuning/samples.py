@@ -52,9 +52,9 @@ class TrainingData:
         """One batch: inputs of unequal length are padded along their first axis."""
         if self.join is not None:
             numbers = [sample[INDEX] for sample in samples if INDEX in sample]
-            rows = [{name: value for name, value in sample.items() if name != INDEX} for sample in samples]
-            return self.join(rows) | ({INDEX: torch.stack(numbers)} if numbers else {})
-        batch = {}
+            without = [{name: value for name, value in sample.items() if name != INDEX} for sample in samples]
+            return self.join(without) | ({INDEX: torch.stack(numbers)} if numbers else {})
+        batch: dict[str, Any] = {}
         for name in samples[0]:
             rows = [torch.as_tensor(sample[name]) for sample in samples]
             if rows[0].dim() and len({len(row) for row in rows}) > 1:

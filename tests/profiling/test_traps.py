@@ -143,12 +143,19 @@ def test_float16_does_not_lose_small_gradients():
 
 def test_a_compiled_model_is_measured_through_the_module_it_was_made_from():
     model, batch = bert(), BERT.batch()
-    compiled = torch.compile(model)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
     assert_equal(
         profile(compiled, spec_of(model), [batch], classification_loss),
         sample_gradients(model, batch, classification_loss),
         RELATIVE,
     )
+    assert not graphs  # taps inside would be compiled anew for every state that they keep
 
 
 def test_modules_compiled_in_place_are_refused_by_name():

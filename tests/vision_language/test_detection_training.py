@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from layerlens.cli.main import app
@@ -35,7 +36,8 @@ def test_average_precision_is_that_of_ultralytics_validator(detector_weights: Pa
     expected = mean_average_precision(detector_weights, CLASSES, plates)
     assert expected["map50"] > 0.5  # there is something to find
     assert found == pytest.approx(expected, abs=0.02)
-    assert average_precision(images[:0] or [image for image in images if not len(image["true"])][:1] or images[:1])
+    empty = [image | {"true": image["true"][:0]} for image in images]
+    assert average_precision(empty) == {"map50_95": 0.0, "map50": 0.0}
 
 
 def test_a_detector_is_trained(detector_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -45,7 +47,7 @@ def test_a_detector_is_trained(detector_weights: Path, tmp_path: Path, monkeypat
         "model": {"name_or_path": f"ultralytics:{detector_weights}", "task": TASK},
         "data": {"source": "builtin:plates", "calibration_samples": 8, "batch_size": 8},
         "optimization": {"max_trainable_params": 3000, "methods": ["lora"], "lora_ranks": [1, 4]},
-        "training": {"max_steps": 12, "batch_size": 8, "learning_rate": 2e-3, "eval_samples": 16, "eval_every": 6},
+        "training": {"max_steps": 6, "batch_size": 8, "learning_rate": 2e-3, "eval_samples": 12, "eval_every": 3},
         "runtime": {"threads": 1},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -59,9 +61,6 @@ def test_a_detector_is_trained(detector_weights: Path, tmp_path: Path, monkeypat
     evaluations = facts["training"]["evaluations"]
     assert facts["after"]["map50_95"] == max(each["map50_95"] for each in evaluations)
     losses = facts["training"]["losses"]
-    assert len(losses) == 12
-    assert (tmp_path / "out/tuned/adapter_model.safetensors").is_file()
-    # Killed and run again, or run anew: the same numbers.
-    again = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "again")])
-    assert again.exit_code == 0, again.stderr
-    assert json.loads((tmp_path / "again/metrics.json").read_text())["training"]["losses"] == losses
+    assert len(losses) == 6
+    tensors = load_file(tmp_path / "out/tuned/adapter_model.safetensors")
+    assert all(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name)  # 0 before the first step
