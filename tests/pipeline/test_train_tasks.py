@@ -21,7 +21,7 @@ from layerlens.pipeline import run_config
 from layerlens.tuning import load
 from layerlens.tuning.base_model import load_base
 
-TRAINING = {"epochs": 8, "batch_size": 8, "learning_rate": 3e-2, "seed": 0}
+TRAINING = {"epochs": 8, "batch_size": 4, "learning_rate": 2e-2, "seed": 0}
 BERT = hf.BertConfig(
     hidden_size=16, num_attention_heads=2, num_hidden_layers=2, intermediate_size=24, max_position_embeddings=32
 )
