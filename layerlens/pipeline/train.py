@@ -26,15 +26,15 @@ from layerlens.pipeline.baseline import baseline_facts, prepare_baseline
 from layerlens.pipeline.inputs import check_lengths
 from layerlens.pipeline.messages import Warnings
 from layerlens.pipeline.solve import versions
-from layerlens.pipeline.training_data import training_data
+from layerlens.pipeline.training_data import SPANS, training_data
 from layerlens.tasks import task_for
 from layerlens.tuning import apply, read_factors, save
 from layerlens.tuning.base_model import base_reference, load_base
 from layerlens.tuning.baselines import Finished, Prepared
 from layerlens.tuning.evaluation import evaluate
 from layerlens.tuning.export import PEFT_DIRECTORY
-from layerlens.tuning.metrics import task_metrics
-from layerlens.tuning.samples import TrainingData
+from layerlens.tuning.metrics import TARGETS, task_metrics
+from layerlens.tuning.samples import TrainingData, on_device
 from layerlens.tuning.training import TrainingResult, fine_tune
 from layerlens.utils.atomic import atomic_write_text, check_writable, staged_directory
 from layerlens.utils.progress import Progress, silent
@@ -127,7 +127,8 @@ def train_manifest(
 
     Args:
         path: the manifest.
-        config: data, training and runtime; its model section is not used, since the manifest names the model.
+        config: data, training and runtime. Of its model section only the code that may run is read (``factory`` and
+            ``loss``), since the manifest names the model.
         base_dir: folder that relative paths in the configuration start from.
         output: directory for the result; other files in it stay.
         model: base model to load, if not the one that the manifest names.
@@ -146,6 +147,8 @@ def train_manifest(
     if main:
         check_writable(output)
     set_threads(resolve_threads(config.runtime.threads))
+    if config.model.factory is not None and config.model.reference == manifest.model.get("name_or_path"):
+        model = model or config.model.reference  # the user's own configuration says that this code may run
     with progress.stage("Loading model and data"):
         named = {"task": manifest.model.get("task"), "name_or_path": base_reference(manifest, model)}
         config = config.model_copy(update={"model": config.model.model_copy(update=named)})
@@ -175,7 +178,11 @@ def train_manifest(
     tuned = prepared.model
     judged = bool(len(data.evaluation)) and main
     size = config.training.eval_batch_size
-    before = evaluate(tuned, data, config.model.task, batch_size=size, progress=progress) if judged else {}
+
+    def judge(model: torch.nn.Module) -> dict[str, float]:
+        return evaluate(model, data, config.model.task, batch_size=size, shared=False, progress=progress)
+
+    before = judge(tuned) if judged else {}
     result = fine_tune(
         tuned,
         data,
@@ -198,7 +205,7 @@ def train_manifest(
     finished = prepared.finish(tuned)
     if finished.model is not tuned and judged:  # cut or converted: what is judged is what is kept
         tuned = finished.model.eval()
-        result = replace(result, metrics=evaluate(tuned, data, config.model.task, batch_size=size, progress=progress))
+        result = replace(result, metrics=judge(tuned))
     inference_ms["after"] = _inference_ms(finished.model, batch)
     facts = _facts(manifest, config, data, pretrained, before, result, inference_ms)
     if baseline is not None:
@@ -236,9 +243,8 @@ def _timed_batch(data: TrainingData, config: RunConfig, model: torch.nn.Module) 
     """What inference is timed on: the first evaluation batch, without labels."""
     samples = data.evaluation if len(data.evaluation) else data.train
     batch = data.collate(samples[: config.training.eval_batch_size])
-    device = next(model.parameters()).device
-    targets = ("labels", "start_positions", "end_positions")
-    return {name: tensor.to(device) for name, tensor in batch.items() if name not in targets}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", *SPANS, TARGETS)}
+    return on_device(inputs, next(model.parameters()).device)
 
 
 def _inference_ms(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
