@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,23 +28,31 @@ def minilm_path() -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_bert_dir(tmp_path_factory: pytest.TempPathFactory, minilm_path: str) -> Path:
-    """A directory with a 2-block random BERT (hidden 32) and MiniLM's tokenizer, as save_pretrained writes it."""
+def make_bert_dir(tmp_path_factory: pytest.TempPathFactory, minilm_path: str) -> Callable[..., Path]:
+    """Makes directories with a 2-block random BERT (hidden 32) and MiniLM's tokenizer, as save_pretrained writes it."""
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    directory = tmp_path_factory.mktemp("tiny-bert")
-    config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64
-    )
-    torch.manual_seed(0)
-    model = BertModel(config)
-    with torch.no_grad():  # the default initialisation (0.02) makes all gradients tiny
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8.0)
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(minilm_path).save_pretrained(directory)
-    return directory
+    def make(**config: int) -> Path:
+        directory = tmp_path_factory.mktemp("tiny-bert")
+        torch.manual_seed(0)
+        model = BertModel(
+            BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, **config)
+        )
+        with torch.no_grad():  # the default initialisation (0.02) makes all gradients tiny
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.mul_(8.0)
+        model.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(minilm_path).save_pretrained(directory)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_dir(make_bert_dir: Callable[..., Path]) -> Path:
+    """One with 64 positions."""
+    return make_bert_dir(max_position_embeddings=64)
 
 
 @pytest.fixture(scope="session")

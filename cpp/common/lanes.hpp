@@ -17,6 +17,15 @@
 namespace layerlens {
 namespace {
 
+// Asks for the cache lines of `bytes` bytes that lie `prefetch_distance` beyond x: the hardware's own streams end at
+// every page, and a core that waits for one line at a time at each of them loses bandwidth. May point beyond the array.
+constexpr int prefetch_distance = 4096;
+template <int bytes, int will_write = 0>
+LL_INLINE void prefetch_ahead(const void* x) {
+    const uintptr_t ahead = reinterpret_cast<uintptr_t>(x) + prefetch_distance;
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(ahead + at), will_write);
+}
+
 #if defined(__AVX512F__)
 constexpr int register_bytes = 64;
 #elif defined(__AVX2__)

@@ -33,6 +33,13 @@ LL_INLINE Register<Scalar> load(const Scalar* x) {
     return result;
 }
 
+// x in every lane: x - 0 is x, so what the compiler leaves is a broadcasting load. {} + x must turn -0 into +0, and so
+// becomes an addition and a shuffle on the two ports that the multiply-adds need.
+template <class Scalar>
+LL_INLINE Register<Scalar> broadcast(const Scalar* x) {
+    return *x - Register<Scalar>{};
+}
+
 // a * b + c in one rounding where the machine can (the build forbids the compiler to contract by itself).
 LL_INLINE f32_register fused(f32_register a, f32_register b, f32_register c) {
 #if defined(__AVX512F__)

@@ -42,6 +42,7 @@ LL_INLINE void over_columns(const void* data, ptrdiff_t row_stride, ptrdiff_t ro
     };
     ptrdiff_t c = 0;
     for (; c + 16 <= cols; c += 16) {
+        if (fixed == 1) prefetch_ahead<16 * sizeof(Element)>(row(0, c));
         Widened squares = begin(c, 16);
         for (ptrdiff_t n = 0; n < count; ++n) add(squares, Load::load(row(n, c)));
         end(c, 16, squares);
@@ -91,6 +92,7 @@ LL_INLINE void add_few(const void* x, ptrdiff_t row_stride, ptrdiff_t rows, ptrd
     const auto end = [&](ptrdiff_t c, ptrdiff_t width, const Widened& sums) __attribute__((always_inline)) {
         Sum padded[16] = {};
         Sum* to = out + c;
+        prefetch_ahead<16 * sizeof(Sum), 1>(to);
         if (width < 16) {
             __builtin_memcpy(padded, to, static_cast<size_t>(width) * sizeof(Sum));
             to = padded;

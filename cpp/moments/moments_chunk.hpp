@@ -112,6 +112,7 @@ struct Chunk {
             for (int g = 0; g < 4; ++g) square_f32[g] = sum_f32[g] = f32x16::zero();
             const auto step = [&](const Element* from) __attribute__((always_inline)) {
                 f32x16 v[4];
+                prefetch_ahead<64 * sizeof(Element)>(from);
                 Load::step(from, v);
                 for (int g = 0; g < 4; ++g) {
                     square_f32[g] += v[g] * v[g];
@@ -179,6 +180,7 @@ LL_INLINE Statistics chunk_f64(const void* data, ptrdiff_t n) {
     f64x8 sum[4] = {f64x8::zero(), f64x8::zero(), f64x8::zero(), f64x8::zero()};
     BitCounts<i64x8, int64_t> counts;
     const auto step = [&](const double* at) __attribute__((always_inline)) {
+        prefetch_ahead<32 * sizeof(double)>(at);
         for (int g = 0; g < 4; ++g) {
             const f64x8 v = f64x8::load(at + 8 * g);
             square[g] += v * v;

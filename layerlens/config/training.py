@@ -46,7 +46,7 @@ class TrainingConfig(ConfigModel):
     metric: str | None = Field(
         default=None,
         description="Metric that decides which step was best; the task's own when not given (accuracy, pearson, "
-        "perplexity, f1 ...).",
+        "perplexity, f1, entity_f1, map50_95 ...).",
     )
     keep_best: bool = Field(
         default=True, description="Hand back the weights of the best evaluation instead of those of the last step."

@@ -387,6 +387,22 @@ def _holds_attention(module: torch.nn.Module) -> bool:
     return any(role_of(name) == "attention_output" for name, _ in module.named_modules())
 
 
+def longest_sequence(model: torch.nn.Module) -> int | None:
+    """Tokens that the model has positions for; None where it sets no limit.
+
+    RoBERTa and its kin (MPNet, Longformer, ESM ...) number their positions from the padding token's id on: their table
+    of positions has a padding row, and the rows up to it are no token's.
+    """
+    import torch
+
+    for name, module in model.named_modules():
+        table = name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
+        if table and module.padding_idx is not None:
+            return int(module.num_embeddings) - int(module.padding_idx) - 1
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
 def task_heads(model: torch.nn.Module) -> tuple[str, ...]:
     """Names of the modules beside the base model that have parameters (timm: the classifier): the task head.
 

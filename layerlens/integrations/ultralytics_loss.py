@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,26 +25,32 @@ class DetectionTargets:
     Args:
         criterion: ultralytics' loss of this model.
         samples: for each image its ``cls``, ``bboxes`` and ``batch_idx`` (all 0), as ultralytics' loss reads them.
+        side: of the square input, pixels.
+        classes: how many there are.
+        end2end: whether the model needs no suppression of boxes.
     """
 
     criterion: Any
     samples: tuple[dict[str, torch.Tensor], ...]
+    side: int = 0
+    classes: int = 0
+    end2end: bool = False
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, places: slice) -> DetectionTargets:
         """Those of some images."""
-        return DetectionTargets(self.criterion, self.samples[places])
+        return replace(self, samples=self.samples[places])
 
     def each_tensor(
         self, change: Callable[[torch.Tensor], torch.Tensor], order: Sequence[int] | None = None
     ) -> DetectionTargets:
         """The images in another order, or, without one, every tensor changed (moved to a device)."""
         if order is not None:
-            return DetectionTargets(self.criterion, tuple(self.samples[place] for place in order))
+            return replace(self, samples=tuple(self.samples[place] for place in order))
         moved = ({name: change(tensor) for name, tensor in sample.items()} for sample in self.samples)
-        return DetectionTargets(self.criterion, tuple(moved))
+        return replace(self, samples=tuple(moved))
 
 
 def load_detection_model(reference: str, task: str, base_dir: Path | None) -> PretrainedModel:
@@ -109,7 +115,10 @@ def detection_targets(
                 "batch_idx": torch.zeros(len(found)),
             }
         )
-    return DetectionTargets(_criterion(pretrained.model), tuple(samples))
+    base = _base(pretrained.model)
+    return DetectionTargets(
+        _criterion(base), tuple(samples), side, len(pretrained.labels), bool(getattr(base, "end2end", False))
+    )
 
 
 def sample_losses(output: Any, targets: DetectionTargets) -> torch.Tensor:
@@ -134,10 +143,13 @@ def sample_losses(output: Any, targets: DetectionTargets) -> torch.Tensor:
     return torch.stack(losses)
 
 
-def _criterion(model: Any) -> Any:
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _criterion(base: Any) -> Any:
     from ultralytics.cfg import get_cfg
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(base.args, dict):  # as checkpoints have it
         base.args = get_cfg(overrides=base.args)
     kept = base.__dict__.get("layerlens_criterion")

@@ -6,9 +6,12 @@ and where the width suffices for all states, the allocation is proved optimal.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,13 +28,12 @@ ALL_ALTERNATIVES, SOME_ALTERNATIVES = 600, 200
 # small enough for them to have a chance.
 FIRST_WIDTHS, MIDDLE_WIDTH, LAST_WIDTH = (30, 300), 1_000, 20_000
 PROOF_WIDTHS, PROOF_ALTERNATIVES = (100_000, 400_000), ALL_ALTERNATIVES
-# The neighbourhoods end when this share of the work limit is used, or after so many; after some failures one must
-# change some choices and may lose some of the gap.
-WANDER_SHARE, WANDER_STEPS = 0.7, 2_000
-WANDER_PATIENCE, KICKED, WANDER_LOSS = 20, 4, 0.3
-# Without proofs the last searches are only as wide as this much work allows, counted in multiplications (1 to 3 ns
-# each): a clock would make the answer depend on the machine.
-WORK_LIMIT = 900_000_000
+# The neighbourhoods end after so many; after some failures one must change some choices and may lose some of the gap.
+WANDER_STEPS, WANDER_PATIENCE, KICKED, WANDER_LOSS = 2_000, 20, 4, 0.3
+# The neighbourhoods end at this much work, counted in multiplications (1 to 3 ns each), and without proofs the last
+# search is only as wide as it allows: a clock would make the answer depend on the machine. To lay out a neighbourhood
+# takes as long as so many multiplications for each candidate of the core.
+WORK_LIMIT, LAYOUT_WORK = 900_000_000, 128
 # Where repair found nothing that fits.
 FITTING_SHARES, FITTING_WIDTHS = (0.98, 0.95, 0.9, 0.8), (30, 300, 3_000)
 # Between them one search in another order and neighbourhoods of so many alternatives.
@@ -75,36 +77,62 @@ def search_core(
     tolerance: float,
     seed: int,
     prove: bool,
+    threads: int,
     progress: Callable[[Incumbent], None] = lambda incumbent: None,
 ) -> None:
     """Improve ``incumbent`` and tighten its bound until its gap is within ``tolerance`` or the searches are done.
 
-    ``prove`` adds searches of great width, a second or two, which close the gap of small cores.
+    ``prove`` adds searches of great width, a second or two, which close the gap of small cores. The wide search and the
+    neighbourhoods run side by side with two threads, one after the other with one; the answer is the same.
     """
     search = _CoreSearch(reduced, dual, incumbent, tolerance)
-    for width in FIRST_WIDTHS:
+    for width, order in (*((width, 0) for width in FIRST_WIDTHS), (ORDER_WIDTH, 1), (MIDDLE_WIDTH, 0)):
         if search.closed():
+            return
+        search.whole(width, seed=order)
+        progress(incumbent)
+    if not search.closed():
+        _search_side_by_side(search, seed, prove, threads)
+        progress(incumbent)
+    for width in PROOF_WIDTHS if prove else ():
+        if search.closed() or search.alternatives() > PROOF_ALTERNATIVES:
             return
         search.whole(width)
         progress(incumbent)
-    random = np.random.RandomState(seed)  # its stream is frozen, unlike that of Generator
-    if search.closed():
-        return
-    search.whole(ORDER_WIDTH, seed=1)
-    progress(incumbent)
-    if not search.closed():
-        search.whole(MIDDLE_WIDTH)
-        progress(incumbent)
-    search.wander(random, WANDER_SHARE * WORK_LIMIT)
-    progress(incumbent)
-    for width in (LAST_WIDTH, *(PROOF_WIDTHS if prove else ())):
-        if search.closed() or (width in PROOF_WIDTHS and search.alternatives() > PROOF_ALTERNATIVES):
-            return
-        affordable = width if prove else search.affordable_width(WORK_LIMIT)
-        if affordable <= ORDER_WIDTH:
-            return
-        search.whole(min(width, affordable))
-        progress(incumbent)
+
+
+def _search_side_by_side(search: _CoreSearch, seed: int, prove: bool, threads: int) -> None:
+    """A wide search and the neighbourhoods, from the same start; what they find is joined.
+
+    Where the wide search leaves no gap, it alone decides, so that the neighbourhoods may be stopped at any moment.
+    """
+    wide, near = search.copy(), search.copy()
+    done = threading.Event()
+
+    def search_widely() -> None:
+        width = LAST_WIDTH if prove else min(LAST_WIDTH, wide.affordable_width(WORK_LIMIT))
+        if width > ORDER_WIDTH:
+            wide.whole(width)
+        if wide.closed():
+            done.set()
+
+    def search_nearby() -> None:
+        near.wander(np.random.RandomState(seed), WORK_LIMIT, done)  # its stream is frozen, unlike that of Generator
+
+    if threads > 1:
+        with ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(search_widely), pool.submit(search_nearby)]
+            try:
+                for running in both:
+                    running.result()
+            finally:
+                done.set()  # an interrupted wait must not last until the neighbourhoods are through
+    else:
+        search_widely()
+        search_nearby()
+    search.join(wide)
+    if not wide.closed():
+        search.join(near)
 
 
 def find_fitting(reduced: Reduced, dual: Dual, threads: int) -> np.ndarray | None:
@@ -135,6 +163,18 @@ class _CoreSearch:
         self.work, self.work_per_width = 0, 0.0
         # Everything that may be better than the first incumbent; what may be better than later ones is part of it.
         self.candidates = candidates_within(self.instance, dual, self.limit(), also=incumbent.choice)
+
+    def copy(self) -> _CoreSearch:
+        """One that goes on from here by itself."""
+        other = copy.copy(self)
+        other.incumbent = dataclasses.replace(self.incumbent)
+        return other
+
+    def join(self, other: _CoreSearch) -> None:
+        """Take what ``other``, a copy, has found beyond this one."""
+        self.incumbent.offer(self.instance, other.incumbent.choice)
+        self.incumbent.tighten(other.incumbent.bound)
+        self._narrow()
 
     def limit(self) -> float:
         """An option with more regret is in no allocation better than the incumbent."""
@@ -168,15 +208,19 @@ class _CoreSearch:
         beyond = self.dual.bound - limit + self.reduced.rounding(self.dual.price)
         self.incumbent.tighten(self.reduced.round_down(max(outcome.bound, beyond)))
 
-    def wander(self, random: np.random.RandomState, limit: float) -> None:
+    def wander(self, random: np.random.RandomState, limit: float, done: threading.Event) -> None:
         """Neighbourhoods until all work reaches ``limit``, of the incumbent and, where it has no better one, of others.
+
+        Returns early when ``done`` is set.
 
         A kick forbids a few of its choices and takes the best beside them; what follows from there replaces the
         incumbent or is forgotten (iterated local search: Lourenço, Martin & Stützle 2003).
         """
         current, value, failures = self.incumbent.choice, self.incumbent.value, 0
         for _ in range(WANDER_STEPS):
-            if self.closed() or self.work >= limit or self.alternatives() <= NEIGHBOURHOOD_ALTERNATIVES:
+            if done.is_set() or self.closed() or self.work >= limit:
+                return
+            if self.alternatives() <= NEIGHBOURHOOD_ALTERNATIVES:
                 return
             kick = failures >= WANDER_PATIENCE
             if kick:
@@ -210,7 +254,7 @@ class _CoreSearch:
             keep &= ~(chosen & changing[candidates.group])
         part = Candidates(candidates.option[keep], candidates.regret[keep], candidates.group[keep])
         outcome = beam_search(self.instance, self.dual, part, threshold, width=NEIGHBOURHOOD_WIDTH)
-        self.work += outcome.work
+        self.work += outcome.work + LAYOUT_WORK * len(candidates.option)
         return outcome.choice
 
     def alternatives(self) -> int:

@@ -48,7 +48,7 @@ def solve(
         refine_deterministic_time: CP-SAT's limit, in its deterministic units (about a second each).
         gap_tolerance: relative gap under which the status is "optimal".
         seed: of the neighbourhoods that are searched, and of CP-SAT.
-        threads: threads for scoring.
+        threads: threads for scoring, and for the two long searches, which run side by side.
         progress: told in a few words what is going on.
         log: given the bound and the incumbent after every stage and search.
 
@@ -90,7 +90,9 @@ def solve(
 
     report_incumbent("guided search")
     if not _closed(incumbent.value, incumbent.bound, gap_tolerance):
-        search_core(reduced, dual, incumbent, gap_tolerance, seed, refine, lambda _: report_incumbent("beam search"))
+        search_core(
+            reduced, dual, incumbent, gap_tolerance, seed, refine, threads, lambda _: report_incumbent("beam search")
+        )
         stages.append("beam-search")
     choice, value = incumbent.choice, exact_sum(problem.value[incumbent.choice])
     bound = max(value, math.ldexp(incumbent.bound, unscaled))

@@ -12,10 +12,10 @@ from layerlens.integrations.layers import model_spec
 from layerlens.integrations.transformers import PretrainedModel
 from layerlens.models import Manifest
 from layerlens.tuning.baselines import BaselineRequest, Finished, Prepared, known_baseline
-from layerlens.tuning.samples import SeededOrder, TrainingData
-from layerlens.tuning.training import total_steps
+from layerlens.tuning.samples import SeededOrder, TrainingData, on_device
+from layerlens.tuning.training import processes, total_steps
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
 
 
 def prepare_baseline(
@@ -40,10 +40,11 @@ def prepare_baseline(
         facts=manifest.model,
         budget=sum(row.cost for row in manifest.allocations),
         batches=FirstEpoch(data, config.training.batch_size, seed, next(pretrained.model.parameters()).device),
-        total_steps=total_steps(len(data.train), config.training),
+        total_steps=total_steps(len(data.train), config.training, processes()[0]),
         seed=seed,
         alpha_over_r=float(manifest.lora.get("alpha_over_r") or config.optimization.alpha_over_r),
         learning_rate=config.training.learning_rate,
+        loss=lambda model, batch: data.output(model, batch).loss,
     )
     return known_baseline(name).prepare(request)
 
@@ -80,4 +81,4 @@ class FirstEpoch(Sequence[Batch]):
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         batch = self.data.collate([self.data.train[sample] for sample in self.parts[index]])
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return on_device(batch, self.device)

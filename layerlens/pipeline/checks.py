@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerlens.config import OptimizationConfig
 from layerlens.cost import OPTIMIZER_STATE
+from layerlens.cost.measure import forward_ms
 from layerlens.models import Manifest
 from layerlens.profiling.footprint import count_saved_bytes, dense_inputs
 from layerlens.tasks.losses import output_tensors
@@ -48,13 +47,13 @@ def check_manifest(
     with progress.stage("Checking predictions", total=3) as advance:
         before = _logits(model, inputs)
         base_flops = _forward_flops(model, batch)
-        base_ms = _forward_ms(model, batch)
+        base_ms = forward_ms(model, batch, seconds=TIMING_SECONDS)
         advance(1)
         model = apply(model, manifest, factors=factors)
         model.eval()
         delta = float((_logits(model, inputs) - before).abs().max())
         flops = _forward_flops(model, batch) - base_flops
-        latency_ms = _forward_ms(model, batch)
+        latency_ms = forward_ms(model, batch, seconds=TIMING_SECONDS)
         advance(1)
         vram_gb, trained = _step_memory(model, batch, tuple(manifest.model["head_modules"]), config)
         advance(1)
@@ -83,21 +82,6 @@ def _forward_flops(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> i
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**inputs)
     return int(counter.get_total_flops())
-
-
-def _forward_ms(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> float:
-    """Forward time in milliseconds, with the threads that torch is set to: the lower quartile of the runs.
-
-    Other work on the machine only ever adds time, so the faster runs are nearer to what the model needs.
-    """
-
-    def forward() -> None:
-        with torch.no_grad():
-            model(**inputs)
-
-    timer = Timer("forward()", globals={"forward": forward}, num_threads=torch.get_num_threads())
-    forward()  # the first call allocates
-    return 1e3 * float(np.quantile(timer.blocked_autorange(min_run_time=TIMING_SECONDS).times, 0.25))
 
 
 def _step_memory(

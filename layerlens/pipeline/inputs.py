@@ -7,7 +7,7 @@ from typing import Any
 from layerlens.config import RunConfig
 from layerlens.data import Dataset
 from layerlens.exceptions import ConfigurationError, DataError
-from layerlens.integrations.transformers import PretrainedModel, task_heads
+from layerlens.integrations.transformers import PretrainedModel, longest_sequence, task_heads
 from layerlens.models import ModelSpec, ModelStatistics
 from layerlens.pipeline.messages import Warnings
 from layerlens.pipeline.solve import versions
@@ -16,10 +16,7 @@ from layerlens.profiling.request import StatisticsRequest
 from layerlens.tasks import TASKS
 from layerlens.utility import needed_statistics
 
-PADDING_FIRST = ("roberta", "xlm-roberta", "camembert", "longformer")
-"""Models whose positions count from the padding token's id on."""
-
-STATISTICS_VERSION = 4
+STATISTICS_VERSION = 5
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
 
 MIN_HELD_OUT = 8
@@ -57,12 +54,9 @@ def split_samples(dataset: Dataset, config: RunConfig, warnings: Warnings) -> tu
 
 def check_lengths(pretrained: PretrainedModel, config: RunConfig) -> None:
     """Refuse sequences longer than the model's positions, before torch fails with an index error."""
-    model_config: Any = getattr(pretrained.model, "config", None)
-    limit = getattr(model_config, "max_position_embeddings", None)
     if pretrained.tokenizer is None:
         return
-    if limit is not None and getattr(model_config, "model_type", "") in PADDING_FIRST:
-        limit -= model_config.pad_token_id + 1
+    limit = longest_sequence(pretrained.model)
     asked = {
         "data.max_length": config.data.max_length,
         "optimization.latency_profile.sequence_length": config.optimization.latency_profile.sequence_length,

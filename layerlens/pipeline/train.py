@@ -27,7 +27,7 @@ from layerlens.pipeline.messages import Warnings
 from layerlens.pipeline.observed import observed
 from layerlens.pipeline.publishing import published
 from layerlens.pipeline.solve import versions
-from layerlens.pipeline.training_data import training_data
+from layerlens.pipeline.training_data import SPANS, training_data
 from layerlens.storage import shown
 from layerlens.tasks import task_for
 from layerlens.tuning import apply, read_factors, save
@@ -37,8 +37,8 @@ from layerlens.tuning.directory import ADAPTER_CONFIG
 from layerlens.tuning.evaluation import evaluate
 from layerlens.tuning.export import PEFT_DIRECTORY
 from layerlens.tuning.initialization import ADAPTER_WEIGHTS
-from layerlens.tuning.metrics import task_metrics
-from layerlens.tuning.samples import TrainingData
+from layerlens.tuning.metrics import TARGETS, task_metrics
+from layerlens.tuning.samples import TrainingData, on_device
 from layerlens.tuning.storage import MODULES_FILE
 from layerlens.tuning.training import TrainingResult, fine_tune
 from layerlens.utils.atomic import atomic_write_text, check_writable, staged_directory
@@ -161,7 +161,8 @@ def train_manifest(
 
     Args:
         path: the manifest, a file or a URL.
-        config: data, training and runtime; its model section is not used, since the manifest names the model.
+        config: data, training and runtime. Of its model section only the code that may run is read (``factory`` and
+            ``loss``), since the manifest names the model.
         base_dir: folder that relative paths in the configuration start from.
         output: directory or URL for the result; other files in it stay.
         model: base model to load, if not the one that the manifest names.
@@ -181,6 +182,8 @@ def train_manifest(
     if main:
         check_writable(output)
     set_threads(resolve_threads(config.runtime.threads))
+    if config.model.factory is not None and config.model.reference == manifest.model.get("name_or_path"):
+        model = model or config.model.reference  # the user's own configuration says that this code may run
     with observed_stage("load"), progress.stage("Loading model and data"):
         named = {"task": manifest.model.get("task"), "name_or_path": base_reference(manifest, model)}
         config = config.model_copy(update={"model": config.model.model_copy(update=named)})
@@ -210,7 +213,11 @@ def train_manifest(
     tuned = prepared.model
     judged = bool(len(data.evaluation)) and main
     size = config.training.eval_batch_size
-    before = evaluate(tuned, data, config.model.task, batch_size=size, progress=progress) if judged else {}
+
+    def judge(model: torch.nn.Module) -> dict[str, float]:
+        return evaluate(model, data, config.model.task, batch_size=size, shared=False, progress=progress)
+
+    before = judge(tuned) if judged else {}
     with observed_stage("train"):
         result = fine_tune(
             tuned,
@@ -234,7 +241,7 @@ def train_manifest(
     finished = prepared.finish(tuned)
     if finished.model is not tuned and judged:  # cut or converted: what is judged is what is kept
         tuned = finished.model.eval()
-        result = replace(result, metrics=evaluate(tuned, data, config.model.task, batch_size=size, progress=progress))
+        result = replace(result, metrics=judge(tuned))
     inference_ms["after"] = _inference_ms(finished.model, batch)
     facts = _facts(manifest, config, data, pretrained, before, result, inference_ms)
     if baseline is not None:
@@ -274,9 +281,8 @@ def _timed_batch(data: TrainingData, config: RunConfig, model: torch.nn.Module) 
     """What inference is timed on: the first evaluation batch, without labels."""
     samples = data.evaluation if len(data.evaluation) else data.train
     batch = data.collate(samples[: config.training.eval_batch_size])
-    device = next(model.parameters()).device
-    targets = ("labels", "start_positions", "end_positions")
-    return {name: tensor.to(device) for name, tensor in batch.items() if name not in targets}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", *SPANS, TARGETS)}
+    return on_device(inputs, next(model.parameters()).device)
 
 
 def _inference_ms(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:

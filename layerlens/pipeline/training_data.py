@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -11,10 +12,13 @@ from layerlens.config import RunConfig
 from layerlens.data import Dataset
 from layerlens.exceptions import DataError
 from layerlens.integrations.transformers import PretrainedModel
-from layerlens.tasks import Batches, Task, make_batches
+from layerlens.tasks import Batch, Batches, Task, make_batches
+from layerlens.tuning.metrics import TARGETS
 from layerlens.tuning.samples import Sample, TrainingData
 
 SPANS = ("start_positions", "end_positions")
+OWN_LOSS = ("object-detection", "custom")
+"""Tasks whose models compute no loss themselves."""
 
 
 def training_data(
@@ -35,6 +39,9 @@ def training_data(
     if not len(test):
         warn(f"data.source: the test split of {len(dataset)} samples is empty, so nothing is evaluated")
     tokenizer = pretrained.tokenizer
+    fingerprint = f"{train.fingerprint[:16]}-{test.fingerprint[:16]}-{config.data.max_length}"
+    if config.model.task in OWN_LOSS:
+        return _with_own_loss(train, test, pretrained, task, config, fingerprint)
     texts: dict[str, Any] = {}
     if tokenizer is not None:
         texts = {
@@ -45,9 +52,41 @@ def training_data(
     return TrainingData(
         _samples(train, pretrained, task, config),
         _samples(test, pretrained, task, config),
-        fingerprint=f"{train.fingerprint[:16]}-{test.fingerprint[:16]}-{config.data.max_length}",
+        fingerprint=fingerprint,
+        labels=dataset.label_names,
         **texts,
     )
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model without a loss of its own returned, and the mean loss of its samples."""
+
+    loss: torch.Tensor
+    items: int
+    output: Any
+
+
+def _with_own_loss(
+    train: Dataset, test: Dataset, pretrained: PretrainedModel, task: Task, config: RunConfig, fingerprint: str
+) -> TrainingData:
+    """Samples whose targets only the task's loss can read; images are opened, and targets joined, batch by batch."""
+
+    def join(rows: Sequence[Any]) -> dict[str, Any]:
+        inputs, targets = task.collate(pretrained, rows)
+        return {**inputs, TARGETS: targets}
+
+    def output(model: Any, batch: Mapping[str, Any]) -> Output:
+        inputs = {name: value for name, value in batch.items() if name != TARGETS}
+        n = len(next(iter(inputs.values())))
+        whole = Batch(inputs, batch[TARGETS], torch.arange(n)).to(next(model.parameters()).device)
+        returned = model(**whole.inputs)
+        return Output(task.loss(returned, whole).mean(), n, returned)
+
+    def encoded(samples: Dataset) -> list[Any]:
+        return task.encode(pretrained, samples, config.data, config.runtime.seed) if len(samples) else []
+
+    return TrainingData(encoded(train), encoded(test), fingerprint=fingerprint, join=join, output=output)
 
 
 def _first(dataset: Dataset, limit: int | None) -> Dataset:

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
+from layerlens.config.sections import StatisticName
 from layerlens.exceptions import ConfigurationError
 
-BY_SAMPLES = (
-    "fisher",
-    "gradient",
-    "input_scale",
-    "spectrum",
-    "whitened_spectrum",
-    "factors",
-    "sketched_spectrum",
-    "sketched_factors",
-    "ntk",
-)
+STATISTICS: tuple[str, ...] = get_args(StatisticName)
 OF_MODULES = ("activation_memory", "flops", "time")
-STATISTICS = (*BY_SAMPLES, *OF_MODULES)
+BY_SAMPLES = tuple(name for name in STATISTICS if name not in OF_MODULES)
 NTK_SAMPLES = 64
 EXACT_NTK_SAMPLES = 256
 """The activations and gradients of more samples are not kept; their kernel is sketched."""

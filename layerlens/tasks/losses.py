@@ -56,8 +56,13 @@ def causal_loss(output: Any, batch: Batch) -> torch.Tensor:
 
 
 def span_loss(output: Any, batch: Batch) -> torch.Tensor:
-    """Mean of the cross-entropies of an answer's first and last token; logits [b, t, 2], labels int64 [b, 2]."""
+    """Mean of the cross-entropies of an answer's first and last token; logits [b, t, 2], labels int64 [b, 2].
+
+    No answer begins or ends in padding: the models' own losses count it in, and change with the longest of the batch.
+    """
     logits__bts = logits_of(output)
+    if "attention_mask" in batch.inputs:
+        logits__bts = logits__bts.masked_fill(batch.mask[..., None] == 0, float("-inf"))
     losses__bs = torch.nn.functional.cross_entropy(logits__bts, batch.labels, reduction="none")
     return losses__bs.mean(dim=1)
 

@@ -9,7 +9,7 @@ import torch
 
 from layerlens.exceptions import TrainingError
 from layerlens.tuning.metrics import Record, task_metrics
-from layerlens.tuning.samples import Sample, TrainingData
+from layerlens.tuning.samples import Sample, TrainingData, on_device
 from layerlens.utils.progress import Progress, silent
 
 
@@ -20,6 +20,7 @@ def evaluate(
     *,
     samples: Sequence[Sample] | None = None,
     batch_size: int = 32,
+    shared: bool = True,
     progress: Progress = silent,
 ) -> dict[str, float]:
     """Mean loss and the task's metrics over ``samples`` (the evaluation samples unless given), without gradients.
@@ -31,6 +32,7 @@ def evaluate(
         model: gives ``loss`` and ``logits`` (start and end logits for question answering) for a collated batch.
         data: how samples are collated.
         task: a key of ``TASK_METRICS``.
+        shared: whether all processes of a distributed run call this; False where one of them does, alone.
 
     Returns:
         "loss" (mean over samples, or over tokens for language models), and metric by name.
@@ -42,7 +44,7 @@ def evaluate(
     if not len(chosen):
         raise TrainingError("there are no samples to evaluate on")
     rank, world = 0, 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if shared and torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     device = next(model.parameters()).device
     starts = list(range(0, len(chosen), batch_size))
@@ -53,8 +55,8 @@ def evaluate(
         with torch.no_grad(), progress.stage("Evaluating", total=len(starts[rank::world])) as advance:
             for start in starts[rank::world]:
                 batch = data.collate([chosen[index] for index in range(start, min(start + batch_size, len(chosen)))])
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                records[start] = metrics.record(model(**batch), batch, data.decode)
+                batch = on_device(batch, device)
+                records[start] = metrics.record(data.output(model, batch), batch, data.decode)
                 advance(1)
     finally:
         model.train(was_training)
@@ -62,7 +64,7 @@ def evaluate(
         records = _gathered(records, world)
     in_order = [records[start] for start in starts]
     loss = sum(record["loss"] for record in in_order) / max(1, sum(record["items"] for record in in_order))
-    return {"loss": loss, **metrics.finish(in_order)}
+    return {"loss": loss, **metrics.finish(in_order, data.labels)}
 
 
 def _gathered(records: dict[int, Record], world: int) -> dict[int, Record]:

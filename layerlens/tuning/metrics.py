@@ -1,7 +1,7 @@
 """What a task is judged by. Every task has a record of one batch (small arrays) and the metrics of all records.
 
 Records, not running sums, so that batches evaluated by several processes give the same figures as by one. A task is
-added by an entry in ``TASK_METRICS``; detection would record boxes and scores and finish with mAP.
+added by an entry in ``TASK_METRICS``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -21,9 +21,12 @@ from layerlens.exceptions import TrainingError
 if TYPE_CHECKING:
     import torch
 
+    from layerlens.integrations.ultralytics_loss import DetectionTargets
+
     Batch = Mapping[str, torch.Tensor]
 
-IGNORED = -100
+IGNORED, TARGETS = -100, "targets"
+ENTITY_TAG = re.compile(r"[BIELSU]-.+")
 Record = dict[str, Any]
 Decode = Callable[[Sequence[int]], str]
 """From token ids to text, special tokens left out."""
@@ -36,13 +39,14 @@ class TaskMetrics:
     Args:
         record: (model output, batch with its labels, decoder) -> what ``finish`` needs of it, as NumPy arrays. Every
             record has "loss" (the sum over its items) and "items".
-        finish: all records -> metric by name, without "loss".
-        primary: the metric that decides which step was best, the greater the better but for ``LOWER_IS_BETTER``.
+        finish: (all records, names of the classes) -> metric by name, without "loss".
+        primary: the metric that decides which step was best, the greater the better but for ``LOWER_IS_BETTER``: the
+            first of these that ``finish`` gives.
     """
 
     record: Callable[[Any, Batch, Decode | None], Record]
-    finish: Callable[[Sequence[Record]], dict[str, float]]
-    primary: str
+    finish: Callable[[Sequence[Record], Sequence[str]], dict[str, float]]
+    primary: tuple[str, ...]
 
 
 LOWER_IS_BETTER = ("loss", "mse", "mae", "perplexity")
@@ -97,6 +101,31 @@ def regression_metrics(predicted: np.ndarray, actual: np.ndarray) -> dict[str, f
     }
 
 
+def marks_entities(labels: Sequence[str]) -> bool:
+    """Whether tags mark entities: ``O``, and B-, I-, E- (L-), S- (U-) with a type, at least one of them a beginning."""
+    tags = [str(label) for label in labels if label != "O"]
+    return all(ENTITY_TAG.fullmatch(tag) for tag in tags) and any(tag[0] in "BSU" for tag in tags)
+
+
+def entity_metrics(predicted: Sequence[Sequence[str]], actual: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Precision, recall and F1 of whole entities over all types (micro), by seqeval as conlleval counts: an entity is
+    right where its type, first and last word are.
+
+    Args:
+        predicted, actual: tags of each sample's words.
+    """
+    from seqeval.metrics import f1_score, precision_score, recall_score
+
+    said, true = ([[_as_iobes(tag) for tag in tags] for tags in samples] for samples in (predicted, actual))
+    scores = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
+    return {f"entity_{name}": float(score(true, said, zero_division=0)) for name, score in scores.items()}
+
+
+def _as_iobes(tag: str) -> str:
+    """BILOU's names of last and single words as seqeval reads them."""
+    return {"L": "E", "U": "S"}.get(tag[0], tag[0]) + tag[1:]
+
+
 def answer_scores(predicted: str, actual: str) -> tuple[float, float]:
     """(exact match, F1 over words) of an answer, as SQuAD scores it (Rajpurkar et al. 2016, arXiv:1606.05250)."""
     said, true = _normalised(predicted).split(), _normalised(actual).split()
@@ -134,14 +163,14 @@ def _classes(output: Any, batch: Batch, decode: Decode | None) -> Record:
     }
 
 
-def _finish_classes(records: Sequence[Record]) -> dict[str, float]:
+def _finish_classes(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
     return classification_metrics(_join(records, "predicted"), _join(records, "actual"))
 
 
-def _finish_images(records: Sequence[Record]) -> dict[str, float]:
+def _finish_images(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
     """Top-1 and top-5 accuracy beside the others: how many classes score higher than the right one."""
     rank = _join(records, "rank")
-    return {"top1": float((rank < 1).mean()), "top5": float((rank < 5).mean()), **_finish_classes(records)}
+    return {"top1": float((rank < 1).mean()), "top5": float((rank < 5).mean()), **_finish_classes(records, labels)}
 
 
 def _numbers(output: Any, batch: Batch, decode: Decode | None) -> Record:
@@ -149,7 +178,7 @@ def _numbers(output: Any, batch: Batch, decode: Decode | None) -> Record:
     return {**_mean_loss(output, len(batch["labels"])), "predicted": _numpy(output.logits), "actual": actual}
 
 
-def _finish_numbers(records: Sequence[Record]) -> dict[str, float]:
+def _finish_numbers(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
     return regression_metrics(_join(records, "predicted"), _join(records, "actual"))
 
 
@@ -160,7 +189,19 @@ def _token_classes(output: Any, batch: Batch, decode: Decode | None) -> Record:
         **_mean_loss(output, int(kept.sum())),
         "predicted": _numpy(predicted),
         "actual": _numpy(batch["labels"][kept]),
+        "words": _numpy(kept.sum(-1)),  # of each sample; the others are further tokens of a word
     }
+
+
+def _finish_token_classes(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
+    """Metrics of single words, and of whole entities where the tags mark them."""
+    found = _finish_classes(records, labels)
+    if not marks_entities(labels):
+        return found
+    names = np.array([str(label) for label in labels])
+    ends = np.cumsum(_join(records, "words"))[:-1]
+    said, true = (np.split(names[_join(records, key)], ends) for key in ("predicted", "actual"))
+    return {**entity_metrics([list(x) for x in said], [list(x) for x in true]), **found}
 
 
 def _tokens(output: Any, batch: Batch, decode: Decode | None, *, shift: int = 0) -> Record:
@@ -176,7 +217,7 @@ def _next_tokens(output: Any, batch: Batch, decode: Decode | None) -> Record:
     return _tokens(output, batch, decode, shift=1)
 
 
-def _finish_tokens(records: Sequence[Record]) -> dict[str, float]:
+def _finish_tokens(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
     items = sum(record["items"] for record in records)
     loss = sum(record["loss"] for record in records) / items
     return {
@@ -203,18 +244,38 @@ def _answers(output: Any, batch: Batch, decode: Decode | None) -> Record:
     return {**_mean_loss(output, len(texts)), "texts": texts}
 
 
-def _finish_answers(records: Sequence[Record]) -> dict[str, float]:
+def _finish_answers(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
     scores = np.array([answer_scores(*pair) for record in records for pair in record["texts"]])
     return {"exact_match": float(scores[:, 0].mean()), "f1": float(scores[:, 1].mean())}
 
 
+def _own(output: Any, batch: Batch, decode: Decode | None) -> Record:
+    """A model with a loss of the user's: how well it does is its loss."""
+    return _mean_loss(output, output.items)
+
+
+def _objects(output: Any, batch: Batch, decode: Decode | None) -> Record:
+    from layerlens.integrations.ultralytics_metrics import matched
+
+    targets = cast("DetectionTargets", batch[TARGETS])
+    return {**_mean_loss(output, output.items), "objects": matched(output.output, targets)}
+
+
+def _finish_objects(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
+    from layerlens.integrations.ultralytics_metrics import average_precision
+
+    return average_precision([image for record in records for image in record["objects"]])
+
+
 TASK_METRICS = {
-    "sequence-classification": TaskMetrics(_classes, _finish_classes, "accuracy"),
-    "image-classification": TaskMetrics(_classes, _finish_images, "top1"),
-    "regression": TaskMetrics(_numbers, _finish_numbers, "pearson"),
-    "token-classification": TaskMetrics(_token_classes, _finish_classes, "f1_macro"),
-    "causal-lm": TaskMetrics(_next_tokens, _finish_tokens, "perplexity"),
-    "masked-lm": TaskMetrics(_tokens, _finish_tokens, "perplexity"),
-    "seq2seq": TaskMetrics(_tokens, _finish_tokens, "perplexity"),
-    "question-answering": TaskMetrics(_answers, _finish_answers, "f1"),
+    "sequence-classification": TaskMetrics(_classes, _finish_classes, ("accuracy",)),
+    "image-classification": TaskMetrics(_classes, _finish_images, ("top1",)),
+    "regression": TaskMetrics(_numbers, _finish_numbers, ("pearson",)),
+    "token-classification": TaskMetrics(_token_classes, _finish_token_classes, ("entity_f1", "f1_macro")),
+    "causal-lm": TaskMetrics(_next_tokens, _finish_tokens, ("perplexity",)),
+    "masked-lm": TaskMetrics(_tokens, _finish_tokens, ("perplexity",)),
+    "seq2seq": TaskMetrics(_tokens, _finish_tokens, ("perplexity",)),
+    "question-answering": TaskMetrics(_answers, _finish_answers, ("f1",)),
+    "object-detection": TaskMetrics(_objects, _finish_objects, ("map50_95",)),
+    "custom": TaskMetrics(_own, lambda records, labels: {}, ("loss",)),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,11 @@ PADDING: dict[str, Any] = {"labels": IGNORED}
 """Value that fills up a sample that is shorter than the longest of its batch; 0 where nothing is said."""
 
 
+def model_output(model: Any, batch: Mapping[str, Any]) -> Any:
+    """What the model returns for a batch with labels; it has ``loss``."""
+    return model(**batch)
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """What a model is trained and judged on.
@@ -28,6 +33,9 @@ class TrainingData:
         left: pad on the left, as generating models want.
         decode: from token ids to text, for metrics on text.
         fingerprint: identity of the samples; a checkpoint made with others is not gone on with.
+        labels: names of the classes, for metrics that read them.
+        join: from some samples to a batch, where they are not tensors that are padded and stacked.
+        output: (model, batch) -> an output with the mean ``loss`` of the batch, where the model computes none itself.
     """
 
     train: Sequence[Sample]
@@ -36,10 +44,17 @@ class TrainingData:
     left: bool = False
     decode: Decode | None = None
     fingerprint: str = ""
+    labels: Sequence[str] = ()
+    join: Callable[[Sequence[Sample]], dict[str, Any]] | None = None
+    output: Callable[[Any, Mapping[str, Any]], Any] = model_output
 
-    def collate(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """One batch: inputs of unequal length are padded along their first axis."""
-        batch = {}
+        if self.join is not None:
+            numbers = [sample[INDEX] for sample in samples if INDEX in sample]
+            without = [{name: value for name, value in sample.items() if name != INDEX} for sample in samples]
+            return self.join(without) | ({INDEX: torch.stack(numbers)} if numbers else {})
+        batch: dict[str, Any] = {}
         for name in samples[0]:
             rows = [torch.as_tensor(sample[name]) for sample in samples]
             if rows[0].dim() and len({len(row) for row in rows}) > 1:
@@ -82,6 +97,11 @@ class SeededOrder(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
         yield from torch.randperm(self.n, generator=generator).tolist()
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on ``device``."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def _padded(row: torch.Tensor, length: int, fill: Any, left: bool) -> torch.Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from layerlens.config import TrainingConfig
 from layerlens.exceptions import ConfigurationError, LayerLensError, OutputError, TrainingError
 from layerlens.tuning.checkpoints import (
     HOOKS_FILE,
@@ -32,33 +32,16 @@ from layerlens.tuning.checkpoints import (
     save_weights,
 )
 from layerlens.tuning.evaluation import evaluate
+from layerlens.tuning.job import Job, training_arguments
 from layerlens.tuning.metrics import IGNORED, task_metrics
-from layerlens.tuning.samples import INDEX, NumberedSamples, SeededOrder, TrainingData
-from layerlens.tuning.training import Loss, TrainingHook, TrainingResult, better, steps_per_epoch, total_steps
+from layerlens.tuning.samples import INDEX, NumberedSamples, SeededOrder
+from layerlens.tuning.short_training import FP16_LOSS_SCALE
+from layerlens.tuning.training import TrainingResult, better, steps_per_epoch, total_steps
 from layerlens.utils.atomic import cannot_write
 from layerlens.utils.memory import PeakMemory
-from layerlens.utils.progress import Advance, Progress
+from layerlens.utils.progress import Advance
 
-OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd"}
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 SHOWN_SAMPLES = 8
-
-
-@dataclass(frozen=True)
-class Job:
-    """What ``fine_tune`` was asked for; ``names`` are the parameters that train."""
-
-    model: torch.nn.Module
-    data: TrainingData
-    config: TrainingConfig
-    task: str
-    checkpoints: Path
-    seed: int
-    names: tuple[str, ...]
-    loss: Loss | None
-    hooks: tuple[TrainingHook, ...]
-    identity: dict[str, Any]
-    progress: Progress
 
 
 @dataclass
@@ -81,7 +64,7 @@ def run(job: Job, find_checkpoint: Callable[[Path], Path | None]) -> TrainingRes
     """Train, or go on, and leave the model with the best weights; see ``fine_tune``."""
     memory, started = PeakMemory(), time.perf_counter()
     with _Quiet():
-        trainer = _Trainer(job, _arguments(job))
+        trainer = _Trainer(job, training_arguments(job))
     _wait(trainer)  # the first process has looked after the directory
     found = find_checkpoint(job.checkpoints)
     if found is not None:
@@ -91,7 +74,7 @@ def run(job: Job, find_checkpoint: Callable[[Path], Path | None]) -> TrainingRes
     trainer.started = started
     steps = total_steps(len(job.data.train), job.config, trainer.args.world_size)
     if not trainer.recorder.finished:
-        with _Quiet(), job.progress.stage("Training", total=steps) as advance:
+        with _Quiet(), _scaled(trainer), job.progress.stage("Training", total=steps) as advance:
             advance(resumed_from or 0)
             trainer.advance = advance
             trainer.train(resume_from_checkpoint=None if found is None else str(found))
@@ -135,10 +118,11 @@ class _Trainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.job, self.recorder = job, Recorder()
         self.order = SeededOrder(len(job.data.train), job.seed)
-        self.metric = job.config.metric or task_metrics(job.task).primary
+        self.metric = job.config.metric
         self.advance: Advance = lambda steps=1, /: None
         self.started, self.wall_before, self.step_started = 0.0, 0.0, 0.0
         self.step_loss, self.step_samples = 0.0, list[int]()
+        self.loss_scale = 1.0
         per_epoch = steps_per_epoch(len(job.data.train), job.config, arguments.world_size)
         self.eval_every = job.config.eval_every or per_epoch
         self.save_every = job.config.save_every or per_epoch
@@ -178,9 +162,10 @@ class _Trainer(Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            value = model(**inputs).loss if self.job.loss is None else self.job.loss(model, inputs)
+            own = self.job.loss
+            value = self.job.data.output(model, inputs).loss if own is None else own(model, inputs)
             value = share * value.mean()  # of the devices of one process
-        self.accelerator.backward(value)
+        self.accelerator.backward(value * self.loss_scale)
         value = value.detach()
         mean = value.clone()
         if self.args.world_size > 1:
@@ -210,6 +195,7 @@ class _Trainer(Trainer):
         """Judge the model as it is, remember the best, and decide whether to stop early."""
         job, recorder, step = self.job, self.recorder, self.state.global_step
         metrics = evaluate(job.model, job.data, job.task, batch_size=job.config.eval_batch_size)
+        self.metric = self.metric or next(name for name in task_metrics(job.task).primary if name in metrics)
         if self.metric not in metrics:
             raise ConfigurationError(
                 f"training.metric: {self.metric!r} is not a metric of {job.task}; known: {', '.join(metrics)}"
@@ -306,45 +292,6 @@ class _Steps(TrainerCallback):
         control.should_evaluate = control.should_save = False  # they have been done after the step
 
 
-def _arguments(job: Job) -> TrainingArguments:
-    config, cpu = job.config, not torch.cuda.is_available()
-    if config.precision == "float16" and cpu:
-        raise ConfigurationError(
-            "training.precision: float16 needs a GPU (its loss scaling has none on a CPU); use bfloat16 or float32"
-        )
-    try:
-        return TrainingArguments(
-            output_dir=str(job.checkpoints),
-            num_train_epochs=config.epochs,
-            max_steps=config.max_steps or -1,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=SCHEDULES[config.schedule],
-            warmup_steps=config.warmup_ratio,
-            optim=OPTIMIZERS[config.optimizer],
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation,
-            gradient_checkpointing=config.gradient_checkpointing,
-            bf16=config.precision == "bfloat16",
-            fp16=config.precision == "float16",
-            seed=job.seed,
-            use_cpu=cpu,
-            ddp_backend="gloo" if cpu and job.identity["processes"] > 1 else None,
-            ddp_find_unused_parameters=False,
-            dataloader_pin_memory=not cpu,
-            remove_unused_columns=False,
-            eval_strategy="no",
-            save_strategy="no",
-            logging_strategy="no",
-            logging_nan_inf_filter=False,
-            report_to=[],
-            disable_tqdm=True,
-        )
-    except ValueError as error:
-        raise ConfigurationError(f"training: {' '.join(str(error).split())}") from error
-
-
 def _not_saved(path: Path, error: BaseException) -> LayerLensError:
     """The error of a checkpoint that could not be written, whichever library met it."""
     if isinstance(error, LayerLensError):
@@ -355,6 +302,24 @@ def _not_saved(path: Path, error: BaseException) -> LayerLensError:
         f"cannot write {path}: {' '.join(str(error).split())}; the last whole checkpoint stays, so free some space and "
         "run again"
     )
+
+
+@contextmanager
+def _scaled(trainer: _Trainer) -> Iterator[None]:
+    """Where frozen weights are float16, gradients on their way to what trains are too, and lost below 6e-8: the loss is
+    multiplied by a power of two, which each gradient is divided by again when it arrives.
+    """
+    model, scaler = trainer.job.model, trainer.accelerator.scaler
+    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    trainer.loss_scale = FP16_LOSS_SCALE if half and scaler is None else 1.0
+    scale = trainer.loss_scale
+    trained = [model.get_parameter(name) for name in trainer.job.names] if scale != 1.0 else []
+    handles = [parameter.register_hook(lambda gradient: gradient / scale) for parameter in trained]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _wait(trainer: Trainer) -> None:

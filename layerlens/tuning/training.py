@@ -141,14 +141,14 @@ def fine_tune(
     if not len(data.train):
         raise TrainingError("there are no training samples")
     checkpoints = Path(checkpoints).absolute()
-    processes, main = _processes()
+    world, main = processes()
     job = {
         "config": config.model_dump(mode="json"),
         "seed": seed if config.seed is None else config.seed,
         "task": task,
         "data": [data.fingerprint, len(data.train), len(data.evaluation)],
         "trained": [len(names), sum(model.get_parameter(name).numel() for name in names)],
-        "processes": processes,
+        "processes": world,
         **(identity or {}),
     }
     task_metrics(task)
@@ -186,7 +186,7 @@ def better(metric: str, value: float, best: float | None, threshold: float = 0.0
     return best - value > threshold if metric in LOWER_IS_BETTER else value - best > threshold
 
 
-def _processes() -> tuple[int, bool]:
+def processes() -> tuple[int, bool]:
     """(number of processes, whether this is the first one) of a run that torchrun or accelerate started."""
     import os
 

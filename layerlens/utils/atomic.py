@@ -99,7 +99,7 @@ def staged_directory(target: Path, owned: Collection[str] = ()) -> Iterator[Path
                 raise cannot_write(target, error) from error
             raise
         try:
-            _sync_tree(work / NEW)
+            _sync_tree(work / NEW, 0o666 & ~_umask())
             _install(work, target, owned)
             _sync_directory(home)
         except OSError as error:
@@ -298,10 +298,15 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _sync_tree(directory: Path) -> None:
+def _sync_tree(directory: Path, mode: int) -> None:
+    """Everything on disk, every file with at least the permissions ``mode``.
+
+    Libraries that write a file under another name first (safetensors) leave it readable by its owner alone.
+    """
     for folder, _, files in os.walk(directory):
         for name in files:
             with open(os.path.join(folder, name), "rb") as file:
+                os.fchmod(file.fileno(), os.fstat(file.fileno()).st_mode | mode)
                 os.fsync(file.fileno())
         _sync_directory(Path(folder))
 

@@ -78,7 +78,7 @@ def test_equal_layers_are_not_searched_over_and_over():
     dual = solve_dual(reduced, 1)
     choice = guided_search(reduced.instance, dual)
     incumbent = Incumbent(choice, math.fsum(problem.value[choice]), dual.bound)
-    search_core(reduced, dual, incumbent, 0.0, 0, False)
+    search_core(reduced, dual, incumbent, 0.0, 0, False, threads=1)
     assert incumbent.bound == incumbent.value
 
 

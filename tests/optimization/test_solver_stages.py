@@ -40,6 +40,24 @@ def test_the_same_bits_for_every_thread_count_instruction_set_and_run(n_groups, 
             _dispatch._force(None)
 
 
+@pytest.mark.parametrize(("n_groups", "n_resources", "is_closed"), [(24, 3, True), (60, 5, False)])
+def test_searches_side_by_side_find_what_they_find_one_after_the_other(n_groups, n_resources, is_closed, monkeypatch):
+    monkeypatch.setattr(core_search, "WORK_LIMIT", 100_000_000)
+    monkeypatch.setattr(core_search, "NEIGHBOURHOOD_ALTERNATIVES", 50)  # so that both have something to do
+    ran = []
+    original = core_search._search_side_by_side
+
+    def watched(search, *arguments):
+        original(search, *arguments)
+        ran.append(search.closed())
+
+    monkeypatch.setattr(core_search, "_search_side_by_side", watched)
+    problem = large_problem(n_groups, 16, n_resources, correlated=True)
+    one, two = (solve(problem, refine=False, threads=threads) for threads in (1, 2))
+    assert ran == [is_closed, is_closed]
+    assert same(one, two)
+
+
 def test_refinement_is_deterministic(monkeypatch):
     monkeypatch.setattr(core_search, "PROOF_WIDTHS", ())
     problem = large_problem(50, 16, 4, correlated=True)

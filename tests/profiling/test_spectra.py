@@ -7,7 +7,13 @@ import pytest
 import scipy.linalg
 import torch
 
+from layerlens.models import ModelSpec
+from layerlens.models.model_spec import LayerSpec
 from layerlens.profiling import spectra
+from layerlens.profiling.measure import measure
+from layerlens.profiling.request import StatisticsRequest
+from layerlens.tasks.batches import Batch
+from layerlens.utils.progress import silent
 
 
 def split_half_spectrum(*matrices, damping=0.0):
@@ -48,3 +54,31 @@ def test_noise_does_not_inflate_it():
 def test_a_module_without_gradient_has_no_gain():
     zero = np.zeros((3, 4))
     assert split_half_spectrum(zero, zero, np.eye(4), np.zeros((3, 3)), damping=1e-2) == pytest.approx(np.zeros(3))
+
+
+@pytest.mark.parametrize("name", ["spectrum", "sketched_spectrum"])
+def test_small_singular_values_are_not_lost(name: str):
+    """Squares from 1 down to 1e-10: eigenvalues of a float32 Gram matrix would be noise below 1e-7 of the largest.
+
+    One layer y = W x with loss ⟨y, d⟩, so that a sample's gradient is d xᵀ exactly; the samples of each half add up to
+    U diag(σ) Vᵀ. Sums in float64 round at 1e-16 of the largest value, which is 1e-11 of the smallest.
+    """
+    size = 6
+    rng = np.random.default_rng(3)
+    left, right = (np.linalg.qr(rng.standard_normal((size, size)))[0] for _ in range(2))
+    sigma = np.logspace(0, -5, size)
+    pairs = [part for pair in zip(left.T * np.sqrt(sigma)[:, None], right.T * np.sqrt(sigma)[:, None], strict=True)
+             for part in [pair, pair]]  # fmt: skip
+    targets, inputs = (torch.from_numpy(np.array(side)) for side in zip(*pairs, strict=True))
+    model = torch.nn.Sequential(torch.nn.Linear(size, size)).double()
+    layer = LayerSpec("0", size * size + size, "linear", n_in=size, n_out=size, methods=("lora",))
+    batch = Batch({"input": inputs}, targets, torch.arange(2 * size))
+    statistics = measure(
+        model, ModelSpec("one", size * size + size, [layer]), [batch],
+        request=StatisticsRequest.of([name]), sequence_length=1, threads=1, progress=silent,
+        loss=lambda output, batch: (output * batch.labels).sum(dim=1),
+    )  # fmt: skip
+    found = statistics.layers[0].by_method["lora"]
+    values = found.plain_spectrum if name == "spectrum" else found.sketched_spectrum
+    # Each half has the mean of its 6 rank-one gradients: σ_i / 6.
+    np.testing.assert_allclose(values, (sigma / size) ** 2, rtol=1e-9)

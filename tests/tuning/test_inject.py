@@ -227,7 +227,8 @@ def test_a_new_head_does_not_count_as_other_weights(tiny, manifest_of, mixed):
     base = tiny("bert")
     manifest = manifest_of(base.spec, mixed(base.spec))
     torch.nn.init.normal_(base.model.classifier.weight)
-    apply(base.model, manifest)
+    before = base.logits()
+    assert torch.equal(base.logits(apply(base.model, manifest).eval()), before)
 
 
 def test_a_tuned_model_is_not_tuned_again(tiny, manifest_of, mixed):

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -318,51 +314,48 @@ def test_bfloat16_and_gradient_checkpointing_train(mixed_model: Any, data: Train
     assert {model.get_parameter(name).dtype for name in names_of(model)} == {torch.float32}
 
 
-def without_dropout_three_steps(model: torch.nn.Module, data: TrainingData, batch: int, out: Path) -> Any:
+def test_a_float16_model_does_not_lose_small_gradients(mixed_model: Any, data: TrainingData, tmp_path: Path):
+    """The same SGD step for a loss of a 100,000th: its gradients are below float16's smallest number, 6e-8."""
+    config = TrainingConfig(
+        max_steps=1, learning_rate=1.0, schedule="constant", warmup_ratio=0, optimizer="sgd", max_grad_norm=0,
+        batch_size=22,
+    )  # fmt: skip
+    moved = []
+    for factor in (1.0, 1e-5):
+
+        def loss(model: torch.nn.Module, batch: Any, factor: float = factor) -> torch.Tensor:
+            return factor * model(**batch).loss.float()
+
+        model = half(mixed_model())
+        before = state(model)
+        fine_tune(model, data, config, task=CLASSIFICATION, checkpoints=tmp_path / f"{factor}", loss=loss)
+        moved.append({name: (tensor - before[name]) / factor for name, tensor in state(model).items()})
+        assert not any(model.get_parameter(name)._backward_hooks for name in names_of(model))
+    assert sum(float(one.abs().max()) > 0.0 for one in moved[0].values()) >= 4  # B of LoRA, gates and up-projections
+    for name in names_of(model):
+        # Some 20 roundings of 2^-11 in a row, of numbers of the parameter's own size: 1 %.
+        one, small = moved[0][name], moved[1][name]
+        torch.testing.assert_close(small, one, rtol=0.05, atol=0.05 * float(one.abs().max()))
+
+
+def half(model: torch.nn.Module) -> torch.nn.Module:
+    """The frozen weights in float16, the head among them, without dropout."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "classifier" not in name)
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.half()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    config = TrainingConfig(max_steps=3, batch_size=batch, optimizer="sgd", learning_rate=0.1)
-    return fine_tune(model, data, config, task=CLASSIFICATION, checkpoints=out)
+    return model
 
 
-WORKER = """
-import dataclasses, importlib.util, json, os, sys
-from pathlib import Path
-import torch
-from layerlens.integrations.torchvision_import import make_torchvision_importable
-make_torchvision_importable()  # which importing transformers wants
-torch.set_num_threads(1)
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, {tests!r} + "/" + name + ".py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-support, this = load("conftest"), load("test_training")
-made = support.build("bert")
-model = this.apply(made.model, support.manifest_for(made.spec, support.mixed_choice(made.spec)))
-data = this.TrainingData(this.samples(22), this.samples(10, seed=1), fingerprint="f")
-result = this.without_dropout_three_steps(model, data, 2, Path({out!r}))
-if os.environ["RANK"] == "0":
-    Path({out!r}, "result.json").write_text(json.dumps(dataclasses.asdict(result)))
-"""
-
-
-def test_two_processes_give_the_gradients_of_one(mixed_model: Any, data: TrainingData, tmp_path: Path):
-    """Two gloo processes with batches of 2 step as one with batches of 4 does (float32 sums reordered)."""
-    model, alone, shared = mixed_model(), tmp_path / "one", tmp_path / "two"
-    one = without_dropout_three_steps(model, data, 4, alone)
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(shared)))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    two = json.loads((shared / "result.json").read_text())
-    assert (one.processes, two["processes"]) == (1, 2)
-    assert two["tokens"] == one.tokens
-    assert two["losses"] == pytest.approx(one.losses, rel=1e-5)
-    assert two["metrics"] == pytest.approx(one.metrics, rel=1e-5)
-    for name, tensor in load_file(shared / f"best-{two['best_step']}.safetensors").items():
-        torch.testing.assert_close(tensor, state(model)[name], rtol=1e-4, atol=1e-6)
+def test_float16_is_refused_where_it_cannot_be(mixed_model: Any, data: TrainingData, tiny: Any, tmp_path: Path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    config = TrainingConfig(max_steps=1, precision="float16")
+    with pytest.raises(ConfigurationError, match=r"training\.precision: float16 needs a GPU"):
+        fine_tune(mixed_model(), data, config, task=CLASSIFICATION, checkpoints=tmp_path)
+    whole = tiny("bert").model.half().requires_grad_(True)
+    with pytest.raises(ConfigurationError, match=r"model\.dtype: .* would be trained in float16"):
+        fine_tune(whole, data, TrainingConfig(max_steps=1), task=CLASSIFICATION, checkpoints=tmp_path / "t")

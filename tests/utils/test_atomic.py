@@ -82,6 +82,20 @@ def test_new_target_is_made_with_its_parents(tmp_path: Path) -> None:
     assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(folder.stat().st_mode)
 
 
+def test_staged_files_follow_the_umask_whoever_wrote_them(tmp_path: Path) -> None:
+    """safetensors and ``tempfile`` make files that only their owner can read."""
+    before = os.umask(0o027)
+    try:
+        with staged_directory(tmp_path / "out") as staging:
+            (staging / "plain").touch()
+            (staging / "script").touch(0o700)
+            os.close(os.open(staging / "secret", os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert modes == {"plain": 0o640, "script": 0o740, "secret": 0o640}
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_an_exception_leaves_everything_as_it_was(old_run: Path, error: type[BaseException]) -> None:
     before = tree(old_run)

@@ -23,13 +23,18 @@ def cache(**of_the_third: Any) -> dict[str, dict[str, Any]]:
     return values
 
 
-def test_valid() -> None:
+def test_what_is_valid_passes_and_is_left_as_it_was() -> None:
+    plain, of_numpy = cache(), cache(grad_norm=np.float32(0.0), fisher_trace=np.int64(3))
+    gains = {name: {"proxy_gain": -0.1} for name in NAMES}
+    optimization = OptimizationConfig(max_flops=1e9, objective_weights={"utility": 1, "flops": 0.1})
     validate_model_spec(SPEC)
-    validate_activation_cache(cache(grad_norm=np.float32(0.0), fisher_trace=np.int64(3)), SPEC)
-    validate_activation_cache({name: {"proxy_gain": -0.1} for name in NAMES}, SPEC)
-    validate_config(
-        ProfilingConfig(), OptimizationConfig(max_flops=1e9, objective_weights={"utility": 1, "flops": 0.1})
-    )
+    for given in (plain, of_numpy, gains):
+        validate_activation_cache(given, SPEC)
+    validate_config(ProfilingConfig(), optimization)
+    assert plain == cache()
+    assert of_numpy == cache(grad_norm=np.float32(0.0), fisher_trace=np.int64(3))
+    assert gains == {name: {"proxy_gain": -0.1} for name in NAMES}
+    assert optimization.objective_weights == {"utility": 1, "flops": 0.1}
 
 
 @pytest.mark.parametrize(

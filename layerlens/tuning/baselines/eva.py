@@ -10,6 +10,7 @@ from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.peft import target_modules
 from layerlens.tuning.baselines.interface import BaselineRequest, Prepared
 from layerlens.tuning.baselines.plans import layers_with, plan, planned, uniform_size
+from layerlens.tuning.metrics import TARGETS
 
 if TYPE_CHECKING:
     import torch
@@ -90,4 +91,4 @@ class _Bounded:
                 raise ConfigurationError(
                     f"baseline eva: the components have not settled after {MOST_BATCHES} batches; give larger batches"
                 )
-            yield dict(batch)
+            yield {name: value for name, value in batch.items() if name != TARGETS}

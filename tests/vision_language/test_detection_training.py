@@ -1,0 +1,66 @@
+"""``layerlens train`` on a detector: its own loss goes down, and it is judged by mean average precision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from layerlens.cli.main import app
+from layerlens.config import DataConfig, RunConfig
+from layerlens.data import load_dataset
+from layerlens.data.plates import CLASSES, draw_plates
+from layerlens.integrations.transformers import load_pretrained
+from layerlens.integrations.ultralytics_metrics import average_precision, matched
+from layerlens.integrations.ultralytics_training import mean_average_precision
+from layerlens.pipeline import run_config
+from layerlens.tasks import TASKS, make_batches
+
+TASK = "object-detection"
+
+
+def test_average_precision_is_that_of_ultralytics_validator(detector_weights: Path):
+    """On 24 plates: the same boxes and overlaps; a box within rounding of a threshold may fall on the other side."""
+    detector = load_pretrained(f"ultralytics:{detector_weights}", TASK, [])
+    plates = draw_plates(24, 20_002)  # the first of the built-in data
+    dataset = load_dataset(DataConfig(source="builtin:plates"), task=TASK).select(range(24))
+    images: list[Any] = []
+    for batch in make_batches(TASKS[TASK], detector, dataset, DataConfig(source="builtin:plates"), batch_size=7):
+        images += matched(detector.model(**batch.inputs), batch.labels)
+    found = average_precision(images)
+    expected = mean_average_precision(detector_weights, CLASSES, plates)
+    assert expected["map50"] > 0.5  # there is something to find
+    assert found == pytest.approx(expected, abs=0.02)
+    empty = [image | {"true": image["true"][:0]} for image in images]
+    assert average_precision(empty) == {"map50_95": 0.0, "map50": 0.0}
+
+
+def test_a_detector_is_trained(detector_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("layerlens.pipeline.checks.TIMING_SECONDS", 0.005)
+    monkeypatch.setattr("layerlens.pipeline.train.TIMING_SECONDS", 0.005)
+    settings = {
+        "model": {"name_or_path": f"ultralytics:{detector_weights}", "task": TASK},
+        "data": {"source": "builtin:plates", "calibration_samples": 8, "batch_size": 8},
+        "optimization": {"max_trainable_params": 3000, "methods": ["lora"], "lora_ranks": [1, 4]},
+        "training": {"max_steps": 6, "batch_size": 8, "learning_rate": 2e-3, "eval_samples": 12, "eval_every": 3},
+        "runtime": {"threads": 1},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    run_config(RunConfig.model_validate(settings), base_dir=tmp_path, use_cache=False)
+    arguments = ["train", str(tmp_path / "out/manifest.json"), "-c", str(tmp_path / "config.yaml"), "--json"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.stderr
+    facts = json.loads((tmp_path / "out/tuned/metrics.json").read_text())
+    assert facts["after"].keys() == {"loss", "map50", "map50_95"}
+    assert facts["before"]["map50"] > 0.5
+    evaluations = facts["training"]["evaluations"]
+    assert facts["after"]["map50_95"] == max(each["map50_95"] for each in evaluations)
+    losses = facts["training"]["losses"]
+    assert len(losses) == 6
+    tensors = load_file(tmp_path / "out/tuned/adapter_model.safetensors")
+    assert all(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name)  # 0 before the first step
