@@ -12,6 +12,7 @@ import typer
 from layerlens import __version__
 from layerlens.cli import (
     commands_apply,
+    commands_bench,
     commands_cache,
     commands_config,
     commands_doctor,
@@ -68,6 +69,7 @@ app.command("evaluate")(commands_evaluate.evaluate)
 app.command("calibrate")(commands_evaluate.calibrate)
 app.command("pipeline")(commands_pipeline.pipeline)
 app.command("doctor")(commands_doctor.doctor)
+app.command("bench")(commands_bench.bench)
 app.add_typer(commands_cache.app, name="cache")
 
 
