@@ -16,6 +16,8 @@ for copy in one "the other"; do
   for kept in wheel-tools libgomp; do # downloaded once
     [ ! -d build/$kept ] || ln -s "$PWD/build/$kept" "$scratch/$copy/build/$kept"
   done
+done
+for copy in one "the other"; do
   (cd "$scratch/$copy" && PYTHONS=${PYTHON:-python3} scripts/build_wheels.sh >/dev/null) || exit
 done
 if ! diff "$scratch/one/dist/SHA256SUMS" "$scratch/the other/dist/SHA256SUMS"; then

@@ -12,6 +12,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
+def pages_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all pages: what they have in common is measured once, the device among it."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
 def small_model_dir(tmp_path_factory: pytest.TempPathFactory, minilm_path: str) -> Path:
     """A 2-block random BERT (hidden 32) with BERT's 512 positions and MiniLM's tokenizer."""
     from transformers import AutoTokenizer, BertConfig, BertModel
