@@ -19,6 +19,7 @@ from typing import Any
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+A4 = {"width": 718, "height": 1047}  # without margins of a centimetre, at 96 px to the inch
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 WIDER = """() => [...document.querySelectorAll('body *')]
   .filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll') && !e.closest('.skip'))
@@ -60,10 +61,12 @@ def check_report(report: Path, chromium: str, pictures: Path | None = None) -> I
             yield f"fits a phone of {PHONE['width']} px, {scheme}", too_wide(page)
             picture(page, pictures, f"phone-{scheme}")
             if scheme == "light":
-                page.set_viewport_size(DESK)
+                page.set_viewport_size(A4)
                 page.emulate_media(media="print", color_scheme="dark")
                 yield "prints in black on white, whatever the screen's scheme", not_white(page)
                 yield "prints what is folded away", folded(page)
+                wide = page.evaluate("() => document.documentElement.scrollWidth")
+                yield "fits a sheet of A4", f"{wide} px of content on {A4['width']}" if wide > A4["width"] else ""
                 if pictures:
                     page.pdf(path=pictures / "print.pdf", format="A4", print_background=False)
             context.close()

@@ -290,7 +290,7 @@ def test_it_works_in_a_browser(whole, report, manifest, tmp_path):
     else:  # what is not there may be missed by a reader, but not by an id
         report(dataclasses.replace(manifest, allocations=(), resources=()), measured={})
     found = dict(checks.check_report(tmp_path / "report.html", chromium))
-    assert len(found) == 12
+    assert len(found) == 13
     assert {check: wrong for check, wrong in found.items() if wrong} == {}
 
 
