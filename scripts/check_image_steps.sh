@@ -20,7 +20,7 @@ rm -f $house/layerlens-*
 wheel=$(ls dist/layerlens-*-cp311-*.whl 2>/dev/null) ||
   { echo "error: dist has no wheel for Python 3.11, whose requirements are collected; run scripts/build_wheels.sh" >&2; exit 2; }
 "$python" -m pip download --quiet --disable-pip-version-check --dest $house --find-links $house \
-  -c scripts/constraints.txt "${wheel}[hf]" "scikit-build-core>=0.11" "cython>=3.1" "cython-cmake>=0.2" "cmake>=3.20" ninja
+  -c scripts/constraints.txt "${wheel}[hf]" "scikit-build-core>=0.11" "cython>=3.1" "cython-cmake>=0.2" "cmake>=3.20" ninja pip
 rm -f $house/layerlens-*
 
 make_debian_root "$scratch/base" # makes the archive that the stages start from

@@ -4,6 +4,7 @@
 #
 #   scripts/build_wheels.sh && scripts/check_wheel.sh          # the second needs root, debootstrap and a Debian mirror
 #   scripts/check_wheel.sh --environment-only
+#   scripts/check_wheel.sh --root-only
 #   scripts/check_wheel.sh --kernels-only     # the wheel of every Python that is found, with NumPy alone
 #
 # Packages are collected in build/wheelhouse first and installed from there, without a network.
@@ -58,9 +59,11 @@ timed() { local start=$SECONDS; "$@"; echo "$((SECONDS - start)) s from pip inst
 scratch=$(mktemp -d)
 trap 'unmount_debian_root "$scratch/root" && rm -rf --one-file-system "$scratch"' EXIT
 
-echo "== a new virtual environment" >&2
-stage "$scratch/environment"
-(cd "$scratch/environment" && timed install_and_check "$python")
+if [ "${1:-}" != --root-only ]; then
+  echo "== a new virtual environment" >&2
+  stage "$scratch/environment"
+  (cd "$scratch/environment" && timed install_and_check "$python")
+fi
 [ "${1:-}" != --environment-only ] || exit 0
 
 echo "== a minimal $debian_suite root with Python alone" >&2
@@ -71,5 +74,5 @@ if chroot "$scratch/root" sh -c 'command -v cc gcc g++ clang || ldconfig -p | gr
   exit 1
 fi
 
-timed env -i PATH=/usr/bin:/bin HOME=/srv LAYERLENS_CACHE=/srv/cache chroot "$scratch/root" \
+timed env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/srv LAYERLENS_CACHE=/srv/cache chroot "$scratch/root" \
   bash -c "$(declare -f install_and_check); set -e; cd /srv; install_and_check python3"

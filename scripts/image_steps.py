@@ -24,8 +24,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BIND = re.compile(r"--mount=type=bind,from=(?P<stage>\w+),source=(?P<source>\S+),target=(?P<target>\S+)\s+")
-# The stand-in has Debian's Python: a container may install into it, and calls it `python`.
-LIKE_THE_BASE = "rm -f /usr/lib/python3*/EXTERNALLY-MANAGED && ln -sf python3 /usr/bin/python"
+# The stand-in has Debian's Python: the base image's is called `python`, has pip, and may be installed into.
+LIKE_THE_BASE = (
+    "rm -f /usr/lib/python3*/EXTERNALLY-MANAGED && ln -sf python3 /usr/bin/python && "
+    "python /wheelhouse/pip-*.whl/pip install --quiet --root-user-action ignore pip"
+)
 
 
 @dataclass
@@ -163,20 +166,21 @@ def made(folder: Path) -> Path:
 
 def main() -> int:
     given, _, command = [list(part) for part in partition(sys.argv[1:], "--")]
-    if len(given) != 4:
+    if len(given) != 4 or not command:
         print(__doc__.splitlines()[2].strip(), file=sys.stderr)
         return 2
     target, (base, wheelhouse, scratch) = given[0], map(Path, given[1:])
-    stage = build((ROOT / "Dockerfile").read_text(), target, base, wheelhouse.resolve(), scratch.resolve())
-    if stage.user == "0":
-        raise SystemExit("error: the image runs as root")
-    for name, words in (
-        ("default command", stage.entry + stage.command),
-        ("health check", stage.health),
-        ("", command),
-    ):
-        print(f"== {name or shlex.join(words)}, as user {stage.user}", flush=True)
-        stage.run(words)
+    try:
+        stage = build((ROOT / "Dockerfile").read_text(), target, base, wheelhouse.resolve(), scratch.resolve())
+        if stage.user == "0":
+            raise SystemExit("error: the image runs as root")
+        asked = {"default command": stage.entry + stage.command, "health check": stage.health, command[0]: command}
+        for name, words in asked.items():
+            print(f"== {name}, as user {stage.user}", flush=True)
+            stage.run(words)
+    except subprocess.CalledProcessError as error:
+        print(f"error: the step above ended with exit code {error.returncode}", file=sys.stderr)
+        return 1
     return 0
 
 
