@@ -27,7 +27,7 @@ BIND = re.compile(r"--mount=type=bind,from=(?P<stage>\w+),source=(?P<source>\S+)
 # The stand-in has Debian's Python: the base image's is called `python`, has pip, and may be installed into.
 LIKE_THE_BASE = (
     "rm -f /usr/lib/python3*/EXTERNALLY-MANAGED && ln -sf python3 /usr/bin/python && "
-    "python /wheelhouse/pip-*.whl/pip install --quiet --root-user-action ignore pip"
+    'python "$(ls /wheelhouse/pip-*.whl)/pip" install --quiet --root-user-action ignore pip'
 )
 
 
