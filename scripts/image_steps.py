@@ -24,8 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BIND = re.compile(r"--mount=type=bind,from=(?P<stage>\w+),source=(?P<source>\S+),target=(?P<target>\S+)\s+")
-# The stand-in has Debian's Python: the base image's is called `python`, has pip, and may be installed into.
+# The stand-in has Debian's Python: the base image's is called `python`, has pip and headers, and may be installed into.
 LIKE_THE_BASE = (
+    "apt-get update -qq && apt-get install -qq --yes --no-install-recommends python3-dev >/dev/null && "
     "rm -f /usr/lib/python3*/EXTERNALLY-MANAGED && ln -sf python3 /usr/bin/python && "
     'python "$(ls /wheelhouse/pip-*.whl)/pip" install --quiet --root-user-action ignore pip'
 )
