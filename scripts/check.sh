@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, format, types and import rules, as tests/house has them, in .venv; without the other tests it takes seconds.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source scripts/install.sh
 install_layerlens test || exit
 failed=0

@@ -4,7 +4,7 @@
 #
 #   scripts/check_exports.sh [TOOL ...]        peft trl axolotl llama-factory adapterhub
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source scripts/install.sh
 [ -n "${LAYERLENS_NO_INSTALL:-}" ] || install_layerlens test || exit
 python=$PWD/.venv/bin/python
@@ -25,7 +25,8 @@ declare -A packages=(
     charset_normalizer certifi"
 )
 failed=0
-for tool in ${*:-peft trl axolotl llama-factory adapterhub}; do
+[ $# -gt 0 ] || set -- peft trl axolotl llama-factory adapterhub
+for tool in "$@"; do
   if [ -n "${packages[$tool]}" ]; then
     # shellcheck disable=SC2086 # the names of packages
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$work/$tool" ${packages[$tool]} \

@@ -4,12 +4,29 @@
 #
 #   scripts/build_wheels.sh && scripts/check_wheel.sh          # the second needs root, debootstrap and a Debian mirror
 #   scripts/check_wheel.sh --environment-only
+#   scripts/check_wheel.sh --root-only
+#   scripts/check_wheel.sh --kernels-only     # the wheel of every Python that is found, with NumPy alone
 #
 # Packages are collected in build/wheelhouse first and installed from there, without a network.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-suite=bookworm           # its Python is 3.11
+source scripts/debian_root.sh
 python=${PYTHON:-python3.11}
+
+if [ "${1:-}" = --kernels-only ]; then
+  scratch=$(mktemp -d)
+  trap 'rm -rf "$scratch"' EXIT
+  for wheel in dist/layerlens-*.whl; do
+    version=$(sed -E 's/.*-cp3([0-9]+)-.*/3.\1/' <<<"$wheel")
+    command -v "python$version" >/dev/null || { echo "error: no python$version for $wheel" >&2; exit 2; }
+    echo "== $wheel" >&2
+    "python$version" -m venv "$scratch/$version"
+    "$scratch/$version/bin/python" -m pip install --quiet --disable-pip-version-check numpy
+    "$scratch/$version/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$wheel"
+    (cd "$scratch" && "$scratch/$version/bin/python" "$OLDPWD/scripts/wheel_checks.py" --kernels-only)
+  done
+  exit 0
+fi
 
 tag=cp$("$python" -c 'import sys; print(f"{sys.version_info[0]}{sys.version_info[1]}")')
 wheel=$(ls dist/layerlens-*-"$tag"-*.whl 2>/dev/null) ||
@@ -19,7 +36,7 @@ house=build/wheelhouse
 mkdir -p $house
 rm -f $house/layerlens-*
 "$python" -m pip download --quiet --disable-pip-version-check --dest $house -c scripts/constraints.txt \
-  "$wheel[quickstart]" pip
+  "${wheel}[quickstart]" pip
 
 install_and_check() { # runs in the folder that holds wheelhouse, checks and demos; $1: the Python to use
   "$1" -m venv environment
@@ -40,27 +57,22 @@ stage() { # everything that the checks need, and nothing of the source tree
 timed() { local start=$SECONDS; "$@"; echo "$((SECONDS - start)) s from pip install to the first manifest" >&2; }
 
 scratch=$(mktemp -d)
-mounted=
-cleanup() { [ -z "$mounted" ] || umount "$scratch/root/proc"; rm -rf "$scratch"; }
-trap cleanup EXIT
+trap 'unmount_debian_root "$scratch/root" && rm -rf --one-file-system "$scratch"' EXIT
 
-echo "== a new virtual environment" >&2
-stage "$scratch/environment"
-(cd "$scratch/environment" && timed install_and_check "$python")
+if [ "${1:-}" != --root-only ]; then
+  echo "== a new virtual environment" >&2
+  stage "$scratch/environment"
+  (cd "$scratch/environment" && timed install_and_check "$python")
+fi
 [ "${1:-}" != --environment-only ] || exit 0
 
-echo "== a minimal $suite root with Python alone" >&2
-[ "$(id -u)" = 0 ] || { echo "error: chroot needs root" >&2; exit 2; }
-command -v debootstrap >/dev/null || { echo "error: no debootstrap; apt-get install debootstrap" >&2; exit 2; }
-debootstrap --variant=minbase --include=python3,python3-venv $suite "$scratch/root" >"$scratch/debootstrap.log" ||
-  { tail -n 5 "$scratch/debootstrap.log" >&2; exit 1; }
-mount -t proc proc "$scratch/root/proc"
-mounted=yes
+echo "== a minimal $debian_suite root with Python alone" >&2
+make_debian_root "$scratch/root"
 stage "$scratch/root/srv"
 if chroot "$scratch/root" sh -c 'command -v cc gcc g++ clang || ldconfig -p | grep libgomp'; then
   echo "error: the root has a compiler or a libgomp, so it proves nothing" >&2
   exit 1
 fi
 
-timed env -i PATH=/usr/bin:/bin HOME=/srv LAYERLENS_CACHE=/srv/cache chroot "$scratch/root" \
+timed env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/srv LAYERLENS_CACHE=/srv/cache chroot "$scratch/root" \
   bash -c "$(declare -f install_and_check); set -e; cd /srv; install_and_check python3"

@@ -1,4 +1,4 @@
-"""What LayerLens finds on this machine: kernels, cores, memory, cache and OpenMP runtimes."""
+"""What LayerLens finds on this machine: kernels, cores, memory, GPU, cache, BLAS and OpenMP runtimes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from layerlens.cli.requirements import Requirement, pip_line, requirements
 
 OK, HINT, PROBLEM = "ok", "hint", "problem"
 GB = 1e9
+NVIDIA = Path("/proc/driver/nvidia/version")
+POOL = re.compile(r"(?P<openmp>lib[gi]?omp5?)|libmkl_rt|lib(?:scipy_)?openblas\w*|libblis")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All findings, in the order of a checklist."""
-    return [_python(), *_packages(), *_kernels(), _cores(), _memory(), _cache(), *_openmp()]
+    return [_python(), *_packages(), *_kernels(), _cores(), _memory(), *_gpu(), _cache(), *_openmp()]
 
 
 def _python() -> Finding:
@@ -114,19 +117,62 @@ def _cache() -> Finding:
     return Finding("cache", f"{directory}, {size / 1e6:.1f} MB")
 
 
+def _gpu() -> list[Finding]:
+    """GPUs that torch can use; what is missing where there is one that it cannot."""
+    if importlib.util.find_spec("torch") is None:
+        return []  # told among the packages
+    torch = importlib.import_module("torch")
+    if torch.cuda.is_available():
+        names = []
+        for index in range(torch.cuda.device_count()):
+            known = torch.cuda.get_device_properties(index)
+            names.append(f"{known.name}, {known.total_memory / GB:.1f} GB")
+        return [Finding("GPU", f"{'; '.join(names)} (CUDA {torch.version.cuda}); runtime.device: cuda uses it")]
+    if NVIDIA.exists() and torch.version.cuda is None:
+        advice = "install torch's CUDA build: https://pytorch.org/get-started/locally"
+        return [Finding("GPU", f"one is there, but torch {torch.__version__} is built for the CPU alone", HINT, advice)]
+    if NVIDIA.exists():
+        advice = "update the driver, or install the torch that was built for its CUDA"
+        return [Finding("GPU", f"one is there, but torch's CUDA {torch.version.cuda} cannot use it", HINT, advice)]
+    return [Finding("GPU", "none")]
+
+
 def _openmp() -> list[Finding]:
-    """Thread pools in this process, once torch and NumPy are loaded; only threadpoolctl can see them."""
-    if importlib.util.find_spec("threadpoolctl") is None:
-        return []
-    for name in ("numpy", "torch"):
+    """BLAS and OpenMP runtimes in this process, once NumPy, torch and the kernels are loaded."""
+    for name in ("numpy", "torch", "layerlens.kernels"):
         if importlib.util.find_spec(name) is not None:
             importlib.import_module(name)
-    from threadpoolctl import threadpool_info
-
-    pools = threadpool_info()
-    found = ", ".join(f"{pool['prefix']} ({pool['user_api']}, {pool['num_threads']} threads)" for pool in pools)
-    openmp = {pool["filepath"] for pool in pools if pool["user_api"] == "openmp"}
+    pools = _thread_pools()
+    if not pools:
+        return []  # neither Linux nor threadpoolctl
+    found = ", ".join(told for told, _ in pools.values())
+    openmp = [path for path, (_, is_openmp) in pools.items() if is_openmp]
     if len(openmp) > 1:
         advice = "they slow each other down when both are busy; set runtime.threads below the number of cores"
         return [Finding("thread pools", f"{len(openmp)} OpenMP runtimes: {found}", HINT, advice)]
-    return [Finding("thread pools", found or "none loaded")]
+    return [Finding("thread pools", found)]
+
+
+def _thread_pools() -> dict[str, tuple[str, bool]]:
+    """File of each library with a pool of threads -> (what to say of it, whether it is OpenMP)."""
+    if importlib.util.find_spec("threadpoolctl") is not None:
+        from threadpoolctl import threadpool_info
+
+        return {
+            pool["filepath"]: (
+                f"{pool['prefix']} ({pool['user_api']}, {pool['num_threads']} threads)",
+                pool["user_api"] == "openmp",
+            )
+            for pool in threadpool_info()
+        }
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    files = sorted({line.split(maxsplit=5)[5] for line in lines if line.count("/")})
+    found = {path: POOL.match(Path(path).name) for path in files}
+    return {
+        path: (f"{match[0]} ({'openmp' if match['openmp'] else 'blas'})", bool(match["openmp"]))
+        for path, match in found.items()
+        if match
+    }

@@ -12,6 +12,7 @@ import typer
 from layerlens import __version__
 from layerlens.cli import (
     commands_apply,
+    commands_bench,
     commands_cache,
     commands_config,
     commands_doctor,
@@ -71,6 +72,7 @@ app.command("pipeline")(commands_pipeline.pipeline)
 app.command("serve")(commands_serve.serve)
 app.command("submit")(commands_serve.submit)
 app.command("doctor")(commands_doctor.doctor)
+app.command("bench")(commands_bench.bench)
 app.add_typer(commands_cache.app, name="cache")
 app.add_typer(commands_serve.jobs_app, name="jobs")
 

@@ -111,7 +111,7 @@ def calibrate(progress: Progress = silent, *, seconds: float = SECONDS, cpu_time
         rates = _with_host_overhead(rates, device, timed)
         advance(1)
     return DeviceProfile(
-        device=_device_name(device),
+        device=device_name(device),
         threads=torch.get_num_threads(),
         rates=rates,
         parameter_us=parameter_us,
@@ -122,7 +122,7 @@ def calibrate(progress: Progress = silent, *, seconds: float = SECONDS, cpu_time
 def profile_path(cache_dir: Path) -> Path:
     """Where the profile of this device with this number of threads is kept below ``cache_dir``."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    told = f"{_device_name(device)}|{torch.get_num_threads()}|{torch.__version__}"
+    told = f"{device_name(device)}|{torch.get_num_threads()}|{torch.__version__}"
     return cache_dir / f"device-{hashlib.sha256(told.encode()).hexdigest()[:12]}.json"
 
 
@@ -249,7 +249,8 @@ def _synchronised(work: Callable[[], object], device: torch.device) -> Callable[
     return waiting
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's own name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     try:

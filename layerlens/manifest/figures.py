@@ -25,6 +25,9 @@ _MARKERS = {"lora": "o", "adapter": "s", "prefix": "^"}
 _LINE: Any = {"markersize": 4.5, "linewidth": 1.8, "clip_on": False}
 _RING: Any = {"markersize": 12, "fillstyle": "none", "markeredgewidth": 1.6, "clip_on": False}
 
+FRONTIER_ROOM = 4.2
+"""The frontier is drawn up to this many times the room that the budget leaves above the frozen model."""
+
 _SETTINGS: Any = {
     "svg.hashsalt": "layerlens",  # ids from the content instead of a random salt
     "svg.fonttype": "none",
@@ -64,18 +67,21 @@ class Curve:
         params: trainable parameters of each option, ascending.
         utility: utility of each option.
         ranks: rank of each option.
+        low, high: how far the utility of each option may be off, where that is known; else empty.
     """
 
     method: str
     params: tuple[int, ...]
     utility: tuple[float, ...]
     ranks: tuple[int, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
 
 
 def utility_curves(
     curves: Sequence[Curve], chosen: tuple[str, int] | None, *, top: float, title: str, description: str, prefix: str
 ) -> str:
-    """One layer's utility over trainable parameters, a line for each method, the chosen option ringed.
+    """One layer's utility over trainable parameters: a line and its band for each method, the chosen option ringed.
 
     Args:
         curves: a line each.
@@ -91,13 +97,15 @@ def utility_curves(
         axes = figure.subplots()
         for curve in curves:
             colour, marker = METHOD_COLOURS[curve.method], _MARKERS[curve.method]
+            if curve.low:
+                axes.fill_between(curve.params, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(curve.params, curve.utility, color=colour, marker=marker, **_LINE)
             for params, utility, rank in zip(curve.params, curve.utility, curve.ranks, strict=True):
                 if chosen == (curve.method, rank):
                     axes.plot([params], [utility], "o", color=INK, **_RING)
         axes.xaxis.set_major_formatter(lambda value, _: _compact(value))
         axes.set_xlim(left=0)
-        axes.set_ylim(min(0.0, *(value for curve in curves for value in curve.utility)), top)
+        axes.set_ylim(min(0.0, *(value for curve in curves for value in (*curve.utility, *curve.low))), top)
         axes.locator_params(nbins=5)
         axes.set_xlabel("trainable parameters")
         axes.set_ylabel("utility")
@@ -137,12 +145,52 @@ def solver_progress(events: Sequence[SolverEvent], *, title: str, prefix: str) -
         axes.set_xlabel("time (ms)")
         axes.set_ylabel("score")
         axes.grid(True)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return inline_svg(buffer.getvalue(), title=title, description="The table below has the figures.", prefix=prefix)
+
+
+def budget_frontier(
+    budgets: Sequence[float], scores: Sequence[float], *, budget: float, base: float, total: float, score: float,
+    axis: str, title: str, description: str, prefix: str,
+) -> str:  # fmt: skip
+    """Score over one budget: the hull, the budget as a line, and the choice.
+
+    Args:
+        budgets, scores: the hull.
+        budget: what was allowed.
+        base: what the frozen model needs of it.
+        total, score: the choice.
+        axis: name and unit of the resource.
+        title, description: what a screen reader says.
+        prefix: makes the figure's ids unique on the page.
+    """
+    from matplotlib.figure import Figure
+
+    with figure_style():
+        figure = Figure(figsize=(3.6, 2.3), layout="constrained")
+        axes = figure.subplots()
+        axes.fill_between(budgets, scores, color=METHOD_COLOURS["lora"], alpha=0.10, linewidth=0)
+        axes.plot(budgets, scores, color=METHOD_COLOURS["lora"], linewidth=1.8)
+        axes.axvline(budget, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
+        axes.plot([total], [score], "o", color=INK, markersize=6.5, clip_on=False)
+        axes.xaxis.set_major_formatter(lambda value, _: _compact(value))
+        room = budget - base
+        axes.set_xlim(base - 0.04 * room, base + FRONTIER_ROOM * room)
+        axes.set_ylim(bottom=min(0.0, min(scores)))
+        axes.locator_params(nbins=5)
+        axes.set_xlabel(axis)
+        axes.set_ylabel("score")
+        axes.grid(True)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return inline_svg(buffer.getvalue(), title=title, description=description, prefix=prefix)
 
 
 def inline_svg(svg: str, *, title: str, description: str, prefix: str) -> str:

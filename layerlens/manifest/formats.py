@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+METHOD_NAMES = {"none": "none", "lora": "LoRA", "adapter": "adapter", "prefix": "prefix"}
 UNITS = {"trainable_params": "parameter", "flops": "FLOP", "vram_gb": "GB", "latency_ms": "ms"}
 RESOURCE_NAMES = {
     "trainable_params": "Trainable parameters",
@@ -30,6 +31,20 @@ def number(value: float) -> str:
         digits, power = f"{value:.3e}".split("e")
         text = f"{digits.rstrip('0').rstrip('.')}×10{str(int(power)).translate(_SUPERSCRIPT)}"
     return text.replace("-", "−")
+
+
+def resource_name(resource: str) -> str:
+    """A resource as a heading has it; one of the user's own by its own name."""
+    return RESOURCE_NAMES.get(resource, resource.replace("_", " "))
+
+
+def in_sentence(heading: str) -> str:
+    """A heading as the middle of a sentence has it.
+
+    >>> in_sentence("Added FLOPs")
+    'added FLOPs'
+    """
+    return heading[:1].lower() + heading[1:]
 
 
 def quantity(resource: str, value: float) -> str:
@@ -59,15 +74,16 @@ def _scaled(value: float, unit: str) -> str:
 def percent(share: float, digits: int = 1) -> str:
     """A share of 1 in percent; small ones are not rounded to nothing.
 
-    >>> percent(0.5), percent(0.00012), percent(0.0), percent(2e-6, digits=4), percent(3e-14)
-    ('50 %', '0.012 %', '0 %', '0.0002 %', '< 0.0001 %')
+    >>> percent(0.5), percent(0.00012), percent(0.0), percent(2e-6, digits=4), percent(3e-14), percent(1.0, digits=0)
+    ('50 %', '0.012 %', '0 %', '0.0002 %', '< 0.0001 %', '100 %')
     """
     value = 100 * share
     if 0 < abs(value) < 1e-4:
         return "< 0.0001 %"
     if value != 0 and abs(value) < 10.0**-digits:
         return f"{value:.2g} %".replace("-", "−")
-    return f"{value:.{digits}f}".rstrip("0").rstrip(".").replace("-", "−") + " %"
+    text = f"{value:.{digits}f}"
+    return (text.rstrip("0").rstrip(".") if digits else text).replace("-", "−") + " %"
 
 
 def signed_percent(share: float) -> str:

@@ -17,12 +17,25 @@ from markupsafe import Markup, escape
 
 from layerlens.integrations.transformers import role_of
 from layerlens.manifest.calibration import calibration_section
-from layerlens.manifest.figures import Curve, solver_progress, utility_curves
-from layerlens.manifest.formats import RESOURCE_NAMES, UNITS, number, percent, quantity, signed_percent
+from layerlens.manifest.curves_section import curves_section, methods_shown
+from layerlens.manifest.figures import solver_progress
+from layerlens.manifest.formats import (
+    METHOD_NAMES,
+    RESOURCE_NAMES,
+    UNITS,
+    in_sentence,
+    number,
+    percent,
+    quantity,
+    resource_name,
+    signed_percent,
+)
+from layerlens.manifest.frontier_section import frontier_section
 from layerlens.models import (
     METHODS,
     RESOURCES,
     CostTable,
+    FrontierRow,
     LayerExplanation,
     Manifest,
     ManifestRow,
@@ -33,14 +46,11 @@ from layerlens.models import (
 )
 from layerlens.utils.atomic import atomic_write_text
 
-METHOD_NAMES = {"none": "none", "lora": "LoRA", "adapter": "adapter", "prefix": "prefix"}
 PROXY_CHECKS = {
     "loss_drop": "loss drop of the choice in a proxy's steps",
     "uniform_loss_drop": "the same with all layers alike",
     "loss_drop_over_uniform": "loss drop of the choice over that with all layers alike",
 }
-STRONGEST = 6
-"""Layers whose utility curves are shown."""
 
 
 def write_report(
@@ -53,6 +63,7 @@ def write_report(
     measured: dict[str, Any],
     explanations: Sequence[LayerExplanation] = (),
     events: Sequence[SolverEvent] = (),
+    hulls: Mapping[str, Sequence[FrontierRow]] | None = None,
 ) -> None:
     """Write the report to ``path``, atomically; the same arguments give the same bytes.
 
@@ -65,6 +76,7 @@ def write_report(
             checked.
         explanations: for each layer, or group of layers that choose alike, the runner-up and what would make it win.
         events: the solver's log.
+        hulls: resource -> the exact hull of score over its budget, other budgets left aside.
 
     Raises:
         OutputError: the file cannot be written.
@@ -77,7 +89,7 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
-    curves = _curves(manifest, utilities, costs)
+    curves = curves_section(manifest, utilities, costs, statistics)
     page = environment.get_template("report.html.j2").render(
         model=str(manifest.model.get("name_or_path", "")),
         summary=_summary(manifest),
@@ -86,8 +98,9 @@ def write_report(
         certificate=_certificate(manifest),
         calibration=calibration_section(manifest, utilities.calibration),
         checks=_checks(measured),
+        frontiers=frontier_section(manifest, hulls or {}),
         curves=curves,
-        curve_methods=[method for method in METHODS[1:] if any(method in curve["methods"] for curve in curves)],
+        curve_methods=methods_shown(curves["figures"], METHODS[1:]),
         utility_unit=utilities.unit,
         layers=_layers(manifest, statistics, explanations),
         explained=bool(explanations),
@@ -107,7 +120,26 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
         "counts": [(METHOD_NAMES[method], count) for method, count in counts.items() if count],
         "parameters": number(sum(row.cost for row in manifest.allocations)),
         "share": _share_of_model(manifest),
+        "tightest": _tightest(manifest.resources),
+        "gain": _gain(manifest.predicted),
     }
+
+
+def _tightest(resources: Sequence[ResourceUse]) -> dict[str, str]:
+    """The budget of which the largest share is used; empty without budgets."""
+    shares = {use.resource: use.total / use.budget for use in resources if use.budget is not None and use.budget > 0}
+    if not shares:
+        return {}
+    name = max(shares, key=lambda resource: shares[resource])
+    return {"name": in_sentence(resource_name(name)), "used": percent(shares[name])}
+
+
+def _gain(predicted: Mapping[str, Any]) -> dict[str, str]:
+    """The predicted loss drop and its interval; empty where the utilities are not calibrated."""
+    if not predicted.get("calibrated"):
+        return {}
+    low, high = predicted["gain_interval"]
+    return {"value": number(predicted["gain"]), "interval": f"{number(low)} to {number(high)}"}
 
 
 def _share_of_model(manifest: Manifest) -> str:
@@ -120,7 +152,7 @@ def _budget(use: ResourceUse) -> dict[str, Any]:
     text = {key: quantity(use.resource, getattr(use, key)) for key in ("base", "added", "total")}
     entry: dict[str, Any] = {
         **text,
-        "name": RESOURCE_NAMES.get(use.resource, use.resource.replace("_", " ")),
+        "name": resource_name(use.resource),
         "source": use.source,
         "limited": False,
     }
@@ -216,6 +248,8 @@ def _checks(measured: Mapping[str, Any]) -> dict[str, Any]:
                     "predicted": quantity(resource, value["predicted"]),
                     "measured": quantity(resource, value["measured"]) + error,
                     "error": signed_percent(value["relative_error"]),
+                    "side": "over" if value["relative_error"] > 0 else "under",
+                    "width": round(50 * min(abs(value["relative_error"]), 1.0), 1),  # half of the bar is 100 %
                 }
             )
         elif name == "step_zero_max_abs_delta":
@@ -223,39 +257,6 @@ def _checks(measured: Mapping[str, Any]) -> dict[str, Any]:
         else:
             single.append((label, number(value) if isinstance(value, int | float) else str(value)))
     return {"compared": compared, "single": single}
-
-
-def _curves(manifest: Manifest, utilities: UtilityTable, costs: CostTable) -> list[dict[str, Any]]:
-    """Figures for the layers with the largest utility of any option."""
-    params = costs.cost__ro[RESOURCES.index("trainable_params")]
-    options: dict[str, dict[str, list[tuple[int, int, float]]]] = {}
-    for index, option in enumerate(utilities.options):
-        if option.method != "none":
-            point = (int(params[index]), option.rank, float(utilities.utility[index]))
-            options.setdefault(option.layer, {}).setdefault(option.method, []).append(point)
-    best = {layer: max(point[2] for points in of.values() for point in points) for layer, of in options.items()}
-    strongest = sorted(best, key=lambda layer: -best[layer])[:STRONGEST]
-    top = 1.05 * max((best[layer] for layer in strongest), default=0.0) or 1.0
-    taken = {row.layer: (row.method, row.rank) for row in manifest.allocations if row.method != "none"}
-    figures = []
-    for index, layer in enumerate(strongest):
-        curves = []
-        for method, points in options[layer].items():
-            sizes, ranks, values = zip(*sorted(points), strict=True)
-            curves.append(Curve(method, sizes, values, ranks))
-        method, rank = taken.get(layer, ("none", 0))
-        chosen = f"{METHOD_NAMES[method]} {rank}" if rank else "none"
-        description = "; ".join(
-            f"{METHOD_NAMES[curve.method]}: "
-            + ", ".join(f"rank {r} {number(u)}" for r, u in zip(curve.ranks, curve.utility, strict=True))
-            for curve in curves
-        )
-        svg = utility_curves(
-            curves, taken.get(layer), top=top, title=f"Utility of the options of {layer}; chosen: {chosen}",
-            description=description, prefix=f"curve{index}",
-        )  # fmt: skip
-        figures.append({"layer": layer, "chosen": chosen, "methods": list(options[layer]), "svg": Markup(svg)})
-    return figures
 
 
 def _layers(

@@ -106,7 +106,7 @@ def trace_frontier(
                 )
             )
             advance(1)
-    hull = _hull_rows(problem, curve)
+    hull = hull_rows(problem, curve)
     with staged_directory(output) as staging:
         written = write_frontier(staging, resource, hull, certified)
         files = {name: output / path.relative_to(staging) for name, path in written.items()}
@@ -142,7 +142,8 @@ def _spread(curve: Frontier, points: int) -> list[float]:
     return [float(budget) for budget in np.ceil(budgets)] if curve.resource == "trainable_params" else budgets.tolist()
 
 
-def _hull_rows(problem: AllocationProblem, curve: Frontier) -> list[FrontierRow]:
+def hull_rows(problem: AllocationProblem, curve: Frontier) -> list[FrontierRow]:
+    """The points of a frontier, each with the one choice that changes there."""
     rows = []
     for point, (budget, value) in enumerate(zip(curve.budget.tolist(), curve.value.tolist(), strict=True)):
         switched = None if point == 0 else problem.options[int(curve.option[point])]

@@ -22,8 +22,10 @@ from layerlens.integrations.transformers import PretrainedModel, load_pretrained
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.manifest import write_manifest, write_report
 from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
+from layerlens.optimization import frontier
 from layerlens.pipeline.checks import check_manifest
 from layerlens.pipeline.factors import measured_factors
+from layerlens.pipeline.frontier import hull_rows
 from layerlens.pipeline.inputs import (
     check_lengths,
     data_facts,
@@ -274,7 +276,7 @@ def _write_report(
     staging: Path, manifest: Manifest, solution: Solution, statistics: ModelStatistics, measured: dict[str, Any]
 ) -> dict[str, Path]:
     """The report, and the solver's log as JSON lines."""
-    report = staging / REPORT_FILE
+    report, problem = staging / REPORT_FILE, solution.problem
     write_report(
         report,
         manifest=manifest,
@@ -284,6 +286,7 @@ def _write_report(
         measured=measured,
         explanations=solution.explanations,
         events=solution.events,
+        hulls={resource: hull_rows(problem, frontier(problem, resource)) for resource in problem.resources},
     )
     lines = "".join(json.dumps(asdict(event)) + "\n" for event in solution.events)
     return {"report": report, "solver_log": atomic_write_text(staging / SOLVER_LOG_FILE, lines)}

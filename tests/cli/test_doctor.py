@@ -90,6 +90,32 @@ def test_exit_code_and_both_outputs(invoke: Invoke, monkeypatch: pytest.MonkeyPa
     }
 
 
+def test_a_gpu_that_torch_cannot_use_is_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "NVIDIA", tmp_path / "none")
+    assert machine._gpu() == [Finding("GPU", "none")]
+    monkeypatch.setattr(machine, "NVIDIA", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built for the CPU alone" in machine._gpu()[0].found
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert (machine._gpu()[0].status, "CUDA 12.8" in machine._gpu()[0].found) == (HINT, True)
+
+
+def test_thread_pools_are_seen_without_threadpoolctl(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    with_it = {path: is_openmp for path, (_, is_openmp) in machine._thread_pools().items()}
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        machine.importlib.util, "find_spec", lambda name: None if name == "threadpoolctl" else find(name)
+    )
+    without = {path: is_openmp for path, (_, is_openmp) in machine._thread_pools().items()}
+    openmp = {Path(path).resolve() for path, is_openmp in without.items() if is_openmp}
+    assert openmp == {Path(path).resolve() for path, is_openmp in with_it.items() if is_openmp} != set()
+
+
 def test_this_machine() -> None:
     findings = {finding.subject: finding for finding in machine.examine()}
     assert findings["Python"].found.startswith(".".join(map(str, sys.version_info[:3])))

@@ -67,6 +67,8 @@ class Reader:
         """Raises whatever goes wrong."""
         if block.key == "file":
             (self.folder / block.value).write_text(block.text, encoding="utf-8")
+            if block.language == "bash":
+                return  # a script, which a later block runs
         elif block.key == "run by":
             self._is_run_by(block)
             return

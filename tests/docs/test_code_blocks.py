@@ -17,11 +17,11 @@ PAGES = sorted(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_page_does_what_it_says(page, tmp_path, monkeypatch, small_model_dir, reviews_jsonl):
+def test_page_does_what_it_says(page, tmp_path, monkeypatch, small_model_dir, reviews_jsonl, pages_cache):
     shutil.copytree(small_model_dir, tmp_path / "my-model")
     shutil.copy(reviews_jsonl, tmp_path / "reviews.jsonl")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LAYERLENS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LAYERLENS_CACHE", str(pages_cache))
     reader = Reader(tmp_path, ROOT)
     for block in blocks_of((ROOT / page).read_text(encoding="utf-8")):
         try:

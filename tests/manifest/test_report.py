@@ -7,24 +7,37 @@ import doctest
 import math
 import re
 from html.parser import HTMLParser
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from layerlens.manifest import formats, write_report
+from layerlens.manifest import frontier_section as frontier_section_module
 from layerlens.manifest import report as report_module
+from layerlens.manifest.curves_section import bands
 from layerlens.manifest.figures import Curve, utility_curves
 from layerlens.manifest.formats import number, percent, quantity, signed_percent
+from layerlens.manifest.frontier_section import frontier_section
 from layerlens.manifest.report import Place, heat_map, place_of
 from layerlens.models import (
     CostTable,
+    FrontierRow,
     LayerStatistics,
     ManifestRow,
     MethodStatistics,
     ModelStatistics,
     Option,
+    ProxyGain,
+    ProxyStudy,
+    ResourceUse,
+    SolverEvent,
     UtilityTable,
 )
+from layerlens.utility.calibration import calibrate
+
+ROOT = Path(__file__).parents[2]
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 MEASURED = {
@@ -91,11 +104,11 @@ def statistics(manifest):
 
 @pytest.fixture
 def report(manifest, statistics, tmp_path):
-    def write(manifest=manifest, measured=MEASURED, name="report.html"):
+    def write(manifest=manifest, measured=MEASURED, name="report.html", **more):
         utilities, costs = tables(manifest)
         path = tmp_path / name
         write_report(
-            path, manifest=manifest, utilities=utilities, costs=costs, statistics=statistics, measured=measured
+            path, manifest=manifest, utilities=utilities, costs=costs, statistics=statistics, measured=measured, **more
         )
         return path.read_text(encoding="utf-8")
 
@@ -166,6 +179,119 @@ def test_it_says_what_the_manifest_says(report):
 
 def test_without_checks_it_says_so(report):
     assert "Nothing was measured in this run" in Page(report(measured={})).text
+
+
+HULL = (FrontierRow("hull", 0.0, 0.0, 0.0, 0.0, "optimal"), FrontierRow("hull", 16_000.0, 1.5, 1.5, 0.0, "optimal"))
+EVENTS = (SolverEvent(0.001, "multipliers", None, 0.8), SolverEvent(0.002, "guided search", 0.75, 0.751))
+
+
+def test_frontiers_have_the_chosen_point_and_tell_what_other_budgets_would_buy(report):
+    page = Page(report(hulls={"trainable_params": HULL, "vram_gb": HULL[:1]}))
+    assert len(page.of("svg")) == 5  # a hull of one point has nothing to show
+    # A line through (0, 0) and (16,000, 1.5): 4,000 buys half of the chosen score of 0.75, 8,000 all of it, and so on.
+    assert "Trainable parameters 50 % 4,000 100 % 8,000 200 % 16,000 200 % 32,000" in page.text
+    assert "the chosen point uses 7,311" in page.text
+    assert "What more budget would buy" not in Page(report()).text
+
+
+def test_a_budget_of_whose_hull_nothing_fits_and_one_below_the_frozen_model(manifest):
+    use = ResourceUse("vram_gb", 0.5, 0.3, 0.1, 0.4, 0.0, "counted")
+    dear = tuple(dataclasses.replace(row, budget=row.budget + 0.45) for row in HULL)
+    [entry] = frontier_section(dataclasses.replace(manifest, resources=(use,)), {"vram_gb": dear})
+    assert entry["steps"][0]["share"] == "nothing fits"  # half of 0.2 GB above 0.3 is less than 0.45
+    over = dataclasses.replace(use, budget=0.2)
+    assert frontier_section(dataclasses.replace(manifest, resources=(over,)), {"vram_gb": HULL}) == []
+    assert frontier_section(dataclasses.replace(manifest, score=0.0), {"trainable_params": HULL}) == []
+
+
+def test_a_hull_of_many_points_is_thinned_and_keeps_its_shape(manifest):
+    budgets = np.linspace(0.0, 40_000.0, 5_000)
+    hull = tuple(FrontierRow("hull", float(b), math.sqrt(b), 0.0, 0.0, "optimal") for b in budgets)
+    x, y = frontier_section_module._drawn(budgets, np.sqrt(budgets), 33_600.0)
+    assert len(x) <= frontier_section_module.MOST_POINTS + 1
+    assert (x[0], x[-1]) == (0.0, 33_600.0)
+    # The chord of a square root is furthest below it between 0 and the first point, x1: by y1/4, at x1/4.
+    np.testing.assert_allclose(
+        np.interp(budgets[budgets < x[-1]], x, y), np.sqrt(budgets[budgets < x[-1]]), atol=y[1] / 4
+    )
+    assert frontier_section(manifest, {"trainable_params": hull})
+
+
+def noisy(signal):
+    measured = MethodStatistics(energy=16.0, trace=30.0, signal=signal, input_mean_square=1.0)
+    return ModelStatistics((LayerStatistics("a", {"lora": measured}),), 8, 64, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "signal", "low", "high"),
+    [
+        ("tempered_energy", 1.0, 1.0, 2.0),  # 16^¼ = 2 with the noise, 1^¼ without
+        ("gradient", 1.0, 1.0, 4.0),
+        ("tempered_energy", -3.0, 0.0, 2.0),
+        ("tempered", 1.0, 1.0, 2.0),
+        ("signal", 1.0, 1.0, 4.0),
+    ],
+)
+def test_bands_go_from_the_utility_without_sampling_noise_to_that_with_it(model, signal, low, high):
+    own = {"tempered_energy": 2.0, "gradient": 4.0, "tempered": 1.0, "signal": 1.0}[model]
+    table = UtilityTable((Option("a", "lora", 1),), np.array([own]), model, "relative")
+    found = bands(table, noisy(signal))
+    assert (found[0][0], found[1][0], found[2]) == (pytest.approx(low), pytest.approx(high), "noise")
+
+
+def test_bands_that_nothing_is_known_of_are_not_drawn():
+    option = (Option("a", "lora", 1),)
+    for table, statistics in (
+        (UtilityTable(option, np.array([1.0]), "tempered_energy", "relative"), noisy(None)),
+        (UtilityTable(option, np.array([1.0]), "uniform", "relative"), noisy(1.0)),
+    ):
+        low, high, source = bands(table, statistics)
+        assert source == ""
+        assert np.isnan([low[0], high[0]]).all()
+    # The energy behind a utility of 0 cannot be told from it.
+    low, _, source = bands(UtilityTable(option, np.array([0.0]), "signal", "relative"), noisy(-1.0))
+    assert (source, math.isnan(low[0])) == ("noise", True)
+
+
+def test_calibrated_curves_have_the_percentiles_of_their_replicates(manifest, statistics, tmp_path):
+    utilities, costs = tables(manifest)
+    options = [option for option in utilities.options if option.method == "lora"][:4]
+    study = ProxyStudy(tuple(ProxyGain(option, 0.1 * option.rank, 0.01) for option in options), 4, 5, 1e-3, 50, 1.0)
+    calibrated = calibrate(utilities, study)
+    low, high, source = bands(calibrated, statistics)
+    assert source == "proxies"
+    replicates = calibrated.calibration.replicates__bo
+    np.testing.assert_array_equal([low, high], np.percentile(replicates, [2.5, 97.5], axis=0))
+    told = dataclasses.replace(manifest, predicted={"gain": 0.3, "gain_interval": [0.1, 0.5], "calibrated": True})
+    write_report(
+        tmp_path / "r.html", manifest=told, utilities=calibrated, costs=costs, statistics=statistics, measured={}
+    )
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "0.3 predicted loss drop, 95 %: 0.1 to 0.5" in page.text
+    assert "fitted to resampled proxies" in page.text
+
+
+def report_checks():
+    found = spec_from_file_location("report_checks", ROOT / "scripts/report_checks.py")
+    module = module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_it_works_in_a_browser(whole, report, manifest, tmp_path):
+    """On a desk, on a phone, in the dark, on paper, by keyboard and by axe-core's rules: scripts/report_checks.py."""
+    checks = report_checks()
+    chromium = checks.find_chromium()
+    if chromium is None:
+        pytest.skip("no Chromium to open the report in: apt-get install chromium, or set CHROMIUM")
+    if whole:
+        report(hulls={"trainable_params": HULL, "latency_ms": HULL}, events=EVENTS)
+    else:  # what is not there may be missed by a reader, but not by an id
+        report(dataclasses.replace(manifest, allocations=(), resources=()), measured={})
+    found = dict(checks.check_report(tmp_path / "report.html", chromium))
+    assert len(found) == 13
+    assert {check: wrong for check, wrong in found.items() if wrong} == {}
 
 
 def test_names_cannot_break_the_page(manifest, report):
@@ -249,6 +375,7 @@ def test_figures_follow_the_page_and_stand_alone():
         (quantity("latency_ms", 1234.5), "1,234 ms"),
         (quantity("trainable_params", 41_234), "41,234"),
         (percent(1.0), "100 %"),
+        (percent(1.0, digits=0), "100 %"),
         (percent(0.000002), "0.0002 %"),
         (percent(3e-14), "< 0.0001 %"),
         (signed_percent(0.031), "+3.1 %"),

@@ -170,7 +170,7 @@ def test_command_line(plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def run(*arguments: str) -> Any:
         return CliRunner().invoke(app, ["pipeline", "--threads", "1", *arguments])
 
-    done = run("--images", str(plates), "-o", "out")
+    done = run("--images", str(plates), "--llm", "builtin:plates", "-o", "out")
     assert done.exit_code == 0, done.stderr
     for shown in (
         "plate0.png: ",

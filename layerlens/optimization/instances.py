@@ -1,4 +1,4 @@
-"""Instances for the solver benchmark: layers of a transformer with their PEFT options, and plain random ones."""
+"""Instances to measure the solver on: layers of a transformer with their PEFT options, and plain random ones."""
 
 from __future__ import annotations
 
