@@ -53,6 +53,21 @@ class ProfilingError(LayerLensError, RuntimeError):
     """The model could not be profiled (NaN in a statistic, a module that cannot be measured)."""
 
 
+class ProcessLostError(LayerLensError, RuntimeError):
+    """Another process of the same run failed or is lost.
+
+    Args:
+        message: which one and why.
+        exit_code: that of the process that failed.
+        told: whether the process that failed has told everybody, itself included.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1, *, told: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.told = told
+
+
 class OptimizationError(LayerLensError, RuntimeError):
     """The allocation problem could not be solved."""
 

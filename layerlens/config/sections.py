@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from layerlens.config.base import ConfigModel
+from layerlens.config.distributed import DistributedConfig
 from layerlens.config.names import MethodName
 from layerlens.config.rules import ConstraintConfig
 from layerlens.config.study import StudyConfig
@@ -402,7 +403,10 @@ class RuntimeConfig(ConfigModel):
 
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the data split, the head and the solver.")
     threads: int = Field(
-        default=0, ge=0, description="CPU threads for torch, the kernels and the solver; 0: all cores."
+        default=0,
+        ge=0,
+        description="CPU threads for torch, the kernels and the solver; 0: all cores, shared by the processes that "
+        "torchrun started on this machine.",
     )
     device: Literal["cpu", "cuda"] = Field(
         default="cpu",
@@ -412,7 +416,14 @@ class RuntimeConfig(ConfigModel):
     cache_dir: str | None = Field(
         default=None,
         description="Directory of the sensitivity cache; by default $LAYERLENS_CACHE, or layerlens in the user's "
-        "cache directory.",
+        "cache directory. Several processes need one that all of them see.",
+    )
+    saving_time_share: float = Field(
+        default=0.05,
+        gt=0,
+        le=1,
+        description="Largest share of the measuring time that is spent on keeping what is measured so far in the "
+        "cache, from where an interrupted run goes on. 1: keep it after every batch.",
     )
 
 
@@ -426,6 +437,9 @@ class RunConfig(ConfigModel):
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="How the choice is fine-tuned.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Where the results go.")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="How the run uses this machine.")
+    distributed: DistributedConfig = Field(
+        default_factory=DistributedConfig, description="How several processes do one run together."
+    )
     study: StudyConfig = Field(
         default_factory=StudyConfig, description="What `layerlens evaluate` compares; other commands do not read it."
     )

@@ -37,15 +37,17 @@ from layerlens.pipeline.messages import Warnings, warn_of_calibration, warn_of_n
 from layerlens.pipeline.proxies import ProxyTrainer, joint_gains, measure_proxies
 from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
+from layerlens.pipeline.together import same_configuration, same_measurement, shared_directory
 from layerlens.profiling.cache import SensitivityCache, cache_key, default_cache_dir
 from layerlens.profiling.head import fit_head
-from layerlens.profiling.measure import measure, refuse_non_finite
+from layerlens.profiling.measure import measure_share, refuse_non_finite
 from layerlens.profiling.saved_pass import SavedPass
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.tasks import Batch, Batches, Task, make_batches, task_for
 from layerlens.tuning import export_adapter
 from layerlens.utility import calibrated_table
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
+from layerlens.utils.processes import Processes, joined
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
 
@@ -77,6 +79,9 @@ def run_config(
 ) -> RunResult:
     """Profile the model, choose, check and write everything; nothing is written unless all of it is.
 
+    Where a launcher such as torchrun has started several processes, all of them call this. Each measures its share of
+    the calibration data, process 0 alone chooses, writes and tells about it, and all return the same result.
+
     Args:
         config: the whole job.
         base_dir: folder that relative paths in the configuration start from.
@@ -87,11 +92,24 @@ def run_config(
     Raises:
         LayerLensError: with one line that says what to do; its class has the exit code.
     """
-    clock, warnings = _Clock(), Warnings(warn)
+    with joined(config.distributed.backend, config.runtime.device, config.distributed.timeout_s) as processes:
+        if not processes.first:
+            progress, warn = silent, _unheard
+        return _run(config, base_dir, use_cache, progress, Warnings(warn), processes)
+
+
+def _run(
+    config: RunConfig, base_dir: Path, use_cache: bool, progress: Progress, warnings: Warnings, processes: Processes
+) -> RunResult:
+    clock = _Clock()
+    same_configuration(processes, config)
     output = base_dir / Path(config.output.directory).expanduser()
-    check_writable(output)
+    if processes.first:
+        check_writable(output)
     cache = SensitivityCache(_cache_dir(config, base_dir)) if use_cache else None
-    threads = resolve_threads(config.runtime.threads)
+    if cache:
+        shared_directory(processes, cache.directory)
+    threads = resolve_threads(config.runtime.threads, processes.place.local_size)
     set_threads(threads)
     device = usable_device(config.runtime.device)
     with clock.stage("load"), progress.stage("Loading model and data"):
@@ -134,15 +152,25 @@ def run_config(
     with clock.stage("profile"):
         identity = statistics_identity(config, spec, calibration, head_data, threads)
         key = cache_key(identity)
-        found = cache.get(key) if cache else None
-        if found is None:
-            saved = cache.saved_pass(key) if cache else None
+        same_measurement(processes, identity)
+        found = cache.get(key) if cache and processes.first else None
+        if not processes.from_first("statistics in the cache", found is not None):
+            saved = cache.saved_pass(key, config.runtime.saving_time_share) if cache else None
             fit()
-            statistics = _profile(config, pretrained, task, spec, batches, threads, progress, saved)
-        else:
-            statistics = found[1]
+            for name in pretrained.new_parameters:
+                processes.copy_from_first(pretrained.model.get_parameter(name).data)
+            measured_now = _profile(config, pretrained, task, spec, batches, threads, progress, saved, processes)
+        if not processes.first:  # its share is handed in
+            pretrained.model.to("meta")
+            result: RunResult = processes.from_first("result")
+            return result
+        statistics = found[1] if found is not None else measured_now
+        assert statistics is not None
         facts = model_facts(pretrained, config, dataset, spec)
-        statistics = replace(statistics, provenance={"identity": identity, "model": facts})
+        provenance = {"identity": identity, "model": facts}
+        statistics = replace(
+            statistics, provenance=provenance | ({} if processes.alone else {"processes": processes.size})
+        )
         if cache and found is None:
             cache.put(key, spec, statistics)
 
@@ -190,7 +218,7 @@ def run_config(
                 warn_of_calibration(manifest, joint, warnings)
         written |= _write_report(staging, manifest, solution, statistics, measured)
         files = {name: output / path.relative_to(staging) for name, path in written.items()}
-    return RunResult(
+    result = RunResult(
         manifest,
         output,
         files,
@@ -200,6 +228,8 @@ def run_config(
         explanations=solution.explanations,
         warnings=tuple(warnings.lines),
     )
+    processes.from_first("result", result)
+    return result
 
 
 def optimize_statistics(
@@ -289,9 +319,10 @@ def _profile(
     threads: int,
     progress: Progress,
     saved: SavedPass | None,
-) -> ModelStatistics:
-    """Measure every layer."""
-    return measure(
+    processes: Processes,
+) -> ModelStatistics | None:
+    """Measure every layer, together with the other processes; None in all but process 0."""
+    return measure_share(
         pretrained.model,
         spec,
         batches,
@@ -302,7 +333,12 @@ def _profile(
         progress=progress,
         loss=task.loss,
         saved=saved,
+        processes=processes,
     )
+
+
+def _unheard(_line: str) -> None:
+    """Warnings of all processes but the first, which has the same."""
 
 
 def _solve(

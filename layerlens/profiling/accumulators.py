@@ -92,12 +92,17 @@ class MatrixAccumulator:
         self.output_factor = GramSum()
         self.output_sketch = FactorSum()
         self.spectrum_sketch: SpectrumSketch | None = None
-        self.kept: list[SampleMatrices] = []
+        self.kept: dict[int, SampleMatrices] = {}
 
-    def add(self, matrices: SampleMatrices, half__b: torch.Tensor) -> None:
-        """Add one batch; ``half__b`` says which half (0 or 1) of the calibration set each sample belongs to."""
+    def add(self, matrices: SampleMatrices, half__b: torch.Tensor, before: int) -> None:
+        """Add one batch.
+
+        Args:
+            matrices: of its samples.
+            half__b: which half (0 or 1) of the calibration set each sample belongs to.
+            before: samples in the batches that come before it, measured here or elsewhere.
+        """
         request = self.request
-        n_kept = sum(self.n_samples)
         for half in (0, 1):
             self.n_samples[half] += int((half__b == half).sum())
         if request.fisher:
@@ -108,8 +113,8 @@ class MatrixAccumulator:
             self.output_factor.add(matrices.d__bgto.transpose(0, 1).flatten(1, 2))
         if self.sketched or request.sketched_factors or self.kernel is not None:
             self._add_sketches(matrices, half__b)
-        if request.ntk and self.kernel is None and n_kept < request.ntk_samples:
-            self.kept.append(matrices.first(request.ntk_samples - n_kept))
+        if request.ntk and self.kernel is None and before < request.ntk_samples:
+            self.kept[before] = matrices.first(request.ntk_samples - before)
 
     def _add_mean(self, matrices: SampleMatrices, half__b: torch.Tensor) -> None:
         if not self.mean_sums:
