@@ -66,7 +66,7 @@ def shared_directory(processes: Processes, directory: Path) -> None:
             (directory / name).touch()
         except OSError as error:
             raise OutputError(f"runtime.cache_dir: cannot write {directory}: {error.strerror}") from error
-    name = processes.from_first("probe", name)
+    name, written_to = processes.from_first("probe", (name, str(directory.absolute())))
     try:
         end = time.monotonic() + VISIBLE_WITHIN_S
         while not (seen := name in os.listdir(directory)) and time.monotonic() < end:
@@ -79,7 +79,7 @@ def shared_directory(processes: Processes, directory: Path) -> None:
     for rank, (sees, host) in enumerate(told):
         if not sees:
             raise OutputError(
-                f"runtime.cache_dir: process {rank} on {host} does not see what process 0 wrote to {directory}; give a "
+                f"runtime.cache_dir: process {rank} on {host} does not see what process 0 wrote to {written_to}; give a "
                 "directory that all machines share, or run with --no-cache"
             )
 

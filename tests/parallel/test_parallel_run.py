@@ -1,0 +1,148 @@
+"""Two processes, and three, measure what one does; whichever of them stops, what was measured is not lost."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+
+from layerlens.models import FactorSketch, MethodStatistics, ModelStatistics
+from layerlens.profiling.cache import SensitivityCache
+from layerlens.profiling.statistics_file import load_statistics
+
+SAME_BITS = ("trace", "input_mean_square")
+"""Sums of one number for each sample or batch, which are added in the order of the batches."""
+
+TOLERANCE = {
+    # float32 sums of 9 batches in another order: each entry of a matrix is off by a few 6e-8 of its largest terms.
+    "energy": 1e-6, "signal": 1e-6, "plain_spectrum": 1e-6, "input_factor": 1e-6, "output_factor": 1e-6,
+    "input_sketch": 1e-6, "output_sketch": 1e-6, "sketched_spectrum": 1e-6, "sketch_error": 1e-6,
+    # whitening with a damping of 1e-2 of the mean diagonal amplifies that by up to the condition number of a factor,
+    # 1e2 · (largest eigenvalue / mean), twice.
+    "spectrum": 1e-3,
+}  # fmt: skip
+
+
+def differences(one: MethodStatistics, other: MethodStatistics) -> dict[str, float]:
+    """Largest difference of every statistic, relative to its largest value; of sketches that of the eigenvalues."""
+    found = {}
+    for field in dataclasses.fields(one):
+        first, second = getattr(one, field.name), getattr(other, field.name)
+        assert (first is None) == (second is None), field.name
+        if isinstance(first, FactorSketch):
+            first, second = first.values, second.values
+        if first is not None and np.size(first):
+            scale = max(float(np.max(np.abs(first))), 1e-30)
+            found[field.name] = float(np.max(np.abs(np.asarray(first) - np.asarray(second)))) / scale
+    return found
+
+
+def assert_same_measurement(one: ModelStatistics, other: ModelStatistics) -> None:
+    assert (other.n_samples, other.n_tokens, other.mean_loss) == (one.n_samples, one.n_tokens, one.mean_loss)
+    assert (other.activation_bytes, other.forward_flops) == (one.activation_bytes, one.forward_flops)
+    assert one.kernel is not None
+    assert other.kernel is not None
+    assert np.array_equal(other.kernel.gram, one.kernel.gram)
+    assert other.kernel.target_alignment == one.kernel.target_alignment
+    assert list(other.other_weights) == list(one.other_weights)
+    assert (other.left_out, other.coverage) == (one.left_out, one.coverage)
+    pairs = [
+        (x, y) for a, b in zip(one.layers, other.layers, strict=True)
+        for x, y in zip(a.by_method.values(), b.by_method.values(), strict=True)
+    ] + [(one.other_weights[name], other.other_weights[name]) for name in one.other_weights]  # fmt: skip
+    seen = set()
+    for first, second in pairs:
+        for name, difference in differences(first, second).items():
+            seen.add(name)
+            assert difference <= (0.0 if name in SAME_BITS else TOLERANCE[name]), name
+    assert seen == {*SAME_BITS, *TOLERANCE}
+
+
+def statistics_in(folder: Path) -> ModelStatistics:
+    return load_statistics(folder / "statistics.safetensors")[1]
+
+
+@pytest.fixture
+def whole(settings: dict[str, Any], tmp_path: Path) -> ModelStatistics:
+    """What one process measures."""
+    alone = settings | {"runtime": settings["runtime"] | {"cache_dir": str(tmp_path / "cache of one")}}
+    _, files = ranks.run(alone | {"output": {"directory": "one"}}, tmp_path)
+    return statistics_in(Path(files["statistics"]).parent)
+
+
+def test_several_processes_measure_what_one_does(start, settings, whole, tmp_path):
+    for size in (2, 3):
+        several = settings | {
+            "runtime": settings["runtime"] | {"cache_dir": f"cache of {size}"}, "output": {"directory": f"out{size}"}
+        }  # fmt: skip
+        outcomes = start(size, ranks.run, lambda rank, job=several: (job, tmp_path))
+        assert [outcome.error for outcome in outcomes] == [""] * size
+        assert len({outcome.value[0] for outcome in outcomes}) == 1  # all return what the first has written
+        found = statistics_in(tmp_path / f"out{size}")
+        assert found.provenance["processes"] == size
+        assert found.provenance["identity"] == whole.provenance["identity"]
+        assert_same_measurement(whole, found)
+        cache = SensitivityCache(tmp_path / f"cache of {size}")
+        assert [entry.state for entry in cache.entries()] == ["ok"]  # no unfinished part is left
+
+
+@pytest.mark.parametrize("how", ["killed", "the disk is on fire"])
+def test_a_process_that_stops_loses_no_finished_batch(start, settings, whole, tmp_path, how):
+    settings["distributed"]["timeout_s"] = 2
+    first, second = start(2, ranks.stopped_run, lambda rank: (settings, tmp_path, 3 if rank else None, how))
+    if how == "killed":  # nobody could say why; a launcher such as torchrun would have told
+        assert "process 1 has given no sign of life" in first.error
+    else:
+        assert first.error.startswith("ProcessLostError: process 1 on ")
+        assert first.error.endswith(f"stopped: {how}")
+        assert second.error == f"RuntimeError: {how}"
+    assert first.exit_code == 1
+    assert not (tmp_path / "out").exists()
+    parts = [entry.key.partition(".")[2] for entry in SensitivityCache(tmp_path / "cache").entries()]
+    assert sorted(parts) == ["partial", "partial-1"]
+    # Process 0 measured at most its 5 of the 9 batches, process 1 three; another number of processes goes on.
+    settings["distributed"]["timeout_s"] = 60
+    size = 3 if how == "killed" else 1
+    again = start(size, ranks.stopped_run, lambda rank: (settings, tmp_path, None, ""))
+    assert [outcome.error for outcome in again] == [""] * size
+    assert sum(outcome.value for outcome in again) <= 9 - 3
+    assert_same_measurement(whole, statistics_in(tmp_path / "out"))
+    assert [entry.state for entry in SensitivityCache(tmp_path / "cache").entries()] == ["ok"]
+
+
+def refused(start: Any, arguments: Any, size: int = 2) -> str:
+    """The one reason that all processes give."""
+    outcomes = start(size, ranks.run, arguments)
+    assert {outcome.exit_code for outcome in outcomes} == {2}
+    messages = {outcome.error.partition(": ")[2] for outcome in outcomes}
+    assert len(messages) == 1, messages
+    return messages.pop()
+
+
+def test_more_processes_than_batches_are_refused(start, settings, tmp_path):
+    settings["data"]["batch_size"] = 26
+    message = "2 processes for 1 batches of calibration samples; start at most 1, or lower data.batch_size"
+    assert refused(start, lambda rank: (settings, tmp_path)) == message
+
+
+def test_processes_with_other_configurations_are_refused(start, settings, tmp_path):
+    other = settings | {"data": settings["data"] | {"batch_size": 4}}
+    message = refused(start, lambda rank: (other if rank else settings, tmp_path))
+    assert message == (
+        "process 1 has another configuration than process 0: data.batch_size is 4 there and 3 in process 0; give all "
+        "processes the same file"
+    )
+
+
+def test_a_cache_that_is_not_shared_is_refused(start, settings, tmp_path):
+    settings["runtime"]["cache_dir"] = "cache"  # below each process's own folder
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+    message = refused(start, lambda rank: (settings, tmp_path / str(rank)))
+    assert message.startswith("runtime.cache_dir: process 1 on ")
+    assert message.endswith("give a directory that all machines share, or run with --no-cache")
+    assert not list((tmp_path / "0/cache").glob(".shared-*"))

@@ -1,0 +1,66 @@
+"""What processes say to each other, and how they end when one of them does not answer."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import ranks
+
+from layerlens.exceptions import ConfigurationError
+from layerlens.utils.processes import ALONE, Place, place_of_this_process
+
+COMPLETE = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}
+
+
+def test_alone_everything_is_immediate():
+    assert ALONE.alone
+    assert ALONE.first
+    assert ALONE.everyone("topic", 5) == [5]
+    assert ALONE.from_first("topic", 5) == 5
+    assert list(ALONE.share_of(range(4))) == [0, 1, 2, 3]
+    ALONE.check()
+
+
+def test_sums_words_and_shares(start):
+    outcomes = start(3, ranks.talk, lambda rank: (10,))
+    values = [outcome.value for outcome in outcomes]
+    assert [outcome.error for outcome in outcomes] == [""] * 3
+    assert values[0][0] == [33.0] * 3  # 10 + 11 + 12
+    for rank, (_, copied, said, told, sent, share) in enumerate(values):
+        assert (copied, said, told) == ([0.0, 0.0], [0, 1, 2], "from 0")
+        assert share == list(range(7))[rank::3]
+        assert sent == ([b"\0", b"\1\1", b"\2\2\2"] if rank == 0 else [])
+
+
+def test_a_process_that_vanishes_is_missed_and_nobody_waits_for_ever(start):
+    begin = time.monotonic()
+    first, killed = start(2, ranks.wait_for_the_lost, lambda rank: (2.0,))
+    assert killed.error == "killed"
+    assert "process 1 has given no sign of life for 2 s (distributed.timeout_s)" in first.error
+    assert first.exit_code == 1
+    assert time.monotonic() - begin < 60  # of 2 s; a busy machine may take longer to notice
+
+
+def test_the_launcher_s_variables():
+    assert place_of_this_process({}) == Place()
+    assert place_of_this_process({"WORLD_SIZE": "1"}) == Place()
+    assert place_of_this_process({"MASTER_ADDR": "set by the cluster for everyone"}) == Place()
+    assert place_of_this_process(COMPLETE) == Place(1, 3, 1, 2)
+    assert place_of_this_process(COMPLETE | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}) == Place(1, 3, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"MASTER_ADDR": ""}, "RANK, WORLD_SIZE, MASTER_PORT are set but MASTER_ADDR is not; start several processes "),
+        ({"MASTER_PORT": "x"}, "environment variable MASTER_PORT: must be a whole number, got 'x'"),
+        ({"RANK": "3"}, "RANK is 3 and WORLD_SIZE 3: ranks go from 0 to 2"),
+        ({"RANK": ""}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set but RANK is not"),
+        ({"WORLD_SIZE": "many"}, "environment variable WORLD_SIZE: must be a whole number, got 'many'"),
+    ],
+)
+def test_variables_that_do_not_fit_together_are_refused(changed, message):
+    with pytest.raises(ConfigurationError) as refused:
+        place_of_this_process(COMPLETE | changed)
+    assert message in str(refused.value)
