@@ -88,6 +88,12 @@ class TrainingError(LayerLensError, RuntimeError):
     """Fine-tuning cannot go on (a loss that is not finite), or its checkpoints belong to another job."""
 
 
+class SweepError(LayerLensError, ValueError):
+    """A task of a sweep that is not in the list, options that do not go together, or tasks that failed."""
+
+    exit_code = 2
+
+
 class OutputError(LayerLensError, OSError):
     """The output directory or the cache cannot be written."""
 

@@ -206,12 +206,18 @@ def _resource_uses(solution: Solution, config: OptimizationConfig) -> tuple[Reso
     return tuple(uses)
 
 
+def recorded_config(config: RunConfig) -> dict[str, Any]:
+    """What a manifest records of the configuration that it was made by."""
+    unrecorded: dict[str, Any] = {
+        "output": True, "study": True, "distributed": True, "runtime": {"cache_dir", "threads", "saving_time_share"}
+    }  # fmt: skip
+    return config.model_dump(mode="json", exclude=unrecorded)
+
+
 def run_provenance(config: RunConfig, threads: int, statistics: dict[str, Any]) -> dict[str, Any]:
     """What a run was made from: nothing that differs between two runs of one configuration on one machine."""
     return {
-        "config": config.model_dump(
-            mode="json", exclude={"output": True, "study": True, "runtime": {"cache_dir", "threads"}}
-        ),
+        "config": recorded_config(config),
         "seed": config.runtime.seed,
         "threads": threads,
         "statistics": statistics,

@@ -79,8 +79,8 @@ def shared_directory(processes: Processes, directory: Path) -> None:
     for rank, (sees, host) in enumerate(told):
         if not sees:
             raise OutputError(
-                f"runtime.cache_dir: process {rank} on {host} does not see what process 0 wrote to {written_to}; give a "
-                "directory that all machines share, or run with --no-cache"
+                f"runtime.cache_dir: process {rank} on {host} does not see what process 0 wrote to {written_to}; give "
+                "a directory that all machines share, or run with --no-cache"
             )
 
 
