@@ -16,6 +16,11 @@ class DistributedConfig(ConfigModel):
         default="auto",
         description="What sums go through: `nccl` between GPUs, `gloo` on CPUs; `auto` follows `device`.",
     )
+    sharding: Literal["none", "fsdp"] = Field(
+        default="none",
+        description="Whether every process holds the whole model (`none`) or its share of every block's weights "
+        "(`fsdp`: torch's FSDP2; blocks are gathered one at a time). Statistics are the same.",
+    )
     timeout_s: float = Field(
         default=300.0,
         ge=1,

@@ -87,6 +87,19 @@ class ModelConfig(ConfigModel):
         "which makes the gradients of a random head.",
     )
 
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, str | int] | None = Field(
+        default=None,
+        description="Where accelerate puts the modules of a transformers model: `auto` (GPUs, then main memory, then "
+        "disk), or a device for each module: `{model.embed_tokens: 0, model.layers.0: cpu, model.layers.1: disk}`. "
+        "Not given: all on `runtime.device`.",
+    )
+    max_memory: dict[str, str] | None = Field(
+        default=None, description="What `device_map` may use of each device: `{0: 20GiB, cpu: 60GiB}`."
+    )
+    offload_folder: str | None = Field(
+        default=None, description="Where weights placed on `disk` are kept; safetensors checkpoints are read in place."
+    )
+
     @property
     def reference(self) -> str:
         """What the model is loaded by: ``name_or_path``, or ``factory:module:function``."""
@@ -98,6 +111,11 @@ class ModelConfig(ConfigModel):
             raise ValueError("give the model by name_or_path or by factory, one of the two")
         if (self.task == "custom") != (self.loss is not None):
             raise ValueError("task custom and loss belong together: give both or neither")
+        own = self.factory is not None or self.name_or_path.startswith(("timm:", "ultralytics:"))
+        if self.device_map is not None and own:
+            raise ValueError("device_map is for models of transformers; place a model of your own in its factory")
+        if self.device_map is None and (self.max_memory or self.offload_folder):
+            raise ValueError("max_memory and offload_folder belong to device_map; give it too, such as auto")
         if self.weights is not None and self.factory is None and not self.name_or_path.startswith("timm:"):
             raise ValueError("weights is for factory and timm: models; a transformers directory has its own weights")
         return self

@@ -17,8 +17,9 @@ from layerlens.cost import cost_table
 from layerlens.data import Dataset, load_dataset
 from layerlens.exceptions import ActivationCacheError
 from layerlens.integrations.layers import model_spec
+from layerlens.integrations.placement import offloaded, placed, placement_arguments, shard, sharded
 from layerlens.integrations.torch_modules import usable_device
-from layerlens.integrations.transformers import PretrainedModel, load_pretrained
+from layerlens.integrations.transformers import PretrainedModel, blocks_of, load_pretrained
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.manifest import write_manifest, write_report
 from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
@@ -37,7 +38,13 @@ from layerlens.pipeline.messages import Warnings, warn_of_calibration, warn_of_n
 from layerlens.pipeline.proxies import ProxyTrainer, joint_gains, measure_proxies
 from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
-from layerlens.pipeline.together import same_configuration, same_measurement, shared_directory
+from layerlens.pipeline.together import (
+    refuse_unshardable,
+    refuse_untrainable,
+    same_configuration,
+    same_measurement,
+    shared_directory,
+)
 from layerlens.profiling.cache import SensitivityCache, cache_key, default_cache_dir
 from layerlens.profiling.head import fit_head
 from layerlens.profiling.measure import measure_share, refuse_non_finite
@@ -112,6 +119,8 @@ def _run(
     threads = resolve_threads(config.runtime.threads, processes.place.local_size)
     set_threads(threads)
     device = usable_device(config.runtime.device)
+    refuse_unshardable(config, processes)
+    placement = placement_arguments(config.model.device_map, config.model.max_memory, config.model.offload_folder)
     with clock.stage("load"), progress.stage("Loading model and data"):
         dataset = load_dataset(config.data, base_dir, config.model.task)
         task = task_for(config.model, base_dir)
@@ -123,11 +132,14 @@ def _run(
             base_dir=base_dir,
             dtype=config.model.dtype,
             weights=config.model.weights,
+            placement=placement,
         )
         check_lengths(pretrained, config)
+        refuse_untrainable(pretrained.model, config)
         if dataset.label_names:
             dataset = dataset.with_label_order(pretrained.labels)
-        pretrained.model.to(device)
+        if not placed(pretrained.model):
+            pretrained.model.to(device)
         calibration, head_data, held_out = split_samples(dataset, config, warnings)
 
         def batches_of(samples: Dataset, batch_size: int = config.data.batch_size) -> Batches:
@@ -159,9 +171,12 @@ def _run(
             fit()
             for name in pretrained.new_parameters:
                 processes.copy_from_first(pretrained.model.get_parameter(name).data)
+            if config.distributed.sharding == "fsdp":
+                shard(pretrained.model, blocks_of(pretrained.model), processes)
             measured_now = _profile(config, pretrained, task, spec, batches, threads, progress, saved, processes)
         if not processes.first:  # its share is handed in
-            pretrained.model.to("meta")
+            if not placed(pretrained.model) and not sharded(pretrained.model):
+                pretrained.model.to("meta")
             result: RunResult = processes.from_first("result")
             return result
         statistics = found[1] if found is not None else measured_now
@@ -210,9 +225,13 @@ def _run(
             written |= export_adapter(manifest, pretrained.model, staging, factors)
             written["statistics"] = atomic_write_bytes(staging / STATISTICS_FILE, statistics_to_bytes(spec, statistics))
         with clock.stage("check"):
-            longest = batches[-1].inputs
-            measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress, factors)
-            warn_of_overrun(manifest, measured, warnings)
+            if sharded(pretrained.model) or offloaded(pretrained.model):
+                warnings.add("the model's weights are spread (shards or disk), so predictions were not checked on it")
+                measured: dict[str, Any] = {}
+            else:
+                longest = batches[-1].inputs
+                measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress, factors)
+                warn_of_overrun(manifest, measured, warnings)
             if statistics.proxies:
                 measured |= joint
                 warn_of_calibration(manifest, joint, warnings)

@@ -10,8 +10,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError, OutputError
+from layerlens.integrations.placement import offloaded
 from layerlens.utils.processes import Processes
 
 VISIBLE_WITHIN_S = 5.0
@@ -33,6 +36,48 @@ def same_configuration(processes: Processes, config: RunConfig) -> None:
                 f"process {rank} has another configuration than process 0: {name} is {there!r} there and {first!r} in "
                 "process 0; give all processes the same file"
             )
+
+
+def refuse_unshardable(config: RunConfig, processes: Processes) -> None:
+    """Refuse what cannot be done with a model that is spread over processes.
+
+    Raises:
+        ConfigurationError: names the key, and what would work.
+    """
+    if config.distributed.sharding == "none":
+        if config.model.device_map is not None and not processes.alone:
+            raise ConfigurationError(
+                "model.device_map: one process places the model on all devices of its machine; run it without "
+                "torchrun, or spread it over the processes with distributed.sharding: fsdp instead"
+            )
+        return
+    reasons = {
+        "only one process was started; start several with torchrun --nproc-per-node N": processes.alone,
+        "cannot be joined with model.device_map; give one of the two": config.model.device_map is not None,
+        "a model of ultralytics is not spread; set it to none": config.model.name_or_path.startswith("ultralytics:"),
+        "profiling.proxies trains the whole model in one process; set proxies.options: 0": (
+            config.profiling.proxies.options > 0
+        ),
+        "optimization.lora_initialization is measured on the whole model in one process; set it to default": (
+            config.optimization.lora_initialization != "default"
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigurationError(f"distributed.sharding: fsdp: {reason}")
+
+
+def refuse_untrainable(model: torch.nn.Module, config: RunConfig) -> None:
+    """Refuse to train options on a model that accelerate keeps elsewhere between passes.
+
+    Raises:
+        ConfigurationError: proxies are asked for.
+    """
+    if config.profiling.proxies.options and offloaded(model):
+        raise ConfigurationError(
+            "profiling.proxies: options are not trained on a model with weights off their device (model.device_map); "
+            "set proxies.options: 0, or place the whole model on devices"
+        )
 
 
 def same_measurement(processes: Processes, identity: dict[str, Any]) -> None:

@@ -98,6 +98,7 @@ class Capture:
         self._last_input: tuple[str, torch.Tensor] | None = None
         self._in_backward = False
         self._before = self._n_batch = 0
+        self._counted = True
         self._weight_keys = self._tied_weights()
 
     def _tied_weights(self) -> dict[str, Key]:
@@ -135,7 +136,7 @@ class Capture:
                 stack.enter_context(attention_outputs(self.model, on_attention))
             yield
 
-    def run(self, batch: Batch, loss: Loss, *, before: int | None = None) -> torch.Tensor:
+    def run(self, batch: Batch, loss: Loss, *, before: int | None = None, counted: bool = True) -> torch.Tensor:
         """One forward and one backward pass; the loss of each sample, [b].
 
         Args:
@@ -143,12 +144,14 @@ class Capture:
             loss: the loss of each sample.
             before: samples in the batches that come before it, when these are not all measured here; by default those
                 of the batches that this was called with.
+            counted: whether the passes are measured; else they are only made, as all processes must together where the
+                model is spread over them.
 
         Raises:
             ProfilingError: the loss of a sample is not finite, or a layer cannot be measured.
         """
         self._before = self._before + self._n_batch if before is None else before
-        self._n_batch = len(batch.index)
+        self._n_batch, self._counted = len(batch.index), counted
         self._half__b = batch.index % 2
         self._masks = {mask.shape[1]: None if bool(mask.all()) else mask for mask in batch.masks}
         self._calls.clear()
@@ -308,6 +311,8 @@ class Capture:
         self, key: Key, d__bgto: torch.Tensor, z__bgti: torch.Tensor, mask__bt: torch.Tensor | None, leader: str
     ) -> None:
         """Take one call of a multiplying module; ``leader`` is the layer that its inputs are summed for."""
+        if not self._counted:
+            return
         if mask__bt is not None:
             mask__bt = mask__bt.to(d__bgto.device)  # layers may be on several devices
             d__bgto = d__bgto * mask__bt[:, None, :, None].to(d__bgto.dtype)
@@ -329,6 +334,8 @@ class Capture:
 
     def _collect_matrices(self, key: Key, matrices: SampleMatrices, module: Any) -> None:
         """Take one use of a weight that is looked up."""
+        if not self._counted:
+            return
         self._accumulator(key, matrix_shape(module), key[0])
         self._queue(key, matrices)
 

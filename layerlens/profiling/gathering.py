@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from layerlens.integrations.placement import input_device
 from layerlens.profiling.ledger import Ledger
 from layerlens.profiling.pass_state import (
     PassState,
@@ -35,7 +36,7 @@ def gather(capture: Capture, ledger: Ledger, processes: Processes) -> None:
     told = processes.everyone("sums", (state.inputs, state.matrices, facts))
     for inputs, matrices, _ in told:  # a layer that some samples do not reach (experts) is not known to everybody
         add_empty(capture, inputs, matrices)
-    device = next(capture.model.parameters()).device
+    device = input_device(capture.model)
     everywhere = {name: fact for _, _, each in told for name, fact in each.items()}
     for name, (shape, dtype) in everywhere.items():
         if name not in facts:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from layerlens.exceptions import ConfigurationError, ProfilingError
+from layerlens.integrations.placement import sharded
 from layerlens.integrations.transformers import blocks_of
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
-from layerlens.models import FactorSketch, KernelStatistics, ModelSpec, ModelStatistics
+from layerlens.models import FactorSketch, KernelStatistics, ModelSpec, ModelStatistics, ModuleCosts
 from layerlens.profiling.capture import Capture
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
 from layerlens.profiling.gathering import gather
@@ -104,6 +105,8 @@ def measure_share(
             done = saved.restore(capture, ledger, processes) if saved else set()
             left = [number for number in share if number not in done]
             advance(len(share) - len(left))
+            # All processes make the passes of a model that is spread over them, also those that have no batch left.
+            rounds = max(processes.everyone("batches left", len(left))) if sharded(model) else 0
             for number in left:  # each is made once, and not kept
                 batch = batches[number].halves_apart()
                 ledger.take(capture, number, batch, capture.run(batch, loss, before=before[number]))
@@ -111,8 +114,12 @@ def measure_share(
                     saved.after_batch(capture, ledger)
                 processes.check()
                 advance(1)
+            for _ in range(rounds - len(left)):
+                capture.run(batches[0], loss, counted=False)
         gather(capture, ledger, processes)
         if not processes.first:
+            if sharded(model):
+                _costs(model, batches, sequence_length, request)
             return None
         ledger.put_back(capture)
         with progress.stage("Computing statistics", total=None):
@@ -120,11 +127,7 @@ def measure_share(
             others = capture.other_weights(DAMPING)
             kernel = _kernel(capture, ledger) if request.ntk else None
         covered = capture.covered_weights()
-    with frozen_without_dropout(model, checkpointing=False):
-        inputs = dense_inputs(batches[0].inputs, sequence_length)
-        first_block = next(iter(blocks_of(model)), None)
-        activation_bytes, forward_flops = frozen_footprint(model, first_block, inputs)
-        modules = module_costs(model, first_block, inputs, request)
+    activation_bytes, forward_flops, modules = _costs(model, batches, sequence_length, request)
     left_out = _left_out(model, covered)
     total = sum(parameter.numel() for parameter in model.parameters())
     missing = sum(model.get_parameter(name).numel() for name in left_out)
@@ -143,6 +146,17 @@ def measure_share(
     )
     refuse_non_finite(statistics)
     return statistics
+
+
+def _costs(
+    model: torch.nn.Module, batches: Sequence[Batch], sequence_length: int, request: StatisticsRequest
+) -> tuple[float, float, dict[str, ModuleCosts]]:
+    """(activation bytes, forward FLOPs) of the model for a token, and the costs of its modules."""
+    with frozen_without_dropout(model, checkpointing=False):
+        inputs = dense_inputs(batches[0].inputs, sequence_length)
+        first_block = next(iter(blocks_of(model)), None)
+        activation_bytes, forward_flops = frozen_footprint(model, first_block, inputs)
+        return activation_bytes, forward_flops, module_costs(model, first_block, inputs, request)
 
 
 def _share(processes: Processes, n_batches: int) -> range:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from layerlens.integrations.placement import input_device
 from layerlens.profiling.ledger import BatchRecord, Ledger
 from layerlens.profiling.sample_matrices import SampleMatrices
 from layerlens.profiling.sketches import SpectrumSketch
@@ -83,7 +84,7 @@ def state_of(capture: Capture, ledger: Ledger) -> PassState:
 
 def add_to(capture: Capture, state: PassState) -> None:
     """Add a state's sums and rows to those of ``capture``; its ledger is left to the caller."""
-    device = next((x.device for x in capture.model.parameters() if x.device.type != "meta"), torch.device("cpu"))
+    device = input_device(capture.model)
     add_empty(capture, state.inputs, state.matrices)
     for name, tensor in sorted(state.sums.items()):  # a file has them in no order, and the halves come in theirs
         place, key = _parts(name)

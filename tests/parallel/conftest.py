@@ -17,6 +17,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import ranks  # noqa: E402
+from comparison import statistics_in  # noqa: E402
+
+from layerlens.models import ModelStatistics  # noqa: E402
 
 Start = Callable[..., list[ranks.Outcome]]
 
@@ -75,3 +78,11 @@ def settings(tiny_bert_dir: Path, reviews_jsonl: Path, tmp_path: Path) -> dict[s
         "runtime": {"threads": 1, "cache_dir": str(tmp_path / "cache"), "saving_time_share": 1},
         "distributed": {"timeout_s": 60},
     }  # fmt: skip
+
+
+@pytest.fixture
+def whole(settings: dict[str, Any], tmp_path: Path) -> ModelStatistics:
+    """What one process measures."""
+    alone = settings | {"runtime": settings["runtime"] | {"cache_dir": str(tmp_path / "cache of one")}}
+    _, files = ranks.run(alone | {"output": {"directory": "one"}}, tmp_path)
+    return statistics_in(Path(files["statistics"]).parent)
