@@ -35,7 +35,7 @@ def run(
     """Measure a model on its data, choose what to adapt within the budgets, and write everything."""
     checked = load(config, settings, directory)
     from layerlens.pipeline import run_config
-    from layerlens.utils.processes import place_of_this_process
+    from layerlens.utils.launch import place_of_this_process
 
     base_dir = config.absolute().parent
     others = place_of_this_process().rank > 0  # what torchrun started beside the first process says nothing

@@ -59,7 +59,7 @@ def sweep(
 
 def _one(opened: Sweep, tasks: list[SweepTask], number: int, threads: int | None, json: bool, quiet: bool) -> None:
     from layerlens.pipeline.sweep_run import run_task
-    from layerlens.utils.processes import place_of_this_process
+    from layerlens.utils.launch import place_of_this_process
 
     others = place_of_this_process().rank > 0
     outcome = do(

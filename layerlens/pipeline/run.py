@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cache as once
@@ -176,7 +176,8 @@ def _run(
             measured_now = _profile(config, pretrained, task, spec, batches, threads, progress, saved, processes)
         if not processes.first:  # its share is handed in
             if not placed(pretrained.model) and not sharded(pretrained.model):
-                pretrained.model.to("meta")
+                with suppress(RuntimeError, NotImplementedError, ValueError):  # memory that is only held while it waits
+                    pretrained.model.to("meta")
             result: RunResult = processes.from_first("result")
             return result
         statistics = found[1] if found is not None else measured_now

@@ -1,7 +1,8 @@
 """Several processes that do one job: who is who, signs of life, and what one has to tell the others.
 
 torchrun (or any launcher that sets the same variables) starts the processes; everything they tell each other in words
-goes through torch's key-value store, and only sums of statistics through collectives. Each process counts up in the
+goes through torch's key-value store, pickled, since all of them run the same program for the same user; only sums of
+statistics go through collectives. Each process counts up in the
 store every few seconds from a thread of its own, so that one that is killed, or whose machine is lost, is missed within
 ``timeout_s`` however long its own work takes; one that fails says why, and the others stop with that reason.
 """
@@ -13,14 +14,14 @@ import pickle
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from layerlens.exceptions import ConfigurationError, LayerLensError, ProcessLostError
+from layerlens.utils.launch import Place, place_of_this_process
 
 if TYPE_CHECKING:
     import torch
@@ -29,64 +30,6 @@ BEATS_PER_TIMEOUT = 10
 POLL_S = 0.02
 GOODBYE_S, FAILED_GOODBYE_S = 30.0, 2.0
 """How long process 0, which may hold the store, waits for the others to have read what it told them last."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which of the processes this one is, as the launcher says by environment variables."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-
-
-def place_of_this_process(environment: Mapping[str, str] = os.environ) -> Place:
-    """This process's place among those of one job; (0 of 1) where no launcher has set RANK and WORLD_SIZE.
-
-    Raises:
-        ConfigurationError: the variables are there in part, or contradict each other.
-
-    >>> place_of_this_process({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}).rank
-    1
-    """
-    if "RANK" not in environment and int_of(environment, "WORLD_SIZE", 1) == 1:
-        return Place()
-    rank, size = int_of(environment, "RANK"), int_of(environment, "WORLD_SIZE")
-    if not 0 <= rank < size:
-        raise ConfigurationError(f"RANK is {rank} and WORLD_SIZE {size}: ranks go from 0 to {size - 1}")
-    if size > 1:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if not environment.get(name):
-                raise ConfigurationError(_incomplete(name, environment))
-        int_of(environment, "MASTER_PORT")
-    local = int_of(environment, "LOCAL_RANK", rank)
-    return Place(rank, size, local, max(local + 1, int_of(environment, "LOCAL_WORLD_SIZE", 1)))
-
-
-def int_of(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """The whole number in an environment variable.
-
-    Raises:
-        ConfigurationError: it is no number, or not there and has no default.
-    """
-    text = environment.get(name)
-    if text is None or not text.strip():
-        if default is None:
-            raise ConfigurationError(_incomplete(name, environment))
-        return default
-    try:
-        return int(text)
-    except ValueError as error:
-        raise ConfigurationError(f"environment variable {name}: must be a whole number, got {text!r}") from error
-
-
-def _incomplete(name: str, environment: Mapping[str, str]) -> str:
-    there = ", ".join(each for each in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if environment.get(each))
-    return (
-        f"{there} {'are' if ',' in there else 'is'} set but {name} is not; start several processes with "
-        "`torchrun --nproc-per-node N -m layerlens run config.yaml`, or unset RANK and WORLD_SIZE to run alone"
-    )
 
 
 class Processes:
@@ -295,6 +238,11 @@ def joined(backend: str, device: str, timeout_s: float) -> Iterator[Processes]:
     import torch
     import torch.distributed as dist
 
+    if dist.is_available() and dist.is_initialized():
+        raise ConfigurationError(
+            "torch.distributed is in use in this process already; call this before init_process_group, or after "
+            "destroy_process_group"
+        )
     wanted = ("nccl" if device == "cuda" else "gloo") if backend == "auto" else backend
     _refuse_backend(wanted, device, place)
     if device == "cuda":

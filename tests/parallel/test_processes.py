@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 import ranks
+from typer.testing import CliRunner
 
+from layerlens.cli.main import app
 from layerlens.exceptions import ConfigurationError
-from layerlens.utils.processes import ALONE, Place, place_of_this_process
+from layerlens.utils.launch import Place, place_of_this_process
+from layerlens.utils.processes import ALONE
 
 COMPLETE = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}
 
@@ -64,3 +68,14 @@ def test_variables_that_do_not_fit_together_are_refused(changed, message):
     with pytest.raises(ConfigurationError) as refused:
         place_of_this_process(COMPLETE | changed)
     assert message in str(refused.value)
+
+
+def test_the_reason_is_left_where_torchrun_looks_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "1/error.json"))
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "none.yaml")])
+    assert done.exit_code == 2
+    reason = json.loads((tmp_path / "1/error.json").read_text())["message"]
+    assert reason.startswith("no configuration file at ")
+    assert f"error: process 1: {reason}" in done.output
