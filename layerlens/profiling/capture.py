@@ -25,6 +25,7 @@ from layerlens.profiling.kernel_sketch import KernelSketch
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.sample_matrices import SampleMatrices, gram_matrix, join_calls
 from layerlens.profiling.sketches import Projection
+from layerlens.profiling.sum_shards import SumShards
 from layerlens.tasks import Batch, Loss
 
 Recorder = Callable[..., None]
@@ -71,6 +72,7 @@ class Capture:
         other_modules: modules outside the layers whose weights are measured too (Linear, Conv1D, Conv2d, Embedding).
             Weights that several of them share are measured as one: the gradient of a tied weight is the sum over its
             uses.
+        shards: where gradient sums are spread over processes, as the model is.
     """
 
     def __init__(
@@ -80,11 +82,13 @@ class Capture:
         request: StatisticsRequest,
         threads: int,
         other_modules: Sequence[str] = (),
+        shards: SumShards | None = None,
     ) -> None:
         self.model = model
         self.spec = spec
         self.request = request
         self.threads = threads
+        self.shards = shards
         self.other_modules = tuple(other_modules)
         self.accumulators: dict[Key, MatrixAccumulator] = {}
         self.inputs: dict[Key, InputAccumulator] = {}
@@ -311,8 +315,6 @@ class Capture:
         self, key: Key, d__bgto: torch.Tensor, z__bgti: torch.Tensor, mask__bt: torch.Tensor | None, leader: str
     ) -> None:
         """Take one call of a multiplying module; ``leader`` is the layer that its inputs are summed for."""
-        if not self._counted:
-            return
         if mask__bt is not None:
             mask__bt = mask__bt.to(d__bgto.device)  # layers may be on several devices
             d__bgto = d__bgto * mask__bt[:, None, :, None].to(d__bgto.dtype)
@@ -328,14 +330,12 @@ class Capture:
         if mask__bt is not None and self.request.masked_inputs:
             z__bgti = z__bgti * mask__bt[:, None, :, None].to(z__bgti.dtype)
         accumulator = self._accumulator(key, (d__bgto.shape[1], d__bgto.shape[3], z__bgti.shape[3]), leader)
-        if leader == key[0] or key[1] == "weight":
+        if self._counted and (leader == key[0] or key[1] == "weight"):
             accumulator.inputs.add(z__bgti, mask__bt)
         self._queue(key, SampleMatrices(d__bgto, z__bgti))
 
     def _collect_matrices(self, key: Key, matrices: SampleMatrices, module: Any) -> None:
         """Take one use of a weight that is looked up."""
-        if not self._counted:
-            return
         self._accumulator(key, matrix_shape(module), key[0])
         self._queue(key, matrices)
 
@@ -360,7 +360,7 @@ class Capture:
         if projection is not None and projection.name != "|".join(key):  # the inputs are those of another layer
             projection = Projection("|".join(key))
         kernel = self.kernel_sketch if key[1] == "lora" else None
-        return MatrixAccumulator(request, self.threads, inputs, shape, projection, kernel)
+        return MatrixAccumulator(request, self.threads, inputs, shape, projection, kernel, self.shards)
 
     def _queue(self, key: Key, matrices: SampleMatrices) -> None:
         """Hold a call until all calls of this forward pass are there: their sum comes before any square."""
@@ -371,7 +371,11 @@ class Capture:
             self._flush(key)
 
     def _flush(self, key: Key) -> None:
-        self.accumulators[key].add(join_calls(self._pending.pop(key)), self._half__b, self._before)
+        matrices = join_calls(self._pending.pop(key))
+        if self._counted:
+            self.accumulators[key].add(matrices, self._half__b, self._before)
+        else:
+            self.accumulators[key].add_nothing(matrices)
 
     def _count_call(self, name: str) -> None:
         if not self._in_backward:  # checkpointing runs forward passes again inside the backward pass

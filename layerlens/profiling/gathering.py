@@ -43,7 +43,13 @@ def gather(capture: Capture, ledger: Ledger, processes: Processes) -> None:
             add_sum(capture, name, torch.zeros(shape, dtype=dtype, device=device))
     state = state_of(capture, ledger)
     for name in everywhere:
-        processes.add_up(state.sums[name])
+        if capture.shards is None or not name.startswith("mean "):
+            processes.add_up(state.sums[name])
+    if capture.shards is not None:
+        for matrix in dict.fromkeys(matrix for _, matrices, _ in told for matrix in matrices):
+            one = capture.accumulators[matrix.key]
+            whole = [capture.shards.whole(share, matrix.shape) for share in one.mean_sums]
+            one.mean_sums = [total for total in whole if total is not None]
     rest = PassState(state.inputs, state.matrices, {}, state.rows, ledger)
     for data in processes.bytes_to_first(b"" if processes.first else state_to_bytes(rest))[1:]:
         other = state_from_bytes(data)

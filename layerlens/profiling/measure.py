@@ -23,6 +23,7 @@ from layerlens.profiling.module_costs import module_costs
 from layerlens.profiling.ntk import kernel_statistics
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.saved_pass import SavedPass
+from layerlens.profiling.sum_shards import SumShards
 from layerlens.tasks import Batch, Batches, Loss
 from layerlens.tasks.losses import classification_loss
 from layerlens.utils.processes import ALONE, Processes
@@ -99,7 +100,8 @@ def measure_share(
     request = dataclasses.replace(request, ntk_samples=min(request.ntk_samples, n_samples))
     ledger = Ledger()
     with frozen_without_dropout(model, checkpointing=True):
-        capture = Capture(model, spec, request, threads, other_modules)
+        shards = SumShards(processes) if sharded(model) else None
+        capture = Capture(model, spec, request, threads, other_modules, shards)
         share = _share(processes, len(batches))
         with progress.stage("Measuring gradients", total=len(share)) as advance, capture.open():
             done = saved.restore(capture, ledger, processes) if saved else set()

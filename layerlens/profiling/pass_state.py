@@ -48,6 +48,7 @@ class PassState:
         sums: tensors that are added up, by name; each on the device of its accumulator, and its own memory.
         rows: tensors of single samples, by name.
         ledger: the batches.
+        shards: over how many processes the sums of gradients are spread; 1 where they are whole.
     """
 
     inputs: list[Key] = field(default_factory=list)
@@ -55,6 +56,7 @@ class PassState:
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: dict[str, torch.Tensor] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
+    shards: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +66,7 @@ class PassState:
 
 def state_of(capture: Capture, ledger: Ledger) -> PassState:
     """The state of a capture; ``sums`` and ``rows`` are its own tensors, not copies."""
-    state = PassState(inputs=list(capture.inputs), ledger=ledger)
+    state = PassState(inputs=list(capture.inputs), ledger=ledger, shards=shards_of(capture))
     source_of = {id(inputs): key for key, inputs in capture.inputs.items()}
     for key, inputs in capture.inputs.items():
         if inputs.factor.total is not None:
@@ -80,6 +82,11 @@ def state_of(capture: Capture, ledger: Ledger) -> PassState:
     if capture.kernel_sketch is not None:
         state.rows |= {f"kernel {before}": rows for before, rows in capture.kernel_sketch.done.items()}
     return state
+
+
+def shards_of(capture: Capture) -> int:
+    """Over how many processes the sums of gradients are spread."""
+    return capture.shards.processes.size if capture.shards else 1
 
 
 def add_to(capture: Capture, state: PassState) -> None:
@@ -130,6 +137,7 @@ def state_to_bytes(state: PassState) -> bytes:
             tensors[f"label|{number}"] = record.labels.contiguous()
     text = {
         "format": FORMAT,
+        "shards": state.shards,
         "inputs": state.inputs,
         "matrices": [[one.key, one.shape, one.source] for one in state.matrices],
         "names": list(state.ledger.names),
@@ -165,6 +173,7 @@ def _read(tensors: dict[str, torch.Tensor], text: dict[str, Any]) -> PassState:
         sums={name[4:]: tensor for name, tensor in tensors.items() if name.startswith("sum|")},
         rows={name[4:]: tensor for name, tensor in tensors.items() if name.startswith("row|")},
         ledger=ledger,
+        shards=text["shards"],
     )
 
 

@@ -13,7 +13,14 @@ from typing import Protocol
 
 from layerlens.profiling.capture import Capture
 from layerlens.profiling.ledger import Ledger
-from layerlens.profiling.pass_state import PassState, add_to, state_from_bytes, state_of, state_to_bytes
+from layerlens.profiling.pass_state import (
+    PassState,
+    add_to,
+    shards_of,
+    state_from_bytes,
+    state_of,
+    state_to_bytes,
+)
 from layerlens.utils.processes import ALONE, Processes
 
 SHARE_OF_TIME = 0.05
@@ -69,7 +76,7 @@ class SavedPass:
         for part in (part for part in parts if part % processes.size == processes.rank):
             data = self.store.read(part)
             state = state_from_bytes(data) if data is not None else None
-            if state is not None:
+            if state is not None and state.shards == shards_of(capture):  # shares of another spreading do not fit
                 mine[part] = state
         told = processes.everyone("finished batches", {part: set(one.ledger.records) for part, one in mine.items()})
         done: set[int] = set()

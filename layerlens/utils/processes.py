@@ -89,6 +89,23 @@ class Processes:
         self.bytes_sent += 0 if self.first else tensor.nbytes
         self._guard(lambda: dist.reduce(tensor, dst=0))
 
+    def add_and_share(self, share: torch.Tensor, parts: torch.Tensor) -> None:
+        """Sum ``parts`` over the processes and put this one's equal share of the first axis into ``share``."""
+        import torch.distributed as dist
+
+        self.bytes_sent += parts.nbytes - share.nbytes
+        self._guard(lambda: dist.reduce_scatter_tensor(share, parts))
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Process 0 gets the tensors of all, by rank, which have one shape; the others get nothing back."""
+        import torch
+        import torch.distributed as dist
+
+        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.first else []
+        self.bytes_sent += 0 if self.first else tensor.nbytes
+        self._guard(lambda: dist.gather(tensor, parts or None, dst=0))
+        return parts
+
     def copy_from_first(self, tensor: torch.Tensor) -> None:
         """Put process 0's values into ``tensor`` everywhere."""
         import torch.distributed as dist
