@@ -56,15 +56,16 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for model in MODELS:
         weights, sums = 2 * model.total, 4 * model.measured
-        cells = [f"{weights + sums:,.0f} GB", *(f"{weights / gpus + sums:,.0f} GB" for gpus in (8, 64))]
+        cells = [f"{weights + sums:,.0f} GB", *(f"{(weights + sums) / gpus:,.1f} GB" for gpus in (8, 64))]
         print(f"| {model.name} | {weights:,.0f} GB | {sums:,.0f} GB | {' | '.join(cells)} |")
     print(
-        "\n| model | one process sends | 8: NVLink | 64: network | FSDP gathers in a step, 8 | 64 | tokens to hide 64 |"
+        "\n| model | one process sends | 8: NVLink | 64: network | FSDP moves in a step, 8 | 64 | tokens to hide 64 |"
     )
     print("|---|---|---|---|---|---|---|")
     for model in MODELS:
         sums = SUM_BYTES * model.measured
-        gathered = {gpus: 2 * 2 * model.total * (gpus - 1) / gpus for gpus in (8, 64)}
+        # Two gathers of the bfloat16 weights and one reduce-scatter of the float32 sums.
+        gathered = {gpus: (2 * 2 * model.total + sums) * (gpus - 1) / gpus for gpus in (8, 64)}
         per_token_s = 1e9 * (4 * model.active + 2 * model.measured) * STEP_RATIO / (PEAK_FLOPS * UTILISATION)
         hide = gathered[64] / NETWORK_GB_S / per_token_s
         print(

@@ -1,7 +1,8 @@
 """Gradient sums that are spread over processes by rows, where the weights are too.
 
-Each process keeps its share of every sum. After every batch the processes' parts of a layer's sum are added up and handed out in one reduce-scatter, as FSDP does
-with gradients. They make the passes together, so they come to the layers in the same order.
+Each process keeps its share of every sum. After every batch the processes' parts of a layer's sum are added up and
+handed out in one reduce-scatter, as FSDP does with gradients. They make the passes together, so they come to the layers
+in the same order.
 """
 
 from __future__ import annotations

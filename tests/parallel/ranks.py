@@ -17,6 +17,7 @@ import torch
 from layerlens.config import RunConfig
 from layerlens.integrations.torchvision_import import make_torchvision_importable
 from layerlens.pipeline import run_config, together
+from layerlens.profiling.sum_shards import SumShards
 from layerlens.utils.processes import joined
 
 make_torchvision_importable()
@@ -103,3 +104,14 @@ def talk(base: int) -> list[Any]:
         sent = processes.bytes_to_first(bytes([processes.rank] * (processes.rank + 1)))
         processes.check()
         return [tensor.tolist(), copied.tolist(), said, told, sent, list(processes.share_of(range(7)))]
+
+
+def spread_sums() -> tuple[list[int], list[list[float]] | None]:
+    """Two batches into a sum that is spread by rows: the shape of this process's share, and the whole at the first."""
+    with joined("gloo", "cpu", 30.0) as processes:
+        shards, shape = SumShards(processes), (2, 3, 2)  # 6 rows for 4 processes: 2 each, and padding
+        share = shards.zeros(shape, torch.float32, torch.device("cpu"))
+        for batch in range(2):
+            shards.add(share, torch.arange(12.0).view(shape) * (processes.rank + 10 * batch))
+        whole = shards.whole(share, shape)
+        return list(share.shape), None if whole is None else whole.flatten(0, 1).tolist()

@@ -37,6 +37,15 @@ def test_sums_words_and_shares(start):
         assert sent == ([b"\0", b"\1\1", b"\2\2\2"] if rank == 0 else [])
 
 
+def test_sums_that_are_spread_by_rows(start):
+    outcomes = start(4, ranks.spread_sums, lambda rank: ())
+    assert [outcome.error for outcome in outcomes] == [""] * 4
+    assert [outcome.value[0] for outcome in outcomes] == [[2, 2]] * 4
+    factor = 0 + 1 + 2 + 3 + 10 * 4  # of both batches, over the processes
+    assert outcomes[0].value[1] == [[factor * (2.0 * row), factor * (2.0 * row + 1)] for row in range(6)]
+    assert outcomes[1].value[1] is None
+
+
 def test_a_process_that_vanishes_is_missed_and_nobody_waits_for_ever(start):
     begin = time.monotonic()
     first, killed = start(2, ranks.wait_for_the_lost, lambda rank: (2.0,))
