@@ -41,7 +41,7 @@ def test_sums_that_are_spread_by_rows(start):
     outcomes = start(4, ranks.spread_sums, lambda rank: ())
     assert [outcome.error for outcome in outcomes] == [""] * 4
     assert [outcome.value[0] for outcome in outcomes] == [[2, 2]] * 4
-    factor = 0 + 1 + 2 + 3 + 10 * 4  # of both batches, over the processes
+    factor = 2 * (0 + 1 + 2 + 3) + 4 * 10  # over both batches and all processes
     assert outcomes[0].value[1] == [[factor * (2.0 * row), factor * (2.0 * row + 1)] for row in range(6)]
     assert outcomes[1].value[1] is None
 
