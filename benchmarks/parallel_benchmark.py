@@ -154,6 +154,7 @@ def main() -> None:
     folder.rmdir()
     by_samples = [cpu_seconds(DEPTH, samples, arguments.rounds) for samples in SAMPLE_STEPS]
     by_depth = [cpu_seconds(depth, SAMPLE_STEPS[1], arguments.rounds) for depth in DEPTH_STEPS]
+    found["machine"]["load_average_1_5_15_min"] = os.getloadavg()  # with other work, wall times say little
     found["by_samples"], found["by_depth"] = line(SAMPLE_STEPS, by_samples), line(DEPTH_STEPS, by_depth)
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     both = found["two_processes"]
