@@ -3,10 +3,11 @@
     python benchmarks/parallel_benchmark.py --out benchmarks/results/parallel.json
 
 Each process has one thread and computes its share of the calibration batches of a BERT-shaped model with random weights
-(the default statistics: energy of the mean gradient; and the Fisher trace). Wall time says how much faster two
-processes are; it is that of the slower one, and the median over rounds in which one and two processes take turns. The
-two fits are of CPU time of one process on one thread, which other work on the machine changes least. ``reduced_bytes``
-is what the processes beside the first put on the wire, in all and for each measured parameter.
+(the default statistics: energy of the mean gradient; and the Fisher trace). One process and two take turns, and the
+slower of the two counts. ``speed_up`` is of wall time, and says nothing on a machine whose cores have other work (see
+the load average); ``cpu_speed_up`` is of each process's own CPU time: how evenly, and with how little extra work, the
+job is divided. The two fits are of CPU time of one process on one thread. ``reduced_bytes`` is what the processes
+beside the first put on the wire, in all and for each entry of the summed matrices.
 """
 
 from __future__ import annotations
@@ -65,22 +66,30 @@ def one(rank: int, size: int, port: int, rounds: int, out: str) -> None:
     from layerlens.utils.processes import ALONE, joined
 
     arguments = job(DEPTH, SAMPLES)
-    matrix_parameters = sum(layer.n_in * layer.n_out for layer in arguments["spec"].layers if "lora" in layer.methods)
-    found: dict[str, Any] = {"alone_s": [], "together_s": [], "matrix_parameters": matrix_parameters}
+    layers = arguments["spec"].layers
+    entries = sum(layer.n_in * layer.n_out for layer in layers if "lora" in layer.methods)
+    entries += sum(layer.n_out**2 for layer in layers if "adapter" in layer.methods)
+    width = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
+    entries += sum(layer.num_heads * width * (width + 1) for layer in layers if "prefix" in layer.methods)
+    times: dict[str, list[float]] = {"alone_s": [], "alone_cpu_s": [], "together_s": [], "together_cpu_s": []}
+
+    def timed(name: str, together: Any) -> None:
+        start, cpu = time.perf_counter(), time.process_time()
+        measure_share(**arguments, processes=together)
+        times[f"{name}_s"].append(time.perf_counter() - start)
+        times[f"{name}_cpu_s"].append(time.process_time() - cpu)
+
+    found: dict[str, Any] = {"summed_entries": entries}
     with joined("gloo", "cpu", 300.0) as processes:
         for number in range(rounds + 1):
             processes.everyone("round", number)
             if processes.first:
-                start = time.perf_counter()
-                measure_share(**arguments, processes=ALONE)
-                found["alone_s"].append(time.perf_counter() - start)
+                timed("alone", ALONE)
             processes.everyone("together", number)
-            before, start = processes.bytes_sent, time.perf_counter()
-            measure_share(**arguments, processes=processes)
-            found["together_s"].append(time.perf_counter() - start)
+            before = processes.bytes_sent
+            timed("together", processes)
             found["reduced_bytes"] = processes.bytes_sent - before
-    for name in ("alone_s", "together_s"):
-        found[name] = found[name][1:]  # the first warms up
+    found |= {name: seconds[1:] for name, seconds in times.items()}  # the first warms up
     Path(out, f"{rank}.json").write_text(json.dumps(found))
 
 
@@ -95,6 +104,7 @@ def speed_up(size: int, rounds: int, folder: Path) -> dict[str, Any]:
     parts = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
     together = [max(times) for times in zip(*(part["together_s"] for part in parts), strict=True)]
     pairs = list(zip(parts[0]["alone_s"], together, strict=True))
+    slower = [max(times) for times in zip(*(part["together_cpu_s"] for part in parts), strict=True)]
     sent = sum(part["reduced_bytes"] for part in parts)
     return {
         "processes": size,
@@ -102,8 +112,11 @@ def speed_up(size: int, rounds: int, folder: Path) -> dict[str, Any]:
         "together_s": statistics.median(together),
         "speed_up": statistics.median(alone / both for alone, both in pairs),
         "speed_up_range": [min(alone / both for alone, both in pairs), max(alone / both for alone, both in pairs)],
+        "one_process_cpu_s": statistics.median(parts[0]["alone_cpu_s"]),
+        "slower_process_cpu_s": statistics.median(slower),
+        "cpu_speed_up": statistics.median(a / b for a, b in zip(parts[0]["alone_cpu_s"], slower, strict=True)),
         "reduced_bytes": sent,
-        "reduced_bytes_per_matrix_parameter_and_process": sent / (size - 1) / parts[0]["matrix_parameters"],
+        "reduced_bytes_per_summed_entry_and_process": sent / (size - 1) / parts[0]["summed_entries"],
         "rounds": rounds,
     }
 
@@ -158,9 +171,8 @@ def main() -> None:
     found["by_samples"], found["by_depth"] = line(SAMPLE_STEPS, by_samples), line(DEPTH_STEPS, by_depth)
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     both = found["two_processes"]
-    print(
-        f"{both['processes']} processes: {both['speed_up']:.2f} times as fast as one, {both['reduced_bytes']:,} bytes"
-    )
+    speeds = f"{both['speed_up']:.2f} times as fast as one, {both['cpu_speed_up']:.2f} times by CPU time"
+    print(f"{both['processes']} processes: {speeds}; {both['reduced_bytes']:,} bytes")
     for name, what in (("by_samples", "samples"), ("by_depth", "blocks")):
         fit = found[name]
         print(

@@ -15,31 +15,33 @@ from dataclasses import dataclass
 PEAK_FLOPS, GPU_GB, NVLINK_GB_S, NETWORK_GB_S = 989e12, 80.0, 450.0, 50.0
 UTILISATION = 0.4  # assumed: what large dense steps commonly reach
 STEP_RATIO = 1.05  # measured on CPU: Fisher + G, 0.94 to 1.04 of an ordinary step (profiling.md)
-SUM_BYTES = 4.0  # measured: parallel.json, bytes for each measured parameter and process
+SUM_BYTES = 4.0  # float32, and measured: parallel.json, bytes for each entry of the sums and process
 READ_GB_S, HASH_GB_S = 2.0, 1.38  # assumed: one client of a file server; measured: SHA-256 on one core
 TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model: all parameters, those that a token passes through, those of the matrices that are measured (1e9)."""
+    """A model: all parameters, those that a token passes through, those of the matrices that are measured, and the
+    entries of all sums, those for adapters after the output projections (n_out²) among them (1e9)."""
 
     name: str
     total: float
     active: float
     measured: float
+    entries: float
 
 
 MODELS = (
-    Shape("7B (Llama 2)", 6.74, 6.74, 6.48),
-    Shape("70B (Llama 2)", 68.98, 68.98, 68.45),
-    Shape("mixture of experts (Mixtral 8x7B)", 46.70, 12.88, 1.34),
+    Shape("7B (Llama 2)", 6.74, 6.74, 6.48, 6.48 + 64 * 4096**2 / 1e9),
+    Shape("70B (Llama 2)", 68.98, 68.98, 68.45, 68.45 + 160 * 8192**2 / 1e9),
+    Shape("mixture of experts (Mixtral 8x7B)", 46.70, 12.88, 1.34, 1.34 + 32 * 4096**2 / 1e9),
 )
 
 
 def compute_s(model: Shape, samples: int, gpus: int) -> float:
-    """A frozen step is 4 FLOPs a parameter and token, G 2 more; an ordinary step 6. The ratio covers the Fisher too."""
-    flops_per_token = 1e9 * (4 * model.active + 2 * model.measured) * STEP_RATIO
+    """Passes take 4 FLOPs a parameter and token, sums 2 an entry; the ratio to an ordinary step covers the Fisher."""
+    flops_per_token = 1e9 * (4 * model.active + 2 * model.entries) * STEP_RATIO
     return samples * TOKENS * flops_per_token / (gpus * PEAK_FLOPS * UTILISATION)
 
 
@@ -55,7 +57,7 @@ def main() -> None:
     print("\n| model | weights, bf16 | gradient sums, float32 | both on one GPU | FSDP on 8 | FSDP on 64 |")
     print("|---|---|---|---|---|---|")
     for model in MODELS:
-        weights, sums = 2 * model.total, 4 * model.measured
+        weights, sums = 2 * model.total, SUM_BYTES * model.entries
         cells = [f"{weights + sums:,.0f} GB", *(f"{(weights + sums) / gpus:,.1f} GB" for gpus in (8, 64))]
         print(f"| {model.name} | {weights:,.0f} GB | {sums:,.0f} GB | {' | '.join(cells)} |")
     print(
@@ -63,10 +65,10 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for model in MODELS:
-        sums = SUM_BYTES * model.measured
+        sums = SUM_BYTES * model.entries
         # Two gathers of the bfloat16 weights and one reduce-scatter of the float32 sums.
         gathered = {gpus: (2 * 2 * model.total + sums) * (gpus - 1) / gpus for gpus in (8, 64)}
-        per_token_s = 1e9 * (4 * model.active + 2 * model.measured) * STEP_RATIO / (PEAK_FLOPS * UTILISATION)
+        per_token_s = 1e9 * (4 * model.active + 2 * model.entries) * STEP_RATIO / (PEAK_FLOPS * UTILISATION)
         hide = gathered[64] / NETWORK_GB_S / per_token_s
         print(
             f"| {model.name} | {sums:,.1f} GB | {sums / NVLINK_GB_S:.2f} s | {sums / NETWORK_GB_S:.2f} s | "
