@@ -53,6 +53,21 @@ class ProfilingError(LayerLensError, RuntimeError):
     """The model could not be profiled (NaN in a statistic, a module that cannot be measured)."""
 
 
+class ProcessLostError(LayerLensError, RuntimeError):
+    """Another process of the same run failed or is lost.
+
+    Args:
+        message: which one and why.
+        exit_code: that of the process that failed.
+        told: whether the process that failed has told everybody, itself included.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1, *, told: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.told = told
+
+
 class OptimizationError(LayerLensError, RuntimeError):
     """The allocation problem could not be solved."""
 
@@ -71,6 +86,12 @@ class ManifestError(LayerLensError, ValueError):
 
 class TrainingError(LayerLensError, RuntimeError):
     """Fine-tuning cannot go on (a loss that is not finite), or its checkpoints belong to another job."""
+
+
+class SweepError(LayerLensError, ValueError):
+    """A task of a sweep that is not in the list, options that do not go together, or tasks that failed."""
+
+    exit_code = 2
 
 
 class OutputError(LayerLensError, OSError):

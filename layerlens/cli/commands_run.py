@@ -36,8 +36,11 @@ def run(
     """Measure a model on its data, choose what to adapt within the budgets, and write everything."""
     checked = load(config, settings, directory)
     from layerlens.pipeline import run_config
+    from layerlens.utils.launch import place_of_this_process
 
     base_dir = base_dir_of(config)
+    others = place_of_this_process().rank > 0  # what torchrun started beside the first process says nothing
+    json, quiet = json and not others, quiet or others
     job: Job = lambda progress, warn: run_config(  # noqa: E731 (a def could not be typed in one line)
         checked, base_dir=base_dir, use_cache=not no_cache, progress=progress, warn=warn
     )

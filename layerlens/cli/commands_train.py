@@ -63,7 +63,7 @@ def train(
     """
     checked, base_dir = _configuration(manifest, config, settings)
     from layerlens.pipeline.train import train_manifest
-    from layerlens.utils.processes import is_main_process
+    from layerlens.utils.launch import is_main_process
 
     if baseline is not None:
         from layerlens.tuning.baselines import known_baseline

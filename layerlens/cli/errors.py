@@ -6,19 +6,24 @@ or data not found; 130 interrupted; 143 terminated. Tracebacks are for ``--debug
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
+import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import typer
 
 from layerlens.cli import output
-from layerlens.exceptions import LayerLensError
+from layerlens.exceptions import LayerLensError, ProcessLostError
 
 INTERRUPTED, TERMINATED, UNEXPECTED = 130, 143, 1
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -45,12 +50,17 @@ def guarded(when_stopped: str = "") -> Callable[[Command], Command]:
                         warnings.simplefilter("ignore", FutureWarning)
                         warnings.simplefilter("ignore", DeprecationWarning)
                     command(*args, **kwargs)
+            except ProcessLostError as error:
+                # Process 0 speaks for all; of the others only the one that failed does.
+                _stop([] if error.told and _process() else [str(error)], error.exit_code, debug)
             except LayerLensError as error:
-                _stop([line for line in str(error).splitlines() if line.strip()], error.exit_code, debug)
+                _stop(
+                    [line for line in str(error).splitlines() if line.strip()] or ["no message"], error.exit_code, debug
+                )
             except KeyboardInterrupt:
-                _stop([_joined("interrupted", when_stopped)], INTERRUPTED, debug)
+                _stop([] if _process() else [_joined("interrupted", when_stopped)], INTERRUPTED, debug)
             except Terminated:
-                _stop([_joined("terminated", when_stopped)], TERMINATED, debug)
+                _stop([] if _process() else [_joined(_terminated(), when_stopped)], TERMINATED, debug)
             except (typer.Exit, typer.Abort, BrokenPipeError):  # the last: the reader of a pipe has seen enough
                 raise
             except MemoryError:
@@ -89,9 +99,31 @@ def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
 def _stop(lines: list[str], code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    for line in lines or ["no message"]:
-        output.error(line)
+    rank = _process()
+    for line in lines:
+        output.error(f"process {rank}: {line}" if rank else line)
+    if lines and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        _tell_torchrun(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), lines)
     raise typer.Exit(code) from None
+
+
+def _process() -> int:
+    """Which of several processes that a launcher started this is; 0 where there is one."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
+
+
+def _terminated() -> str:
+    under = "TORCHELASTIC_RUN_ID" in os.environ
+    return "terminated by torchrun, whose report says which process failed" if under else "terminated"
+
+
+def _tell_torchrun(file: Path, lines: list[str]) -> None:
+    """Leave the reason where torchrun looks for it, so that its report has it in place of a traceback."""
+    reason = {"message": "; ".join(lines), "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):  # it is only a report
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(reason), encoding="utf-8")
 
 
 def _joined(event: str, hint: str) -> str:

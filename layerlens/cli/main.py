@@ -22,6 +22,7 @@ from layerlens.cli import (
     commands_pipeline,
     commands_run,
     commands_serve,
+    commands_sweep,
     commands_train,
     output,
 )
@@ -61,6 +62,7 @@ app.command("init")(commands_config.init)
 app.command("validate")(commands_config.validate)
 app.command("schema")(commands_config.schema)
 app.command("run")(commands_run.run)
+app.command("sweep")(commands_sweep.sweep)
 app.command("optimize")(commands_run.optimize)
 app.command("frontier")(commands_frontier.frontier)
 app.command("apply")(commands_apply.apply)

@@ -39,7 +39,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigurationError: the file cannot be read, or one line for each problem such as
             ``config.yaml:5:13: optimization.max_vram: unknown key, did you mean 'max_vram_gb'?``
     """
-    return parse_run_config(_read_text(Path(path)), str(path), overrides)
+    return parse_run_config(read_text(Path(path)), str(path), overrides)
 
 
 def parse_run_config(text: str, source: str = "config.yaml", overrides: Sequence[str] = ()) -> RunConfig:
@@ -69,7 +69,12 @@ def parse_run_config(text: str, source: str = "config.yaml", overrides: Sequence
     return config
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a configuration file.
+
+    Raises:
+        ConfigurationError: there is none, or it is too large or not UTF-8.
+    """
     try:
         if path.is_dir():
             raise ConfigurationError(f"{path} is a directory; give the YAML file in it")

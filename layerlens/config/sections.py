@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from layerlens.config.base import ConfigModel
+from layerlens.config.distributed import DistributedConfig
 from layerlens.config.monitoring import TelemetryConfig, TrackingConfig
 from layerlens.config.names import MethodName
 from layerlens.config.rules import ConstraintConfig
@@ -87,6 +88,19 @@ class ModelConfig(ConfigModel):
         "which makes the gradients of a random head.",
     )
 
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, str | int] | None = Field(
+        default=None,
+        description="Where accelerate puts the modules of a transformers model: `auto` (GPUs, then main memory, then "
+        "disk), or a device for each module: `{model.embed_tokens: 0, model.layers.0: cpu, model.layers.1: disk}`. "
+        "Not given: all on `runtime.device`.",
+    )
+    max_memory: dict[str, str] | None = Field(
+        default=None, description="What `device_map` may use of each device: `{0: 20GiB, cpu: 60GiB}`."
+    )
+    offload_folder: str | None = Field(
+        default=None, description="Where weights placed on `disk` are kept; safetensors checkpoints are read in place."
+    )
+
     @property
     def reference(self) -> str:
         """What the model is loaded by: ``name_or_path``, or ``factory:module:function``."""
@@ -98,6 +112,11 @@ class ModelConfig(ConfigModel):
             raise ValueError("give the model by name_or_path or by factory, one of the two")
         if (self.task == "custom") != (self.loss is not None):
             raise ValueError("task custom and loss belong together: give both or neither")
+        own = self.factory is not None or self.name_or_path.startswith(("timm:", "ultralytics:"))
+        if self.device_map is not None and own:
+            raise ValueError("device_map is for models of transformers; place a model of your own in its factory")
+        if self.device_map is None and (self.max_memory or self.offload_folder):
+            raise ValueError("max_memory and offload_folder belong to device_map; give it too, such as auto")
         if self.weights is not None and self.factory is None and not self.name_or_path.startswith("timm:"):
             raise ValueError("weights is for factory and timm: models; a transformers directory has its own weights")
         return self
@@ -403,7 +422,10 @@ class RuntimeConfig(ConfigModel):
 
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of the data split, the head and the solver.")
     threads: int = Field(
-        default=0, ge=0, description="CPU threads for torch, the kernels and the solver; 0: all cores."
+        default=0,
+        ge=0,
+        description="CPU threads for torch, the kernels and the solver; 0: all cores, shared by the processes that "
+        "torchrun started on this machine.",
     )
     device: Literal["cpu", "cuda"] = Field(
         default="cpu",
@@ -413,7 +435,14 @@ class RuntimeConfig(ConfigModel):
     cache_dir: str | None = Field(
         default=None,
         description="Directory of the sensitivity cache; by default $LAYERLENS_CACHE, or layerlens in the user's "
-        "cache directory.",
+        "cache directory. Several processes need one that all of them see.",
+    )
+    saving_time_share: float = Field(
+        default=0.05,
+        gt=0,
+        le=1,
+        description="Largest share of the measuring time that is spent on keeping what is measured so far in the "
+        "cache, from where an interrupted run goes on. 1: keep it after every batch.",
     )
 
 
@@ -427,6 +456,9 @@ class RunConfig(ConfigModel):
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="How the choice is fine-tuned.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Where the results go.")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="How the run uses this machine.")
+    distributed: DistributedConfig = Field(
+        default_factory=DistributedConfig, description="How several processes do one run together."
+    )
     study: StudyConfig = Field(
         default_factory=StudyConfig, description="What `layerlens evaluate` compares; other commands do not read it."
     )

@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,6 +208,7 @@ def load_pretrained(
     base_dir: Path | None = None,
     dtype: str = "float32",
     weights: str | None = None,
+    placement: Mapping[str, Any] | None = None,
 ) -> PretrainedModel:
     """Load a model and its tokenizer or image processor for ``task``, frozen, in ``dtype`` and in evaluation mode.
 
@@ -223,11 +224,14 @@ def load_pretrained(
         base_dir: folder that relative paths start from.
         dtype: of the weights: "float32", "bfloat16" or "float16".
         weights: of a timm model or of a factory's (``model.weights``).
+        placement: see ``placement_arguments``; of transformers' models alone.
 
     Raises:
         ModelNotFoundError: the model cannot be found or read.
     """
     import torch
+
+    from layerlens.integrations.placement import finish_placement
 
     make_torchvision_importable()
     import transformers
@@ -269,6 +273,7 @@ def load_pretrained(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 local_files_only=local_only,
+                **(placement or {}),
             )
             images = tokenizer = None
             model_type = getattr(model.config, "model_type", "")
@@ -292,6 +297,7 @@ def load_pretrained(
     model.eval().requires_grad_(False)
     mismatched = (entry[0] for entry in info["mismatched_keys"])
     new_parameters = tuple(sorted({*info["missing_keys"], *mismatched}))
+    finish_placement(model, new_parameters)
     if task in LANGUAGE_MODELS and new_parameters:
         raise ModelSpecError(
             f"model.task: {name_or_path!r} has no weights for {new_parameters[0]} and cannot predict tokens; give a "
@@ -326,11 +332,13 @@ def weights_fingerprint(model: torch.nn.Module, leave_out: Sequence[str] = ()) -
     """SHA-256 over names, dtypes, shapes and bytes of the weights, without the parameters in ``leave_out``."""
     import torch
 
+    from layerlens.integrations.placement import present
+
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name not in leave_out:
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            flat = present(model, name, tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(flat.numpy().data)
     return digest.hexdigest()
 

@@ -10,8 +10,8 @@ from layerlens.config import RunConfig
 from layerlens.models.run_record import RunRecord
 from layerlens.telemetry import telemetry_observers
 from layerlens.tracking import tracking_observers
+from layerlens.utils.launch import is_main_process
 from layerlens.utils.observer import RunObserver, observe
-from layerlens.utils.processes import is_main_process
 
 Job = TypeVar("Job", bound=Callable[..., Any])
 

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from layerlens.config import OutputConfig, RunConfig
 from layerlens.storage import check_publishable, joined, local_or_url, publish
+from layerlens.utils.launch import is_main_process
 from layerlens.utils.observer import observed_stage
 from layerlens.utils.places import default_cache_dir
-from layerlens.utils.processes import is_main_process
 
 Job = TypeVar("Job", bound=Callable[..., Any])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cache as once
@@ -17,8 +17,9 @@ from layerlens.cost import cost_table
 from layerlens.data import Dataset, load_dataset
 from layerlens.exceptions import ActivationCacheError
 from layerlens.integrations.layers import model_spec
+from layerlens.integrations.placement import offloaded, placed, placement_arguments, shard, sharded
 from layerlens.integrations.torch_modules import usable_device
-from layerlens.integrations.transformers import PretrainedModel, load_pretrained
+from layerlens.integrations.transformers import PretrainedModel, blocks_of, load_pretrained
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.manifest import write_manifest, write_report
 from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
@@ -41,9 +42,16 @@ from layerlens.pipeline.proxies import ProxyTrainer, joint_gains, measure_proxie
 from layerlens.pipeline.publishing import published
 from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
+from layerlens.pipeline.together import (
+    refuse_unshardable,
+    refuse_untrainable,
+    same_configuration,
+    same_measurement,
+    shared_directory,
+)
 from layerlens.profiling.cache import cache_key
 from layerlens.profiling.head import fit_head
-from layerlens.profiling.measure import measure, refuse_non_finite
+from layerlens.profiling.measure import measure_share, refuse_non_finite
 from layerlens.profiling.saved_pass import SavedPass
 from layerlens.profiling.shared_cache import open_cache
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
@@ -52,6 +60,7 @@ from layerlens.tuning import export_adapter
 from layerlens.utility import calibrated_table
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
 from layerlens.utils.observer import observed_stage
+from layerlens.utils.processes import Processes, joined
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
 
@@ -86,6 +95,9 @@ def run_config(
 ) -> RunResult:
     """Profile the model, choose, check and write everything; nothing is written unless all of it is.
 
+    Where a launcher such as torchrun has started several processes, all of them call this. Each measures its share of
+    the calibration data, process 0 alone chooses, writes and tells about it, and all return the same result.
+
     Args:
         config: the whole job.
         base_dir: folder that relative paths in the configuration start from.
@@ -96,13 +108,28 @@ def run_config(
     Raises:
         LayerLensError: with one line that says what to do; its class has the exit code.
     """
-    clock, warnings = _Clock(), Warnings(warn)
+    with joined(config.distributed.backend, config.runtime.device, config.distributed.timeout_s) as processes:
+        if not processes.first:
+            progress, warn = silent, _unheard
+        return _run(config, base_dir, use_cache, progress, Warnings(warn), processes)
+
+
+def _run(
+    config: RunConfig, base_dir: Path, use_cache: bool, progress: Progress, warnings: Warnings, processes: Processes
+) -> RunResult:
+    clock = _Clock()
+    same_configuration(processes, config)
     output = base_dir / Path(config.output.directory).expanduser()
-    check_writable(output)
+    if processes.first:
+        check_writable(output)
     cache = open_cache(config.runtime.cache_dir, base_dir) if use_cache else None
-    threads = resolve_threads(config.runtime.threads)
+    if cache:
+        shared_directory(processes, cache.directory)
+    threads = resolve_threads(config.runtime.threads, processes.place.local_size)
     set_threads(threads)
     device = usable_device(config.runtime.device)
+    refuse_unshardable(config, processes)
+    placement = placement_arguments(config.model.device_map, config.model.max_memory, config.model.offload_folder)
     with clock.stage("load"), progress.stage("Loading model and data"):
         dataset = load_dataset(config.data, base_dir, config.model.task)
         task = task_for(config.model, base_dir)
@@ -114,11 +141,14 @@ def run_config(
             base_dir=base_dir,
             dtype=config.model.dtype,
             weights=config.model.weights,
+            placement=placement,
         )
         check_lengths(pretrained, config)
+        refuse_untrainable(pretrained.model, config)
         if dataset.label_names:
             dataset = dataset.with_label_order(pretrained.labels)
-        pretrained.model.to(device)
+        if not placed(pretrained.model):
+            pretrained.model.to(device)
         calibration, head_data, held_out = split_samples(dataset, config, warnings)
 
         def batches_of(samples: Dataset, batch_size: int = config.data.batch_size) -> Batches:
@@ -143,15 +173,29 @@ def run_config(
     with clock.stage("profile"):
         identity = statistics_identity(config, spec, calibration, head_data, threads)
         key = cache_key(identity)
-        found = cache.get(key) if cache else None
-        if found is None:
-            saved = cache.saved_pass(key) if cache else None
+        same_measurement(processes, identity)
+        found = cache.get(key) if cache and processes.first else None
+        if not processes.from_first("statistics in the cache", found is not None):
+            saved = cache.saved_pass(key, config.runtime.saving_time_share) if cache else None
             fit()
-            statistics = _profile(config, pretrained, task, spec, batches, threads, progress, saved)
-        else:
-            statistics = found[1]
+            for name in pretrained.new_parameters:
+                processes.copy_from_first(pretrained.model.get_parameter(name).data)
+            if config.distributed.sharding == "fsdp":
+                shard(pretrained.model, blocks_of(pretrained.model), processes)
+            measured_now = _profile(config, pretrained, task, spec, batches, threads, progress, saved, processes)
+        if not processes.first:  # its share is handed in
+            if not placed(pretrained.model) and not sharded(pretrained.model):
+                with suppress(RuntimeError, NotImplementedError, ValueError):  # memory that is only held while it waits
+                    pretrained.model.to("meta")
+            result: RunResult = processes.from_first("result")
+            return result
+        statistics = found[1] if found is not None else measured_now
+        assert statistics is not None
         facts = model_facts(pretrained, config, dataset, spec)
-        statistics = replace(statistics, provenance={"identity": identity, "model": facts})
+        provenance = {"identity": identity, "model": facts}
+        statistics = replace(
+            statistics, provenance=provenance | ({} if processes.alone else {"processes": processes.size})
+        )
         if cache and found is None:
             cache.put(key, spec, statistics)
 
@@ -191,15 +235,19 @@ def run_config(
             written |= export_adapter(manifest, pretrained.model, staging, factors)
             written["statistics"] = atomic_write_bytes(staging / STATISTICS_FILE, statistics_to_bytes(spec, statistics))
         with clock.stage("check"):
-            longest = batches[-1].inputs
-            measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress, factors)
-            warn_of_overrun(manifest, measured, warnings)
+            if sharded(pretrained.model) or offloaded(pretrained.model):
+                warnings.add("the model's weights are spread (shards or disk), so predictions were not checked on it")
+                measured: dict[str, Any] = {}
+            else:
+                longest = batches[-1].inputs
+                measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress, factors)
+                warn_of_overrun(manifest, measured, warnings)
             if statistics.proxies:
                 measured |= joint
                 warn_of_calibration(manifest, joint, warnings)
         written |= _write_report(staging, manifest, solution, statistics, measured)
         files = {name: output / path.relative_to(staging) for name, path in written.items()}
-    return RunResult(
+    result = RunResult(
         manifest,
         output,
         files,
@@ -209,6 +257,8 @@ def run_config(
         explanations=solution.explanations,
         warnings=tuple(warnings.lines),
     )
+    processes.from_first("result", result)
+    return result
 
 
 @observed("optimize")
@@ -301,9 +351,10 @@ def _profile(
     threads: int,
     progress: Progress,
     saved: SavedPass | None,
-) -> ModelStatistics:
-    """Measure every layer."""
-    return measure(
+    processes: Processes,
+) -> ModelStatistics | None:
+    """Measure every layer, together with the other processes; None in all but process 0."""
+    return measure_share(
         pretrained.model,
         spec,
         batches,
@@ -314,7 +365,12 @@ def _profile(
         progress=progress,
         loss=task.loss,
         saved=saved,
+        processes=processes,
     )
+
+
+def _unheard(_line: str) -> None:
+    """Warnings of all processes but the first, which has the same."""
 
 
 def _solve(

@@ -30,8 +30,9 @@ from layerlens.optimization import build_problem, explain, solve
 
 RECORDED_PACKAGES = ("numpy", "torch", "transformers", "peft", "ortools")
 NOT_RECORDED: Any = {
-    "output": True, "study": True, "runtime": {"cache_dir", "threads"}, "telemetry": True, "tracking": True
-}  # fmt: skip
+    **dict.fromkeys(("output", "study", "distributed", "telemetry", "tracking"), True),
+    "runtime": {"cache_dir", "threads", "saving_time_share"},
+}
 """Settings that change no number."""
 
 
@@ -210,10 +211,15 @@ def _resource_uses(solution: Solution, config: OptimizationConfig) -> tuple[Reso
     return tuple(uses)
 
 
+def recorded_config(config: RunConfig) -> dict[str, Any]:
+    """What a manifest records of the configuration that it was made by."""
+    return config.model_dump(mode="json", exclude=NOT_RECORDED)
+
+
 def run_provenance(config: RunConfig, threads: int, statistics: dict[str, Any]) -> dict[str, Any]:
     """What a run was made from: nothing that differs between two runs of one configuration on one machine."""
     return {
-        "config": config.model_dump(mode="json", exclude=NOT_RECORDED),
+        "config": recorded_config(config),
         "seed": config.runtime.seed,
         "threads": threads,
         "statistics": statistics,

@@ -20,6 +20,7 @@ from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.sample_matrices import SampleMatrices
 from layerlens.profiling.sketches import FactorSum, Projection, SpectrumSketch, worth_sketching
 from layerlens.profiling.spectra import split_half_spectrum
+from layerlens.profiling.sum_shards import SumShards
 
 
 class InputAccumulator:
@@ -67,6 +68,7 @@ class MatrixAccumulator:
         shape: (g, o, i) of the matrix.
         projection: for sketches; None for matrices that are not sketched (lookups, heads).
         kernel: where the layer's part of a sketched kernel goes, None where it has none.
+        shards: where the sums of M_n are spread over processes; None where each keeps its own.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class MatrixAccumulator:
         shape: tuple[int, int, int],
         projection: Projection | None = None,
         kernel: KernelSketch | None = None,
+        shards: SumShards | None = None,
     ) -> None:
         self.request = request
         self.threads = threads
@@ -84,6 +87,7 @@ class MatrixAccumulator:
         self.shape = shape
         self.projection = projection
         self.kernel = kernel
+        self.shards = shards
         self.sketched = request.sketched_spectrum and projection is not None and worth_sketching(shape)
         self.halves = request.halves or (request.sketched_spectrum and not self.sketched)
         self.n_samples = [0, 0]
@@ -92,12 +96,17 @@ class MatrixAccumulator:
         self.output_factor = GramSum()
         self.output_sketch = FactorSum()
         self.spectrum_sketch: SpectrumSketch | None = None
-        self.kept: list[SampleMatrices] = []
+        self.kept: dict[int, SampleMatrices] = {}
 
-    def add(self, matrices: SampleMatrices, half__b: torch.Tensor) -> None:
-        """Add one batch; ``half__b`` says which half (0 or 1) of the calibration set each sample belongs to."""
+    def add(self, matrices: SampleMatrices, half__b: torch.Tensor, before: int) -> None:
+        """Add one batch.
+
+        Args:
+            matrices: of its samples.
+            half__b: which half (0 or 1) of the calibration set each sample belongs to.
+            before: samples in the batches that come before it, measured here or elsewhere.
+        """
         request = self.request
-        n_kept = sum(self.n_samples)
         for half in (0, 1):
             self.n_samples[half] += int((half__b == half).sum())
         if request.fisher:
@@ -108,16 +117,31 @@ class MatrixAccumulator:
             self.output_factor.add(matrices.d__bgto.transpose(0, 1).flatten(1, 2))
         if self.sketched or request.sketched_factors or self.kernel is not None:
             self._add_sketches(matrices, half__b)
-        if request.ntk and self.kernel is None and n_kept < request.ntk_samples:
-            self.kept.append(matrices.first(request.ntk_samples - n_kept))
+        if request.ntk and self.kernel is None and before < request.ntk_samples:
+            self.kept[before] = matrices.first(request.ntk_samples - before)
+
+    def add_nothing(self, matrices: SampleMatrices) -> None:
+        """Take part in what the processes add up together, with a batch that is not counted."""
+        if self.shards is not None and (self.request.gradient or self.halves):
+            self._add_mean(matrices, torch.full((matrices.n_samples,), -1))
 
     def _add_mean(self, matrices: SampleMatrices, half__b: torch.Tensor) -> None:
+        first = matrices.d__bgto if matrices.d__bgto is not None else matrices.rows__bti
+        assert first is not None
+        dtype = torch.promote_types(first.dtype, torch.float32)
         if not self.mean_sums:
-            first = matrices.d__bgto if matrices.d__bgto is not None else matrices.rows__bti
-            assert first is not None
-            dtype = torch.promote_types(first.dtype, torch.float32)
+            zeros = self.shards.zeros if self.shards else torch.zeros
             count = 2 if self.halves else 1
-            self.mean_sums = [torch.zeros(self.shape, dtype=dtype, device=first.device) for _ in range(count)]
+            self.mean_sums = [zeros(self.shape, dtype=dtype, device=first.device) for _ in range(count)]
+        if self.shards is not None:
+            for half, share in enumerate(self.mean_sums):
+                part = torch.zeros(self.shape, dtype=dtype, device=first.device)
+                of_half__b = half__b if len(self.mean_sums) == 2 else half__b.clamp_max(0)
+                chosen__b = samples_of(half, of_half__b)
+                if chosen__b is not None:
+                    matrices.add_sum_to(part, chosen__b)
+                self.shards.add(share, part)
+            return
         if len(self.mean_sums) == 1:
             matrices.add_sum_to(self.mean_sums[0])
             return
@@ -199,8 +223,9 @@ class MatrixAccumulator:
             if self.request.sketched_spectrum and not self.sketched:
                 found |= {"sketched_spectrum": plain, "sketch_error": 0.0}
         if self.request.whitened_spectrum and self.output_factor.total is not None:
-            inputs = self.inputs.factor.result() / self.inputs.n_tokens
-            outputs = self.output_factor.result() / sum(self.n_samples)
+            place = halves[0].device  # main memory where the sums were spread over processes
+            inputs = self.inputs.factor.result().to(place) / self.inputs.n_tokens
+            outputs = self.output_factor.result().to(place) / sum(self.n_samples)
             found["spectrum"] = _descending(
                 [
                     split_half_spectrum(halves[0][head], halves[1][head], inputs[head], outputs[head], damping)

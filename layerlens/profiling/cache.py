@@ -19,12 +19,12 @@ from typing import Any
 from layerlens.exceptions import ActivationCacheError, OutputError
 from layerlens.models import ModelSpec, ModelStatistics
 from layerlens.profiling.proxy_file import SavedProxies
-from layerlens.profiling.saved_pass import SavedPass
+from layerlens.profiling.saved_pass import SHARE_OF_TIME, SavedPass
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.utils.atomic import atomic_write_bytes
 
 BUSY_TIMEOUT_S = 30.0
-PROXIES = ".proxies"
+PROXIES, PARTIAL = ".proxies", ".partial"
 
 
 def cache_key(content: dict[str, Any]) -> str:
@@ -37,8 +37,8 @@ class CacheEntry:
     """What is kept under one key.
 
     Args:
-        key: as ``cache_key`` made it, with ``.partial`` for a pass that was interrupted and ``.proxies`` for measured
-            gains of options.
+        key: as ``cache_key`` made it, with ``.partial`` for a pass that was interrupted (``.partial-1`` for what
+            process 1 of several had measured) and ``.proxies`` for measured gains of options.
         model_name, n_samples: what was measured; "?" for a file that is not in the index.
         bytes: size of the blob.
         created_at: UTC, as SQLite writes it.
@@ -84,12 +84,12 @@ class SensitivityCache:
     def put(self, key: str, spec: ModelSpec, statistics: ModelStatistics) -> None:
         """Keep ``statistics`` under ``key``, in place of what was there."""
         self._keep(key, statistics_to_bytes(spec, statistics), spec.model_name, statistics.n_samples)
-        self.remove([f"{key}.partial"])
+        parts = _Parts(self, key)
+        parts.remove(parts.names())
 
-    def saved_pass(self, key: str) -> SavedPass:
+    def saved_pass(self, key: str, time_share: float = SHARE_OF_TIME) -> SavedPass:
         """Where an unfinished pass for ``key`` is kept, until its statistics are."""
-        partial = f"{key}.partial"
-        return SavedPass(lambda: self._read(partial), lambda data: self._keep(partial, data, "unfinished pass", 0))
+        return SavedPass(_Parts(self, key), time_share)
 
     def saved_proxies(self, key: str, model_name: str, n_samples: int) -> SavedProxies:
         """Where the gains of single options are kept for ``key``, from the first one on."""
@@ -145,6 +145,12 @@ class SensitivityCache:
     def _blob(self, key: str) -> Path:
         return self.directory / "blobs" / f"{key}{'.json' if key.endswith(PROXIES) else '.safetensors'}"
 
+    def _keys_from(self, prefix: str) -> list[str]:
+        """The keys in the index that begin like this."""
+        with self._index() as index:
+            rows = index.execute("SELECT key FROM statistics WHERE substr(key, 1, ?) = ?", (len(prefix), prefix))
+            return [key for (key,) in rows]
+
     @contextmanager
     def _index(self) -> Iterator[sqlite3.Connection]:
         """One transaction on the index."""
@@ -159,3 +165,26 @@ class SensitivityCache:
                 yield connection
         finally:
             connection.close()
+
+
+class _Parts:
+    """The parts of an unfinished pass as entries of the cache: ``KEY.partial``, ``KEY.partial-1`` ..."""
+
+    def __init__(self, cache: SensitivityCache, key: str) -> None:
+        self.cache, self.first = cache, f"{key}{PARTIAL}"
+
+    def names(self) -> list[int]:
+        ends = (entry.removeprefix(self.first) for entry in self.cache._keys_from(self.first))
+        return [int(end[1:] or 0) for end in ends]
+
+    def read(self, part: int) -> bytes | None:
+        return self.cache._read(self._entry(part))
+
+    def write(self, part: int, data: bytes) -> None:
+        self.cache._keep(self._entry(part), data, "unfinished pass", 0)
+
+    def remove(self, parts: Iterable[int]) -> None:
+        self.cache.remove(map(self._entry, parts))
+
+    def _entry(self, part: int) -> str:
+        return f"{self.first}-{part}" if part else self.first

@@ -25,6 +25,7 @@ from layerlens.profiling.kernel_sketch import KernelSketch
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.sample_matrices import SampleMatrices, gram_matrix, join_calls
 from layerlens.profiling.sketches import Projection
+from layerlens.profiling.sum_shards import SumShards
 from layerlens.tasks import Batch, Loss
 
 Recorder = Callable[..., None]
@@ -71,6 +72,7 @@ class Capture:
         other_modules: modules outside the layers whose weights are measured too (Linear, Conv1D, Conv2d, Embedding).
             Weights that several of them share are measured as one: the gradient of a tied weight is the sum over its
             uses.
+        shards: where gradient sums are spread over processes, as the model is.
     """
 
     def __init__(
@@ -80,11 +82,13 @@ class Capture:
         request: StatisticsRequest,
         threads: int,
         other_modules: Sequence[str] = (),
+        shards: SumShards | None = None,
     ) -> None:
         self.model = model
         self.spec = spec
         self.request = request
         self.threads = threads
+        self.shards = shards
         self.other_modules = tuple(other_modules)
         self.accumulators: dict[Key, MatrixAccumulator] = {}
         self.inputs: dict[Key, InputAccumulator] = {}
@@ -97,6 +101,8 @@ class Capture:
         self._leaders: dict[str, str] = {}
         self._last_input: tuple[str, torch.Tensor] | None = None
         self._in_backward = False
+        self._before = self._n_batch = 0
+        self._counted = True
         self._weight_keys = self._tied_weights()
 
     def _tied_weights(self) -> dict[str, Key]:
@@ -134,13 +140,22 @@ class Capture:
                 stack.enter_context(attention_outputs(self.model, on_attention))
             yield
 
-    def run(self, batch: Batch, loss: Loss) -> torch.Tensor:
+    def run(self, batch: Batch, loss: Loss, *, before: int | None = None, counted: bool = True) -> torch.Tensor:
         """One forward and one backward pass; the loss of each sample, [b].
+
+        Args:
+            batch: the samples.
+            loss: the loss of each sample.
+            before: samples in the batches that come before it, when these are not all measured here; by default those
+                of the batches that this was called with.
+            counted: whether the passes are measured; else they are only made, as all processes must together where the
+                model is spread over them.
 
         Raises:
             ProfilingError: the loss of a sample is not finite, or a layer cannot be measured.
         """
-        self._n_batch = len(batch.index)
+        self._before = self._before + self._n_batch if before is None else before
+        self._n_batch, self._counted = len(batch.index), counted
         self._half__b = batch.index % 2
         self._masks = {mask.shape[1]: None if bool(mask.all()) else mask for mask in batch.masks}
         self._calls.clear()
@@ -158,7 +173,7 @@ class Capture:
                 for key in list(self._pending):  # a module whose other call the loss does not depend on
                     self._flush(key)
                 if self.kernel_sketch is not None:
-                    self.kernel_sketch.end_batch()
+                    self.kernel_sketch.end_batch(self._before)
             finally:
                 self._in_backward = False
                 self._pending.clear()
@@ -191,8 +206,8 @@ class Capture:
 
     def other_weights(self, damping: float) -> dict[str, MethodStatistics]:
         """Statistics of the other modules' weights that a gradient reached, by parameter name."""
-        reached = {key: accumulator for key, accumulator in self.accumulators.items() if key[1] == "weight"}
-        return {name: accumulator.result(damping) for (name, _), accumulator in reached.items()}
+        keys = dict.fromkeys(self._weight_keys.values())
+        return {key[0]: self.accumulators[key].result(damping) for key in keys if key in self.accumulators}
 
     def covered_weights(self) -> dict[str, str]:
         """Parameter name of every module with statistics -> the parameter its statistics are under."""
@@ -214,7 +229,8 @@ class Capture:
             raise ProfilingError("ntk: the model has no layer that LoRA can be put on, so there is no kernel of them")
         if self.kernel_sketch is not None:
             return self.kernel_sketch.grams(self.request.ntk_samples)
-        grams = [gram_matrix(self.accumulators[name, "lora"].kept, self.threads) for name in names]
+        kept = [self.accumulators[name, "lora"].kept for name in names]
+        grams = [gram_matrix([one[before] for before in sorted(one)], self.threads) for one in kept]
         return np.sum(grams, axis=0)[None]
 
     def _dense_hook(self, layer: LayerSpec) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
@@ -300,6 +316,7 @@ class Capture:
     ) -> None:
         """Take one call of a multiplying module; ``leader`` is the layer that its inputs are summed for."""
         if mask__bt is not None:
+            mask__bt = mask__bt.to(d__bgto.device)  # layers may be on several devices
             d__bgto = d__bgto * mask__bt[:, None, :, None].to(d__bgto.dtype)
         if self._loss_scale != 1.0:
             d__bgto = d__bgto.float() * self._scale_back
@@ -313,7 +330,7 @@ class Capture:
         if mask__bt is not None and self.request.masked_inputs:
             z__bgti = z__bgti * mask__bt[:, None, :, None].to(z__bgti.dtype)
         accumulator = self._accumulator(key, (d__bgto.shape[1], d__bgto.shape[3], z__bgti.shape[3]), leader)
-        if leader == key[0] or key[1] == "weight":
+        if self._counted and (leader == key[0] or key[1] == "weight"):
             accumulator.inputs.add(z__bgti, mask__bt)
         self._queue(key, SampleMatrices(d__bgto, z__bgti))
 
@@ -343,7 +360,7 @@ class Capture:
         if projection is not None and projection.name != "|".join(key):  # the inputs are those of another layer
             projection = Projection("|".join(key))
         kernel = self.kernel_sketch if key[1] == "lora" else None
-        return MatrixAccumulator(request, self.threads, inputs, shape, projection, kernel)
+        return MatrixAccumulator(request, self.threads, inputs, shape, projection, kernel, self.shards)
 
     def _queue(self, key: Key, matrices: SampleMatrices) -> None:
         """Hold a call until all calls of this forward pass are there: their sum comes before any square."""
@@ -354,7 +371,11 @@ class Capture:
             self._flush(key)
 
     def _flush(self, key: Key) -> None:
-        self.accumulators[key].add(join_calls(self._pending.pop(key)), self._half__b)
+        matrices = join_calls(self._pending.pop(key))
+        if self._counted:
+            self.accumulators[key].add(matrices, self._half__b, self._before)
+        else:
+            self.accumulators[key].add_nothing(matrices)
 
     def _count_call(self, name: str) -> None:
         if not self._in_backward:  # checkpointing runs forward passes again inside the backward pass

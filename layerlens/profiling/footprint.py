@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from layerlens.tasks.losses import output_tensors
 
 SAMPLES = 2
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Not those that are spread over processes."""
 
 
 def count_saved_bytes(model: torch.nn.Module, run: Callable[[], object]) -> int:
@@ -23,12 +25,15 @@ def count_saved_bytes(model: torch.nn.Module, run: Callable[[], object]) -> int:
 
 def saved_tensors_seen(model: torch.nn.Module, run: Callable[[], object], see: Callable[[int], object]) -> None:
     """Call ``run()`` and tell ``see`` the bytes of every storage that autograd keeps, when it is first kept."""
-    seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    weights = (*model.parameters(), *model.buffers())
+    seen = {tensor.untyped_storage().data_ptr() for tensor in weights if type(tensor) in PLAIN}
     alive: list[
         object
     ] = []  # a freed storage's address may be used again, so every saved tensor is held until the count is done
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
+            return tensor  # a weight that is elsewhere between passes (on disk, in shards) has another address then
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())

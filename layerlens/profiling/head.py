@@ -150,10 +150,13 @@ def _replay_of(model: Any, new_parameters: Sequence[str]) -> _Replay:
 @contextmanager
 def _returning(modules: Sequence[torch.nn.Module], output: Any) -> Iterator[None]:
     """While open, calling any of ``modules`` returns ``output``."""
+    own = [vars(module).get("forward") for module in modules]  # accelerate's, where it has placed the model
     for module in modules:
         module.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:
-        for module in modules:
+        for module, forward in zip(modules, own, strict=True):
             del module.forward  # the class's own method is found again
+            if forward is not None:
+                module.forward = forward

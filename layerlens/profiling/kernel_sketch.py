@@ -19,7 +19,7 @@ class KernelSketch:
     """Features of the samples so far, [n, BLOCKS, SIDE²] float32 or wider."""
 
     def __init__(self) -> None:
-        self.done: list[torch.Tensor] = []
+        self.done: dict[int, torch.Tensor] = {}
         self.current: torch.Tensor | None = None
 
     def add(self, p__btl: torch.Tensor, q__btk: torch.Tensor) -> None:
@@ -32,13 +32,13 @@ class KernelSketch:
         features__bxf = (p__bxtu.mT @ q__bxtv).flatten(2) / SIDE
         self.current = features__bxf if self.current is None else self.current.add_(features__bxf)
 
-    def end_batch(self) -> None:
-        """All layers of the batch are in."""
+    def end_batch(self, before: int) -> None:
+        """All layers of the batch, which ``before`` samples come before, are in."""
         if self.current is not None:
-            self.done.append(self.current)
+            self.done[before] = self.current
             self.current = None
 
     def grams(self, count: int) -> np.ndarray:
         """The Gram matrix of the first ``count`` samples by each sketch, float64 [BLOCKS, n, n]."""
-        features__xnf = torch.cat(self.done)[:count].transpose(0, 1).double()
+        features__xnf = torch.cat([self.done[before] for before in sorted(self.done)])[:count].transpose(0, 1).double()
         return (features__xnf @ features__xnf.mT).cpu().numpy()

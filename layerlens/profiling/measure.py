@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from layerlens.exceptions import ProfilingError
+from layerlens.exceptions import ConfigurationError, ProfilingError
+from layerlens.integrations.placement import sharded
 from layerlens.integrations.transformers import blocks_of
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
-from layerlens.models import FactorSketch, KernelStatistics, ModelSpec, ModelStatistics
+from layerlens.models import FactorSketch, KernelStatistics, ModelSpec, ModelStatistics, ModuleCosts
 from layerlens.profiling.capture import Capture
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
+from layerlens.profiling.gathering import gather
+from layerlens.profiling.ledger import Ledger
 from layerlens.profiling.module_costs import module_costs
 from layerlens.profiling.ntk import kernel_statistics
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.saved_pass import SavedPass
+from layerlens.profiling.sum_shards import SumShards
 from layerlens.tasks import Batch, Batches, Loss
 from layerlens.tasks.losses import classification_loss
+from layerlens.utils.processes import ALONE, Processes
 from layerlens.utils.progress import Progress
 
 DAMPING = 1e-2
@@ -58,42 +64,80 @@ def measure(
     Raises:
         ProfilingError: a loss or a statistic is not finite, or a layer cannot be measured; names the layer.
     """
+    found = measure_share(
+        model, spec, batches, request=request, sequence_length=sequence_length, threads=threads, progress=progress,
+        loss=loss, other_modules=other_modules, saved=saved, processes=ALONE,
+    )  # fmt: skip
+    assert found is not None
+    return found
+
+
+def measure_share(
+    model: torch.nn.Module,
+    spec: ModelSpec,
+    batches: Sequence[Batch],
+    *,
+    request: StatisticsRequest,
+    sequence_length: int,
+    threads: int,
+    progress: Progress,
+    loss: Loss,
+    other_modules: Sequence[str],
+    saved: SavedPass | None,
+    processes: Processes,
+) -> ModelStatistics | None:
+    """This process's share of ``measure``: process 0 has the statistics of all batches in the end, the others None.
+
+    Every process is given all batches and measures every ``processes.size``-th of them.
+
+    Raises:
+        ConfigurationError: there are more processes than batches.
+        ProcessLostError: another process failed or is lost.
+    """
     model = uncompiled(model)
-    n_samples = batches.n_samples if isinstance(batches, Batches) else sum(len(batch.index) for batch in batches)
+    before = _samples_before(batches)
+    n_samples = before[-1]
     request = dataclasses.replace(request, ntk_samples=min(request.ntk_samples, n_samples))
-    told = _Told()
+    ledger = Ledger()
     with frozen_without_dropout(model, checkpointing=True):
-        capture = Capture(model, spec, request, threads, other_modules)
-        with progress.stage("Measuring gradients", total=len(batches)) as advance, capture.open():
-            n_done, losses = saved.restore(capture) if saved else (0, [])
-            advance(n_done)
-            for number in range(len(batches)):  # each is made once, and not kept
+        shards = SumShards(processes) if sharded(model) else None
+        capture = Capture(model, spec, request, threads, other_modules, shards)
+        share = _share(processes, len(batches))
+        with progress.stage("Measuring gradients", total=len(share)) as advance, capture.open():
+            done = saved.restore(capture, ledger, processes) if saved else set()
+            left = [number for number in share if number not in done]
+            advance(len(share) - len(left))
+            # All processes make the passes of a model that is spread over them, also those that have no batch left.
+            rounds = max(processes.everyone("batches left", len(left))) if sharded(model) else 0
+            for number in left:  # each is made once, and not kept
                 batch = batches[number].halves_apart()
-                told.add(batch)
-                if number < n_done:
-                    continue
-                losses.append(capture.run(batch, loss).cpu())
+                ledger.take(capture, number, batch, capture.run(batch, loss, before=before[number]))
                 if saved:
-                    saved.after_batch(capture, losses)
+                    saved.after_batch(capture, ledger)
+                processes.check()
                 advance(1)
+            for _ in range(rounds - len(left)):
+                capture.run(batches[0], loss, counted=False)
+        gather(capture, ledger, processes)
+        if not processes.first:
+            if sharded(model):
+                _costs(model, batches, sequence_length, request)
+            return None
+        ledger.put_back(capture)
         with progress.stage("Computing statistics", total=None):
             layers = capture.result(DAMPING)
             others = capture.other_weights(DAMPING)
-            kernel = _kernel(capture, told) if request.ntk else None
+            kernel = _kernel(capture, ledger) if request.ntk else None
         covered = capture.covered_weights()
-    with frozen_without_dropout(model, checkpointing=False):
-        inputs = dense_inputs(batches[0].inputs, sequence_length)
-        first_block = next(iter(blocks_of(model)), None)
-        activation_bytes, forward_flops = frozen_footprint(model, first_block, inputs)
-        modules = module_costs(model, first_block, inputs, request)
+    activation_bytes, forward_flops, modules = _costs(model, batches, sequence_length, request)
     left_out = _left_out(model, covered)
     total = sum(parameter.numel() for parameter in model.parameters())
     missing = sum(model.get_parameter(name).numel() for name in left_out)
     statistics = ModelStatistics(
         layers=layers,
         n_samples=n_samples,
-        n_tokens=told.n_tokens,
-        mean_loss=float(torch.cat(losses).double().mean()),
+        n_tokens=ledger.n_tokens,
+        mean_loss=float(torch.cat([record.losses for record in ledger.in_order()]).double().mean()),
         activation_bytes=activation_bytes,
         forward_flops=forward_flops,
         kernel=kernel,
@@ -104,6 +148,32 @@ def measure(
     )
     refuse_non_finite(statistics)
     return statistics
+
+
+def _costs(
+    model: torch.nn.Module, batches: Sequence[Batch], sequence_length: int, request: StatisticsRequest
+) -> tuple[float, float, dict[str, ModuleCosts]]:
+    """(activation bytes, forward FLOPs) of the model for a token, and the costs of its modules."""
+    with frozen_without_dropout(model, checkpointing=False):
+        inputs = dense_inputs(batches[0].inputs, sequence_length)
+        first_block = next(iter(blocks_of(model)), None)
+        activation_bytes, forward_flops = frozen_footprint(model, first_block, inputs)
+        return activation_bytes, forward_flops, module_costs(model, first_block, inputs, request)
+
+
+def _share(processes: Processes, n_batches: int) -> range:
+    if processes.size > n_batches:
+        raise ConfigurationError(
+            f"{processes.size} processes for {n_batches} batches of calibration samples; start at most {n_batches}, or "
+            "lower data.batch_size"
+        )
+    return processes.share_of(range(n_batches))
+
+
+def _samples_before(batches: Sequence[Batch]) -> list[int]:
+    """Samples in all batches before each of them, and in all of them at the end."""
+    plan = batches.plan if isinstance(batches, Batches) else [batch.index for batch in batches]
+    return [0, *itertools.accumulate(map(len, plan))]
 
 
 @contextmanager
@@ -143,28 +213,12 @@ def refuse_non_finite(statistics: ModelStatistics) -> None:
                 )
 
 
-@dataclasses.dataclass
-class _Told:
-    """What is kept of the samples in the order in which they are measured: not their inputs."""
-
-    n_tokens: int = 0
-    index: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    labels: list[torch.Tensor | None] = dataclasses.field(default_factory=list)
-
-    def add(self, batch: Batch) -> None:
-        """Keep one batch's; its targets only where there is one number for each sample."""
-        one_each = isinstance(batch.labels, torch.Tensor) and batch.labels.dim() == 1
-        self.n_tokens += batch.n_tokens
-        self.index.append(batch.index)
-        self.labels.append(batch.labels.cpu() if one_each else None)
-
-
-def _kernel(capture: Capture, told: _Told) -> KernelStatistics:
-    """The kernel of the first samples that were measured, in the order that they have in the calibration set."""
-    count = capture.request.ntk_samples
-    order = torch.cat(told.index)[:count].argsort().numpy()
-    labels = [part for part in told.labels if part is not None]
-    comparable = len(labels) == len(told.labels)
+def _kernel(capture: Capture, ledger: Ledger) -> KernelStatistics:
+    """The kernel of the first samples of the batches, in the order that they have in the calibration set."""
+    count, records = capture.request.ntk_samples, ledger.in_order()
+    order = torch.cat([record.index for record in records])[:count].argsort().numpy()
+    labels = [record.labels for record in records if record.labels is not None]
+    comparable = len(labels) == len(records)
     of_samples = torch.cat(labels)[:count].numpy()[order] if comparable else np.zeros((0, 0))
     return kernel_statistics(capture.gram()[:, order][:, :, order], of_samples)
 

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from layerlens.config import OutputConfig, RunConfig, RuntimeConfig, TelemetryConfig, TrackingConfig
+from layerlens.config import (
+    DistributedConfig,
+    OutputConfig,
+    RunConfig,
+    RuntimeConfig,
+    TelemetryConfig,
+    TrackingConfig,
+)
 from layerlens.exceptions import ConfigurationError
 from layerlens.service.settings import ServiceSettings
 from layerlens.storage import local_or_url, url_of
@@ -31,6 +38,8 @@ def confine(config: RunConfig, settings: ServiceSettings) -> RunConfig:
         ConfigurationError: the key, what came, and what this server allows.
     """
     _refuse_own_code(config, settings)
+    if config.model.device_map is not None:
+        raise ConfigurationError("model.device_map: the operator of the server decides where models lie; leave it out")
     weights = config.model.weights
     if weights is not None and weights != RANDOM_WEIGHTS:
         weights = confined_path("model.weights", weights, settings)
@@ -50,6 +59,8 @@ def confine_settings(config: RunConfig, settings: ServiceSettings) -> RunConfig:
         raise ConfigurationError("runtime.cache_dir: the server has its own cache; leave it out")
     if config.telemetry != TelemetryConfig() or config.tracking != TrackingConfig():
         raise ConfigurationError("telemetry, tracking: the operator of the server decides on these; leave them out")
+    if config.distributed != DistributedConfig():
+        raise ConfigurationError("distributed: a job of the server is one process; leave it out")
     changed: dict[str, Any] = {
         "output": OutputConfig(directory=_output(config.output.directory, settings)),
         "runtime": RuntimeConfig(seed=config.runtime.seed, device=config.runtime.device, threads=settings.threads),

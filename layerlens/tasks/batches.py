@@ -11,6 +11,7 @@ import torch
 from layerlens.config import DataConfig
 from layerlens.data import Dataset
 from layerlens.exceptions import ProfilingError
+from layerlens.integrations.placement import input_device
 from layerlens.integrations.transformers import PretrainedModel
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Batches(Sequence[Batch]):
             return part
         chosen = self.plan[index]
         inputs, labels = self.task.collate(self.pretrained, [self.features[sample] for sample in chosen])
-        return Batch(inputs, labels, torch.tensor(chosen)).to(next(self.pretrained.model.parameters()).device)
+        return Batch(inputs, labels, torch.tensor(chosen)).to(input_device(self.pretrained.model))
 
 
 def make_batches(

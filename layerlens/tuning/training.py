@@ -21,7 +21,7 @@ from layerlens.tuning.checkpoints import check_job, last_checkpoint
 from layerlens.tuning.metrics import LOWER_IS_BETTER, task_metrics
 from layerlens.tuning.samples import TrainingData
 from layerlens.utils.atomic import check_writable
-from layerlens.utils.processes import is_main_process
+from layerlens.utils.launch import is_main_process
 from layerlens.utils.progress import Progress, silent
 
 Loss = Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]

@@ -24,8 +24,8 @@ def available_cores() -> int:
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
-def resolve_threads(n: int) -> int:
-    """``n``, or the cores available where ``n`` is 0.
+def resolve_threads(n: int, processes: int = 1) -> int:
+    """``n``, or the cores available to each of the ``processes`` on this machine where ``n`` is 0.
 
     Raises:
         ConfigurationError: ``n`` is negative, or so large that the threads would only wait for each other.
@@ -38,7 +38,7 @@ def resolve_threads(n: int) -> int:
             f"runtime.threads: {n} threads on {cores} core{'s' if cores > 1 else ''} would only wait for each other; "
             f"use at most {MAX_THREADS_PER_CORE * cores}, or 0 for one on each core"
         )
-    return n or cores
+    return n or max(1, cores // processes)
 
 
 def set_threads(n: int) -> int:

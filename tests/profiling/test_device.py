@@ -83,9 +83,9 @@ def test_on_a_device_only_sums_leave_it(monkeypatch: pytest.MonkeyPatch):
     found = accumulators.MatrixAccumulator(request, 1, inputs, (1, o, i))
     monkeypatch.setattr(found, "_add_mean", lambda matrices, half__b: matrices.add_sum_to(total))
     total = torch.zeros(1, o, i, device="meta")
-    found.add(SampleMatrices(d, z), torch.arange(b) % 2)
-    assert all(not kept.on_host for kept in found.kept)
-    gram_matrix(found.kept, 1)
+    found.add(SampleMatrices(d, z), torch.arange(b) % 2, 0)
+    assert all(not kept.on_host for kept in found.kept.values())
+    gram_matrix(list(found.kept.values()), 1)
     assert read
     assert max(read) <= b * b  # norms of samples and their Gram matrix, never b·t numbers
 

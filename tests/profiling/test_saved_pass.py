@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from brute_force import pieces
 from test_architectures import CASES, spec_of
 
 from layerlens.integrations.weight_matrices import measurable_modules
-from layerlens.models import ModelStatistics
+from layerlens.models import ModelSpec, ModelStatistics
 from layerlens.profiling.cache import SensitivityCache, cache_key
+from layerlens.profiling.capture import Capture
+from layerlens.profiling.ledger import Ledger
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import BY_SAMPLES, StatisticsRequest
 from layerlens.profiling.saved_pass import MAX_BYTES, SavedPass
@@ -61,10 +63,9 @@ def test_a_resumed_pass_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pyt
     if sketched:  # small as the model is
         monkeypatch.setattr("layerlens.profiling.request.EXACT_NTK_SAMPLES", 2)
         monkeypatch.setattr("layerlens.profiling.accumulators.worth_sketching", lambda shape: shape[0] == 1)
-    monkeypatch.setattr("layerlens.profiling.saved_pass.SHARE_OF_TIME", float("inf"))  # save after every batch
     expected, _ = run(None)
     with pytest.raises(KeyboardInterrupt):
-        run(SensitivityCache(tmp_path).saved_pass(KEY), StoppedAfter(2))
+        run(SensitivityCache(tmp_path).saved_pass(KEY, 1.0), StoppedAfter(2))
     again = StoppedAfter(100)
     resumed, _ = run(SensitivityCache(tmp_path).saved_pass(KEY), again)
     assert resumed == expected
@@ -78,8 +79,8 @@ def test_a_damaged_pass_is_measured_from_the_start(tmp_path: Path, damage: str):
     (blob,) = (tmp_path / "blobs").iterdir()
     data = bytearray(blob.read_bytes())
     if damage == "other version":
-        data = data.replace(b"layerlens-pass-2", b"layerlens-pass-0")
-        SensitivityCache(tmp_path).saved_pass(KEY).write(bytes(data))
+        data = data.replace(b"layerlens-pass-3", b"layerlens-pass-0")
+        SensitivityCache(tmp_path).saved_pass(KEY).store.write(0, bytes(data))
     else:
         data[-1] ^= 1
         blob.write_bytes(data if damage == "flip" else data[:-9])
@@ -96,27 +97,43 @@ def test_finished_statistics_replace_the_unfinished_pass(tmp_path: Path):
     assert [(entry.key, entry.state) for entry in cache.entries()] == [(KEY, "ok")]
 
 
+class Memory:
+    """A store that keeps every write."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+
+    def names(self) -> list[int]:
+        return []
+
+    def read(self, part: int) -> bytes | None:
+        return None
+
+    def write(self, part: int, data: bytes) -> None:
+        self.written.append(data)
+
+    def remove(self, parts: Iterable[int]) -> None:
+        raise AssertionError(parts)
+
+
 def test_saving_keeps_to_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch):
     clock = iter(range(1000))
     monkeypatch.setattr("layerlens.profiling.saved_pass.time.perf_counter", lambda: float(next(clock)))
-    written: list[bytes] = []
-    saved = SavedPass(lambda: None, written.append)
+    memory = Memory()
+    saved = SavedPass(memory)
     for _ in range(50):  # each look at the clock takes one second, so a save takes one and the next waits for twenty
         run_state(saved)
-    assert 2 <= len(written) <= 4
+    assert 2 <= len(memory.written) <= 4
 
 
 def test_states_that_are_too_large_are_not_copied(monkeypatch: pytest.MonkeyPatch):
     assert MAX_BYTES == 2 * 1024**3
     monkeypatch.setattr("layerlens.profiling.saved_pass.MAX_BYTES", 10)
-    written: list[bytes] = []
-    run(SavedPass(lambda: None, written.append))
-    assert not written
+    memory = Memory()
+    run(SavedPass(memory))
+    assert not memory.written
 
 
 def run_state(saved: SavedPass) -> None:
     """One batch's saving, of an empty capture."""
-    from layerlens.models import ModelSpec
-    from layerlens.profiling.capture import Capture
-
-    saved.after_batch(Capture(torch.nn.Linear(1, 1), ModelSpec("", 2), StatisticsRequest(), 1), [torch.zeros(1)])
+    saved.after_batch(Capture(torch.nn.Linear(1, 1), ModelSpec("", 2), StatisticsRequest(), 1), Ledger())
