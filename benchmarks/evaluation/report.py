@@ -29,15 +29,16 @@ from layerlens.utils.atomic import atomic_write_text
 FOLDER = Path(__file__).parent
 README = FOLDER.parent.parent / "README.md"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
-DEFAULT = "tempered_energy"
+DEFAULT = "tempered_log"
 """The arm of the default utility model."""
 LABELS = {
     "even": "even (utility model uniform)",
-    "tempered_energy": "tempered_energy (default)",
+    "tempered_log": "tempered_log (default)",
     "gora": "GoRA ranks",
     "eva": "EVA ranks",
     "adalora": "AdaLoRA",
 }
+SHARES = (0.25, 0.5, 1.0)
 README_ARMS = (DEFAULT, "gora", "tempered", "adam", "signal", "even", UNIFORM, "eva", "adalora")
 
 
@@ -55,10 +56,10 @@ def main() -> None:
     pairs = (("half", "tight"), ("double", "loose"), ("tight", "loose"))
     arms = (DEFAULT, "tempered", "signal", "adam", "even")
     sections.append(f"## Half or a quarter of the parameters\n\n{half_table(files, pairs, arms)}")
-    checked = checked_table(files, "tight", (DEFAULT, UNIFORM))
+    checked = checked_table(files, ("tight", "loose"), DEFAULT, SHARES)
     sections.append(f"## Uniform as a candidate of a check by short training\n\n{checked}")
     sections.append(f"## Prediction and stability\n\n{calibration_table(files)}")
-    sections.append(f"## Cost\n\n{cost_table(files)}")
+    sections.append(f"## Cost\n\n{cost_table(files, DEFAULT)}")
     sections.append(f"## Models and budgets\n\n{_models(files)}")
     atomic_write_text(FOLDER / "results" / "study.md", "\n".join(sections))
     for budget in ("tight", "loose"):

@@ -1,6 +1,7 @@
 """Configuration: pydantic models of every section, and how a YAML file becomes them."""
 
 from layerlens.config.loader import load_run_config, parse_run_config
+from layerlens.config.proxy_check import ProxyCheckConfig
 from layerlens.config.schema import config_schema
 from layerlens.config.sections import (
     DataConfig,
@@ -23,6 +24,7 @@ __all__ = [
     "OptimizationConfig",
     "OutputConfig",
     "ProfilingConfig",
+    "ProxyCheckConfig",
     "ProxyConfig",
     "RunConfig",
     "RuntimeConfig",

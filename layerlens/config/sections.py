@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from layerlens.config.base import ConfigModel
-from layerlens.config.names import MethodName
+from layerlens.config.names import MethodName, UtilityName
+from layerlens.config.proxy_check import ProxyCheckConfig
 from layerlens.config.rules import ConstraintConfig
 from layerlens.config.study import StudyConfig
 from layerlens.config.training import TrainingConfig
@@ -32,8 +33,7 @@ TaskName = Literal[
 ]  # fmt: skip
 FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
-UtilityName = Literal["tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "uniform"]
-UTILITY_MODELS = ("tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "uniform")
+UTILITY_MODELS = get_args(UtilityName)
 
 
 class ModelConfig(ConfigModel):
@@ -190,7 +190,9 @@ class ProfilingConfig(ConfigModel):
 
     utility_model: UtilityName = Field(
         default="tempered_energy",
-        description="How statistics become a utility curve: `tempered` (fourth root of the noise-corrected gradient "
+        description="How statistics become a utility curve: `tempered_log` (fourth root of the gradient energy times "
+        "the parameters of a rank times log(1 + rank): small budgets go to few layers, large ones to all alike), "
+        "`tempered` (fourth root of the noise-corrected gradient "
         "energy times the square root of the rank: half-way between `signal` and even spreading), `tempered_energy` "
         "(the same with the sampling noise left in), `signal` (square root of the noise-corrected energy times the "
         "square root of the rank), `whitened` (K-FAC-whitened split-half spectrum, in nats), `gradient` (plain "
@@ -335,6 +337,10 @@ class OptimizationConfig(ConfigModel):
     )
     gap_tolerance: float = Field(
         default=1e-6, ge=0, lt=1, description="Relative gap under which the allocation is called optimal."
+    )
+    proxy_check: ProxyCheckConfig = Field(
+        default_factory=ProxyCheckConfig,
+        description="Training of the solver's choice and of uniform LoRA beside each other, to write the better one.",
     )
 
     @field_validator("lora_ranks", "adapter_sizes", "prefix_lengths")

@@ -8,7 +8,7 @@ from layerlens.config.base import ConfigModel
 
 STUDY_ARMS = (
     "uniform", "uniform_qv", "eva", "eva_init", "gora", "adalora", "gradient_norm", "fisher_proportional", "random",
-    "tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "even",
+    "tempered_log", "tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "even",
 )  # fmt: skip
 """Arms by name: others' rules, and the utility models ("even" is the utility model `uniform`)."""
 
@@ -19,7 +19,8 @@ class StudyConfig(ConfigModel):
     arms: tuple[str, ...] = Field(
         default=("uniform", "tempered_energy", "eva", "adalora"),
         min_length=1,
-        description="Allocations to compare: utility models (`tempered`, `tempered_energy`, `signal`, `whitened`, "
+        description="Allocations to compare: utility models (`tempered_log`, `tempered`, `tempered_energy`, `signal`, "
+        "`whitened`, "
         "`gradient`, `weighted`, `even` for the model `uniform`) through the solver, and others' rules (`uniform`, the "
         "largest equal rank for all Linear layers; `uniform_qv`, for queries and values; `eva`, `eva_init` with its "
         "initialisation; `gora`; `adalora`; "

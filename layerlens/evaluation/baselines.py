@@ -94,6 +94,14 @@ def eva_inits(measured: Mapping[str, LayerGradient], ranks: Ranks) -> dict[str, 
     }
 
 
+def gradient_svd_inits(measured: Mapping[str, LayerGradient], ranks: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """LoRA-GA's A (Wang et al. 2024): right singular vectors of the mean gradient, orthonormal, float [rank, n_in]."""
+    return {
+        name: torch.linalg.svd(measured[name].gradient.double(), full_matrices=False)[2][:rank].float().contiguous()
+        for name, rank in ranks.items()
+    }
+
+
 def gora(layers: Sequence[LayerSpec], budget: int, measured: Mapping[str, LayerGradient]) -> Ranks:
     """GoRA's ranks (He et al. 2025): importance mean |W ∘ G|, shares of Σ √(n_in + n_out)·rank."""
     score = {layer.name: float((measured[layer.name].weight * measured[layer.name].gradient).abs().mean())

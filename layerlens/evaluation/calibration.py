@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -29,12 +30,9 @@ def single_layer_records(
         {name: torch.cat([values, task.test.inputs[name]]) for name, values in task.validation.inputs.items()},
         torch.cat([task.validation.labels, task.test.labels]),
     )
-    measured_on = StudyTask(
-        task.name, task.model, task.spec, task.train, held_out, task.test, task.loss, task.head, task.token_labels,
-        task.shifted, task.steps, task.batch_size, task.learning_rates, task.ranks,
-    )  # fmt: skip
+    measured_on = replace(task, validation=held_out)
     arms = [Arm({layer: RANK}, seed, rate) for rate in rates for layer in layers] + [Arm({}, seed, rates[0])]
-    runs = train(measured_on, arms, steps=steps, evaluate_test=False, early=False)
+    runs = train(measured_on, arms, steps=steps, evaluate_test=False)
     baseline = runs[-1].validation_loss
     return [
         {"kind": "single", "task": task.name, "layer": next(iter(arm.ranks)), "lr": arm.learning_rate, "seed": seed,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import cache as once
 from pathlib import Path
@@ -23,8 +21,10 @@ from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.manifest import write_manifest, write_report
 from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
 from layerlens.pipeline.checks import check_manifest
+from layerlens.pipeline.clock import Clock
 from layerlens.pipeline.factors import measured_factors
 from layerlens.pipeline.inputs import (
+    check_identity,
     check_lengths,
     data_facts,
     model_facts,
@@ -35,6 +35,7 @@ from layerlens.pipeline.inputs import (
 )
 from layerlens.pipeline.messages import Warnings, warn_of_calibration, warn_of_no_gain, warn_of_overrun
 from layerlens.pipeline.proxies import ProxyTrainer, joint_gains, measure_proxies
+from layerlens.pipeline.proxy_check import check_samples, checked_solution
 from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
 from layerlens.profiling.cache import SensitivityCache, cache_key, default_cache_dir
@@ -50,21 +51,6 @@ from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
 
 HEAD_BATCH_SIZE = 32
-
-
-@dataclass
-class _Clock:
-    """Wall time of each stage, in seconds."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = time.perf_counter() - start
 
 
 def run_config(
@@ -87,7 +73,7 @@ def run_config(
     Raises:
         LayerLensError: with one line that says what to do; its class has the exit code.
     """
-    clock, warnings = _Clock(), Warnings(warn)
+    clock, warnings = Clock(), Warnings(warn)
     output = base_dir / Path(config.output.directory).expanduser()
     check_writable(output)
     cache = SensitivityCache(_cache_dir(config, base_dir)) if use_cache else None
@@ -162,19 +148,39 @@ def run_config(
     with clock.stage("solve"), progress.stage("Solving"):
         solution = _solve(config, spec, statistics, threads)
         warn_of_no_gain(solution, config, warnings)
-    manifest = make_manifest(
-        spec,
-        solution,
-        config.optimization,
-        model=facts,
-        provenance=run_provenance(config, threads, data_facts(statistics)),
-    )
+    provenance = run_provenance(config, threads, data_facts(statistics))
+
+    def manifest_of(found: Solution) -> Manifest:
+        return make_manifest(spec, found, config.optimization, model=facts, provenance=provenance)
+
+    manifest = manifest_of(solution)
     joint: dict[str, Any] = {}
+    check = config.optimization.proxy_check
+    if check.steps:
+        with clock.stage("proxy check"):
+            parts = check_samples(dataset, config, len(calibration) + len(held_out), len(head_data))
+            saved_check = None
+            if cache:
+                check_key = cache_key(check_identity(identity, *parts, config))
+                saved_check = cache.saved_proxies(check_key, spec.model_name, len(parts[1]))
+
+            @once
+            def check_trainer() -> ProxyTrainer:
+                fit()
+                train, judged = (batches_of(part) for part in parts)
+                return ProxyTrainer(pretrained.model, spec, train, judged, task.loss, config, check.steps)
+
+            solution, checked = checked_solution(
+                check_trainer, solution, lambda name: _solve(config, spec, statistics, threads, utility_model=name),
+                manifest_of, config, saved_check, progress, warnings,
+            )  # fmt: skip
+        provenance |= {"proxy_check": checked.facts}
+        manifest = manifest_of(solution)
+        joint |= checked.measured
     if statistics.proxies:
         with clock.stage("joint proxies"):
             alike = _solve(config, spec, statistics, threads, utility_model="uniform")
-            uniform = make_manifest(spec, alike, config.optimization, model=facts, provenance=manifest.provenance)
-            joint = joint_gains(trainer, manifest, uniform, saved_proxies, progress)
+            joint |= joint_gains(trainer, manifest, manifest_of(alike), saved_proxies, progress)
     with staged_directory(output, owned=(*CHOICE_FILES, STATISTICS_FILE)) as staging:
         with clock.stage("export"):
             factors = measured_factors(pretrained.model, manifest, batches, task.loss, fit)
@@ -185,8 +191,8 @@ def run_config(
             longest = batches[-1].inputs
             measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress, factors)
             warn_of_overrun(manifest, measured, warnings)
+            measured |= joint
             if statistics.proxies:
-                measured |= joint
                 warn_of_calibration(manifest, joint, warnings)
         written |= _write_report(staging, manifest, solution, statistics, measured)
         files = {name: output / path.relative_to(staging) for name, path in written.items()}
@@ -219,7 +225,7 @@ def optimize_statistics(
         ConfigurationError: the configuration asks for what the statistics do not have.
         InfeasibleError: the budgets allow nothing.
     """
-    clock, warnings = _Clock(), Warnings(warn)
+    clock, warnings = Clock(), Warnings(warn)
     output = base_dir / Path(config.output.directory).expanduser()
     check_writable(output)
     threads = resolve_threads(config.runtime.threads)
@@ -228,6 +234,8 @@ def optimize_statistics(
     with clock.stage("solve"), progress.stage("Solving"):
         solution = _solve(config, spec, statistics, threads)
         warn_of_no_gain(solution, config, warnings)
+    if config.optimization.proxy_check.steps:
+        warnings.add("optimization.proxy_check: needs the model, so it is made by `layerlens run` only")
     if config.optimization.lora_initialization != "default":
         warnings.add(
             f"optimization.lora_initialization: {config.optimization.lora_initialization!r} is measured on the model; "

@@ -47,6 +47,11 @@ UTILITY_MODELS: dict[str, UtilityModel] = {
     "tempered_energy": UtilityModel(
         spectral.tempered_energy, "relative gain (fourth root of the gradient energy)", ("gradient", "input_scale")
     ),
+    "tempered_log": UtilityModel(
+        spectral.tempered_log,
+        "relative gain (fourth root of the gradient energy × parameters)",
+        ("gradient", "input_scale"),
+    ),
     "signal": UtilityModel(spectral.signal, "relative gain (root of the noise-corrected gradient energy)", SIGNAL),
     "whitened": UtilityModel(spectral.whitened, "predicted loss drop, nats per sample", ("whitened_spectrum",)),
     "gradient": UtilityModel(

@@ -82,6 +82,34 @@ def test_tempered_energy_leaves_the_noise_in():
     assert found["fc", "adapter", 4] == pytest.approx((4.0 * 2.0 / 8.0) ** 0.25 * 2.0)
 
 
+def test_tempered_log_counts_the_parameters_of_a_rank():
+    found = utilities("tempered_log")
+    assert found["fc", "lora", 1] == pytest.approx(2.0 * 16 * np.log(2))  # 16^¼, 8 + 8 parameters a rank
+    assert found["fc", "lora", 4] == pytest.approx(2.0 * 16 * np.log(5))
+    # (4 · 2/8)^¼ = 1; 2 · 8 parameters and a bias a unit of width
+    assert found["fc", "adapter", 4] == pytest.approx(17 * np.log(5))
+    assert found["att", "prefix", 2] == pytest.approx((9.0 * 4.0) ** 0.25 * 16 * np.log(3))
+    assert found["fc", "none", 0] == 0.0
+
+
+@given(st.lists(st.tuples(st.floats(1.0, 100.0), st.integers(4, 40)), min_size=3, max_size=6), st.integers(2, 8))
+def test_tempered_log_gives_uniform_lora_where_energies_are_equal(layers, rank):
+    """The marginal value of a rank for its parameters is E^¼ · log((r + 2)/(r + 1)): the same in every layer."""
+    sizes = [size for _, size in layers]
+    specs = [LayerSpec(str(n), 8, "linear", n_in=s, n_out=2 * s, methods=("lora",)) for n, s in enumerate(sizes)]
+    spec = ModelSpec("m", 1, specs)
+    found = ModelStatistics(
+        tuple(LayerStatistics(str(n), {"lora": MethodStatistics(e, 1.0, 1.0, 1.0)}) for n, (e, _) in enumerate(layers)),
+        10, 100, 1.0, 0.0, 0.0,
+    )  # fmt: skip
+    options = enumerate_options(spec, {"lora": (rank, rank + 1)})
+    table = utility_table("tempered_log", spec, found, options, {})
+    value = {(o.layer, o.rank): u for o, u in zip(table.options, table.utility, strict=True)}
+    for n, (energy, size) in enumerate(layers):
+        step = value[str(n), rank + 1] - value[str(n), rank]
+        assert step / (3 * size) == pytest.approx(energy**0.25 * np.log((rank + 2) / (rank + 1)), rel=1e-9)
+
+
 def test_gradient_is_the_same_law_with_the_noise_left_in():
     found = utilities("gradient")
     assert found["fc", "lora", 4] == 8.0

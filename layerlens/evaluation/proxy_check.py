@@ -1,0 +1,58 @@
+"""What a proxy check would choose between an arm and uniform LoRA, and what becomes of the gain.
+
+The product's check (``optimization.proxy_check``) trains complete allocations beside each other for some steps and
+takes the one with the smaller held-out loss. Here both arms are trained for a share of the steps, with warm-up and
+decay of their own, at the rate that each arm has; validation samples judge. A whole fine-tune of both is a share of 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from layerlens.evaluation.analysis import UNIFORM, arm_results, baseline_loss, normalised_gain, study_seeds
+from layerlens.evaluation.lora_stack import Arm
+from layerlens.evaluation.results import ResultsFile
+from layerlens.evaluation.study_task import StudyTask
+from layerlens.evaluation.sweep import chosen_rate
+from layerlens.evaluation.training import train
+
+
+def run_check(task: StudyTask, results: ResultsFile, key: str, ranks: Mapping[str, int], share: float) -> None:
+    """The short runs of the allocation that the results lack, one for each seed, at the rate that its sweep chose."""
+    rate = chosen_rate(results.select(kind="run", key=key), task.sweep_seeds)
+    done = {record["seed"] for record in results.select(kind="check", key=key, share=share, lr=rate)}
+    missing = [seed for seed in task.seeds if seed not in done]
+    if not missing:
+        return
+    steps = round(share * task.steps)
+    runs = train(task, [Arm(ranks, seed, rate) for seed in missing], steps=steps, evaluate_test=False)
+    results.append(
+        {"kind": "check", "task": task.name, "key": key, "share": share, "steps": steps, "lr": rate, "seed": seed,
+         "validation_loss": float(f"{run.validation_loss:.6g}")}
+        for seed, run in zip(missing, runs, strict=True)
+    )  # fmt: skip
+
+
+def checked_gain(results: ResultsFile, budget: str, arm: str, share: float) -> tuple[np.ndarray, int] | None:
+    """(normalised gain over uniform LoRA [seeds] of what the check takes in each seed, how often it takes ``arm``).
+
+    None where runs are missing.
+    """
+    found = arm_results(results, budget)
+    if not {arm, UNIFORM} <= found.keys():
+        return None
+    seeds, _ = study_seeds(results)
+    losses = {}
+    for name in (arm, UNIFORM):
+        key = results.select(kind="arm", budget=budget, arm=name)[-1]["key"]
+        rate = found[name].learning_rate
+        kind = {"kind": "run"} if share == 1.0 else {"kind": "check", "share": share}
+        by_seed = {record["seed"]: record["validation_loss"] for record in results.select(key=key, lr=rate, **kind)}
+        if not set(seeds) <= by_seed.keys():
+            return None
+        losses[name] = np.array([by_seed[seed] for seed in seeds])
+    gain = normalised_gain(found[arm], found[UNIFORM], baseline_loss(results))
+    taken = losses[arm] <= losses[UNIFORM]
+    return np.where(taken, gain, 0.0), int(taken.sum())
