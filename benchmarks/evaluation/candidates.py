@@ -80,10 +80,17 @@ def even_ranks_eighth(spec: ModelSpec, statistics: ModelStatistics, options: Seq
     )
 
 
-def log_ranks(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
-    """E^¼ · (n_in + n_out) · log(1 + r): r + 1 ∝ E^¼, so small budgets go to few layers and large ones are spread."""
+def log_half(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """E^½ · (n_in + n_out) · log(1 + r): like ``tempered_log``, with r + 1 ∝ √E."""
     return _table(
-        spec, statistics, options, lambda m: (m.energy or 0.0) ** 0.25, np.log1p, lambda n_in, n_out: n_in + n_out
+        spec, statistics, options, lambda m: (m.energy or 0.0) ** 0.5, np.log1p, lambda n_in, n_out: n_in + n_out
+    )
+
+
+def log_three_eighths(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """E^⅜ · (n_in + n_out) · log(1 + r): half-way between ``tempered_log`` and ``log_half``."""
+    return _table(
+        spec, statistics, options, lambda m: (m.energy or 0.0) ** 0.375, np.log1p, lambda n_in, n_out: n_in + n_out
     )
 
 
@@ -98,6 +105,7 @@ CANDIDATES = {
         root_parameters,
         even_ranks,
         even_ranks_eighth,
-        log_ranks,
+        log_half,
+        log_three_eighths,
     )
 }

@@ -13,6 +13,7 @@ from layerlens.evaluation.analysis import UNIFORM, bootstrap_interval, t_interva
 from layerlens.evaluation.results import ResultsFile
 from layerlens.evaluation.study_report import (
     EXPLANATION,
+    arm_cost_table,
     calibration_table,
     checked_table,
     comparison_table,
@@ -22,6 +23,8 @@ from layerlens.evaluation.study_report import (
     half_table,
     markdown,
     open_results,
+    run_time_table,
+    solver_table,
     write_gain_plot,
 )
 from layerlens.utils.atomic import atomic_write_text
@@ -38,8 +41,10 @@ LABELS = {
     "eva": "EVA ranks",
     "adalora": "AdaLoRA",
 }
+TIMED = (UNIFORM, DEFAULT, "tempered_energy", "gora", "eva", "adalora")
+CHECKED = ((DEFAULT,), (DEFAULT, "tempered_energy"))
 SHARES = (0.25, 0.5, 1.0)
-README_ARMS = (DEFAULT, "gora", "tempered", "adam", "signal", "even", UNIFORM, "eva", "adalora")
+README_ARMS = (DEFAULT, "gora", "tempered_energy", "even_ranks", "signal", UNIFORM, "eva", "adalora")
 
 
 def main() -> None:
@@ -50,16 +55,18 @@ def main() -> None:
     sections.append(
         f"## Tight budget: as much as rank 1 on every layer\n\n{gain_table(files, 'tight', 'tight', tasks)}"
     )
-    others = (UNIFORM, "even", "eva", "adalora", "gora", "tempered", "signal", "adam")
+    others = (UNIFORM, "eva", "adalora", "gora", "tempered_energy", "even_ranks", "tempered", "signal", "adam")
     sections.append(f"## The default against others\n\n{comparison_table(files, 'tight', DEFAULT, others)}")
     sections.append(f"## Four times as much\n\n{gain_table(files, 'loose', 'loose', tasks)}")
     pairs = (("half", "tight"), ("double", "loose"), ("tight", "loose"))
-    arms = (DEFAULT, "tempered", "signal", "adam", "even")
+    arms = (DEFAULT, "tempered_energy", "even_ranks", "tempered", "signal", "adam", "even")
     sections.append(f"## Half or a quarter of the parameters\n\n{half_table(files, pairs, arms)}")
-    checked = checked_table(files, ("tight", "loose"), DEFAULT, SHARES)
+    checked = "\n".join(checked_table(files, ("tight", "loose"), arms, SHARES) for arms in CHECKED)
     sections.append(f"## Uniform as a candidate of a check by short training\n\n{checked}")
     sections.append(f"## Prediction and stability\n\n{calibration_table(files)}")
     sections.append(f"## Cost\n\n{cost_table(files, DEFAULT)}")
+    sections.append(f"## What the arms cost\n\n{arm_cost_table(files)}\n{run_time_table(files, 'tight', TIMED)}")
+    sections.append(f"## Greedy against refined solver\n\n{solver_table(files)}")
     sections.append(f"## Models and budgets\n\n{_models(files)}")
     atomic_write_text(FOLDER / "results" / "study.md", "\n".join(sections))
     for budget in ("tight", "loose"):

@@ -1,13 +1,13 @@
-"""What a proxy check would choose between an arm and uniform LoRA, and what becomes of the gain.
+"""What a proxy check would choose between some arms and uniform LoRA, and what becomes of the gain.
 
 The product's check (``optimization.proxy_check``) trains complete allocations beside each other for some steps and
-takes the one with the smaller held-out loss. Here both arms are trained for a share of the steps, with warm-up and
-decay of their own, at the rate that each arm has; validation samples judge. A whole fine-tune of both is a share of 1.
+takes the one with the smallest held-out loss. Here the arms are trained for a share of the steps, with warm-up and
+decay of their own, at the rate that each arm has; validation samples judge. A whole fine-tune of each is a share of 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -35,24 +35,27 @@ def run_check(task: StudyTask, results: ResultsFile, key: str, ranks: Mapping[st
     )  # fmt: skip
 
 
-def checked_gain(results: ResultsFile, budget: str, arm: str, share: float) -> tuple[np.ndarray, int] | None:
-    """(normalised gain over uniform LoRA [seeds] of what the check takes in each seed, how often it takes ``arm``).
+def checked_gain(
+    results: ResultsFile, budget: str, arms: Sequence[str], share: float
+) -> tuple[np.ndarray, dict[str, int]] | None:
+    """(normalised gain over uniform LoRA [seeds] of what the check takes in each seed, how often it takes each arm).
 
-    None where runs are missing.
+    It chooses between ``arms`` and uniform LoRA; of equals it takes the first. None where runs are missing.
     """
     found = arm_results(results, budget)
-    if not {arm, UNIFORM} <= found.keys():
+    candidates = (*arms, UNIFORM)
+    if not set(candidates) <= found.keys():
         return None
     seeds, _ = study_seeds(results)
-    losses = {}
-    for name in (arm, UNIFORM):
+    losses = []
+    for name in candidates:
         key = results.select(kind="arm", budget=budget, arm=name)[-1]["key"]
-        rate = found[name].learning_rate
         kind = {"kind": "run"} if share == 1.0 else {"kind": "check", "share": share}
-        by_seed = {record["seed"]: record["validation_loss"] for record in results.select(key=key, lr=rate, **kind)}
+        records = results.select(key=key, lr=found[name].learning_rate, **kind)
+        by_seed = {record["seed"]: record["validation_loss"] for record in records}
         if not set(seeds) <= by_seed.keys():
             return None
-        losses[name] = np.array([by_seed[seed] for seed in seeds])
-    gain = normalised_gain(found[arm], found[UNIFORM], baseline_loss(results))
-    taken = losses[arm] <= losses[UNIFORM]
-    return np.where(taken, gain, 0.0), int(taken.sum())
+        losses.append([by_seed[seed] for seed in seeds])
+    taken = np.argmin(losses, axis=0)
+    gains = [normalised_gain(found[name], found[UNIFORM], baseline_loss(results)) for name in candidates]
+    return np.choose(taken, gains), {name: int((taken == number).sum()) for number, name in enumerate(candidates)}

@@ -57,7 +57,7 @@ class Study:
         profiled = profile(task)
         self.statistics = profiled.statistics
         known = results.select(kind="reference", name="frozen")
-        if not known or known[-1]["sweep_seeds"] != list(task.sweep_seeds):
+        if not known or known[-1].get("sweep_seeds") != list(task.sweep_seeds):
             (validation, test) = (measure_arms(task, part, 1)[0] for part in (task.validation, task.test))
             results.append([
                 {"kind": "reference", "task": task.name, "name": "frozen", "validation_loss": validation[0],

@@ -27,6 +27,8 @@ gain is (L_uniform − L_arm) / (L_without adapters − L_uniform): 0 is as good
 paired bootstrap intervals over seeds; "better / worse" counts tasks whose paired 95 % t interval excludes 0.
 """
 
+FROZEN = "frozen model"
+"""Name of the model without adapters among the costs of arms."""
 Gains = dict[str, dict[str, np.ndarray]]
 """arm -> task -> normalised gain [seeds]."""
 
@@ -193,22 +195,81 @@ def cost_table(files: Mapping[str, ResultsFile], model: str) -> str:
     return markdown([*header, f"trained on for 5 % with {max(counts, default=0)}"], rows)
 
 
-def checked_table(files: Mapping[str, ResultsFile], budgets: Sequence[str], arm: str, shares: Sequence[float]) -> str:
-    """Markdown: the arm's gain over uniform LoRA, and what is left of it when a check chooses between the two in every
-    seed; in brackets the 95 % interval and the number of seeds in which the check takes the arm.
+def arm_cost_table(files: Mapping[str, ResultsFile]) -> str:
+    """Markdown: what each arm costs to serve and to train, relative to uniform LoRA of the same budget on each task:
+    geometric mean over tasks.
+    """  # fmt: skip
+    columns = {"latency_ms": "latency, unmerged", "step_ms": "training step", "step_mb": "memory of a step"}
+    found = {
+        (record["budget"], record["arm"], task): record
+        for task, results in files.items()
+        for record in results.select(kind="arm_cost")
+    }
+    rows = []
+    for budget, arm in dict.fromkeys((budget, arm) for budget, arm, _ in found if budget):
+        tasks = [task for task in files if (budget, arm, task) in found and (budget, UNIFORM, task) in found]
+        cells = []
+        for column in columns:
+            ratios = [found[budget, arm, task][column] / found[budget, UNIFORM, task][column] for task in tasks]
+            spread = f" ({min(ratios):.2f} to {max(ratios):.2f})"
+            cells.append("1" if arm == UNIFORM else f"{np.exp(np.mean(np.log(ratios))):.2f}{spread}")
+        layers = [found["", FROZEN, task]["latency_ms"] / found[budget, arm, task]["latency_ms"] for task in tasks]
+        rows.append([budget, arm, *cells, f"{np.exp(np.mean(np.log(layers))):.2f}"])
+    header = ["budget", "arm", *(f"{name} / uniform" for name in columns.values()), "latency merged / unmerged"]
+    return markdown(header, rows)
+
+
+def run_time_table(files: Mapping[str, ResultsFile], budget: str, arms: Sequence[str]) -> str:
+    """Markdown: mean processor time of one run, its share of the stacked group, evaluation not counted, by task."""
+    rows = []
+    for arm in arms:
+        cells = []
+        for results in files.values():
+            chosen = results.select(kind="arm", budget=budget, arm=arm)
+            runs = results.select(kind="run", key=chosen[-1]["key"]) if chosen else []
+            cells.append(f"{np.mean([run['cpu_s'] for run in runs]):.2f} s, "
+                         f"{np.mean([run['tokens_per_s'] for run in runs]):,.0f}/s" if runs else "–")  # fmt: skip
+        if set(cells) != {"–"}:
+            rows.append([arm, *cells])
+    return markdown(["processor time of a run, tokens per second of its group", *files], rows)
+
+
+def solver_table(files: Mapping[str, ResultsFile]) -> str:
+    """Markdown: gap to the proved bound of the first, greedy answer and of the last one."""
+    rows = [
+        [task, record["budget"], f"{record['greedy_gap']:.4%}", f"{record['gap']:.4%}"]
+        for task, results in files.items()
+        for record in results.select(kind="solver")
+    ]
+    return markdown(["task", "budget", "gap of the greedy answer", "gap after refinement"], rows)
+
+
+def checked_table(
+    files: Mapping[str, ResultsFile], budgets: Sequence[str], arms: Sequence[str], shares: Sequence[float]
+) -> str:
+    """Markdown: the first arm's gain over uniform LoRA, and the gain of what a check of the arms and uniform LoRA takes
+    in every seed, with 95 % intervals and how often each is taken; at last the mean over tasks of each budget.
     """  # fmt: skip
     rows = []
     for budget in budgets:
         _, gains = gains_at(files, budget, budget)
+        columns: list[dict[str, np.ndarray]] = [{} for _ in (1.0, *shares)]
         for task, results in files.items():
-            found = [checked_gain(results, budget, arm, share) for share in shares]
-            if task not in gains.get(arm, {}) or all(one is None for one in found):
+            found = [checked_gain(results, budget, arms, share) for share in shares]
+            if task not in gains.get(arms[0], {}) or all(one is None for one in found):
                 continue
-            own = gains[arm][task]
-            cells = ["–" if one is None else f"{_with_interval(one[0])} ({one[1]} of {len(own)})" for one in found]
-            rows.append([budget, task, _with_interval(own), *cells])
+            columns[0][task] = gains[arms[0]][task]
+            cells = [_with_interval(columns[0][task])]
+            for column, one in zip(columns[1:], found, strict=True):
+                if one is None:
+                    cells.append("–")
+                    continue
+                column[task] = one[0]
+                cells.append(f"{_with_interval(one[0])}; {' + '.join(map(str, one[1].values()))}")
+            rows.append([budget, task, *cells])
+        rows.append([budget, "mean", *(_interval(column, list(column), "") if column else "–" for column in columns)])
     named = ["whole fine-tune" if share == 1.0 else f"{share:g} of the steps" for share in shares]
-    return markdown(["budget", "task", arm, *(f"checked by a {name}" for name in named)], rows)
+    return markdown(["budget", "task", f"{arms[0]}, unchecked", *(f"checked by a {name}" for name in named)], rows)
 
 
 def _with_interval(gain: np.ndarray) -> str:

@@ -98,14 +98,16 @@ def test_paired_gains_see_through_the_noise_that_seeds_share(tmp_path: Path) -> 
     assert "| 0 / 2 |" in table.splitlines()[4]
     assert "2 / 0" in comparison_table(files, "tight", "signal", ["uniform", "fisher"])
     assert "signal at tight against uniform at tight" in half_table(files, [("tight", "tight")], ["signal"])
-    gain, taken = checked_gain(files["one"], "tight", "signal", 1.0)
-    assert taken == 5
+    gain, taken = checked_gain(files["one"], "tight", ["fisher", "signal"], 1.0)
+    assert taken == {"fisher": 0, "signal": 5, "uniform": 0}
     assert np.array_equal(gain, gains["one"])
-    gain, taken = checked_gain(files["one"], "tight", "fisher", 1.0)
-    assert taken == 0
+    gain, taken = checked_gain(files["one"], "tight", ["fisher"], 1.0)
+    assert taken == {"fisher": 0, "uniform": 5}
     assert not gain.any()
-    assert checked_gain(files["one"], "tight", "signal", 0.5) is None  # nobody ran it
-    assert "| tight | one |" in checked_table(files, ["tight"], "signal", [0.5, 1.0])
+    assert checked_gain(files["one"], "tight", ["signal"], 0.5) is None  # nobody ran it
+    table = checked_table(files, ["tight"], ["signal"], [0.5, 1.0])
+    assert "| tight | one |" in table
+    assert "; 5 + 0 |" in table
     write_gain_plot(files, "tight", tmp_path / "gain.svg", ["one", "three"], {})
     assert (tmp_path / "gain.svg").read_text(encoding="utf-8").rstrip().endswith("</svg>")
 
