@@ -29,10 +29,11 @@ from layerlens.evaluation.results import ResultsFile
 from layerlens.evaluation.study import UTILITY_ARMS
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import train
-from layerlens.utility import UTILITY_MODELS
+from layerlens.utility import AUTO, UTILITY_MODELS
 
-MODELS = {**UTILITY_ARMS, **CANDIDATES}
-DEFAULT = "tempered_log"
+MODELS = {name: model for name, model in {**UTILITY_ARMS, **CANDIDATES}.items() if name != AUTO}
+DEFAULT = "tempered_energy"
+"""What "auto" takes at the tight budget."""
 SEEDS = (0, 1)
 """Seeds of the single-layer runs: two, so that the reliability of the measurement itself is known."""
 SAMPLE_COUNTS = (16, 32, 64, 128)
@@ -58,7 +59,7 @@ def correlations(task: StudyTask, results: ResultsFile) -> None:
     # Fewer samples, none of them among the first half's, which they are compared with.
     smaller = {n: profile(task, torch.arange(half, half + n)).statistics for n in SAMPLE_COUNTS if n < half}
     for name, model in MODELS.items():
-        if results.select(kind="calibration", model=name):
+        if results.select(kind="calibration", model=name, fewer_are_others=True):
             continue
         of = [predicted_gains(utilities(task, found, model)) for found in (first, second, *smaller.values())]
         predicted = rank_correlation(of[0], measured)
@@ -66,7 +67,7 @@ def correlations(task: StudyTask, results: ResultsFile) -> None:
         by_count = {n: rank_correlation(of[0], found)[0] for n, found in zip(smaller, of[2:], strict=True)}
         results.append([
             {"kind": "calibration", "task": task.name, "model": name, "spearman": predicted, "stability": stability,
-             "samples": half, "against_fewer": by_count}
+             "samples": half, "against_fewer": by_count, "fewer_are_others": True}
         ])  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def main() -> None:
         task, results = TASKS[name](), ResultsFile.open(RESULTS / f"{name}.jsonl")
         correlations(task, results)
         cost(task, results)
-        for record in results.select(kind="calibration"):
+        for record in results.select(kind="calibration", fewer_are_others=True):
             found, low, high = record["spearman"]
             print(f"{name:18} {record['model']:14} spearman {found:5.2f} [{low:5.2f}, {high:5.2f}] "
                   f"stability {record['stability'][0]:5.2f} {record['against_fewer']}", flush=True)  # fmt: skip

@@ -32,19 +32,19 @@ from layerlens.utils.atomic import atomic_write_text
 FOLDER = Path(__file__).parent
 README = FOLDER.parent.parent / "README.md"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
-DEFAULT = "tempered_log"
+DEFAULT = "auto"
 """The arm of the default utility model."""
 LABELS = {
     "even": "even (utility model uniform)",
-    "tempered_log": "tempered_log (default)",
+    "auto": "auto (default)",
     "gora": "GoRA ranks",
     "eva": "EVA ranks",
     "adalora": "AdaLoRA",
 }
-TIMED = (UNIFORM, DEFAULT, "tempered_energy", "gora", "eva", "adalora")
-CHECKED = ((DEFAULT,), (DEFAULT, "tempered_energy"))
+TIMED = (UNIFORM, "tempered_energy", "tempered_log", "gora", "eva", "adalora")
+CHECKED = (("auto",), ("tempered_log", "tempered_energy"))
 SHARES = (0.25, 0.5, 1.0)
-README_ARMS = (DEFAULT, "gora", "tempered_energy", "even_ranks", "signal", UNIFORM, "eva", "adalora")
+README_ARMS = (DEFAULT, "gora", "tempered_log", "even_ranks", "signal", UNIFORM, "eva", "adalora")
 
 
 def main() -> None:
@@ -55,16 +55,16 @@ def main() -> None:
     sections.append(
         f"## Tight budget: as much as rank 1 on every layer\n\n{gain_table(files, 'tight', 'tight', tasks)}"
     )
-    others = (UNIFORM, "eva", "adalora", "gora", "tempered_energy", "even_ranks", "tempered", "signal", "adam")
+    others = (UNIFORM, "eva", "adalora", "gora", "tempered_log", "even_ranks", "tempered", "signal", "adam")
     sections.append(f"## The default against others\n\n{comparison_table(files, 'tight', DEFAULT, others)}")
     sections.append(f"## Four times as much\n\n{gain_table(files, 'loose', 'loose', tasks)}")
     pairs = (("half", "tight"), ("double", "loose"), ("tight", "loose"))
-    arms = (DEFAULT, "tempered_energy", "even_ranks", "tempered", "signal", "adam", "even")
+    arms = (DEFAULT, "tempered_energy", "tempered_log", "even_ranks", "tempered", "signal", "adam", "even")
     sections.append(f"## Half or a quarter of the parameters\n\n{half_table(files, pairs, arms)}")
     checked = "\n".join(checked_table(files, ("tight", "loose"), arms, SHARES) for arms in CHECKED)
     sections.append(f"## Uniform as a candidate of a check by short training\n\n{checked}")
     sections.append(f"## Prediction and stability\n\n{calibration_table(files)}")
-    sections.append(f"## Cost\n\n{cost_table(files, DEFAULT)}")
+    sections.append(f"## Cost\n\n{cost_table(files, 'tempered_energy')}")
     sections.append(f"## What the arms cost\n\n{arm_cost_table(files)}\n{run_time_table(files, 'tight', TIMED)}")
     sections.append(f"## Greedy against refined solver\n\n{solver_table(files)}")
     sections.append(f"## Models and budgets\n\n{_models(files)}")

@@ -111,8 +111,8 @@ def measured(checks: Mapping[str, Any]) -> RenderableType | None:
         )
     for name, check in checks.items():
         if name.startswith(PROXY_CHECK):
-            found = f"{significant(check['measured'])} ± {significant(check['standard_error'])}"
-            table.add_row(f"loss drop in the proxy check, {name.removeprefix(PROXY_CHECK)}", "", found, "")
+            drop = f"{significant(check['measured'])} ± {significant(check['standard_error'])}"
+            table.add_row(f"loss drop in the proxy check, {name.removeprefix(PROXY_CHECK)}", "", drop, "")
     change = checks.get("step_zero_max_abs_delta")
     if change is not None:
         style = "green" if change == 0 else "bold red"

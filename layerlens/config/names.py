@@ -6,5 +6,5 @@ from typing import Literal
 
 MethodName = Literal["lora", "adapter", "prefix"]
 UtilityName = Literal[
-    "tempered_log", "tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "uniform"
+    "auto", "tempered_log", "tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "uniform"
 ]

@@ -27,10 +27,11 @@ class ProxyCheckConfig(ConfigModel):
         "quarter did not. The check costs candidates × learning_rates × steps.",
     )
     candidates: tuple[Literal["uniform-lora"] | UtilityName, ...] = Field(
-        default=(UNIFORM_LORA,),
+        default=(UNIFORM_LORA, "tempered_energy", "tempered_log"),
         min_length=1,
         description="What is trained beside the solver's choice: `uniform-lora` (the largest equal LoRA rank on all "
-        "layers that the budgets allow, what is left spread over the depth), or the choice by another utility model.",
+        "layers that the budgets allow, what is left spread over the depth), and choices by other utility models. What "
+        "is the solver's choice too is trained once.",
     )
     learning_rates: tuple[float, ...] = Field(
         default=(1e-3,), min_length=1, description="Peak learning rates of AdamW; each candidate counts at its best."

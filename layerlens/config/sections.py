@@ -189,14 +189,15 @@ class ProfilingConfig(ConfigModel):
     """What is measured and how it becomes a utility."""
 
     utility_model: UtilityName = Field(
-        default="tempered_energy",
-        description="How statistics become a utility curve: `tempered_log` (fourth root of the gradient energy times "
-        "the parameters of a rank times log(1 + rank): small budgets go to few layers, large ones to all alike), "
-        "`tempered` (fourth root of the noise-corrected gradient "
-        "energy times the square root of the rank: half-way between `signal` and even spreading), `tempered_energy` "
-        "(the same with the sampling noise left in), `signal` (square root of the noise-corrected energy times the "
-        "square root of the rank), `whitened` (K-FAC-whitened split-half spectrum, in nats), `gradient` (plain "
-        "gradient energy), `weighted` (`metric_weights` over layers), `uniform` (every layer equal).",
+        default="auto",
+        description="How statistics become a utility curve: `auto` (`tempered_energy` where the budget of parameters "
+        "is below rank 2 on every layer, else `tempered_log`), `tempered_log` (fourth root of the gradient energy "
+        "times the parameters of a rank times log(1 + rank): ranks become alike as the budget grows), "
+        "`tempered_energy` (the fourth root times the square root of the rank: half-way between `gradient` and even "
+        "spreading), `tempered` (the same with the sampling noise taken off the energy), `signal` (square root of the "
+        "noise-corrected energy times the square root of the rank), `whitened` (K-FAC-whitened split-half spectrum, in "
+        "nats), `gradient` (plain gradient energy), `weighted` (`metric_weights` over layers), `uniform` (every layer "
+        "equal).",
     )
     metric_weights: dict[str, float] = Field(
         default_factory=lambda: {"gradient_energy": 0.5, "fisher": 0.5},

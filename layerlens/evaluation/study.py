@@ -10,7 +10,14 @@ import torch
 
 from layerlens.evaluation import baselines
 from layerlens.evaluation.adalora import AdaLora
-from layerlens.evaluation.allocations import CALIBRATION_SAMPLES, UtilityFunction, allocate, profile, utilities
+from layerlens.evaluation.allocations import (
+    CALIBRATION_SAMPLES,
+    UtilityFunction,
+    allocate,
+    lora_spec,
+    profile,
+    utilities,
+)
 from layerlens.evaluation.gradients import layer_gradients, lora_layers
 from layerlens.evaluation.lora_stack import Arm, LayerStack
 from layerlens.evaluation.reference_arms import FullStack
@@ -18,9 +25,11 @@ from layerlens.evaluation.results import ResultsFile, allocation_key
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.sweep import run_allocation
 from layerlens.evaluation.training import measure_arms, train
+from layerlens.utility import model_for
 
 UTILITY_ARMS = {
-    name: name for name in ("tempered_log", "tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted")
+    name: name
+    for name in ("auto", "tempered_log", "tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted")
 } | {"even": "uniform"}
 """Arm -> utility model of the product."""
 SVD = "_svd"
@@ -71,7 +80,10 @@ class Study:
         if arm.endswith(SVD):
             return self.ranks(arm.removesuffix(SVD), budget)
         if arm in self.models:
-            return allocate(self.task, self.statistics, utilities(self.task, self.statistics, self.models[arm]), budget)
+            model = self.models[arm]
+            if isinstance(model, str):
+                model = model_for(model, lora_spec(self.task), budget)
+            return allocate(self.task, self.statistics, utilities(self.task, self.statistics, model), budget)
         of = {layer.layer: layer.by_method["lora"] for layer in self.statistics.layers}
         choose = {
             "uniform": lambda: baselines.uniform(self.layers, budget),

@@ -227,8 +227,9 @@ def run_time_table(files: Mapping[str, ResultsFile], budget: str, arms: Sequence
         for results in files.values():
             chosen = results.select(kind="arm", budget=budget, arm=arm)
             runs = results.select(kind="run", key=chosen[-1]["key"]) if chosen else []
-            cells.append(f"{np.mean([run['cpu_s'] for run in runs]):.2f} s, "
-                         f"{np.mean([run['tokens_per_s'] for run in runs]):,.0f}/s" if runs else "–")  # fmt: skip
+            timed = [(run["cpu_s"], run["tokens_per_s"]) for run in runs if "cpu_s" in run]
+            seconds, tokens = np.mean(timed, axis=0) if timed else (0.0, 0.0)
+            cells.append(f"{seconds:.2f} s, {tokens:,.0f}/s" if timed else "–")
         if set(cells) != {"–"}:
             rows.append([arm, *cells])
     return markdown(["processor time of a run, tokens per second of its group", *files], rows)

@@ -45,7 +45,7 @@ from layerlens.profiling.saved_pass import SavedPass
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.tasks import Batch, Batches, Task, make_batches, task_for
 from layerlens.tuning import export_adapter
-from layerlens.utility import calibrated_table
+from layerlens.utility import calibrated_table, model_for
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
@@ -318,10 +318,10 @@ def _solve(
 ) -> Solution:
     """Utilities and costs of every option, and the certified choice."""
     options = enumerate_options(spec, config.optimization.ranks())
+    model = model_for(utility_model or config.profiling.utility_model, spec, config.optimization.max_trainable_params)
     utilities = calibrated_table(
-        utility_model or config.profiling.utility_model, spec, statistics, options, config.profiling.metric_weights,
-        seed=config.runtime.seed,
-    )  # fmt: skip
+        model, spec, statistics, options, config.profiling.metric_weights, seed=config.runtime.seed
+    )
     costs = cost_table(spec, statistics, options, config.optimization)
     return find_allocation(spec, utilities, costs, config.optimization, seed=config.runtime.seed, threads=threads)
 

@@ -52,7 +52,7 @@ def tempered_log(spec: ModelSpec, statistics: ModelStatistics, options: Sequence
     rank of a larger layer moves the loss by more.
     """
     layers = {layer.name: layer for layer in spec.layers}
-    size = np.array([_marginal_parameters(layers[option.layer], option.method) for option in options])
+    size = np.array([marginal_parameters(layers[option.layer], option.method) for option in options])
     rank = np.array([option.rank for option in options], dtype=np.float64)
     energy_root = _root_law(spec, statistics, options, "energy") / np.sqrt(np.maximum(rank, 1.0))
     return np.sqrt(energy_root) * size * np.log1p(rank)
@@ -98,7 +98,7 @@ def _root_law(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Op
     return utility
 
 
-def _marginal_parameters(layer: LayerSpec, method: str) -> float:
+def marginal_parameters(layer: LayerSpec, method: str) -> float:
     """Trainable parameters that one rank, unit of width or prefix pair more brings; 0 for "none"."""
     return 0.0 if method == "none" else float(trainable_params(layer, method, 2) - trainable_params(layer, method, 1))
 

@@ -20,7 +20,8 @@ from layerlens.pipeline.proxy_check import check_samples
 @pytest.fixture
 def checked_settings(settings: dict[str, Any]) -> dict[str, Any]:
     settings["optimization"]["proxy_check"] = {
-        "steps": 3, "learning_rates": [1e-3, 1e-2], "train_samples": 32, "held_out_samples": 16
+        "steps": 3, "learning_rates": [1e-3, 1e-2], "train_samples": 32, "held_out_samples": 16,
+        "candidates": ["uniform-lora"],
     }  # fmt: skip
     return settings
 

@@ -20,7 +20,15 @@ from layerlens.models import (
     Option,
     enumerate_options,
 )
-from layerlens.utility import UTILITY_MODELS, metrics_from_cache, utility_table, weighted_table
+from layerlens.utility import (
+    AUTO,
+    UTILITY_MODELS,
+    metrics_from_cache,
+    model_for,
+    needed_statistics,
+    utility_table,
+    weighted_table,
+)
 
 RANKS = {"lora": (1, 4), "adapter": (4,), "prefix": (1, 2)}
 SPEC = ModelSpec(
@@ -129,7 +137,19 @@ def test_uniform_sees_ranks_only():
 
 
 def test_every_model_that_can_be_configured_is_there():
-    assert {*UTILITY_MODELS, "weighted"} == set(CONFIGURED_MODELS)
+    assert {*UTILITY_MODELS, "weighted", AUTO} == set(CONFIGURED_MODELS)
+
+
+def test_auto_spreads_where_the_budget_pays_for_rank_2_everywhere():
+    # fc takes 8 + 8 parameters a rank; the attention layer cannot take LoRA
+    assert model_for(AUTO, SPEC, 31) == "tempered_energy"
+    assert model_for(AUTO, SPEC, 32) == model_for(AUTO, SPEC, None) == "tempered_log"
+    assert model_for("signal", SPEC, 31) == "signal"
+    prefixes = ModelSpec("m", 100, [SPEC.layers[0]])  # 2 · 8 parameters a pair
+    assert model_for(AUTO, prefixes, 31) == "tempered_energy"
+    assert model_for(AUTO, prefixes, 32) == "tempered_log"
+    for name in ("tempered_energy", "tempered_log"):
+        assert set(needed_statistics(name, {})) <= set(needed_statistics(AUTO, {}))
 
 
 def test_whitened_without_spectra_says_what_to_do():
