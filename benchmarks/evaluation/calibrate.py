@@ -14,9 +14,10 @@ import time
 import torch
 from candidates import CANDIDATES
 from run import RESULTS
+from scipy.stats import spearmanr
 from tasks import TASKS
 
-from layerlens.evaluation.allocations import allocate, lora_spec, profile, utilities
+from layerlens.evaluation.allocations import UtilityFunction, allocate, lora_spec, profile, utilities
 from layerlens.evaluation.baselines import uniform
 from layerlens.evaluation.calibration import (
     predicted_gains,
@@ -31,7 +32,12 @@ from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import train
 from layerlens.utility import AUTO, UTILITY_MODELS
 
-MODELS = {name: model for name, model in {**UTILITY_ARMS, **CANDIDATES}.items() if name != AUTO}
+PREDICTORS = ("adam", "nuclear", "even_ranks", "even_ranks_eighth")
+"""Of the candidates, those that rank layers in a way of their own."""
+MODELS: dict[str, str | UtilityFunction] = {
+    **{name: model for name, model in UTILITY_ARMS.items() if model not in (AUTO, "uniform")},
+    **{name: CANDIDATES[name] for name in PREDICTORS},
+}
 DEFAULT = "tempered_energy"
 """What "auto" takes at the tight budget."""
 SEEDS = (0, 1)
@@ -64,11 +70,16 @@ def correlations(task: StudyTask, results: ResultsFile) -> None:
         of = [predicted_gains(utilities(task, found, model)) for found in (first, second, *smaller.values())]
         predicted = rank_correlation(of[0], measured)
         stability = rank_correlation(of[0], of[1])
-        by_count = {n: rank_correlation(of[0], found)[0] for n, found in zip(smaller, of[2:], strict=True)}
+        by_count = {n: _spearman(of[0], found) for n, found in zip(smaller, of[2:], strict=True)}
         results.append([
             {"kind": "calibration", "task": task.name, "model": name, "spearman": predicted, "stability": stability,
              "samples": half, "against_fewer": by_count, "fewer_are_others": True}
         ])  # fmt: skip
+
+
+def _spearman(first: dict[str, float], second: dict[str, float]) -> float:
+    names = sorted(first)
+    return float(spearmanr([first[name] for name in names], [second[name] for name in names]).statistic)
 
 
 def cost(task: StudyTask, results: ResultsFile) -> None:

@@ -9,14 +9,15 @@ from pydantic import Field, field_validator
 from layerlens.config.base import ConfigModel
 from layerlens.config.names import UtilityName
 
-UNIFORM_LORA = "uniform-lora"
+UNIFORM_LORA: Literal["uniform-lora"] = "uniform-lora"
 
 
 class ProxyCheckConfig(ConfigModel):
     """Training of the solver's choice against other allocations within the same budgets; the best one is written.
 
     All start from the same weights and see the same batches; they are compared on samples that none was trained on, and
-    that are never those of the test split. Each candidate counts at the best of its learning rates.
+    that are never those of the test split. Each candidate counts at the best of its learning rates, and uniform LoRA is
+    kept where the others' loss drop is not at least 2 % larger.
     """
 
     steps: int = Field(

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from layerlens.config.proxy_check import UNIFORM_LORA
 from layerlens.evaluation.analysis import UNIFORM, arm_results, baseline_loss, normalised_gain, study_seeds
 from layerlens.evaluation.lora_stack import Arm
 from layerlens.evaluation.results import ResultsFile
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.sweep import chosen_rate
 from layerlens.evaluation.training import train
+from layerlens.pipeline.proxy_check import with_margin
 
 
 def run_check(task: StudyTask, results: ResultsFile, key: str, ranks: Mapping[str, int], share: float) -> None:
@@ -40,14 +42,17 @@ def checked_gain(
 ) -> tuple[np.ndarray, dict[str, int]] | None:
     """(normalised gain over uniform LoRA [seeds] of what the check takes in each seed, how often it takes each arm).
 
-    It chooses between ``arms`` and uniform LoRA; of equals it takes the first. None where runs are missing.
+    It chooses between ``arms`` and uniform LoRA, as the product does (``layerlens.pipeline.proxy_check``): uniform LoRA
+    has its margin. None where runs are missing.
     """
     found = arm_results(results, budget)
     candidates = (*arms, UNIFORM)
     if not set(candidates) <= found.keys():
         return None
     seeds, _ = study_seeds(results)
-    losses = []
+    head = results.select(kind="reference", name="head") or results.select(kind="reference", name="frozen")[-1:]
+    baseline = float(np.mean([record["validation_loss"] for record in head]))
+    drops = []
     for name in candidates:
         key = results.select(kind="arm", budget=budget, arm=name)[-1]["key"]
         kind = {"kind": "run"} if share == 1.0 else {"kind": "check", "share": share}
@@ -55,7 +60,8 @@ def checked_gain(
         by_seed = {record["seed"]: record["validation_loss"] for record in records}
         if not set(seeds) <= by_seed.keys():
             return None
-        losses.append([by_seed[seed] for seed in seeds])
-    taken = np.argmin(losses, axis=0)
+        named = UNIFORM_LORA if name == UNIFORM else name
+        drops.append([with_margin(named, baseline - by_seed[seed]) for seed in seeds])
+    taken = np.argmax(drops, axis=0)
     gains = [normalised_gain(found[name], found[UNIFORM], baseline_loss(results)) for name in candidates]
     return np.choose(taken, gains), {name: int((taken == number).sum()) for number, name in enumerate(candidates)}

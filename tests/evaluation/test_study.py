@@ -64,7 +64,7 @@ def test_the_rate_is_chosen_by_validation_on_the_sweep_seeds() -> None:
 def _fake_results(folder: Path, task: str, losses: dict[str, float], noise: float) -> ResultsFile:
     """Three arms whose losses differ by constants and share their seeds' noise, plus a little of their own."""
     results = ResultsFile.open(folder / f"{task}.jsonl")
-    results.append([{"kind": "reference", "name": "frozen", "test_loss": 2.0}])
+    results.append([{"kind": "reference", "name": "frozen", "test_loss": 2.0, "validation_loss": 2.0}])
     generator = np.random.default_rng(len(task))
     shared = generator.normal(size=5)
     for arm, loss in losses.items():

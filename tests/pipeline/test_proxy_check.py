@@ -76,7 +76,7 @@ def test_uniform_is_written_where_it_is_better(checked_settings, tmp_path, monke
     assert result.manifest.upper_bound >= result.manifest.score
     told = [line for line in result.warnings if "uniform-lora is written" in line]
     assert len(told) == 1
-    assert "better than the solver's choice by 1 ± " in told[0]
+    assert "the solver's choice was worse by 1 ± " in told[0]
     assert read_manifest(result.files["manifest_json"]).allocations == result.manifest.allocations
 
 
@@ -88,6 +88,18 @@ def test_the_choice_stays_where_it_is_better(checked_settings, tmp_path, monkeyp
     unchecked = run({**checked_settings, "output": {"directory": "plain"}, "optimization": {
         **checked_settings["optimization"], "proxy_check": {"steps": 0}}}, tmp_path)  # fmt: skip
     assert unchecked.manifest.allocations == result.manifest.allocations
+
+
+def test_uniform_is_kept_within_its_margin(checked_settings, tmp_path, monkeypatch):
+    def drops(self: ProxyTrainer, manifest: Any, learning_rate: float, **options: Any) -> np.ndarray:
+        alike = all(row.method in ("none", "lora") for row in manifest.allocations)
+        return np.linspace(0.9, 1.1, len(self.base_losses)) * (1.0 if alike else advantage)
+
+    monkeypatch.setattr(ProxyTrainer, "drops", drops)
+    for advantage, expected in ((1.01, "uniform-lora"), (1.03, "choice")):
+        result = run(checked_settings, tmp_path, use_cache=False)
+        assert result.manifest.provenance["proxy_check"]["chosen"] == expected
+        assert any("2% of uniform LoRA's loss drop are asked for" in x for x in result.warnings) == (advantage < 1.02)
 
 
 def test_other_utility_models_can_be_candidates(checked_settings, tmp_path, trained):
