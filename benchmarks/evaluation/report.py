@@ -79,12 +79,12 @@ def main() -> None:
 
 
 def readme_table(files: dict[str, ResultsFile]) -> str:
-    """One line for each arm that every task has: mean gain, its interval, tasks significantly better / worse."""
+    """One line for each arm: mean gain over its tasks, the interval, tasks significantly better / worse."""
     _, gains = gains_at(files, "tight", "tight")
     rows = []
     for arm in README_ARMS:
         found = gains.get(arm, {})
-        if set(found) != set(files):
+        if not found:
             continue
         if arm == UNIFORM:
             rows.append(["uniform LoRA, all linear layers", "0", ""])
@@ -93,7 +93,8 @@ def readme_table(files: dict[str, ResultsFile]) -> str:
         intervals = [t_interval(values) for values in found.values()]
         mean = np.mean([values.mean() for values in found.values()])
         signs = f"{sum(a > 0 for a, _ in intervals)} / {sum(b < 0 for _, b in intervals)}"
-        rows.append([LABELS.get(arm, arm), f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", signs])
+        note = "" if set(found) == set(files) else f" ({len(found)} tasks)"
+        rows.append([LABELS.get(arm, arm), f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{note}", signs])
     header = ["allocation", f"gain over tuned uniform LoRA, {len(files)} tasks [95 %]", "tasks better / worse"]
     return markdown(header, rows)
 

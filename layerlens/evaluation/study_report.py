@@ -268,7 +268,9 @@ def checked_table(
                 column[task] = one[0]
                 cells.append(f"{_with_interval(one[0])}; {' + '.join(map(str, one[1].values()))}")
             rows.append([budget, task, *cells])
-        rows.append([budget, "mean", *(_interval(column, list(column), "") if column else "–" for column in columns)])
+        rows.append(
+            [budget, "mean", *(_interval(column, list(columns[0]), "") if column else "–" for column in columns)]
+        )
     named = ["whole fine-tune" if share == 1.0 else f"{share:g} of the steps" for share in shares]
     return markdown(["budget", "task", f"{arms[0]}, unchecked", *(f"checked by a {name}" for name in named)], rows)
 
