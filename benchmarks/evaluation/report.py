@@ -44,7 +44,7 @@ LABELS = {
 TIMED = (UNIFORM, "tempered_energy", "tempered_log", "gora", "eva", "adalora")
 CHECKED = (("auto",), ("tempered_log", "tempered_energy"))
 SHARES = (0.25, 0.5, 1.0)
-README_ARMS = (DEFAULT, "gora", "tempered_log", "even_ranks", "signal", UNIFORM, "eva", "adalora")
+README_ARMS = (DEFAULT, "gora", "tempered_log", "signal", UNIFORM, "eva", "adalora")
 
 
 def main() -> None:
