@@ -24,8 +24,8 @@ class ProxyCheckConfig(ConfigModel):
         default=0,
         ge=0,
         description="Training steps of every candidate, with warm-up and decay of their own; 0: no check, the solver's "
-        "choice is written. As many as half of the later fine-tune told the better one reliably in our study; a "
-        "quarter did not. The check costs candidates × learning_rates × steps.",
+        "choice is written. In our study as many as half of the later fine-tune kept most of the gain, a quarter half "
+        "of it. The check costs candidates × learning_rates × steps.",
     )
     candidates: tuple[Literal["uniform-lora"] | UtilityName, ...] = Field(
         default=(UNIFORM_LORA, "tempered_energy", "tempered_log"),
