@@ -59,4 +59,53 @@ def signal_log(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[O
     return _table(spec, statistics, options, lambda m: np.sqrt(_signal(m)), law=lambda r: np.log2(1.0 + r))
 
 
-CANDIDATES = {function.__name__: function for function in (adam, mixed, adam_shape, nuclear, signal_log)}
+def root_parameters(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """E^¼ · √(r·(n_in + n_out)): a concave law of parameters instead of ranks, so that parameters ∝ √E."""
+    return _table(
+        spec, statistics, options, lambda m: (m.energy or 0.0) ** 0.25, shape=lambda n_in, n_out: np.sqrt(n_in + n_out)
+    )
+
+
+def even_ranks(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """E^¼ · (n_in + n_out) · √r: rank ∝ √E; with equal E this is uniform LoRA, where ``root_parameters`` is not."""
+    return _table(
+        spec, statistics, options, lambda m: (m.energy or 0.0) ** 0.25, shape=lambda n_in, n_out: n_in + n_out
+    )
+
+
+def even_ranks_eighth(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """E^⅛ · (n_in + n_out) · √r: rank ∝ E^¼, half-way between ``even_ranks`` and uniform LoRA."""
+    return _table(
+        spec, statistics, options, lambda m: (m.energy or 0.0) ** 0.125, shape=lambda n_in, n_out: n_in + n_out
+    )
+
+
+def log_half(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """E^½ · (n_in + n_out) · log(1 + r): like ``tempered_log``, with r + 1 ∝ √E."""
+    return _table(
+        spec, statistics, options, lambda m: (m.energy or 0.0) ** 0.5, np.log1p, lambda n_in, n_out: n_in + n_out
+    )
+
+
+def log_three_eighths(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """E^⅜ · (n_in + n_out) · log(1 + r): half-way between ``tempered_log`` and ``log_half``."""
+    return _table(
+        spec, statistics, options, lambda m: (m.energy or 0.0) ** 0.375, np.log1p, lambda n_in, n_out: n_in + n_out
+    )
+
+
+CANDIDATES = {
+    function.__name__: function
+    for function in (
+        adam,
+        mixed,
+        adam_shape,
+        nuclear,
+        signal_log,
+        root_parameters,
+        even_ranks,
+        even_ranks_eighth,
+        log_half,
+        log_three_eighths,
+    )
+}

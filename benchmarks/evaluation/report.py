@@ -13,6 +13,7 @@ from layerlens.evaluation.analysis import UNIFORM, bootstrap_interval, t_interva
 from layerlens.evaluation.results import ResultsFile
 from layerlens.evaluation.study_report import (
     EXPLANATION,
+    arm_cost_table,
     calibration_table,
     checked_table,
     comparison_table,
@@ -22,6 +23,8 @@ from layerlens.evaluation.study_report import (
     half_table,
     markdown,
     open_results,
+    run_time_table,
+    solver_table,
     write_gain_plot,
 )
 from layerlens.utils.atomic import atomic_write_text
@@ -29,16 +32,19 @@ from layerlens.utils.atomic import atomic_write_text
 FOLDER = Path(__file__).parent
 README = FOLDER.parent.parent / "README.md"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
-DEFAULT = "tempered_energy"
+DEFAULT = "auto"
 """The arm of the default utility model."""
 LABELS = {
     "even": "even (utility model uniform)",
-    "tempered_energy": "tempered_energy (default)",
+    "auto": "auto (default)",
     "gora": "GoRA ranks",
     "eva": "EVA ranks",
     "adalora": "AdaLoRA",
 }
-README_ARMS = (DEFAULT, "gora", "tempered", "adam", "signal", "even", UNIFORM, "eva", "adalora")
+TIMED = (UNIFORM, "tempered_energy", "tempered_log", "gora", "eva", "adalora")
+CHECKED = (("auto",), ("tempered_log", "tempered_energy"))
+SHARES = (0.25, 0.5, 1.0)
+README_ARMS = (DEFAULT, "gora", "tempered_log", "signal", UNIFORM, "eva", "adalora")
 
 
 def main() -> None:
@@ -49,16 +55,18 @@ def main() -> None:
     sections.append(
         f"## Tight budget: as much as rank 1 on every layer\n\n{gain_table(files, 'tight', 'tight', tasks)}"
     )
-    others = (UNIFORM, "even", "eva", "adalora", "gora", "tempered", "signal", "adam")
+    others = (UNIFORM, "eva", "adalora", "gora", "tempered_log", "even_ranks", "tempered", "signal", "adam")
     sections.append(f"## The default against others\n\n{comparison_table(files, 'tight', DEFAULT, others)}")
     sections.append(f"## Four times as much\n\n{gain_table(files, 'loose', 'loose', tasks)}")
     pairs = (("half", "tight"), ("double", "loose"), ("tight", "loose"))
-    arms = (DEFAULT, "tempered", "signal", "adam", "even")
+    arms = (DEFAULT, "tempered_energy", "tempered_log", "even_ranks", "tempered", "signal", "adam", "even")
     sections.append(f"## Half or a quarter of the parameters\n\n{half_table(files, pairs, arms)}")
-    checked = checked_table(files, "tight", (DEFAULT, UNIFORM))
+    checked = "\n".join(checked_table(files, ("tight", "loose"), arms, SHARES) for arms in CHECKED)
     sections.append(f"## Uniform as a candidate of a check by short training\n\n{checked}")
     sections.append(f"## Prediction and stability\n\n{calibration_table(files)}")
-    sections.append(f"## Cost\n\n{cost_table(files)}")
+    sections.append(f"## Cost\n\n{cost_table(files, 'tempered_energy')}")
+    sections.append(f"## What the arms cost\n\n{arm_cost_table(files)}\n{run_time_table(files, 'tight', TIMED)}")
+    sections.append(f"## Greedy against refined solver\n\n{solver_table(files)}")
     sections.append(f"## Models and budgets\n\n{_models(files)}")
     atomic_write_text(FOLDER / "results" / "study.md", "\n".join(sections))
     for budget in ("tight", "loose"):
@@ -71,12 +79,12 @@ def main() -> None:
 
 
 def readme_table(files: dict[str, ResultsFile]) -> str:
-    """One line for each arm that every task has: mean gain, its interval, tasks significantly better / worse."""
+    """One line for each arm: mean gain over its tasks, the interval, tasks significantly better / worse."""
     _, gains = gains_at(files, "tight", "tight")
     rows = []
     for arm in README_ARMS:
         found = gains.get(arm, {})
-        if set(found) != set(files):
+        if not found:
             continue
         if arm == UNIFORM:
             rows.append(["uniform LoRA, all linear layers", "0", ""])
@@ -85,7 +93,8 @@ def readme_table(files: dict[str, ResultsFile]) -> str:
         intervals = [t_interval(values) for values in found.values()]
         mean = np.mean([values.mean() for values in found.values()])
         signs = f"{sum(a > 0 for a, _ in intervals)} / {sum(b < 0 for _, b in intervals)}"
-        rows.append([LABELS.get(arm, arm), f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", signs])
+        note = "" if set(found) == set(files) else f" ({len(found)} tasks)"
+        rows.append([LABELS.get(arm, arm), f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{note}", signs])
     header = ["allocation", f"gain over tuned uniform LoRA, {len(files)} tasks [95 %]", "tasks better / worse"]
     return markdown(header, rows)
 

@@ -18,27 +18,36 @@ import transformers  # noqa: F401
 from candidates import CANDIDATES
 from tasks import MORE_TASKS, TASKS
 
+from layerlens.evaluation.analysis import UNIFORM
 from layerlens.evaluation.baselines import cost
 from layerlens.evaluation.gradients import lora_layers
+from layerlens.evaluation.proxy_check import run_check
 from layerlens.evaluation.results import ResultsFile
 from layerlens.evaluation.study import Study
 
 RESULTS = Path(__file__).parent / "results"
 STAGES = (
-    ("tight", ("uniform", "signal", "even", "eva")),
-    ("half", ("signal",)),
+    ("tight", ("uniform", "tempered_log", "tempered_energy", "even_ranks")),
     ("reference", ("head",)),
-    ("tight", ("tempered", "adam", "adalora", "gora")),
-    ("half", ("tempered", "adam", "even")),
-    ("tight", ("whitened", "nuclear", "mixed", "tempered_energy", "adam_shape", "fisher_proportional", "gradient")),
-    ("loose", ("uniform", "tempered")),
-    ("double", ("tempered",)),
-    ("loose", ("signal", "even")),
-    ("tight", ("uniform_qv", "weighted", "gradient_norm", "random", "signal_log", "eva_init")),
+    ("loose", ("uniform", "tempered_log", "tempered_energy", "even_ranks", "even_ranks_eighth")),
+    ("half", ("tempered_log", "tempered_energy", "even_ranks")),
+    ("tight", ("gora", "eva", "adalora", "signal", "tempered", "even", "adam")),
+    ("check", ("tight", "loose")),
+    ("double", ("tempered_log", "even_ranks")),
+    ("loose", ("gora", "root_parameters", "eva", "adalora")),
+    ("tight", ("uniform_svd", "tempered_log_svd", "whitened", "root_parameters", "even_ranks_eighth")),
+    (
+        "tight",
+        ("nuclear", "mixed", "gradient", "fisher_proportional", "adam_shape", "uniform_qv", "weighted", "random"),
+    ),
+    ("loose", ("signal", "even", "tempered")),
+    ("tight", ("gradient_norm", "signal_log", "eva_init")),
     ("reference", ("full",)),
-    ("loose", ("adam", "adalora", "eva", "gora")),
 )
-"""What is run, in this order, so that what there is when time runs out is balanced."""
+"""What is run, in this order, so that what there is when time runs out is balanced. "check" is the proxy check between
+``CHECKED`` and uniform LoRA at these budgets."""
+CHECK_SHARES = (0.25, 0.5)
+CHECKED = ("tempered_log", "tempered_energy")
 
 
 def open_study(name: str) -> Study:
@@ -79,13 +88,23 @@ def _run_task(name: str, wanted: list[tuple[str, str]], end: datetime | None) ->
         if end is not None and datetime.now(timezone.utc) > end:
             return
         study.results.refresh()
-        if budget != "reference":
+        if budget == "check":
+            _check(study, arm)
+        elif budget != "reference":
             study.run(budget, arm)
         elif arm == "head":
             study.head_alone()
         else:
             study.full()
         print(f"{datetime.now():%H:%M:%S} {name} {budget} {arm}", flush=True)
+
+
+def _check(study: Study, budget: str) -> None:
+    for arm in (UNIFORM, *CHECKED):
+        study.run(budget, arm)
+        found = study.results.select(kind="arm", budget=budget, arm=arm)[-1]
+        for share in CHECK_SHARES:
+            run_check(study.task, study.results, found["key"], found["ranks"], share)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ from layerlens.tasks import Batch
 from layerlens.tasks.losses import causal_loss, classification_loss
 from layerlens.utils.progress import silent
 
-N_HEAD, N_TRAIN, N_VALIDATION, N_TEST = 256, 1024, 96, 256
+N_HEAD, N_TRAIN, N_VALIDATION, N_TEST = 256, 1024, 256, 256
+N_LANGUAGE_VALIDATION, N_LANGUAGE_TEST = 256, 128
 WINDOW = 32
+SWEEP_SEEDS = (0, 1)
 
 
 def digits_5_9() -> StudyTask:
@@ -110,7 +112,7 @@ def _image_task(name: str, images: torch.Tensor, labels: torch.Tensor, n_classes
     pretrained = PretrainedModel(model.eval().requires_grad_(False), None, name, new)
     _fit(pretrained, samples[0])
     return StudyTask(name, model, model_spec(pretrained, "vit-digits-0-4"), *samples[1:], classification_loss,
-                     head="classifier", steps=100, batch_size=16)  # fmt: skip
+                     head="classifier", steps=100, batch_size=16, sweep_seeds=SWEEP_SEEDS)  # fmt: skip
 
 
 class MeanPooledClassifier(torch.nn.Module):
@@ -159,7 +161,7 @@ def _classify(
     torch.manual_seed(0)
     model = MeanPooledClassifier(body, n_classes).eval().requires_grad_(False)
     tokenize = transformers.AutoTokenizer.from_pretrained(path)
-    sizes = (N_HEAD, N_TRAIN, N_VALIDATION, N_TEST)
+    sizes = (N_HEAD, N_TRAIN, 96, N_TEST, N_VALIDATION)  # 96: once the whole validation part, too few to choose by
     total = min(sum(sizes), len(texts))
     if pairs is not None:  # half of the length for each
         cut = tokenize(texts[:total], truncation=True, max_length=length // 2, add_special_tokens=False)["input_ids"]
@@ -168,13 +170,14 @@ def _classify(
         texts[:total], truncation=True, max_length=length, padding="max_length", return_tensors="pt"
     )  # fmt: skip
     inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
-    parts = _parts(torch.arange(total), sizes)
+    head, train, _, test, validation = _parts(torch.arange(total), sizes)
+    parts = (head, train, validation, test)
     samples = [Samples({key: value[part] for key, value in inputs.items()}, labels[part]) for part in parts]
     pretrained = PretrainedModel(model, tokenize, path, ("classifier.weight", "classifier.bias"))
     _fit(pretrained, samples[0])
     spec = model_spec(pretrained, "llama-stdlib" if small else "MiniLM-L6, first 3 blocks")
     return StudyTask(name, model, spec, *samples[1:], classification_loss, head="classifier",
-                     steps=80 if small else 60, batch_size=8)  # fmt: skip
+                     steps=80 if small else 60, batch_size=8, sweep_seeds=SWEEP_SEEDS)  # fmt: skip
 
 
 def _language_task(name: str, texts: list[str]) -> StudyTask:
@@ -182,12 +185,14 @@ def _language_task(name: str, texts: list[str]) -> StudyTask:
 
     model: Any = transformers.LlamaForCausalLM.from_pretrained(MODELS / "clm").eval().requires_grad_(False)
     ids = windows(_pieces(texts, 2000), WINDOW)
-    n = len(ids)
-    parts = _parts(torch.arange(n), (min(N_TRAIN, n // 2), min(48, n // 8), min(128, n)))
+    train, _, test, rest = _parts(torch.arange(len(ids)), (N_TRAIN, 48, N_LANGUAGE_TEST, len(ids)))
+    # Validation windows from all over the remaining texts: 48 neighbouring ones were two or three pieces of text, and
+    # chose rates that cost 0.15 of test loss (docs/decisions.md).
+    parts = [train, rest[:: len(rest) // N_LANGUAGE_VALIDATION][:N_LANGUAGE_VALIDATION], test]
     samples = [Samples({"input_ids": ids[part]}, ids[part]) for part in parts]
     spec: ModelSpec = model_spec(PretrainedModel(model, tokenizer(), name, ()), "llama-stdlib")
     return StudyTask(name, model, spec, *samples, causal_loss, token_labels=True, shifted=True,
-                     steps=100, batch_size=4)  # fmt: skip
+                     steps=100, batch_size=4, sweep_seeds=SWEEP_SEEDS)  # fmt: skip
 
 
 def _pieces(texts: list[str], characters: int) -> list[str]:

@@ -20,6 +20,8 @@ TIE = 1e-12
 """Differences in score that are rounding."""
 METHOD_STYLES = {"lora": "cyan", "adapter": "magenta", "prefix": "yellow"}
 METHOD_MEANINGS = {"lora": "LoRA rank", "adapter": "adapter width", "prefix": "prefix pairs"}
+PROXY_CHECK = "proxy_check_"
+"""Beginning of the check's entries in a result's `measured`."""
 _UNCHANGED = "·"
 
 
@@ -107,6 +109,10 @@ def measured(checks: Mapping[str, Any]) -> RenderableType | None:
         table.add_row(
             "difference of the two", "", f"{significant(over['measured'])} ± {significant(over['standard_error'])}", ""
         )
+    for name, check in checks.items():
+        if name.startswith(PROXY_CHECK):
+            drop = f"{significant(check['measured'])} ± {significant(check['standard_error'])}"
+            table.add_row(f"loss drop in the proxy check, {name.removeprefix(PROXY_CHECK)}", "", drop, "")
     change = checks.get("step_zero_max_abs_delta")
     if change is not None:
         style = "green" if change == 0 else "bold red"

@@ -3,6 +3,7 @@
 from layerlens.config.distributed import DistributedConfig
 from layerlens.config.loader import load_run_config, parse_run_config
 from layerlens.config.monitoring import TelemetryConfig, TrackingConfig
+from layerlens.config.proxy_check import ProxyCheckConfig
 from layerlens.config.schema import config_schema
 from layerlens.config.sections import (
     DataConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "OptimizationConfig",
     "OutputConfig",
     "ProfilingConfig",
+    "ProxyCheckConfig",
     "ProxyConfig",
     "RunConfig",
     "RuntimeConfig",

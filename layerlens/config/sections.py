@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from layerlens.config.base import ConfigModel
 from layerlens.config.distributed import DistributedConfig
 from layerlens.config.monitoring import TelemetryConfig, TrackingConfig
-from layerlens.config.names import MethodName
+from layerlens.config.names import MethodName, UtilityName
+from layerlens.config.proxy_check import ProxyCheckConfig
 from layerlens.config.rules import ConstraintConfig
 from layerlens.config.study import StudyConfig
 from layerlens.config.training import TrainingConfig
@@ -34,8 +35,7 @@ TaskName = Literal[
 ]  # fmt: skip
 FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
-UtilityName = Literal["tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "uniform"]
-UTILITY_MODELS = ("tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "uniform")
+UTILITY_MODELS = get_args(UtilityName)
 
 
 class ModelConfig(ConfigModel):
@@ -209,12 +209,15 @@ class ProfilingConfig(ConfigModel):
     """What is measured and how it becomes a utility."""
 
     utility_model: UtilityName = Field(
-        default="tempered_energy",
-        description="How statistics become a utility curve: `tempered` (fourth root of the noise-corrected gradient "
-        "energy times the square root of the rank: half-way between `signal` and even spreading), `tempered_energy` "
-        "(the same with the sampling noise left in), `signal` (square root of the noise-corrected energy times the "
-        "square root of the rank), `whitened` (K-FAC-whitened split-half spectrum, in nats), `gradient` (plain "
-        "gradient energy), `weighted` (`metric_weights` over layers), `uniform` (every layer equal).",
+        default="auto",
+        description="How statistics become a utility curve: `auto` (`tempered_energy` where the budget of parameters "
+        "is below rank 2 on every layer, else `tempered_log`), `tempered_log` (fourth root of the gradient energy "
+        "times the parameters of a rank times log(1 + rank): ranks become alike as the budget grows), "
+        "`tempered_energy` (the fourth root times the square root of the rank: half-way between `gradient` and even "
+        "spreading), `tempered` (the same with the sampling noise taken off the energy), `signal` (square root of the "
+        "noise-corrected energy times the square root of the rank), `whitened` (K-FAC-whitened split-half spectrum, in "
+        "nats), `gradient` (plain gradient energy), `weighted` (`metric_weights` over layers), `uniform` (every layer "
+        "equal).",
     )
     metric_weights: dict[str, float] = Field(
         default_factory=lambda: {"gradient_energy": 0.5, "fisher": 0.5},
@@ -355,6 +358,10 @@ class OptimizationConfig(ConfigModel):
     )
     gap_tolerance: float = Field(
         default=1e-6, ge=0, lt=1, description="Relative gap under which the allocation is called optimal."
+    )
+    proxy_check: ProxyCheckConfig = Field(
+        default_factory=ProxyCheckConfig,
+        description="Training of the solver's choice and of uniform LoRA beside each other, to write the better one.",
     )
 
     @field_validator("lora_ranks", "adapter_sizes", "prefix_lengths")

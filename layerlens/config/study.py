@@ -8,7 +8,8 @@ from layerlens.config.base import ConfigModel
 
 STUDY_ARMS = (
     "uniform", "uniform_qv", "eva", "eva_init", "gora", "adalora", "gradient_norm", "fisher_proportional", "random",
-    "tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "even",
+    "auto", "tempered_log", "tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "even",
+    "uniform_svd", "tempered_log_svd",
 )  # fmt: skip
 """Arms by name: others' rules, and the utility models ("even" is the utility model `uniform`)."""
 
@@ -17,13 +18,14 @@ class StudyConfig(ConfigModel):
     """Fine-tunes that `layerlens evaluate` runs: every arm at every budget, with a learning rate of its own."""
 
     arms: tuple[str, ...] = Field(
-        default=("uniform", "tempered_energy", "eva", "adalora"),
+        default=("uniform", "auto", "eva", "adalora"),
         min_length=1,
-        description="Allocations to compare: utility models (`tempered`, `tempered_energy`, `signal`, `whitened`, "
-        "`gradient`, `weighted`, `even` for the model `uniform`) through the solver, and others' rules (`uniform`, the "
-        "largest equal rank for all Linear layers; `uniform_qv`, for queries and values; `eva`, `eva_init` with its "
-        "initialisation; `gora`; `adalora`; "
-        "`gradient_norm` and `fisher_proportional`; `random`). `uniform` is always run: gains are over it.",
+        description="Allocations to compare: utility models (`auto`, `tempered_log`, `tempered_energy`, `tempered`, "
+        "`signal`, `whitened`, `gradient`, `weighted`, `even` for the model `uniform`) and others' rules "
+        "(`uniform`, the largest equal rank for all Linear layers; `uniform_qv`, for queries and values; `eva`, "
+        "`eva_init` with its initialisation; `gora`; `adalora`; `gradient_norm` and `fisher_proportional`; `random`; "
+        "`uniform_svd` and `tempered_log_svd`, whose A begins from the mean gradient). `uniform` is always run: gains "
+        "are over it.",
     )
     budgets: tuple[float, ...] = Field(
         default=(),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import t as student_t
 
-from layerlens.evaluation.results import Record, ResultsFile
+from layerlens.evaluation.results import ResultsFile
 from layerlens.evaluation.sweep import chosen_rate
 
 UNIFORM = "uniform"
@@ -54,8 +54,8 @@ def arm_results(results: ResultsFile, budget: str) -> dict[str, ArmResult]:
 
 
 def study_seeds(results: ResultsFile) -> tuple[list[int], list[int]]:
-    """(seeds of the paired runs, those of the sweep), as the study's reference record has them."""
-    reference = (results.select(kind="reference", name="frozen") or [{}])[0]
+    """(seeds of the paired runs, those of the sweep), as the study's last reference record has them."""
+    reference = (results.select(kind="reference", name="frozen") or [{}])[-1]
     return reference.get("seeds", [0, 1, 2, 3, 4]), reference.get("sweep_seeds", [0])
 
 
@@ -93,32 +93,3 @@ def bootstrap_interval(gains: Mapping[str, np.ndarray], *, resample_tasks: bool 
         drawn = np.take_along_axis(drawn, generator.integers(n_tasks, size=(N_BOOTSTRAP, n_tasks)), axis=1)
     low, high = np.quantile(drawn.mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
-
-
-def checked_arm(
-    results: Mapping[str, ResultsFile],
-    tables: Mapping[str, Mapping[str, ArmResult]],
-    budget: str,
-    arms: Sequence[str],
-) -> dict[str, str]:
-    """Task -> which of the arms a check by short training chooses: the one with the least validation loss after a
-    quarter of the steps, at its best rate for that, on the sweep's seeds (the proxy check of complete allocations).
-    """  # fmt: skip
-    chosen = {}
-    for task, found in results.items():
-        present = [arm for arm in arms if arm in tables[task]]
-        _, sweep_seeds = study_seeds(found)
-        early: dict[str, float] = {}
-        for arm in present:
-            key = found.select(kind="arm", budget=budget, arm=arm)[0]["key"]
-            runs = [_early(run) for run in found.select(kind="run", key=key)]
-            rate = chosen_rate(runs, sweep_seeds)
-            of_seeds = [run for run in runs if run["lr"] == rate and run["seed"] in sweep_seeds]
-            early[arm] = float(np.mean([run["validation_loss"] for run in of_seeds]))
-        if present:
-            chosen[task] = min(present, key=lambda arm: early[arm])
-    return chosen
-
-
-def _early(run: Record) -> Record:
-    return run | {"validation_loss": run["early_validation_loss"]}

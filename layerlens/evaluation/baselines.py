@@ -86,10 +86,18 @@ def eva(layers: Sequence[LayerSpec], budget: int, measured: Mapping[str, LayerGr
     return {name: rank for name, rank in ranks.items() if rank}
 
 
-def eva_inits(measured: Mapping[str, LayerGradient], ranks: Ranks) -> dict[str, torch.Tensor]:
+def eva_inits(measured: Mapping[str, LayerGradient], ranks: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """EVA's A: the leading principal directions of the inputs, float [rank, n_in]."""
     return {
         name: torch.linalg.eigh(measured[name].input_covariance.double())[1].flip(1)[:, :rank].T.float().contiguous()
+        for name, rank in ranks.items()
+    }
+
+
+def gradient_svd_inits(measured: Mapping[str, LayerGradient], ranks: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """LoRA-GA's A (Wang et al. 2024): right singular vectors of the mean gradient, orthonormal, float [rank, n_in]."""
+    return {
+        name: torch.linalg.svd(measured[name].gradient.double(), full_matrices=False)[2][:rank].float().contiguous()
         for name, rank in ranks.items()
     }
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from scipy.stats import spearmanr
 
 from layerlens.evaluation.lora_stack import Arm
 from layerlens.evaluation.results import Record
-from layerlens.evaluation.study_task import Samples, StudyTask
+from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import train
 from layerlens.models import UtilityTable
 
@@ -21,25 +20,21 @@ N_BOOTSTRAP = 2000
 def single_layer_records(
     task: StudyTask, layers: Sequence[str], *, steps: int, seed: int, rates: Sequence[float]
 ) -> list[Record]:
-    """Losses with one layer adapted (rank 2) and with none, all else equal, on validation and test samples together.
+    """Gains with one layer adapted (rank 2) over none, all else equal: ``validation_gain`` on validation samples, and
+    ``gain`` on validation and test samples together.
 
-    Nothing is chosen by these losses but the best of ``rates`` for each layer.
+    ``gain`` is what predictions are held against; nothing else may be chosen by it.
     """
-    held_out = Samples(
-        {name: torch.cat([values, task.test.inputs[name]]) for name, values in task.validation.inputs.items()},
-        torch.cat([task.validation.labels, task.test.labels]),
-    )
-    measured_on = StudyTask(
-        task.name, task.model, task.spec, task.train, held_out, task.test, task.loss, task.head, task.token_labels,
-        task.shifted, task.steps, task.batch_size, task.learning_rates, task.ranks,
-    )  # fmt: skip
+    counts = [float(task.label_count(part.labels).sum()) for part in (task.validation, task.test)]
     arms = [Arm({layer: RANK}, seed, rate) for rate in rates for layer in layers] + [Arm({}, seed, rates[0])]
-    runs = train(measured_on, arms, steps=steps, evaluate_test=False, early=False)
-    baseline = runs[-1].validation_loss
+    runs = train(task, arms, steps=steps)
+    losses = np.array([[run.validation_loss, run.test_loss] for run in runs])
+    gains = losses[-1] - losses[:-1]
+    together = gains @ counts / sum(counts)
     return [
         {"kind": "single", "task": task.name, "layer": next(iter(arm.ranks)), "lr": arm.learning_rate, "seed": seed,
-         "steps": steps, "gain": float(f"{baseline - run.validation_loss:.6g}")}
-        for arm, run in zip(arms[:-1], runs[:-1], strict=True)
+         "steps": steps, "gain": float(f"{gain:.6g}"), "validation_gain": float(f"{own[0]:.6g}")}
+        for arm, own, gain in zip(arms[:-1], gains, together, strict=True)
     ]  # fmt: skip
 
 

@@ -33,7 +33,12 @@ from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
 
 RUNS_FILE, REPORT_FILE, PLOT_FILE = "runs.jsonl", "study.md", "gain-{budget}.svg"
-STUDY_TASKS = ("sequence-classification", "regression", "causal-lm")
+STUDY_TASKS = (
+    "sequence-classification", "regression", "token-classification", "question-answering", "image-classification",
+    "causal-lm", "masked-lm",
+)  # fmt: skip
+TOKEN_TASKS = ("token-classification", "causal-lm", "masked-lm")
+"""Tasks whose labels are one for each token."""
 HEAD_BATCH_SIZE = 32
 
 
@@ -124,7 +129,6 @@ def task_from_config(
     if pretrained.new_parameters and len(samples[0]):
         batches = samples[0].batches(torch.arange(len(samples[0])), HEAD_BATCH_SIZE)
         fit_head(pretrained.model, pretrained.new_parameters, batches, progress, kind.loss)
-    tokens = config.model.task == "causal-lm"
     return StudyTask(
         name=config.model.task,
         model=pretrained.model,
@@ -134,8 +138,9 @@ def task_from_config(
         test=samples[3],
         loss=kind.loss,
         head=_head(pretrained) if kind.new_head else None,
-        token_labels=tokens,
-        shifted=tokens,
+        token_labels=config.model.task in TOKEN_TASKS,
+        shifted=config.model.task == "causal-lm",
+        spans=config.model.task == "question-answering",
         steps=study.steps,
         batch_size=study.batch_size,
         learning_rates=study.learning_rates,

@@ -98,9 +98,9 @@ class HeadStack:
         return [self.weight, self.bias] if self.bias.requires_grad else [self.weight]
 
     def apply(self, h: torch.Tensor) -> torch.Tensor:
-        """Logits [k·b, c]."""
+        """Logits [k·b, ..., c] of the head's inputs [k·b, ..., i]."""
         h__kti = h.reshape(len(self.weight), -1, h.shape[-1])
-        return torch.baddbmm(self.bias[:, None], h__kti, self.weight.mT).flatten(0, 1)
+        return torch.baddbmm(self.bias[:, None], h__kti, self.weight.mT).view(*h.shape[:-1], -1)
 
 
 class LoraStack:

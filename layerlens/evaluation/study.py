@@ -10,7 +10,14 @@ import torch
 
 from layerlens.evaluation import baselines
 from layerlens.evaluation.adalora import AdaLora
-from layerlens.evaluation.allocations import CALIBRATION_SAMPLES, UtilityFunction, allocate, profile, utilities
+from layerlens.evaluation.allocations import (
+    CALIBRATION_SAMPLES,
+    UtilityFunction,
+    allocate,
+    lora_spec,
+    profile,
+    utilities,
+)
 from layerlens.evaluation.gradients import layer_gradients, lora_layers
 from layerlens.evaluation.lora_stack import Arm, LayerStack
 from layerlens.evaluation.reference_arms import FullStack
@@ -18,11 +25,15 @@ from layerlens.evaluation.results import ResultsFile, allocation_key
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.sweep import run_allocation
 from layerlens.evaluation.training import measure_arms, train
+from layerlens.utility import model_for
 
 UTILITY_ARMS = {
-    name: name for name in ("tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted")
+    name: name
+    for name in ("auto", "tempered_log", "tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted")
 } | {"even": "uniform"}
 """Arm -> utility model of the product."""
+SVD = "_svd"
+"""Ending of an arm that has the ranks of the arm before it, and A from the mean gradient (gradient_svd)."""
 FULL_RATE_FACTOR = 0.1
 """Learning rates of full fine-tuning, relative to those of adapters."""
 
@@ -54,7 +65,8 @@ class Study:
         self.gradients = layer_gradients(task, task.train.batches(calibration, 16))
         profiled = profile(task)
         self.statistics = profiled.statistics
-        if not results.select(kind="reference", name="frozen"):
+        known = results.select(kind="reference", name="frozen")
+        if not known or known[-1].get("sweep_seeds") != list(task.sweep_seeds):
             (validation, test) = (measure_arms(task, part, 1)[0] for part in (task.validation, task.test))
             results.append([
                 {"kind": "reference", "task": task.name, "name": "frozen", "validation_loss": validation[0],
@@ -65,8 +77,13 @@ class Study:
 
     def ranks(self, arm: str, budget: int) -> dict[str, int]:
         """Layer -> rank of what ``arm`` chooses with at most ``budget`` trainable parameters."""
+        if arm.endswith(SVD):
+            return self.ranks(arm.removesuffix(SVD), budget)
         if arm in self.models:
-            return allocate(self.task, self.statistics, utilities(self.task, self.statistics, self.models[arm]), budget)
+            model = self.models[arm]
+            if isinstance(model, str):
+                model = model_for(model, lora_spec(self.task), budget)
+            return allocate(self.task, self.statistics, utilities(self.task, self.statistics, model), budget)
         of = {layer.layer: layer.by_method["lora"] for layer in self.statistics.layers}
         choose = {
             "uniform": lambda: baselines.uniform(self.layers, budget),
@@ -91,7 +108,7 @@ class Study:
         started = time.perf_counter()
         ranks = self.ranks(arm, size)
         seconds = time.perf_counter() - started
-        kind = arm + budget if arm in ("adalora", "eva_init") else "lora"
+        kind = arm + budget if arm in ("adalora", "eva_init") else "svd" if arm.endswith(SVD) else "lora"
         key = allocation_key(ranks, kind)
         if not self.results.select(kind="arm", arm=arm, budget=budget, key=key):
             n_params = size if arm == "adalora" else baselines.n_params(self.layers, ranks)
@@ -99,9 +116,15 @@ class Study:
                 {"kind": "arm", "task": self.task.name, "budget": budget, "arm": arm, "key": key, "params": n_params,
                  "ranks": ranks, "solve_s": seconds}
             ])  # fmt: skip
-        inits = baselines.eva_inits(self.gradients, ranks) if arm == "eva_init" else None
+        inits = self._inits(arm, ranks)
         stack = AdaLora(size) if arm == "adalora" else LayerStack
         run_allocation(self.task, self.results, key, ranks, inits=inits, layer_stack=stack)
+
+    def _inits(self, arm: str, ranks: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Layer -> A, of the arms that do not draw it."""
+        if arm == "eva_init":
+            return baselines.eva_inits(self.gradients, ranks)
+        return baselines.gradient_svd_inits(self.gradients, ranks) if arm.endswith(SVD) else {}
 
     def head_alone(self) -> None:
         """The task head trained without any adapter, on every seed; nothing where the head is frozen."""

@@ -54,6 +54,8 @@ class StudyTask:
         token_labels: whether labels are tokens; losses are then divided by the number of labelled ones, and the
             metric is the share of them that are predicted right.
         shifted: whether a token's label is the next token's prediction (causal language models).
+        spans: whether labels [n, 2] are the first and last token of an answer; the metric is the share of samples in
+            which both are right.
         steps, batch_size: of every run.
         learning_rates: ascending; the sweep.
         ranks: LoRA ranks on offer.
@@ -72,6 +74,7 @@ class StudyTask:
     head: str | None = None
     token_labels: bool = False
     shifted: bool = False
+    spans: bool = False
     steps: int = 100
     batch_size: int = 8
     learning_rates: Sequence[float] = (1e-3, 2.5e-3, 6.3e-3, 1.6e-2, 4e-2)

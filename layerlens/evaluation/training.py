@@ -20,8 +20,6 @@ HEAD_LEARNING_RATE = 1e-3
 """One for all arms, so that an arm's rate is that of its adapters alone."""
 SCALE = 2.0
 """alpha/r, one constant for all arms and layers, as LayerLens exports it."""
-EARLY_SHARE = 0.25
-"""Share of the steps after which the validation loss is taken a first time: what a proxy run would see."""
 EVALUATION_ROWS = 256
 
 
@@ -30,13 +28,12 @@ class Run:
     """What one arm reached.
 
     Args:
-        early_validation_loss, validation_loss, test_loss: mean loss of a sample, or of a token.
+        validation_loss, test_loss: mean loss of a sample, or of a token.
         validation_metric, test_metric: share of labels predicted right.
         wall_s, cpu_s: time of the group that the arm was trained in, divided by its arms, evaluation not counted.
         tokens_per_s: positions of the arm's batches divided by that time.
     """
 
-    early_validation_loss: float
     validation_loss: float
     test_loss: float
     validation_metric: float
@@ -96,7 +93,6 @@ def train(
     layer_stack: Callable[[str, Any, Sequence[Arm]], Any] = LayerStack,
     evaluate_test: bool = True,
     measure: bool = True,
-    early: bool = True,
 ) -> list[Run]:
     """Train every arm on the task and measure it; the model is unchanged afterwards.
 
@@ -107,14 +103,13 @@ def train(
         layer_stack: how a layer is adapted.
         evaluate_test: False leaves the test losses NaN.
         measure: False leaves all losses NaN.
-        early: False leaves the early validation loss NaN.
     """
     steps = steps or task.steps
     stack = LoraStack(task.model, arms, head=task.head, scale=SCALE, layer_stack=layer_stack)
     optimizer = _optimizer(stack, arms)
     order__ks = torch.stack([data_order(len(task.train), steps * task.batch_size, arm.seed) for arm in arms])
     nothing = [(float("nan"), float("nan"))] * len(arms)
-    first, n_tokens, training_s, cpu_s = nothing, 0, 0.0, 0.0
+    n_tokens, training_s, cpu_s = 0, 0.0, 0.0
     with stack.attached():
         for step in range(steps):
             started, cpu_started = time.perf_counter(), time.process_time()
@@ -134,12 +129,10 @@ def train(
             n_tokens += batch.labels.numel()
             training_s += time.perf_counter() - started
             cpu_s += time.process_time() - cpu_started
-            if measure and early and step + 1 == round(EARLY_SHARE * steps):
-                first = measure_arms(task, task.validation, len(arms))
         validation = measure_arms(task, task.validation, len(arms)) if measure else nothing
         test = measure_arms(task, task.test, len(arms)) if measure and evaluate_test else nothing
     return [
-        Run(first[k][0], validation[k][0], test[k][0], validation[k][1], test[k][1], training_s / len(arms),
+        Run(validation[k][0], test[k][0], validation[k][1], test[k][1], training_s / len(arms),
             cpu_s / len(arms), n_tokens / training_s)
         for k in range(len(arms))
     ]  # fmt: skip
@@ -175,6 +168,8 @@ def measure_arms(task: StudyTask, samples: Samples, n_arms: int) -> list[tuple[f
 
 def _right(task: StudyTask, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """float [b]: labels of each sample that are predicted right; 0 where labels are no classes."""
+    if task.spans:
+        return (logits.argmax(dim=1) == labels).all(dim=1).float()
     predicted = logits.argmax(dim=-1)
     if labels.is_floating_point():
         return torch.zeros(len(labels))

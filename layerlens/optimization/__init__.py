@@ -4,6 +4,7 @@ from layerlens.optimization.explain import explain
 from layerlens.optimization.frontier import Frontier, budget_sweep, frontier
 from layerlens.optimization.problem import build_problem
 from layerlens.optimization.solver import solve
+from layerlens.optimization.uniform import uniform_lora
 
 __all__ = [
     "Frontier",
@@ -12,4 +13,5 @@ __all__ = [
     "explain",
     "frontier",
     "solve",
+    "uniform_lora",
 ]

@@ -17,7 +17,7 @@ from layerlens.optimization import Frontier, budget_sweep, build_problem, fronti
 from layerlens.pipeline.publishing import published
 from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics
-from layerlens.utility import calibrated_table
+from layerlens.utility import calibrated_table, model_for
 from layerlens.utils.atomic import check_writable, staged_directory
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads
@@ -122,10 +122,10 @@ def _problem_with_any_budget(statistics_path: Path, config: RunConfig, resource:
     everything = costs.base[resource] + float(costs.cost__ro[RESOURCES.index(resource)].sum())
     budget = {BUDGET_FIELDS[resource]: int(np.ceil(everything)) if resource == "trainable_params" else everything}
     optimization: OptimizationConfig = config.optimization.model_copy(update=budget)
+    model = model_for(config.profiling.utility_model, spec, config.optimization.max_trainable_params)
     utilities = calibrated_table(
-        config.profiling.utility_model, spec, statistics, options, config.profiling.metric_weights,
-        seed=config.runtime.seed,
-    )  # fmt: skip
+        model, spec, statistics, options, config.profiling.metric_weights, seed=config.runtime.seed
+    )
     return build_problem(spec, utilities, costs, optimization)
 
 

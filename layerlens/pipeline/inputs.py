@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from layerlens.config import RunConfig
+from layerlens.config.proxy_check import UNIFORM_LORA
 from layerlens.data import Dataset
 from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.transformers import PretrainedModel, longest_sequence, task_heads
@@ -72,7 +73,13 @@ def statistics_request(config: RunConfig) -> StatisticsRequest:
     """What the utility model reads, and what the configuration asks for beside that."""
     profiling = config.profiling
     proxies = profiling.proxies.options > 0
-    needed = needed_statistics(profiling.utility_model, profiling.metric_weights, proxies=proxies)
+    check = config.optimization.proxy_check
+    candidates = [name for name in check.candidates if name != UNIFORM_LORA] if check.steps else []
+    needed = {
+        statistic
+        for model in (profiling.utility_model, *candidates)
+        for statistic in needed_statistics(model, profiling.metric_weights, proxies=proxies)
+    }
     return StatisticsRequest.of({*needed, *profiling.statistics}, ntk_samples=profiling.ntk_samples)
 
 
@@ -119,6 +126,16 @@ def proxy_identity(identity: dict[str, Any], held_out: Dataset, config: RunConfi
         "settings": {name: value for name, value in identity["settings"].items() if name not in unread},
         "proxies": {**settings, "held_out": held_out.fingerprint, "alpha_over_r": config.optimization.alpha_over_r},
     }
+
+
+def check_identity(identity: dict[str, Any], train: Dataset, held_out: Dataset, config: RunConfig) -> dict[str, Any]:
+    """Everything that a candidate's loss drop in the proxy check depends on beside its ranks and its learning rate."""
+    optimization = config.optimization
+    return {
+        **proxy_identity(identity, held_out, config),
+        "proxy_check": {"steps": optimization.proxy_check.steps, "train": train.fingerprint,
+                        "use_rslora": optimization.use_rslora},
+    }  # fmt: skip
 
 
 def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset, spec: ModelSpec) -> dict[str, Any]:

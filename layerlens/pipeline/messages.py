@@ -29,7 +29,7 @@ def warn_of_no_gain(solution: Solution, config: RunConfig, warnings: Warnings) -
     """Say when nothing is adapted because no option has a gain."""
     if not (solution.utilities.utility > 0.0).any():
         warnings.add(
-            f"nothing is adapted: by profiling.utility_model {config.profiling.utility_model!r} no option has a gain "
+            f"nothing is adapted: by profiling.utility_model {solution.utilities.model!r} no option has a gain "
             "above its sampling noise; raise data.calibration_samples, offer more methods, or choose 'gradient' or "
             "'uniform'"
         )

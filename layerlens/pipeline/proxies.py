@@ -48,7 +48,8 @@ class ProxyTrainer:
         train: batches to train on.
         held_out: batches to judge on, of other samples.
         loss: of each sample.
-        config: steps, learning rate, alpha/r and seed.
+        config: learning rate, alpha/r and seed.
+        steps: of every training; those of the proxies when not given.
     """
 
     def __init__(
@@ -59,11 +60,12 @@ class ProxyTrainer:
         held_out: Sequence[Batch],
         loss: Loss,
         config: RunConfig,
+        steps: int | None = None,
     ) -> None:
         self.model, self.spec, self.loss, self.config = model, spec, loss, config
         self.held_out = list(held_out)  # every option is judged on them, so they are made once
         order = random.Random(config.runtime.seed)
-        steps = config.profiling.proxies.steps
+        steps = steps or config.profiling.proxies.steps
         numbers: list[int] = []
         while len(numbers) < steps:  # whole passes, each in an order of its own
             numbers += order.sample(range(len(train)), len(train))
@@ -77,20 +79,26 @@ class ProxyTrainer:
         Raises:
             ProfilingError: a loss is not finite after training.
         """
-        if all(row.method == "none" for row in manifest.allocations):
-            return np.zeros_like(self.base_losses)
-        without_head = replace(manifest, model={"name_or_path": "", "head_modules": []})
-        model = apply(twin_of(self.model), without_head, check_fingerprint=False)
-        losses = [partial(_losses_on, batch, self.loss) for batch in self.batches]
-        train_steps(model, losses, learning_rate=self.config.profiling.proxies.learning_rate)
-        after = self._held_out_losses(model)
-        if not np.all(np.isfinite(after)):
+        drops = self.drops(manifest, self.config.profiling.proxies.learning_rate)
+        if not np.all(np.isfinite(drops)):
             what = ", ".join(f"{row.layer} {row.method} {row.rank}" for row in manifest.allocations[:1])
             raise ProfilingError(
-                f"{what}: the loss is not finite after {len(losses)} proxy steps; lower profiling.proxies.learning_rate"
-                f" (it is {self.config.profiling.proxies.learning_rate:g})"
+                f"{what}: the loss is not finite after {len(self.batches)} proxy steps; lower "
+                f"profiling.proxies.learning_rate (it is {self.config.profiling.proxies.learning_rate:g})"
             )
-        return self.base_losses - after
+        return drops
+
+    def drops(self, manifest: Manifest, learning_rate: float, *, decay: bool = False) -> np.ndarray:
+        """The same at any learning rate, constant or with warm-up and decay; not finite where the training diverged."""
+        if all(row.method == "none" for row in manifest.allocations):
+            return np.zeros_like(self.base_losses)
+        # A as PEFT draws it, whatever the manifest begins from: allocations are compared, not beginnings.
+        lora = manifest.lora | {"initialization": "default"}
+        without_head = replace(manifest, model={"name_or_path": "", "head_modules": []}, lora=lora)
+        model = apply(twin_of(self.model), without_head, check_fingerprint=False)
+        losses = [partial(_losses_on, batch, self.loss) for batch in self.batches]
+        train_steps(model, losses, learning_rate=learning_rate, decay=decay)
+        return self.base_losses - self._held_out_losses(model)
 
     def gain(self, option: Option) -> ProxyGain:
         """What one option alone gains."""

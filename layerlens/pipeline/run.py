@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import cache as once
 from pathlib import Path
@@ -25,9 +24,11 @@ from layerlens.manifest import write_manifest, write_report
 from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
 from layerlens.optimization import frontier
 from layerlens.pipeline.checks import check_manifest
+from layerlens.pipeline.clock import Clock
 from layerlens.pipeline.factors import measured_factors
 from layerlens.pipeline.frontier import hull_rows
 from layerlens.pipeline.inputs import (
+    check_identity,
     check_lengths,
     data_facts,
     model_facts,
@@ -39,6 +40,7 @@ from layerlens.pipeline.inputs import (
 from layerlens.pipeline.messages import Warnings, warn_of_calibration, warn_of_no_gain, warn_of_overrun
 from layerlens.pipeline.observed import observed
 from layerlens.pipeline.proxies import ProxyTrainer, joint_gains, measure_proxies
+from layerlens.pipeline.proxy_check import check_samples, checked_solution
 from layerlens.pipeline.publishing import published
 from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
@@ -57,30 +59,13 @@ from layerlens.profiling.shared_cache import open_cache
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.tasks import Batch, Batches, Task, make_batches, task_for
 from layerlens.tuning import export_adapter
-from layerlens.utility import calibrated_table
+from layerlens.utility import calibrated_table, model_for
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
-from layerlens.utils.observer import observed_stage
 from layerlens.utils.processes import Processes, joined
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
 
 HEAD_BATCH_SIZE = 32
-
-
-@dataclass
-class _Clock:
-    """Wall time of each stage, in seconds."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            with observed_stage(name):
-                yield
-        finally:
-            self.seconds[name] = time.perf_counter() - start
 
 
 @observed("run")
@@ -117,7 +102,7 @@ def run_config(
 def _run(
     config: RunConfig, base_dir: Path, use_cache: bool, progress: Progress, warnings: Warnings, processes: Processes
 ) -> RunResult:
-    clock = _Clock()
+    clock = Clock()
     same_configuration(processes, config)
     output = base_dir / Path(config.output.directory).expanduser()
     if processes.first:
@@ -215,19 +200,39 @@ def _run(
     with clock.stage("solve"), progress.stage("Solving"):
         solution = _solve(config, spec, statistics, threads)
         warn_of_no_gain(solution, config, warnings)
-    manifest = make_manifest(
-        spec,
-        solution,
-        config.optimization,
-        model=facts,
-        provenance=run_provenance(config, threads, data_facts(statistics)),
-    )
+    provenance = run_provenance(config, threads, data_facts(statistics))
+
+    def manifest_of(found: Solution) -> Manifest:
+        return make_manifest(spec, found, config.optimization, model=facts, provenance=provenance)
+
+    manifest = manifest_of(solution)
     joint: dict[str, Any] = {}
+    check = config.optimization.proxy_check
+    if check.steps:
+        with clock.stage("proxy check"):
+            parts = check_samples(dataset, config, len(calibration) + len(held_out), len(head_data))
+            saved_check = None
+            if cache:
+                check_key = cache_key(check_identity(identity, *parts, config))
+                saved_check = cache.saved_proxies(check_key, spec.model_name, len(parts[1]))
+
+            @once
+            def check_trainer() -> ProxyTrainer:
+                fit()
+                train, judged = (batches_of(part) for part in parts)
+                return ProxyTrainer(pretrained.model, spec, train, judged, task.loss, config, check.steps)
+
+            solution, checked = checked_solution(
+                check_trainer, solution, lambda name: _solve(config, spec, statistics, threads, utility_model=name),
+                manifest_of, config, saved_check, progress, warnings,
+            )  # fmt: skip
+        provenance |= {"proxy_check": checked.facts}
+        manifest = manifest_of(solution)
+        joint |= checked.measured
     if statistics.proxies:
         with clock.stage("joint proxies"):
             alike = _solve(config, spec, statistics, threads, utility_model="uniform")
-            uniform = make_manifest(spec, alike, config.optimization, model=facts, provenance=manifest.provenance)
-            joint = joint_gains(trainer, manifest, uniform, saved_proxies, progress)
+            joint |= joint_gains(trainer, manifest, manifest_of(alike), saved_proxies, progress)
     with staged_directory(output, owned=(*CHOICE_FILES, STATISTICS_FILE)) as staging:
         with clock.stage("export"):
             factors = measured_factors(pretrained.model, manifest, batches, task.loss, fit)
@@ -242,8 +247,8 @@ def _run(
                 longest = batches[-1].inputs
                 measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress, factors)
                 warn_of_overrun(manifest, measured, warnings)
+            measured |= joint
             if statistics.proxies:
-                measured |= joint
                 warn_of_calibration(manifest, joint, warnings)
         written |= _write_report(staging, manifest, solution, statistics, measured)
         files = {name: output / path.relative_to(staging) for name, path in written.items()}
@@ -280,7 +285,7 @@ def optimize_statistics(
         ConfigurationError: the configuration asks for what the statistics do not have.
         InfeasibleError: the budgets allow nothing.
     """
-    clock, warnings = _Clock(), Warnings(warn)
+    clock, warnings = Clock(), Warnings(warn)
     output = base_dir / Path(config.output.directory).expanduser()
     check_writable(output)
     threads = resolve_threads(config.runtime.threads)
@@ -289,6 +294,8 @@ def optimize_statistics(
     with clock.stage("solve"), progress.stage("Solving"):
         solution = _solve(config, spec, statistics, threads)
         warn_of_no_gain(solution, config, warnings)
+    if config.optimization.proxy_check.steps:
+        warnings.add("optimization.proxy_check: needs the model, so it is made by `layerlens run` only")
     if config.optimization.lora_initialization != "default":
         warnings.add(
             f"optimization.lora_initialization: {config.optimization.lora_initialization!r} is measured on the model; "
@@ -378,10 +385,10 @@ def _solve(
 ) -> Solution:
     """Utilities and costs of every option, and the certified choice."""
     options = enumerate_options(spec, config.optimization.ranks())
+    model = model_for(utility_model or config.profiling.utility_model, spec, config.optimization.max_trainable_params)
     utilities = calibrated_table(
-        utility_model or config.profiling.utility_model, spec, statistics, options, config.profiling.metric_weights,
-        seed=config.runtime.seed,
-    )  # fmt: skip
+        model, spec, statistics, options, config.profiling.metric_weights, seed=config.runtime.seed
+    )
     costs = cost_table(spec, statistics, options, config.optimization)
     return find_allocation(spec, utilities, costs, config.optimization, seed=config.runtime.seed, threads=threads)
 

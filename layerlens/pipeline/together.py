@@ -58,6 +58,9 @@ def refuse_unshardable(config: RunConfig, processes: Processes) -> None:
         "profiling.proxies trains the whole model in one process; set proxies.options: 0": (
             config.profiling.proxies.options > 0
         ),
+        "optimization.proxy_check trains the whole model in one process; set proxy_check.steps: 0": (
+            config.optimization.proxy_check.steps > 0
+        ),
         "optimization.lora_initialization is measured on the whole model in one process; set it to default": (
             config.optimization.lora_initialization != "default"
         ),
@@ -71,12 +74,18 @@ def refuse_untrainable(model: torch.nn.Module, config: RunConfig) -> None:
     """Refuse to train options on a model that accelerate keeps elsewhere between passes.
 
     Raises:
-        ConfigurationError: proxies are asked for.
+        ConfigurationError: proxies or a proxy check are asked for.
     """
-    if config.profiling.proxies.options and offloaded(model):
+    if not offloaded(model):
+        return
+    reason = "nothing is trained on a model with weights off their device (model.device_map)"
+    if config.profiling.proxies.options:
         raise ConfigurationError(
-            "profiling.proxies: options are not trained on a model with weights off their device (model.device_map); "
-            "set proxies.options: 0, or place the whole model on devices"
+            f"profiling.proxies: {reason}; set proxies.options: 0, or place the whole model on devices"
+        )
+    if config.optimization.proxy_check.steps:
+        raise ConfigurationError(
+            f"optimization.proxy_check: {reason}; set proxy_check.steps: 0, or place the whole model on devices"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layerlens.models import METHODS, ModelSpec, Option
+from layerlens.utils.order import evenly
 
 
 def plan_proxies(spec: ModelSpec, options: Sequence[Option], count: int) -> tuple[Option, ...]:
@@ -40,19 +41,6 @@ def _of_role(method: str, layers: Sequence[str], ranks: dict[str, list[int]], sh
                 place = evenly(len(ranks[layer]))[(step + shift + turn) % len(ranks[layer])]
                 chosen.append(Option(layer, method, ranks[layer][place]))
     return chosen
-
-
-def evenly(count: int) -> list[int]:
-    """0 … count − 1 in an order whose every beginning is spread over the range.
-
-    The bits of 0, 1, 2 … are mirrored (van der Corput 1935).
-
-    >>> evenly(6)
-    [0, 4, 2, 1, 5, 3]
-    """
-    bits = max(1, (count - 1).bit_length())
-    mirrored = (int(f"{step:0{bits}b}"[::-1], 2) for step in range(2**bits))
-    return [index for index in mirrored if index < count]
 
 
 def _take_turns(streams: Sequence[Sequence[Option]]) -> list[Option]:

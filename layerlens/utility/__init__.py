@@ -4,13 +4,22 @@ Every model is a function ``(spec, statistics, options) -> float64 [n_options]``
 with what its numbers mean. Utilities of one table are comparable over layers, methods and ranks; "none" has 0.
 """
 
-from layerlens.utility.registry import UTILITY_MODELS, calibrated_table, needed_statistics, utility_table
+from layerlens.utility.registry import (
+    AUTO,
+    UTILITY_MODELS,
+    calibrated_table,
+    model_for,
+    needed_statistics,
+    utility_table,
+)
 from layerlens.utility.weighted import metrics_from_cache, weighted_table
 
 __all__ = [
+    "AUTO",
     "UTILITY_MODELS",
     "calibrated_table",
     "metrics_from_cache",
+    "model_for",
     "needed_statistics",
     "utility_table",
     "weighted_table",

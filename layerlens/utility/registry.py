@@ -11,6 +11,7 @@ from layerlens.exceptions import ProfilingError
 from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable
 from layerlens.utility import spectral
 from layerlens.utility.calibration import calibrate
+from layerlens.utility.spectral import marginal_parameters
 from layerlens.utility.weighted import metrics_of, weighted_table
 
 STATISTIC_OF = {"gradient_energy": "gradient", "fisher": "fisher"}
@@ -47,6 +48,11 @@ UTILITY_MODELS: dict[str, UtilityModel] = {
     "tempered_energy": UtilityModel(
         spectral.tempered_energy, "relative gain (fourth root of the gradient energy)", ("gradient", "input_scale")
     ),
+    "tempered_log": UtilityModel(
+        spectral.tempered_log,
+        "relative gain (fourth root of the gradient energy × parameters)",
+        ("gradient", "input_scale"),
+    ),
     "signal": UtilityModel(spectral.signal, "relative gain (root of the noise-corrected gradient energy)", SIGNAL),
     "whitened": UtilityModel(spectral.whitened, "predicted loss drop, nats per sample", ("whitened_spectrum",)),
     "gradient": UtilityModel(
@@ -54,6 +60,28 @@ UTILITY_MODELS: dict[str, UtilityModel] = {
     ),
     "uniform": UtilityModel(spectral.uniform, "relative gain (every layer equal)"),
 }
+
+
+AUTO = "auto"
+"""Utility model that depends on the budget: see ``model_for``."""
+SPREAD_FROM = 2.0
+"""Ranks on every layer that a budget must pay for before it is spread by ``tempered_log``."""
+
+
+def model_for(name: str, spec: ModelSpec, max_trainable_params: float | None) -> str:
+    """``name``, or what "auto" means for a budget of trainable parameters.
+
+    ``tempered_energy`` (parameters go to few, mostly narrow layers) for budgets below rank 2 on every layer;
+    ``tempered_log`` (ranks become alike) for larger budgets, and where parameters are not limited at all. Which law is
+    right where was measured at one and four ranks for each layer (docs/decisions.md, Utility).
+    """
+    if name != AUTO:
+        return name
+    taking = [layer for layer in spec.layers if "lora" in layer.methods] or [x for x in spec.layers if x.methods]
+    methods = ["lora" if "lora" in layer.methods else layer.methods[0] for layer in taking]
+    unit = sum(marginal_parameters(layer, method) for layer, method in zip(taking, methods, strict=True))
+    tight = max_trainable_params is not None and max_trainable_params < SPREAD_FROM * unit
+    return "tempered_energy" if tight else "tempered_log"
 
 
 def needed_statistics(name: str, metric_weights: Mapping[str, float], *, proxies: bool = False) -> tuple[str, ...]:
@@ -68,6 +96,8 @@ def needed_statistics(name: str, metric_weights: Mapping[str, float], *, proxies
         wanted = {metric for metric, weight in metric_weights.items() if weight > 0.0}
         needed = {STATISTIC_OF[metric] for metric in wanted & set(STATISTIC_OF)}
         return tuple(sorted(needed | set(SIGNAL if proxies and "proxy_eval" in wanted else ())))
+    if name == AUTO:
+        return tuple(dict.fromkeys(UTILITY_MODELS["tempered_energy"].needs + UTILITY_MODELS["tempered_log"].needs))
     return UTILITY_MODELS[name].needs
 
 

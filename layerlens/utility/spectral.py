@@ -1,7 +1,8 @@
 """Utility models that read the measured gradient matrices (DESIGN section 5).
 
 ``tempered``, ``signal``, ``gradient`` and ``uniform`` share the concave law √rank, which spreads rank over layers; they
-differ in what they multiply it with. ``whitened`` is the quadratic model with K-FAC curvature, in nats.
+differ in what they multiply it with. ``tempered_log`` counts the sizes of layers and saturates faster. ``whitened`` is
+the quadratic model with K-FAC curvature, in nats.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from layerlens.models import MethodStatistics, ModelSpec, ModelStatistics, Option
+from layerlens.models import LayerSpec, MethodStatistics, ModelSpec, ModelStatistics, Option, trainable_params
 
 
 def signal(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
@@ -39,6 +40,22 @@ def tempered_energy(spec: ModelSpec, statistics: ModelStatistics, options: Seque
     nearly the same order of layers.
     """
     return np.sqrt(_root_law(spec, statistics, options, "energy") * uniform(spec, statistics, options))
+
+
+def tempered_log(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """(‖M‖² · scale)^¼ · size · log(1 + rank), size = trainable parameters of one rank more.
+
+    Under one budget of parameters the best ranks are rank + 1 ∝ (‖M‖² · scale)^¼, whatever the layers' sizes: little
+    goes to the few layers with the largest gradients, and the more there is the more alike the ranks become. The laws
+    with √rank and without the size give wide layers rank ∝ 1/size² instead, and were worse than uniform LoRA where
+    there was room for rank 4 everywhere (docs/decisions.md, Utility). Why size: Adam moves every parameter alike, so a
+    rank of a larger layer moves the loss by more.
+    """
+    layers = {layer.name: layer for layer in spec.layers}
+    size = np.array([marginal_parameters(layers[option.layer], option.method) for option in options])
+    rank = np.array([option.rank for option in options], dtype=np.float64)
+    energy_root = _root_law(spec, statistics, options, "energy") / np.sqrt(np.maximum(rank, 1.0))
+    return np.sqrt(energy_root) * size * np.log1p(rank)
 
 
 def gradient(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
@@ -79,6 +96,11 @@ def _root_law(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Op
             factor = scale[option.layer, option.method]
             utility[index] = np.sqrt(max(0.0, energy) * factor) * np.sqrt(option.rank)
     return utility
+
+
+def marginal_parameters(layer: LayerSpec, method: str) -> float:
+    """Trainable parameters that one rank, unit of width or prefix pair more brings; 0 for "none"."""
+    return 0.0 if method == "none" else float(trainable_params(layer, method, 2) - trainable_params(layer, method, 1))
 
 
 def input_scales(spec: ModelSpec, statistics: ModelStatistics) -> dict[tuple[str, str], float]:

@@ -32,7 +32,7 @@ def test_stacked_arms_equal_single_ones(task: StudyTask) -> None:
     together = train(task, arms)
     for arm, stacked in zip(arms, together, strict=True):
         alone = train(task, [arm])[0]
-        for name in ("early_validation_loss", "validation_loss", "test_loss"):
+        for name in ("validation_loss", "test_loss"):
             assert getattr(stacked, name) == pytest.approx(getattr(alone, name), abs=TOLERANCE)
 
 

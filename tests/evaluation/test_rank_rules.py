@@ -69,6 +69,15 @@ def test_eva_follows_explained_variance() -> None:
     assert torch.allclose(initial.abs(), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
 
 
+def test_gradient_svd_begins_along_the_mean_gradient() -> None:
+    direction = torch.tensor([3.0, 0.0, 4.0, 0.0]) / 5.0
+    gradient = torch.outer(torch.tensor([1.0, 2.0, 0.0]), direction) + 1e-3 * torch.eye(3, 4)
+    measured = {"a": LayerGradient(gradient, torch.zeros(3, 4), torch.eye(4))}
+    initial = baselines.gradient_svd_inits(measured, {"a": 2})["a"]
+    torch.testing.assert_close(initial @ initial.mT, torch.eye(2), atol=1e-6, rtol=0)
+    assert abs(float(initial[0] @ direction)) > 0.999  # the perturbation of 1e-3 turns it by about as much
+
+
 def test_mean_gradients_are_those_of_autograd(task: StudyTask) -> None:
     index = torch.arange(8)
     measured = layer_gradients(task, task.train.batches(index, 3))

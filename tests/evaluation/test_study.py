@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from layerlens.evaluation import analysis, sweep
+from layerlens.evaluation import analysis, proxy_check, sweep
 from layerlens.evaluation.calibration import rank_correlation, single_layer_gains, single_layer_records
 from layerlens.evaluation.gradients import lora_layers
+from layerlens.evaluation.proxy_check import checked_gain
 from layerlens.evaluation.results import ResultsFile, allocation_key
-from layerlens.evaluation.study_report import comparison_table, gain_table, half_table, write_gain_plot
+from layerlens.evaluation.study_report import checked_table, comparison_table, gain_table, half_table, write_gain_plot
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.exceptions import DataError
 
@@ -63,7 +64,7 @@ def test_the_rate_is_chosen_by_validation_on_the_sweep_seeds() -> None:
 def _fake_results(folder: Path, task: str, losses: dict[str, float], noise: float) -> ResultsFile:
     """Three arms whose losses differ by constants and share their seeds' noise, plus a little of their own."""
     results = ResultsFile.open(folder / f"{task}.jsonl")
-    results.append([{"kind": "reference", "name": "frozen", "test_loss": 2.0}])
+    results.append([{"kind": "reference", "name": "frozen", "test_loss": 2.0, "validation_loss": 2.0}])
     generator = np.random.default_rng(len(task))
     shared = generator.normal(size=5)
     for arm, loss in losses.items():
@@ -71,7 +72,7 @@ def _fake_results(folder: Path, task: str, losses: dict[str, float], noise: floa
         results.append([{"kind": "arm", "arm": arm, "budget": "tight", "key": key, "params": 10, "ranks": {arm: 1}}])
         own = generator.normal(size=5)
         results.append(
-            {"kind": "run", "key": key, "lr": 0.1, "seed": seed, "validation_loss": 1.0, "early_validation_loss": loss,
+            {"kind": "run", "key": key, "lr": 0.1, "seed": seed, "validation_loss": loss,
              "test_loss": loss + shared[seed] + noise * own[seed], "test_metric": 0.5}
             for seed in range(5)
         )  # fmt: skip
@@ -97,9 +98,33 @@ def test_paired_gains_see_through_the_noise_that_seeds_share(tmp_path: Path) -> 
     assert "| 0 / 2 |" in table.splitlines()[4]
     assert "2 / 0" in comparison_table(files, "tight", "signal", ["uniform", "fisher"])
     assert "signal at tight against uniform at tight" in half_table(files, [("tight", "tight")], ["signal"])
-    assert analysis.checked_arm(files, tables, "tight", ["fisher", "uniform"]) == {"one": "uniform", "three": "uniform"}
+    gain, taken = checked_gain(files["one"], "tight", ["fisher", "signal"], 1.0)
+    assert taken == {"fisher": 0, "signal": 5, "uniform": 0}
+    assert np.array_equal(gain, gains["one"])
+    gain, taken = checked_gain(files["one"], "tight", ["fisher"], 1.0)
+    assert taken == {"fisher": 0, "uniform": 5}
+    assert not gain.any()
+    assert checked_gain(files["one"], "tight", ["signal"], 0.5) is None  # nobody ran it
+    table = checked_table(files, ["tight"], ["signal"], [0.5, 1.0])
+    assert "| tight | one |" in table
+    assert "; 5 + 0 |" in table
     write_gain_plot(files, "tight", tmp_path / "gain.svg", ["one", "three"], {})
     assert (tmp_path / "gain.svg").read_text(encoding="utf-8").rstrip().endswith("</svg>")
+
+
+def test_a_check_is_run_once_for_every_seed(task: StudyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = ResultsFile.open(tmp_path / "tiny.jsonl")
+    results.append(
+        {"kind": "run", "key": "k", "lr": rate, "seed": seed, "validation_loss": rate}
+        for rate in (0.01, 0.02)
+        for seed in task.sweep_seeds
+    )
+    proxy_check.run_check(task, results, "k", {lora_layers(task)[0].name: 2}, 0.5)
+    found = results.select(kind="check", share=0.5, lr=0.01, steps=3)
+    assert [record["seed"] for record in found] == list(task.seeds)
+    assert all(np.isfinite(record["validation_loss"]) for record in found)
+    monkeypatch.setattr(proxy_check, "train", lambda *args, **kwargs: pytest.fail("everything was there"))
+    proxy_check.run_check(task, results, "k", {lora_layers(task)[0].name: 2}, 0.5)
 
 
 def test_single_layers_are_measured_against_the_head_alone(task: StudyTask) -> None:

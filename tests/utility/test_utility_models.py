@@ -20,7 +20,15 @@ from layerlens.models import (
     Option,
     enumerate_options,
 )
-from layerlens.utility import UTILITY_MODELS, metrics_from_cache, utility_table, weighted_table
+from layerlens.utility import (
+    AUTO,
+    UTILITY_MODELS,
+    metrics_from_cache,
+    model_for,
+    needed_statistics,
+    utility_table,
+    weighted_table,
+)
 
 RANKS = {"lora": (1, 4), "adapter": (4,), "prefix": (1, 2)}
 SPEC = ModelSpec(
@@ -82,6 +90,34 @@ def test_tempered_energy_leaves_the_noise_in():
     assert found["fc", "adapter", 4] == pytest.approx((4.0 * 2.0 / 8.0) ** 0.25 * 2.0)
 
 
+def test_tempered_log_counts_the_parameters_of_a_rank():
+    found = utilities("tempered_log")
+    assert found["fc", "lora", 1] == pytest.approx(2.0 * 16 * np.log(2))  # 16^¼, 8 + 8 parameters a rank
+    assert found["fc", "lora", 4] == pytest.approx(2.0 * 16 * np.log(5))
+    # (4 · 2/8)^¼ = 1; 2 · 8 parameters and a bias a unit of width
+    assert found["fc", "adapter", 4] == pytest.approx(17 * np.log(5))
+    assert found["att", "prefix", 2] == pytest.approx((9.0 * 4.0) ** 0.25 * 16 * np.log(3))
+    assert found["fc", "none", 0] == 0.0
+
+
+@given(st.lists(st.tuples(st.floats(1.0, 100.0), st.integers(4, 40)), min_size=3, max_size=6), st.integers(2, 8))
+def test_tempered_log_gives_uniform_lora_where_energies_are_equal(layers, rank):
+    """The marginal value of a rank for its parameters is E^¼ · log((r + 2)/(r + 1)): the same in every layer."""
+    sizes = [size for _, size in layers]
+    specs = [LayerSpec(str(n), 8, "linear", n_in=s, n_out=2 * s, methods=("lora",)) for n, s in enumerate(sizes)]
+    spec = ModelSpec("m", 1, specs)
+    found = ModelStatistics(
+        tuple(LayerStatistics(str(n), {"lora": MethodStatistics(e, 1.0, 1.0, 1.0)}) for n, (e, _) in enumerate(layers)),
+        10, 100, 1.0, 0.0, 0.0,
+    )  # fmt: skip
+    options = enumerate_options(spec, {"lora": (rank, rank + 1)})
+    table = utility_table("tempered_log", spec, found, options, {})
+    value = {(o.layer, o.rank): u for o, u in zip(table.options, table.utility, strict=True)}
+    for n, (energy, size) in enumerate(layers):
+        step = value[str(n), rank + 1] - value[str(n), rank]
+        assert step / (3 * size) == pytest.approx(energy**0.25 * np.log((rank + 2) / (rank + 1)), rel=1e-9)
+
+
 def test_gradient_is_the_same_law_with_the_noise_left_in():
     found = utilities("gradient")
     assert found["fc", "lora", 4] == 8.0
@@ -101,7 +137,19 @@ def test_uniform_sees_ranks_only():
 
 
 def test_every_model_that_can_be_configured_is_there():
-    assert {*UTILITY_MODELS, "weighted"} == set(CONFIGURED_MODELS)
+    assert {*UTILITY_MODELS, "weighted", AUTO} == set(CONFIGURED_MODELS)
+
+
+def test_auto_spreads_where_the_budget_pays_for_rank_2_everywhere():
+    # fc takes 8 + 8 parameters a rank; the attention layer cannot take LoRA
+    assert model_for(AUTO, SPEC, 31) == "tempered_energy"
+    assert model_for(AUTO, SPEC, 32) == model_for(AUTO, SPEC, None) == "tempered_log"
+    assert model_for("signal", SPEC, 31) == "signal"
+    prefixes = ModelSpec("m", 100, [SPEC.layers[0]])  # 2 · 8 parameters a pair
+    assert model_for(AUTO, prefixes, 31) == "tempered_energy"
+    assert model_for(AUTO, prefixes, 32) == "tempered_log"
+    for name in ("tempered_energy", "tempered_log"):
+        assert set(needed_statistics(name, {})) <= set(needed_statistics(AUTO, {}))
 
 
 def test_whitened_without_spectra_says_what_to_do():

@@ -1,0 +1,204 @@
+"""The proxy check: the solver's choice and other allocations trained beside each other, and the best one taken.
+
+Theory ranks layers, and where it is wrong the choice can be worse than plain uniform LoRA. So complete allocations
+within the same budgets are trained on training data, from one start and on the same batches, and compared on held-out
+samples. What is trained is kept in the sensitivity cache, so that an interrupted check goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from layerlens.config import RunConfig
+from layerlens.config.proxy_check import UNIFORM_LORA
+from layerlens.data import Dataset
+from layerlens.exceptions import DataError, ProfilingError
+from layerlens.models import Manifest
+from layerlens.optimization import explain, uniform_lora
+from layerlens.pipeline.inputs import MIN_HELD_OUT
+from layerlens.pipeline.messages import Warnings
+from layerlens.pipeline.proxies import ProxyTrainer, mean_and_error
+from layerlens.pipeline.solve import Solution
+from layerlens.profiling.proxy_file import SavedProxies
+from layerlens.utils.progress import Progress
+
+CHOICE = "choice"
+"""Name of the solver's own choice among the candidates."""
+MARGIN = 0.02
+"""By this share of its loss drop another allocation has to be better than uniform LoRA: variants of LoRA lie within
+1-2 % of it once learning rates are tuned (DESIGN section 5), and below that uniform LoRA is as good a choice.
+"""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the check found.
+
+    Args:
+        chosen: name of the best candidate.
+        facts: for the manifest: of each candidate its loss drop with the standard error, and the learning rate that it
+            was reached with.
+        measured: the same for the summary and the report.
+    """
+
+    chosen: str
+    facts: dict[str, Any]
+    measured: dict[str, dict[str, float]]
+
+
+def check_samples(dataset: Dataset, config: RunConfig, n_before: int, n_head: int) -> tuple[Dataset, Dataset]:
+    """(training, held-out) samples: calibration samples and what follows them, never head or test samples.
+
+    Args:
+        dataset: all samples; the test split stays out.
+        config: how many of each, and the seed.
+        n_before: samples that are measured or that proxies are judged on.
+        n_head: samples behind those that the head was fitted on.
+
+    Raises:
+        DataError: too few samples are left to judge on.
+    """
+    wanted = config.optimization.proxy_check
+    n_asked = n_before + n_head + wanted.train_samples + wanted.held_out_samples
+    together, _ = dataset.split(n_asked, 0, config.runtime.seed)
+    usable = [index for index in range(len(together)) if not n_before <= index < n_before + n_head]
+    n_held_out = min(wanted.held_out_samples, len(usable) // 3)
+    n_train = min(wanted.train_samples, len(usable) - n_held_out)
+    # Behind the measured samples where the data is large enough, and behind those that are trained on in any case.
+    start = max(n_train, min(n_before, len(usable) - n_held_out))
+    held_out = usable[start : start + n_held_out]
+    if len(held_out) < MIN_HELD_OUT:
+        raise DataError(
+            f"optimization.proxy_check: the data leaves {len(held_out)} samples to judge on, and {MIN_HELD_OUT} are "
+            "needed; give more data or set optimization.proxy_check.steps: 0"
+        )
+    return together.select(usable[:n_train]), together.select(held_out)
+
+
+def checked_solution(
+    trainer: Callable[[], ProxyTrainer],
+    solution: Solution,
+    solve_by: Callable[[str], Solution],
+    manifest_of: Callable[[Solution], Manifest],
+    config: RunConfig,
+    saved: SavedProxies | None,
+    progress: Progress,
+    warnings: Warnings,
+) -> tuple[Solution, Checked]:
+    """The best of the solver's choice and the configured candidates, and what the check found.
+
+    Args:
+        trainer: makes the trainer when the first candidate has to be trained.
+        solution: the solver's choice.
+        solve_by: the choice by another utility model.
+        manifest_of: what would be written of a solution.
+        config: candidates, steps and learning rates.
+        saved: where loss drops are kept.
+        progress: told of every training.
+        warnings: told when the solver's choice is overruled.
+    """
+    solutions = {CHOICE: solution}
+    for name in config.optimization.proxy_check.candidates:
+        found = uniform_solution(solution) if name == UNIFORM_LORA else solve_by(name)
+        if found is None:
+            warnings.add("optimization.proxy_check: no uniform LoRA fits the budgets, so it is not compared")
+        else:
+            solutions[name] = found
+    manifests = {name: manifest_of(found) for name, found in solutions.items()}
+    checked = run_check(trainer, manifests, config, saved, progress)
+    _tell(checked, warnings)
+    return solutions[checked.chosen], checked
+
+
+def uniform_solution(solution: Solution) -> Solution | None:
+    """Uniform LoRA within the budgets of ``solution``; None where none fits."""
+    allocation = uniform_lora(solution.problem, solution.allocation)
+    if allocation is None:
+        return None
+    return replace(
+        solution, allocation=allocation, explanations=tuple(explain(solution.problem, allocation)), events=()
+    )
+
+
+def run_check(
+    trainer: Callable[[], ProxyTrainer],
+    candidates: Mapping[str, Manifest],
+    config: RunConfig,
+    saved: SavedProxies | None,
+    progress: Progress,
+) -> Checked:
+    """Train every candidate at every learning rate and name the one with the largest mean loss drop, where uniform LoRA
+    counts as better by ``MARGIN``.
+
+    Args:
+        trainer: makes the trainer when the first candidate has to be trained.
+        candidates: name -> what is trained; the solver's choice is ``CHOICE``. Equal allocations are trained once.
+        config: the learning rates.
+        saved: where loss drops are kept, from the first one on.
+        progress: told of every training.
+
+    Raises:
+        ProfilingError: no candidate's loss was finite at any learning rate.
+    """
+    rates = config.optimization.proxy_check.learning_rates
+    known: dict[str, list[float]] = dict(saved.restore().get("check", {})) if saved else {}
+    best: dict[str, tuple[float, np.ndarray]] = {}
+    with progress.stage("Training candidates", total=len(candidates) * len(rates)) as advance:
+        for name, manifest in candidates.items():
+            for rate in rates:
+                key = json.dumps(
+                    [rate, [[row.layer, row.method, row.rank] for row in manifest.allocations if row.rank]]
+                )
+                if key not in known:
+                    known[key] = trainer().drops(manifest, rate, decay=True).tolist()
+                    if saved:
+                        saved.keep(check=known)
+                drops = np.array(known[key])
+                if np.all(np.isfinite(drops)) and (name not in best or drops.mean() > best[name][1].mean()):
+                    best[name] = (rate, drops)
+                advance(1)
+    if not best:
+        raise ProfilingError(
+            "optimization.proxy_check: no candidate's loss was finite after training; lower "
+            f"optimization.proxy_check.learning_rates (they are {', '.join(f'{rate:g}' for rate in rates)})"
+        )
+    chosen = max(best, key=lambda name: (with_margin(name, float(best[name][1].mean())), name == CHOICE))
+    facts: dict[str, Any] = {"chosen": chosen, "steps": config.optimization.proxy_check.steps}
+    measured = {}
+    for name, (rate, drops) in best.items():
+        drop, error = mean_and_error(drops)
+        over = mean_and_error(drops - best[chosen][1])
+        facts[name] = {"loss_drop": drop, "standard_error": error, "learning_rate": rate,
+                       "over_chosen": over[0], "over_chosen_standard_error": over[1]}  # fmt: skip
+        measured[f"proxy_check_{name}"] = {"measured": drop, "standard_error": error}
+    return Checked(chosen, facts, measured)
+
+
+def with_margin(name: str, loss_drop: float) -> float:
+    """What a candidate's loss drop counts as in the comparison."""
+    return loss_drop + MARGIN * abs(loss_drop) if name == UNIFORM_LORA else loss_drop
+
+
+def _tell(checked: Checked, warnings: Warnings) -> None:
+    """Say when another allocation than the solver's is written, and by how much it was better."""
+    if checked.chosen == CHOICE:
+        return
+    if CHOICE in checked.facts:
+        found = checked.facts[CHOICE]
+        by = (
+            f"was better by {found['over_chosen']:.2g} ± {found['over_chosen_standard_error']:.2g} per sample, where "
+            f"{MARGIN:.0%} of uniform LoRA's loss drop are asked for"
+            if found["over_chosen"] > 0.0
+            else f"was worse by {-found['over_chosen']:.4g} ± {found['over_chosen_standard_error']:.2g} per sample"
+        )
+    else:
+        by = "diverged"
+    warnings.add(
+        f"optimization.proxy_check: {checked.chosen} is written: after {checked.facts['steps']} steps the solver's "
+        f"choice {by}; gap and score speak of the theory that the check overruled"
+    )
