@@ -19,7 +19,7 @@ from layerlens.utility import needed_statistics
 PADDING_FIRST = ("roberta", "xlm-roberta", "camembert", "longformer")
 """Models whose positions count from the padding token's id on."""
 
-STATISTICS_VERSION = 4
+STATISTICS_VERSION = 5
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
 
 MIN_HELD_OUT = 8

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from layerlens.exceptions import ProfilingError
-from layerlens.integrations.transformers import blocks_of
+from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
 from layerlens.models import FactorSketch, KernelStatistics, ModelSpec, ModelStatistics
 from layerlens.profiling.capture import Capture
@@ -61,8 +61,8 @@ def measure(
     model = uncompiled(model)
     n_samples = batches.n_samples if isinstance(batches, Batches) else sum(len(batch.index) for batch in batches)
     request = dataclasses.replace(request, ntk_samples=min(request.ntk_samples, n_samples))
-    told = _Told()
-    with frozen_without_dropout(model, checkpointing=True):
+    told = Told()
+    with frozen_without_dropout(model, checkpointing=True), without_cache(model):
         capture = Capture(model, spec, request, threads, other_modules)
         with progress.stage("Measuring gradients", total=len(batches)) as advance, capture.open():
             n_done, losses = saved.restore(capture) if saved else (0, [])
@@ -79,16 +79,14 @@ def measure(
         with progress.stage("Computing statistics", total=None):
             layers = capture.result(DAMPING)
             others = capture.other_weights(DAMPING)
-            kernel = _kernel(capture, told) if request.ntk else None
+            kernel = kernel_of(capture.gram(), request.ntk_samples, told) if request.ntk else None
         covered = capture.covered_weights()
-    with frozen_without_dropout(model, checkpointing=False):
+    with frozen_without_dropout(model, checkpointing=False), without_cache(model):
         inputs = dense_inputs(batches[0].inputs, sequence_length)
         first_block = next(iter(blocks_of(model)), None)
         activation_bytes, forward_flops = frozen_footprint(model, first_block, inputs)
         modules = module_costs(model, first_block, inputs, request)
-    left_out = _left_out(model, covered)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    missing = sum(model.get_parameter(name).numel() for name in left_out)
+    left_out, coverage = left_out_of(model, covered)
     statistics = ModelStatistics(
         layers=layers,
         n_samples=n_samples,
@@ -99,7 +97,7 @@ def measure(
         kernel=kernel,
         other_weights=others,
         left_out=left_out,
-        coverage=1.0 - missing / total,
+        coverage=coverage,
         modules=modules,
     )
     refuse_non_finite(statistics)
@@ -144,7 +142,7 @@ def refuse_non_finite(statistics: ModelStatistics) -> None:
 
 
 @dataclasses.dataclass
-class _Told:
+class Told:
     """What is kept of the samples in the order in which they are measured: not their inputs."""
 
     n_tokens: int = 0
@@ -159,18 +157,26 @@ class _Told:
         self.labels.append(batch.labels.cpu() if one_each else None)
 
 
-def _kernel(capture: Capture, told: _Told) -> KernelStatistics:
-    """The kernel of the first samples that were measured, in the order that they have in the calibration set."""
-    count = capture.request.ntk_samples
+def kernel_of(grams: np.ndarray, count: int, told: Told) -> KernelStatistics:
+    """The kernel of the first ``count`` samples that were measured, in the order that they have in the calibration set.
+
+    Args:
+        grams: float64 [sketches, count, count], in the order of measuring.
+        count: how many samples.
+        told: what is kept of the samples.
+    """
     order = torch.cat(told.index)[:count].argsort().numpy()
     labels = [part for part in told.labels if part is not None]
     comparable = len(labels) == len(told.labels)
     of_samples = torch.cat(labels)[:count].numpy()[order] if comparable else np.zeros((0, 0))
-    return kernel_statistics(capture.gram()[:, order][:, :, order], of_samples)
+    return kernel_statistics(grams[:, order][:, :, order], of_samples)
 
 
-def _left_out(model: torch.nn.Module, covered: dict[str, str]) -> dict[str, str]:
-    """Parameters without statistics and why, each tied parameter under the name that the model gives it."""
+def left_out_of(model: torch.nn.Module, covered: dict[str, str]) -> tuple[dict[str, str], float]:
+    """(parameters without statistics and why, share of the parameters that have some).
+
+    Each tied parameter is under the name that the model gives it.
+    """
     have = {id(model.get_parameter(name)) for name in covered}
     left_out = {}
     for name, parameter in model.named_parameters():
@@ -179,4 +185,6 @@ def _left_out(model: torch.nn.Module, covered: dict[str, str]) -> dict[str, str]
             module = model.get_submodule(path)
             reason = why_not_measurable(path, module) if part == "weight" else f"not a weight matrix ({part})"
             left_out[name] = reason or "not asked for, or no gradient reaches it"
-    return left_out
+    total = sum(parameter.numel() for parameter in model.parameters())
+    missing = sum(model.get_parameter(name).numel() for name in left_out)
+    return left_out, 1.0 - missing / total

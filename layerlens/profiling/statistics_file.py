@@ -115,8 +115,12 @@ def _measured(prefix: str, scalars: dict[str, Any], tensors: dict[str, np.ndarra
     return MethodStatistics(**found)
 
 
-def load_statistics(path: Path) -> tuple[ModelSpec, ModelStatistics]:
+def load_statistics(path: Path, *, whole: bool = True) -> tuple[ModelSpec, ModelStatistics]:
     """Read what ``statistics_to_bytes`` wrote.
+
+    Args:
+        path: the file.
+        whole: whether it has to be of a whole model; checked for what no measurement gives.
 
     Raises:
         ActivationCacheError: no such file, not a statistics file, truncated, or of another version.
@@ -145,7 +149,8 @@ def load_statistics(path: Path) -> tuple[ModelSpec, ModelStatistics]:
     except (KeyError, TypeError, ValueError) as error:
         raise ActivationCacheError(f"{path} has a damaged header ({error!r}); profile the model again") from error
     try:
-        check_statistics(spec, statistics)
+        if whole:
+            check_statistics(spec, statistics)
     except ActivationCacheError as error:
         raise ActivationCacheError(f"{path}: {error}; profile the model again") from error
     return spec, statistics

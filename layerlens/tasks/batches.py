@@ -116,7 +116,7 @@ class Batches(Sequence[Batch]):
             return part
         chosen = self.plan[index]
         inputs, labels = self.task.collate(self.pretrained, [self.features[sample] for sample in chosen])
-        return Batch(inputs, labels, torch.tensor(chosen)).to(next(self.pretrained.model.parameters()).device)
+        return Batch(inputs, labels, torch.tensor(chosen)).to(self.pretrained.device)
 
 
 def make_batches(
