@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -14,42 +14,35 @@ from typing import Any
 
 from layerlens.config import RunConfig
 from layerlens.cost import cost_table
-from layerlens.data import Dataset, load_dataset
+from layerlens.data import load_dataset
 from layerlens.exceptions import ActivationCacheError
-from layerlens.integrations.layers import model_spec
 from layerlens.integrations.torch_modules import usable_device
-from layerlens.integrations.transformers import PretrainedModel, load_pretrained
-from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.manifest import write_manifest, write_report
 from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
 from layerlens.pipeline.checks import check_manifest
 from layerlens.pipeline.factors import measured_factors
 from layerlens.pipeline.inputs import (
-    check_lengths,
     data_facts,
     model_facts,
     proxy_identity,
-    split_samples,
     statistics_identity,
-    statistics_request,
 )
+from layerlens.pipeline.memory_mode import memory_facts
 from layerlens.pipeline.messages import Warnings, warn_of_calibration, warn_of_no_gain, warn_of_overrun
+from layerlens.pipeline.prepare import prepare
+from layerlens.pipeline.profile import fit_new_head, profile
 from layerlens.pipeline.proxies import ProxyTrainer, joint_gains, measure_proxies
 from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
 from layerlens.profiling.cache import SensitivityCache, cache_key, default_cache_dir
-from layerlens.profiling.head import fit_head
-from layerlens.profiling.measure import measure, refuse_non_finite
-from layerlens.profiling.saved_pass import SavedPass
+from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
-from layerlens.tasks import Batch, Batches, Task, make_batches, task_for
+from layerlens.tasks import task_for
 from layerlens.tuning import export_adapter
 from layerlens.utility import calibrated_table
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
-
-HEAD_BATCH_SIZE = 32
 
 
 @dataclass
@@ -97,51 +90,28 @@ def run_config(
     with clock.stage("load"), progress.stage("Loading model and data"):
         dataset = load_dataset(config.data, base_dir, config.model.task)
         task = task_for(config.model, base_dir)
-        pretrained = load_pretrained(
-            config.model.reference,
-            config.model.task,
-            dataset.label_names,
-            seed=config.runtime.seed,
-            base_dir=base_dir,
-            dtype=config.model.dtype,
-            weights=config.model.weights,
-        )
-        check_lengths(pretrained, config)
-        if dataset.label_names:
-            dataset = dataset.with_label_order(pretrained.labels)
-        pretrained.model.to(device)
-        calibration, head_data, held_out = split_samples(dataset, config, warnings)
-
-        def batches_of(samples: Dataset, batch_size: int = config.data.batch_size) -> Batches:
-            return make_batches(task, pretrained, samples, config.data, batch_size=batch_size, seed=config.runtime.seed)
-
-        batches = batches_of(calibration)
-        inputs = batches[0].inputs
-        spec = model_spec(
-            pretrained,
-            config.model.reference,
-            adapter_sites=config.profiling.adapter_sites,
-            inputs=None if "input_ids" in inputs else inputs,
-        )
+        prepared = prepare(config, base_dir, dataset, task, device, warnings)
+    pretrained, batches, spec = prepared.pretrained, prepared.batches, prepared.spec
+    held_out = prepared.held_out
+    streams: Path | None = None
 
     @once
     def fit() -> None:
         """Fit the head where it is new."""
-        if pretrained.new_parameters and len(head_data):
-            head_batches = batches_of(head_data, HEAD_BATCH_SIZE)
-            fit_head(pretrained.model, pretrained.new_parameters, head_batches, progress, task.loss)
+        fit_new_head(prepared, progress, device, streams)
 
     with clock.stage("profile"):
-        identity = statistics_identity(config, spec, calibration, head_data, threads)
+        identity = statistics_identity(config, spec, prepared.calibration, prepared.head_data, threads)
         key = cache_key(identity)
+        streams = cache.stream_directory(key) if cache else None
         found = cache.get(key) if cache else None
         if found is None:
             saved = cache.saved_pass(key) if cache else None
             fit()
-            statistics = _profile(config, pretrained, task, spec, batches, threads, progress, saved)
+            statistics = profile(prepared, threads, progress, device, saved, streams)
         else:
             statistics = found[1]
-        facts = model_facts(pretrained, config, dataset, spec)
+        facts = model_facts(pretrained, config, prepared.dataset, spec)
         statistics = replace(statistics, provenance={"identity": identity, "model": facts})
         if cache and found is None:
             cache.put(key, spec, statistics)
@@ -149,7 +119,7 @@ def run_config(
     @once
     def trainer() -> ProxyTrainer:
         fit()
-        return ProxyTrainer(pretrained.model, spec, batches, batches_of(held_out), task.loss, config)
+        return ProxyTrainer(pretrained.model, spec, batches, prepared.batches_of(held_out), task.loss, config)
 
     saved_proxies = None
     if config.profiling.proxies.options:
@@ -167,7 +137,7 @@ def run_config(
         solution,
         config.optimization,
         model=facts,
-        provenance=run_provenance(config, threads, data_facts(statistics)),
+        provenance=run_provenance(config, threads, data_facts(statistics)) | memory_facts(prepared.plan, config),
     )
     joint: dict[str, Any] = {}
     if statistics.proxies:
@@ -181,10 +151,17 @@ def run_config(
             written = write_manifest(manifest, staging, created_at=_now())
             written |= export_adapter(manifest, pretrained.model, staging, factors)
             written["statistics"] = atomic_write_bytes(staging / STATISTICS_FILE, statistics_to_bytes(spec, statistics))
+        measured: dict[str, Any] = {}
         with clock.stage("check"):
-            longest = batches[-1].inputs
-            measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress, factors)
-            warn_of_overrun(manifest, measured, warnings)
+            if pretrained.streamed is None:
+                longest = batches[-1].inputs
+                measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress, factors)
+                warn_of_overrun(manifest, measured, warnings)
+            else:
+                warnings.add(
+                    "predictions are not held against the model, which was never in memory whole; `layerlens evaluate "
+                    "MANIFEST --costs` does it on a machine that holds it"
+                )
             if statistics.proxies:
                 measured |= joint
                 warn_of_calibration(manifest, joint, warnings)
@@ -278,31 +255,6 @@ def _write_report(
     )
     lines = "".join(json.dumps(asdict(event)) + "\n" for event in solution.events)
     return {"report": report, "solver_log": atomic_write_text(staging / SOLVER_LOG_FILE, lines)}
-
-
-def _profile(
-    config: RunConfig,
-    pretrained: PretrainedModel,
-    task: Task,
-    spec: ModelSpec,
-    batches: Sequence[Batch],
-    threads: int,
-    progress: Progress,
-    saved: SavedPass | None,
-) -> ModelStatistics:
-    """Measure every layer."""
-    return measure(
-        pretrained.model,
-        spec,
-        batches,
-        request=statistics_request(config),
-        other_modules=measurable_modules(pretrained.model, spec) if config.profiling.all_weights else (),
-        sequence_length=config.data.max_length,
-        threads=threads,
-        progress=progress,
-        loss=task.loss,
-        saved=saved,
-    )
 
 
 def _solve(

@@ -99,6 +99,10 @@ class SensitivityCache:
         partial = f"{key}.partial"
         return SavedPass(lambda: self._read(partial), lambda data: self._keep(partial, data, "unfinished pass", 0))
 
+    def stream_directory(self, key: str) -> Path:
+        """Where a streamed profile for ``key`` keeps its activations and what is finished, until it is done."""
+        return self.directory / "streams" / key
+
     def saved_proxies(self, key: str, model_name: str, n_samples: int) -> SavedProxies:
         """Where the gains of single options are kept for ``key``, from the first one on."""
         entry = f"{key}{PROXIES}"

@@ -153,7 +153,7 @@ class Boundaries:
 
 
 class TreeFile:
-    """Nested lists, tuples and dicts of tensors, with the tensors in a file; a tensor that occurs twice is there once."""
+    """Nested lists, tuples and dicts of tensors, the tensors in a file; one that occurs twice is there once."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.file = TensorFile(path)

@@ -86,8 +86,10 @@ class Journal:
 
 
 @contextmanager
-def stream_directory(kept: Path | None) -> Iterator[Path]:
+def stream_directory(kept: Path | None, parent: Path | None = None) -> Iterator[Path]:
     """A directory that this process alone writes to: ``kept`` (which stays after an error), or a temporary one.
+
+    Temporary ones are made beside ``kept`` or in ``parent``, else where the system has its temporary files.
 
     A temporary one is taken also where another process streams the same profile at this time.
 
@@ -111,5 +113,5 @@ def stream_directory(kept: Path | None) -> Iterator[Path]:
             finally:
                 os.close(lock)
             return
-    with tempfile.TemporaryDirectory(prefix="layerlens-stream-", dir=None if kept is None else kept.parent) as name:
+    with tempfile.TemporaryDirectory(prefix="layerlens-stream-", dir=parent if kept is None else kept.parent) as name:
         yield Path(name)

@@ -70,7 +70,7 @@ def measure_streamed(
     request = dataclasses.replace(request, ntk_samples=min(request.ntk_samples, n_samples))
     with stream_directory(directory) as place, frozen_without_dropout(model, checkpointing=False), without_cache(model):
         footprint = StreamedFootprint(dense_inputs(batches[0].inputs, sequence_length))
-        sweep = ForwardSweep(model, weights, batches, place, device or torch.device("cpu"), footprint)
+        sweep = ForwardSweep(model, weights, _HalvesApart(batches), place, device or torch.device("cpu"), footprint)
         try:
             one_pass = _Pass(sweep, Journal(place), spec, request, threads, loss, tuple(other_modules), n_samples)
             statistics = one_pass.run(progress)
@@ -101,6 +101,19 @@ def refuse_whole_model_statistics(request: StatisticsRequest) -> None:
                 f"profiling.statistics: {name} is measured on the whole model in memory, not on one that is streamed; "
                 "leave it out, or set profiling.memory_mode: plain"
             )
+
+
+class _HalvesApart(Sequence[Batch]):
+    """Batches with the samples of each half of the calibration set together, as ``measure`` takes them."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.batches[index].halves_apart()
 
 
 class _SharedSketch(KernelSketch):

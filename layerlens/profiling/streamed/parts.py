@@ -97,7 +97,9 @@ class ModelParts:
                     what = "calls a block twice" if number < len(calls) else "leaves out a block"
                     raise cannot_stream(self.model, f"{what} ({self.blocks[number]})")
                 if number and given is not hidden[0]:
-                    raise cannot_stream(self.model, f"computes something between its blocks, before {self.blocks[number]}")
+                    raise cannot_stream(
+                        self.model, f"computes something between its blocks, before {self.blocks[number]}"
+                    )
                 hidden[:] = [given]
                 calls.append(call)
                 if number == len(self.blocks) - 1 or not self._answers_known:
@@ -248,9 +250,7 @@ def _units(model: torch.nn.Module, blocks: Sequence[str]) -> Iterator[str]:
     yield from below("", model)
 
 
-def _split(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, BlockCall]:
+def _split(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, BlockCall]:
     """(activations, everything else) of a block's arguments."""
     by_name = "" if args else "hidden_states"
     hidden = args[0] if args else kwargs.get(by_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -19,7 +20,7 @@ class Weights(Protocol):
 
 
 class Residency:
-    """Puts weights into a model of meta tensors and takes them out again. Tied weights are read once and put everywhere.
+    """Puts weights into a model of meta tensors and takes them out again; tied ones are read once and put everywhere.
 
     Args:
         model: its parameters on the meta device are the ones that are read; others stay as they are.
@@ -44,11 +45,11 @@ class Residency:
             path, _, attribute = name.rpartition(".")
             self._absent[first] = parameter
             self._owners.setdefault(first, []).append((model.get_submodule(path), attribute))
-        self._inside = {
-            name: [path for path in _prefixes(model, owners)] for name, owners in self._owners.items()
-        }
+        self._inside = {name: _prefixes(model, owners) for name, owners in self._owners.items()}
         self._resident: set[str] = set()
         self._spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+        shapes = Counter((x.shape, x.dtype) for x in self._absent.values())
+        self._in_every_block = {shape for shape, count in shapes.items() if count > 2}  # embeddings and heads come once
         self._ahead: tuple[frozenset[str], Future[dict[str, torch.Tensor]]] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layerlens-read-ahead")
 
@@ -106,7 +107,8 @@ class Residency:
             module_parameter = self._parameter(name)
             if self.device.type == "cpu":
                 tensor = module_parameter.data
-                self._spare.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
+                if (tensor.shape, tensor.dtype) in self._in_every_block:
+                    self._spare.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
             self._set(name, self._absent[name])
         self._resident &= wanted
         self.hold(wanted)

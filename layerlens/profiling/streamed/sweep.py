@@ -76,8 +76,8 @@ class ForwardSweep:
         return len(self.parts.blocks)
 
     def batch(self, number: int) -> Batch:
-        """A batch as the pass takes it."""
-        return self.batches[number].halves_apart().to(self.device)
+        """A batch on the device."""
+        return self.batches[number].to(self.device)
 
     def block_names(self, number: int) -> tuple[str, ...]:
         """Weights of one block."""
