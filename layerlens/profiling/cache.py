@@ -7,13 +7,16 @@ Writing a blob is atomic and comes before its index row, so a run that dies leav
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from layerlens.utils.atomic import atomic_write_bytes
 
 BUSY_TIMEOUT_S = 30.0
 PROXIES = ".proxies"
+STREAM = ".stream"
 
 
 def default_cache_dir() -> Path:
@@ -45,8 +49,8 @@ class CacheEntry:
     """What is kept under one key.
 
     Args:
-        key: as ``cache_key`` made it, with ``.partial`` for a pass that was interrupted and ``.proxies`` for measured
-            gains of options.
+        key: as ``cache_key`` made it, with ``.partial`` for a pass that was interrupted, ``.stream`` for the activations
+            of a streamed one, and ``.proxies`` for measured gains of options.
         model_name, n_samples: what was measured; "?" for a file that is not in the index.
         bytes: size of the blob.
         created_at: UTC, as SQLite writes it.
@@ -123,14 +127,35 @@ class SensitivityCache:
         for path in sorted(x for x in (self.directory / "blobs").iterdir() if x.suffix in (".safetensors", ".json")):
             if path.name not in known:
                 entries.append(CacheEntry(path.stem, "?", 0, path.stat().st_size, "", "foreign"))
+        for path in sorted((self.directory / "streams").glob("*")):
+            size = sum(one.stat().st_blocks * 512 for one in path.rglob("*"))
+            made = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+            entries.append(CacheEntry(f"{path.name}{STREAM}", "unfinished pass", 0, size, made, "ok"))
         return entries
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Forget these entries, index rows first, so that a reader never finds a row whose blob has just gone."""
+        """Forget these entries, index rows first, so that a reader never finds a row whose blob has just gone.
+
+        Raises:
+            ActivationCacheError: a streamed profile is being made at this time.
+        """
         for key in keys:
+            if key.endswith(STREAM):
+                self._remove_stream(self.directory / "streams" / key.removesuffix(STREAM))
+                continue
             with self._index() as index:
                 index.execute("DELETE FROM statistics WHERE key = ?", (key,))
             self._blob(key).unlink(missing_ok=True)
+
+    def _remove_stream(self, directory: Path) -> None:
+        with suppress(FileNotFoundError), (directory / "lock").open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ActivationCacheError(
+                    f"{directory} belongs to a profile that is running; remove it when that has ended"
+                ) from error
+        shutil.rmtree(directory, ignore_errors=True)
 
     def _keep(self, key: str, data: bytes, model_name: str, n_samples: int) -> None:
         atomic_write_bytes(self._blob(key), data)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from streamed_support import save
 
-from layerlens.exceptions import ProfilingError
+from layerlens.exceptions import ActivationCacheError, ProfilingError
+from layerlens.profiling.cache import SensitivityCache
 from layerlens.profiling.streamed.parts import ModelParts
 
 N_BATCHES = 3
@@ -100,3 +101,26 @@ def test_lost_results_are_told_and_another_profile_is_not_taken_up(tmp_path: Pat
     (directory / "1.safetensors").write_bytes(b"damaged")
     with pytest.raises(ProfilingError, match="the results of block 1 are gone"):
         saved.streamed(directory=directory)
+
+
+def test_the_cache_lists_an_unfinished_stream_and_removes_it_unless_it_is_running(tmp_path: Path):
+    saved = save("llama-causal-gqa", tmp_path / "model")
+    cache = SensitivityCache(tmp_path / "cache")
+    directory = cache.stream_directory("0" * 64)
+
+    class AsksTheCache(StoppedAt):
+        @contextmanager
+        def stage(self, description: str, total: int | None = None) -> Iterator[Any]:
+            if description == "Running blocks":
+                with pytest.raises(ActivationCacheError, match="is running"):
+                    cache.remove([entry.key for entry in cache.entries()])
+            with super().stage(description, total) as advance:
+                yield advance
+
+    with pytest.raises(KeyboardInterrupt):
+        saved.streamed(progress=AsksTheCache("Running blocks", N_BATCHES + 1), directory=directory)
+    (entry,) = cache.entries()
+    assert (entry.key, entry.state) == ("0" * 64 + ".stream", "ok")
+    assert entry.bytes > 0
+    cache.remove([entry.key])
+    assert not directory.exists()

@@ -76,10 +76,6 @@ class Residency:
                 return first
         return name
 
-    def n_bytes(self, names: Iterable[str]) -> int:
-        """Their size in memory."""
-        return sum(self._absent[name].numel() * self._absent[name].element_size() for name in names)
-
     def read_ahead(self, names: Iterable[str]) -> None:
         """Begin to read these; the next ``hold`` that wants them takes what was read."""
         if self._ahead is not None:
@@ -92,10 +88,12 @@ class Residency:
         """Have these in the model, whatever else is there."""
         missing = set(names) - self._resident
         start = time.perf_counter()
-        if self._ahead is not None and self._ahead[0] & missing:
-            ahead, self._ahead = self._ahead[1], None
-            self._put(ahead.result())
-            missing -= self._resident
+        if self._ahead is not None and missing:
+            (names_ahead, ahead), self._ahead = self._ahead, None
+            tensors = ahead.result()
+            if names_ahead & missing:  # else an interrupted profile goes on elsewhere
+                self._put(tensors)
+                missing -= self._resident
         if missing:
             self._put(self._thread.submit(self._read, sorted(missing)).result())
         self.waited_s += time.perf_counter() - start
@@ -104,9 +102,8 @@ class Residency:
         """Have these in the model and no others."""
         wanted = set(names)
         for name in self._resident - wanted:
-            module_parameter = self._parameter(name)
             if self.device.type == "cpu":
-                tensor = module_parameter.data
+                tensor = self._parameter(name).data
                 if (tensor.shape, tensor.dtype) in self._in_every_block:
                     self._spare.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
             self._set(name, self._absent[name])
