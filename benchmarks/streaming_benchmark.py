@@ -67,9 +67,8 @@ def everything(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     common = {"threads": arguments.threads, "statistics": STATISTICS, "tokens": 32, "batch_size": 8}
     size = write_checkpoint(place / "big", BIG)
     print(f"large checkpoint: {1e-9 * size:.2f} GB in {len(list((place / 'big').glob('*.safetensors')))} shards")
-    big = run_child(
-        {**common, "path": str(place / "big"), "samples": arguments.samples, "limit_bytes": arguments.limit_gb * 1e9}
-    )
+    limit = {"limit_bytes": arguments.limit_gb * 1e9, "predict": True}
+    big = run_child({**common, **limit, "path": str(place / "big"), "samples": arguments.samples})
     print(
         f"profiled with an address space of {arguments.limit_gb:g} GB: {big['wall_s']:.0f} s, peak resident "
         f"{big['peak_resident_gb']:.2f} GB, peak address space {big['peak_address_space_gb']:.2f} GB, "
@@ -82,7 +81,16 @@ def everything(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     equal = both[0]["digest"] == both[1]["digest"]
     print(f"statistics of the small model, streamed and in memory: {'the same bytes' if equal else 'DIFFERENT'}")
-    fits = {}
+    memory = {}
+    write_checkpoint(place / "middle-16", {**MIDDLE, "num_hidden_layers": 16})
+    for mode in ("plain", "checkpointed", "streamed"):
+        job = {**common, "path": str(place / "middle-16"), "samples": 32, "mode": mode, "predict": True}
+        found = run_child({**job, "tokens": 128, "batch_size": 16})
+        memory[mode] = {name: found[name] for name in ("predicted_peak_gb", "peak_resident_gb", "wall_s", "cpu_s")}
+        print(
+            f"{mode}: peak resident {found['peak_resident_gb']:.2f} GB, predicted {found['predicted_peak_gb']:.2f} GB"
+        )
+    fits: dict[str, Any] = {}
     for what, values in (("depth", DEPTHS), ("samples", SAMPLES)):
         seconds = []
         for value in values:
@@ -105,6 +113,7 @@ def everything(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "small_model_streamed_equals_in_memory": equal,
         "middle_shape": MIDDLE,
         "linear_fits": fits,
+        "peak_memory_16_blocks_of_512_features_16_x_128_tokens": memory,
     }
 
 
@@ -135,11 +144,13 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
     if "limit_bytes" in job:
         resource.setrlimit(resource.RLIMIT_AS, (int(job["limit_bytes"]),) * 2)
     import hashlib
+    from contextlib import nullcontext
 
     import torch
 
     from layerlens.integrations.layers import model_spec
     from layerlens.integrations.transformers import load_pretrained
+    from layerlens.pipeline.memory_mode import checkpointed_activations
     from layerlens.profiling.measure import measure
     from layerlens.profiling.request import StatisticsRequest
     from layerlens.profiling.statistics_file import statistics_to_bytes
@@ -149,7 +160,8 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
     from layerlens.utils.progress import silent
 
     torch.set_num_threads(job["threads"])
-    streamed = job.get("mode", "streamed") == "streamed"
+    mode = job.get("mode", "streamed")
+    streamed = mode == "streamed"
     before = vm()
     start, cpu = time.perf_counter(), time.process_time()
     pretrained = load_pretrained(job["path"], "causal-lm", (), streamed=streamed)
@@ -163,6 +175,12 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
         ids = torch.randint(0, vocabulary, (count, job["tokens"]), generator=draw)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         batches.append(Batch(inputs, ids.clone(), torch.arange(first, first + count)))
+    predicted = {}
+    if "predict" in job:
+        from layerlens.pipeline.memory_mode import predict_memory
+
+        request = StatisticsRequest.of(job["statistics"])
+        predicted = predict_memory(pretrained, spec, batches, request, job["tokens"])
     figures: dict[str, float] = {}
     settings: dict[str, Any] = {
         "request": StatisticsRequest.of(job["statistics"]), "sequence_length": job["tokens"],
@@ -173,7 +191,8 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
         assert pretrained.streamed is not None
         statistics = measure_streamed(pretrained.model, pretrained.streamed, spec, batches, figures=figures, **settings)
     else:
-        statistics = measure(pretrained.model, spec, batches, **settings)
+        with checkpointed_activations(pretrained.model) if mode == "checkpointed" else nullcontext():
+            statistics = measure(pretrained.model, spec, batches, **settings)
     wall, cpu_s = time.perf_counter() - start, time.process_time() - cpu
     tokens = job["samples"] * job["tokens"]
     after = vm()
@@ -185,7 +204,7 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
         "resident_before_gb": before["VmRSS"], "address_space_before_gb": before["VmSize"],
         "peak_resident_gb": after["VmHWM"], "peak_address_space_gb": after["VmPeak"],
         "waiting_share": figures.get("waited_s", 0.0) / wall, **figures,
-        "mean_loss": statistics.mean_loss,
+        "mean_loss": statistics.mean_loss, **({"predicted_peak_gb": predicted[mode]} if predicted else {}),
         **({"digest": hashlib.sha256(statistics_to_bytes(spec, statistics)).hexdigest()} if "digest" in job else {}),
     }  # fmt: skip
 

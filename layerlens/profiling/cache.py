@@ -49,7 +49,7 @@ class CacheEntry:
     """What is kept under one key.
 
     Args:
-        key: as ``cache_key`` made it, with ``.partial`` for a pass that was interrupted, ``.stream`` for the activations
+        key: as ``cache_key`` made it, with ``.partial`` for a pass that was interrupted, ``.stream`` for what is kept
             of a streamed one, and ``.proxies`` for measured gains of options.
         model_name, n_samples: what was measured; "?" for a file that is not in the index.
         bytes: size of the blob.

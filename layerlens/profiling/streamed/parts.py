@@ -123,6 +123,7 @@ class ModelParts:
                 stack.callback(module.register_forward_pre_hook(told(unit)).remove)
                 stack.callback(module.register_forward_hook(seen(unit)).remove)
             stack.enter_context(self._replaced({path: stub(number) for number, path in enumerate(self.blocks)}))
+            stack.enter_context(self._naming_lost_weights())
             try:
                 self.model(**inputs)
             except _Arrived:
@@ -166,7 +167,7 @@ class ModelParts:
 
     def run_tail(self, inputs: Mapping[str, Any], hidden: torch.Tensor, shapes: Mapping[str, Any]) -> Any:
         """The model's output, with ``hidden`` as what the last block puts out."""
-        with self.tail_only(hidden, shapes):
+        with self.tail_only(hidden, shapes), self._naming_lost_weights():
             return self.model(**inputs)
 
     @contextmanager
@@ -206,12 +207,24 @@ class ModelParts:
 
     def _call(self, number: int, hidden: torch.Tensor, call: BlockCall) -> Any:
         block = self.model.get_submodule(self.blocks[number])
-        if call.by_name:
-            return block(*call.args, **{call.by_name: hidden}, **call.kwargs)
-        return block(hidden, *call.args, **call.kwargs)
+        with self._naming_lost_weights():
+            if call.by_name:
+                return block(*call.args, **{call.by_name: hidden}, **call.kwargs)
+            return block(hidden, *call.args, **call.kwargs)
 
     def _answer(self, hidden: torch.Tensor) -> Any:
         return hidden if self._extras is None else (hidden, *self._extras)
+
+    @contextmanager
+    def _naming_lost_weights(self) -> Iterator[None]:
+        """A weight that is used where it is not in memory is told as what it is."""
+        try:
+            yield
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error) or isinstance(error, ProfilingError):
+                raise
+            what = f"uses weights of one part in another ({str(error).splitlines()[0]})"
+            raise cannot_stream(self.model, what) from error
 
     @contextmanager
     def _replaced(self, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
