@@ -247,10 +247,6 @@ def _streamed_bytes(
     kept = {name: child for name, child in members.named_children() if f"{stack}.{name}" not in blocks or name == first}
     members._modules.clear()
     members._modules.update(kept)
-    for config in {id(x.config): x.config for x in twin.modules() if hasattr(x, "config")}.values():
-        for name in ("num_hidden_layers", "n_layer", "n_layers"):
-            if isinstance(getattr(config, name, None), int):
-                setattr(config, name, len(kept))
     step = _traced_bytes(twin, spec, inputs)
     return max(2 * max(parts) + of_block + working, outside + 2 * max(parts)) + step
 
