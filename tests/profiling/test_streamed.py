@@ -24,6 +24,7 @@ from layerlens.integrations.safetensors_files import checkpoint_tensors, read_te
 from layerlens.integrations.skeleton import load_skeleton
 from layerlens.integrations.transformers import weights_fingerprint
 from layerlens.profiling.request import BY_SAMPLES
+from layerlens.profiling.streamed.measure import measure_streamed
 from layerlens.profiling.streamed.parts import ModelParts
 
 FAMILIES = (
@@ -150,23 +151,52 @@ def test_a_disk_without_room_is_refused_before_any_block(tmp_path: Path, monkeyp
         saved.streamed(("gradient",), everything=False)
 
 
-def albert() -> torch.nn.Module:
-    config = hf.AlbertConfig(**SMALL, **WIDTHS, embedding_size=8, num_labels=3)
-    return hf.AlbertForSequenceClassification(config)
+def streamed_with(saved: Saved, change) -> None:
+    skeleton, weights = saved.skeleton()
+    change(skeleton)
+    measure_streamed(skeleton, weights, saved.spec, saved.batches, **saved.settings(("gradient",), everything=False))
 
 
-def clip() -> torch.nn.Module:
-    text_config = {**WIDTHS, "vocab_size": 40, "max_position_embeddings": 32}
-    vision = {**WIDTHS, "image_size": 12, "patch_size": 4}
-    return hf.CLIPModel(hf.CLIPConfig(text_config=text_config, vision_config=vision, projection_dim=8))
+def call_the_first_block_again(skeleton) -> None:
+    skeleton.model.layers[1] = skeleton.model.layers[0]
 
 
-@pytest.mark.parametrize("make", [albert])
-def test_blocks_that_are_called_twice_are_refused(tmp_path: Path, make):
+def compute_between_blocks(skeleton) -> None:
+    first = skeleton.model.layers[0]
+    first.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def use_embeddings_after_the_blocks(skeleton) -> None:
+    skeleton.lm_head.register_forward_pre_hook(
+        lambda module, args: (args[0] + skeleton.model.embed_tokens(torch.ones(1, 1, dtype=torch.int64)),)
+    )
+
+
+def keep_weights_from_their_module(skeleton) -> None:
+    skeleton.model.norm.register_forward_hook(
+        lambda module, args, output: output @ skeleton.model.layers[0].mlp.up_proj.weight.mT
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (call_the_first_block_again, "calls a block twice"),
+        (compute_between_blocks, "computes something between its blocks"),
+        (use_embeddings_after_the_blocks, "calls model.embed_tokens before its blocks and after them"),
+        (keep_weights_from_their_module, "uses weights of one part in another"),
+    ],
+)
+def test_models_that_are_no_plain_stack_are_refused(tmp_path: Path, change, reason: str):
+    with pytest.raises(ProfilingError, match=f"LlamaForCausalLM {reason}.* cannot be streamed block by block"):
+        streamed_with(save("llama-causal-gqa", tmp_path), change)
+
+
+def test_a_model_without_blocks_that_are_known_is_refused(tmp_path: Path):
     saved = save("bert-classification", tmp_path / "inputs")
-    model = make().eval()
-    model.save_pretrained(tmp_path / "model")
-    other = Saved(model, saved.case, saved.batches, saved.spec, tmp_path / "model")
+    config = hf.AlbertConfig(**SMALL, **WIDTHS, embedding_size=8, num_labels=3)
+    hf.AlbertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    other = Saved(hf.AlbertForSequenceClassification(config), saved.case, saved.batches, saved.spec, tmp_path / "model")
     with pytest.raises(ProfilingError, match="cannot be streamed block by block"):
         other.streamed(("gradient",), everything=False)
 

@@ -7,7 +7,7 @@ they put out NaN, so that a tail that reads anything of the front but the activa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,12 +76,19 @@ class ModelParts:
         """Modules beside the blocks that the front does not call."""
         return tuple(unit for unit in self.units if unit not in self.front)
 
-    def run_front(self, inputs: Mapping[str, Any], on_call: Callable[[str], object] = lambda unit: None) -> FrontOutput:
+    def run_front(
+        self,
+        inputs: Mapping[str, Any],
+        on_call: Callable[[str], object] = lambda unit: None,
+        *,
+        into_tail: bool = False,
+    ) -> FrontOutput:
         """The model up to its first block.
 
         Args:
             inputs: of the model.
             on_call: told of every module beside the blocks before it runs.
+            into_tail: go on behind the last block up to the first module there, to see that no block is called again.
 
         Raises:
             ProfilingError: the model does something between its blocks, or calls one of them twice.
@@ -102,14 +109,19 @@ class ModelParts:
                     )
                 hidden[:] = [given]
                 calls.append(call)
-                if number == len(self.blocks) - 1 or not self._answers_known:
+                if not self._answers_known or (number == len(self.blocks) - 1 and not into_tail):
                     raise _Arrived
                 return self._answer(given)
 
             return forward
 
         def told(unit: str) -> Callable[..., None]:
-            return lambda module, args: on_call(unit) and None
+            def hook(module: Any, args: Any) -> None:
+                if len(calls) == len(self.blocks):
+                    raise _Arrived
+                on_call(unit)
+
+            return hook
 
         def seen(unit: str) -> Callable[..., None]:
             def hook(module: Any, args: Any, output: Any) -> None:
@@ -124,10 +136,10 @@ class ModelParts:
                 stack.callback(module.register_forward_hook(seen(unit)).remove)
             stack.enter_context(self._replaced({path: stub(number) for number, path in enumerate(self.blocks)}))
             stack.enter_context(self._naming_lost_weights())
-            try:
+            with suppress(_Arrived):
                 self.model(**inputs)
-            except _Arrived:
-                return FrontOutput(hidden[0], calls, shapes)
+        if calls:
+            return FrontOutput(hidden[0], calls, shapes)
         raise cannot_stream(self.model, "does not call its blocks")
 
     def discover(self, inputs: Mapping[str, Any], load: Callable[[Sequence[str]], object]) -> None:
@@ -156,6 +168,8 @@ class ModelParts:
         if not isinstance(output, torch.Tensor) or output.shape != found.hidden.shape:
             raise cannot_stream(self.model, "has blocks that change the shape of their activations")
         self._answers_known = True
+        with torch.no_grad():
+            self.run_front(inputs, into_tail=True)
 
     def run_block(self, number: int, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
         """The activations that a block makes of ``hidden``."""
