@@ -98,8 +98,8 @@ def everything(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             folder = place / f"middle-{shape['num_hidden_layers']}"
             write_checkpoint(folder, shape)
             job = {**common, "path": str(folder), "samples": value if what == "samples" else 32}
-            # Other work on the machine only ever adds processor time (caches), so the least of three counts.
-            seconds.append(min(run_child(job)["cpu_s"] for _ in range(3)))
+            # Other work on the machine only ever adds processor time (caches), so the lesser of two counts.
+            seconds.append(min(run_child(job)["cpu_s"] for _ in range(2)))
         fits[what] = line(values, seconds)
         print(
             f"processor time against {what} {values}: {fits[what]['slope_s']:.4f} s each, intercept "
