@@ -82,7 +82,7 @@ def choose_mode(config: RunConfig, predicted: dict[str, float], refused: dict[st
     """
     limit = config.profiling.max_memory_gb
     assert limit is not None
-    over = []
+    over: list[str] = []
     for mode in (PLAIN, CHECKPOINTED, STREAMED):
         if mode not in predicted:
             continue
@@ -161,13 +161,17 @@ def checkpointed_activations(model: torch.nn.Module) -> Iterator[None]:
             f"profiling.memory_mode: {type(model).__name__} has no checkpointed activations (transformers' "
             "supports_gradient_checkpointing); use plain or streamed"
         )
-    before = bool(given.is_gradient_checkpointing)
-    given.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers 5.24 renamed them; the old names are announced to go.
+    enable = getattr(given, "activation_checkpointing_enable", None) or given.gradient_checkpointing_enable
+    disable = getattr(given, "activation_checkpointing_disable", None) or given.gradient_checkpointing_disable
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        yield
+        return
+    enable({"use_reentrant": False})
     try:
         yield
     finally:
-        if not before:
-            given.gradient_checkpointing_disable()
+        disable()
 
 
 def memory_facts(plan: MemoryPlan, config: RunConfig) -> dict[str, Any]:

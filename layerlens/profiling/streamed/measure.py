@@ -22,7 +22,7 @@ from layerlens.profiling.request import OF_MODULES, StatisticsRequest
 from layerlens.profiling.sample_matrices import gram_matrix
 from layerlens.profiling.streamed.footprint import StreamedFootprint
 from layerlens.profiling.streamed.journal import Journal, stream_directory
-from layerlens.profiling.streamed.parts import cannot_stream
+from layerlens.profiling.streamed.parts import cannot_stream, refuse_non_finite_activations
 from layerlens.profiling.streamed.residency import Weights
 from layerlens.profiling.streamed.sweep import ForwardSweep, check_arguments
 from layerlens.tasks import Batch, Batches, Loss
@@ -259,12 +259,8 @@ class _Pass:
         with torch.set_grad_enabled(self.request.backward):
             output = sweep.parts.run_tail(batch.inputs, hidden, sweep.outlines[number].shapes)
             loss__b = self.loss(output, batch)
-        if number == 0 and not torch.isfinite(loss__b).all() and torch.isfinite(hidden).all():
-            raise ProfilingError(
-                f"the loss of calibration sample {int(batch.index[0])} is {float(loss__b[0])}; either the model "
-                f"overflows on it, or {type(sweep.model).__name__} reads its embeddings again after its blocks and "
-                "cannot be streamed: try profiling.memory_mode: plain"
-            )
+        if number == 0:
+            refuse_non_finite_activations(sweep.model, loss__b[:1], "the loss", int(batch.index[0]))
         refuse_bad_loss(loss__b.detach(), batch)
         if self.request.backward:
             if self.sketch is not None:

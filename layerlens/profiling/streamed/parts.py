@@ -135,7 +135,6 @@ class ModelParts:
                 stack.callback(module.register_forward_pre_hook(told(unit)).remove)
                 stack.callback(module.register_forward_hook(seen(unit)).remove)
             stack.enter_context(self._replaced({path: stub(number) for number, path in enumerate(self.blocks)}))
-            stack.enter_context(self._naming_lost_weights())
             with suppress(_Arrived):
                 self.model(**inputs)
         if calls:
@@ -181,7 +180,7 @@ class ModelParts:
 
     def run_tail(self, inputs: Mapping[str, Any], hidden: torch.Tensor, shapes: Mapping[str, Any]) -> Any:
         """The model's output, with ``hidden`` as what the last block puts out."""
-        with self.tail_only(hidden, shapes), self._naming_lost_weights():
+        with self.tail_only(hidden, shapes):
             return self.model(**inputs)
 
     @contextmanager
@@ -221,24 +220,12 @@ class ModelParts:
 
     def _call(self, number: int, hidden: torch.Tensor, call: BlockCall) -> Any:
         block = self.model.get_submodule(self.blocks[number])
-        with self._naming_lost_weights():
-            if call.by_name:
-                return block(*call.args, **{call.by_name: hidden}, **call.kwargs)
-            return block(hidden, *call.args, **call.kwargs)
+        if call.by_name:
+            return block(*call.args, **{call.by_name: hidden}, **call.kwargs)
+        return block(hidden, *call.args, **call.kwargs)
 
     def _answer(self, hidden: torch.Tensor) -> Any:
         return hidden if self._extras is None else (hidden, *self._extras)
-
-    @contextmanager
-    def _naming_lost_weights(self) -> Iterator[None]:
-        """A weight that is used where it is not in memory is told as what it is."""
-        try:
-            yield
-        except (RuntimeError, NotImplementedError) as error:
-            if "meta" not in str(error) or isinstance(error, ProfilingError):
-                raise
-            what = f"uses weights of one part in another ({str(error).splitlines()[0]})"
-            raise cannot_stream(self.model, what) from error
 
     @contextmanager
     def _replaced(self, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
@@ -258,6 +245,16 @@ def cannot_stream(model: torch.nn.Module, why: str) -> ProfilingError:
         f"profiling.memory_mode: {type(model).__name__} {why}, so it cannot be streamed block by block; use plain or "
         "checkpointed on a machine with more memory"
     )
+
+
+def refuse_non_finite_activations(model: torch.nn.Module, found: torch.Tensor, where: str, sample: int) -> None:
+    """Raise ProfilingError where activations (or losses) are NaN or infinite: so are weights that are not in memory."""
+    if not torch.isfinite(found).all():
+        raise ProfilingError(
+            f"{where} is not finite on calibration sample {sample}; either the model overflows on it (look for NaN "
+            f"weights or leave it out), or {type(model).__name__} uses weights or outputs of one part in another and "
+            "cannot be streamed: try profiling.memory_mode: plain"
+        )
 
 
 def _units(model: torch.nn.Module, blocks: Sequence[str]) -> Iterator[str]:

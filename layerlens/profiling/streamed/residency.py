@@ -22,6 +22,9 @@ class Weights(Protocol):
 class Residency:
     """Puts weights into a model of meta tensors and takes them out again; tied ones are read once and put everywhere.
 
+    What is not in memory is NaN meanwhile, one number repeated: torch computes with a tensor on the meta device and
+    one in main memory without complaint, and what it puts out is arbitrary.
+
     Args:
         model: its parameters on the meta device are the ones that are read; others stay as they are.
         weights: where they are.
@@ -36,6 +39,7 @@ class Residency:
         self.waited_s = 0.0
         self.reading_s = 0.0
         self._absent: dict[str, torch.nn.Parameter] = {}
+        self._on_disk: dict[str, torch.nn.Parameter] = {}
         self._owners: dict[str, list[tuple[torch.nn.Module, str]]] = {}
         self._name_of: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -43,8 +47,12 @@ class Residency:
                 continue
             first = self._name_of.setdefault(id(parameter), name)
             path, _, attribute = name.rpartition(".")
-            self._absent[first] = parameter
+            self._on_disk[first] = parameter
             self._owners.setdefault(first, []).append((model.get_submodule(path), attribute))
+        for name, parameter in self._on_disk.items():
+            nothing = torch.full((), float("nan"), dtype=parameter.dtype, device=device).expand(parameter.shape)
+            self._absent[name] = torch.nn.Parameter(nothing, requires_grad=False)
+            self._set(name, self._absent[name])
         self._inside = {name: _prefixes(model, owners) for name, owners in self._owners.items()}
         self._resident: set[str] = set()
         self._spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
@@ -117,8 +125,8 @@ class Residency:
     def close(self) -> None:
         """Leave the model as it was, and end the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-        for name in self._resident:
-            self._set(name, self._absent[name])
+        for name, parameter in self._on_disk.items():
+            self._set(name, parameter)
         self._resident.clear()
         self._spare.clear()
         self._ahead = None

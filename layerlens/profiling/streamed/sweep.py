@@ -12,7 +12,14 @@ import torch
 
 from layerlens.profiling.streamed.boundaries import Boundaries, TreeFile
 from layerlens.profiling.streamed.footprint import StreamedFootprint
-from layerlens.profiling.streamed.parts import PLAIN_ANSWERS, BlockCall, FrontOutput, ModelParts, cannot_stream
+from layerlens.profiling.streamed.parts import (
+    PLAIN_ANSWERS,
+    BlockCall,
+    FrontOutput,
+    ModelParts,
+    cannot_stream,
+    refuse_non_finite_activations,
+)
 from layerlens.profiling.streamed.residency import Residency, Weights
 from layerlens.tasks import Batch
 from layerlens.tasks.batches import MASKS
@@ -127,6 +134,10 @@ class ForwardSweep:
                 for batch in range(len(self.batches)):
                     hidden = self.boundaries.read(number, batch)
                     output = self.parts.run_block(number, hidden, self.call(batch, number))
+                    if batch == 0:
+                        where = f"what {self.parts.blocks[number]} puts out"
+                        sample = int(self.outlines[0].index[0])
+                        refuse_non_finite_activations(self.model, output[:1], where, sample)
                     self.boundaries.write(number + 1, batch, output)
                     advance(1)
             if self.footprint is not None:
@@ -150,7 +161,8 @@ class ForwardSweep:
         check_arguments(self.model, found.calls)
         masks = {name: batch.inputs[name] for name in MASKS if name in batch.inputs}
         distinct: dict[tuple[Any, ...], int] = {}  # blocks are mostly given the very same
-        trees, which = [], []
+        trees: list[tuple[Any, ...]] = []
+        which: list[int] = []
         for call in found.calls:
             key = (*(_identity(x) for x in call.args), *((k, _identity(x)) for k, x in call.kwargs.items()))
             if key not in distinct:
