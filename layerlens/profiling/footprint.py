@@ -26,17 +26,17 @@ def saved_tensors_seen(model: torch.nn.Module, run: Callable[[], object], see: C
     seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     alive: list[
         object
-    ] = []  # a freed storage's address may be used again, so every saved tensor is held until the count is done
+    ] = []  # a freed storage's address may be used again, so every storage is held until the count is done
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             see(storage.nbytes())
-            alive.append(tensor)
-        return tensor
+            alive.append(storage)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    # There is no backward pass. Tensors that the graph held would be in a cycle with it, and never be freed.
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         alive.append(run())
 
 

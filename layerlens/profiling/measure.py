@@ -109,11 +109,15 @@ def frozen_without_dropout(model: torch.nn.Module, *, checkpointing: bool) -> It
     """While open, no weight requires a gradient and no module is in training mode; modes and flags come back after.
 
     A module that checkpoints its activations does so in training mode only (transformers), so with ``checkpointing`` it
-    alone has that mode, while what is inside it, dropout included, has not.
+    alone has that mode, while what is inside it, dropout included, has not. Without it nothing checkpoints: BERT keeps
+    another mask for the backward pass where a block might, whatever its mode is.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
+    checkpoints = [module for module, _ in modes if getattr(module, "gradient_checkpointing", False) is True]
     try:
+        for module in checkpoints:
+            module.gradient_checkpointing = checkpointing
         model.requires_grad_(False)
         for module, _ in modes:
             module.training = checkpointing and bool(getattr(module, "gradient_checkpointing", False))
@@ -123,6 +127,8 @@ def frozen_without_dropout(model: torch.nn.Module, *, checkpointing: bool) -> It
             parameter.requires_grad_(required)
         for module, training in modes:
             module.training = training
+        for module in checkpoints:
+            module.gradient_checkpointing = True
 
 
 def refuse_non_finite(statistics: ModelStatistics) -> None:

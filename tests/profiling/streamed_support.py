@@ -71,6 +71,8 @@ def save(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Save
     torch.manual_seed(1)
     model: Any = case.make().to(dtype).eval()
     model.save_pretrained(directory, max_shard_size="4KB")
+    # As a user loads it: `.to` rounds rotary frequencies, which from_pretrained keeps in float32.
+    model = type(model).from_pretrained(directory, dtype=dtype).eval().requires_grad_(False)
     batch = case.batch()
     inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in batch.inputs.items()}
     labels = batch.labels.float() if batch.labels.is_floating_point() else batch.labels

@@ -75,21 +75,20 @@ class StreamedFootprint:
         seen |= {pointer for pointer, at in arguments.items() if at in self.counted}
         if self.boundary_counted:  # the block before kept what it put out
             seen.add(hidden.untyped_storage().data_ptr())
-        alive: list[torch.Tensor] = []
+        alive: list[object] = []
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
+        def pack(tensor: torch.Tensor) -> None:
             storage = tensor.untyped_storage()
             pointer = storage.data_ptr()
             if pointer not in seen:
                 seen.add(pointer)
                 self.kept_bytes += storage.nbytes()
-                alive.append(tensor)  # a freed storage's address may be used again
+                alive.append(storage)  # a freed storage's address may be used again
                 if pointer in arguments:
                     self.counted.append(arguments[pointer])
-            return tensor
 
         hidden.requires_grad_(True)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):  # there is no backward pass
             output = run()
         self.boundary_counted = output.untyped_storage().data_ptr() in seen
         return output.detach()
