@@ -38,6 +38,8 @@ SMALL = {
 }  # fmt: skip
 MIDDLE = {**SMALL, "hidden_size": 512, "intermediate_size": 1408, "vocab_size": 2048}
 STATISTICS = ("fisher", "gradient", "input_scale")
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
+"""glibc: every thread's arena reserves 64 MB of address space, and large blocks below its moving threshold stay there."""
 DEPTHS, SAMPLES = (2, 4, 8, 16), (8, 16, 32, 64)
 
 
@@ -68,7 +70,7 @@ def everything(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     size = write_checkpoint(place / "big", BIG)
     print(f"large checkpoint: {1e-9 * size:.2f} GB in {len(list((place / 'big').glob('*.safetensors')))} shards")
     limit = {"limit_bytes": arguments.limit_gb * 1e9, "predict": True}
-    big = run_child({**common, **limit, "path": str(place / "big"), "samples": arguments.samples})
+    big = run_child({**common, **limit, "batch_size": 4, "path": str(place / "big"), "samples": arguments.samples})
     print(
         f"profiled with an address space of {arguments.limit_gb:g} GB: {big['wall_s']:.0f} s, peak resident "
         f"{big['peak_resident_gb']:.2f} GB, peak address space {big['peak_address_space_gb']:.2f} GB, "
@@ -108,7 +110,7 @@ def everything(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "machine": {"processor": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
         "checkpoint": {**BIG, "bytes": size, "dtype": "float32"},
-        "limit": {"kind": "RLIMIT_AS", "gb": arguments.limit_gb},
+        "limit": {"kind": "RLIMIT_AS", "gb": arguments.limit_gb, "environment": ALLOCATOR},
         "large": big,
         "small_model_streamed_equals_in_memory": equal,
         "middle_shape": MIDDLE,
@@ -130,7 +132,7 @@ def line(values: tuple[int, ...], seconds: list[float]) -> dict[str, Any]:
 
 def run_child(job: dict[str, Any]) -> dict[str, Any]:
     """The profile of ``job`` in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"])}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), **ALLOCATOR}
     command = [sys.executable, __file__, "--child", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
