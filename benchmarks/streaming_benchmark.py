@@ -39,7 +39,7 @@ SMALL = {
 MIDDLE = {**SMALL, "hidden_size": 512, "intermediate_size": 1408, "vocab_size": 2048}
 STATISTICS = ("fisher", "gradient", "input_scale")
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
-"""glibc: every thread's arena reserves 64 MB of address space, and large blocks below its moving threshold stay there."""
+"""glibc: the arena of every thread reserves 64 MB of address space, and freed blocks below a moving size stay in it."""
 DEPTHS, SAMPLES = (2, 4, 8, 16), (8, 16, 32, 64)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ def frozen_without_dropout(model: torch.nn.Module, *, checkpointing: bool) -> It
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    checkpoints = [module for module, _ in modes if getattr(module, "gradient_checkpointing", False) is True]
+    checkpoints: list[Any] = [x for x, _ in modes if getattr(x, "gradient_checkpointing", False) is True]
     try:
         for module in checkpoints:
             module.gradient_checkpointing = checkpointing
