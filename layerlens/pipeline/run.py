@@ -27,7 +27,7 @@ from layerlens.pipeline.inputs import (
     proxy_identity,
     statistics_identity,
 )
-from layerlens.pipeline.memory_mode import memory_facts
+from layerlens.pipeline.memory_mode import CHECKPOINTED, memory_facts
 from layerlens.pipeline.messages import Warnings, warn_of_calibration, warn_of_no_gain, warn_of_overrun
 from layerlens.pipeline.prepare import prepare
 from layerlens.pipeline.profile import fit_new_head, profile
@@ -102,6 +102,8 @@ def run_config(
 
     with clock.stage("profile"):
         identity = statistics_identity(config, spec, prepared.calibration, prepared.head_data, threads)
+        if prepared.plan.mode == CHECKPOINTED:  # the bytes that BERT keeps for a backward pass are counted otherwise
+            identity["settings"]["checkpointed"] = True
         key = cache_key(identity)
         streams = cache.stream_directory(key) if cache else None
         found = cache.get(key) if cache else None

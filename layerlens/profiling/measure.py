@@ -110,8 +110,7 @@ def frozen_without_dropout(model: torch.nn.Module, *, checkpointing: bool) -> It
     """While open, no weight requires a gradient and no module is in training mode; modes and flags come back after.
 
     A module that checkpoints its activations does so in training mode only (transformers), so with ``checkpointing`` it
-    alone has that mode, while what is inside it, dropout included, has not. Without it nothing checkpoints: BERT keeps
-    another mask for the backward pass where a block might, whatever its mode is.
+    alone has that mode, while what is inside it, dropout included, has not. Without it nothing checkpoints.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
