@@ -251,6 +251,19 @@ class ProfilingConfig(ConfigModel):
         description="Where adapters are considered: after the modules that write to the residual stream (attention "
         "output, FFN output), or after every Linear.",
     )
+    memory_mode: Literal["auto", "plain", "checkpointed", "streamed"] = Field(
+        default="auto",
+        description="How the model is held while it is measured: `plain` (in memory), `checkpointed` (in memory; "
+        "blocks keep only what they are given and run again in the backward pass), `streamed` (weights stay in their "
+        "safetensors files and blocks come one at a time; transformers models with one stack of blocks), `auto` (the "
+        "first of these that is predicted to keep within `max_memory_gb`; plain without it). Layers have the same statistics.",
+    )
+    max_memory_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="Memory that profiling may take, GB (1e9 bytes) resident in the whole process; `memory_mode: auto` "
+        "follows from it. Later training is not meant.",
+    )
     proxies: ProxyConfig = Field(
         default_factory=ProxyConfig, description="Short real training of a few options, to calibrate the utilities."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,6 @@ from layerlens.integrations.transformers import (
     role_of,
     takes_prefix,
     task_heads,
-    weights_fingerprint,
 )
 from layerlens.integrations.weight_matrices import why_not_measurable
 from layerlens.models import LayerSpec, ModelSpec
@@ -88,7 +88,7 @@ def model_spec(
         total_params=sum(parameter.numel() for parameter in model.parameters()),
         layers=layers,
         weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-        fingerprint=weights_fingerprint(model, pretrained.new_parameters),
+        fingerprint=pretrained.fingerprint,
         per_sample=inputs is not None,
         left_out=left_out,
     )
@@ -159,6 +159,9 @@ def _count_positions(
     """Path -> (output positions, input elements) of one sample, for every module that a forward pass calls."""
     found: dict[str, tuple[int, int]] = {}
     n = len(next(iter(inputs.values())))
+    if any(parameter.is_meta for parameter in model.parameters()):  # shapes are all that is needed
+        model = copy.deepcopy(model).to("meta")
+        inputs = {name: tensor.to("meta") for name, tensor in inputs.items()}
 
     def count(path: str) -> Any:
         def hook(module: Any, args: Any, output: torch.Tensor) -> None:

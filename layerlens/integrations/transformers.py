@@ -23,6 +23,8 @@ from layerlens.storage import local_file
 if TYPE_CHECKING:
     import torch
 
+    from layerlens.integrations.skeleton import StreamedWeights
+
 AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
@@ -106,6 +108,7 @@ class PretrainedModel:
         new_parameters: names of parameters that the checkpoint does not have (a new task head).
         labels: the classes in the order of the model's outputs: the checkpoint's own order where it knows them all.
         images: how images become its inputs; None for models of texts.
+        streamed: where the weights are, of a model on the meta device; None for a model that has them.
     """
 
     model: torch.nn.Module
@@ -114,6 +117,22 @@ class PretrainedModel:
     new_parameters: tuple[str, ...]
     labels: tuple[str, ...] = ()
     images: ImageInput | None = None
+    streamed: StreamedWeights | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs have to be: main memory for a model without weights."""
+        import torch
+
+        device = next(self.model.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of its weights without new ones, wherever they are; the same for both ways of loading a model."""
+        if self.streamed is not None:
+            return self.streamed.fingerprint(self.model, self.new_parameters)
+        return weights_fingerprint(self.model, self.new_parameters)
 
 
 def resolve_model_path(name_or_path: str, base_dir: Path | None = None) -> str:
@@ -209,6 +228,7 @@ def load_pretrained(
     dtype: str = "float32",
     weights: str | None = None,
     placement: Mapping[str, Any] | None = None,
+    streamed: bool = False,
 ) -> PretrainedModel:
     """Load a model and its tokenizer or image processor for ``task``, frozen, in ``dtype`` and in evaluation mode.
 
@@ -225,9 +245,11 @@ def load_pretrained(
         dtype: of the weights: "float32", "bfloat16" or "float16".
         weights: of a timm model or of a factory's (``model.weights``).
         placement: see ``placement_arguments``; of transformers' models alone.
+        streamed: leave the weights on disk (see ``load_skeleton``).
 
     Raises:
         ModelNotFoundError: the model cannot be found or read.
+        ModelSpecError: it cannot be streamed.
     """
     import torch
 
@@ -236,6 +258,8 @@ def load_pretrained(
     make_torchvision_importable()
     import transformers
 
+    if streamed and (reason := why_not_streamable(name_or_path)):
+        raise ModelSpecError(f"profiling.memory_mode: {reason}")
     if name_or_path.startswith("timm:"):
         from layerlens.integrations.timm_models import load_timm
 
@@ -266,15 +290,22 @@ def load_pretrained(
                 heads["num_labels"] = len(labels)
             elif task == "regression":
                 heads = {"num_labels": 1, "problem_type": "regression"}
-            model, info = auto_class.from_pretrained(
-                path,
-                **heads,
-                dtype=getattr(torch, dtype),
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                local_files_only=local_only,
-                **(placement or {}),
-            )
+            left_on_disk: StreamedWeights | None = None
+            if streamed:
+                from layerlens.integrations.skeleton import load_skeleton
+
+                folder = _local_folder(path, name_or_path, local_only)
+                model, info, left_on_disk = load_skeleton(auto_class, folder, heads, getattr(torch, dtype))
+            else:
+                model, info = auto_class.from_pretrained(
+                    path,
+                    **heads,
+                    dtype=getattr(torch, dtype),
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    local_files_only=local_only,
+                    **(placement or {}),
+                )
             images = tokenizer = None
             model_type = getattr(model.config, "model_type", "")
             spaced = task == "token-classification" and model_type in SPACE_BEFORE_WORDS
@@ -284,7 +315,7 @@ def load_pretrained(
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     path, local_files_only=local_only, **({"add_prefix_space": True} if spaced else {})
                 )
-        except ModelNotFoundError:
+        except ModelSpecError:
             raise
         except (OSError, ValueError, KeyError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -303,7 +334,30 @@ def load_pretrained(
             f"model.task: {name_or_path!r} has no weights for {new_parameters[0]} and cannot predict tokens; give a "
             "language model's checkpoint"
         )
-    return PretrainedModel(model, tokenizer, path, new_parameters, tuple(labels), images)
+    return PretrainedModel(model, tokenizer, path, new_parameters, tuple(labels), images, left_on_disk)
+
+
+def why_not_streamable(name_or_path: str) -> str:
+    """Why a model's weights cannot be left on disk, from its name alone; "" where nothing speaks against it."""
+    kind, _, rest = name_or_path.partition(":")
+    if rest and kind in ("timm", "ultralytics", "factory"):
+        return (
+            f"{name_or_path} is built in memory by {'your code' if kind == 'factory' else kind}, so it cannot be "
+            "streamed; use plain, or a directory that transformers' save_pretrained wrote"
+        )
+    return ""
+
+
+def _local_folder(path: str, name: str, local_only: bool) -> Path:
+    """The directory of a model; one of the hub is copied there first."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    found = snapshot_download(
+        path, allow_patterns=["*.safetensors", "*.safetensors.index.json", "*.json"], local_files_only=local_only
+    )
+    return Path(found)
 
 
 def _labels_in_checkpoint_order(path: str, labels: Sequence[str], local_only: bool) -> Sequence[str]:
@@ -341,6 +395,20 @@ def weights_fingerprint(model: torch.nn.Module, leave_out: Sequence[str] = ()) -
             flat = present(model, name, tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(flat.numpy().data)
     return digest.hexdigest()
+
+
+@contextmanager
+def without_cache(model: torch.nn.Module) -> Iterator[None]:
+    """While open, decoders keep no keys and values for generation, which some would copy for the backward pass."""
+    configs: dict[int, Any] = {id(x.config): x.config for x in model.modules() if hasattr(x, "config")}
+    before = {key: config.use_cache for key, config in configs.items() if hasattr(config, "use_cache")}
+    try:
+        for key in before:
+            configs[key].use_cache = False
+        yield
+    finally:
+        for key, value in before.items():
+            configs[key].use_cache = value
 
 
 def is_dense(module: torch.nn.Module) -> bool:

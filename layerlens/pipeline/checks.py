@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from layerlens.config import OptimizationConfig
 from layerlens.cost import OPTIMIZER_STATE
 from layerlens.cost.measure import forward_ms
+from layerlens.integrations.transformers import without_cache
 from layerlens.models import Manifest
 from layerlens.profiling.footprint import count_saved_bytes, dense_inputs
 from layerlens.tasks.losses import output_tensors
@@ -96,8 +97,9 @@ def _step_memory(
         model.get_submodule(head).requires_grad_(False)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    kept = count_saved_bytes(
-        model, lambda: torch.cat([part.flatten() for part in output_tensors(model(**inputs))]).sum()
-    )
+    with without_cache(model):  # as trainers have it
+        kept = count_saved_bytes(
+            model, lambda: torch.cat([part.flatten() for part in output_tensors(model(**inputs))]).sum()
+        )
     state_bytes = 4 * (1 + OPTIMIZER_STATE[config.optimizer]) * trained
     return 1e-9 * (weight_bytes + kept + state_bytes), trained

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -13,13 +13,11 @@ from typing import Any
 
 from layerlens.config import RunConfig
 from layerlens.cost import cost_table
-from layerlens.data import Dataset, load_dataset
+from layerlens.data import load_dataset
 from layerlens.exceptions import ActivationCacheError
-from layerlens.integrations.layers import model_spec
 from layerlens.integrations.placement import offloaded, placed, placement_arguments, shard, sharded
 from layerlens.integrations.torch_modules import usable_device
-from layerlens.integrations.transformers import PretrainedModel, blocks_of, load_pretrained
-from layerlens.integrations.weight_matrices import measurable_modules
+from layerlens.integrations.transformers import blocks_of
 from layerlens.manifest import write_manifest, write_report
 from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
 from layerlens.optimization import frontier
@@ -29,16 +27,16 @@ from layerlens.pipeline.factors import measured_factors
 from layerlens.pipeline.frontier import hull_rows
 from layerlens.pipeline.inputs import (
     check_identity,
-    check_lengths,
     data_facts,
     model_facts,
     proxy_identity,
-    split_samples,
     statistics_identity,
-    statistics_request,
 )
+from layerlens.pipeline.memory_mode import CHECKPOINTED, memory_facts
 from layerlens.pipeline.messages import Warnings, warn_of_calibration, warn_of_no_gain, warn_of_overrun
 from layerlens.pipeline.observed import observed
+from layerlens.pipeline.prepare import prepare
+from layerlens.pipeline.profile import fit_new_head, profile
 from layerlens.pipeline.proxies import ProxyTrainer, joint_gains, measure_proxies
 from layerlens.pipeline.proxy_check import check_samples, checked_solution
 from layerlens.pipeline.publishing import published
@@ -46,26 +44,21 @@ from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE
 from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
 from layerlens.pipeline.together import (
     refuse_unshardable,
-    refuse_untrainable,
     same_configuration,
     same_measurement,
     shared_directory,
 )
 from layerlens.profiling.cache import cache_key
-from layerlens.profiling.head import fit_head
-from layerlens.profiling.measure import measure_share, refuse_non_finite
-from layerlens.profiling.saved_pass import SavedPass
+from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.shared_cache import open_cache
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
-from layerlens.tasks import Batch, Batches, Task, make_batches, task_for
+from layerlens.tasks import task_for
 from layerlens.tuning import export_adapter
 from layerlens.utility import calibrated_table, model_for
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
 from layerlens.utils.processes import Processes, joined
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
-
-HEAD_BATCH_SIZE = 32
 
 
 @observed("run")
@@ -118,46 +111,22 @@ def _run(
     with clock.stage("load"), progress.stage("Loading model and data"):
         dataset = load_dataset(config.data, base_dir, config.model.task)
         task = task_for(config.model, base_dir)
-        pretrained = load_pretrained(
-            config.model.reference,
-            config.model.task,
-            dataset.label_names,
-            seed=config.runtime.seed,
-            base_dir=base_dir,
-            dtype=config.model.dtype,
-            weights=config.model.weights,
-            placement=placement,
-        )
-        check_lengths(pretrained, config)
-        refuse_untrainable(pretrained.model, config)
-        if dataset.label_names:
-            dataset = dataset.with_label_order(pretrained.labels)
-        if not placed(pretrained.model):
-            pretrained.model.to(device)
-        calibration, head_data, held_out = split_samples(dataset, config, warnings)
-
-        def batches_of(samples: Dataset, batch_size: int = config.data.batch_size) -> Batches:
-            return make_batches(task, pretrained, samples, config.data, batch_size=batch_size, seed=config.runtime.seed)
-
-        batches = batches_of(calibration)
-        inputs = batches[0].inputs
-        spec = model_spec(
-            pretrained,
-            config.model.reference,
-            adapter_sites=config.profiling.adapter_sites,
-            inputs=None if "input_ids" in inputs else inputs,
-        )
+        prepared = prepare(config, base_dir, dataset, task, device, warnings, processes, placement)
+    pretrained, batches, spec = prepared.pretrained, prepared.batches, prepared.spec
+    dataset, held_out, batches_of = prepared.dataset, prepared.held_out, prepared.batches_of
+    streams: Path | None = None
 
     @once
     def fit() -> None:
         """Fit the head where it is new."""
-        if pretrained.new_parameters and len(head_data):
-            head_batches = batches_of(head_data, HEAD_BATCH_SIZE)
-            fit_head(pretrained.model, pretrained.new_parameters, head_batches, progress, task.loss)
+        fit_new_head(prepared, progress, device, streams)
 
     with clock.stage("profile"):
-        identity = statistics_identity(config, spec, calibration, head_data, threads)
+        identity = statistics_identity(config, spec, prepared.calibration, prepared.head_data, threads)
+        if prepared.plan.mode == CHECKPOINTED:  # the bytes that BERT keeps for a backward pass are counted otherwise
+            identity["settings"]["checkpointed"] = True
         key = cache_key(identity)
+        streams = cache.stream_directory(key) if cache else None
         same_measurement(processes, identity)
         found = cache.get(key) if cache and processes.first else None
         if not processes.from_first("statistics in the cache", found is not None):
@@ -167,7 +136,7 @@ def _run(
                 processes.copy_from_first(pretrained.model.get_parameter(name).data)
             if config.distributed.sharding == "fsdp":
                 shard(pretrained.model, blocks_of(pretrained.model), processes)
-            measured_now = _profile(config, pretrained, task, spec, batches, threads, progress, saved, processes)
+            measured_now = profile(prepared, threads, progress, device, saved, streams, processes)
         if not processes.first:  # its share is handed in
             if not placed(pretrained.model) and not sharded(pretrained.model):
                 with suppress(RuntimeError, NotImplementedError, ValueError):  # memory that is only held while it waits
@@ -200,7 +169,7 @@ def _run(
     with clock.stage("solve"), progress.stage("Solving"):
         solution = _solve(config, spec, statistics, threads)
         warn_of_no_gain(solution, config, warnings)
-    provenance = run_provenance(config, threads, data_facts(statistics))
+    provenance = run_provenance(config, threads, data_facts(statistics)) | memory_facts(prepared.plan, config)
 
     def manifest_of(found: Solution) -> Manifest:
         return make_manifest(spec, found, config.optimization, model=facts, provenance=provenance)
@@ -210,7 +179,7 @@ def _run(
     check = config.optimization.proxy_check
     if check.steps:
         with clock.stage("proxy check"):
-            parts = check_samples(dataset, config, len(calibration) + len(held_out), len(head_data))
+            parts = check_samples(dataset, config, len(prepared.calibration) + len(held_out), len(prepared.head_data))
             saved_check = None
             if cache:
                 check_key = cache_key(check_identity(identity, *parts, config))
@@ -240,9 +209,14 @@ def _run(
             written |= export_adapter(manifest, pretrained.model, staging, factors)
             written["statistics"] = atomic_write_bytes(staging / STATISTICS_FILE, statistics_to_bytes(spec, statistics))
         with clock.stage("check"):
-            if sharded(pretrained.model) or offloaded(pretrained.model):
+            measured: dict[str, Any] = {}
+            if pretrained.streamed is not None:
+                warnings.add(
+                    "predictions are not held against the model, which was never in memory whole; `layerlens evaluate "
+                    "MANIFEST --costs` does it on a machine that holds it"
+                )
+            elif sharded(pretrained.model) or offloaded(pretrained.model):
                 warnings.add("the model's weights are spread (shards or disk), so predictions were not checked on it")
-                measured: dict[str, Any] = {}
             else:
                 longest = batches[-1].inputs
                 measured = check_manifest(pretrained.model, manifest, longest, config.optimization, progress, factors)
@@ -347,33 +321,6 @@ def _write_report(
     )
     lines = "".join(json.dumps(asdict(event)) + "\n" for event in solution.events)
     return {"report": report, "solver_log": atomic_write_text(staging / SOLVER_LOG_FILE, lines)}
-
-
-def _profile(
-    config: RunConfig,
-    pretrained: PretrainedModel,
-    task: Task,
-    spec: ModelSpec,
-    batches: Sequence[Batch],
-    threads: int,
-    progress: Progress,
-    saved: SavedPass | None,
-    processes: Processes,
-) -> ModelStatistics | None:
-    """Measure every layer, together with the other processes; None in all but process 0."""
-    return measure_share(
-        pretrained.model,
-        spec,
-        batches,
-        request=statistics_request(config),
-        other_modules=measurable_modules(pretrained.model, spec) if config.profiling.all_weights else (),
-        sequence_length=config.data.max_length,
-        threads=threads,
-        progress=progress,
-        loss=task.loss,
-        saved=saved,
-        processes=processes,
-    )
 
 
 def _unheard(_line: str) -> None:

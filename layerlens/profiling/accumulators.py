@@ -120,6 +120,10 @@ class MatrixAccumulator:
         if request.ntk and self.kernel is None and before < request.ntk_samples:
             self.kept[before] = matrices.first(request.ntk_samples - before)
 
+    def kept_in_order(self) -> list[SampleMatrices]:
+        """What is kept of the samples for the exact kernel, in the order of the batches."""
+        return [self.kept[before] for before in sorted(self.kept)]
+
     def add_nothing(self, matrices: SampleMatrices) -> None:
         """Take part in what the processes add up together, with a batch that is not counted."""
         if self.shards is not None and (self.request.gradient or self.halves):

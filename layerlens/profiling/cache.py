@@ -7,12 +7,15 @@ Writing a blob is atomic and comes before its index row, so a run that dies leav
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from layerlens.profiling.statistics_file import load_statistics, statistics_to_b
 from layerlens.utils.atomic import atomic_write_bytes
 
 BUSY_TIMEOUT_S = 30.0
-PROXIES, PARTIAL = ".proxies", ".partial"
+PROXIES, PARTIAL, STREAM = ".proxies", ".partial", ".stream"
 
 
 def cache_key(content: dict[str, Any]) -> str:
@@ -38,7 +41,8 @@ class CacheEntry:
 
     Args:
         key: as ``cache_key`` made it, with ``.partial`` for a pass that was interrupted (``.partial-1`` for what
-            process 1 of several had measured) and ``.proxies`` for measured gains of options.
+            process 1 of several had measured), ``.stream`` for what is kept of a streamed one, and ``.proxies`` for
+            measured gains of options.
         model_name, n_samples: what was measured; "?" for a file that is not in the index.
         bytes: size of the blob.
         created_at: UTC, as SQLite writes it.
@@ -91,6 +95,10 @@ class SensitivityCache:
         """Where an unfinished pass for ``key`` is kept, until its statistics are."""
         return SavedPass(_Parts(self, key), time_share)
 
+    def stream_directory(self, key: str) -> Path:
+        """Where a streamed profile for ``key`` keeps its activations and what is finished, until it is done."""
+        return self.directory / "streams" / key
+
     def saved_proxies(self, key: str, model_name: str, n_samples: int) -> SavedProxies:
         """Where the gains of single options are kept for ``key``, from the first one on."""
         entry = f"{key}{PROXIES}"
@@ -111,14 +119,35 @@ class SensitivityCache:
         for path in sorted(x for x in (self.directory / "blobs").iterdir() if x.suffix in (".safetensors", ".json")):
             if path.name not in known:
                 entries.append(CacheEntry(path.stem, "?", 0, path.stat().st_size, "", "foreign"))
+        for path in sorted((self.directory / "streams").glob("*")):
+            size = sum(one.stat().st_blocks * 512 for one in path.rglob("*"))
+            made = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+            entries.append(CacheEntry(f"{path.name}{STREAM}", "unfinished pass", 0, size, made, "ok"))
         return entries
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Forget these entries, index rows first, so that a reader never finds a row whose blob has just gone."""
+        """Forget these entries, index rows first, so that a reader never finds a row whose blob has just gone.
+
+        Raises:
+            ActivationCacheError: a streamed profile is being made at this time.
+        """
         for key in keys:
+            if key.endswith(STREAM):
+                self._remove_stream(self.directory / "streams" / key.removesuffix(STREAM))
+                continue
             with self._index() as index:
                 index.execute("DELETE FROM statistics WHERE key = ?", (key,))
             self._blob(key).unlink(missing_ok=True)
+
+    def _remove_stream(self, directory: Path) -> None:
+        with suppress(FileNotFoundError), (directory / "lock").open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ActivationCacheError(
+                    f"{directory} belongs to a profile that is running; remove it when that has ended"
+                ) from error
+        shutil.rmtree(directory, ignore_errors=True)
 
     def _keep(self, key: str, data: bytes, model_name: str, n_samples: int) -> None:
         atomic_write_bytes(self._blob(key), data)

@@ -32,6 +32,8 @@ Recorder = Callable[..., None]
 Key = tuple[str, str]
 """(layer, method), or (parameter, "weight") for weights outside the layers."""
 
+Tensors = torch.Tensor | Sequence[torch.Tensor]
+
 FP16_LOSS_SCALE = 2.0**10
 """float16 loses gradients below 6e-8; a power of two scales them without rounding and is divided out at the end."""
 
@@ -154,30 +156,43 @@ class Capture:
         Raises:
             ProfilingError: the loss of a sample is not finite, or a layer cannot be measured.
         """
+        self.begin(batch, before=before, counted=counted)
+        with torch.set_grad_enabled(self.request.backward):
+            loss__b = loss(self.model(**batch.inputs), batch)
+        refuse_bad_loss(loss__b.detach(), batch)
+        if self.request.backward:
+            self.backward(loss__b.sum() * self.loss_scale)
+        return loss__b.detach()
+
+    def begin(self, batch: Batch, *, before: int | None = None, counted: bool = True) -> None:
+        """A new forward pass, on this batch; see ``run``."""
         self._before = self._before + self._n_batch if before is None else before
         self._n_batch, self._counted = len(batch.index), counted
         self._half__b = batch.index % 2
         self._masks = {mask.shape[1]: None if bool(mask.all()) else mask for mask in batch.masks}
         self._calls.clear()
         self._last_input = None
-        with torch.set_grad_enabled(self.request.backward):
-            loss__b = loss(self.model(**batch.inputs), batch)
-        _refuse_bad_loss(loss__b.detach(), batch)
+        half_precision = any(parameter.dtype == torch.float16 for parameter in self.model.parameters())
+        self._loss_scale = FP16_LOSS_SCALE if half_precision else 1.0
+
+    def backward(self, outputs: Tensors, gradients: Tensors | None = None) -> None:
+        """The backward pass from ``outputs``, the scaled loss or (with their gradients) activations below it."""
         self._last_input = None
-        if self.request.backward:
-            half_precision = any(parameter.dtype == torch.float16 for parameter in self.model.parameters())
-            self._loss_scale = FP16_LOSS_SCALE if half_precision else 1.0
-            self._in_backward = True
-            try:
-                (loss__b.sum() * self._loss_scale).backward()
-                for key in list(self._pending):  # a module whose other call the loss does not depend on
-                    self._flush(key)
-                if self.kernel_sketch is not None:
-                    self.kernel_sketch.end_batch(self._before)
-            finally:
-                self._in_backward = False
-                self._pending.clear()
-        return loss__b.detach()
+        self._in_backward = True
+        try:
+            torch.autograd.backward(outputs, gradients)
+            for key in list(self._pending):  # a module whose other call the loss does not depend on
+                self._flush(key)
+            if self.kernel_sketch is not None:
+                self.kernel_sketch.end_batch(self._before)
+        finally:
+            self._in_backward = False
+            self._pending.clear()
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before the backward pass; divided out of everything that is collected."""
+        return self._loss_scale
 
     def result(self, damping: float) -> tuple[LayerStatistics, ...]:
         """Statistics of every layer, in the order of the model.
@@ -229,8 +244,7 @@ class Capture:
             raise ProfilingError("ntk: the model has no layer that LoRA can be put on, so there is no kernel of them")
         if self.kernel_sketch is not None:
             return self.kernel_sketch.grams(self.request.ntk_samples)
-        kept = [self.accumulators[name, "lora"].kept for name in names]
-        grams = [gram_matrix([one[before] for before in sorted(one)], self.threads) for one in kept]
+        grams = [gram_matrix(self.accumulators[name, "lora"].kept_in_order(), self.threads) for name in names]
         return np.sum(grams, axis=0)[None]
 
     def _dense_hook(self, layer: LayerSpec) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
@@ -417,7 +431,8 @@ def _open_graph(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ..
     return None
 
 
-def _refuse_bad_loss(loss__b: torch.Tensor, batch: Batch) -> None:
+def refuse_bad_loss(loss__b: torch.Tensor, batch: Batch) -> None:
+    """Raise ProfilingError for the first sample whose loss is NaN or infinite."""
     bad = (~torch.isfinite(loss__b)).nonzero().flatten()
     if len(bad):
         first = int(bad[0])

@@ -29,19 +29,19 @@ def saved_tensors_seen(model: torch.nn.Module, run: Callable[[], object], see: C
     seen = {tensor.untyped_storage().data_ptr() for tensor in weights if type(tensor) in PLAIN}
     alive: list[
         object
-    ] = []  # a freed storage's address may be used again, so every saved tensor is held until the count is done
+    ] = []  # a freed storage's address may be used again, so every storage is held until the count is done
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> None:
         if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
-            return tensor  # a weight that is elsewhere between passes (on disk, in shards) has another address then
+            return  # a weight that is elsewhere between passes (on disk, in shards) has another address then
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             see(storage.nbytes())
-            alive.append(tensor)
-        return tensor
+            alive.append(storage)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    # There is no backward pass. Tensors that the graph held would be in a cycle with it, and never be freed.
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         alive.append(run())
 
 

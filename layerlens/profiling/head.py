@@ -24,16 +24,18 @@ def fit_head(
     batches: Sequence[Batch],
     progress: Progress,
     loss_of: Loss = classification_loss,
+    replay: Replay | None = None,
 ) -> float:
     """Fit the new head in place by ridge-penalised maximum likelihood (L-BFGS on cached features); its final mean loss.
 
-    Only the parameters in ``new_parameters`` change. Deterministic for a given model, data and thread count.
+    Only the parameters in ``new_parameters`` change. Deterministic for a given model, data and thread count. ``replay``
+    says how the frozen modules are computed, where that is not by calling the model.
 
     Raises:
         ProfilingError: a transformer block has new parameters, the features are not finite, or the fit diverges.
     """
     batches = list(batches)  # they may be made anew each time they are asked for
-    replay = _replay_of(model, new_parameters)
+    replay = replay or _replay_of(model, new_parameters)
     features = [_as_float32(found) for found in replay.features(batches, progress)]
     widened = _widen(model, replay.frozen)
     parameters = [model.get_parameter(name) for name in new_parameters]
@@ -64,7 +66,7 @@ def fit_head(
     return final
 
 
-class _Replay:
+class Replay:
     """The model with its frozen modules computed once: calling any of them returns what the last of them put out."""
 
     def __init__(self, model: Any, new_parameters: Sequence[str]) -> None:
@@ -77,10 +79,7 @@ class _Replay:
         with progress.stage("Fitting the task head", total=len(batches)) as advance, torch.no_grad():
             for batch in batches:
                 features, output = self.run(batch)
-                if not torch.isfinite(logits_of(output)).all():
-                    raise ProfilingError(
-                        "the model's outputs are not finite (NaN or infinity) on the data; look for NaN weights"
-                    )
+                refuse_non_finite_logits(output)
                 found.append(features)
                 advance(1)
         return found
@@ -99,6 +98,12 @@ class _Replay:
         """The model's output for ``batch`` with these features in place of computing the frozen modules."""
         with _returning(self.frozen, features):
             return self.model(**batch.inputs)
+
+
+def refuse_non_finite_logits(output: Any) -> None:
+    """Raise ProfilingError where the model overflows, before anything is fitted to its features."""
+    if not torch.isfinite(logits_of(output)).all():
+        raise ProfilingError("the model's outputs are not finite (NaN or infinity) on the data; look for NaN weights")
 
 
 def _widen(model: torch.nn.Module, frozen: Sequence[torch.nn.Module]) -> list[tuple[torch.nn.Parameter, torch.dtype]]:
@@ -127,7 +132,7 @@ def _as_float32(output: Any) -> Any:
     return output
 
 
-class _TimmReplay(_Replay):
+class _TimmReplay(Replay):
     """timm's models say themselves where their features end and their head begins, but not which weights are before."""
 
     def __init__(self, model: Any) -> None:
@@ -142,9 +147,9 @@ class _TimmReplay(_Replay):
         return self.model.forward_head(features)
 
 
-def _replay_of(model: Any, new_parameters: Sequence[str]) -> _Replay:
+def _replay_of(model: Any, new_parameters: Sequence[str]) -> Replay:
     in_two_parts = hasattr(model, "forward_features") and hasattr(model, "forward_head")
-    return _TimmReplay(model) if in_two_parts else _Replay(model, new_parameters)
+    return _TimmReplay(model) if in_two_parts else Replay(model, new_parameters)
 
 
 @contextmanager

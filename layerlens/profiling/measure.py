@@ -6,13 +6,14 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
 from layerlens.exceptions import ConfigurationError, ProfilingError
 from layerlens.integrations.placement import sharded
-from layerlens.integrations.transformers import blocks_of
+from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
 from layerlens.models import FactorSketch, KernelStatistics, ModelSpec, ModelStatistics, ModuleCosts
 from layerlens.profiling.capture import Capture
@@ -99,7 +100,7 @@ def measure_share(
     n_samples = before[-1]
     request = dataclasses.replace(request, ntk_samples=min(request.ntk_samples, n_samples))
     ledger = Ledger()
-    with frozen_without_dropout(model, checkpointing=True):
+    with frozen_without_dropout(model, checkpointing=True), without_cache(model):
         shards = SumShards(processes) if sharded(model) else None
         capture = Capture(model, spec, request, threads, other_modules, shards)
         share = _share(processes, len(batches))
@@ -130,9 +131,7 @@ def measure_share(
             kernel = _kernel(capture, ledger) if request.ntk else None
         covered = capture.covered_weights()
     activation_bytes, forward_flops, modules = _costs(model, batches, sequence_length, request)
-    left_out = _left_out(model, covered)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    missing = sum(model.get_parameter(name).numel() for name in left_out)
+    left_out, coverage = left_out_of(model, covered)
     statistics = ModelStatistics(
         layers=layers,
         n_samples=n_samples,
@@ -143,7 +142,7 @@ def measure_share(
         kernel=kernel,
         other_weights=others,
         left_out=left_out,
-        coverage=1.0 - missing / total,
+        coverage=coverage,
         modules=modules,
     )
     refuse_non_finite(statistics)
@@ -181,11 +180,14 @@ def frozen_without_dropout(model: torch.nn.Module, *, checkpointing: bool) -> It
     """While open, no weight requires a gradient and no module is in training mode; modes and flags come back after.
 
     A module that checkpoints its activations does so in training mode only (transformers), so with ``checkpointing`` it
-    alone has that mode, while what is inside it, dropout included, has not.
+    alone has that mode, while what is inside it, dropout included, has not. Without it nothing checkpoints.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
+    checkpoints: list[Any] = [x for x, _ in modes if getattr(x, "gradient_checkpointing", False) is True]
     try:
+        for module in checkpoints:
+            module.gradient_checkpointing = checkpointing
         model.requires_grad_(False)
         for module, _ in modes:
             module.training = checkpointing and bool(getattr(module, "gradient_checkpointing", False))
@@ -195,6 +197,8 @@ def frozen_without_dropout(model: torch.nn.Module, *, checkpointing: bool) -> It
             parameter.requires_grad_(required)
         for module, training in modes:
             module.training = training
+        for module in checkpoints:
+            module.gradient_checkpointing = True
 
 
 def refuse_non_finite(statistics: ModelStatistics) -> None:
@@ -214,17 +218,34 @@ def refuse_non_finite(statistics: ModelStatistics) -> None:
 
 
 def _kernel(capture: Capture, ledger: Ledger) -> KernelStatistics:
-    """The kernel of the first samples of the batches, in the order that they have in the calibration set."""
-    count, records = capture.request.ntk_samples, ledger.in_order()
-    order = torch.cat([record.index for record in records])[:count].argsort().numpy()
-    labels = [record.labels for record in records if record.labels is not None]
-    comparable = len(labels) == len(records)
-    of_samples = torch.cat(labels)[:count].numpy()[order] if comparable else np.zeros((0, 0))
-    return kernel_statistics(capture.gram()[:, order][:, :, order], of_samples)
+    records = ledger.in_order()
+    index, labels = [record.index for record in records], [record.labels for record in records]
+    return kernel_of(capture.gram(), capture.request.ntk_samples, index, labels)
 
 
-def _left_out(model: torch.nn.Module, covered: dict[str, str]) -> dict[str, str]:
-    """Parameters without statistics and why, each tied parameter under the name that the model gives it."""
+def kernel_of(
+    grams: np.ndarray, count: int, index: Sequence[torch.Tensor], labels: Sequence[torch.Tensor | None]
+) -> KernelStatistics:
+    """The kernel of the first ``count`` samples of the batches, in the order that they have in the calibration set.
+
+    Args:
+        grams: float64 [sketches, count, count], in the order of the batches.
+        count: how many samples.
+        index: of each batch int64 [b], positions of its samples in the calibration set.
+        labels: of each batch [b], or None where there is not one number for each sample.
+    """
+    order = torch.cat(list(index))[:count].argsort().numpy()
+    known = [part for part in labels if part is not None]
+    comparable = len(known) == len(labels)
+    of_samples = torch.cat(known)[:count].numpy()[order] if comparable else np.zeros((0, 0))
+    return kernel_statistics(grams[:, order][:, :, order], of_samples)
+
+
+def left_out_of(model: torch.nn.Module, covered: dict[str, str]) -> tuple[dict[str, str], float]:
+    """(parameters without statistics and why, share of the parameters that have some).
+
+    Each tied parameter is under the name that the model gives it.
+    """
     have = {id(model.get_parameter(name)) for name in covered}
     left_out = {}
     for name, parameter in model.named_parameters():
@@ -233,4 +254,6 @@ def _left_out(model: torch.nn.Module, covered: dict[str, str]) -> dict[str, str]
             module = model.get_submodule(path)
             reason = why_not_measurable(path, module) if part == "weight" else f"not a weight matrix ({part})"
             left_out[name] = reason or "not asked for, or no gradient reaches it"
-    return left_out
+    total = sum(parameter.numel() for parameter in model.parameters())
+    missing = sum(model.get_parameter(name).numel() for name in left_out)
+    return left_out, 1.0 - missing / total

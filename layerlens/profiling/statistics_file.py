@@ -116,8 +116,12 @@ def _measured(prefix: str, scalars: dict[str, Any], tensors: dict[str, np.ndarra
     return MethodStatistics(**found)
 
 
-def load_statistics(path: Path) -> tuple[ModelSpec, ModelStatistics]:
+def load_statistics(path: Path, *, whole: bool = True) -> tuple[ModelSpec, ModelStatistics]:
     """Read what ``statistics_to_bytes`` wrote, from a file or a URL.
+
+    Args:
+        path: the file.
+        whole: whether it has to be of a whole model; checked for what no measurement gives.
 
     Raises:
         StorageError: there is nothing at the URL, or it does not match its checksum.
@@ -148,7 +152,8 @@ def load_statistics(path: Path) -> tuple[ModelSpec, ModelStatistics]:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ActivationCacheError(f"{path} has a damaged header ({error!r}); profile the model again") from error
     try:
-        check_statistics(spec, statistics)
+        if whole:
+            check_statistics(spec, statistics)
     except ActivationCacheError as error:
         raise ActivationCacheError(f"{path}: {error}; profile the model again") from error
     return spec, statistics

@@ -37,3 +37,14 @@ class PeakMemory:
             pass
         unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
         return 1e-9 * unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is resident now; where the system does not say, its peak so far."""
+    try:
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmRSS:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return int(1e9 * PeakMemory().gb())

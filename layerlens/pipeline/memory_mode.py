@@ -1,0 +1,308 @@
+"""Whether a model is profiled plainly, with checkpointed activations, or streamed from disk: what each is predicted to
+need, and the choice under ``profiling.max_memory_gb``.
+
+A step is traced on tensors without data (``cost.trace``), with taps as profiling has them, so nothing is loaded for it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerlens.config import RunConfig
+from layerlens.cost.trace import trace_step
+from layerlens.exceptions import ConfigurationError, LayerLensError
+from layerlens.integrations.transformers import PretrainedModel, blocks_of, without_cache
+from layerlens.models import LayerSpec, ModelSpec
+from layerlens.profiling.footprint import dense_inputs
+from layerlens.profiling.measure import frozen_without_dropout
+from layerlens.profiling.request import EXACT_NTK_SAMPLES, StatisticsRequest
+from layerlens.profiling.sketches import COLUMNS, PROBES, ROWS
+from layerlens.tasks import Batch
+from layerlens.tasks.losses import output_tensors
+from layerlens.utils.memory import resident_bytes
+
+PLAIN, CHECKPOINTED, STREAMED = "plain", "checkpointed", "streamed"
+MARGIN = 1.15
+"""What is predicted is multiplied by it: allocators round up, and libraries keep workspace."""
+MODULE_STATISTICS = ("activation_memory", "flops", "time")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a model is profiled.
+
+    Args:
+        mode: "plain", "checkpointed" or "streamed".
+        why: one clause that is the same whenever the same configuration is run on the same machine.
+        predicted_gb: peak resident memory (1e9 bytes) of the process in each mode, where it was predicted.
+    """
+
+    mode: str
+    why: str
+    predicted_gb: dict[str, float]
+
+    def told(self) -> str:
+        """For the log: the choice, the reason and the figures."""
+        figures = ", ".join(f"{mode} {gb:.2f} GB" for mode, gb in self.predicted_gb.items())
+        return f"profiling {self.mode}: {self.why}" + (f" (predicted: {figures})" if figures else "")
+
+
+def asked_mode(config: RunConfig) -> str | None:
+    """The mode that the configuration asks for; None where it is to be chosen by prediction."""
+    profiling = config.profiling
+    if profiling.memory_mode != "auto":
+        return profiling.memory_mode
+    return PLAIN if profiling.max_memory_gb is None else None
+
+
+def plan_as_asked(config: RunConfig) -> MemoryPlan:
+    """The plan where nothing has to be predicted."""
+    mode = asked_mode(config)
+    assert mode is not None
+    why = "no limit was given" if config.profiling.memory_mode == "auto" else "profiling.memory_mode asks for it"
+    return MemoryPlan(mode, why, {})
+
+
+def choose_mode(config: RunConfig, predicted: dict[str, float], refused: dict[str, str]) -> MemoryPlan:
+    """The first of plain, checkpointed and streamed that is predicted to keep within ``profiling.max_memory_gb``.
+
+    Args:
+        config: the job.
+        predicted: GB by mode, of those that the model can be profiled in.
+        refused: modes that it cannot be profiled in, and why.
+
+    Raises:
+        ConfigurationError: none keeps within it.
+    """
+    limit = config.profiling.max_memory_gb
+    assert limit is not None
+    over: list[str] = []
+    for mode in (PLAIN, CHECKPOINTED, STREAMED):
+        if mode not in predicted:
+            continue
+        if predicted[mode] <= limit:
+            why = f"{' and '.join(over)} would pass profiling.max_memory_gb: {limit:g}" if over else (
+                f"it keeps within profiling.max_memory_gb: {limit:g}"
+            )  # fmt: skip
+            return MemoryPlan(mode, why, predicted)
+        over.append(mode)
+    figures = ", ".join(f"{mode} {predicted[mode]:.2f} GB" for mode in over)
+    reasons = "".join(f"; {mode} is not possible: {why}" for mode, why in refused.items())
+    raise ConfigurationError(
+        f"profiling.max_memory_gb: {limit:g}, but profiling is predicted to need {figures}{reasons}; raise it, or "
+        "lower data.batch_size or data.max_length"
+    )
+
+
+def refuse_streaming_of(config: RunConfig) -> None:
+    """Raise ConfigurationError where the configuration asks for what a streamed model cannot give."""
+    if config.profiling.proxies.options:
+        what = "profiling.proxies trains options on the model in memory"
+    elif config.optimization.proxy_check.steps:
+        what = "optimization.proxy_check trains choices on the model in memory"
+    elif config.optimization.lora_initialization != "default":
+        name = config.optimization.lora_initialization
+        what = f"optimization.lora_initialization: {name} is measured on the model in memory"
+    elif chosen := [name for name in config.profiling.statistics if name in MODULE_STATISTICS]:
+        what = f"profiling.statistics: {chosen[0]} is measured on the whole model in memory"
+    else:
+        return
+    raise ConfigurationError(
+        f"{what}, which streaming never has whole; leave it out, or set profiling.memory_mode: plain or checkpointed"
+    )
+
+
+def predict_memory(
+    pretrained: PretrainedModel, spec: ModelSpec, batches: Sequence[Batch], request: StatisticsRequest, max_length: int
+) -> dict[str, float]:
+    """GB of resident memory that each mode is predicted to peak at, this process as it is now included.
+
+    Args:
+        pretrained: loaded, or with its weights on disk.
+        spec: its layers.
+        batches: the largest is the last.
+        request: what is measured.
+        max_length: the longest sequence, in tokens.
+    """
+    model = pretrained.model
+    inputs = dense_inputs(batches[-1].inputs, _longest(batches[-1].inputs), samples=len(batches[-1].index))
+    inputs.pop("attention_mask", None)  # models look into it, which a trace cannot
+    twin = _without_data(model)
+    weights = sum(x.numel() * x.element_size() for x in model.parameters() if x.is_meta)
+    sums = {layer.name: _sum_bytes(layer, request) for layer in spec.layers}
+    working = max(_working_bytes(layer, request) for layer in spec.layers)
+    kept = sum(_kept_bytes(layer, request, max_length) for layer in spec.layers)
+    base = resident_bytes()
+    step = _traced_bytes(twin, spec, inputs)
+    predicted = {PLAIN: base + MARGIN * (weights + step + sum(sums.values()) + working + kept)}
+    if getattr(model, "supports_gradient_checkpointing", False):
+        with checkpointed_activations(twin):
+            step = _traced_bytes(twin, spec, inputs)
+        predicted[CHECKPOINTED] = base + MARGIN * (weights + step + sum(sums.values()) + working + kept)
+    if pretrained.streamed is not None:
+        predicted[STREAMED] = base + MARGIN * _streamed_bytes(twin, spec, inputs, sums, request, max_length, working)
+    return {mode: 1e-9 * n_bytes for mode, n_bytes in predicted.items()}
+
+
+@contextmanager
+def checkpointed_activations(model: torch.nn.Module) -> Iterator[None]:
+    """While open, blocks keep only what they are given, and run again in the backward pass.
+
+    Raises:
+        ConfigurationError: the model's blocks cannot.
+    """
+    given: Any = model
+    if not getattr(given, "supports_gradient_checkpointing", False):
+        raise ConfigurationError(
+            f"profiling.memory_mode: {type(model).__name__} has no checkpointed activations (transformers' "
+            "supports_gradient_checkpointing); use plain or streamed"
+        )
+    # transformers 5.24 renamed them; the old names are announced to go.
+    enable = getattr(given, "activation_checkpointing_enable", None) or given.gradient_checkpointing_enable
+    disable = getattr(given, "activation_checkpointing_disable", None) or given.gradient_checkpointing_disable
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        yield
+        return
+    enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        disable()
+
+
+def memory_facts(plan: MemoryPlan, config: RunConfig) -> dict[str, Any]:
+    """What the manifest records of it: nothing where the user neither limited memory nor chose."""
+    if config.profiling.memory_mode == "auto" and config.profiling.max_memory_gb is None:
+        return {}
+    return {"memory_mode": plan.mode, "memory_mode_why": plan.why}
+
+
+class _Keep(torch.autograd.Function):
+    """What a tap keeps for the backward pass, without what it does there."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, anchor: torch.Tensor, *saved: torch.Tensor) -> Any:
+        ctx.save_for_backward(*saved)
+        ctx.count = len(saved)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0], None, *([None] * ctx.count)
+
+
+def _without_data(model: torch.nn.Module) -> Any:
+    """A copy whose weights are one number each, repeated: shapes without memory."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        twin = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        memo[id(parameter)] = torch.nn.Parameter(twin, requires_grad=False)
+    return copy.deepcopy(model, memo).eval()
+
+
+def _traced_bytes(model: Any, spec: ModelSpec, inputs: dict[str, torch.Tensor]) -> int:
+    """Peak of what a step allocates, weights left out."""
+    anchor = torch.zeros((), requires_grad=True)
+    handles = []
+    names = {name for name, _ in model.named_modules()}
+    for layer in spec.layers:
+        if layer.layer_type == "attention" or layer.name not in names:
+            continue
+        with_output = "adapter" in layer.methods
+
+        def hook(module: Any, args: Any, output: Any, with_output: bool = with_output) -> Any:
+            return _Keep.apply(output, anchor, args[0].detach(), *((output.detach(),) if with_output else ()))
+
+        handles.append(model.get_submodule(layer.name).register_forward_hook(hook))
+    try:
+        with frozen_without_dropout(model, checkpointing=True), without_cache(model):
+            return trace_step(model, inputs, _loss).peak_bytes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _loss(output: Any) -> torch.Tensor:
+    """Cross-entropy of whatever the model puts out: what a loss keeps hardly depends on which one it is."""
+    logits = [x.flatten(0, -2).float() for x in output_tensors(output)]
+    targets = [torch.zeros(len(x), dtype=torch.int64, device=x.device) for x in logits]
+    pairs = zip(logits, targets, strict=True)
+    return torch.stack([torch.nn.functional.cross_entropy(x, y, reduction="none").sum() for x, y in pairs]).sum()
+
+
+def _streamed_bytes(
+    twin: Any, spec: ModelSpec, inputs: dict[str, torch.Tensor], sums: dict[str, int], request: StatisticsRequest,
+    max_length: int, working: int,
+) -> float:  # fmt: skip
+    """Two blocks' weights, the sums of one block, and the activations of a model with one block."""
+    blocks = blocks_of(twin)
+    parts = [_bytes_below(twin, block) for block in blocks]
+    outside = sum(x.numel() * x.element_size() for x in twin.parameters()) - sum(parts)
+    of_block = max(
+        sum(sums[x.name] + _kept_bytes(x, request, max_length) for x in spec.layers if x.name.startswith(f"{block}."))
+        for block in blocks
+    )
+    stack, _, first = blocks[0].rpartition(".")
+    members = twin.get_submodule(stack)
+    kept = {name: child for name, child in members.named_children() if f"{stack}.{name}" not in blocks or name == first}
+    members._modules.clear()
+    members._modules.update(kept)
+    step = _traced_bytes(twin, spec, inputs)
+    return max(2 * max(parts) + of_block + working, outside + 2 * max(parts)) + step
+
+
+def _bytes_below(model: torch.nn.Module, path: str) -> int:
+    return sum(x.numel() * x.element_size() for x in model.get_submodule(path).parameters())
+
+
+def _shapes(layer: LayerSpec) -> list[tuple[int, int, int]]:
+    """(groups, outputs, inputs) of the matrices whose statistics are summed, of every method of a layer."""
+    width = layer.n_out // max(layer.num_heads, 1)
+    by_method = {
+        "lora": (1, layer.n_out, layer.n_in), "adapter": (1, layer.n_out, layer.n_out),
+        "prefix": (layer.num_heads, width, width + 1),
+    }  # fmt: skip
+    return [by_method[method] for method in layer.methods]
+
+
+def _sum_bytes(layer: LayerSpec, request: StatisticsRequest) -> int:
+    """Sums of matrices that are kept during the pass, float32."""
+    total = 0
+    for groups, n_out, n_in in _shapes(layer):
+        if request.mean:
+            total += (2 if request.halves else 1) * groups * n_out * n_in
+        if request.exact_factors:
+            total += groups * (n_out**2 + n_in**2)
+        if request.sketches:
+            total += 3 * (COLUMNS + PROBES) * n_out + 2 * ROWS * n_in + ROWS * n_out + 2 * COLUMNS * n_in
+    return 4 * total
+
+
+def _working_bytes(layer: LayerSpec, request: StatisticsRequest) -> int:
+    """What computing the statistics of one layer takes: float64 copies, of spectra with their factorisations."""
+    copies = 8 if request.halves else 2 if request.mean else 0
+    matrix = max(groups * n_out * n_in for groups, n_out, n_in in _shapes(layer))
+    factors = 3 * (layer.n_in**2 + layer.n_out**2) if request.exact_factors else 0
+    return 8 * (copies * matrix + factors)
+
+
+def _kept_bytes(layer: LayerSpec, request: StatisticsRequest, max_length: int) -> int:
+    """Activations and gradients that the exact kernel keeps."""
+    if not request.ntk or "lora" not in layer.methods or request.ntk_samples > EXACT_NTK_SAMPLES:
+        return 0
+    return 4 * request.ntk_samples * (layer.positions or max_length) * (layer.n_in + layer.n_out)
+
+
+def _longest(inputs: dict[str, torch.Tensor]) -> int:
+    return int(inputs["input_ids"].shape[1]) if "input_ids" in inputs else 0
+
+
+def reason_of(error: LayerLensError) -> str:
+    """An error's line without the key it begins with."""
+    return str(error).split(": ", 1)[-1]
