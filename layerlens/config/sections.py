@@ -256,7 +256,8 @@ class ProfilingConfig(ConfigModel):
         description="How the model is held while it is measured: `plain` (in memory), `checkpointed` (in memory; "
         "blocks keep only what they are given and run again in the backward pass), `streamed` (weights stay in their "
         "safetensors files and blocks come one at a time; transformers models with one stack of blocks), `auto` (the "
-        "first of these that is predicted to keep within `max_memory_gb`; plain without it). Layers have the same statistics.",
+        "first of these that is predicted to keep within `max_memory_gb`; plain without it). Layers have the same "
+        "statistics in all of them.",
     )
     max_memory_gb: float | None = Field(
         default=None,
