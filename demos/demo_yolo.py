@@ -29,9 +29,9 @@ from layerlens.models import LabelledImage
 from layerlens.pipeline import run_config
 from layerlens.pipeline.builtin_models import builtin_detector
 from layerlens.pipeline.vision_language import run_vision_language
-from layerlens.profiling.cache import default_cache_dir
 from layerlens.tasks import TASKS, make_batches
 from layerlens.tuning import apply
+from layerlens.utils.places import default_cache_dir
 
 SIDE, EPOCHS, LEARNING_RATE = 128, 6, 4e-3
 BUDGET = 6000

@@ -24,7 +24,8 @@ install_layerlens() {
   if [ "$(cat "$stamp" 2>/dev/null)" = "$state" ]; then return 0; fi
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   echo "Installing layerlens[$extra] into .venv (a few minutes the first time) ..." >&2
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt ".[$extra]"
+  # Editable: Python started in the checkout, as by torchrun, would find sources without kernels before an installed copy.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e ".[$extra]"
   rm -f .venv/installed-*
   echo "$state" >"$stamp"
   if [ "$extra" = test ]; then echo "$state" >.venv/installed-quickstart; fi # the test extra includes it

@@ -1,7 +1,8 @@
 """A device, measured: how long its tensor operations take, from a minute of timing; kept in a file for this machine.
 
 Every kind of operation has time = overhead + FLOPs / rate + bytes / bandwidth, fitted by non-negative least squares on
-relative errors over sizes from a few KiB to tens of MiB.
+relative errors over sizes from tens of KiB to 16 MiB. Outputs are kept for a while, as a training step keeps them: what
+an operation writes to is not in the cache. Memory that is new to the process costs extra, by the GB.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,13 +22,34 @@ import torch
 
 from layerlens.config import LatencyProfile
 from layerlens.cost.measure import time_ms
-from layerlens.cost.trace import ATTENTION, CURVE, KINDS, MATMUL, MEMORY, VIEW, StepTrace, TracedOperation, trace_step
+from layerlens.cost.trace import (
+    ATTENTION,
+    CURVE,
+    KINDS,
+    MATMUL,
+    MEMORY,
+    NORM,
+    RANDOM,
+    SAFE_SOFTMAX,
+    STRIDED,
+    VIEW,
+    StepTrace,
+    TracedOperation,
+    trace_step,
+)
 from layerlens.exceptions import OutputError
 from layerlens.utils.atomic import atomic_write_text
 from layerlens.utils.progress import Progress, silent
 
-FORMAT = 1
+FORMAT = 2
+"""A file of another format is measured again."""
 SECONDS = 0.08
+KEPT_BYTES = 64 * 2**20
+KEPT_OUTPUTS = 2048
+"""Outputs of a timed operation that are kept: as many as fit, not more than these. A step writes far more than caches
+hold before it comes back to the same memory."""
+FRESH_ELEMENTS = 2**24
+"""A float32 tensor of 64 MiB: above what glibc ever keeps for reuse."""
 Timing = Callable[[Callable[[], object], float], float]
 """(work, share of the usual time to spend on it) -> milliseconds."""
 
@@ -48,6 +71,7 @@ class DeviceProfile:
         device: what it is, and how many threads were used.
         rates: by kind of operation.
         parameter_us: µs of the optimiser step for each parameter tensor.
+        fresh_ms_per_gb: ms for a GB of memory that the process gets anew, on top of writing it.
         fit_error: median relative error of the fit, by kind.
     """
 
@@ -55,6 +79,7 @@ class DeviceProfile:
     threads: int
     rates: dict[str, Rates]
     parameter_us: float
+    fresh_ms_per_gb: float = 0.0
     fit_error: dict[str, float] = field(default_factory=dict)
 
     def operation_ms(self, operation: TracedOperation) -> float:
@@ -64,6 +89,7 @@ class DeviceProfile:
             1e-3 * rates.overhead_us
             + 1e-9 * rates.ms_per_gflop * operation.flops
             + 1e-9 * rates.ms_per_gb * operation.n_bytes
+            + 1e-9 * self.fresh_ms_per_gb * operation.fresh_bytes
         )
 
     def step_ms(self, trace: StepTrace, parameters: int, elements: int) -> float:
@@ -90,7 +116,7 @@ def calibrate(progress: Progress = silent, *, seconds: float = SECONDS, cpu_time
 
     Args:
         progress: told of the timings.
-        seconds: time spent on each of about 70 sizes.
+        seconds: time spent on each of about 90 sizes.
         cpu_time: see ``time_ms``; for one thread on a machine that others use.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,13 +126,15 @@ def calibrate(progress: Progress = silent, *, seconds: float = SECONDS, cpu_time
         return time_ms(_synchronised(work, device), seconds=share * seconds, cpu_time=cpu_time)
 
     measured: dict[str, list[tuple[float, float, float, float]]] = {kind: [] for kind in KINDS}
-    with progress.stage("Timing operations", total=len(cases) + 2) as advance:
+    with progress.stage("Timing operations", total=len(cases) + 3) as advance:
         for kind, flops, n_bytes, work in cases:
-            measured[kind].append((flops, n_bytes, 1.0, timed(work)))
+            measured[kind].append((flops, n_bytes, 1.0, timed(_kept(work))))
             advance(1)
         fits = {kind: _fit(rows) for kind, rows in measured.items() if rows}
         rates = {kind: fit[0] for kind, fit in fits.items()}
         parameter_us = _optimizer_us(device, timed)
+        advance(1)
+        fresh_ms_per_gb = _fresh_ms_per_gb(device, timed)
         advance(1)
         rates = _with_host_overhead(rates, device, timed)
         advance(1)
@@ -115,6 +143,7 @@ def calibrate(progress: Progress = silent, *, seconds: float = SECONDS, cpu_time
         threads=torch.get_num_threads(),
         rates=rates,
         parameter_us=parameter_us,
+        fresh_ms_per_gb=fresh_ms_per_gb,
         fit_error={kind: fit[1] for kind, fit in fits.items()},
     )
 
@@ -172,16 +201,43 @@ def _cases(device: torch.device) -> Iterator[tuple[str, float, float, Callable[[
         q = new(batch, heads, tokens, width)
         flops, n_bytes = 4.0 * batch * heads * tokens * tokens * width, 4.0 * 4 * q.numel()
         yield ATTENTION, flops, n_bytes, partial(torch.nn.functional.scaled_dot_product_attention, q, q, q)
-    for size in (2**12, 2**15, 2**18, 2**20, 2**22, 2**23):
-        x, y = new(size // 64, 64), new(size // 64, 64)
+    for size in (2**13, 2**16, 2**18, 2**20, 2**22):  # 32 KiB to 16 MiB: larger blocks are never reused
+        x, y = new(size // 128, 128), new(size // 128, 128)
+        split = new(size // 4096, 64, 2, 32)  # sequences, tokens, heads, width
         yield MEMORY, 0.0, 12.0 * size, partial(torch.add, x, y)
+        yield MEMORY, 0.0, 8.0 * size, partial(torch.mul, x, 0.5)
         yield MEMORY, 0.0, 8.0 * size, partial(torch.clone, x)
+        yield STRIDED, 0.0, 8.0 * split.numel(), partial(_contiguous, split.permute(0, 2, 1, 3))
+        yield STRIDED, 0.0, 8.0 * split.numel(), partial(_contiguous, split.permute(0, 2, 3, 1))
         yield CURVE, 0.0, 8.0 * size, partial(torch.nn.functional.gelu, x)
-        yield CURVE, 0.0, 8.0 * size, partial(torch.softmax, x, dim=-1)
-        yield CURVE, 0.0, 8.0 * size, partial(torch.nn.functional.layer_norm, x, (64,))
         yield CURVE, 0.0, 8.0 * size, partial(torch.tanh, x)
+        yield NORM, 0.0, 8.0 * size, partial(torch.softmax, x, dim=-1)
+        yield NORM, 0.0, 8.0 * size, partial(torch.nn.functional.layer_norm, x, (128,))
+        yield SAFE_SOFTMAX, 0.0, 8.0 * size, partial(torch.ops.aten._safe_softmax, x, -1)
+        yield RANDOM, 0.0, 8.0 * size, partial(torch.Tensor.bernoulli_, y.clone(), 0.9)
     yield VIEW, 0.0, 0.0, partial(torch.Tensor.view, new(64, 64), -1)
     yield VIEW, 0.0, 0.0, partial(torch.Tensor.t, new(64, 64))
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _kept(work: Callable[[], object]) -> Callable[[], object]:
+    """``work`` that keeps its last outputs; so many are there already."""
+    output = work()
+    n_bytes = output.untyped_storage().nbytes() if isinstance(output, torch.Tensor) else 0
+    kept = max(2, min(KEPT_OUTPUTS, KEPT_BYTES // max(1, n_bytes)))
+    outputs = deque((work() for _ in range(kept)), maxlen=kept)
+    return lambda: outputs.append(work())
+
+
+def _fresh_ms_per_gb(device: torch.device, timed: Timing) -> float:
+    """Writing to new memory against writing to the same again."""
+    again = torch.empty(FRESH_ELEMENTS, device=device)
+    fresh_ms = timed(lambda: torch.empty(FRESH_ELEMENTS, device=device).fill_(1.0), 4.0)
+    again_ms = timed(lambda: again.fill_(1.0), 4.0)
+    return max(0.0, (fresh_ms - again_ms) / (1e-9 * again.untyped_storage().nbytes()))
 
 
 def _fit(rows: list[tuple[float, float, float, float]]) -> tuple[Rates, float]:

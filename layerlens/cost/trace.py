@@ -19,20 +19,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-MATMUL, ATTENTION, CURVE, MEMORY, VIEW = "matmul", "attention", "curve", "memory", "view"
-KINDS = (MATMUL, ATTENTION, CURVE, MEMORY, VIEW)
-"""Matrix products; fused attention; functions that compute for every element (softmax, GELU, norms, random numbers);
-operations that only move elements; and those that move nothing."""
-_CURVES = ("softmax", "gelu", "silu", "tanh", "exp", "erf", "pow", "norm", "bernoulli", "sigmoid", "rsqrt", "dropout")
+MATMUL, ATTENTION, RANDOM, NORM, SAFE_SOFTMAX, CURVE, STRIDED, MEMORY, VIEW = (
+    "matmul", "attention", "random", "norm", "safe_softmax", "curve", "strided", "memory", "view",
+)  # fmt: skip
+KINDS = (MATMUL, ATTENTION, RANDOM, NORM, SAFE_SOFTMAX, CURVE, STRIDED, MEMORY, VIEW)
+"""Matrix products; fused attention; random numbers (dropout); normalisations of rows (softmax, layer norm); the softmax
+of attention that is not fused, which looks for rows that are masked whole; functions of every element (GELU, tanh);
+copies between layouts; operations that only move elements; and those that move nothing."""
+_NAMES = (
+    (RANDOM, ("bernoulli", "dropout", "normal_", "uniform_", "rand")),
+    (SAFE_SOFTMAX, ("_safe_softmax",)),
+    (NORM, ("softmax", "norm")),
+    (CURVE, ("gelu", "silu", "tanh", "exp", "erf", "pow", "sigmoid", "rsqrt")),
+)
+"""What the name of an operation contains that is of a kind; the first match counts."""
+
+REUSED_BYTES = 32 * 2**20
+"""The largest block that glibc keeps for reuse once it is freed (mallopt(3), ``M_MMAP_THRESHOLD``); a larger one is
+memory new to the process each time, which the kernel must zero page by page."""
 
 
 @dataclass(frozen=True)
 class TracedOperation:
-    """One operation: its kind (of ``KINDS``), FLOPs, and bytes read and written."""
+    """One operation: its kind (of ``KINDS``), FLOPs, bytes read and written, and bytes of new blocks never reused."""
 
     kind: str
     flops: float
     n_bytes: float
+    fresh_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,8 +119,7 @@ class _Recorder(TorchDispatchMode):
         # A view of a weight has the storage of its fake twin, which is no allocation either.
         aliases = any(returned.alias_info is not None for returned in schema.returns)
         new = [] if aliases else [tensor for tensor in results if _storage_id(tensor) not in sources]
-        for tensor in new:
-            self._allocated(tensor.untyped_storage())
+        fresh = sum([self._allocated(tensor.untyped_storage()) for tensor in new])
         works = schema.is_mutable or bool(new)
         packet, name = func._overloadpacket, str(func)
         flops = 0.0
@@ -114,27 +127,37 @@ class _Recorder(TorchDispatchMode):
             flops = float(flop_registry[packet](*args, **(kwargs or {}), out_val=out))
         kind = VIEW
         if works:
-            if flops:
-                kind = ATTENTION if "attention" in name else MATMUL
-            else:
-                kind = CURVE if any(word in name for word in _CURVES) else MEMORY
-            if "empty" in name:  # allocates, and writes nothing
-                kind = VIEW
+            kind = _kind(name, flops, operands)
         n_bytes = float(sum(map(_touched, (*operands, *results)))) if kind != VIEW else 0.0
-        self.operations.append(TracedOperation(kind, flops, n_bytes))
+        self.operations.append(TracedOperation(kind, flops, n_bytes, fresh))
         return out
 
-    def _allocated(self, storage: Any) -> None:
+    def _allocated(self, storage: Any) -> int:
+        """Bytes of it that are new to the process."""
         if storage in self.known:
-            return
+            return 0
         self.known.add(storage)
         n_bytes = storage.nbytes()
         self.alive += n_bytes
         self.peak = max(self.peak, self.alive)
         weakref.finalize(storage, self._freed, n_bytes)
+        return n_bytes if n_bytes > REUSED_BYTES else 0
 
     def _freed(self, n_bytes: int) -> None:
         self.alive -= n_bytes
+
+
+def _kind(name: str, flops: float, operands: list[torch.Tensor]) -> str:
+    """The kind of an operation that allocates or changes something."""
+    if flops:
+        return ATTENTION if "attention" in name else MATMUL
+    if "empty" in name:  # allocates, and writes nothing
+        return VIEW
+    for kind, words in _NAMES:
+        if any(word in name for word in words):
+            return kind
+    copies = name.startswith(("aten.clone", "aten.copy_", "aten._to_copy"))
+    return STRIDED if copies and not all(operand.is_contiguous() for operand in operands) else MEMORY
 
 
 def _storage_id(tensor: torch.Tensor) -> int:

@@ -49,5 +49,6 @@ def test_quickstart_runs_and_the_second_run_gives_the_same_bytes_from_the_cache(
 
 
 def test_test_script_ends_in_the_test_suite():
-    assert (ROOT / "scripts/test.sh").read_text(encoding="utf-8").splitlines()[-1] == 'exec .venv/bin/pytest "$@"'
+    last = (ROOT / "scripts/test.sh").read_text(encoding="utf-8").splitlines()[-1]
+    assert last == 'exec .venv/bin/pytest -n 2 --dist loadfile "$@"'
     assert "scripts/test.sh" in (ROOT / ".ci/run").read_text(encoding="utf-8")

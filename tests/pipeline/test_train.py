@@ -167,7 +167,8 @@ def test_two_processes_end_where_one_does_and_one_of_them_speaks(
     one, two = tmp_path / "one", tmp_path / "two"
     done = train(job, one, *without_dropout, *more, "--set", "training.gradient_accumulation=2", "--json")
     assert done.exit_code == 0, done.stderr
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "layerlens"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "layerlens"]
     command += ["train", str(job / "out/manifest.json"), "-c", str(job / "config.yaml"), "-o", str(two), "--json"]
     both = subprocess.run(
         [*command, *without_dropout, *more], capture_output=True, text=True, timeout=240, check=False,

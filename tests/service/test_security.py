@@ -459,8 +459,8 @@ def test_what_a_job_does_not_use_on_the_server_stays(tmp_path: Path):
     for section in (TrainingConfig, StudyConfig):
         assert not [name for name in section.model_fields if any(place in name for place in places)]
     (tmp_path / "model").mkdir()
-    known = {"model", "data", "profiling", "optimization", "training", "output", "runtime", "study", "telemetry",
-             "tracking"}  # fmt: skip
+    known = {"model", "data", "profiling", "optimization", "training", "output", "runtime", "distributed", "study",
+             "telemetry", "tracking"}  # fmt: skip
     assert RunConfig.model_fields.keys() == known
     assert confined(tmp_path).runtime.device == "cpu"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,9 @@ def test_a_slurm_array_task_runs_its_own(folder, monkeypatch):
     script = Path(__file__).parents[2] / "demos/schedulers/slurm_array.sh"
     assert cli("--quiet").exit_code == 0
     environment = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_CPUS_PER_TASK": "1"}
+    environment["PATH"] = (
+        f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the environment it is run in
+    )
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     done = subprocess.run(["bash", script, "sweep.yaml"], cwd=folder, capture_output=True, text=True, check=False)
