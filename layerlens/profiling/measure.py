@@ -153,7 +153,7 @@ def _costs(
     model: torch.nn.Module, batches: Sequence[Batch], sequence_length: int, request: StatisticsRequest
 ) -> tuple[float, float, dict[str, ModuleCosts]]:
     """(activation bytes, forward FLOPs) of the model for a token, and the costs of its modules."""
-    with frozen_without_dropout(model, checkpointing=False):
+    with frozen_without_dropout(model, checkpointing=False), without_cache(model):
         inputs = dense_inputs(batches[0].inputs, sequence_length)
         first_block = next(iter(blocks_of(model)), None)
         activation_bytes, forward_flops = frozen_footprint(model, first_block, inputs)
