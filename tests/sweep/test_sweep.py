@@ -108,7 +108,7 @@ def test_tasks_that_measure_the_same_at_the_same_time_measure_it_once(folder, mo
         measured.append(1)
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr("layerlens.pipeline.run.measure_share", counted)
+    monkeypatch.setattr("layerlens.pipeline.profile.measure_share", counted)
     outcomes: list[str] = []
     told: list[str] = []
     threads = [
