@@ -158,8 +158,12 @@ class DataConfig(ConfigModel):
     max_image_pixels: int = Field(
         default=2**26, ge=1, description="Larger images are refused before they are decoded (decompression bombs)."
     )
-    calibration_samples: int = Field(
-        default=256, ge=2, description="Samples that are measured. The noise correction needs at least 2."
+    calibration_samples: int | None = Field(
+        default=None,
+        ge=2,
+        description="Samples that are measured. When not given: 256, or, where nothing but the gradient energy is "
+        "wanted (as for the utility model `auto`), a fiftieth of the samples that `training` will train on, at least "
+        "16 and at most 256, so that measuring stays below a twentieth of the fine-tune.",
     )
     max_length: int = Field(default=128, ge=2, description="Longest sequence, in tokens; longer texts are truncated.")
     max_target_length: int | None = Field(
