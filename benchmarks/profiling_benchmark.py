@@ -46,6 +46,9 @@ ORDINARY, FROZEN = "ordinary step", "frozen weights, no statistics"
 CHECKPOINTED = ("Fisher", "Fisher + sketched spectra + NTK + sketched factors")
 """Rows whose memory with activation checkpointing is measured too."""
 
+WARM_UP_ROUNDS = 2
+"""The second ordinary step still took twice as long as later ones: its gradients' memory was touched anew."""
+
 
 def build(name: str, dtype: str) -> tuple[Any, Any]:
     """(model in evaluation mode, batch)."""
@@ -115,7 +118,7 @@ def steps(name: str, dtype: str, threads: int, *, checkpointing: bool) -> dict[s
 def run_times(name: str, dtype: str, threads: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of every row in every round."""
     candidates = steps(name, dtype, threads, checkpointing=False)
-    for step in candidates.values():
+    for step in [*candidates.values()] * WARM_UP_ROUNDS:
         step()
     seconds: dict[str, list[float]] = {row: [] for row in candidates}
     clock = time.process_time if threads == 1 else time.perf_counter
@@ -152,7 +155,9 @@ def in_child(arguments: list[str], threads: int) -> Any:
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # as the command line sets it: idle threads of one pool do not hold up another
+        # As the command line sets them: idle threads of one pool do not hold up another.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OPENBLAS_THREAD_TIMEOUT": "4",
         "MALLOC_MMAP_THRESHOLD_": "65536" if "--row" in arguments else "",
     }
     command = [sys.executable, __file__, "--child", "--threads", str(threads), *arguments]
@@ -162,19 +167,25 @@ def in_child(arguments: list[str], threads: int) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_all(models: list[str], dtypes: list[str], threads: list[int], rounds: int) -> list[dict[str, Any]]:
-    """One result for each model, dtype, thread count and row."""
+def measure_memory(name: str, dtype: str) -> dict[tuple[str, bool], float]:
+    """(row, with checkpointing) -> megabytes of one step, each in a process of its own."""
+    return {
+        (row, checkpointing): in_child(
+            ["--model", name, "--dtype", dtype, "--row", row, *(["--checkpointing"] if checkpointing else [])], 1
+        )
+        for row in (ORDINARY, FROZEN, *REQUESTS)
+        for checkpointing in ((False, True) if row in CHECKPOINTED else (False,))
+    }
+
+
+def measure_all(
+    models: list[str], dtypes: list[str], threads: list[int], rounds: int, *, times_only: bool
+) -> list[dict[str, Any]]:
+    """One result for each model, dtype, thread count and row; without peak memory where ``times_only``."""
     results = []
     for name in models:
         for dtype in dtypes:
-            memory = {
-                (row, checkpointing): in_child(
-                    ["--model", name, "--dtype", dtype, "--row", row, *(["--checkpointing"] if checkpointing else [])],
-                    1,
-                )
-                for row in (ORDINARY, FROZEN, *REQUESTS)
-                for checkpointing in ((False, True) if row in CHECKPOINTED else (False,))
-            }
+            memory = {} if times_only else measure_memory(name, dtype)
             for count in threads:
                 seconds = in_child(["--model", name, "--dtype", dtype, "--rounds", str(rounds)], count)
                 for row, own in seconds.items():
@@ -186,10 +197,11 @@ def measure_all(models: list[str], dtypes: list[str], threads: list[int], rounds
                             "ratio": round(statistics.median(ratios), 3),
                             "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
                             "target": TARGETS.get(row, {}).get(dtype),
-                            "peak_mb": round(memory[row, False]),
-                            "peak_mb_checkpointed": round(memory[row, True]) if (row, True) in memory else None,
                         }
                     )  # fmt: skip
+                    if not times_only:
+                        checkpointed = round(memory[row, True]) if (row, True) in memory else None
+                        results[-1] |= {"peak_mb": round(memory[row, False]), "peak_mb_checkpointed": checkpointed}
                     print(" | ".join(str(value) for value in results[-1].values()), file=sys.stderr, flush=True)
     return results
 
@@ -201,6 +213,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--times-only", action="store_true", help="keep the peak memory that the file has")
     parser.add_argument("--peers", metavar="PYTHON", help="interpreter that has the peers installed")
     for option in ("--model", "--dtype", "--row"):
         parser.add_argument(option, help=argparse.SUPPRESS)
@@ -217,7 +230,8 @@ def main() -> None:
         else:
             print(json.dumps(run_times(*of, options.rounds)))
         return
-    measured = {_key(row): row for row in measure_all(options.models, options.dtypes, options.threads, options.rounds)}
+    of_all = options.models, options.dtypes, options.threads, options.rounds
+    measured = {_key(row): row for row in measure_all(*of_all, times_only=options.times_only)}
     if options.out:
         import torch
 
@@ -233,7 +247,7 @@ def main() -> None:
         machine = {"processor": _processor(), "cores": os.cpu_count(), "torch": torch.__version__}
         content = {
             "machine": machine | {"load": round(os.getloadavg()[2], 1)},
-            "results": list((kept | measured).values()),
+            "results": [kept.get(key, {}) | measured.get(key, {}) for key in kept | measured],
             "peers": peers,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
 Same models, batches and interleaving as ``profiling_benchmark.py``, float32. Install the peers in an environment of
 their own without their dependencies, which may bring another torch (``pip install --no-deps opacus backpack-for-pytorch
 curvlinops-for-pytorch nngeometry asdfghjkl kronfluence einops einconv unfoldNd linear_operator jaxtyping
-wadler-lindig``). One that cannot be imported or fails is listed with its error.
+opt_einsum wadler-lindig``). One that cannot be imported or fails is listed with its error.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Pre-trains the small models of the study, on the CPU in minutes, into ``models/`` (which git ignores).
 
-    python benchmarks/evaluation/pretrain.py            # both
+    python benchmarks/evaluation/pretrain.py            # all three
     python benchmarks/evaluation/pretrain.py vit
 
 - ``vit``: a ViT (0.2 M) on ``load_digits``, digits 0 to 4, with shifted copies.
 - ``clm``: a Llama (1.0 M) on next tokens of the standard library's sources.
+- ``mlm``: a BERT (1.1 M) on masked tokens of the same.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ import transformers
 MODELS = Path(__file__).parent / "models"
 VOCABULARY = 2048
 LENGTH = 64
+MASK_ID = 3
+"""Of <mask>, the fourth special token."""
+MASKED = 0.15
+"""Share of the tokens that are hidden (Devlin et al. 2019, arXiv:1810.04805), each by <mask>."""
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -58,6 +63,23 @@ def clm() -> None:
     _pretrain_text(transformers.LlamaForCausalLM(config), "clm", steps=1500)
 
 
+def mlm() -> None:
+    """The masked language model."""
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    _pretrain_text(transformers.BertForMaskedLM(config), "mlm", steps=4000)
+
+
+def masked(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids with a share of ``MASKED`` of each row's tokens hidden, labels: those tokens, elsewhere -100)."""
+    n_hidden = round(MASKED * ids.shape[1])
+    hidden = torch.rand(ids.shape, generator=generator).argsort(dim=1) < n_hidden
+    return ids.masked_fill(hidden, MASK_ID), ids.masked_fill(~hidden, -100)
+
+
 def _pretrain_text(model: Any, name: str, steps: int, batch_size: int = 32) -> None:
     ids = windows(corpora.python_sources(), LENGTH)
     generator = torch.Generator().manual_seed(0)
@@ -65,7 +87,8 @@ def _pretrain_text(model: Any, name: str, steps: int, batch_size: int = 32) -> N
     print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, {ids.numel()} tokens", flush=True)
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=rows, labels=rows).loss
+        hidden, labels = masked(rows, generator) if name == "mlm" else (rows, rows)
+        return model(input_ids=hidden, labels=labels).loss
 
     def draw() -> torch.Tensor:
         return loss_of(ids[torch.randint(len(ids), (batch_size,), generator=generator)])
@@ -125,5 +148,5 @@ def _fit(model: Any, draw: Any, steps: int, held_out_loss: Any, peak_lr: float) 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for chosen in sys.argv[1:] or ("vit", "clm"):
-        {"vit": vit, "clm": clm}[chosen]()
+    for chosen in sys.argv[1:] or ("vit", "clm", "mlm"):
+        {"vit": vit, "clm": clm, "mlm": mlm}[chosen]()

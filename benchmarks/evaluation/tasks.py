@@ -11,7 +11,7 @@ from typing import Any
 
 import corpora
 import torch
-from pretrain import MODELS, tokenizer, windows
+from pretrain import MODELS, masked, tokenizer, windows
 
 from layerlens.data.stdlib_docstrings import stdlib_docstrings
 from layerlens.evaluation.study_task import Samples, StudyTask
@@ -20,7 +20,7 @@ from layerlens.integrations.transformers import PretrainedModel, resolve_model_p
 from layerlens.models import ModelSpec
 from layerlens.profiling.head import fit_head
 from layerlens.tasks import Batch
-from layerlens.tasks.losses import causal_loss, classification_loss
+from layerlens.tasks.losses import causal_loss, classification_loss, token_loss
 from layerlens.utils.progress import silent
 
 N_HEAD, N_TRAIN, N_VALIDATION, N_TEST = 256, 1024, 256, 256
@@ -76,12 +76,18 @@ def prose() -> StudyTask:
     return _language_task("prose", corpora.documentation_prose())
 
 
+def prose_masked() -> StudyTask:
+    """Masked tokens of the same prose, on a masked language model of Python sources."""
+    return _language_task("prose-masked", corpora.documentation_prose())
+
+
 TASKS: dict[str, Callable[[], StudyTask]] = {
     "digits-5-9": digits_5_9,
     "digits-inverted": digits_inverted,
     "docstring-package": docstring_package,
     "c-headers": c_headers,
     "prose": prose,
+    "prose-masked": prose_masked,
 }
 MORE_TASKS: dict[str, Callable[[], StudyTask]] = {
     "summary-match": summary_match,
@@ -183,16 +189,23 @@ def _classify(
 def _language_task(name: str, texts: list[str]) -> StudyTask:
     import transformers
 
-    model: Any = transformers.LlamaForCausalLM.from_pretrained(MODELS / "clm").eval().requires_grad_(False)
+    hides = name.endswith("-masked")
+    kind: Any = transformers.BertForMaskedLM if hides else transformers.LlamaForCausalLM
+    model: Any = kind.from_pretrained(MODELS / ("mlm" if hides else "clm")).eval().requires_grad_(False)
     ids = windows(_pieces(texts, 2000), WINDOW)
+    labels = ids
+    if hides:
+        ids, labels = masked(ids, torch.Generator().manual_seed(0))
     train, _, test, rest = _parts(torch.arange(len(ids)), (N_TRAIN, 48, N_LANGUAGE_TEST, len(ids)))
     # Validation windows from all over the remaining texts: 48 neighbouring ones were two or three pieces of text, and
     # chose rates that cost 0.15 of test loss (docs/decisions.md).
     parts = [train, rest[:: len(rest) // N_LANGUAGE_VALIDATION][:N_LANGUAGE_VALIDATION], test]
-    samples = [Samples({"input_ids": ids[part]}, ids[part]) for part in parts]
-    spec: ModelSpec = model_spec(PretrainedModel(model, tokenizer(), name, ()), "llama-stdlib")
-    return StudyTask(name, model, spec, *samples, causal_loss, token_labels=True, shifted=True,
-                     steps=100, batch_size=4, sweep_seeds=SWEEP_SEEDS)  # fmt: skip
+    samples = [Samples({"input_ids": ids[part]}, labels[part]) for part in parts]
+    spec: ModelSpec = model_spec(
+        PretrainedModel(model, tokenizer(), name, ()), "bert-stdlib" if hides else "llama-stdlib"
+    )
+    return StudyTask(name, model, spec, *samples, token_loss if hides else causal_loss, token_labels=True,
+                     shifted=not hides, steps=100, batch_size=16 if hides else 4, sweep_seeds=SWEEP_SEEDS)  # fmt: skip
 
 
 def _pieces(texts: list[str], characters: int) -> list[str]:

@@ -56,12 +56,15 @@ def set_threads(n: int) -> int:
 
 
 def let_idle_threads_sleep() -> None:
-    """Have OpenMP's idle threads sleep instead of spin, unless the user decided; call it before torch is loaded.
+    """Have idle threads of OpenMP and OpenBLAS sleep instead of spin, unless the user decided; call it before torch,
+    NumPy and SciPy are loaded.
 
-    torch's OpenMP runtime and the kernels' own share the cores. Spinning threads of one, or of any other program, hold
-    up the other: with both cores otherwise busy, torch products between kernel calls took two to three times as long.
+    torch's OpenMP runtime, the kernels' own and SciPy's OpenBLAS share the cores. Spinning threads of one, or of any
+    other program, hold up the other: with both cores otherwise busy, torch products between kernel calls took two to
+    three times as long, and K-FAC factors on two threads 1.4 times (OpenBLAS spins for 2^26 cycles unless told).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # spin for 2^4 cycles, the least that OpenBLAS takes
 
 
 def _cgroup_quota(root: Path, membership: Path) -> float | None:

@@ -65,3 +65,13 @@ def test_cgroup_v1_quota(tmp_path: Path) -> None:
 def test_quota_lowers_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_cgroup_quota", lambda *_: 0.5)
     assert available_cores() == 1
+
+
+def test_idle_threads_sleep_unless_the_user_decided(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", "20")
+    threads.let_idle_threads_sleep()
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["OPENBLAS_THREAD_TIMEOUT"]) == ("PASSIVE", "20")
+    monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT")
+    threads.let_idle_threads_sleep()
+    assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "4"
