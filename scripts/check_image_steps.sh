@@ -19,7 +19,7 @@ mkdir -p $house
 rm -f $house/layerlens-*
 wheel=$(ls dist/layerlens-*-cp311-*.whl 2>/dev/null) ||
   { echo "error: dist has no wheel for Python 3.11, whose requirements are collected; run scripts/build_wheels.sh" >&2; exit 2; }
-"$python" -m pip download --quiet --disable-pip-version-check --dest $house --find-links $house \
+"$python" -m pip wheel --quiet --disable-pip-version-check --wheel-dir $house --find-links $house \
   -c scripts/constraints.txt "${wheel}[hf]" "scikit-build-core>=0.11" "cython>=3.1" "cython-cmake>=0.2" "cmake>=3.20" ninja pip
 rm -f $house/layerlens-*
 

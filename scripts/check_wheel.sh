@@ -35,7 +35,7 @@ wheel=$(ls dist/layerlens-*-"$tag"-*.whl 2>/dev/null) ||
 house=build/wheelhouse
 mkdir -p $house
 rm -f $house/layerlens-*
-"$python" -m pip download --quiet --disable-pip-version-check --dest $house -c scripts/constraints.txt \
+"$python" -m pip wheel --quiet --disable-pip-version-check --wheel-dir $house -c scripts/constraints.txt \
   "${wheel}[quickstart]" pip
 
 install_and_check() { # runs in the folder that holds wheelhouse, checks and demos; $1: the Python to use

@@ -79,6 +79,7 @@ def build(text: str, target: str, base: Path, wheelhouse: Path, scratch: Path) -
             stage.environment, stage.folder = dict(before.environment), before.folder
         else:
             subprocess.run(["tar", "-C", str(made(stage.root)), "-xf", str(base)], check=True)
+            stage.root.chmod(0o755)  # debootstrap's folder was its owner's alone
         subprocess.run(["mount", "-t", "proc", "proc", str(made(stage.root / "proc"))], check=True)
         subprocess.run(["mount", "--bind", str(wheelhouse), str(made(stage.root / "wheelhouse"))], check=True)
         shutil.copy("/etc/resolv.conf", stage.root / "etc/resolv.conf")

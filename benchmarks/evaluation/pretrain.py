@@ -5,7 +5,7 @@
 
 - ``vit``: a ViT (0.2 M) on ``load_digits``, digits 0 to 4, with shifted copies.
 - ``clm``: a Llama (1.0 M) on next tokens of the standard library's sources.
-- ``mlm``: a BERT (1.1 M) on masked tokens of the same.
+- ``mlm``: a ModernBERT (1.07 M) on masked tokens of the same.
 """
 
 from __future__ import annotations
@@ -64,13 +64,14 @@ def clm() -> None:
 
 
 def mlm() -> None:
-    """The masked language model."""
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0,
+    """The masked language model, with norms before its layers: a BERT of this size was still at the frequencies of the
+    tokens after 1,250 steps (loss 6.2)."""
+    config = transformers.ModernBertConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
-    _pretrain_text(transformers.BertForMaskedLM(config), "mlm", steps=4000)
+    _pretrain_text(transformers.ModernBertForMaskedLM(config), "mlm", steps=2000)
 
 
 def masked(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

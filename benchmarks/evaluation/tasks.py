@@ -190,7 +190,7 @@ def _language_task(name: str, texts: list[str]) -> StudyTask:
     import transformers
 
     hides = name.endswith("-masked")
-    kind: Any = transformers.BertForMaskedLM if hides else transformers.LlamaForCausalLM
+    kind: Any = transformers.ModernBertForMaskedLM if hides else transformers.LlamaForCausalLM
     model: Any = kind.from_pretrained(MODELS / ("mlm" if hides else "clm")).eval().requires_grad_(False)
     ids = windows(_pieces(texts, 2000), WINDOW)
     labels = ids
@@ -202,7 +202,7 @@ def _language_task(name: str, texts: list[str]) -> StudyTask:
     parts = [train, rest[:: len(rest) // N_LANGUAGE_VALIDATION][:N_LANGUAGE_VALIDATION], test]
     samples = [Samples({"input_ids": ids[part]}, labels[part]) for part in parts]
     spec: ModelSpec = model_spec(
-        PretrainedModel(model, tokenizer(), name, ()), "bert-stdlib" if hides else "llama-stdlib"
+        PretrainedModel(model, tokenizer(), name, ()), "modernbert-stdlib" if hides else "llama-stdlib"
     )
     return StudyTask(name, model, spec, *samples, token_loss if hides else causal_loss, token_labels=True,
                      shifted=not hides, steps=100, batch_size=16 if hides else 4, sweep_seeds=SWEEP_SEEDS)  # fmt: skip

@@ -54,6 +54,19 @@ CASES: dict[str, tuple[str, Callable[[Path], None]]] = {
             own.roberta,
         ),
     ),
+    "modernbert": (
+        "sequence-classification",
+        text(
+            lambda t: hf.ModernBertModel(
+                hf.ModernBertConfig(
+                    vocab_size=len(t), **WIDTHS, **WIDE, max_position_embeddings=32, pad_token_id=t.pad_token_id,
+                    bos_token_id=t.bos_token_id, eos_token_id=t.eos_token_id, cls_token_id=t.cls_token_id,
+                    sep_token_id=t.sep_token_id,
+                )
+            ),
+            own.roberta,
+        ),
+    ),
     "gpt2": (
         "causal-lm",
         text(

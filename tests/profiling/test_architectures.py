@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,12 @@ class ConvNet(torch.nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(pixel_values).mean(dim=(2, 3)))
+
+
+def modernbert(**fields: Any) -> hf.ModernBertConfig:
+    """Its first block sees all tokens, its second 2 around each."""
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    return hf.ModernBertConfig(vocab_size=VOCABULARY, **ends, local_attention=4, **fields)
 
 
 def tokens(*, padding: bool = True) -> dict[str, torch.Tensor]:
@@ -178,6 +185,10 @@ CASES = {
         lambda: hf.BertForMaskedLM(hf.BertConfig(**SMALL, **WIDTHS)),
         text(lambda inputs: token_labels(inputs, VOCABULARY)), token_loss,
     ),
+    "modernbert-masked-lm-tied": Case(
+        lambda: hf.ModernBertForMaskedLM(modernbert(**WIDTHS, initializer_range=0.3)),
+        text(lambda inputs: token_labels(inputs, VOCABULARY)), token_loss,
+    ),
     "roberta-regression": Case(
         lambda: hf.RobertaForSequenceClassification(
             hf.RobertaConfig(**SMALL, **WIDTHS, num_labels=1, max_position_embeddings=32)
@@ -244,6 +255,7 @@ REAL_SIZES = {
     "minilm-l6": lambda: hf.BertForSequenceClassification(
         hf.BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
     ),
+    "modernbert-base": lambda: hf.ModernBertForMaskedLM(hf.ModernBertConfig()),
     "roberta-base": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(vocab_size=50265)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config()),
     "llama-7b": lambda: hf.LlamaForCausalLM(hf.LlamaConfig()),
