@@ -62,6 +62,23 @@ def _bert(attention: str) -> Shape:
     return Shape(BertForSequenceClassification(config).eval(), _text(labels=torch.tensor([0, 2])), choice)
 
 
+def _modernbert(attention: str) -> Shape:
+    from transformers import ModernBertConfig, ModernBertForSequenceClassification
+
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    config = ModernBertConfig(
+        **_WIDE, **_COMMON, **ends, vocab_size=50, num_labels=3, local_attention=4, attn_implementation=attention
+    )  # the second block's attention is local
+    choice = {
+        "model.layers.0.attn.Wqkv": ("lora", 2),
+        "model.layers.1.mlp.Wi": ("lora", 4),
+        "model.layers.0.mlp.Wo": ("adapter", 3),
+        "model.layers.0.attn": ("prefix", 2),
+        "model.layers.1.attn": ("prefix", 5),
+    }
+    return Shape(ModernBertForSequenceClassification(config).eval(), _text(labels=torch.tensor([0, 2])), choice)
+
+
 def _gpt2(attention: str) -> Shape:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -135,7 +152,7 @@ def _vit(attention: str) -> Shape:
     return Shape(model, {"pixel_values": pixels, "labels": torch.tensor([0, 2])}, choice)
 
 
-SHAPES = {"bert": _bert, "gpt2": _gpt2, "llama": _llama, "t5": _t5, "vit": _vit}
+SHAPES = {"bert": _bert, "modernbert": _modernbert, "gpt2": _gpt2, "llama": _llama, "t5": _t5, "vit": _vit}
 
 
 def plan(
