@@ -13,7 +13,7 @@ import torch
 from layerlens.evaluation.lora_stack import Arm, LayerStack
 from layerlens.evaluation.results import Record, ResultsFile
 from layerlens.evaluation.study_task import StudyTask
-from layerlens.evaluation.training import train
+from layerlens.evaluation.training import Run, train
 
 MAX_EXTENSIONS = 4
 """Rates that are added beyond an end of the grid, as long as the end is the best."""
@@ -37,8 +37,9 @@ def run_allocation(
     *,
     inits: Mapping[str, torch.Tensor] | None = None,
     layer_stack: Callable[[str, Any, Sequence[Arm]], Any] = LayerStack,
+    train_arms: Callable[..., list[Run]] = train,
 ) -> None:
-    """Do the runs of the allocation that the results lack.
+    """Do the runs of the allocation that the results lack, by ``train`` or by ``train_arms``, which is called like it.
 
     The grid is the task's; while its lowest or highest rate is the best, it is extended by its own factor.
     """
@@ -46,7 +47,7 @@ def run_allocation(
     factor = grid[1] / grid[0]
     for _ in range(MAX_EXTENSIONS + 1):
         wanted = [(rate, seed) for rate in grid for seed in task.sweep_seeds]
-        _run(task, results, key, ranks, wanted, inits or {}, layer_stack)
+        _run(task, results, key, ranks, wanted, inits or {}, layer_stack, train_arms)
         best = chosen_rate(results.select(kind="run", key=key), task.sweep_seeds)
         if best == grid[0]:
             grid = [_rounded(grid[0] / factor), *grid]
@@ -54,7 +55,7 @@ def run_allocation(
             grid = [*grid, _rounded(grid[-1] * factor)]
         else:
             break
-    _run(task, results, key, ranks, [(best, seed) for seed in task.seeds], inits or {}, layer_stack)
+    _run(task, results, key, ranks, [(best, seed) for seed in task.seeds], inits or {}, layer_stack, train_arms)
 
 
 def _rounded(value: float) -> float:
@@ -70,12 +71,13 @@ def _run(
     wanted: Sequence[tuple[float, int]],
     inits: Mapping[str, torch.Tensor],
     layer_stack: Callable[[str, Any, Sequence[Arm]], Any],
+    train_arms: Callable[..., list[Run]],
 ) -> None:
     done = {(run["lr"], run["seed"]) for run in results.select(kind="run", key=key)}
     missing = [pair for pair in wanted if pair not in done]
     for start in range(0, len(missing), task.arms_at_once):
         group = missing[start : start + task.arms_at_once]
-        runs = train(task, [Arm(ranks, seed, rate, inits) for rate, seed in group], layer_stack=layer_stack)
+        runs = train_arms(task, [Arm(ranks, seed, rate, inits) for rate, seed in group], layer_stack=layer_stack)
         results.append(
             {"kind": "run", "task": task.name, "key": key, "lr": rate, "seed": seed, "steps": task.steps}
             | {name: float(f"{value:.6g}") for name, value in dataclasses.asdict(run).items()}
