@@ -9,7 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from layerlens.evaluation.analysis import UNIFORM, bootstrap_interval, t_interval
+from layerlens.evaluation.analysis import (
+    UNIFORM,
+    arm_results,
+    baseline_loss,
+    bootstrap_interval,
+    study_seeds,
+    t_interval,
+)
 from layerlens.evaluation.results import ResultsFile
 from layerlens.evaluation.study_report import (
     EXPLANATION,
@@ -27,6 +34,7 @@ from layerlens.evaluation.study_report import (
     solver_table,
     write_gain_plot,
 )
+from layerlens.evaluation.sweep import chosen_rate
 from layerlens.utils.atomic import atomic_write_text
 
 FOLDER = Path(__file__).parent
@@ -67,6 +75,7 @@ def main() -> None:
     sections.append(f"## Cost\n\n{cost_table(files, 'tempered_energy')}")
     sections.append(f"## What the arms cost\n\n{arm_cost_table(files)}\n{run_time_table(files, 'tight', TIMED)}")
     sections.append(f"## Greedy against refined solver\n\n{solver_table(files)}")
+    sections.append(f"## Full fine-tuning\n\n{_references(files)}")
     sections.append(f"## Models and budgets\n\n{_models(files)}")
     atomic_write_text(FOLDER / "results" / "study.md", "\n".join(sections))
     for budget in ("tight", "loose"):
@@ -97,6 +106,24 @@ def readme_table(files: dict[str, ResultsFile]) -> str:
         rows.append([LABELS.get(arm, arm), f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{note}", signs])
     header = ["allocation", f"gain over tuned uniform LoRA, {len(files)} tasks [95 %]", "tasks better / worse"]
     return markdown(header, rows)
+
+
+def _references(files: dict[str, ResultsFile]) -> str:
+    """Test loss without adapters, of the default at both budgets, and with every weight of the layers trained."""
+    rows = []
+    for task, results in files.items():
+        at = {budget: arm_results(results, budget) for budget in ("tight", "loose")}
+        cells = [f"{baseline_loss(results):.3f}"]
+        cells += [f"{found[DEFAULT].test_loss.mean():.3f}" if DEFAULT in found else "–" for found in at.values()]
+        full = results.select(kind="run", key="full")
+        seeds, sweep_seeds = study_seeds(results)
+        rate = chosen_rate(full, sweep_seeds) if full else None
+        losses = [run["test_loss"] for run in full if run["lr"] == rate and run["seed"] in seeds]
+        cells.append(f"{np.mean(losses):.3f} ± {np.std(losses, ddof=1) / len(losses) ** 0.5:.3f}" if losses else "–")
+        rows.append([task, *cells])
+    return markdown(
+        ["task", "without adapters", f"{DEFAULT}, tight", f"{DEFAULT}, four times as much", "all weights"], rows
+    )
 
 
 def _models(files: dict[str, ResultsFile]) -> str:
