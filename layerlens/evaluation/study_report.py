@@ -293,7 +293,7 @@ def write_gain_plot(
     _, gains = gains_at(files, budget, budget)
     complete = [arm for arm in gains if set(tasks) <= set(gains[arm]) and arm != UNIFORM]
     complete.sort(key=lambda arm: float(np.mean([gains[arm][task].mean() for task in tasks])))
-    figure = Figure(figsize=(7.0, 0.9 + 0.3 * len(complete)))
+    figure = Figure(figsize=(7.0, 1.1 + 0.3 * len(complete)))
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     for row, arm in enumerate(complete):
@@ -305,7 +305,7 @@ def write_gain_plot(
         axes.plot(np.mean(points), row, "D", color="#1f4e79", markersize=5)
     axes.axvline(0.0, color="#888888", linewidth=0.8)
     axes.set_yticks(range(len(complete)), [labels.get(arm, arm) for arm in complete])
-    axes.set_xlabel(f"normalised gain over tuned uniform LoRA ({budget} budget; points: tasks, bar: 95 % interval)")
+    axes.set_xlabel(f"normalised gain over tuned uniform LoRA\n({budget} budget; points: tasks, bar: 95 % interval)")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"svg.hashsalt": "layerlens"}):  # ids from the content, so that the same data give the same bytes
