@@ -1,7 +1,6 @@
 """The tasks of the study, from data that any machine has. Fixed before any arm was run on them.
 
-The first five are those that the default was chosen by; ``prose-masked`` and ``docstring-package-minilm`` were run
-after it was fixed.
+The first five of ``TASKS`` are those that the default was chosen by; the others were run after it was fixed.
 
 Every split is drawn from the contents alone; test samples are seen by nothing but the last measurement of a run.
 """
@@ -58,6 +57,15 @@ def docstring_package_minilm() -> StudyTask:
 
 def summary_match() -> StudyTask:
     """Whether a docstring's summary belongs to the code beside it, on the small language model."""
+    return _summary_match("summary-match", small=True)
+
+
+def summary_match_minilm() -> StudyTask:
+    """The same on the first half of MiniLM."""
+    return _summary_match("summary-match-minilm", small=False)
+
+
+def _summary_match(name: str, *, small: bool) -> StudyTask:
     pairs = corpora.documented_functions()
     order = corpora.by_hash([summary for summary, _ in pairs], "summary-match")
     summaries, bodies = [pairs[index][0] for index in order], [pairs[index][1] for index in order]
@@ -66,7 +74,25 @@ def summary_match() -> StudyTask:
     unmatched = [index for index in range(len(order)) if labels[index] == 0]
     for here, there in zip(unmatched, unmatched[1:] + unmatched[:1], strict=True):
         bodies[here] = pairs[order[there]][1]
-    return _classify("summary-match", summaries, labels, 2, length=32, small=True, pairs=bodies)
+    return _classify(name, summaries, labels, 2, length=32, small=small, pairs=bodies)
+
+
+def code_or_prose() -> StudyTask:
+    """Whether thirty characters are of a Python source or of the language reference, on the small language model."""
+    sources = [snippet for text in corpora.python_sources()[::10] for snippet in _snippets(text)]
+    prose = [snippet for text in corpora.documentation_prose() for snippet in _snippets(text)]
+    n = min(len(sources), len(prose))
+    kinds = [[texts[index] for index in corpora.by_hash(texts, "which")[:n]] for texts in (sources, prose)]
+    texts = kinds[0] + kinds[1]
+    order = corpora.by_hash(texts, "code-or-prose")
+    labels = torch.tensor([int(index >= n) for index in order])
+    return _classify("code-or-prose", [texts[index] for index in order], labels, 2, length=8, small=True)
+
+
+def _snippets(text: str) -> list[str]:
+    """Pieces of 30 characters, one of every 120, where they have two words or more."""
+    found = {" ".join(text[start : start + 30].split()) for start in range(150, len(text) - 30, 120)}
+    return sorted(snippet for snippet in found if len(snippet.split()) > 1)
 
 
 def c_headers() -> StudyTask:
@@ -92,6 +118,8 @@ TASKS: dict[str, Callable[[], StudyTask]] = {
     "prose": prose,
     "prose-masked": prose_masked,
     "docstring-package-minilm": docstring_package_minilm,
+    "code-or-prose": code_or_prose,
+    "summary-match-minilm": summary_match_minilm,
 }
 MORE_TASKS: dict[str, Callable[[], StudyTask]] = {
     "summary-match": summary_match,
@@ -173,8 +201,9 @@ def _classify(
     sizes = (N_HEAD, N_TRAIN, 96, N_TEST, N_VALIDATION)  # 96: once the whole validation part, too few to choose by
     total = min(sum(sizes), len(texts))
     if pairs is not None:  # half of the length for each
+        end = tokenize.eos_token or tokenize.sep_token
         cut = tokenize(texts[:total], truncation=True, max_length=length // 2, add_special_tokens=False)["input_ids"]
-        texts = [f"{tokenize.decode(ids)}{tokenize.eos_token}{pairs[index]}" for index, ids in enumerate(cut)]
+        texts = [f"{tokenize.decode(ids)}{end}{pairs[index]}" for index, ids in enumerate(cut)]
     encoded = tokenize(
         texts[:total], truncation=True, max_length=length, padding="max_length", return_tensors="pt"
     )  # fmt: skip
