@@ -109,13 +109,8 @@ def utility_curves(
         axes.locator_params(nbins=5)
         axes.set_xlabel("trainable parameters")
         axes.set_ylabel("utility")
-        axes.grid(True)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return inline_svg(buffer.getvalue(), title=title, description=description, prefix=prefix)
+        svg = _finished(figure, axes)
+    return inline_svg(svg, title=title, description=description, prefix=prefix)
 
 
 def solver_progress(events: Sequence[SolverEvent], *, title: str, prefix: str) -> str:
@@ -184,13 +179,19 @@ def budget_frontier(
         axes.locator_params(nbins=5)
         axes.set_xlabel(axis)
         axes.set_ylabel("score")
-        axes.grid(True)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return inline_svg(buffer.getvalue(), title=title, description=description, prefix=prefix)
+        svg = _finished(figure, axes)
+    return inline_svg(svg, title=title, description=description, prefix=prefix)
+
+
+def _finished(figure: Any, axes: Any) -> str:
+    """The figure's SVG, with a grid behind the curves and open at the top and right."""
+    axes.grid(True)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
 
 
 def inline_svg(svg: str, *, title: str, description: str, prefix: str) -> str:

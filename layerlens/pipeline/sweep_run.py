@@ -105,9 +105,10 @@ def _start(sweep: Sweep, task: SweepTask, threads: int) -> subprocess.Popen[byte
 
 def _one_of_each_first(tasks: Sequence[SweepTask]) -> list[SweepTask]:
     """One task of every measurement first, so that the others find its statistics in the cache."""
-    seen: set[str] = set()
-    first = [task for task in tasks if not (task.measures in seen or seen.add(task.measures))]  # type: ignore[func-returns-value]
-    return first + [task for task in tasks if task not in first]
+    first: dict[str, SweepTask] = {}
+    for task in tasks:
+        first.setdefault(task.measures, task)
+    return [*first.values(), *(task for task in tasks if task is not first[task.measures])]
 
 
 @contextmanager

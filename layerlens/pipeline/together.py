@@ -7,6 +7,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,19 @@ def same_configuration(processes: Processes, config: RunConfig) -> None:
     Raises:
         ConfigurationError: names the first key that differs, and in which process.
     """
-    told = processes.everyone("configuration", config.model_dump(mode="json"))
+    for rank, name, first, there in _differences(processes.everyone("configuration", config.model_dump(mode="json"))):
+        raise ConfigurationError(
+            f"process {rank} has another configuration than process 0: {name} is {there!r} there and {first!r} in "
+            "process 0; give all processes the same file"
+        )
+
+
+def _differences(told: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, Any, Any]]:
+    """(process, key, value in process 0, value there) of the first key by which each process differs from process 0."""
     for rank, other in enumerate(told):
         found = first_difference(told[0], other)
         if found is not None:
-            name, first, there = found
-            raise ConfigurationError(
-                f"process {rank} has another configuration than process 0: {name} is {there!r} there and {first!r} in "
-                "process 0; give all processes the same file"
-            )
+            yield (rank, *found)
 
 
 def refuse_unshardable(config: RunConfig, processes: Processes) -> None:
@@ -95,15 +100,11 @@ def same_measurement(processes: Processes, identity: dict[str, Any]) -> None:
     Raises:
         ConfigurationError: names the first thing that differs, and in which process.
     """
-    told = processes.everyone("identity", identity)
-    for rank, other in enumerate(told):
-        found = first_difference(told[0], other)
-        if found is not None:
-            name, first, there = found
-            raise ConfigurationError(
-                f"process {rank} would measure something else than process 0: {name} is {there!r} there and {first!r} "
-                "in process 0; give all machines the same model, data and versions"
-            )
+    for rank, name, first, there in _differences(processes.everyone("identity", identity)):
+        raise ConfigurationError(
+            f"process {rank} would measure something else than process 0: {name} is {there!r} there and {first!r} "
+            "in process 0; give all machines the same model, data and versions"
+        )
 
 
 def shared_directory(processes: Processes, directory: Path) -> None:
