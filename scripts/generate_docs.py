@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from typer.main import get_command
 from layerlens.cli.main import app
 from layerlens.config.base import ConfigModel
 from layerlens.config.example import default_of, example_config, summary, yaml_value
+from layerlens.config.names import RegisteredName
 from layerlens.config.schema import alternatives, as_model
 from layerlens.config.sections import RunConfig
 
@@ -122,7 +123,8 @@ def _row(name: str, known: FieldInfo) -> str:
         shown = "**required**"
     else:
         shown = "not set" if default is None else f"`{yaml_value(default)}`"
-    kind = f"{_type(known.annotation)}{_limits(known)}".replace("|", "\\|")
+    names = [name for rule in known.metadata if isinstance(rule, RegisteredName) for name in rule.names]
+    kind = f"{_listed(names) or _type(known.annotation)}{_limits(known)}".replace("|", "\\|")
     meaning = (known.description or "").replace("|", "\\|")
     return f"| `{name}` | {kind} | {shown} | {meaning} |"
 
@@ -136,13 +138,19 @@ def _type(annotation: Any) -> str:
     if as_model(kind):
         return "sections (below)"
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _listed(arguments[1].names)
     if origin is typing.Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
+        return _listed(arguments)
     if origin is tuple:
         return f"list of {_type(arguments[0]).replace('number', 'numbers')}"
     if origin is dict:
         return f"mapping to {_type(arguments[1])}"
     return {str: "text", int: "whole number", float: "number", bool: "true or false"}[kind]
+
+
+def _listed(names: Sequence[Any]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _limits(known: FieldInfo) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field, field_validator
 
 from layerlens.config.base import ConfigModel
-from layerlens.config.names import UtilityName
+from layerlens.config.names import RegisteredName
+from layerlens.registry import UTILITY_MODELS
 
-UNIFORM_LORA: Literal["uniform-lora"] = "uniform-lora"
+UNIFORM_LORA = "uniform-lora"
+CandidateName = Annotated[str, RegisteredName(UTILITY_MODELS, others=(UNIFORM_LORA,))]
 
 
 class ProxyCheckConfig(ConfigModel):
@@ -27,7 +29,7 @@ class ProxyCheckConfig(ConfigModel):
         "choice is written. In our study as many as half of the later fine-tune kept most of the gain, a quarter half "
         "of it. The check costs candidates × learning_rates × steps.",
     )
-    candidates: tuple[Literal["uniform-lora"] | UtilityName, ...] = Field(
+    candidates: tuple[CandidateName, ...] = Field(
         default=(UNIFORM_LORA, "tempered_energy", "tempered_log"),
         min_length=1,
         description="What is trained beside the solver's choice: `uniform-lora` (the largest equal LoRA rank on all "

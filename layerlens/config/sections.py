@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from layerlens.config.base import ConfigModel
 from layerlens.config.distributed import DistributedConfig
 from layerlens.config.monitoring import TelemetryConfig, TrackingConfig
-from layerlens.config.names import MethodName, UtilityName
+from layerlens.config.names import MethodName, StatisticName, TaskName, UtilityName
 from layerlens.config.proxy_check import ProxyCheckConfig
 from layerlens.config.rules import ConstraintConfig
 from layerlens.config.study import StudyConfig
 from layerlens.config.training import TrainingConfig
 
-StatisticName = Literal[
-    "fisher",
-    "gradient",
-    "input_scale",
-    "spectrum",
-    "whitened_spectrum",
-    "factors",
-    "sketched_spectrum",
-    "sketched_factors",
-    "ntk",
-    "activation_memory",
-    "flops",
-    "time",
-]
-TaskName = Literal[
-    "sequence-classification", "regression", "token-classification", "question-answering", "causal-lm", "masked-lm",
-    "seq2seq", "image-classification", "object-detection", "custom",
-]  # fmt: skip
 FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
-UTILITY_MODELS = get_args(UtilityName)
 
 
 class ModelConfig(ConfigModel):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from pydantic_core import ErrorDetails
 
+from layerlens.registry import nearest_name
+
 # What to say instead of pydantic's words, which speak of Python's types.
 _MUST_BE = {
     "model_type": "must be a section (key: value lines)",
@@ -46,4 +48,4 @@ def nearest_choice(detail: ErrorDetails) -> str:
 
 def nearest_key(key: str, known: Sequence[str]) -> str | None:
     """The known key that ``key`` is probably meant to be."""
-    return next(iter(difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)), None)
+    return nearest_name(key, known)

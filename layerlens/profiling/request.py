@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import get_args
 
-from layerlens.config.sections import StatisticName
+from layerlens import registry
 from layerlens.exceptions import ConfigurationError
 
-STATISTICS: tuple[str, ...] = get_args(StatisticName)
+STATISTICS: tuple[str, ...] = registry.STATISTICS.names()
 OF_MODULES = ("activation_memory", "flops", "time")
 BY_SAMPLES = tuple(name for name in STATISTICS if name not in OF_MODULES)
 NTK_SAMPLES = 64

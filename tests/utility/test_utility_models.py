@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerlens.config.sections import UTILITY_MODELS as CONFIGURED_MODELS
 from layerlens.exceptions import ActivationCacheError, ProfilingError
 from layerlens.models import (
     LayerSpec,
@@ -20,6 +19,7 @@ from layerlens.models import (
     Option,
     enumerate_options,
 )
+from layerlens.registry import UTILITY_MODELS as CONFIGURED_MODELS
 from layerlens.utility import (
     AUTO,
     UTILITY_MODELS,

@@ -1,0 +1,189 @@
+"""The kinds of thing that LayerLens can be given more of: one table of names for each, and one line for each built-in.
+
+Whatever has a name in a configuration or on the command line stands here with the place of its object. Names are known
+without importing what they stand for, so that a configuration is checked before torch is loaded. A program registers
+its own object::
+
+    from layerlens.registry import TASKS
+    TASKS.register("my-task", MY_TASK)
+
+and a package offers one to every process by an entry point in its ``pyproject.toml``::
+
+    [project.entry-points."layerlens.tasks"]
+    my-task = "my_package:MY_TASK"
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any, Generic, TypeVar
+
+from layerlens.exceptions import ConfigurationError
+
+Item = TypeVar("Item")
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str | None:
+    """The known name that ``name`` is probably meant to be."""
+    return next(iter(difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)), None) or next(
+        iter(difflib.get_close_matches(name.lower(), known, n=1)), None
+    )
+
+
+class Registry(Generic[Item]):
+    """Objects of one kind by name; built-in ones and those of packages are imported when they are asked for.
+
+    Args:
+        kind: what an entry is, as messages call it: "task".
+        group: entry points of this group add to the table.
+        built_in: name -> "module:OBJECT", in the order in which names are listed.
+    """
+
+    def __init__(self, kind: str, group: str, built_in: Mapping[str, str]) -> None:
+        self.kind = kind
+        self.group = group
+        self._places = dict(built_in)
+        self._items: dict[str, Item] = {}
+        self._points: dict[str, metadata.EntryPoint] | None = None
+
+    def register(self, name: str, item: Item) -> Item:
+        """Add ``item`` under ``name`` and return it.
+
+        Raises:
+            ConfigurationError: the name is taken.
+        """
+        if name in self:
+            raise ConfigurationError(f"{self.kind}: {name!r} is registered already; choose another name")
+        self._items[name] = item
+        return item
+
+    def unregister(self, name: str) -> None:
+        """Take away what ``register`` added."""
+        if name in self._places:
+            raise ConfigurationError(f"{self.kind}: {name!r} is built in and stays")
+        self._items.pop(name, None)
+
+    def names(self) -> tuple[str, ...]:
+        """Every name: built-in ones, then those of packages, then registered ones."""
+        return tuple(dict.fromkeys((*self._places, *self._of_packages(), *self._items)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places or name in self._items or name in self._of_packages()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __getitem__(self, name: str) -> Item:
+        """The object of this name.
+
+        Raises:
+            ConfigurationError: there is none, with the nearest name and all known ones; or it cannot be imported.
+        """
+        if name not in self._items:
+            self._items[name] = self._load(name)
+        return self._items[name]
+
+    def values(self) -> tuple[Item, ...]:
+        """Every object, in the order of ``names``; imports them all."""
+        return tuple(self[name] for name in self)
+
+    def unknown(self, name: str) -> ConfigurationError:
+        """The error for a name that is not in the table, to raise or to reword."""
+        nearest = nearest_name(name, self.names())
+        hint = f", did you mean {nearest!r}?" if nearest else ";"
+        return ConfigurationError(f"{self.kind}: {name!r} is not known{hint} known: {', '.join(self)}")
+
+    def _load(self, name: str) -> Item:
+        if name in self._places:
+            module, _, attribute = self._places[name].partition(":")
+            found: Any = getattr(importlib.import_module(module), attribute)
+            return found
+        point = self._of_packages().get(name)
+        if point is None:
+            raise self.unknown(name)
+        try:
+            loaded: Any = point.load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigurationError(f"{self.kind}: {name!r} ({point.value}) cannot be imported: {error}") from error
+        return loaded
+
+    def _of_packages(self) -> dict[str, metadata.EntryPoint]:
+        if self._points is None:
+            self._points = {point.name: point for point in metadata.entry_points(group=self.group)}
+        return self._points
+
+
+TASKS: Registry[Any] = Registry(
+    "task",
+    "layerlens.tasks",
+    {
+        "sequence-classification": "layerlens.tasks.sequence_classification:TASK",
+        "regression": "layerlens.tasks.regression:TASK",
+        "token-classification": "layerlens.tasks.token_classification:TASK",
+        "question-answering": "layerlens.tasks.question_answering:TASK",
+        "causal-lm": "layerlens.tasks.causal_lm:TASK",
+        "masked-lm": "layerlens.tasks.masked_lm:TASK",
+        "seq2seq": "layerlens.tasks.seq2seq:TASK",
+        "image-classification": "layerlens.tasks.image_classification:TASK",
+        "object-detection": "layerlens.tasks.object_detection:TASK",
+        "custom": "layerlens.tasks.custom:TASK",
+    },
+)
+"""What a model can be tuned for; an entry is a ``layerlens.tasks.Task``."""
+
+METHODS: Registry[Any] = Registry(
+    "method",
+    "layerlens.methods",
+    {
+        "lora": "layerlens.methods.lora:METHOD",
+        "adapter": "layerlens.methods.adapter:METHOD",
+        "prefix": "layerlens.methods.prefix:METHOD",
+    },
+)
+"""How a layer can be adapted; an entry is a ``layerlens.methods.Method``."""
+
+STATISTICS: Registry[Any] = Registry(
+    "statistic",
+    "layerlens.statistics",
+    {
+        "fisher": "layerlens.profiling.statistics.fisher:STATISTIC",
+        "gradient": "layerlens.profiling.statistics.gradient:STATISTIC",
+        "input_scale": "layerlens.profiling.statistics.input_scale:STATISTIC",
+        "spectrum": "layerlens.profiling.statistics.spectrum:STATISTIC",
+        "whitened_spectrum": "layerlens.profiling.statistics.whitened_spectrum:STATISTIC",
+        "factors": "layerlens.profiling.statistics.factors:STATISTIC",
+        "sketched_spectrum": "layerlens.profiling.statistics.sketched_spectrum:STATISTIC",
+        "sketched_factors": "layerlens.profiling.statistics.sketched_factors:STATISTIC",
+        "ntk": "layerlens.profiling.statistics.ntk:STATISTIC",
+        "activation_memory": "layerlens.profiling.statistics.module_costs:ACTIVATION_MEMORY",
+        "flops": "layerlens.profiling.statistics.module_costs:FLOPS",
+        "time": "layerlens.profiling.statistics.module_costs:TIME",
+    },
+)
+"""What one pass over the calibration data can measure; an entry is a ``layerlens.profiling.statistics.Statistic``."""
+
+UTILITY_MODELS: Registry[Any] = Registry(
+    "utility model",
+    "layerlens.utility_models",
+    {
+        "auto": "layerlens.utility.auto:MODEL",
+        "tempered_log": "layerlens.utility.tempered:TEMPERED_LOG",
+        "tempered": "layerlens.utility.tempered:TEMPERED",
+        "tempered_energy": "layerlens.utility.tempered:TEMPERED_ENERGY",
+        "signal": "layerlens.utility.signal:SIGNAL",
+        "whitened": "layerlens.utility.whitened:MODEL",
+        "gradient": "layerlens.utility.signal:GRADIENT",
+        "weighted": "layerlens.utility.weighted:MODEL",
+        "uniform": "layerlens.utility.uniform:MODEL",
+    },
+)
+"""From statistics to the expected gain of every option; an entry is a ``layerlens.utility.UtilityModel``."""
+
+RANK_RULES: Registry[Any] = Registry("rank rule", "layerlens.rank_rules", {})
+"""Published ways to give ranks to layers; an entry is a ``layerlens.rank_rules.RankRule``."""
+
+SOURCES: Registry[Any] = Registry("model source", "layerlens.sources", {})
+"""Where a model can come from; an entry is a ``layerlens.sources.ModelSource``."""
