@@ -74,9 +74,9 @@ def steps(name: str, dtype: str, threads: int, *, checkpointing: bool) -> dict[s
     """Every row of the table as one step, ready to be called again and again."""
     import torch
 
+    from layerlens.integrations.torch_modules import frozen_without_dropout
     from layerlens.models import LayerSpec, ModelSpec
     from layerlens.profiling.capture import Capture
-    from layerlens.profiling.measure import frozen_without_dropout
     from layerlens.profiling.request import StatisticsRequest
     from layerlens.tasks.losses import classification_loss
 

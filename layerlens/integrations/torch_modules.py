@@ -1,9 +1,11 @@
-"""Finding modules of a torch model by name and devices to run it on, with help for the one who asks for others."""
+"""Modules of a torch model by name, devices to run it on, and the modes and flags that it is measured with."""
 
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError, ManifestError
 
@@ -41,3 +43,30 @@ def usable_device(name: str) -> torch.device:
             "install a build of torch for your GPU"
         )
     return torch.device(name)
+
+
+@contextmanager
+def frozen_without_dropout(model: torch.nn.Module, *, checkpointing: bool = False) -> Iterator[None]:
+    """While open, no weight requires a gradient and no module is in training mode; modes and flags come back after,
+    also where they are changed meanwhile (weights whose gradients are wanted are told so inside).
+
+    A module that checkpoints its activations does so in training mode only (transformers), so with ``checkpointing`` it
+    alone has that mode, while what is inside it, dropout included, has not. Without it nothing checkpoints.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    checkpoints: list[Any] = [x for x, _ in modes if getattr(x, "gradient_checkpointing", False) is True]
+    try:
+        for module in checkpoints:
+            module.gradient_checkpointing = checkpointing
+        model.requires_grad_(False)
+        for module, _ in modes:
+            module.training = checkpointing and bool(getattr(module, "gradient_checkpointing", False))
+        yield
+    finally:
+        for parameter, required in flags:
+            parameter.requires_grad_(required)
+        for module, training in modes:
+            module.training = training
+        for module in checkpoints:
+            module.gradient_checkpointing = True

@@ -17,10 +17,10 @@ import torch
 from layerlens.config import RunConfig
 from layerlens.cost.trace import trace_step
 from layerlens.exceptions import ConfigurationError, LayerLensError
+from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import PretrainedModel, blocks_of, without_cache
 from layerlens.models import LayerSpec, ModelSpec
 from layerlens.profiling.footprint import dense_inputs
-from layerlens.profiling.measure import frozen_without_dropout
 from layerlens.profiling.request import EXACT_NTK_SAMPLES, StatisticsRequest
 from layerlens.profiling.sketches import COLUMNS, PROBES, ROWS
 from layerlens.tasks import Batch

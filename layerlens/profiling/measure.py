@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from layerlens.exceptions import ConfigurationError, ProfilingError
 from layerlens.integrations.placement import sharded
+from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
 from layerlens.models import FactorSketch, KernelStatistics, ModelSpec, ModelStatistics, ModuleCosts
@@ -173,32 +172,6 @@ def _samples_before(batches: Sequence[Batch]) -> list[int]:
     """Samples in all batches before each of them, and in all of them at the end."""
     plan = batches.plan if isinstance(batches, Batches) else [batch.index for batch in batches]
     return [0, *itertools.accumulate(map(len, plan))]
-
-
-@contextmanager
-def frozen_without_dropout(model: torch.nn.Module, *, checkpointing: bool) -> Iterator[None]:
-    """While open, no weight requires a gradient and no module is in training mode; modes and flags come back after.
-
-    A module that checkpoints its activations does so in training mode only (transformers), so with ``checkpointing`` it
-    alone has that mode, while what is inside it, dropout included, has not. Without it nothing checkpoints.
-    """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    checkpoints: list[Any] = [x for x, _ in modes if getattr(x, "gradient_checkpointing", False) is True]
-    try:
-        for module in checkpoints:
-            module.gradient_checkpointing = checkpointing
-        model.requires_grad_(False)
-        for module, _ in modes:
-            module.training = checkpointing and bool(getattr(module, "gradient_checkpointing", False))
-        yield
-    finally:
-        for parameter, required in flags:
-            parameter.requires_grad_(required)
-        for module, training in modes:
-            module.training = training
-        for module in checkpoints:
-            module.gradient_checkpointing = True
 
 
 def refuse_non_finite(statistics: ModelStatistics) -> None:

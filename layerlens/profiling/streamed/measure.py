@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from layerlens.exceptions import ConfigurationError, ProfilingError
+from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import without_cache
 from layerlens.models import KernelStatistics, LayerStatistics, MethodStatistics, ModelSpec, ModelStatistics
 from layerlens.profiling.capture import Capture, refuse_bad_loss
 from layerlens.profiling.footprint import dense_inputs
 from layerlens.profiling.kernel_sketch import KernelSketch
-from layerlens.profiling.measure import DAMPING, frozen_without_dropout, kernel_of, left_out_of, refuse_non_finite
+from layerlens.profiling.measure import DAMPING, kernel_of, left_out_of, refuse_non_finite
 from layerlens.profiling.request import OF_MODULES, StatisticsRequest
 from layerlens.profiling.sample_matrices import gram_matrix
 from layerlens.profiling.streamed.footprint import StreamedFootprint
