@@ -20,8 +20,8 @@ import torch
 from layerlens.cost.device import calibrate
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.transformers import PretrainedModel
+from layerlens.jobs.costs import compare_costs
 from layerlens.models import Manifest, ManifestRow, trainable_params
-from layerlens.pipeline.costs import compare_costs
 
 ATTENTION = ("query", "key", "value", "query_key_value")
 CHOICES: dict[str, tuple[dict[str, tuple[str, int]], int]] = {

@@ -25,7 +25,7 @@ import torch
 from stored_ratios import STORED, processor_key, read_ratios
 
 from layerlens import kernels
-from layerlens.pipeline.kernel_cases import (
+from layerlens.jobs.kernel_cases import (
     ADDCMUL,
     TO_F32,
     Case,

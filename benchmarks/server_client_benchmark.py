@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from layerlens.pipeline.builtin_models import builtin_language_model
+from layerlens.jobs.builtin_models import builtin_language_model
 from layerlens.utils.places import default_cache_dir
 from layerlens.vision_language import ServerModel
 from layerlens.vision_language.demo_language_model import example

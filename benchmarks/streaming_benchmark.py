@@ -152,7 +152,7 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
 
     from layerlens.integrations.layers import model_spec
     from layerlens.integrations.transformers import load_pretrained
-    from layerlens.pipeline.memory_mode import checkpointed_activations
+    from layerlens.jobs.memory_mode import checkpointed_activations
     from layerlens.profiling.measure import measure
     from layerlens.profiling.request import StatisticsRequest
     from layerlens.profiling.statistics_file import statistics_to_bytes
@@ -179,7 +179,7 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
         batches.append(Batch(inputs, ids.clone(), torch.arange(first, first + count)))
     predicted = {}
     if "predict" in job:
-        from layerlens.pipeline.memory_mode import predict_memory
+        from layerlens.jobs.memory_mode import predict_memory
 
         request = StatisticsRequest.of(job["statistics"])
         predicted = predict_memory(pretrained, spec, batches, request, job["tokens"])

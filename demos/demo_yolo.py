@@ -25,10 +25,10 @@ from layerlens.data import load_dataset
 from layerlens.data.plates import CLASSES, draw_plates
 from layerlens.integrations.transformers import load_pretrained
 from layerlens.integrations.ultralytics_training import mean_average_precision, save_checkpoint
+from layerlens.jobs.builtin_models import builtin_detector
+from layerlens.jobs.vision_language import run_vision_language
 from layerlens.models import LabelledImage
 from layerlens.pipeline import run_config
-from layerlens.pipeline.builtin_models import builtin_detector
-from layerlens.pipeline.vision_language import run_vision_language
 from layerlens.tasks import TASKS, make_batches
 from layerlens.tuning import apply
 from layerlens.utils.places import default_cache_dir

@@ -18,8 +18,8 @@ from rich.console import Console
 from layerlens.cli.pipeline_tables import show
 from layerlens.config.vision_language import PipelineConfig
 from layerlens.data.plates import CLASSES, draw_plates
-from layerlens.pipeline.builtin_models import builtin_detector, builtin_language_model
-from layerlens.pipeline.vision_language import run_vision_language
+from layerlens.jobs.builtin_models import builtin_detector, builtin_language_model
+from layerlens.jobs.vision_language import run_vision_language
 from layerlens.utils.places import default_cache_dir
 from layerlens.vision_language.demo_detector import HELD_OUT_PLATES, held_out_precision
 from layerlens.vision_language.demo_language_model import DESCRIPTION

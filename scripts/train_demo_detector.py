@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from layerlens.pipeline.builtin_models import builtin_detector
+from layerlens.jobs.builtin_models import builtin_detector
 from layerlens.utils.places import default_cache_dir
 from layerlens.vision_language.demo_detector import HELD_OUT_PLATES, held_out_precision, train_demo_detector
 

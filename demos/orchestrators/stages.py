@@ -27,9 +27,9 @@ let_idle_threads_sleep()  # before torch is loaded, as the command line does
 
 from layerlens.cli.places import base_dir_of, output_directory, read_config
 from layerlens.config import OutputConfig, RunConfig, TrackingConfig
+from layerlens.jobs.train import train_manifest
 from layerlens.manifest import read_manifest
 from layerlens.pipeline import optimize_statistics, run_config
-from layerlens.pipeline.train import train_manifest
 from layerlens.storage import joined, local_file, local_or_url, shown
 from layerlens.tuning import apply_to_directory
 

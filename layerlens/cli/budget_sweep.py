@@ -28,7 +28,7 @@ def sweep_configs(text: str, config: RunConfig) -> list[tuple[float, RunConfig]]
         ConfigurationError: the text does not read like that, or a budget is not allowed.
     """
     from layerlens.config import OptimizationConfig, OutputConfig
-    from layerlens.pipeline.frontier import BUDGET_FIELDS
+    from layerlens.jobs.frontier import BUDGET_FIELDS
     from layerlens.storage import shown
 
     resource, _, amounts = text.partition("=")

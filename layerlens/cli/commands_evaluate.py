@@ -17,8 +17,8 @@ from layerlens.cli.parameters import Debug, Json, Output, Quiet, Set
 from layerlens.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
+    from layerlens.jobs.costs import Comparison
     from layerlens.models import Manifest
-    from layerlens.pipeline.costs import Comparison
 
 NAMES = {
     "trainable_params": "trainable parameters",
@@ -83,7 +83,7 @@ def evaluate(
     manifest = subject
     plan = read_manifest(manifest)
     sizes = _sizes(plan, batch_size, sequence_length)
-    from layerlens.pipeline.costs import device_profile, evaluate_costs
+    from layerlens.jobs.costs import device_profile, evaluate_costs
     from layerlens.utils.threads import set_threads
 
     set_threads(threads)
@@ -115,7 +115,7 @@ def calibrate(
     """Measure this device, keep the figures, and show them as a latency profile for configurations."""
     from layerlens.config import LatencyProfile
     from layerlens.cost.device import profile_path
-    from layerlens.pipeline.costs import device_profile
+    from layerlens.jobs.costs import device_profile
     from layerlens.utils.threads import set_threads
 
     set_threads(threads)

@@ -73,7 +73,7 @@ def pipeline(
         device=device, threads=threads, seed=seed,
     )  # fmt: skip
     from layerlens.cli.commands_run import do
-    from layerlens.pipeline.vision_language import run_vision_language
+    from layerlens.jobs.vision_language import run_vision_language
 
     result: Any = do(lambda progress, warn: run_vision_language(config, directory, progress=progress, warn=warn), quiet)
     if json:

@@ -16,7 +16,7 @@ from layerlens.cli.parameters import Debug, Json, Quiet
 from layerlens.exceptions import SweepError
 
 if TYPE_CHECKING:
-    from layerlens.pipeline.sweep import Sweep, SweepTask
+    from layerlens.jobs.sweep import Sweep, SweepTask
 
 NAMES_SHOWN = 20
 
@@ -44,7 +44,7 @@ def sweep(
         raise SweepError("--run, --task and --collect: give one of them")
     if jobs != 1 and not run:
         raise SweepError("--jobs: belongs to --run; a scheduler says itself how many tasks run at a time")
-    from layerlens.pipeline.sweep import open_sweep, read_tasks, write_tasks
+    from layerlens.jobs.sweep import open_sweep, read_tasks, write_tasks
 
     opened = open_sweep(file)
     if task is not None:
@@ -58,7 +58,7 @@ def sweep(
 
 
 def _one(opened: Sweep, tasks: list[SweepTask], number: int, threads: int | None, json: bool, quiet: bool) -> None:
-    from layerlens.pipeline.sweep_run import run_task
+    from layerlens.jobs.sweep_run import run_task
     from layerlens.utils.launch import place_of_this_process
 
     others = place_of_this_process().rank > 0
@@ -73,7 +73,7 @@ def _one(opened: Sweep, tasks: list[SweepTask], number: int, threads: int | None
 
 
 def _all(opened: Sweep, tasks: list[SweepTask], jobs: int, json: bool, quiet: bool) -> None:
-    from layerlens.pipeline.sweep_run import DONE, FAILED, FINISHED, run_here
+    from layerlens.jobs.sweep_run import DONE, FAILED, FINISHED, run_here
 
     outcome = do(lambda progress, warn: run_here(opened, tasks, jobs=jobs, progress=progress, warn=warn), quiet)
     counts = {kind: sum(value == kind for value in outcome.values()) for kind in (DONE, FINISHED, FAILED)}
@@ -108,7 +108,7 @@ def _show_list(opened: Sweep, tasks: list[SweepTask], json: bool, quiet: bool) -
 
 
 def _collect(opened: Sweep, tasks: list[SweepTask], json: bool, quiet: bool) -> None:
-    from layerlens.pipeline.sweep_table import collect
+    from layerlens.jobs.sweep_table import collect
 
     rows, files = collect(opened, tasks)
     missing = sum(row["status"] == "missing" for row in rows)

@@ -15,7 +15,7 @@ from layerlens.cli.places import base_dir_of
 
 if TYPE_CHECKING:
     from layerlens.config import RunConfig
-    from layerlens.pipeline.train import TrainedModel
+    from layerlens.jobs.train import TrainedModel
 
 DEFAULT_FOLDER = "tuned"
 
@@ -62,7 +62,7 @@ def train(
     Interrupted or killed, the same command goes on from the last checkpoint to the same result.
     """
     checked, base_dir = _configuration(manifest, config, settings)
-    from layerlens.pipeline.train import train_manifest
+    from layerlens.jobs.train import train_manifest
     from layerlens.utils.launch import is_main_process
 
     if baseline is not None:
@@ -99,15 +99,15 @@ def _configuration(manifest: Path, config: Path | None, settings: list[str] | No
     if config is not None:
         return load(config, settings, None), base_dir_of(config)
     if not settings:
+        from layerlens.jobs.train import train_config
         from layerlens.manifest import read_manifest
-        from layerlens.pipeline.train import train_config
 
         return train_config(read_manifest(manifest)), Path.cwd()
     import yaml
 
     from layerlens.config import parse_run_config
+    from layerlens.jobs.train import recorded_config
     from layerlens.manifest import read_manifest
-    from layerlens.pipeline.train import recorded_config
 
     recorded = recorded_config(read_manifest(manifest))
     origin = f"{output.short(manifest)} (provenance.config)"

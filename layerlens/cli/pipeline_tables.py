@@ -15,7 +15,7 @@ from layerlens.cli.units import significant
 from layerlens.vision_language.results import STEPS
 
 if TYPE_CHECKING:
-    from layerlens.pipeline.vision_language import VisionLanguageResult
+    from layerlens.jobs.vision_language import VisionLanguageResult
 
 SHOWN_REPORTS = 4
 

@@ -22,9 +22,9 @@ from layerlens.evaluation.study_task import Samples, StudyTask
 from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.transformers import PretrainedModel, load_pretrained, task_heads
-from layerlens.pipeline.inputs import check_lengths
-from layerlens.pipeline.observed import observed
-from layerlens.pipeline.publishing import published
+from layerlens.jobs.inputs import check_lengths
+from layerlens.jobs.observed import observed
+from layerlens.jobs.publishing import published
 from layerlens.profiling.head import fit_head
 from layerlens.tasks import TASKS
 from layerlens.utils.atomic import atomic_write_text, check_writable

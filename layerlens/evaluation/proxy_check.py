@@ -18,7 +18,7 @@ from layerlens.evaluation.results import ResultsFile
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.sweep import chosen_rate
 from layerlens.evaluation.training import train
-from layerlens.pipeline.proxy_check import with_margin
+from layerlens.jobs.proxy_check import with_margin
 
 
 def run_check(task: StudyTask, results: ResultsFile, key: str, ranks: Mapping[str, int], share: float) -> None:
@@ -42,7 +42,7 @@ def checked_gain(
 ) -> tuple[np.ndarray, dict[str, int]] | None:
     """(normalised gain over uniform LoRA [seeds] of what the check takes in each seed, how often it takes each arm).
 
-    It chooses between ``arms`` and uniform LoRA, as the product does (``layerlens.pipeline.proxy_check``): uniform LoRA
+    It chooses between ``arms`` and uniform LoRA, as the product does (``layerlens.jobs.proxy_check``): uniform LoRA
     has its margin. None where runs are missing.
     """
     found = arm_results(results, budget)

@@ -5,7 +5,7 @@
                               local_model.py (transformers) ─┴─ server_model.py (OpenAI-compatible, over HTTP)
 
 ``batch.py`` takes one batch through all steps, ``run.py`` all images, ``summary.py`` and ``page.py`` show the figures.
-Models are put together in ``layerlens.pipeline.vision_language``. Nothing here imports torch or transformers before it
+Models are put together in ``layerlens.jobs.vision_language``. Nothing here imports torch or transformers before it
 is needed, apart from ``local_model.py`` and ``demo_language_model.py``.
 """
 

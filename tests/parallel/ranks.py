@@ -16,7 +16,8 @@ import torch
 
 from layerlens.config import RunConfig
 from layerlens.integrations.torchvision_import import make_torchvision_importable
-from layerlens.pipeline import run_config, together
+from layerlens.jobs import together
+from layerlens.pipeline import run_config
 from layerlens.profiling.sum_shards import SumShards
 from layerlens.utils.processes import joined
 
@@ -76,7 +77,7 @@ def run(settings: dict[str, Any], base_dir: Path) -> tuple[bytes, dict[str, str]
 def stopped_run(settings: dict[str, Any], base_dir: Path, stop_after: int | None, how: str) -> int:
     """The whole job in every process, its progress seen by all; how many batches this one measured."""
     progress = Watched(stop_after, how)
-    from layerlens.pipeline import run as module
+    from layerlens.jobs import run as module
 
     module.silent = progress  # what processes other than the first show their progress to
     run_config(RunConfig.model_validate(settings), base_dir=base_dir, progress=progress)

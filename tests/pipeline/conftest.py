@@ -15,7 +15,7 @@ from layerlens.pipeline import run_config
 @pytest.fixture(autouse=True)
 def _short_timings(monkeypatch: pytest.MonkeyPatch):
     """Times are not judged here, so a few milliseconds of measuring are enough."""
-    monkeypatch.setattr("layerlens.pipeline.checks.TIMING_SECONDS", 0.005)
+    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from layerlens.config import RunConfig
-from layerlens.pipeline.inputs import calibration_samples
+from layerlens.jobs.inputs import calibration_samples
 
 SETTINGS: dict[str, Any] = {
     "model": {"name_or_path": "folder", "task": "sequence-classification"},

@@ -20,8 +20,8 @@ from layerlens.cost.trace import KINDS, MATMUL, MEMORY, TracedOperation, trace_s
 from layerlens.exceptions import ManifestError, OutputError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.transformers import PretrainedModel
+from layerlens.jobs.costs import Comparison, compare_costs
 from layerlens.models import Manifest, ManifestRow, trainable_params
-from layerlens.pipeline.costs import Comparison, compare_costs
 
 PROFILE = DeviceProfile("a test", 1, {kind: Rates(1.0, 10.0, 100.0) for kind in KINDS}, 1.0)
 CHOICES = {
@@ -125,8 +125,8 @@ def test_commands(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.
     from layerlens.pipeline import run_config
 
     monkeypatch.setattr("layerlens.cost.device.SECONDS", 0.0)
-    monkeypatch.setattr("layerlens.pipeline.costs.STEP_SECONDS", 0.01)
-    monkeypatch.setattr("layerlens.pipeline.costs.calibrate", lambda progress, cpu_time: PROFILE)
+    monkeypatch.setattr("layerlens.jobs.costs.STEP_SECONDS", 0.01)
+    monkeypatch.setattr("layerlens.jobs.costs.calibrate", lambda progress, cpu_time: PROFILE)
     path = str(run_config(RunConfig(**settings), base_dir=tmp_path).files["manifest_json"])
     cache = ["--cache-dir", str(tmp_path), "--threads", "1"]
     done = CliRunner().invoke(app, ["calibrate", *cache])

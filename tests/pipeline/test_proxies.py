@@ -50,7 +50,7 @@ class Watched:
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for every training that really happens."""
-    from layerlens.pipeline import proxies
+    from layerlens.jobs import proxies
 
     calls: list[int] = []
     real = proxies.train_steps

@@ -11,10 +11,10 @@ import pytest
 from layerlens.config import RunConfig
 from layerlens.data import Dataset
 from layerlens.exceptions import DataError, ProfilingError
+from layerlens.jobs.proxies import ProxyTrainer
+from layerlens.jobs.proxy_check import check_samples
 from layerlens.manifest import read_manifest
 from layerlens.pipeline import optimize_statistics, run_config
-from layerlens.pipeline.proxies import ProxyTrainer
-from layerlens.pipeline.proxy_check import check_samples
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from layerlens.config import OutputConfig, RunConfig
 from layerlens.exceptions import OutputError
-from layerlens.pipeline.publishing import published
+from layerlens.jobs.publishing import published
 from layerlens.storage import read_text
 
 CONFIG = RunConfig(

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from layerlens.cli.main import app
 from layerlens.config import RunConfig
 from layerlens.integrations.transformers import load_pretrained
+from layerlens.jobs.baseline import FirstEpoch
 from layerlens.pipeline import run_config
-from layerlens.pipeline.baseline import FirstEpoch
 from layerlens.tuning import load
 from layerlens.tuning.samples import SeededOrder, TrainingData
 
@@ -32,7 +32,7 @@ def job(_session_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFact
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layerlens.pipeline.checks.TIMING_SECONDS", 0.005)
+        patch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
         result = run_config(RunConfig(**settings), base_dir=folder)
     assert result.measured["step_zero_max_abs_delta"] == 0.0
     assert result.manifest.lora == {"alpha_over_r": 2.0, "use_rslora": True, "initialization": "pca"}
@@ -41,7 +41,7 @@ def job(_session_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(autouse=True)
 def _short_inference_timings(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("layerlens.pipeline.train.TIMING_SECONDS", 0.005)
+    monkeypatch.setattr("layerlens.jobs.train.TIMING_SECONDS", 0.005)
 
 
 def train(job: Path, *more: str):

@@ -18,7 +18,7 @@ from layerlens.storage import read_bytes, read_text
 @pytest.fixture
 def config_url(s3: S3Server, bucket: str, tiny_bert_dir: Path, reviews_jsonl: Path, monkeypatch) -> str:
     """A configuration in the bucket beside its model and its data."""
-    monkeypatch.setattr("layerlens.pipeline.checks.TIMING_SECONDS", 0.005)
+    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
     client, name = client_of(s3), bucket.removeprefix("s3://")
     for path in tiny_bert_dir.iterdir():
         client.put_object(Bucket=name, Key=f"job/model/{path.name}", Body=path.read_bytes())
@@ -88,7 +88,7 @@ def test_a_shared_cache_that_is_down_costs_no_run(config_url: str, bucket: str, 
 
 
 def test_an_output_that_cannot_be_written_is_said_before_the_work(config_url: str, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr("layerlens.pipeline.run.load_dataset", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr("layerlens.jobs.run.load_dataset", lambda *_: pytest.fail("work has begun"))
     done = CliRunner().invoke(app, ["run", config_url, "-o", "s3://no-such-bucket/out"])
     assert done.exit_code == 2
     assert done.output.startswith("error: cannot write s3://no-such-bucket/out: ")

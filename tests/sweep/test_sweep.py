@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from layerlens.cli.main import app
 from layerlens.exceptions import ConfigurationError, SweepError
-from layerlens.pipeline.sweep import open_sweep, read_tasks, write_tasks
-from layerlens.pipeline.sweep_run import DONE, FINISHED, run_task
+from layerlens.jobs.sweep import open_sweep, read_tasks, write_tasks
+from layerlens.jobs.sweep_run import DONE, FINISHED, run_task
 from layerlens.profiling.cache import SensitivityCache
 
 SWEEP = {
@@ -30,7 +30,7 @@ SWEEP = {
 
 @pytest.fixture(autouse=True)
 def _short_timings(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("layerlens.pipeline.checks.TIMING_SECONDS", 0.005)
+    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_tasks_that_measure_the_same_at_the_same_time_measure_it_once(folder, mo
         measured.append(1)
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr("layerlens.pipeline.profile.measure_share", counted)
+    monkeypatch.setattr("layerlens.jobs.profile.measure_share", counted)
     outcomes: list[str] = []
     told: list[str] = []
     threads = [

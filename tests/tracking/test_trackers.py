@@ -89,7 +89,7 @@ def test_a_tracker_of_ones_own_is_told_everything(tiny_run, tmp_path: Path):
 
 
 def test_a_training_is_told_step_by_step(tiny_run, tiny_settings, tmp_path: Path):
-    from layerlens.pipeline.train import train_manifest
+    from layerlens.jobs.train import train_manifest
 
     manifest = tiny_run(tmp_path).files["manifest_json"]
     training = {"max_steps": 3, "eval_every": 2, "batch_size": 4, "eval_samples": 8}
@@ -133,7 +133,7 @@ def test_a_failed_job_is_a_failed_run(tiny_optimize, tmp_path: Path):
 
 
 def test_a_server_that_is_down_is_said_before_the_work(tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("layerlens.pipeline.run.load_dataset", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr("layerlens.jobs.run.load_dataset", lambda *_: pytest.fail("work has begun"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingError, match=r"the MLflow server at http://127\.0\.0\.1:9 cannot be used"):
         tiny_run(tmp_path, tracking={"trackers": ["mlflow"], "uri": "http://127.0.0.1:9"})

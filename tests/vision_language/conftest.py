@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from layerlens.data.plates import draw_plates
-from layerlens.pipeline.builtin_models import builtin_detector, builtin_language_model
+from layerlens.jobs.builtin_models import builtin_detector, builtin_language_model
 
 # pytest's importlib mode does not let test files import their neighbours.
 sys.path.insert(0, str(Path(__file__).parent))

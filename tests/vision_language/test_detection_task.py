@@ -19,8 +19,8 @@ from layerlens.data import load_dataset
 from layerlens.exceptions import ConfigurationError, DataError, DataNotFoundError, ModelSpecError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.transformers import load_pretrained
+from layerlens.jobs.vision_language import run_vision_language
 from layerlens.pipeline import run_config
-from layerlens.pipeline.vision_language import run_vision_language
 from layerlens.tasks import TASKS, make_batches
 
 TASK = "object-detection"
@@ -65,7 +65,7 @@ def test_statistics_equal_one_backward_pass_per_image(detector):
 def test_a_detector_is_chosen_for_and_its_adapter_runs_in_the_pipeline(
     detector_weights: Path, builtin_models: Path, plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("layerlens.pipeline.checks.TIMING_SECONDS", 0.005)
+    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
     settings = {
         "model": {"name_or_path": f"ultralytics:{detector_weights}", "task": TASK},
         "data": {"source": "builtin:plates", "calibration_samples": 16, "batch_size": 8},

@@ -41,8 +41,8 @@ def test_average_precision_is_that_of_ultralytics_validator(detector_weights: Pa
 
 
 def test_a_detector_is_trained(detector_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("layerlens.pipeline.checks.TIMING_SECONDS", 0.005)
-    monkeypatch.setattr("layerlens.pipeline.train.TIMING_SECONDS", 0.005)
+    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
+    monkeypatch.setattr("layerlens.jobs.train.TIMING_SECONDS", 0.005)
     settings = {
         "model": {"name_or_path": f"ultralytics:{detector_weights}", "task": TASK},
         "data": {"source": "builtin:plates", "calibration_samples": 8, "batch_size": 8},

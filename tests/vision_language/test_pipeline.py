@@ -17,7 +17,7 @@ from layerlens.config.vision_language import PipelineConfig
 from layerlens.exceptions import ConfigurationError, DataError, ManifestError, ModelNotFoundError
 from layerlens.integrations.transformers import load_pretrained
 from layerlens.integrations.ultralytics import load_detector
-from layerlens.pipeline.vision_language import run_vision_language
+from layerlens.jobs.vision_language import run_vision_language
 from layerlens.vision_language.demo_language_model import share_of_exact_reports
 from layerlens.vision_language.local_model import LocalModel
 

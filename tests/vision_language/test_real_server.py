@@ -18,7 +18,7 @@ import pytest
 from http_servers import WatchingProxy, serving
 
 from layerlens.config.vision_language import PipelineConfig
-from layerlens.pipeline.vision_language import run_vision_language
+from layerlens.jobs.vision_language import run_vision_language
 from layerlens.vision_language import ServerModel
 from layerlens.vision_language import server_model as module
 from layerlens.vision_language.demo_language_model import example

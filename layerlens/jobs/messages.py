@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from layerlens.config import RunConfig
+from layerlens.jobs.solve import Solution
 from layerlens.models import Manifest
-from layerlens.pipeline.solve import Solution
 
 TIMING_NOISE = 0.05
 """Relative error that two timings of the same thing have on an idle machine."""

@@ -15,8 +15,8 @@ from typing import Any
 from layerlens import __version__
 from layerlens.config.vision_language import PipelineConfig
 from layerlens.exceptions import ConfigurationError, DataError, ModelNotFoundError
-from layerlens.pipeline.adapted_models import adapted_detector, adapted_language_model
-from layerlens.pipeline.builtin_models import BUILTIN, builtin_detector, builtin_language_model
+from layerlens.jobs.adapted_models import adapted_detector, adapted_language_model
+from layerlens.jobs.builtin_models import BUILTIN, builtin_detector, builtin_language_model
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable
 from layerlens.utils.places import default_cache_dir
 from layerlens.utils.progress import Progress, silent

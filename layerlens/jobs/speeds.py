@@ -20,9 +20,9 @@ import torch
 
 from layerlens import __version__, kernels
 from layerlens.cost.device import device_name
+from layerlens.jobs.kernel_cases import Case, energy_case, fisher_case, ghost_case, ragged_case, read_limit
 from layerlens.optimization import solve
 from layerlens.optimization.instances import transformer_problem
-from layerlens.pipeline.kernel_cases import Case, energy_case, fisher_case, ghost_case, ragged_case, read_limit
 from layerlens.utils.interleaved import measure
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads

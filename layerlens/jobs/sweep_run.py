@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from layerlens.exceptions import SweepError
-from layerlens.pipeline.run import run_config
-from layerlens.pipeline.sweep import LOCKS, LOGS, Sweep, SweepTask
+from layerlens.jobs.run import run_config
+from layerlens.jobs.sweep import LOCKS, LOGS, Sweep, SweepTask
 from layerlens.utils.launch import place_of_this_process
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import available_cores

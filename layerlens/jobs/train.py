@@ -18,16 +18,16 @@ from layerlens.data import Dataset, load_dataset
 from layerlens.exceptions import ConfigurationError, DataError, ManifestError
 from layerlens.integrations.peft import manifest_seed
 from layerlens.integrations.transformers import PretrainedModel
+from layerlens.jobs.baseline import baseline_facts, prepare_baseline
+from layerlens.jobs.inputs import check_lengths
+from layerlens.jobs.messages import Warnings
+from layerlens.jobs.observed import observed
+from layerlens.jobs.publishing import published
+from layerlens.jobs.solve import versions
+from layerlens.jobs.training_data import SPANS, training_data
 from layerlens.manifest.read import read_document
 from layerlens.manifest.write import write_manifest
 from layerlens.models import Manifest
-from layerlens.pipeline.baseline import baseline_facts, prepare_baseline
-from layerlens.pipeline.inputs import check_lengths
-from layerlens.pipeline.messages import Warnings
-from layerlens.pipeline.observed import observed
-from layerlens.pipeline.publishing import published
-from layerlens.pipeline.solve import versions
-from layerlens.pipeline.training_data import SPANS, training_data
 from layerlens.storage import shown
 from layerlens.tasks import task_for
 from layerlens.tuning import apply, read_factors, save

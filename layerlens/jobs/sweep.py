@@ -20,9 +20,9 @@ import yaml
 from layerlens.config import RunConfig, SweepConfig, load_run_config, load_sweep, parse_run_config
 from layerlens.config.loader import read_text
 from layerlens.exceptions import ConfigurationError, ManifestError
+from layerlens.jobs.solve import recorded_config
 from layerlens.manifest import read_manifest
 from layerlens.models import Manifest
-from layerlens.pipeline.solve import recorded_config
 from layerlens.profiling.cache import cache_key
 from layerlens.utils.atomic import atomic_write_text
 

@@ -11,10 +11,10 @@ import numpy as np
 from layerlens.config import OptimizationConfig, RunConfig
 from layerlens.cost import cost_table
 from layerlens.exceptions import ConfigurationError
+from layerlens.jobs.publishing import published
 from layerlens.manifest import write_frontier
 from layerlens.models import RESOURCES, AllocationProblem, FrontierRow, enumerate_options
 from layerlens.optimization import Frontier, budget_sweep, build_problem, frontier
-from layerlens.pipeline.publishing import published
 from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics
 from layerlens.utility import calibrated_table, model_for

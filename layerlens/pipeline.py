@@ -5,10 +5,10 @@ real model and real data in; manifest, adapter directory and report out. ``optim
 statistics.
 """
 
-from layerlens.pipeline.frontier import FrontierResult, trace_frontier
-from layerlens.pipeline.origin import run_pipeline
-from layerlens.pipeline.result import RunResult
-from layerlens.pipeline.run import optimize_statistics, run_config
+from layerlens.jobs.frontier import FrontierResult, trace_frontier
+from layerlens.jobs.origin import run_pipeline
+from layerlens.jobs.result import RunResult
+from layerlens.jobs.run import optimize_statistics, run_config
 
 __all__ = [
     "FrontierResult",

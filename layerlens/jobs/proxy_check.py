@@ -18,12 +18,12 @@ from layerlens.config import RunConfig
 from layerlens.config.proxy_check import UNIFORM_LORA
 from layerlens.data import Dataset
 from layerlens.exceptions import DataError, ProfilingError
+from layerlens.jobs.inputs import MIN_HELD_OUT
+from layerlens.jobs.messages import Warnings
+from layerlens.jobs.proxies import ProxyTrainer, mean_and_error
+from layerlens.jobs.solve import Solution
 from layerlens.models import Manifest
 from layerlens.optimization import explain, uniform_lora
-from layerlens.pipeline.inputs import MIN_HELD_OUT
-from layerlens.pipeline.messages import Warnings
-from layerlens.pipeline.proxies import ProxyTrainer, mean_and_error
-from layerlens.pipeline.solve import Solution
 from layerlens.profiling.proxy_file import SavedProxies
 from layerlens.utils.progress import Progress
 

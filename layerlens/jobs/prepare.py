@@ -16,9 +16,8 @@ from layerlens.exceptions import ConfigurationError, ModelSpecError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.placement import placed
 from layerlens.integrations.transformers import PretrainedModel, load_pretrained, why_not_streamable
-from layerlens.models import ModelSpec
-from layerlens.pipeline.inputs import check_lengths, split_samples, statistics_request
-from layerlens.pipeline.memory_mode import (
+from layerlens.jobs.inputs import check_lengths, split_samples, statistics_request
+from layerlens.jobs.memory_mode import (
     PLAIN,
     STREAMED,
     MemoryPlan,
@@ -29,8 +28,9 @@ from layerlens.pipeline.memory_mode import (
     reason_of,
     refuse_streaming_of,
 )
-from layerlens.pipeline.messages import Warnings
-from layerlens.pipeline.together import refuse_untrainable
+from layerlens.jobs.messages import Warnings
+from layerlens.jobs.together import refuse_untrainable
+from layerlens.models import ModelSpec
 from layerlens.tasks import Batches, Task, make_batches
 from layerlens.utils.processes import Processes
 

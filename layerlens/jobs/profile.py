@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from layerlens.integrations.weight_matrices import measurable_modules
+from layerlens.jobs.inputs import statistics_request
+from layerlens.jobs.memory_mode import CHECKPOINTED, checkpointed_activations
+from layerlens.jobs.prepare import Prepared
 from layerlens.models import ModelStatistics
-from layerlens.pipeline.inputs import statistics_request
-from layerlens.pipeline.memory_mode import CHECKPOINTED, checkpointed_activations
-from layerlens.pipeline.prepare import Prepared
 from layerlens.profiling.head import fit_head
 from layerlens.profiling.measure import measure_share
 from layerlens.profiling.saved_pass import SavedPass

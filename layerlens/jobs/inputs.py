@@ -10,9 +10,9 @@ from layerlens.data import Dataset
 from layerlens.data.dataset import TEST_SHARE
 from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.transformers import PretrainedModel, longest_sequence, task_heads
+from layerlens.jobs.messages import Warnings
+from layerlens.jobs.solve import versions
 from layerlens.models import ModelSpec, ModelStatistics
-from layerlens.pipeline.messages import Warnings
-from layerlens.pipeline.solve import versions
 from layerlens.profiling.cache import cache_key
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.tasks import TASKS

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from layerlens.jobs.sweep import Sweep, SweepTask
 from layerlens.models import Manifest
-from layerlens.pipeline.sweep import Sweep, SweepTask
 from layerlens.utils.atomic import atomic_write_text
 
 CSV_FILE, JSON_FILE = "table.csv", "table.json"

@@ -18,36 +18,36 @@ from layerlens.exceptions import ActivationCacheError
 from layerlens.integrations.placement import offloaded, placed, placement_arguments, shard, sharded
 from layerlens.integrations.torch_modules import usable_device
 from layerlens.integrations.transformers import blocks_of
-from layerlens.manifest import write_manifest, write_report
-from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
-from layerlens.optimization import frontier
-from layerlens.pipeline.checks import check_manifest
-from layerlens.pipeline.clock import Clock
-from layerlens.pipeline.factors import measured_factors
-from layerlens.pipeline.frontier import hull_rows
-from layerlens.pipeline.inputs import (
+from layerlens.jobs.checks import check_manifest
+from layerlens.jobs.clock import Clock
+from layerlens.jobs.factors import measured_factors
+from layerlens.jobs.frontier import hull_rows
+from layerlens.jobs.inputs import (
     check_identity,
     data_facts,
     model_facts,
     proxy_identity,
     statistics_identity,
 )
-from layerlens.pipeline.memory_mode import CHECKPOINTED, memory_facts
-from layerlens.pipeline.messages import Warnings, warn_of_calibration, warn_of_no_gain, warn_of_overrun
-from layerlens.pipeline.observed import observed
-from layerlens.pipeline.prepare import prepare
-from layerlens.pipeline.profile import fit_new_head, profile
-from layerlens.pipeline.proxies import ProxyTrainer, joint_gains, measure_proxies
-from layerlens.pipeline.proxy_check import check_samples, checked_solution
-from layerlens.pipeline.publishing import published
-from layerlens.pipeline.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
-from layerlens.pipeline.solve import Solution, find_allocation, make_manifest, run_provenance
-from layerlens.pipeline.together import (
+from layerlens.jobs.memory_mode import CHECKPOINTED, memory_facts
+from layerlens.jobs.messages import Warnings, warn_of_calibration, warn_of_no_gain, warn_of_overrun
+from layerlens.jobs.observed import observed
+from layerlens.jobs.prepare import prepare
+from layerlens.jobs.profile import fit_new_head, profile
+from layerlens.jobs.proxies import ProxyTrainer, joint_gains, measure_proxies
+from layerlens.jobs.proxy_check import check_samples, checked_solution
+from layerlens.jobs.publishing import published
+from layerlens.jobs.result import CHOICE_FILES, REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
+from layerlens.jobs.solve import Solution, find_allocation, make_manifest, run_provenance
+from layerlens.jobs.together import (
     refuse_unshardable,
     same_configuration,
     same_measurement,
     shared_directory,
 )
+from layerlens.manifest import write_manifest, write_report
+from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
+from layerlens.optimization import frontier
 from layerlens.profiling.cache import cache_key
 from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.shared_cache import open_cache
