@@ -13,7 +13,7 @@ import pytest
 # pytest's importlib mode does not let test files import their neighbours.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from serving import Serving, run_config_of
+from serving import SERVER_THREADS, Serving, run_config_of
 
 from layerlens.config import RunConfig
 from layerlens.pipeline import run_config
@@ -22,9 +22,11 @@ from layerlens.service.client import Client
 
 @pytest.fixture(scope="session")
 def statistics(tiny_bert_dir: Path, reviews_jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """statistics.safetensors of a run of the tiny model."""
+    """statistics.safetensors of a run of the tiny model, on one thread as the server's: more round otherwise."""
     folder = tmp_path_factory.mktemp("statistics")
-    config = RunConfig.model_validate(run_config_of(str(tiny_bert_dir), str(reviews_jsonl)))
+    config = RunConfig.model_validate(
+        run_config_of(str(tiny_bert_dir), str(reviews_jsonl)) | {"runtime": {"threads": SERVER_THREADS}}
+    )
     return run_config(config, base_dir=folder, use_cache=False).files["statistics"]
 
 

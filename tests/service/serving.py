@@ -16,6 +16,7 @@ from layerlens.service.client import Client
 
 TOKEN = "a-token-of-the-tests-0123456789"
 LAYERLENS = str(Path(sys.executable).with_name("layerlens"))  # not -m: a checkout that is not installed may be here
+SERVER_THREADS = 1
 OTHER_TOKEN = "another-token-of-the-tests-9876"
 
 
@@ -39,7 +40,7 @@ class Serving:
         log = (self.folder / "server.log").open("a")
         command = [
             LAYERLENS, "--verbose", "serve", "--root", str(self.folder), "--state-dir",
-            str(self.folder / "state"), "--port", str(self.port), "--threads", "1", *self.options,
+            str(self.folder / "state"), "--port", str(self.port), "--threads", str(SERVER_THREADS), *self.options,
         ]  # fmt: skip
         self.process = subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment)
         log.close()
