@@ -210,3 +210,31 @@ def train(model: Any, inputs: dict[str, torch.Tensor], steps: int = 2) -> list[f
         losses.append(loss.item())
     model.eval()
     return losses
+
+
+def assert_the_loss_falls_along_its_gradient(
+    model: Any, inputs: dict[str, torch.Tensor], *, train: bool = False
+) -> None:
+    """A small step down the gradient g lowers the loss L, by as much as g says; the model is as before.
+
+    L(θ - t·g) = L(θ) - t·‖g‖² + O(t²) for any loss with two derivatives. With t·‖g‖² = 2⁻¹³·L what is left of it is the
+    second order, a twentieth in the steepest of these models (T5: L = 210, ‖g‖ = 903), and rounding: a float32 loss
+    behind two blocks is off by some 2⁻²⁴·2⁴ of itself, a hundredth of the drop. Dropout is off unless ``train``, for
+    models that have none.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in trained]
+    model.train(train)
+    loss = model(**inputs).loss
+    gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
+    slope = sum(gradient.square().sum().item() for gradient in gradients)
+    assert slope > 0.0
+    size = loss.item() / slope * 2.0**-13
+    with torch.no_grad():
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.sub_(size * gradient)
+        fell = loss.item() - model(**inputs).loss.item()
+        for parameter, value in zip(trained, start, strict=True):
+            parameter.copy_(value)
+    model.eval()
+    assert abs(fell / (size * slope) - 1.0) < 0.1
