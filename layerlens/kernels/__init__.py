@@ -9,7 +9,6 @@ from layerlens.kernels._aggregate import aggregate_scores
 from layerlens.kernels._dispatch import available_isas, isa
 from layerlens.kernels._fisher import fisher_diagonal, fisher_trace
 from layerlens.kernels._ghost import ghost_form, ghost_gram, ghost_norms
-from layerlens.kernels._hutchinson import TraceEstimate, hutchinson_trace, rademacher
 from layerlens.kernels._moments import (
     RowMoments,
     Statistics,
@@ -21,11 +20,11 @@ from layerlens.kernels._moments import (
     row_statistics,
     row_sum_of_squares,
 )
+from layerlens.kernels._rademacher import rademacher
 
 __all__ = [
     "RowMoments",
     "Statistics",
-    "TraceEstimate",
     "aggregate_scores",
     "available_isas",
     "fisher_diagonal",
@@ -34,7 +33,6 @@ __all__ = [
     "ghost_gram",
     "ghost_norms",
     "gradient_energy",
-    "hutchinson_trace",
     "isa",
     "matrix_traces",
     "rademacher",

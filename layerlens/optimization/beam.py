@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from layerlens.kernels._lagrangian import Core, Instance
+from layerlens.kernels._knapsack import Core, Instance
 from layerlens.optimization.lagrangian import Candidates, CoreProblem, Dual, core_problem, exact_use
 
 COST_SUM_BITS = 51

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerlens.kernels._lagrangian import Instance
+from layerlens.kernels._knapsack import Instance
 from layerlens.optimization.beam import beam_search
 from layerlens.optimization.lagrangian import Candidates, Dual, candidates_within, guided_search, solve_dual
 from layerlens.optimization.reduced import Reduced

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from layerlens.exceptions import OptimizationError
-from layerlens.kernels._lagrangian import group_hulls
+from layerlens.kernels._knapsack import group_hulls
 from layerlens.models import Allocation, AllocationProblem
 from layerlens.optimization.solver import solve
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerlens.kernels._lagrangian import Core, Instance, minimise_dual, sum_use
+from layerlens.kernels._knapsack import Core, Instance, minimise_dual, sum_use
 from layerlens.optimization.reduced import Reduced
 
 # Relative precision of the dual; the gap that rounding leaves to a proof is of this size.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from layerlens.exceptions import OptimizationError
-from layerlens.kernels._lagrangian import Instance, RowSummary, summarise_row
+from layerlens.kernels._knapsack import Instance, RowSummary, summarise_row
 from layerlens.models import AllocationProblem
 from layerlens.optimization.sums import exact_sum
 

@@ -16,7 +16,7 @@ import pytest
 
 from layerlens import kernels
 from layerlens.exceptions import ConfigurationError
-from layerlens.kernels import _aggregate, _dispatch, _fisher, _ghost, _hutchinson, _moments, reference
+from layerlens.kernels import _aggregate, _dispatch, _fisher, _ghost, _moments, _rademacher, reference
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +65,7 @@ def test_forcing_an_unknown_isa_is_a_configuration_error() -> None:
     assert issubclass(ConfigurationError, ValueError)
 
 
-@pytest.mark.parametrize("module", [_aggregate, _dispatch, _fisher, _ghost, _hutchinson, _moments, reference])
+@pytest.mark.parametrize("module", [_aggregate, _dispatch, _fisher, _ghost, _moments, _rademacher, reference])
 def test_examples_in_the_docstrings(module: ModuleType) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0

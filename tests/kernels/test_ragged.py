@@ -14,6 +14,7 @@ from layerlens.kernels import (
     _dispatch,
     available_isas,
     gradient_energy,
+    matrix_traces,
     ragged_statistics,
     ragged_sum_of_squares,
     reference,
@@ -97,3 +98,25 @@ def test_any_float16_arrays(arrays: list[np.ndarray]) -> None:
         np.testing.assert_allclose(found.sum_of_squares[index], np.square(values).sum(), rtol=7e-7)
         assert found.non_finite[index] == (~np.isfinite(values)).sum()
         assert found.zeros[index] == (values == 0).sum()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_matrix_traces(isa: str, threads: int) -> None:
+    generator = np.random.default_rng(0)
+    matrices = [
+        generator.standard_normal((40, 40)),
+        generator.standard_normal((7, 7)).astype(np.float32).T,
+        torch.from_numpy(generator.standard_normal((9, 9))).bfloat16(),
+        np.empty((0, 0)),
+        generator.standard_normal((1200, 1200))[::-2, ::2],
+    ]
+    found, expected = matrix_traces(matrices, threads=threads), reference.matrix_traces(matrices)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found[[0, 4]], expected[[0, 4]], rtol=0, atol=1e-11)
+
+
+def test_traces_of_what_is_not_square_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"matrices\[1\] must be square.*\(2, 3\)"):
+        matrix_traces([np.eye(2), np.ones((2, 3))])
+    with pytest.raises(ValueError, match=r"matrices\[0\] must have the two axes \[n, n\]"):
+        matrix_traces([np.ones(3)])

@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 from instances import large_problem, problem_of, random_problem
-from layerlens.kernels._lagrangian import Core
 
 from layerlens.exceptions import InfeasibleError
-from layerlens.kernels.knapsack_reference import exhaustive_optimum
+from layerlens.kernels._knapsack import Core
+from layerlens.kernels.reference import exhaustive_optimum
 from layerlens.optimization.beam import beam_search
 from layerlens.optimization.core_search import Incumbent, search_core
 from layerlens.optimization.feasibility import check_feasible

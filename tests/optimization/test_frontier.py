@@ -9,7 +9,7 @@ import pytest
 from instances import large_problem, problem_of, random_problem
 
 from layerlens.exceptions import InfeasibleError, OptimizationError
-from layerlens.kernels.knapsack_reference import exhaustive_optimum
+from layerlens.kernels.reference import exhaustive_optimum
 from layerlens.optimization import budget_sweep, frontier, solve
 from layerlens.optimization.frontier import _stable_order
 

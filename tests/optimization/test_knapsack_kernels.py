@@ -8,11 +8,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from instances import large_problem
-from layerlens.kernels._lagrangian import Core, Instance, minimise_dual, sum_use, summarise_row
 from scipy.optimize import linprog
 
 from layerlens.kernels import _dispatch
-from layerlens.kernels.knapsack_reference import score_groups
+from layerlens.kernels._knapsack import Core, Instance, minimise_dual, sum_use, summarise_row
+from layerlens.kernels.reference import score_groups
 
 
 @pytest.fixture(params=_dispatch.available_isas())

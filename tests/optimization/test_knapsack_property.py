@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from layerlens.kernels._lagrangian import Instance, group_hulls
 
-from layerlens.kernels import _dispatch, knapsack_reference
+from layerlens.kernels import _dispatch, reference
+from layerlens.kernels._knapsack import Instance, group_hulls
 
 # Sizes around the vector widths (2, 4, 8) and their unrolled steps, groups of one option included.
 SIZES = st.lists(st.integers(1, 19), min_size=1, max_size=8)
@@ -39,7 +39,7 @@ def instances(draw):
 def test_scores_and_favourites_have_the_twins_bits(instance, threads):
     offset, value, rows, price = instance
     with np.errstate(over="ignore", under="ignore"):  # a price times a cost may be infinite: then so is the score
-        wanted = knapsack_reference.score_groups(offset, value, rows, price)
+        wanted = reference.score_groups(offset, value, rows, price)
     try:
         for isa in _dispatch.available_isas():
             _dispatch._force(isa)
@@ -67,7 +67,7 @@ def points(draw):
 def test_hulls_are_the_twins(case, threads):
     offset, value, cost = case
     hull, length = group_hulls(offset, value, cost, threads)
-    wanted, wanted_length = knapsack_reference.group_hulls(offset, value, cost)
+    wanted, wanted_length = reference.group_hulls(offset, value, cost)
     assert length.tolist() == wanted_length.tolist()
     assert hull.tolist() == wanted.tolist()
 

@@ -8,7 +8,7 @@ import pytest
 from instances import random_problem
 
 from layerlens.exceptions import OptimizationError
-from layerlens.kernels.knapsack_reference import exhaustive_optimum
+from layerlens.kernels.reference import exhaustive_optimum
 from layerlens.optimization import solve
 from layerlens.optimization.mmkp_files import read_mmkp
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from instances import problem_of, random_problem
 
 from layerlens.exceptions import InfeasibleError
-from layerlens.kernels.knapsack_reference import exhaustive_optimum
+from layerlens.kernels.reference import exhaustive_optimum
 from layerlens.optimization import solve
 
 

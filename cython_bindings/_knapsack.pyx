@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The greedy-Lagrangian solver over the knapsack kernels: instance, dual, core, local search.
+"""Instance, dual, core and local search of the multiple-choice knapsack (cpp/knapsack).
 
 Checks and allocates; the C++ side computes with the GIL released. Letters in names: g groups, o options, r resources,
 c candidates of the core, k cuts. `layerlens.optimization` is the caller.
