@@ -182,7 +182,19 @@ UTILITY_MODELS: Registry[Any] = Registry(
 )
 """From statistics to the expected gain of every option; an entry is a ``layerlens.utility.UtilityModel``."""
 
-RANK_RULES: Registry[Any] = Registry("rank rule", "layerlens.rank_rules", {})
+RANK_RULES: Registry[Any] = Registry(
+    "rank rule",
+    "layerlens.rank_rules",
+    {
+        "uniform": "layerlens.rank_rules.uniform:UNIFORM",
+        "uniform_qv": "layerlens.rank_rules.uniform:UNIFORM_QV",
+        "eva": "layerlens.rank_rules.eva:EVA",
+        "gora": "layerlens.rank_rules.proportional:GORA",
+        "gradient_norm": "layerlens.rank_rules.proportional:GRADIENT_NORM",
+        "fisher_proportional": "layerlens.rank_rules.proportional:FISHER",
+        "random": "layerlens.rank_rules.proportional:RANDOM",
+    },
+)
 """Published ways to give ranks to layers; an entry is a ``layerlens.rank_rules.RankRule``."""
 
 SOURCES: Registry[Any] = Registry("model source", "layerlens.sources", {})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from layerlens.models import Allocation, AllocationProblem
 from layerlens.models.options import NONE
 from layerlens.optimization.sums import exact_sum
-from layerlens.utils.order import evenly
+from layerlens.utils.order import raised_evenly
 
 
 def uniform_lora(problem: AllocationProblem, optimum: Allocation) -> Allocation | None:
@@ -23,15 +25,9 @@ def uniform_lora(problem: AllocationProblem, optimum: Allocation) -> Allocation 
     ladders = [_ladder(problem, group, int(optimum.choice[group])) for group in range(len(problem.layers))]
     ranks = sorted({problem.options[index].rank for ladder in ladders for index in ladder})
     levels = [[_step(problem, ladder, rank) for ladder in ladders] for rank in ranks]
-    fitting = [number for number, level in enumerate(levels) if _fits(problem, _choice(ladders, level))]
-    if not fitting:
+    steps = raised_evenly(levels, lambda level: _fits(problem, _choice(ladders, level)))
+    if steps is None:
         return None
-    steps = levels[fitting[-1]]
-    if fitting[-1] + 1 < len(levels):
-        for group in evenly(len(ladders)):
-            higher = [*steps[:group], levels[fitting[-1] + 1][group], *steps[group + 1 :]]
-            if _fits(problem, _choice(ladders, higher)):
-                steps = higher
     choice = _choice(ladders, steps)
     if all(problem.options[index].method == NONE for index in choice):
         return None
@@ -60,7 +56,7 @@ def _step(problem: AllocationProblem, ladder: list[int], rank: int) -> int:
     return max(0, sum(problem.options[index].rank <= rank for index in ladder) - 1)
 
 
-def _choice(ladders: list[list[int]], steps: list[int]) -> np.ndarray:
+def _choice(ladders: list[list[int]], steps: Sequence[int]) -> np.ndarray:
     return np.array([ladder[step] for ladder, step in zip(ladders, steps, strict=True)], dtype=np.int64)
 
 
