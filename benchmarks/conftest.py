@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 # Before NumPy and torch load: BLAS on one thread, since the limits are per thread. OpenMP keeps its own waiting policy,
-# under which users run; layerlens/utils/interleaved.py keeps one runtime's spinning workers out of another's time.
+# under which users run; layerlens/bench/kernel_cases.py keeps one runtime's spinning workers out of another's time.
 os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import platform

@@ -26,9 +26,9 @@ from ortools.sat.python import cp_model
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix, vstack
 
+from layerlens.bench.instances import read_mmkp
 from layerlens.models import AllocationProblem
 from layerlens.optimization import solve
-from layerlens.optimization.mmkp_files import read_mmkp
 
 RESULTS = Path(__file__).parent / "results"
 SETS = {"I07-I13": r"I(0[789]|1[0-3])", "INST01-20": r"INST(0[1-9]|1\d|20)", "INST21-30": r"INST(2[1-9]|30)"}

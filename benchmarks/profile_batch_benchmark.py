@@ -25,17 +25,18 @@ import torch
 from stored_ratios import STORED, processor_key, read_ratios
 
 from layerlens import kernels
-from layerlens.jobs.kernel_cases import (
+from layerlens.bench.kernel_cases import (
     ADDCMUL,
     TO_F32,
     Case,
+    Measured,
     energy_case,
     fisher_case,
     ghost_case,
+    measure,
     ragged_case,
     statistics_case,
 )
-from layerlens.utils.interleaved import Measured, measure
 
 try:
     import numba

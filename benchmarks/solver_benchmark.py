@@ -32,10 +32,10 @@ from ortools.sat.python import cp_model
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
+from layerlens.bench.instances import random_problem, transformer_problem
 from layerlens.kernels import isa
 from layerlens.models import AllocationProblem
 from layerlens.optimization import solve
-from layerlens.optimization.instances import random_problem, transformer_problem
 
 FAMILIES: dict[str, Callable[..., AllocationProblem]] = {"transformer": transformer_problem, "random": random_problem}
 # CP-SAT counts in integers: values and costs are scaled to sums of about this size.

@@ -12,7 +12,7 @@ from layerlens.cli.errors import guarded
 from layerlens.cli.parameters import Debug, Json, Quiet
 
 if TYPE_CHECKING:
-    from layerlens.jobs.speeds import KernelSpeed, Speeds
+    from layerlens.bench.speeds import KernelSpeed, Speeds
 
 BUSY = 0.5
 """Load on each core, before it began, from which rates are told to be too low."""
@@ -33,7 +33,7 @@ def bench(
     set_threads(resolve_threads(threads))  # before the libraries load, which take their threads from the environment
 
     def job(progress: Any, warn: Any) -> Speeds:
-        from layerlens.jobs.speeds import measure_speeds
+        from layerlens.bench.speeds import measure_speeds
 
         return measure_speeds(threads=threads, progress=progress)
 

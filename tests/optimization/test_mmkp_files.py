@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from instances import random_problem
 
+from layerlens.bench.instances import read_mmkp
 from layerlens.exceptions import OptimizationError
 from layerlens.kernels.reference import exhaustive_optimum
 from layerlens.optimization import solve
-from layerlens.optimization.mmkp_files import read_mmkp
 
 # Our own numbers in the layouts of the published files.
 KHAN = """ 3  2 2

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 
 from layerlens import __version__, kernels
+from layerlens.bench.instances import transformer_problem
+from layerlens.bench.kernel_cases import Case, energy_case, fisher_case, ghost_case, measure, ragged_case, read_limit
 from layerlens.cost.device import device_name
-from layerlens.jobs.kernel_cases import Case, energy_case, fisher_case, ghost_case, ragged_case, read_limit
 from layerlens.optimization import solve
-from layerlens.optimization.instances import transformer_problem
-from layerlens.utils.interleaved import measure
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
 
