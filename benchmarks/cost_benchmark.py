@@ -21,7 +21,7 @@ from layerlens.cost.device import calibrate
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.transformers import PretrainedModel
 from layerlens.jobs.costs import compare_costs
-from layerlens.models import Manifest, ManifestRow, trainable_params
+from layerlens.models import Choice, LoraSettings, Option
 
 ATTENTION = ("query", "key", "value", "query_key_value")
 CHOICES: dict[str, tuple[dict[str, tuple[str, int]], int]] = {
@@ -67,18 +67,13 @@ def main() -> None:
             model, task, heads = build(architecture)
             model.eval().requires_grad_(False)
             pretrained = PretrainedModel(model, None, "", ())
-            chosen = []
+            options = []
             for layer in model_spec(pretrained, architecture).layers:
                 method, rank = choice.get(layer.role, ("none", 0)) if (layer.block or 0) >= first else ("none", 0)
-                cost = trainable_params(layer, method, rank)
-                chosen.append(ManifestRow(layer.name, method, rank, 0, cost, 0, 0, 0, 0))
-            manifest = Manifest(
-                model={"task": task, "head_modules": heads}, allocations=tuple(chosen), resources=(), score=0,
-                upper_bound=0, gap=0, status="optimal", solver="", utility_model="", utility_unit="",
-                lora={"alpha_over_r": 2.0}, provenance={"seed": 0},
-            )  # fmt: skip
+                options.append(Option(layer.name, method, rank))
+            plan = Choice(tuple(options), lora=LoraSettings(2.0), head_modules=tuple(heads), task=task)
             found = compare_costs(
-                manifest, pretrained, profile, batch_size=batch, sequence_length=tokens,
+                plan, pretrained, profile, batch_size=batch, sequence_length=tokens,
                 seconds=arguments.seconds, cpu_time=arguments.cpu_time,
             )  # fmt: skip
             rows.append({"model": architecture, "choice": name, **{key: asdict(each) for key, each in found.items()}})

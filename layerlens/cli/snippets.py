@@ -28,7 +28,7 @@ def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, 
         tuned = f"PeftModel.from_pretrained(base, {short(peft_directory)!r}, is_trainable=True)"
     else:
         standard = ["from pathlib import Path", ""]
-        measured = manifest.lora.get("initialization", "default") != "default" and "lora" in methods
+        measured = manifest.choice.lora.is_measured and "lora" in methods
         names = "apply, read_factors" if measured else "apply"
         own = ["from layerlens.manifest import read_manifest", f"from layerlens.tuning import {names}"]
         imports = [*imports, "", *own] if imports else own

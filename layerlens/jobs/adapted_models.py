@@ -91,5 +91,5 @@ def _check(model: Any, folder: Path) -> None:
     from layerlens.tuning.fit import check_names, check_weights
 
     manifest = read_manifest(folder / MANIFEST_FILE)
-    check_names(model, manifest)
-    check_weights(model, manifest)
+    check_names(model, manifest.choice)
+    check_weights(model, manifest.model)

@@ -42,7 +42,7 @@ def prepare_baseline(
         batches=FirstEpoch(data, config.training.batch_size, seed, next(pretrained.model.parameters()).device),
         total_steps=total_steps(len(data.train), config.training, processes()[0]),
         seed=seed,
-        alpha_over_r=float(manifest.lora.get("alpha_over_r") or config.optimization.alpha_over_r),
+        alpha_over_r=float(manifest.choice.lora.alpha_over_r or config.optimization.alpha_over_r),
         learning_rate=config.training.learning_rate,
         loss=lambda model, batch: data.output(model, batch).loss,
     )
@@ -51,14 +51,14 @@ def prepare_baseline(
 
 def baseline_facts(name: str, manifest: Manifest, prepared: Prepared, finished: Finished) -> dict[str, Any]:
     """What metrics.json says of a baseline."""
-    rows = finished.manifest.allocations if finished.manifest else ()
+    options = finished.choice.chosen if finished.choice else ()
     return {
         "name": name,
         "note": prepared.note,
         "budget_params": sum(row.cost for row in manifest.allocations),
         "trained_params": prepared.trained_params,
         "kept_params": finished.kept_params,
-        "options": {row.layer: [row.method, row.rank] for row in rows if row.method != "none"},
+        "options": {option.layer: [option.method, option.rank] for option in options},
     }
 
 

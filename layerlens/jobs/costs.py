@@ -16,9 +16,10 @@ from layerlens.cost.trace import trace_step
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.transformers import PretrainedModel
-from layerlens.models import Manifest, trainable_params
+from layerlens.models import Choice, Manifest
 from layerlens.tuning import apply, read_factors
 from layerlens.tuning.base_model import load_base
+from layerlens.tuning.fit import fitting_choice
 from layerlens.utils.progress import Progress, silent
 
 OWN_PARAMETERS = (".lora_", ".layerlens_adapter.", ".layerlens_prefix.")
@@ -52,7 +53,7 @@ def device_profile(
 
 
 def compare_costs(
-    manifest: Manifest,
+    choice: Choice,
     pretrained: PretrainedModel,
     profile: DeviceProfile,
     *,
@@ -63,10 +64,10 @@ def compare_costs(
     cpu_time: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Comparison]:
-    """Inject the manifest into the model (which keeps it) and hold the predictions against measurements.
+    """Inject the choice into the model (which keeps it) and hold the predictions against measurements.
 
     Args:
-        manifest: what to inject.
+        choice: what to inject.
         pretrained: its base model, freshly loaded.
         profile: of the device that the model is on.
         batch_size, sequence_length: the batch, full, of random tokens.
@@ -80,24 +81,23 @@ def compare_costs(
         step with AdamW, and "step_memory_above_weights_gb"; "step_ms".
 
     Raises:
-        ManifestError: the manifest does not fit the model, or its task has no synthetic batch.
+        ManifestError: the choice does not fit the model, or its task has no synthetic batch.
     """
-    model, task = pretrained.model, str(manifest.model.get("task"))
-    batch = synthetic_batch(model, task, batch_size, sequence_length)
-    spec = model_spec(pretrained, str(manifest.model.get("name_or_path", "")), adapter_sites="all")
+    model, chosen = pretrained.model, choice.chosen
+    batch = synthetic_batch(model, choice.task, batch_size, sequence_length)
+    spec = model_spec(pretrained, "", adapter_sites="all")
     layers = {layer.name: layer for layer in spec.layers}
-    chosen = [row for row in manifest.allocations if row.method != "none"]
     with progress.stage("Predicting and measuring", total=4) as advance:
         model.train()  # with dropout, attention goes another way
         with torch.no_grad():
             base_flops = trace_step(model, batch).flops
-        tuned = apply(model, manifest, factors=factors).train()
+        tuned = apply(model, choice, factors=factors).train()
         unknown = [row.layer for row in chosen if row.layer not in layers]
         if unknown:
             raise ManifestError(f"{unknown[0]}: costs are predicted for layers of transformer blocks only")
         tokens = batch_size * sequence_length
         added = sum(step.flops for row in chosen for step in operations(layers[row.layer], row.method, row.rank))
-        parameters = sum(trainable_params(layers[row.layer], row.method, row.rank) for row in chosen)
+        parameters = choice.trainable_params(spec)
         trained = {name: tensor for name, tensor in tuned.named_parameters() if tensor.requires_grad}
         trace = trace_step(tuned, batch)
         advance(1)
@@ -138,9 +138,10 @@ def evaluate_costs(
     """Load the manifest's base model and ``compare_costs``."""
     with progress.stage("Loading model"):
         pretrained = load_base(manifest, model, base_dir)
-    factors = read_factors(measured_factors, manifest)
+    choice, _ = fitting_choice(pretrained.model, manifest)
+    factors = read_factors(measured_factors, choice)
     return compare_costs(
-        manifest,
+        choice,
         pretrained,
         profile,
         batch_size=batch_size,

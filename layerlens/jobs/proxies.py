@@ -20,14 +20,14 @@ import torch
 from layerlens.config import RunConfig
 from layerlens.exceptions import ProfilingError
 from layerlens.models import (
+    Choice,
+    LoraSettings,
     Manifest,
-    ManifestRow,
     ModelSpec,
     Option,
     ProxyGain,
     ProxyStudy,
     enumerate_options,
-    trainable_params,
 )
 from layerlens.profiling.proxy_file import SavedProxies, study_from_json, study_to_json
 from layerlens.profiling.proxy_plan import plan_proxies
@@ -73,55 +73,41 @@ class ProxyTrainer:
         self.batches = [made[number] for number in numbers[:steps]]
         self.base_losses = self._held_out_losses(model)
 
-    def train(self, manifest: Manifest) -> np.ndarray:
-        """Drop of every held-out sample's loss, float64 [n], by a few steps of what the manifest injects (no head).
+    def train(self, choice: Choice) -> np.ndarray:
+        """Drop of every held-out sample's loss, float64 [n], by a few steps of what the choice injects (no head).
 
         Raises:
             ProfilingError: a loss is not finite after training.
         """
-        drops = self.drops(manifest, self.config.profiling.proxies.learning_rate)
+        drops = self.drops(choice, self.config.profiling.proxies.learning_rate)
         if not np.all(np.isfinite(drops)):
-            what = ", ".join(f"{row.layer} {row.method} {row.rank}" for row in manifest.allocations[:1])
+            what = ", ".join(f"{row.layer} {row.method} {row.rank}" for row in choice.chosen[:1])
             raise ProfilingError(
                 f"{what}: the loss is not finite after {len(self.batches)} proxy steps; lower "
                 f"profiling.proxies.learning_rate (it is {self.config.profiling.proxies.learning_rate:g})"
             )
         return drops
 
-    def drops(self, manifest: Manifest, learning_rate: float, *, decay: bool = False) -> np.ndarray:
+    def drops(self, choice: Choice, learning_rate: float, *, decay: bool = False) -> np.ndarray:
         """The same at any learning rate, constant or with warm-up and decay; not finite where the training diverged."""
-        if all(row.method == "none" for row in manifest.allocations):
+        if not choice.chosen:
             return np.zeros_like(self.base_losses)
-        # A as PEFT draws it, whatever the manifest begins from: allocations are compared, not beginnings.
-        lora = manifest.lora | {"initialization": "default"}
-        without_head = replace(manifest, model={"name_or_path": "", "head_modules": []}, lora=lora)
-        model = apply(twin_of(self.model), without_head, check_fingerprint=False)
+        # A as PEFT draws it, whatever the choice begins from: allocations are compared, not beginnings.
+        lora = replace(choice.lora, initialization="default")
+        model = apply(twin_of(self.model), replace(choice, head_modules=(), task="", lora=lora))
         losses = [partial(_losses_on, batch, self.loss) for batch in self.batches]
         train_steps(model, losses, learning_rate=learning_rate, decay=decay)
         return self.base_losses - self._held_out_losses(model)
 
     def gain(self, option: Option) -> ProxyGain:
         """What one option alone gains."""
-        return ProxyGain(option, *mean_and_error(self.train(self._manifest(option))))
+        scale = self.config.optimization
+        alone = Choice((option,), self.config.runtime.seed, LoraSettings(scale.alpha_over_r, scale.use_rslora))
+        return ProxyGain(option, *mean_and_error(self.train(alone)))
 
     def _held_out_losses(self, model: torch.nn.Module) -> np.ndarray:
         with torch.no_grad():
             return np.concatenate([self.loss(model(**x.inputs), x).double().cpu().numpy() for x in self.held_out])
-
-    def _manifest(self, option: Option) -> Manifest:
-        layer = next(layer for layer in self.spec.layers if layer.name == option.layer)
-        params = trainable_params(layer, option.method, option.rank)
-        row = ManifestRow(option.layer, option.method, option.rank, 0.0, params, 0.0, 0.0, 0.0, 0.0)
-        return Manifest(
-            model={}, allocations=(row,), resources=(), score=0.0, upper_bound=0.0, gap=0.0, status="feasible",
-            solver="none", utility_model="none", utility_unit="none",
-            lora={
-                "alpha_over_r": self.config.optimization.alpha_over_r,
-                "use_rslora": self.config.optimization.use_rslora,
-                "initialization": "default",
-            },
-            provenance={"seed": self.config.runtime.seed},
-        )  # fmt: skip
 
 
 def measure_proxies(
@@ -188,13 +174,13 @@ def joint_gains(
         "loss_drop" and "uniform_loss_drop", each with predicted, measured, relative_error and standard_error, and
         "loss_drop_over_uniform", the paired difference with its standard_error.
     """
-    key = json.dumps([[[x.layer, x.method, x.rank] for x in each.allocations if x.rank] for each in (chosen, uniform)])
+    key = json.dumps([each.choice.rows() for each in (chosen, uniform)])
     found = saved.restore().get("joint", {}).get(key) if saved else None
     if found is None:
         with progress.stage("Training the choice as the proxies were", total=2) as advance:
             drops = []
             for manifest in (chosen, uniform):
-                drops.append(trainer().train(manifest))
+                drops.append(trainer().train(manifest.choice))
                 advance(1)
         found = [mean_and_error(drops[0]), mean_and_error(drops[1]), mean_and_error(drops[0] - drops[1])]
         if saved:

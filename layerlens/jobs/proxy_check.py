@@ -22,7 +22,7 @@ from layerlens.jobs.inputs import MIN_HELD_OUT
 from layerlens.jobs.messages import Warnings
 from layerlens.jobs.proxies import ProxyTrainer, mean_and_error
 from layerlens.jobs.solve import Solution
-from layerlens.models import Manifest
+from layerlens.models import Choice, Manifest
 from layerlens.optimization import explain, uniform_lora
 from layerlens.profiling.proxy_file import SavedProxies
 from layerlens.utils.progress import Progress
@@ -109,8 +109,8 @@ def checked_solution(
             warnings.add("optimization.proxy_check: no uniform LoRA fits the budgets, so it is not compared")
         else:
             solutions[name] = found
-    manifests = {name: manifest_of(found) for name, found in solutions.items()}
-    checked = run_check(trainer, manifests, config, saved, progress)
+    choices = {name: manifest_of(found).choice for name, found in solutions.items()}
+    checked = run_check(trainer, choices, config, saved, progress)
     _tell(checked, warnings)
     return solutions[checked.chosen], checked
 
@@ -127,7 +127,7 @@ def uniform_solution(solution: Solution) -> Solution | None:
 
 def run_check(
     trainer: Callable[[], ProxyTrainer],
-    candidates: Mapping[str, Manifest],
+    candidates: Mapping[str, Choice],
     config: RunConfig,
     saved: SavedProxies | None,
     progress: Progress,
@@ -149,13 +149,11 @@ def run_check(
     known: dict[str, list[float]] = dict(saved.restore().get("check", {})) if saved else {}
     best: dict[str, tuple[float, np.ndarray]] = {}
     with progress.stage("Training candidates", total=len(candidates) * len(rates)) as advance:
-        for name, manifest in candidates.items():
+        for name, choice in candidates.items():
             for rate in rates:
-                key = json.dumps(
-                    [rate, [[row.layer, row.method, row.rank] for row in manifest.allocations if row.rank]]
-                )
+                key = json.dumps([rate, choice.rows()])
                 if key not in known:
-                    known[key] = trainer().drops(manifest, rate, decay=True).tolist()
+                    known[key] = trainer().drops(choice, rate, decay=True).tolist()
                     if saved:
                         saved.keep(check=known)
                 drops = np.array(known[key])

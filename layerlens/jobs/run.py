@@ -204,7 +204,7 @@ def _run(
             joint |= joint_gains(trainer, manifest, manifest_of(alike), saved_proxies, progress)
     with staged_directory(output, owned=(*CHOICE_FILES, STATISTICS_FILE)) as staging:
         with clock.stage("export"):
-            factors = measured_factors(pretrained.model, manifest, batches, task.loss, fit)
+            factors = measured_factors(pretrained.model, manifest.choice, batches, task.loss, fit)
             written = write_manifest(manifest, staging, created_at=_now())
             written |= export_adapter(manifest, pretrained.model, staging, factors)
             written["statistics"] = atomic_write_bytes(staging / STATISTICS_FILE, statistics_to_bytes(spec, statistics))

@@ -16,7 +16,6 @@ from layerlens.config import RunConfig
 from layerlens.cost.measure import forward_ms
 from layerlens.data import Dataset, load_dataset
 from layerlens.exceptions import ConfigurationError, DataError, ManifestError
-from layerlens.integrations.peft import manifest_seed
 from layerlens.integrations.transformers import PretrainedModel
 from layerlens.jobs.baseline import baseline_facts, prepare_baseline
 from layerlens.jobs.inputs import check_lengths
@@ -191,7 +190,6 @@ def train_manifest(
         dataset = load_dataset(config.data, base_dir, config.model.task)
         labels = [str(name) for name in manifest.model.get("labels") or ()]
         dataset = _with_labels(dataset, labels, manifest)
-        seed = manifest_seed(manifest)
         pretrained = load_base(manifest, model, base_dir)
         check_lengths(pretrained, config)
         data = training_data(dataset, pretrained, task_for(config.model, base_dir), config, warnings.add)
@@ -200,10 +198,13 @@ def train_manifest(
     inference_ms = {"before": _inference_ms(base, batch)} if main else {}
     try:
         if baseline is None:
-            factors = read_factors(path.parent / PEFT_DIRECTORY, manifest)
+            factors = read_factors(path.parent / PEFT_DIRECTORY, manifest.choice)
             kept = sum(row.cost for row in manifest.allocations)
             prepared = Prepared(
-                apply(base, manifest, factors=factors), kept, manifest, lambda tuned: Finished(tuned, kept, manifest)
+                apply(base, manifest, factors=factors),
+                kept,
+                manifest.choice,
+                lambda tuned: Finished(tuned, kept, manifest.choice),
             )
         else:
             order = config.runtime.seed if config.training.seed is None else config.training.seed
@@ -229,8 +230,8 @@ def train_manifest(
             hooks=prepared.hooks,
             identity={
                 "model": manifest.model.get("fingerprint", ""),
-                "choice": _choice(manifest),
-                "manifest_seed": seed,
+                "choice": [*manifest.choice.rows(), dict(manifest.lora)],
+                "manifest_seed": manifest.choice.seed,
                 "method": baseline or "manifest",
             },
             restart=restart,
@@ -270,11 +271,6 @@ def _with_labels(dataset: Dataset, labels: list[str], manifest: Manifest) -> Dat
         told += [f"lacks {', '.join(sorted(missing))}"] if missing else []
         raise DataError(f"data.source: the data {' and '.join(told)}; train on data with the manifest's classes")
     return dataset.with_label_order(labels)
-
-
-def _choice(manifest: Manifest) -> list[Any]:
-    rows = [[row.layer, row.method, row.rank] for row in manifest.allocations if row.method != "none"]
-    return [*rows, dict(manifest.lora)]
 
 
 def _timed_batch(data: TrainingData, config: RunConfig, model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,9 +1,10 @@
 """The nouns: frozen dataclasses that the stages hand to one another. They know nothing of torch or files."""
 
 from layerlens.models.allocation import Allocation, AllocationProblem, LayerExplanation, SolverEvent
+from layerlens.models.choice import Choice, LoraSettings
 from layerlens.models.detection import Box, Detection, LabelledImage
 from layerlens.models.frontier import FrontierRow
-from layerlens.models.manifest import Manifest, ManifestRow, ResourceUse
+from layerlens.models.manifest import Manifest, ManifestRow, ResourceUse, choice_of
 from layerlens.models.model_spec import LayerSpec, ModelSpec
 from layerlens.models.options import METHODS, Option, enumerate_options, trainable_params
 from layerlens.models.proxies import Calibration, Prediction, ProxyGain, ProxyStudy
@@ -24,6 +25,7 @@ __all__ = [
     "AllocationProblem",
     "Box",
     "Calibration",
+    "Choice",
     "CostTable",
     "Detection",
     "FactorSketch",
@@ -33,6 +35,7 @@ __all__ = [
     "LayerExplanation",
     "LayerSpec",
     "LayerStatistics",
+    "LoraSettings",
     "Manifest",
     "ManifestRow",
     "MethodStatistics",
@@ -46,6 +49,7 @@ __all__ = [
     "ResourceUse",
     "SolverEvent",
     "UtilityTable",
+    "choice_of",
     "enumerate_options",
     "trainable_params",
 ]

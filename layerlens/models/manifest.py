@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+from layerlens.models.choice import Choice, LoraSettings
+from layerlens.models.options import Option
 
 SCHEMA_VERSION = "1.0"
 
@@ -84,3 +88,19 @@ class Manifest:
     lora: dict[str, Any] = field(default_factory=dict)
     predicted: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def choice(self) -> Choice:
+        """What is put into the model, without what it costs and how good it is."""
+        return Choice(
+            tuple(Option(row.layer, row.method, row.rank) for row in self.allocations),
+            seed=self.provenance.get("seed", 0),
+            lora=LoraSettings(**self.lora),
+            head_modules=tuple(self.model.get("head_modules") or ()),
+            task=str(self.model.get("task") or ""),
+        )
+
+
+def choice_of(given: Choice | Manifest) -> Choice:
+    """The choice itself, or that of a manifest."""
+    return given.choice if isinstance(given, Manifest) else given

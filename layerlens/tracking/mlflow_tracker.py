@@ -21,7 +21,6 @@ from mlflow.tracking import MlflowClient
 from layerlens import __version__
 from layerlens.config import TrackingConfig
 from layerlens.exceptions import TrackingError
-from layerlens.integrations.peft import manifest_seed
 from layerlens.models import Manifest
 from layerlens.storage.url import redacted
 from layerlens.tracking.protocol import Parameter, Status
@@ -111,7 +110,7 @@ class MlflowTracker:
             facts = {name: manifest.model.get(name) for name in ("name_or_path", "task")} | {
                 "labels": [str(label) for label in manifest.model.get("labels") or ()],
                 "dtype": manifest.model.get("dtype") or "float32",
-                "seed": manifest_seed(manifest),
+                "seed": manifest.choice.seed,
             }
             mlflow.pyfunc.save_model(
                 str(saved),

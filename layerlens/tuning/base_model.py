@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from layerlens.exceptions import ManifestError
-from layerlens.integrations.peft import manifest_seed
 from layerlens.integrations.transformers import WITH_CLASSES, PretrainedModel, load_pretrained
 from layerlens.models import Manifest
 
@@ -51,7 +50,7 @@ def load_base(manifest: Manifest, model: str | None = None, base_dir: Path | Non
         reference,
         str(manifest.model["task"]),
         [str(label) for label in manifest.model.get("labels") or ()],
-        seed=manifest_seed(manifest),
+        seed=manifest.choice.seed,
         base_dir=base_dir,
         dtype=str(manifest.model.get("dtype") or "float32"),
         weights=None if weights is None else str(weights),

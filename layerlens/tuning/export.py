@@ -16,15 +16,12 @@ from layerlens.integrations.peft import (
     TASK_TYPES,
     adapter_config_json,
     lora_config,
-    lora_initialization,
-    lora_rows,
-    manifest_seed,
     zero_step_tensors,
 )
 from layerlens.integrations.torch_modules import find_module
-from layerlens.models import Manifest
+from layerlens.models import Choice, Manifest
 from layerlens.tuning.base_model import load_base
-from layerlens.tuning.fit import check_names, check_weights
+from layerlens.tuning.fit import check_weights, fitting_choice
 from layerlens.tuning.initialization import read_factors
 from layerlens.tuning.storage import MODULES_FILE, modules_bytes
 from layerlens.utils.atomic import staged_directory
@@ -36,32 +33,35 @@ PEFT_DIRECTORY = "peft"
 
 
 def export_adapter(
-    manifest: Manifest,
+    given: Choice | Manifest,
     model: torch.nn.Module,
     directory: Path,
     factors: Mapping[str, torch.Tensor] | None = None,
+    base: str | None = None,
 ) -> dict[str, Path]:
-    """Write the zero-step adapter of ``manifest`` below ``directory``; the same manifest gives the same bytes.
+    """Write the zero-step adapter of a choice below ``directory``; the same choice gives the same bytes.
 
-    What an earlier export left there is replaced, or removed where this manifest has none of that kind.
+    What an earlier export left there is replaced, or removed where this choice has none of that kind.
 
     Args:
-        manifest: its LoRA rows go to ``directory``/peft, its adapters and prefixes to
+        given: its LoRA goes to ``directory``/peft, its adapters and prefixes to
             ``directory``/layerlens_modules.safetensors.
         model: the base model, for its module names and shapes; it is not changed.
         directory: created if it is not there.
         factors: LoRA's first A by layer, where ``lora.initialization`` is not "default" (see ``apply``).
+        base: name or path of the base model; the one that a manifest names when None.
 
     Returns:
         The path of each thing written, under "peft" and "modules".
 
     Raises:
-        ManifestError: the manifest does not fit the model; nothing is then written.
+        ManifestError: the choice does not fit the model; nothing is then written.
         OutputError: the directory cannot be written.
     """
-    check_names(model, manifest)
+    choice, facts = fitting_choice(model, given, check_fingerprint=False)
     directory = Path(directory)
-    peft_files, modules = _peft_files(manifest, model, factors), _modules(manifest, model)
+    peft_files = _peft_files(choice, model, factors, base or facts.get("name_or_path"))
+    modules = _modules(choice, model)
     written: dict[str, Path] = {}
     with staged_directory(directory, owned=(PEFT_DIRECTORY, MODULES_FILE)) as staging:
         if peft_files:
@@ -95,49 +95,47 @@ def apply_to_directory(
         OutputError: the directory cannot be written.
     """
     base = load_base(manifest, model).model
-    check_weights(base, manifest)
+    check_weights(base, manifest.model)
     factors = read_factors(measured or Path(PEFT_DIRECTORY), manifest)
     return export_adapter(manifest, base, output, factors)
 
 
 def _peft_files(
-    manifest: Manifest, model: torch.nn.Module, factors: Mapping[str, torch.Tensor] | None
+    choice: Choice, model: torch.nn.Module, factors: Mapping[str, torch.Tensor] | None, base: str | None
 ) -> dict[str, bytes]:
     from safetensors.torch import save
 
-    if not lora_rows(manifest):
+    if not choice.lora_options:
         return {}
+    tensors = zero_step_tensors(choice, model, factors)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
     return {
-        "adapter_config.json": adapter_config_json(lora_config(manifest, model, train_head=False)).encode(),
-        "adapter_model.safetensors": save(zero_step_tensors(manifest, model, factors), metadata={"format": "pt"}),
-        "README.md": _card(manifest).encode(),
+        "adapter_config.json": adapter_config_json(lora_config(choice, model, train_head=False, base=base)).encode(),
+        "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
+        "README.md": _card(choice, parameters, base or "the base model").encode(),
     }
 
 
-def _modules(manifest: Manifest, model: torch.nn.Module) -> dict[str, tuple[str, torch.nn.Module]]:
+def _modules(choice: Choice, model: torch.nn.Module) -> dict[str, tuple[str, torch.nn.Module]]:
     from layerlens.tuning.modules import new_module
 
-    seed = manifest_seed(manifest)
     return {
-        row.layer: (row.method, new_module(model, find_module(model, row.layer), row, seed))
-        for row in manifest.allocations
-        if row.method in ("adapter", "prefix")
+        option.layer: (option.method, new_module(model, find_module(model, option.layer), option, choice.seed))
+        for option in choice.other_options
     }
 
 
-def _card(manifest: Manifest) -> str:
-    rows = lora_rows(manifest)
+def _card(choice: Choice, parameters: int, base: str) -> str:
+    rows, alpha_over_r = choice.lora_options, choice.lora.alpha_over_r or 0.0
     ranks = sorted({row.rank for row in rows})
-    base = manifest.model.get("name_or_path", "the base model")
-    parameters = sum(row.cost for row in rows)
-    scale = f"alpha/r = {manifest.lora['alpha_over_r']:g}"
-    if manifest.lora.get("use_rslora"):
-        scale = f"scaled by alpha/√r (rsLoRA) with alpha = {manifest.lora['alpha_over_r'] * ranks[-1]:g}"
+    scale = f"alpha/r = {alpha_over_r:g}"
+    if choice.lora.use_rslora:
+        scale = f"scaled by alpha/√r (rsLoRA) with alpha = {alpha_over_r * ranks[-1]:g}"
     begin = {
         "default": "",
         "pca": " A holds the principal components of each layer's inputs.",
         "gradient_svd": " A holds the right singular vectors of each layer's mean gradient.",
-    }[lora_initialization(manifest)]
+    }[choice.lora.initialization]
     text = f"""---
 library_name: peft
 tags: [lora, layerlens]
@@ -158,7 +156,7 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
 ```
 """
-    others = [row.method for row in manifest.allocations if row.method in ("adapter", "prefix")]
+    others = [option.method for option in choice.other_options]
     if others:
         measured = "" if not begin else ' (with `factors=layerlens.tuning.read_factors(Path("peft"), manifest)`)'
         kinds = {"adapter": ("adapter", "adapters"), "prefix": ("prefix", "prefixes")}
@@ -167,9 +165,9 @@ model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
 The manifest has {counts} as well, which PEFT cannot hold: see {MODULES_FILE} beside this
 directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model{measured}.
 """
-    heads = list(manifest.model.get("head_modules") or [])
+    heads = list(choice.head_modules)
     if heads:
-        task = TASK_TYPES.get(str(manifest.model.get("task")))
+        task = TASK_TYPES.get(choice.task)
         with_head = f"config.modules_to_save = {heads}" if task is None else f'config.task_type = "{task}"'
         text += f"""
 This trains the LoRA weights alone, as there are no head weights in this directory. To train the task head with them,

@@ -1,22 +1,18 @@
-"""Does this manifest fit this model? Asked before anything is changed, so that a refusal leaves the model as it was."""
+"""Does this choice fit this model? Asked before anything is changed, so that a refusal leaves the model as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.peft import lora_module, lora_shape
 from layerlens.integrations.torch_modules import find_module
 from layerlens.integrations.transformers import weights_fingerprint
-from layerlens.models import Manifest
+from layerlens.models import Choice, Manifest, Option, choice_of
 
 if TYPE_CHECKING:
     import torch
-
-
-def head_modules(manifest: Manifest) -> tuple[str, ...]:
-    """Names of the task head's modules; see ``heads_of``."""
-    return heads_of(manifest.model)
 
 
 def heads_of(facts: Mapping[str, Any]) -> tuple[str, ...]:
@@ -31,27 +27,62 @@ def heads_of(facts: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check_names(model: torch.nn.Module, manifest: Manifest) -> None:
-    """Refuse a manifest that names a module the model does not have, be it of a layer that is left alone.
+def fitting_choice(
+    model: torch.nn.Module, given: Choice | Manifest, *, check_fingerprint: bool = True
+) -> tuple[Choice, dict[str, Any]]:
+    """The choice in ``given``, which fits ``model``, and what a manifest says of its base model.
+
+    Raises:
+        ManifestError: a layer that the model does not have; of a manifest also: other weights (where
+            ``check_fingerprint``), or other numbers of parameters than it counted with.
+    """
+    choice = choice_of(given)
+    check_names(model, choice)
+    if not isinstance(given, Manifest):
+        return choice, {"head_modules": list(choice.head_modules)}
+    if check_fingerprint:
+        check_weights(model, given.model)
+    check_costs(model, given, choice.chosen)
+    return choice, given.model
+
+
+def check_names(model: torch.nn.Module, choice: Choice) -> None:
+    """Refuse a choice that names a module the model does not have, be it of a layer that is left alone.
 
     Raises:
         ManifestError: with the nearest known names; or a layer is part of the task head, which is trained anyway.
     """
-    heads = head_modules(manifest)
-    for name in (*heads, *(row.layer for row in manifest.allocations)):
+    for name in (*choice.head_modules, *(option.layer for option in choice.options)):
         find_module(model, name)
-    inside = tuple(name + "." for name in heads)
-    for row in manifest.allocations:
-        if row.method != "none" and (row.layer in heads or row.layer.startswith(inside)):
-            raise ManifestError(f"{row.layer}: is in the task head, which is trained whole; its method must be none")
+    inside = tuple(name + "." for name in choice.head_modules)
+    for option in choice.chosen:
+        if option.layer in choice.head_modules or option.layer.startswith(inside):
+            raise ManifestError(f"{option.layer}: is in the task head, which is trained whole; its method must be none")
 
 
-def check_weights(model: torch.nn.Module, manifest: Manifest) -> None:
-    """Refuse a model whose weights are not those that the manifest was measured on; see ``check_facts``."""
-    check_facts(model, manifest.model)
+def check_costs(model: torch.nn.Module, manifest: Manifest, options: Sequence[Option]) -> None:
+    """Refuse a manifest that was made for a model of another shape: ``options`` would train other numbers there.
+
+    Raises:
+        ManifestError: the layer, what it trains here, and what the manifest says.
+    """
+    from layerlens.tuning.modules import new_module
+
+    costs = {row.layer: row.cost for row in manifest.allocations}
+    for option in options:
+        if option.method != "lora":
+            new_module(model, find_module(model, option.layer), option, seed=0, expected=costs[option.layer])
+            continue
+        n_in, n_out, groups = lora_shape(lora_module(model, option))
+        trained = option.rank * (n_in + n_out // groups)
+        if trained != costs[option.layer]:
+            raise ManifestError(
+                f"{option.layer}: LoRA rank {option.rank} on this {n_in} → {n_out} module trains {trained} parameters, "
+                f"the manifest says {costs[option.layer]}; it was made for a model of another shape"
+            )
 
 
-def check_facts(model: torch.nn.Module, facts: Mapping[str, Any], source: str = "the manifest") -> None:
+def check_weights(model: torch.nn.Module, facts: Mapping[str, Any], source: str = "the manifest") -> None:
     """Refuse a model whose weights are not those that ``facts``, a manifest's ``model`` section, describes.
 
     The task head is left out when it was new then: it is random in every freshly loaded model. Facts without a

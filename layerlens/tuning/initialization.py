@@ -21,13 +21,11 @@ from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import (
     BASE_PREFIX,
     default_factor,
-    lora_initialization,
-    lora_rows,
     lora_shape,
     why_not_adaptable,
 )
 from layerlens.integrations.torch_modules import find_module
-from layerlens.models import Manifest, ManifestRow
+from layerlens.models import Choice, Manifest, Option, choice_of
 from layerlens.storage import local_file
 
 if TYPE_CHECKING:
@@ -53,13 +51,13 @@ class CalibrationBatch:
 
 
 def initial_factors(
-    model: torch.nn.Module, manifest: Manifest, batches: Sequence[CalibrationBatch]
+    model: torch.nn.Module, given: Choice | Manifest, batches: Sequence[CalibrationBatch]
 ) -> dict[str, torch.Tensor]:
     """A of every LoRA layer as ``lora.initialization`` says, measured on ``batches``.
 
     Args:
         model: the base model, without LoRA; it is left as it was.
-        manifest: its LoRA rows and their ranks.
+        given: a choice, or the manifest that has it: its LoRA layers and their ranks.
         batches: gone through once, or several times where all matrices together are too large for memory.
 
     Returns:
@@ -69,13 +67,14 @@ def initial_factors(
     Raises:
         ManifestError: no batches, a layer that no batch reached, or values that are not finite.
     """
-    kind = lora_initialization(manifest)
+    choice = choice_of(given)
+    kind = choice.lora.initialization
     if kind == "default":
         return {}
     if not batches:
         raise ManifestError(f"lora.initialization: {kind!r} needs at least one batch to measure on")
     factors = {}
-    for rows in _groups(model, lora_rows(manifest), kind):
+    for rows in _groups(model, choice.lora_options, kind):
         modules = {row.layer: find_module(model, row.layer) for row in rows}
         measured = (_input_covariances if kind == "pca" else _mean_gradients)(model, modules, batches)
         for row in rows:
@@ -83,27 +82,28 @@ def initial_factors(
             if not bool(matrix.isfinite().all()):
                 raise ManifestError(f"{row.layer}: the matrix of lora.initialization {kind!r} is not finite")
             directions = _eigenvectors(matrix, row.rank) if kind == "pca" else _right_vectors(matrix, row.rank)
-            factors[row.layer] = _complete(directions, default_factor(manifest, row, matrix.shape[1]))
+            factors[row.layer] = _complete(directions, default_factor(row, matrix.shape[1], choice.seed))
     return factors
 
 
-def read_factors(peft_directory: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
-    """A of every LoRA layer as the exported adapter has it; empty where the manifest's initialisation needs none.
+def read_factors(peft_directory: Path, given: Choice | Manifest) -> dict[str, torch.Tensor]:
+    """A of every LoRA layer as the exported adapter has it; empty where the initialisation needs none.
 
     Raises:
         ManifestError: there is no such file, or it lacks a layer.
     """
     from safetensors import SafetensorError, safe_open
 
-    kind = lora_initialization(manifest)
-    if kind == "default" or not lora_rows(manifest):
+    choice = choice_of(given)
+    kind = choice.lora.initialization
+    if kind == "default" or not choice.lora_options:
         return {}
     path = local_file(peft_directory) / ADAPTER_WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
             return {
                 row.layer: file.get_tensor(f"{BASE_PREFIX}{row.layer}.lora_A.weight").flatten(1)
-                for row in lora_rows(manifest)
+                for row in choice.lora_options
             }
     except (SafetensorError, OSError) as error:
         raise ManifestError(
@@ -112,9 +112,9 @@ def read_factors(peft_directory: Path, manifest: Manifest) -> dict[str, torch.Te
         ) from error
 
 
-def _groups(model: torch.nn.Module, rows: Sequence[ManifestRow], kind: str) -> Iterator[list[ManifestRow]]:
+def _groups(model: torch.nn.Module, rows: Sequence[Option], kind: str) -> Iterator[list[Option]]:
     """Rows whose matrices together fit into ``MATRIX_BYTES``, at least one at a time."""
-    group: list[ManifestRow] = []
+    group: list[Option] = []
     held = 0
     for row in rows:
         module = find_module(model, row.layer)

@@ -22,7 +22,7 @@ from layerlens.exceptions import ManifestError
 from layerlens.integrations.attention import attention_function
 from layerlens.integrations.peft import name_seed
 from layerlens.integrations.transformers import dense_shape, is_dense, takes_prefix
-from layerlens.models import ManifestRow
+from layerlens.models import Option
 
 ADAPTER_CHILD, PREFIX_CHILD = "layerlens_adapter", "layerlens_prefix"
 CHILDREN = {"adapter": ADAPTER_CHILD, "prefix": PREFIX_CHILD}
@@ -98,14 +98,17 @@ class GatedPrefix(torch.nn.Module):
         return output + (torch.tanh(self.gate)[:, None] * added).to(output.dtype)
 
 
-def new_module(model: torch.nn.Module, target: torch.nn.Module, row: ManifestRow, seed: int) -> torch.nn.Module:
+def new_module(
+    model: torch.nn.Module, target: torch.nn.Module, row: Option, seed: int, expected: int | None = None
+) -> torch.nn.Module:
     """The adapter or prefix of ``row`` at its zero step, for ``target``, not yet attached to it.
 
     Args:
         model: the base model that ``target`` belongs to.
         target: the module that the row names.
         row: method "adapter" or "prefix".
-        seed: seed of the whole manifest.
+        seed: seed of the whole choice.
+        expected: parameters that it is to have, where a manifest says so.
 
     Raises:
         ManifestError: the module cannot take the method, or has another shape than the manifest counted with.
@@ -124,10 +127,10 @@ def new_module(model: torch.nn.Module, target: torch.nn.Module, row: ManifestRow
         made = GatedPrefix(heads, kv_heads, head_dim, row.rank, name_seed(seed, row.layer))
         shape = f"{heads} heads, {kv_heads} key/value heads of {head_dim}"
     count = sum(parameter.numel() for parameter in made.parameters())
-    if count != row.cost:
+    if expected is not None and count != expected:
         raise ManifestError(
             f"{row.layer}: {row.method} {row.rank} on this module ({shape}) trains {count} parameters, the manifest "
-            f"says {row.cost}; it was made for a model of another shape"
+            f"says {expected}; it was made for a model of another shape"
         )
     return made
 

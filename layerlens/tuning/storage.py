@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.torch_modules import find_module
-from layerlens.models import ManifestRow
-from layerlens.tuning.fit import check_facts
+from layerlens.models import Option
+from layerlens.tuning.fit import check_weights
 from layerlens.tuning.undo import base_of, before_of, note_before
 from layerlens.utils.atomic import atomic_write_bytes
 
@@ -145,10 +145,10 @@ def read_modules(model: torch.nn.Module, path: Path, *, check_fingerprint: bool 
     for entry in description["modules"]:
         mark = f"{entry['layer']}.{CHILDREN[entry['method']]}."
         state = {name.removeprefix(mark): tensors.pop(name) for name in list(tensors) if name.startswith(mark)}
-        row = ManifestRow(**entry, utility=0, cost=_count(state), flops=0, vram=0, latency=0, total_score=0)
-        target = find_module(base, row.layer)
-        made = new_module(base, target, row, seed=0)
-        _fill(made, state, row.layer)
+        option = Option(**entry)
+        target = find_module(base, option.layer)
+        made = new_module(base, target, option, seed=0)
+        _fill(made, state, option.layer)
         pairs.append((target, made))
     known = base.state_dict()
     for name, tensor in tensors.items():
@@ -156,7 +156,7 @@ def read_modules(model: torch.nn.Module, path: Path, *, check_fingerprint: bool 
             raise ManifestError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in {type(base).__name__}")
     facts = description.get("base", {})
     if check_fingerprint and base is model:  # LoRA in it hides the base model's names
-        check_facts(base, facts, str(path))
+        check_weights(base, facts, str(path))
     return SavedModules(tuple(pairs), tensors, facts)
 
 
@@ -188,10 +188,6 @@ def _fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor], layer: str
         module.load_state_dict(dict(state))
     except RuntimeError as error:
         raise ManifestError(f"{layer}: the saved tensors do not fit this module: {error}") from error
-
-
-def _count(state: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() for tensor in state.values())
 
 
 def _other_trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:

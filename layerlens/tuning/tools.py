@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
-from layerlens.integrations.peft import lora_config, lora_rows
+from layerlens.integrations.peft import lora_config
 from layerlens.integrations.transformers import blocks_of, resolve_model_path, role_of
-from layerlens.models import Manifest, ManifestRow
+from layerlens.models import Choice, Manifest, Option
 from layerlens.tuning.base_model import base_reference, load_base
 from layerlens.tuning.export import PEFT_DIRECTORY, export_adapter
-from layerlens.tuning.fit import check_names, check_weights
+from layerlens.tuning.fit import check_costs, check_names, check_weights
 from layerlens.tuning.initialization import read_factors
 from layerlens.utils.atomic import staged_directory
 
@@ -38,13 +38,13 @@ class Tool:
         name: as people write it.
         tasks: what it trains; None for everything.
         starts_from_peft: it reads the zero-step PEFT directory.
-        files: (manifest, base model, its resolved name or path) -> text of further files by name.
+        files: (choice, base model, its resolved name or path) -> text of further files by name.
     """
 
     name: str
     tasks: tuple[str, ...] | None
     starts_from_peft: bool
-    files: Callable[[Manifest, torch.nn.Module, str], dict[str, str]]
+    files: Callable[[Choice, torch.nn.Module, str], dict[str, str]]
 
 
 def export_for(
@@ -69,8 +69,8 @@ def export_for(
         OutputError: the directory cannot be written.
     """
     wanted = TOOLS[tool]
-    chosen = _lora_part(manifest, wanted.name, lora_part)
-    task = str(manifest.model.get("task") or "")
+    chosen = _lora_part(manifest.choice, wanted.name, lora_part)
+    task = chosen.task
     if task and wanted.tasks is not None and task not in wanted.tasks:
         raise ManifestError(
             f"{wanted.name} trains {', '.join(wanted.tasks)}, and the manifest is for {task}; use --to peft with your "
@@ -78,19 +78,20 @@ def export_for(
         )
     name, base = base_reference(manifest, model), load_base(manifest, model).model
     check_names(base, chosen)
-    check_weights(base, chosen)
+    check_weights(base, manifest.model)
+    check_costs(base, manifest, chosen.chosen)
     texts = wanted.files(chosen, base, resolve_model_path(name))
     with staged_directory(output, owned=(PEFT_DIRECTORY, *texts)) as staging:
         if wanted.starts_from_peft:
-            export_adapter(chosen, base, staging, read_factors(measured, manifest))
+            export_adapter(chosen, base, staging, read_factors(measured, chosen), manifest.model.get("name_or_path"))
         for file, text in texts.items():
             (staging / file).write_text(text, encoding="utf-8")
         names = sorted(path.name for path in staging.iterdir())
     return {file: output / file for file in names}
 
 
-def _lora_part(manifest: Manifest, tool: str, lora_part: bool) -> Manifest:
-    others = [row for row in manifest.allocations if row.method not in ("none", "lora")]
+def _lora_part(choice: Choice, tool: str, lora_part: bool) -> Choice:
+    others = choice.other_options
     if others and not lora_part:
         counted = []
         for method in dict.fromkeys(row.method for row in others):
@@ -100,18 +101,16 @@ def _lora_part(manifest: Manifest, tool: str, lora_part: bool) -> Manifest:
             f"{tool} holds LoRA only, and the manifest has {' and '.join(counted)}; train it with `layerlens train`, "
             "export its LoRA with --lora-part, or choose again with optimization.methods: [lora]"
         )
-    if not lora_rows(manifest):
+    if not choice.lora_options:
         raise ManifestError(f"the manifest has no LoRA layer, so there is nothing for {tool} to train")
-    nothing: dict[str, Any] = {"method": "none", "rank": 0, "cost": 0, "utility": 0.0, "total_score": 0.0}
-    kept = tuple(row if row.method in ("none", "lora") else replace(row, **nothing) for row in manifest.allocations)
-    return replace(manifest, allocations=kept)
+    return choice.only(option for option in choice.options if option not in others)
 
 
-def _peft(manifest: Manifest, model: torch.nn.Module, path: str) -> dict[str, str]:
+def _peft(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
     return {}
 
 
-def _trl(manifest: Manifest, model: torch.nn.Module, path: str) -> dict[str, str]:
+def _trl(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
     """A script, since the options of TRL's command line have no rank for each layer."""
     script = f'''"""Trains the LoRA that LayerLens chose with TRL: python train_trl.py DATASET [OUTPUT]."""
 
@@ -143,14 +142,14 @@ if __name__ == "__main__":
     return {"train_trl.py": script}
 
 
-def _axolotl(manifest: Manifest, model: torch.nn.Module, path: str) -> dict[str, str]:
-    config = lora_config(manifest, model, train_head=False)
+def _axolotl(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
+    config = lora_config(choice, model, train_head=False)
     ranks, patterns = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
     alphas = {**patterns, "lora_alpha": config.lora_alpha}
     broken = {key: alpha for key, alpha in alphas.items() if alpha != int(alpha)}
     if broken:
         raise ManifestError(
-            f"axolotl takes whole numbers for alpha, and alpha/r = {manifest.lora.get('alpha_over_r'):g} gives "
+            f"axolotl takes whole numbers for alpha, and alpha/r = {choice.lora.alpha_over_r:g} gives "
             f"{next(iter(broken.values())):g} ({next(iter(broken))}); choose again with a whole "
             "optimization.alpha_over_r"
         )
@@ -169,16 +168,16 @@ def _axolotl(manifest: Manifest, model: torch.nn.Module, path: str) -> dict[str,
         fields["lora_fan_in_fan_out"] = True
     if config.use_rslora:
         fields["peft_use_rslora"] = True
-    if manifest.lora.get("initialization", "default") != "default":
+    if choice.lora.is_measured:
         raise ManifestError(
             f"axolotl's YAML cannot hold factors that were measured (lora.initialization "
-            f"{manifest.lora['initialization']!r}); export with --to peft and set lora_model_dir in axolotl"
+            f"{choice.lora.initialization!r}); export with --to peft and set lora_model_dir in axolotl"
         )
     empty = [key for key in ("lora_rank_pattern", "lora_alpha_pattern") if not fields[key]]
     return {"axolotl.yaml": _yaml({key: value for key, value in fields.items() if key not in empty}, AXOLOTL_TODO)}
 
 
-def _llama_factory(manifest: Manifest, model: torch.nn.Module, path: str) -> dict[str, str]:
+def _llama_factory(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
     """Its own fields have one rank for all layers, so it goes on from the directory, which has all of them."""
     fields = {
         "model_name_or_path": path,
@@ -192,18 +191,18 @@ def _llama_factory(manifest: Manifest, model: torch.nn.Module, path: str) -> dic
     return {"llama_factory.yaml": _yaml(fields, LLAMA_FACTORY_TODO)}
 
 
-def _adapterhub(manifest: Manifest, model: torch.nn.Module, path: str) -> dict[str, str]:
-    rows = lora_rows(manifest)
+def _adapterhub(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
+    rows = choice.lora_options
     ranks = sorted({row.rank for row in rows})
     if len(ranks) > 1:
         raise ManifestError(
             f"AdapterHub has one LoRA rank for all layers, and the manifest has {', '.join(map(str, ranks))}; choose "
             "again with one entry in optimization.lora_ranks"
         )
-    if manifest.lora.get("use_rslora"):
+    if choice.lora.use_rslora:
         raise ManifestError("AdapterHub has no rsLoRA (lora.use_rslora)")
-    if manifest.lora.get("initialization", "default") != "default":
-        raise ManifestError(f"AdapterHub has no lora.initialization {manifest.lora['initialization']!r}")
+    if choice.lora.is_measured:
+        raise ManifestError(f"AdapterHub has no lora.initialization {choice.lora.initialization!r}")
     blocks = blocks_of(model)
     by_block = _adapterhub_roles(rows, blocks)
     kinds = {frozenset(roles) for roles in by_block.values()}
@@ -214,7 +213,7 @@ def _adapterhub(manifest: Manifest, model: torch.nn.Module, path: str) -> dict[s
             f"({shown})"
         )
     roles, rank = next(iter(kinds)), ranks[0]
-    alpha = float(manifest.lora["alpha_over_r"]) * rank
+    alpha = float(choice.lora.alpha_over_r or 0.0) * rank
     fields = {
         "architecture": "lora",
         "r": rank,
@@ -228,7 +227,7 @@ def _adapterhub(manifest: Manifest, model: torch.nn.Module, path: str) -> dict[s
     return {"adapterhub_config.json": json.dumps(fields, indent=2) + "\n"}
 
 
-def _adapterhub_roles(rows: tuple[ManifestRow, ...], blocks: tuple[str, ...]) -> dict[int, set[str]]:
+def _adapterhub_roles(rows: tuple[Option, ...], blocks: tuple[str, ...]) -> dict[int, set[str]]:
     by_block: dict[int, set[str]] = {}
     known = {**ADAPTERHUB_MATRICES, **ADAPTERHUB_FLAGS}
     for row in rows:

@@ -69,16 +69,16 @@ def test_a_baseline_starts_trains_ends_and_comes_back(request_for, tiny, tmp_pat
     assert prepared.trained_params == trained_params(prepared.model, request.facts)
     if name not in OVER_BUDGET_WHILE_TRAINING:
         assert prepared.trained_params <= BUDGET
-    if prepared.manifest is not None and name != "hypernetwork":
-        assert prepared.trained_params == sum(row.cost for row in prepared.manifest.allocations)
+    if prepared.choice is not None and name != "hypernetwork":
+        assert prepared.trained_params == prepared.choice.trainable_params(request.spec)
 
     result = train(prepared, tmp_path / "checkpoints")
     head = sum(value.numel() for key, value in weights.items() if key.startswith(request.facts["head_modules"][0]))
     assert result.trained_parameters == prepared.trained_params + head
     finished = prepared.finish(prepared.model)
     assert (base.logits(finished.model.eval()) - before).abs().max() > 1e-4
-    if finished.manifest is not None:
-        assert finished.kept_params == sum(row.cost for row in finished.manifest.allocations)
+    if finished.choice is not None:
+        assert finished.kept_params == finished.choice.trainable_params(request.spec)
         assert finished.kept_params == trained_params(finished.model, request.facts)
     if name in EXACT and name not in HEADLESS:
         # Uniform sizes can leave up to one more size of every layer unused, all others less than one rank of a layer.
@@ -133,7 +133,7 @@ def test_adalora_s_allocator_is_called_every_step_and_cuts(request_for, tmp_path
     assert calls == [(step, True) for step in range(1, STEPS + 1)]
     finished = prepared.finish(prepared.model)
     layers = [layer for layer in request.spec.layers if "lora" in layer.methods]
-    ranks = [row.rank for row in finished.manifest.allocations]
+    ranks = [row.rank for row in finished.choice.options]
     assert sum(ranks) == BUDGET * len(layers) // sum(layer.n_in + layer.n_out for layer in layers)
     assert len(set(ranks)) > 1
 
@@ -173,7 +173,7 @@ def test_eva_s_ranks_are_peft_s_own(request_for):
 
     _, request = request_for()
     prepared = BASELINES["eva"].prepare(request)
-    chosen = {row.layer: row.rank for row in prepared.manifest.allocations if row.rank}
+    chosen = {row.layer: row.rank for row in prepared.choice.options if row.rank}
     assert len(set(chosen.values())) > 1
     for rank in (3, 2, 1):  # the largest uniform rank whose redistribution stays within the budget
         _, again = request_for()

@@ -219,7 +219,7 @@ def test_patterns_are_anchored_and_only_lower_the_rank(tiny, manifest_of):
     base = tiny("bert")
     names = [f"bert.encoder.layer.{i}.{part}" for i in (0, 1) for part in ("output.dense", "attention.output.dense")]
     choice = dict(zip(names, [("lora", 4), ("lora", 1), ("lora", 2), ("lora", 4)], strict=True))
-    config = lora_config(manifest_of(base.spec, choice), base.model)
+    config = lora_config(manifest_of(base.spec, choice).choice, base.model)
     assert (config.r, config.lora_alpha, config.task_type) == (4, 8, "SEQ_CLS")
     assert config.target_modules == set(names)
     assert set(config.rank_pattern.values()) == {1, 2}
@@ -240,17 +240,17 @@ def test_a_name_that_ends_a_longer_one_takes_that_one_along_nowhere(manifest_of)
     twin = torch.nn.ModuleDict({"inner": torch.nn.ModuleDict({"proj": torch.nn.Linear(3, 3)})})
     model = torch.nn.ModuleDict({"inner": inner, "twin": twin, "classifier": torch.nn.Linear(3, 2)})
     spec = ModelSpec("twins-bert", 0, [LayerSpec("inner.proj", 3, layer_type="linear")])
-    config = lora_config(manifest_of(spec, {"inner.proj": ("lora", 2)}), model, train_head=False)
+    config = lora_config(manifest_of(spec, {"inner.proj": ("lora", 2)}).choice, model, train_head=False)
     assert injected_ranks(inject_adapter_in_model(config, model)) == {"inner.proj": 2}
 
 
 def test_conv1d_is_stored_input_by_output(tiny, manifest_of):
     base = tiny("gpt2")
     choice = {"transformer.h.0.attn.c_attn": ("lora", 2)}
-    assert lora_config(manifest_of(base.spec, choice), base.model).fan_in_fan_out
+    assert lora_config(manifest_of(base.spec, choice).choice, base.model).fan_in_fan_out
     base = tiny("bert")
     choice = {"bert.encoder.layer.0.output.dense": ("lora", 2)}
-    assert not lora_config(manifest_of(base.spec, choice), base.model).fan_in_fan_out
+    assert not lora_config(manifest_of(base.spec, choice).choice, base.model).fan_in_fan_out
 
 
 def test_apply_to_directory_loads_the_named_model(minilm, manifest_of, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from shapes import plan, shape
 
 from layerlens.exceptions import ManifestError
-from layerlens.integrations.peft import lora_config, lora_rows
+from layerlens.integrations.peft import lora_config
 from layerlens.tuning import CalibrationBatch, apply, export_adapter, initial_factors, load, read_factors
 from layerlens.tuning import initialization as module
 
@@ -66,7 +66,7 @@ def test_rows_span_the_leading_subspace(architecture, kind):
     factors = initial_factors(base.model, manifest, batches(base))
     assert [parameter.requires_grad for parameter in base.model.parameters()] == flags
     assert all(parameter.grad is None for parameter in base.model.parameters())
-    for row in lora_rows(manifest):
+    for row in manifest.choice.lora_options:
         a = factors[row.layer].double()
         # Orthonormal in float64, rounded to float32: each of n products is off by 2^-24, n ≤ 48.
         torch.testing.assert_close(a @ a.T, torch.eye(row.rank, dtype=torch.float64), rtol=0, atol=48 * 2**-23)
@@ -145,7 +145,7 @@ def test_directions_that_the_data_leaves_open_are_filled():
 def test_rslora_scales_by_the_root_of_the_rank():
     base = shape("bert")
     manifest = lora_only(base, "default", use_rslora=True)  # ranks 2 and 4, alpha/r = 2
-    config = lora_config(manifest, base.model)
+    config = lora_config(manifest.choice, base.model)
     assert (config.r, config.lora_alpha, config.alpha_pattern, config.use_rslora) == (4, 8, {}, True)
     tuned = apply(base.model, manifest)
     scales = {layer.r["default"]: layer.scaling["default"] for layer in tuned.modules() if hasattr(layer, "lora_A")}

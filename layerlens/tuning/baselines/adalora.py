@@ -104,7 +104,7 @@ def adalora(request: BaselineRequest) -> Prepared:
     def finish(trained: torch.nn.Module) -> Finished:
         factors, scale = _kept(trained)
         choice = {name: ("lora", len(a)) for name, (a, _) in factors.items()}
-        return as_lora(request, trained, plan(request, "adalora", choice, alpha_over_r=scale), factors)
+        return as_lora(request, trained, plan(request, choice, alpha_over_r=scale), factors)
 
     note = f"starts with rank {start}, ends with {ranks} ranks on {len(layers)} layers; what it keeps is counted then"
     return Prepared(model, trained_params(model, request.facts), None, finish, (Allocator(),), note)

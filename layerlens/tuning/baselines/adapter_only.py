@@ -10,4 +10,4 @@ def adapter_only(request: BaselineRequest) -> Prepared:
     """The largest width within the budget."""
     layers = layers_with(request, "adapter")
     size = uniform_size(layers, "adapter", request.budget)
-    return planned(request, plan(request, "adapter-only", {layer.name: ("adapter", size) for layer in layers}))
+    return planned(request, plan(request, {layer.name: ("adapter", size) for layer in layers}))

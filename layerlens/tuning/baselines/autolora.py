@@ -46,17 +46,14 @@ def autolora(request: BaselineRequest) -> Prepared:
     uniform = uniform_size(layers, "lora", request.budget)
     start = min(WIDER * uniform, min(min(layer.n_in, layer.n_out) for layer in layers))
     modes = {module: module.training for module in request.model.modules()}
-    wide = apply(
-        request.model, plan(request, "autolora", {layer.name: ("lora", start) for layer in layers}),
-        check_fingerprint=False,
-    )  # fmt: skip
+    wide = apply(request.model, plan(request, {layer.name: ("lora", start) for layer in layers}))
     selection = search(wide, [layer.name for layer in layers], request)
     unapply(wide)
     for module, mode in modes.items():
         module.training = mode
     ranks = ranks_within(layers, selection, request.budget)
-    manifest = plan(request, "autolora", {name: ("lora", rank) for name, rank in ranks.items()})
-    return planned(request, manifest, note=f"ranks learned from rank {start} on {len(request.batches)} batches")
+    choice = plan(request, {name: ("lora", rank) for name, rank in ranks.items()})
+    return planned(request, choice, note=f"ranks learned from rank {start} on {len(request.batches)} batches")
 
 
 def ranks_within(layers: Sequence[LayerSpec], selection: dict[str, torch.Tensor], budget: int) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from layerlens.models import Manifest
+from layerlens.models import Choice
 from layerlens.tuning.baselines.interface import BaselineRequest, Finished
 from layerlens.tuning.fit import heads_of
 from layerlens.tuning.inject import apply
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 def as_lora(
     request: BaselineRequest,
     model: torch.nn.Module,
-    manifest: Manifest,
+    choice: Choice,
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
 ) -> Finished:
-    """A model with the LoRA of ``manifest``, A and B from ``factors``, and the task head as ``model`` has trained it.
+    """A model with the LoRA of ``choice``, A and B from ``factors``, and the task head as ``model`` has trained it.
 
     Args:
         request: says which modules are the head.
         model: the trained model; it is taken apart.
-        manifest: ranks and scale.
+        choice: ranks and scale.
         factors: A [r, n_in] and B [n_out, r] of every LoRA layer.
     """
     import torch
@@ -35,7 +35,7 @@ def as_lora(
     heads = heads_of(request.facts)
     trained = {name: _head(model, name).state_dict() for name in heads}
     states = {name: {key: value.clone() for key, value in state.items()} for name, state in trained.items()}
-    tuned = apply(unapply(model), manifest, check_fingerprint=False)
+    tuned = apply(unapply(model), choice, facts=request.facts)
     layers = dict(base_of(tuned).named_modules())
     with torch.no_grad():
         for name, (a, b) in kept.items():
@@ -44,7 +44,7 @@ def as_lora(
                 weight.copy_(tensor.reshape(weight.shape))
     for name in heads:
         _head(tuned, name).load_state_dict(states[name])
-    return Finished(tuned, sum(row.cost for row in manifest.allocations), manifest)
+    return Finished(tuned, choice.trainable_params(request.spec), choice)
 
 
 def _head(model: torch.nn.Module, name: str) -> torch.nn.Module:

@@ -33,7 +33,7 @@ def eva(request: BaselineRequest) -> Prepared:
         factors = {name: a for name, a in _components(request, list(cost), rank).items() if len(a)}
         if sum(cost[name] * len(a) for name, a in factors.items()) <= request.budget:
             choice = {name: ("lora", len(a)) for name, a in factors.items()}
-            return planned(request, plan(request, "eva", choice, initialization="pca"), factors)
+            return planned(request, plan(request, choice, initialization="pca"), factors)
     raise ConfigurationError(
         f"baseline eva: with rank 1 on average its ranks train more than the budget of {request.budget:,}; "
         f"give {sum(cost.values()):,} or more"

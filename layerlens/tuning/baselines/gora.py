@@ -28,7 +28,7 @@ def gora_ranks(request: BaselineRequest) -> Prepared:
     ranks = proportional_ranks(
         layers, weights, request.budget, least=max(1, reference // 2), most=max(2, 4 * reference)
     )
-    return planned(request, plan(request, "gora", {name: ("lora", rank) for name, rank in ranks.items()}))
+    return planned(request, plan(request, {name: ("lora", rank) for name, rank in ranks.items()}))
 
 
 def _importance(request: BaselineRequest, names: tuple[str, ...]) -> dict[str, float]:

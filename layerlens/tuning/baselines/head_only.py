@@ -16,4 +16,4 @@ def head_only(request: BaselineRequest) -> Prepared:
     """
     if not heads_of(request.facts):
         raise ConfigurationError("baseline head-only: this model has no new task head, so nothing would be trained")
-    return planned(request, plan(request, "head-only", {}), note="adds nothing to the layers")
+    return planned(request, plan(request, {}), note="adds nothing to the layers")

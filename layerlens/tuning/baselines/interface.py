@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from layerlens.models import Manifest, ModelSpec
+from layerlens.models import Choice, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -57,12 +57,12 @@ class Finished:
     Args:
         model: for ``layerlens.tuning.save``.
         kept_params: parameters that were added or changed, the task head not counted.
-        manifest: what is in the model, where a manifest can say it.
+        choice: what is in the model, where a choice can say it.
     """
 
     model: torch.nn.Module
     kept_params: int
-    manifest: Manifest | None
+    choice: Choice | None
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Prepared:
     Args:
         model: everything that trains requires gradients.
         trained_params: parameters that require gradients, the task head not counted.
-        manifest: what is in the model, where a manifest can say it.
+        choice: what is in the model, where a choice can say it.
         hooks: to be called around every optimiser step.
         finish: to be called once after training.
         note: what a reader of the comparison should know, one line.
@@ -80,7 +80,7 @@ class Prepared:
 
     model: torch.nn.Module
     trained_params: int
-    manifest: Manifest | None
+    choice: Choice | None
     finish: Callable[[torch.nn.Module], Finished]
     hooks: tuple[TrainingHook, ...] = ()
     note: str = field(default="")

@@ -1,4 +1,4 @@
-"""Manifests of baselines: uniform and proportional sizes within a budget, and models that are trained as they say."""
+"""Choices of baselines: uniform and proportional sizes within a budget, and models that are trained as they say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError
-from layerlens.models import LayerSpec, Manifest, ManifestRow, ResourceUse, trainable_params
+from layerlens.models import Choice, LayerSpec, LoraSettings, trainable_params
 from layerlens.tuning.baselines.interface import BaselineRequest, Finished, Prepared
 from layerlens.tuning.fit import heads_of
 from layerlens.tuning.inject import apply
@@ -100,50 +100,30 @@ def proportional_ranks(
     return {name: rank for name, rank in chosen.items() if rank > 0}
 
 
-def plan(request: BaselineRequest, name: str, choice: Mapping[str, tuple[str, int]], **lora: Any) -> Manifest:
-    """A manifest of ``choice`` (method and size by layer), for injection; nothing but parameters is predicted in it.
+def plan(request: BaselineRequest, sizes: Mapping[str, tuple[str, int]], **lora: Any) -> Choice:
+    """The choice of these methods and sizes by layer, for the request's model.
 
     Args:
-        request: says which model and seed.
-        name: of the baseline.
-        choice: layers that are not in it are left alone.
-        lora: fields of ``manifest.lora``.
+        request: says which seed, scale, task and head.
+        sizes: layers that are not in it are left alone.
+        lora: fields of ``LoraSettings``.
     """
-    rows = []
-    for layer in request.spec.layers:
-        method, size = choice.get(layer.name, ("none", 0))
-        rows.append(
-            ManifestRow(layer.name, method, size, 0.0, trainable_params(layer, method, size), 0.0, 0.0, 0.0, 0.0)
-        )
-    added = float(sum(row.cost for row in rows))
-    return Manifest(
-        model={
-            "name_or_path": request.spec.model_name,
-            "fingerprint": request.spec.fingerprint,
-            "total_params": request.spec.total_params,
-            **request.facts,
-        },
-        allocations=tuple(rows),
-        resources=(ResourceUse("trainable_params", float(request.budget), 0.0, added, added, 0.0, "exact"),),
-        score=0.0,
-        upper_bound=0.0,
-        gap=0.0,
-        status="feasible",
-        solver=f"baseline {name}",
-        utility_model="none",
-        utility_unit="none",
-        lora={"alpha_over_r": request.alpha_over_r, "use_rslora": False, "initialization": "default", **lora},
-        provenance={"seed": request.seed},
+    return Choice.of(
+        {layer.name: sizes.get(layer.name, ("none", 0)) for layer in request.spec.layers},
+        seed=request.seed,
+        lora=LoraSettings(**{"alpha_over_r": request.alpha_over_r, **lora}),
+        head_modules=heads_of(request.facts),
+        task=str(request.facts.get("task") or ""),
     )
 
 
 def planned(
-    request: BaselineRequest, manifest: Manifest, factors: Mapping[str, torch.Tensor] | None = None, note: str = ""
+    request: BaselineRequest, choice: Choice, factors: Mapping[str, torch.Tensor] | None = None, note: str = ""
 ) -> Prepared:
-    """``manifest`` in the request's model, to be trained and kept as it is."""
-    model = apply(request.model, manifest, factors=factors, check_fingerprint=False)
+    """``choice`` in the request's model, to be trained and kept as it is."""
+    model = apply(request.model, choice, factors=factors, facts=request.facts)
     params = trained_params(model, request.facts)
-    return Prepared(model, params, manifest, lambda tuned: Finished(tuned, params, manifest), note=note)
+    return Prepared(model, params, choice, lambda tuned: Finished(tuned, params, choice), note=note)
 
 
 def trained_params(model: torch.nn.Module, facts: Mapping[str, Any]) -> int:

@@ -10,4 +10,4 @@ def prefix_only(request: BaselineRequest) -> Prepared:
     """The largest length within the budget."""
     layers = layers_with(request, "prefix")
     size = uniform_size(layers, "prefix", request.budget)
-    return planned(request, plan(request, "prefix-only", {layer.name: ("prefix", size) for layer in layers}))
+    return planned(request, plan(request, {layer.name: ("prefix", size) for layer in layers}))

@@ -16,4 +16,4 @@ def random_ranks(request: BaselineRequest) -> Prepared:
         layer.name: share / (layer.n_in + layer.n_out) for layer, share in zip(layers, shares.tolist(), strict=True)
     }
     ranks = proportional_ranks(layers, weights, request.budget)
-    return planned(request, plan(request, "random", {name: ("lora", rank) for name, rank in ranks.items()}))
+    return planned(request, plan(request, {name: ("lora", rank) for name, rank in ranks.items()}))

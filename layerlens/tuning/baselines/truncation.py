@@ -26,7 +26,7 @@ def truncation(request: BaselineRequest) -> Prepared:
     uniform = uniform_size(layers, "lora", request.budget)
     widest = min(min(layer.n_in, layer.n_out) for layer in layers)
     rank = min(WIDER * uniform, widest)
-    wide = planned(request, plan(request, "truncation", {layer.name: ("lora", rank) for layer in layers}))
+    wide = planned(request, plan(request, {layer.name: ("lora", rank) for layer in layers}))
     cost = {layer.name: layer.n_in + layer.n_out for layer in layers}
 
     def finish(model: torch.nn.Module) -> Finished:
@@ -44,10 +44,10 @@ def truncation(request: BaselineRequest) -> Prepared:
             if sum(cost[name] * len(a) for name, (a, _) in factors.items()) <= request.budget:
                 break
         choice = {name: ("lora", len(a)) for name, (a, _) in factors.items()}
-        return as_lora(request, model, plan(request, "truncation", choice, alpha_over_r=1.0), factors)
+        return as_lora(request, model, plan(request, choice, alpha_over_r=1.0), factors)
 
     note = f"trains rank {rank} and is cut to the budget afterwards"
-    return Prepared(wide.model, wide.trained_params, wide.manifest, finish, note=note)
+    return Prepared(wide.model, wide.trained_params, wide.choice, finish, note=note)
 
 
 def _fitting_shares(model: Any, cost: dict[str, int], budget: int) -> list[float]:

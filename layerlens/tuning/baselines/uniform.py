@@ -13,7 +13,7 @@ def uniform_all_linear(request: BaselineRequest) -> Prepared:
     """The largest rank within the budget on every layer that can take LoRA."""
     layers = layers_with(request, "lora")
     rank = uniform_size(layers, "lora", request.budget)
-    return planned(request, plan(request, "uniform-lora", {layer.name: ("lora", rank) for layer in layers}))
+    return planned(request, plan(request, {layer.name: ("lora", rank) for layer in layers}))
 
 
 def uniform_query_value(request: BaselineRequest) -> Prepared:
@@ -28,7 +28,7 @@ def uniform_query_value(request: BaselineRequest) -> Prepared:
     rank = uniform_size(layers, "lora", request.budget)
     fused = any(layer.role == "query_key_value" for layer in layers)
     note = "the projection is fused, so keys are adapted too" if fused else ""
-    return planned(request, plan(request, "lora-qv", {layer.name: ("lora", rank) for layer in layers}), note=note)
+    return planned(request, plan(request, {layer.name: ("lora", rank) for layer in layers}), note=note)
 
 
 def uniform_rslora(request: BaselineRequest) -> Prepared:
@@ -36,4 +36,4 @@ def uniform_rslora(request: BaselineRequest) -> Prepared:
     layers = layers_with(request, "lora")
     rank = uniform_size(layers, "lora", request.budget)
     choice = {layer.name: ("lora", rank) for layer in layers}
-    return planned(request, plan(request, "rslora", choice, use_rslora=True))
+    return planned(request, plan(request, choice, use_rslora=True))

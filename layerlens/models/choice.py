@@ -1,0 +1,111 @@
+"""A choice: which layer is adapted by which method at which size, and all that is needed to put it into a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from layerlens.exceptions import ManifestError
+from layerlens.models.model_spec import ModelSpec
+from layerlens.models.options import LORA, NONE, Option, trainable_params
+
+INITIALIZATIONS = ("default", "pca", "gradient_svd")
+"""How LoRA's A begins; B is zero with each of them. ``tuning.initialization`` says what they are."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """How LoRA layers are scaled and begin.
+
+    Args:
+        alpha_over_r: the scale alpha/r, one for the model; needed where a layer has LoRA.
+        use_rslora: scale by alpha/√r instead, alpha being alpha_over_r times the largest rank.
+        initialization: how A begins, one of ``INITIALIZATIONS``.
+        generator: what makes A and B while they are trained ("": nothing, they train themselves).
+
+    Raises:
+        ManifestError: a value that LoRA cannot have.
+    """
+
+    alpha_over_r: float | None = None
+    use_rslora: bool = False
+    initialization: str = "default"
+    generator: str = ""
+
+    def __post_init__(self) -> None:
+        if self.initialization not in INITIALIZATIONS:
+            known = ", ".join(INITIALIZATIONS)
+            raise ManifestError(f"lora.initialization: {self.initialization!r} is not known; known: {known}")
+        if self.alpha_over_r is not None and not 0 < self.alpha_over_r < math.inf:
+            raise ManifestError(f"lora.alpha_over_r: must be a number above 0, got {self.alpha_over_r!r}")
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether A begins from what was measured on data."""
+        return self.initialization != "default"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One option for each layer, and how the new weights are made.
+
+    Args:
+        options: in the order of the model; layers that are left alone may be in it, with method "none".
+        seed: of every new weight.
+        lora: scale and beginning of LoRA.
+        head_modules: modules of the task head, which is trained beside the options.
+        task: what the model is tuned for; "" where it does not matter.
+    """
+
+    options: tuple[Option, ...]
+    seed: int = 0
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    head_modules: tuple[str, ...] = ()
+    task: str = ""
+
+    def __post_init__(self) -> None:
+        if self.lora.alpha_over_r is None and self.of_method(LORA):
+            raise ManifestError("lora.alpha_over_r: is missing; LoRA layers are scaled with it")
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, tuple[str, int]], **fields: Any) -> Choice:
+        """A choice from (method, size) by layer; ``fields`` are the others."""
+        return cls(tuple(Option(layer, method, size) for layer, (method, size) in sizes.items()), **fields)
+
+    @property
+    def chosen(self) -> tuple[Option, ...]:
+        """The options that adapt their layer."""
+        return tuple(option for option in self.options if option.method != NONE)
+
+    @property
+    def lora_options(self) -> tuple[Option, ...]:
+        """The options that PEFT puts in."""
+        return self.of_method(LORA)
+
+    @property
+    def other_options(self) -> tuple[Option, ...]:
+        """The options that PEFT does not have, which are modules of our own."""
+        return tuple(option for option in self.chosen if option.method != LORA)
+
+    def of_method(self, method: str) -> tuple[Option, ...]:
+        """The options of one method."""
+        return tuple(option for option in self.options if option.method == method)
+
+    def lora_ranks(self) -> dict[str, int]:
+        """LoRA rank by layer."""
+        return {option.layer: option.rank for option in self.lora_options}
+
+    def trainable_params(self, spec: ModelSpec) -> int:
+        """Parameters that the options train, the task head not counted."""
+        layers = {layer.name: layer for layer in spec.layers}
+        return sum(trainable_params(layers[option.layer], option.method, option.rank) for option in self.chosen)
+
+    def only(self, options: Iterable[Option]) -> Choice:
+        """The same choice with other options."""
+        return replace(self, options=tuple(options))
+
+    def rows(self) -> list[list[Any]]:
+        """[layer, method, size] of every layer that is adapted, as JSON has it: what two equal choices share."""
+        return [[option.layer, option.method, option.rank] for option in self.chosen]
