@@ -106,7 +106,7 @@ def zero_step_tensors(
     if choice.lora.is_measured and factors is None:
         raise ManifestError(
             f"lora.initialization: {choice.lora.initialization!r} begins from what was measured on data; give the "
-            "factors (layerlens.tuning.read_factors of the run's peft directory, or initial_factors of your own batches)"
+            "factors (layerlens.tuning.read_factors of the run's peft directory, or initial_factors of your batches)"
         )
     tensors = {}
     for row in choice.lora_options:

@@ -5,6 +5,7 @@ Times are not judged here; benchmarks/cost_benchmark.py does that on a quiet mac
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from layerlens.exceptions import ManifestError, OutputError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.transformers import PretrainedModel
 from layerlens.jobs.costs import Comparison, compare_costs
-from layerlens.models import Manifest, ManifestRow, trainable_params
+from layerlens.models import Choice, LoraSettings, Option
 
 PROFILE = DeviceProfile("a test", 1, {kind: Rates(1.0, 10.0, 100.0) for kind in KINDS}, 1.0)
 CHOICES = {
@@ -31,7 +32,7 @@ CHOICES = {
 }
 
 
-def model_and_manifest(architecture: str, choice: dict[str, Any], first_block: int) -> tuple[Any, Manifest]:
+def model_and_choice(architecture: str, choice: dict[str, Any], first_block: int) -> tuple[Any, Choice]:
     from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -47,20 +48,15 @@ def model_and_manifest(architecture: str, choice: dict[str, Any], first_block: i
     rows = []
     for layer in model_spec(pretrained, architecture).layers:
         method, rank = choice.get(layer.role, ("none", 0)) if (layer.block or 0) >= first_block else ("none", 0)
-        rows.append(ManifestRow(layer.name, method, rank, 0, trainable_params(layer, method, rank), 0, 0, 0, 0))
-    manifest = Manifest(
-        model={"task": task, "head_modules": heads}, allocations=tuple(rows), resources=(), score=0, upper_bound=0,
-        gap=0, status="optimal", solver="", utility_model="", utility_unit="", lora={"alpha_over_r": 2.0},
-        provenance={"seed": 0},
-    )  # fmt: skip
-    return pretrained, manifest
+        rows.append(Option(layer.name, method, rank))
+    return pretrained, Choice(tuple(rows), lora=LoraSettings(2.0), head_modules=tuple(heads), task=task)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_predictions_hold(architecture: str, choice: str):
-    pretrained, manifest = model_and_manifest(architecture, CHOICES[choice], 2 if choice.startswith("nothing") else 0)
-    result = compare_costs(manifest, pretrained, PROFILE, batch_size=4, sequence_length=32, seconds=0.01)
+    pretrained, plan = model_and_choice(architecture, CHOICES[choice], 2 if choice.startswith("nothing") else 0)
+    result = compare_costs(plan, pretrained, PROFILE, batch_size=4, sequence_length=32, seconds=0.01)
     assert result["trainable_params"].predicted == result["trainable_params"].measured > 0
     assert result["flops"].relative_error == pytest.approx(0.0, abs=1e-9)
     # Operations' own scratch space is in the measurement alone; the demand on the whole is 10 %.
@@ -70,7 +66,7 @@ def test_predictions_hold(architecture: str, choice: str):
 
 
 def test_a_trace_runs_nothing_and_changes_nothing():
-    pretrained, _ = model_and_manifest("bert", {}, 0)
+    pretrained, _ = model_and_choice("bert", {}, 0)
     model = pretrained.model.train()
     weight = model.bert.encoder.layer[2].output.dense.weight.requires_grad_(True)
     weight.grad = torch.ones_like(weight)
@@ -114,10 +110,10 @@ def test_relative_error_of_nothing_is_nothing():
 
 
 def test_tasks_without_tokens_are_refused():
-    pretrained, manifest = model_and_manifest("bert", {}, 0)
-    manifest.model["task"] = "image-classification"
+    pretrained, plan = model_and_choice("bert", {}, 0)
+    plan = dataclasses.replace(plan, task="image-classification")
     with pytest.raises(ManifestError, match="not for image-classification"):
-        compare_costs(manifest, pretrained, PROFILE, batch_size=2, sequence_length=8)
+        compare_costs(plan, pretrained, PROFILE, batch_size=2, sequence_length=8)
 
 
 def test_commands(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

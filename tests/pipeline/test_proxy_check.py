@@ -36,10 +36,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, float]]:
     calls: list[tuple[bool, float]] = []
     real = ProxyTrainer.drops
 
-    def watched(self: ProxyTrainer, manifest: Any, learning_rate: float, **options: Any) -> np.ndarray:
-        ranks = {row.rank for row in manifest.allocations if row.method == "lora"}
+    def watched(self: ProxyTrainer, choice: Any, learning_rate: float, **options: Any) -> np.ndarray:
+        ranks = {row.rank for row in choice.options if row.method == "lora"}
         calls.append((len(ranks) == 1, learning_rate))
-        return real(self, manifest, learning_rate, **options)
+        return real(self, choice, learning_rate, **options)
 
     monkeypatch.setattr(ProxyTrainer, "drops", watched)
     return calls
@@ -48,8 +48,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, float]]:
 def better(monkeypatch: pytest.MonkeyPatch, uniform_is_better: bool) -> None:
     """Make one of the two kinds of allocation gain more than the other, whatever training would say."""
 
-    def drops(self: ProxyTrainer, manifest: Any, learning_rate: float, **options: Any) -> np.ndarray:
-        alike = all(row.method in ("none", "lora") for row in manifest.allocations)
+    def drops(self: ProxyTrainer, choice: Any, learning_rate: float, **options: Any) -> np.ndarray:
+        alike = all(row.method in ("none", "lora") for row in choice.options)
         return np.linspace(0.0, 1.0, len(self.base_losses)) + (alike == uniform_is_better)
 
     monkeypatch.setattr(ProxyTrainer, "drops", drops)
@@ -91,8 +91,8 @@ def test_the_choice_stays_where_it_is_better(checked_settings, tmp_path, monkeyp
 
 
 def test_uniform_is_kept_within_its_margin(checked_settings, tmp_path, monkeypatch):
-    def drops(self: ProxyTrainer, manifest: Any, learning_rate: float, **options: Any) -> np.ndarray:
-        alike = all(row.method in ("none", "lora") for row in manifest.allocations)
+    def drops(self: ProxyTrainer, choice: Any, learning_rate: float, **options: Any) -> np.ndarray:
+        alike = all(row.method in ("none", "lora") for row in choice.options)
         return np.linspace(0.9, 1.1, len(self.base_losses)) * (1.0 if alike else advantage)
 
     monkeypatch.setattr(ProxyTrainer, "drops", drops)
