@@ -86,6 +86,10 @@ class Registry(Generic[Item]):
             self._items[name] = self._load(name)
         return self._items[name]
 
+    def get(self, name: object) -> Item | None:
+        """The object of this name; None where there is none."""
+        return self[name] if isinstance(name, str) and name in self else None
+
     def values(self) -> tuple[Item, ...]:
         """Every object, in the order of ``names``; imports them all."""
         return tuple(self[name] for name in self)

@@ -110,7 +110,8 @@ def image_folder(root: Path, max_pixels: int) -> tuple[tuple[StoredImage, ...], 
 
 
 def stored_image(value: Any, place: Path, number: int, max_pixels: int) -> StoredImage | None:
-    """The image that a row holds: a path (relative ones from the table's folder), or bytes as ``datasets`` keeps them.
+    """The image that a row holds: a path (relative ones from the table's folder), bytes as ``datasets`` keeps them, or
+    pixels.
 
     None where the value is nothing of the kind.
 
@@ -118,6 +119,8 @@ def stored_image(value: Any, place: Path, number: int, max_pixels: int) -> Store
         DataNotFoundError: there is no such file.
     """
     name = f"image of sample {number}"
+    if isinstance(value, np.ndarray):
+        return StoredImage(name, pixels=value)
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return StoredImage(value.get("path") or name, data=value["bytes"], max_pixels=max_pixels)
     if isinstance(value, bytes):

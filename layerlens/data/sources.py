@@ -1,30 +1,48 @@
-"""From ``data.source`` to a Dataset: which reader, and then what the task takes from the rows."""
+"""From ``data.source`` to a Dataset: which reader, what the task takes from the rows, and the built-in data sets."""
 
 from __future__ import annotations
 
+import ast
+import inspect
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from layerlens.config import DataConfig
-from layerlens.data.by_task import READ
-from layerlens.data.columns import Table, class_names
-from layerlens.data.custom import own_dataset
 from layerlens.data.dataset import Dataset
-from layerlens.data.detection import detection_dataset
-from layerlens.data.digits import digits
-from layerlens.data.images import image_folder
+from layerlens.data.images import StoredImage
 from layerlens.data.readers import READERS, Rows, read_hub_dataset, read_saved_dataset
-from layerlens.data.stdlib_docstrings import stdlib_docstrings
+from layerlens.data.table import Table
 from layerlens.exceptions import DataError, DataNotFoundError
+from layerlens.registry import TASKS
 from layerlens.storage import local_file
 from layerlens.utils.user_code import REFERENCE, load_function
 
-HUB_PREFIX = "hf:"
+HUB_PREFIX, BUILT_IN_PREFIX = "hf:", "builtin:"
 FORMATS = ".jsonl, .csv or .parquet"
-BUILTINS = {"builtin:stdlib-docstrings": stdlib_docstrings, "builtin:digits": digits}
 SAVED_DATASET = ("state.json", "dataset_dict.json")
-OWN_TARGETS = ("causal-lm", "masked-lm")
-"""Tasks for which the classes of a built-in are left aside."""
+
+# Packages that CPython 3.10 to 3.13 share and that distributions do not strip (tkinter and idlelib often are).
+PACKAGES = (
+    "asyncio",
+    "collections",
+    "concurrent",
+    "email",
+    "http",
+    "importlib",
+    "json",
+    "logging",
+    "multiprocessing",
+    "unittest",
+    "urllib",
+    "xml",
+)
+MIN_CHARACTERS = 20
+BRIGHTEST = 16
+"""scikit-learn's pixels are counts from 0 to 16."""
 
 
 def load_dataset(config: DataConfig, base_dir: Path | None = None, task: str = "sequence-classification") -> Dataset:
@@ -36,29 +54,26 @@ def load_dataset(config: DataConfig, base_dir: Path | None = None, task: str = "
         DataNotFoundError: no such built-in, file or data set.
         DataError: the data cannot be used; the message has the line or the columns it found.
     """
-    if task == "object-detection":
-        return detection_dataset(config.source, base_dir, config.max_image_pixels)
-    if config.source.startswith("builtin:"):
-        return _built_in(config.source, task)
-    if config.source.startswith(HUB_PREFIX):
-        rows = read_hub_dataset(config.source.removeprefix(HUB_PREFIX))
-        return _as_dataset(rows, config, config.source, task)
-    path = (base_dir or Path()) / local_file(config.source).expanduser()
-    if REFERENCE.fullmatch(config.source) and not path.exists():
-        return _own(config, base_dir, task)
-    if task == "custom":
-        raise DataError("data.source: the task custom takes module:function, which returns a data set or batches")
-    if path.is_dir() and task == "image-classification" and not any((path / name).exists() for name in SAVED_DATASET):
-        images, labels = image_folder(path, config.max_image_pixels)
-        names = class_names(labels)
-        index = {name: position for position, name in enumerate(names)}
-        return Dataset({"image": images}, tuple(index[label] for label in labels), names, path.name)
+    kind, source = TASKS[task], config.source
+    if kind.load is not None:
+        loaded: Dataset = kind.load(config, base_dir)
+        return loaded
+    if source.startswith(BUILT_IN_PREFIX):
+        return _built_in(source, kind)
+    if source.startswith(HUB_PREFIX):
+        return _as_dataset(read_hub_dataset(source.removeprefix(HUB_PREFIX)), config, source, kind)
+    path = (base_dir or Path()) / local_file(source).expanduser()
+    if REFERENCE.fullmatch(source) and not path.exists():
+        return _as_dataset(rows_of_function(source, base_dir), config, source, kind)
     if path.is_dir():
-        return _as_dataset(read_saved_dataset(path), config, str(path), task)
+        if kind.read_folder is not None and not any((path / name).exists() for name in SAVED_DATASET):
+            read: Dataset = kind.read_folder(path, config)
+            return read
+        return _as_dataset(read_saved_dataset(path), config, str(path), kind)
     if not path.is_file():
         raise DataNotFoundError(
             f"data.source: no file at {path}; give a {FORMATS} file, a folder of images, a directory that datasets "
-            f"saved, hf:NAME, module:function, or {next(iter(BUILTINS))}"
+            f"saved, hf:NAME, module:function, or {next(iter(BUILT_IN))}"
         )
     if path.suffix.lower() not in READERS:
         raise DataError(f"data.source: {path.name} is not {FORMATS}; convert it, or give another file")
@@ -66,37 +81,97 @@ def load_dataset(config: DataConfig, base_dir: Path | None = None, task: str = "
         rows = READERS[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
         raise DataError(f"data.source: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    return _as_dataset(rows, config, str(path), task)
+    return _as_dataset(rows, config, str(path), kind)
 
 
-def _built_in(source: str, task: str) -> Dataset:
-    if source not in BUILTINS:
-        raise DataNotFoundError(f"data.source: unknown {source!r}; built in: {', '.join(BUILTINS)}")
-    found = BUILTINS[source]()
-    if task in OWN_TARGETS and found.texts:
-        return replace(found, labels=(None,) * len(found), label_names=())
-    fit = ("sequence-classification", *OWN_TARGETS) if found.texts else ("image-classification",)
-    if task not in fit:
-        raise DataError(
-            f"data.source: {source} has {'texts' if found.texts else 'images'} with classes, which {task} cannot be "
-            f"trained on; use it with {' or '.join(fit)}"
-        )
-    return found
+def rows_of_function(source: str, base_dir: Path | None) -> Rows:
+    """The rows that a function of the user returns.
 
-
-def _own(config: DataConfig, base_dir: Path | None, task: str) -> Dataset:
-    """What a function of the user returns: samples of the task custom, rows for every other."""
-    returned = load_function(config.source, "data.source", base_dir)()
-    if task == "custom":
-        return own_dataset(returned, config.source)
-    rows = list(returned)
+    Raises:
+        ConfigurationError: no such function.
+        DataError: it returns something else.
+    """
+    rows = list(load_function(source, "data.source", base_dir)())
     if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"data.source: {config.source} must return rows (mappings of column to value) for {task}")
-    return _as_dataset(rows, config, config.source, task)
+        raise DataError(f"data.source: {source} must return rows (mappings of column to value)")
+    return rows
 
 
-def _as_dataset(rows: Rows, config: DataConfig, place: str, task: str) -> Dataset:
+def _as_dataset(rows: Rows, config: DataConfig, place: str, task: Any) -> Dataset:
     if not rows:
         raise DataError(f"data.source: {place} has no samples; give one JSON object or CSV record for each sample")
-    found = READ[task](Table(rows, place), config)
-    return replace(found, description=Path(place).name)
+    read: Dataset = task.read(Table(rows, place), config)
+    return replace(read, description=Path(place).name)
+
+
+def _built_in(source: str, task: Any) -> Dataset:
+    if source not in BUILT_IN:
+        raise DataNotFoundError(f"data.source: unknown {source!r}; built in: {', '.join(BUILT_IN)}")
+    dataset = BUILT_IN[source]()
+    (column,) = dataset.columns
+    if task.of_classes is None or task.inputs != column:
+        fit = [other.name for other in TASKS.values() if other.of_classes is not None and other.inputs == column]
+        raise DataError(
+            f"data.source: {source} has {column}s with classes, which {task.name} cannot be trained on; use it with "
+            f"{' or '.join(fit)}"
+        )
+    taken: Dataset = task.of_classes(dataset)
+    return taken
+
+
+def stdlib_docstrings() -> Dataset:
+    """Real labelled text that every machine has: docstrings of the running Python's standard library, by package.
+
+    Those of at least 20 characters, without duplicates, in order of file and line. Sources are parsed, never imported,
+    so nothing runs and the result depends only on the interpreter's files.
+
+    Raises:
+        DataError: the interpreter's standard library has no readable sources (a zipped or stripped installation).
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts: list[str] = []
+    labels: list[int] = []
+    seen: set[str] = set()
+    for label, package in enumerate(PACKAGES):
+        for path in sorted((root / package).rglob("*.py")):
+            for text in docstrings_of(path.read_text(encoding="utf-8")):
+                if len(text) >= MIN_CHARACTERS and text not in seen:
+                    seen.add(text)
+                    texts.append(text)
+                    labels.append(label)
+    if len(set(labels)) < len(PACKAGES):
+        missing = [name for label, name in enumerate(PACKAGES) if label not in set(labels)]
+        raise DataError(
+            f"data.source: builtin:stdlib-docstrings found no docstrings of {', '.join(missing)} under {root}; this "
+            "Python has no readable standard library sources, give a .jsonl or .csv file instead"
+        )
+    return Dataset({"text": tuple(texts)}, tuple(labels), PACKAGES, "docstrings of the Python standard library")
+
+
+def docstrings_of(source: str) -> list[str]:
+    """Docstrings of the module and of its classes and functions, cleaned of indentation, in source order."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    found.sort(key=lambda node: getattr(node, "lineno", 0))
+    docstrings = (ast.get_docstring(node, clean=False) for node in found)
+    return [inspect.cleandoc(text) for text in docstrings if text]
+
+
+def digits() -> Dataset:
+    """Real labelled images that come with scikit-learn: 1,797 8 × 8 handwritten digits (Alpaydin & Kaynak 1998).
+
+    Raises:
+        DataError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise DataError("data.source: builtin:digits needs scikit-learn; run: pip install scikit-learn") from error
+    found = load_digits()
+    pixels = np.rint(found.images * (255 / BRIGHTEST)).astype(np.uint8)
+    images = tuple(StoredImage(f"digit {index}", pixels=image) for index, image in enumerate(pixels))
+    names = tuple(str(name) for name in found.target_names)
+    return Dataset({"image": images}, tuple(map(int, found.target)), names, "handwritten digits of scikit-learn")
+
+
+BUILT_IN = {f"{BUILT_IN_PREFIX}stdlib-docstrings": stdlib_docstrings, f"{BUILT_IN_PREFIX}digits": digits}

@@ -33,12 +33,6 @@ from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
 
 RUNS_FILE, REPORT_FILE, PLOT_FILE = "runs.jsonl", "study.md", "gain-{budget}.svg"
-STUDY_TASKS = (
-    "sequence-classification", "regression", "token-classification", "question-answering", "image-classification",
-    "causal-lm", "masked-lm",
-)  # fmt: skip
-TOKEN_TASKS = ("token-classification", "causal-lm", "masked-lm")
-"""Tasks whose labels are one for each token."""
 HEAD_BATCH_SIZE = 32
 
 
@@ -114,8 +108,10 @@ def task_from_config(
 
     The test part is the one that `layerlens run` never measures on.
     """
-    if config.model.task not in STUDY_TASKS:
-        raise ConfigurationError(f"model.task: studies are of {', '.join(STUDY_TASKS)}, not of {config.model.task}")
+    kind = TASKS[config.model.task]
+    if not kind.study:
+        known = ", ".join(other.name for other in TASKS.values() if other.study)
+        raise ConfigurationError(f"model.task: studies are of {known}, not of {config.model.task}")
     dataset = load_dataset(config.data, base_dir, config.model.task)
     pretrained = load_pretrained(
         config.model.reference, config.model.task, dataset.label_names, seed=config.runtime.seed, base_dir=base_dir
@@ -125,7 +121,6 @@ def task_from_config(
         dataset = dataset.with_label_order(pretrained.labels)
     parts = _parts(dataset, config, study, warn)
     samples = [_samples(pretrained, part, config) for part in parts]
-    kind = TASKS[config.model.task]
     if pretrained.new_parameters and len(samples[0]):
         batches = samples[0].batches(torch.arange(len(samples[0])), HEAD_BATCH_SIZE)
         fit_head(pretrained.model, pretrained.new_parameters, batches, progress, kind.loss)
@@ -138,9 +133,9 @@ def task_from_config(
         test=samples[3],
         loss=kind.loss,
         head=_head(pretrained) if kind.new_head else None,
-        token_labels=config.model.task in TOKEN_TASKS,
-        shifted=config.model.task == "causal-lm",
-        spans=config.model.task == "question-answering",
+        token_labels=kind.token_labels,
+        shifted=kind.shift > 0,
+        spans=len(kind.model_targets) > 1,
         steps=study.steps,
         batch_size=study.batch_size,
         learning_rates=study.learning_rates,

@@ -30,20 +30,20 @@ from layerlens.exceptions import ManifestError
 from layerlens.integrations.torch_modules import find_module
 from layerlens.integrations.transformers import dense_shape, is_dense
 from layerlens.models import Choice, Option
+from layerlens.registry import TASKS
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
 
-TASK_TYPES = {
-    "sequence-classification": "SEQ_CLS",
-    "regression": "SEQ_CLS",
-    "token-classification": "TOKEN_CLS",
-}
-"""Task -> PEFT's, where PEFT has one and there is a head to train; it then finds the head by itself. Not QUESTION_ANS:
-its model (0.21) takes ``token_type_ids`` and does not pass them on, which changes the logits of BERT."""
 BASE_PREFIX = "base_model.model."
 """What PEFT puts before the base model's names in its files."""
+
+
+def task_type(task: str | None) -> str | None:
+    """PEFT's name for a task, where it has one by which it finds the head; None for what is no task, too."""
+    found = TASKS.get(task)
+    return None if found is None else found.peft_type
 
 
 def lora_config(
@@ -71,7 +71,7 @@ def lora_config(
     lowered = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank < largest}
     return LoraConfig(
         base_model_name_or_path=base,
-        task_type=TASK_TYPES.get(choice.task) if train_head else None,
+        task_type=task_type(choice.task) if train_head else None,
         modules_to_save=list(choice.head_modules) or None if train_head else None,
         target_modules=target_modules(model, list(ranks)),
         r=largest,

@@ -12,6 +12,7 @@ from layerlens.integrations.image_input import ImageInput, mode_for
 from layerlens.integrations.torchvision_import import make_torchvision_importable
 from layerlens.integrations.transformers import PretrainedModel
 from layerlens.integrations.weight_files import load_weights
+from layerlens.registry import TASKS
 
 PREFIX, RANDOM = "timm:", "random"
 CLASSIFICATION = "image-classification"
@@ -36,7 +37,8 @@ def load_timm(
         ModelNotFoundError: timm is not installed, has no such model, or its weights cannot be read.
         ModelSpecError: another task than image classification.
     """
-    if task != CLASSIFICATION:
+    kind = TASKS[task]
+    if kind.inputs != "image" or not kind.classes:
         raise ModelSpecError(f"model.task: {reference} classifies images; set model.task: {CLASSIFICATION}")
     timm = _library()
     import torch

@@ -18,28 +18,13 @@ from typing import TYPE_CHECKING, Any
 from layerlens.exceptions import ModelNotFoundError, ModelSpecError, ProfilingError
 from layerlens.integrations.image_input import ImageInput, transformers_images
 from layerlens.integrations.torchvision_import import make_torchvision_importable
+from layerlens.registry import TASKS
 from layerlens.storage import local_file
 
 if TYPE_CHECKING:
     import torch
 
     from layerlens.integrations.skeleton import StreamedWeights
-
-AUTO_CLASSES = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "causal-lm": "AutoModelForCausalLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "image-classification": "AutoModelForImageClassification",
-}
-"""Task -> the class of transformers that loads a model for it."""
-
-WITH_CLASSES = ("sequence-classification", "token-classification", "image-classification")
-LANGUAGE_MODELS = ("causal-lm", "masked-lm", "seq2seq")
-"""Tasks whose head comes with the checkpoint or not at all."""
 
 # Byte-level tokenizers that take a list of words only if they may put a space before each.
 SPACE_BEFORE_WORDS = ("bloom", "gpt2", "roberta", "deberta", "longformer")
@@ -242,7 +227,7 @@ def load_pretrained(
     Args:
         name_or_path: of transformers, ``timm:NAME``, ``ultralytics:WEIGHTS.pt``, or ``factory:module:function``,
             which runs the user's code.
-        task: one of ``AUTO_CLASSES``; any for a factory.
+        task: a name in ``TASKS``.
         labels: the classes, where the task has some.
         seed: of a new head.
         base_dir: folder that relative paths start from.
@@ -278,22 +263,22 @@ def load_pretrained(
         from layerlens.integrations.factories import load_factory
 
         return load_factory(name_or_path, task, labels, weights=weights, seed=seed, base_dir=base_dir, dtype=dtype)
-    if task not in AUTO_CLASSES:
-        raise ModelSpecError(f"model.task: {task!r} is not supported; supported: {', '.join(AUTO_CLASSES)}")
-    auto_class = getattr(transformers, AUTO_CLASSES[task])
-    heads: dict[str, Any] = {}
+    kind = TASKS[task]
+    if not kind.auto_class:
+        supported = ", ".join(other.name for other in TASKS.values() if other.auto_class)
+        raise ModelSpecError(f"model.task: {task!r} is not supported; supported: {supported}")
+    auto_class = getattr(transformers, kind.auto_class)
+    heads: dict[str, Any] = dict(kind.head_config)
     path = resolve_model_path(name_or_path, base_dir)
     local_only = _hub_copy_only(path, name_or_path)
     with torch.random.fork_rng(devices=[]), _quiet_transformers():
         torch.manual_seed(seed)
         try:
-            if task in WITH_CLASSES:
+            if kind.classes:
                 labels = _labels_in_checkpoint_order(path, labels, local_only)
                 id2label = dict(enumerate(labels))
-                heads = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
+                heads |= {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
                 heads["num_labels"] = len(labels)
-            elif task == "regression":
-                heads = {"num_labels": 1, "problem_type": "regression"}
             left_on_disk: StreamedWeights | None = None
             if streamed:
                 from layerlens.integrations.skeleton import load_skeleton
@@ -312,8 +297,8 @@ def load_pretrained(
                 )
             images = tokenizer = None
             model_type = getattr(model.config, "model_type", "")
-            spaced = task == "token-classification" and model_type in SPACE_BEFORE_WORDS
-            if task == "image-classification":
+            spaced = kind.inputs == "words" and model_type in SPACE_BEFORE_WORDS
+            if kind.inputs == "image":
                 images = transformers_images(path, model.config, local_only=local_only)
             else:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -333,7 +318,7 @@ def load_pretrained(
     mismatched = (entry[0] for entry in info["mismatched_keys"])
     new_parameters = tuple(sorted({*info["missing_keys"], *mismatched}))
     finish_placement(model, new_parameters)
-    if task in LANGUAGE_MODELS and new_parameters:
+    if new_parameters and not kind.new_head:
         raise ModelSpecError(
             f"model.task: {name_or_path!r} has no weights for {new_parameters[0]} and cannot predict tokens; give a "
             "language model's checkpoint"

@@ -17,6 +17,7 @@ from layerlens.exceptions import ManifestError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.transformers import PretrainedModel
 from layerlens.models import Choice, Manifest
+from layerlens.registry import TASKS
 from layerlens.tuning import apply, read_factors
 from layerlens.tuning.base_model import load_base
 from layerlens.tuning.fit import fitting_choice
@@ -162,13 +163,8 @@ def synthetic_batch(model: Any, task: str, batch_size: int, sequence_length: int
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, sequence_length)
     ids = torch.randint(5, int(model.config.get_text_config().vocab_size), shape, generator=generator)
-    labels = {
-        "sequence-classification": lambda: torch.zeros(batch_size, dtype=torch.long),
-        "regression": lambda: torch.zeros(batch_size),
-        "token-classification": lambda: torch.zeros(shape, dtype=torch.long),
-        "causal-lm": lambda: ids.clone(),
-        "masked-lm": lambda: ids.clone(),
-    }
-    if task not in labels:
-        raise ManifestError(f"costs are measured on synthetic tokens for {', '.join(labels)}, not for {task}")
-    return {"input_ids": ids, "labels": labels[task]()}
+    kind = TASKS.get(task)
+    if kind is None or kind.synthetic_labels is None:
+        known = ", ".join(other.name for other in TASKS.values() if other.synthetic_labels is not None)
+        raise ManifestError(f"costs are measured on synthetic tokens for {known}, not for {task}")
+    return {"input_ids": ids, "labels": kind.synthetic_labels(ids)}

@@ -163,12 +163,13 @@ def check_identity(identity: dict[str, Any], train: Dataset, held_out: Dataset, 
 
 def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset, spec: ModelSpec) -> dict[str, Any]:
     """What the manifest records so that the base model can be loaded again."""
+    task = TASKS[config.model.task]
     return {
         "task": config.model.task,
         "dtype": config.model.dtype,
-        "num_labels": 1 if config.model.task == "regression" else len(dataset.label_names),
+        "num_labels": task.n_outputs(dataset.label_names),
         "labels": list(dataset.label_names),
-        "head_modules": list(task_heads(pretrained.model)) if TASKS[config.model.task].new_head else [],
+        "head_modules": list(task_heads(pretrained.model)) if task.new_head else [],
         "model_type": str(getattr(getattr(pretrained.model, "config", None), "model_type", "")),
         **{name: value for name in ("weights", "loss") if (value := getattr(config.model, name)) is not None},
         **({"left_out": dict(spec.left_out)} if spec.left_out else {}),

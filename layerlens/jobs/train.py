@@ -23,12 +23,13 @@ from layerlens.jobs.messages import Warnings
 from layerlens.jobs.observed import observed
 from layerlens.jobs.publishing import published
 from layerlens.jobs.solve import versions
-from layerlens.jobs.training_data import SPANS, training_data
+from layerlens.jobs.training_data import training_data
 from layerlens.manifest.read import read_document
 from layerlens.manifest.write import write_manifest
 from layerlens.models import Manifest
 from layerlens.storage import shown
-from layerlens.tasks import task_for
+from layerlens.tasks import TASKS, task_for
+from layerlens.tasks.metrics import TARGETS
 from layerlens.tuning import apply, read_factors, save
 from layerlens.tuning.base_model import base_reference, load_base
 from layerlens.tuning.baselines import Finished, Prepared
@@ -36,7 +37,6 @@ from layerlens.tuning.directory import ADAPTER_CONFIG
 from layerlens.tuning.evaluation import evaluate
 from layerlens.tuning.export import PEFT_DIRECTORY
 from layerlens.tuning.initialization import ADAPTER_WEIGHTS
-from layerlens.tuning.metrics import TARGETS, task_metrics
 from layerlens.tuning.samples import TrainingData, on_device
 from layerlens.tuning.storage import MODULES_FILE
 from layerlens.tuning.training import TrainingResult, fine_tune
@@ -186,7 +186,6 @@ def train_manifest(
     with observed_stage("load"), progress.stage("Loading model and data"):
         named = {"task": manifest.model.get("task"), "name_or_path": base_reference(manifest, model)}
         config = config.model_copy(update={"model": config.model.model_copy(update=named)})
-        task_metrics(config.model.task)  # a task that cannot be judged is told before the model is loaded
         dataset = load_dataset(config.data, base_dir, config.model.task)
         labels = [str(name) for name in manifest.model.get("labels") or ()]
         dataset = _with_labels(dataset, labels, manifest)
@@ -277,7 +276,8 @@ def _timed_batch(data: TrainingData, config: RunConfig, model: torch.nn.Module) 
     """What inference is timed on: the first evaluation batch, without labels."""
     samples = data.evaluation if len(data.evaluation) else data.train
     batch = data.collate(samples[: config.training.eval_batch_size])
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", *SPANS, TARGETS)}
+    targets = (*TASKS[config.model.task].model_targets, TARGETS)
+    inputs = {name: value for name, value in batch.items() if name not in targets}
     return on_device(inputs, next(model.parameters()).device)
 
 

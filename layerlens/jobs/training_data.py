@@ -13,12 +13,8 @@ from layerlens.data import Dataset
 from layerlens.exceptions import DataError
 from layerlens.integrations.transformers import PretrainedModel
 from layerlens.tasks import Batch, Batches, Task, make_batches
-from layerlens.tuning.metrics import TARGETS
+from layerlens.tasks.metrics import TARGETS
 from layerlens.tuning.samples import Sample, TrainingData
-
-SPANS = ("start_positions", "end_positions")
-OWN_LOSS = ("object-detection", "custom")
-"""Tasks whose models compute no loss themselves."""
 
 
 def training_data(
@@ -40,7 +36,7 @@ def training_data(
         warn(f"data.source: the test split of {len(dataset)} samples is empty, so nothing is evaluated")
     tokenizer = pretrained.tokenizer
     fingerprint = f"{train.fingerprint[:16]}-{test.fingerprint[:16]}-{config.data.max_length}"
-    if config.model.task in OWN_LOSS:
+    if not task.model_targets:
         return _with_own_loss(train, test, pretrained, task, config, fingerprint)
     texts: dict[str, Any] = {}
     if tokenizer is not None:
@@ -100,14 +96,14 @@ def _samples(dataset: Dataset, pretrained: PretrainedModel, task: Task, config: 
     if not len(dataset):
         return []
     batches = make_batches(task, pretrained, dataset, config.data, batch_size=1, seed=config.runtime.seed)
-    return SampleByIndex(batches, spans=config.model.task == "question-answering")
+    return SampleByIndex(batches, task.model_targets)
 
 
 class SampleByIndex(Sequence[Sample]):
     """The samples of batches of one, by their index in the data set; images are opened when theirs is asked for."""
 
-    def __init__(self, batches: Batches, *, spans: bool) -> None:
-        self.batches, self.spans = batches, spans
+    def __init__(self, batches: Batches, targets: Sequence[str]) -> None:
+        self.batches, self.targets = batches, targets
         self.place = {sample: position for position, (sample,) in enumerate(batches.plan)}
 
     def __len__(self) -> int:
@@ -125,7 +121,6 @@ class SampleByIndex(Sequence[Sample]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         batch = self.batches[self.place[index]]
-        labels: dict[str, torch.Tensor] = {"labels": batch.labels[0]}
-        if self.spans:
-            labels = {name: batch.labels[0][column] for column, name in enumerate(SPANS)}
-        return {name: tensor[0] for name, tensor in batch.inputs.items()} | labels
+        label, names = batch.labels[0], self.targets
+        targets = {name: label[column] for column, name in enumerate(names)} if len(names) > 1 else {names[0]: label}
+        return {name: tensor[0] for name, tensor in batch.inputs.items()} | targets

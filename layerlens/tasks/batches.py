@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 
-from layerlens.config import DataConfig
-from layerlens.data import Dataset
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.placement import input_device
 from layerlens.integrations.transformers import PretrainedModel
-
-if TYPE_CHECKING:
-    from layerlens.tasks.registry import Task
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 Inputs = dict[str, torch.Tensor]
 Features = dict[str, Any]
 """One encoded sample: lists of token ids, an image, or tensors, by the name of the model's argument; and ``labels``."""
+Collate = Callable[[PretrainedModel, Sequence[Features]], tuple[Inputs, Any]]
+"""From some encoded samples to ``Batch.inputs`` and ``Batch.labels``."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +78,9 @@ class Batches(Sequence[Batch]):
     """
 
     def __init__(
-        self, task: Task, pretrained: PretrainedModel, features: Sequence[Features], *, batch_size: int
+        self, collate: Collate, pretrained: PretrainedModel, features: Sequence[Features], *, batch_size: int
     ) -> None:
-        self.task = task
+        self.collate = collate
         self.pretrained = pretrained
         self.features = features
         shapes = [_shapes(one) for one in features]
@@ -112,38 +109,12 @@ class Batches(Sequence[Batch]):
 
     def __getitem__(self, index: int | slice) -> Batch | Batches:
         if isinstance(index, slice):
-            part = Batches(self.task, self.pretrained, self.features, batch_size=1)
+            part = Batches(self.collate, self.pretrained, self.features, batch_size=1)
             part.plan = self.plan[index]
             return part
         chosen = self.plan[index]
-        inputs, labels = self.task.collate(self.pretrained, [self.features[sample] for sample in chosen])
+        inputs, labels = self.collate(self.pretrained, [self.features[sample] for sample in chosen])
         return Batch(inputs, labels, torch.tensor(chosen)).to(input_device(self.pretrained.model))
-
-
-def make_batches(
-    task: Task,
-    pretrained: PretrainedModel,
-    dataset: Dataset,
-    config: DataConfig,
-    *,
-    batch_size: int,
-    seed: int = 0,
-) -> Batches:
-    """The samples of ``dataset`` as the inputs and targets that ``task`` gives the model.
-
-    Args:
-        task: says what is input and what is target.
-        pretrained: the model, and the tokenizer or image processor that belongs to it.
-        dataset: the samples.
-        config: longest sequences, and what else shapes the inputs.
-        batch_size: samples in a batch.
-        seed: of what is drawn (which tokens a masked language model has to find).
-
-    Raises:
-        DataError: a sample cannot be encoded.
-        ConfigurationError: the tokenizer lacks what the task needs.
-    """
-    return Batches(task, pretrained, task.encode(pretrained, dataset, config, seed), batch_size=batch_size)
 
 
 def _each_tensor(

@@ -1,23 +1,107 @@
-"""Samples of the user's own data set, and the user's own loss."""
+"""Samples of the user's own data set, whatever they hold, and the user's own loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import default_collate
 
 from layerlens.config import DataConfig
-from layerlens.data import Dataset
-from layerlens.exceptions import DataError, ProfilingError
+from layerlens.data.dataset import Dataset
+from layerlens.data.table import Table
+from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.factories import first_argument
 from layerlens.integrations.transformers import PretrainedModel
-from layerlens.tasks.batches import Batch, Features, Inputs
-from layerlens.tasks.losses import Loss
+from layerlens.tasks.batches import Features, Inputs
+from layerlens.tasks.losses import own_loss
+from layerlens.tasks.task import Task
+from layerlens.utils.user_code import REFERENCE, load_function
+
+FUNCTIONS_ONLY = "data.source: the task custom takes module:function, which returns a data set or batches"
 
 
-def encode_own(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:
+@dataclass(frozen=True)
+class OwnSample:
+    """One sample of the user's: (inputs, target), or a mapping with the target under ``labels``.
+
+    Args:
+        number: its place in the data set.
+        source: the map-style data set.
+        part: of a batch, which sample; None where the data set has single samples.
+    """
+
+    number: int
+    source: Any = field(repr=False)
+    part: int | None = None
+
+    @property
+    def identity(self) -> str:
+        """Its place: what it holds may be drawn or augmented."""
+        return str(self.number) if self.part is None else f"{self.number}.{self.part}"
+
+    def content(self) -> bytes:
+        """A digest of its tensors, arrays and numbers."""
+        inputs, labels = self.read()
+        digest = hashlib.sha256()
+        _update(digest, inputs)
+        _update(digest, labels)
+        return digest.digest()
+
+    def read(self) -> tuple[Any, Any]:
+        """(inputs, target), without a batch axis.
+
+        Raises:
+            DataError: it is neither a pair nor a mapping with ``labels``.
+        """
+        inputs, labels = _pair(self.source[self.number], f"sample {self.number}")
+        return (inputs, labels) if self.part is None else (_row(inputs, self.part), _row(labels, self.part))
+
+
+def load(config: DataConfig, base_dir: Path | None) -> Dataset:
+    """The samples that the user's function gives: a map-style data set, or batches, which are cut into samples.
+
+    Raises:
+        DataError: the source is no function, or it returns something else.
+    """
+    if not REFERENCE.fullmatch(config.source) or config.source.startswith("builtin:"):
+        raise DataError(FUNCTIONS_ONLY)
+    return own_dataset(load_function(config.source, "data.source", base_dir)(), config.source)
+
+
+def read(table: Table, config: DataConfig) -> Dataset:
+    """Rows say nothing of what a model of one's own takes."""
+    raise DataError(FUNCTIONS_ONLY)
+
+
+def own_dataset(value: Any, source: str) -> Dataset:
+    """The samples of ``value``, what the function ``source`` returned.
+
+    Raises:
+        DataError: it is neither a map-style data set (``__len__`` and ``__getitem__``) of samples nor an iterable of
+            batches, or it has none.
+    """
+    batched = not hasattr(value, "__getitem__") or isinstance(value, (list, tuple))
+    if batched and not isinstance(value, Iterable):
+        raise DataError(
+            f"data.source: {source} returned {type(value).__name__}; return a map-style data set (with __len__ and "
+            "__getitem__), or batches: (inputs, targets) pairs whose tensors have the samples along their first axis"
+        )
+    if batched:
+        value = list(value)
+        samples = [OwnSample(batch, value, part) for batch in range(len(value)) for part in range(_size(value, batch))]
+    else:
+        samples = [OwnSample(number, value) for number in range(len(value))]
+    if not samples:
+        raise DataError(f"data.source: {source} returned no samples")
+    return Dataset({"sample": tuple(samples)}, (None,) * len(samples), (), source)
+
+
+def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:
     """Every sample's inputs as tensors by argument of the model, read once."""
     argument = first_argument(pretrained.model)
     found = []
@@ -31,7 +115,7 @@ def encode_own(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig
     return found
 
 
-def collate_own(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inputs, Any]:
+def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inputs, Any]:
     """Inputs of one shape, those with a point in the model's precision; targets by torch's ``default_collate``."""
     dtype = next(pretrained.model.parameters()).dtype
     stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "labels"}
@@ -39,22 +123,54 @@ def collate_own(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[
     return inputs, default_collate([row["labels"] for row in rows])
 
 
-def own_loss(function: Callable[[Any, Any], torch.Tensor], name: str) -> Loss:
-    """The user's (output, targets) -> losses as a task's loss, checked.
+def _pair(value: Any, name: str) -> tuple[Any, Any]:
+    if isinstance(value, Mapping) and "labels" in value:
+        return {key: part for key, part in value.items() if key != "labels"}, value["labels"]
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        return value[0], value[1]
+    raise DataError(
+        f"data.source: {name} is a {type(value).__name__}; give (inputs, target), or a mapping of the model's "
+        "arguments with the target under 'labels'"
+    )
 
-    Raises:
-        ProfilingError: when called: what came back is not one loss for each sample.
-    """
 
-    def loss(output: Any, batch: Batch) -> torch.Tensor:
-        losses__b = function(output, batch.labels)
-        n = len(batch.index)
-        if not isinstance(losses__b, torch.Tensor) or losses__b.shape != (n,):
-            got = list(losses__b.shape) if isinstance(losses__b, torch.Tensor) else type(losses__b).__name__
-            raise ProfilingError(
-                f"model.loss: {name} must return the loss of each sample, a tensor [{n}], got {got}; do not reduce "
-                "over the batch (reduction='none')"
-            )
-        return losses__b
+def _size(batches: list[Any], number: int) -> int:
+    inputs, _ = _pair(batches[number], f"batch {number}")
+    first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
+    return len(first)
 
-    return loss
+
+def _row(value: Any, row: int) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _row(part, row) for key, part in value.items()}
+    return value[row]
+
+
+def _update(digest: Any, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key in value:
+            digest.update(f"{key}=".encode())
+            _update(digest, value[key])
+    elif hasattr(value, "numpy"):
+        array = value.detach().cpu().float().numpy() if value.is_floating_point() else value.cpu().numpy()
+        digest.update(f"{value.dtype}{array.shape}".encode() + array.tobytes())
+    else:
+        digest.update(repr(value).encode())
+
+
+def _no_loss(output: Any, labels: Any) -> torch.Tensor:
+    raise ConfigurationError("model.loss: the task custom needs one; give module:function")
+
+
+TASK = Task(
+    name="custom",
+    description="your own `loss` on your own data",
+    inputs="sample",
+    load=load,
+    read=read,
+    encode=encode,
+    collate=collate,
+    loss=own_loss(_no_loss, "model.loss"),
+    model_targets=(),
+    study=False,
+)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from layerlens.exceptions import ProfilingError
 from layerlens.tasks.batches import Batch
 
 Loss = Callable[[Any, Batch], torch.Tensor]
@@ -65,6 +66,27 @@ def span_loss(output: Any, batch: Batch) -> torch.Tensor:
         logits__bts = logits__bts.masked_fill(batch.mask[..., None] == 0, float("-inf"))
     losses__bs = torch.nn.functional.cross_entropy(logits__bts, batch.labels, reduction="none")
     return losses__bs.mean(dim=1)
+
+
+def own_loss(function: Callable[[Any, Any], torch.Tensor], name: str) -> Loss:
+    """The user's (output, targets) -> losses as a task's loss, checked.
+
+    Raises:
+        ProfilingError: when called: what came back is not one loss for each sample.
+    """
+
+    def loss(output: Any, batch: Batch) -> torch.Tensor:
+        losses__b = function(output, batch.labels)
+        n = len(batch.index)
+        if not isinstance(losses__b, torch.Tensor) or losses__b.shape != (n,):
+            got = list(losses__b.shape) if isinstance(losses__b, torch.Tensor) else type(losses__b).__name__
+            raise ProfilingError(
+                f"model.loss: {name} must return the loss of each sample, a tensor [{n}], got {got}; do not reduce "
+                "over the batch (reduction='none')"
+            )
+        return losses__b
+
+    return loss
 
 
 def logits_of(output: Any) -> torch.Tensor:

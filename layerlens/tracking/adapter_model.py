@@ -36,9 +36,8 @@ class AdaptedModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
         name = facts["name_or_path"]
         if name.startswith("package:"):
             name = importlib.import_module(name.removeprefix("package:")).get_model_path()
-        heads = {} if facts["task"] == "causal-lm" else {"num_labels": len(facts["labels"]) or 1}
-        kind = "AutoModelForSequenceClassification" if heads else "AutoModelForCausalLM"
-        plain = getattr(transformers, kind).from_pretrained(name, dtype=facts["dtype"], **heads)
+        heads = {"num_labels": facts["num_labels"]} if facts["num_labels"] else {}
+        plain = getattr(transformers, facts["auto_class"]).from_pretrained(name, dtype=facts["dtype"], **heads)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         self.model = PeftModel.from_pretrained(plain, str(directory)).eval()
 

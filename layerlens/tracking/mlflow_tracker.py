@@ -22,6 +22,7 @@ from layerlens import __version__
 from layerlens.config import TrackingConfig
 from layerlens.exceptions import TrackingError
 from layerlens.models import Manifest
+from layerlens.registry import TASKS
 from layerlens.storage.url import redacted
 from layerlens.tracking.protocol import Parameter, Status
 
@@ -30,7 +31,8 @@ BATCH, METRICS_BATCH = 100, 1000
 """Parameters and metrics in one request; more are refused by MLflow."""
 ADAPTER_ARTEFACT, LAYERLENS_FILE = "adapter", "layerlens_modules.safetensors"
 MODEL_CODE = "adapter_model.py"
-TEXT_TASKS = ("sequence-classification", "regression", "causal-lm")
+SERVED = {"AutoModelForSequenceClassification", "AutoModelForCausalLM"}
+"""What ``adapter_model.py`` can load: models that give a text one row of logits, or one for each token."""
 logger = logging.getLogger(__name__)
 STATUSES = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 
@@ -102,13 +104,17 @@ class MlflowTracker:
             adapter.mkdir()
             for file, path in files.items():
                 shutil.copyfile(path, adapter / file)
-            if task not in TEXT_TASKS:
+            kind = TASKS.get(task)
+            if kind is None or kind.auto_class not in SERVED:
                 self.client.log_artifacts(self.run_id, str(adapter), ADAPTER_ARTEFACT)
                 logger.warning("tracking: a model of the task %s is kept as files, not as an MLflow model", task)
                 return
+            labels = [str(label) for label in manifest.model.get("labels") or ()]
             needs_layerlens = LAYERLENS_FILE in files
             facts = {name: manifest.model.get(name) for name in ("name_or_path", "task")} | {
-                "labels": [str(label) for label in manifest.model.get("labels") or ()],
+                "labels": labels,
+                "auto_class": kind.auto_class,
+                "num_labels": kind.n_outputs(labels),
                 "dtype": manifest.model.get("dtype") or "float32",
                 "seed": manifest.choice.seed,
             }

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from layerlens.exceptions import ManifestError
-from layerlens.integrations.transformers import WITH_CLASSES, PretrainedModel, load_pretrained
+from layerlens.integrations.transformers import PretrainedModel, load_pretrained
 from layerlens.models import Manifest
+from layerlens.registry import TASKS
 
 
 def base_reference(manifest: Manifest, model: str | None) -> str:
@@ -17,7 +18,8 @@ def base_reference(manifest: Manifest, model: str | None) -> str:
             so.
     """
     told = {**manifest.model, "name_or_path": model or manifest.model.get("name_or_path")}
-    for key in ("name_or_path", "task", *(("labels",) if told.get("task") in WITH_CLASSES else ())):
+    task = TASKS.get(told.get("task"))
+    for key in ("name_or_path", "task", *(("labels",) if task is not None and task.classes else ())):
         if not told.get(key):
             raise ManifestError(
                 f"the manifest has no model.{key}, so its base model cannot be loaded; "

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from layerlens.exceptions import TrainingError
-from layerlens.tuning.metrics import Record, task_metrics
+from layerlens.tasks import task_metrics
+from layerlens.tasks.metrics import Record
 from layerlens.tuning.samples import Sample, TrainingData, on_device
 from layerlens.utils.progress import Progress, silent
 
@@ -31,14 +32,14 @@ def evaluate(
     Args:
         model: gives ``loss`` and ``logits`` (start and end logits for question answering) for a collated batch.
         data: how samples are collated.
-        task: a key of ``TASK_METRICS``.
+        task: a name in ``TASKS``.
         shared: whether all processes of a distributed run call this; False where one of them does, alone.
 
     Returns:
         "loss" (mean over samples, or over tokens for language models), and metric by name.
 
     Raises:
-        TrainingError: there are no samples, or no metrics for the task.
+        TrainingError: there are no samples, or there is no such task.
     """
     chosen, metrics = data.evaluation if samples is None else samples, task_metrics(task)
     if not len(chosen):

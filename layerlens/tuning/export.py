@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerlens.integrations.peft import (
-    TASK_TYPES,
     adapter_config_json,
     lora_config,
+    task_type,
     zero_step_tensors,
 )
 from layerlens.integrations.torch_modules import find_module
@@ -167,7 +167,7 @@ directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them i
 """
     heads = list(choice.head_modules)
     if heads:
-        task = TASK_TYPES.get(choice.task)
+        task = task_type(choice.task)
         with_head = f"config.modules_to_save = {heads}" if task is None else f'config.task_type = "{task}"'
         text += f"""
 This trains the LoRA weights alone, as there are no head weights in this directory. To train the task head with them,

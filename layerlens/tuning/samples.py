@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from layerlens.tuning.metrics import IGNORED, Decode
+from layerlens.tasks import IGNORED
+from layerlens.tasks.metrics import Decode
 
 Sample = Mapping[str, torch.Tensor]
 """What the model takes for one sample, its labels included, each without a batch axis."""

@@ -22,6 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.utils import logging
 
 from layerlens.exceptions import ConfigurationError, LayerLensError, OutputError, TrainingError
+from layerlens.tasks import IGNORED, TASKS, task_metrics
 from layerlens.tuning.checkpoints import (
     HOOKS_FILE,
     WEIGHTS_FILE,
@@ -33,10 +34,9 @@ from layerlens.tuning.checkpoints import (
 )
 from layerlens.tuning.evaluation import evaluate
 from layerlens.tuning.job import Job, training_arguments
-from layerlens.tuning.metrics import IGNORED, task_metrics
 from layerlens.tuning.samples import INDEX, NumberedSamples, SeededOrder
 from layerlens.tuning.short_training import FP16_LOSS_SCALE
-from layerlens.tuning.training import TrainingResult, better, steps_per_epoch, total_steps
+from layerlens.tuning.training import TrainingResult, steps_per_epoch, total_steps
 from layerlens.utils.atomic import cannot_write
 from layerlens.utils.memory import PeakMemory
 from layerlens.utils.progress import Advance
@@ -146,8 +146,7 @@ class _Trainer(Trainer):
         labels = batch.get("labels")
         if labels is None or labels.dim() < 2 or labels.is_floating_point():
             return len(batch[INDEX])
-        labels = labels[:, 1:] if self.job.task == "causal-lm" else labels
-        return int((labels != IGNORED).sum())
+        return int((labels[:, TASKS[self.job.task].shift :] != IGNORED).sum())
 
     def training_step(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> Any:
         """One forward and backward pass; the loss is weighted so that a step is the mean over all its items.
@@ -195,7 +194,8 @@ class _Trainer(Trainer):
         """Judge the model as it is, remember the best, and decide whether to stop early."""
         job, recorder, step = self.job, self.recorder, self.state.global_step
         metrics = evaluate(job.model, job.data, job.task, batch_size=job.config.eval_batch_size)
-        self.metric = self.metric or next(name for name in task_metrics(job.task).primary if name in metrics)
+        judged = task_metrics(job.task)
+        self.metric = self.metric or next(name for name in judged.primary if name in metrics)
         if self.metric not in metrics:
             raise ConfigurationError(
                 f"training.metric: {self.metric!r} is not a metric of {job.task}; known: {', '.join(metrics)}"
@@ -204,7 +204,7 @@ class _Trainer(Trainer):
         if not all(hook.settled(step) for hook in job.hooks):
             return {f"eval_{name}": value for name, value in metrics.items()}
         recorder.stale += 1
-        if better(self.metric, metrics[self.metric], recorder.best_value, job.config.early_stopping_threshold):
+        if judged.better(self.metric, metrics[self.metric], recorder.best_value, job.config.early_stopping_threshold):
             recorder.best_step, recorder.best_value, recorder.stale = step, metrics[self.metric], 0
             if job.config.keep_best and self.is_world_process_zero():
                 save_weights(job.model, job.names, self.best_file(step))

@@ -17,8 +17,8 @@ import torch
 
 from layerlens.config import TrainingConfig
 from layerlens.exceptions import TrainingError
+from layerlens.tasks import task_metrics
 from layerlens.tuning.checkpoints import check_job, last_checkpoint
-from layerlens.tuning.metrics import LOWER_IS_BETTER, task_metrics
 from layerlens.tuning.samples import TrainingData
 from layerlens.utils.atomic import check_writable
 from layerlens.utils.launch import is_main_process
@@ -118,7 +118,7 @@ def fine_tune(
             metrics of ``task`` need.
         data: samples for training and evaluation; without evaluation samples nothing is evaluated.
         config: how to train.
-        task: a key of ``layerlens.tuning.metrics.TASK_METRICS``.
+        task: a name in ``layerlens.registry.TASKS``.
         checkpoints: directory that belongs to this job.
         seed: of data order and dropout where ``config.seed`` is None.
         loss: mean loss of a batch, if not the model's own.
@@ -175,15 +175,6 @@ def steps_per_epoch(samples: int, config: TrainingConfig, processes: int = 1) ->
     """Optimiser steps in one pass over so many samples."""
     batches = math.ceil(samples / (config.batch_size * processes))
     return max(1, math.ceil(batches / config.gradient_accumulation))
-
-
-def better(metric: str, value: float, best: float | None, threshold: float = 0.0) -> bool:
-    """Whether ``value`` improves on ``best`` by more than ``threshold``."""
-    if math.isnan(value):
-        return False
-    if best is None:
-        return True
-    return best - value > threshold if metric in LOWER_IS_BETTER else value - best > threshold
 
 
 def processes() -> tuple[int, bool]:

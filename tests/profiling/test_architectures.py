@@ -21,12 +21,12 @@ from layerlens.integrations.transformers import PretrainedModel, blocks_of
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.models import ModelSpec
 from layerlens.tasks.batches import Batch
-from layerlens.tasks.custom import own_loss
 from layerlens.tasks.losses import (
     IGNORED,
     Loss,
     causal_loss,
     classification_loss,
+    own_loss,
     regression_loss,
     span_loss,
     token_loss,

@@ -488,8 +488,9 @@ def test_images_that_a_table_names_stay_below_the_roots(tmp_path: Path):
 
 
 def test_folders_that_a_yolo_data_set_names_stay_below_the_roots(tmp_path: Path):
-    from layerlens.data.detection import detection_dataset
+    from layerlens.config import DataConfig
     from layerlens.exceptions import DataError
+    from layerlens.tasks.object_detection import load
     from layerlens.utils.readable import readable_below
 
     root = tmp_path / "root"
@@ -502,7 +503,7 @@ def test_folders_that_a_yolo_data_set_names_stay_below_the_roots(tmp_path: Path)
     for described in ("path: ..", f"path: {tmp_path}", "path: ."):
         (root / "set.yaml").write_text(f"{described}\ntrain: images/train\nnames: [a]\n")
         with readable_below([root]), pytest.raises(DataError, match="not below a root"):
-            detection_dataset("set.yaml", root, 100)
+            load(DataConfig(source="set.yaml", max_image_pixels=100), root)
     (root / "labels/train/a.txt").unlink()
     with readable_below([root]):
-        assert len(detection_dataset("set.yaml", root, 100)) == 1
+        assert len(load(DataConfig(source="set.yaml", max_image_pixels=100), root)) == 1

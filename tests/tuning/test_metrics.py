@@ -8,13 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from layerlens.tuning.metrics import (
-    answer_scores,
-    classification_metrics,
-    entity_metrics,
-    marks_entities,
-    regression_metrics,
-)
+from layerlens.tasks.metrics import classification_metrics
+from layerlens.tasks.question_answering import answer_scores
+from layerlens.tasks.regression import regression_metrics
+from layerlens.tasks.token_classification import entity_metrics, marks_entities
 
 
 @settings(max_examples=50, deadline=None)

@@ -148,7 +148,7 @@ def test_what_does_not_go_together(tmp_path: Path, detector, detector_weights: P
         list(make_batches(TASKS[TASK], detector, load_dataset(config, tmp_path, TASK), config, batch_size=1))
     with pytest.raises(DataNotFoundError, match="give the YAML file of a YOLO data set"):
         load_dataset(DataConfig(source="missing.yaml"), tmp_path, TASK)
-    from layerlens.tasks.detection import encode_objects
+    from layerlens.tasks.object_detection import encode as encode_objects
 
     with pytest.raises(ConfigurationError, match=r"object-detection takes ultralytics:WEIGHTS\.pt"):
         encode_objects(replace(detector, path="timm:resnet18"), load_dataset(config, tmp_path, TASK), config, 0)

@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError
-from layerlens.integrations.peft import TASK_TYPES, target_modules
+from layerlens.integrations.peft import target_modules, task_type
 from layerlens.tuning.baselines.conversion import as_lora
 from layerlens.tuning.baselines.interface import BaselineRequest, Finished, Prepared
 from layerlens.tuning.baselines.plans import layers_with, plan, trained_params, uniform_size
@@ -83,7 +83,7 @@ def adalora(request: BaselineRequest) -> Prepared:
     start = max(target + 1, math.ceil(1.5 * ranks / len(layers)))
     warmup, final = int(WARMUP * request.total_steps), max(1, int(FINAL * request.total_steps))
     config = AdaLoraConfig(
-        task_type=TASK_TYPES.get(str(request.facts.get("task"))),
+        task_type=task_type(request.facts.get("task")),
         modules_to_save=list(heads_of(request.facts)) or None,
         target_modules=target_modules(request.model, [layer.name for layer in layers]),
         init_r=start,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.peft import target_modules
+from layerlens.tasks.metrics import TARGETS
 from layerlens.tuning.baselines.interface import BaselineRequest, Prepared
 from layerlens.tuning.baselines.plans import layers_with, plan, planned, uniform_size
-from layerlens.tuning.metrics import TARGETS
 
 if TYPE_CHECKING:
     import torch

@@ -9,10 +9,18 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from layerlens.config import DataConfig
+from layerlens.data.images import StoredImage, stored_image
 from layerlens.data.readers import Rows
 from layerlens.exceptions import DataError
+
+LABELS = ("label", "labels", "class", "target")
+TEXTS = ("text", "sentence", "content", "document", "review", "question")
+IMAGES = ("image", "img", "file_name", "path")
+"""Where labels, texts and images usually stand."""
 
 Answers = tuple[tuple[int, str], ...]
 
@@ -71,6 +79,31 @@ class Table:
     def texts(self, column: str) -> tuple[str, ...]:
         """Texts, none of them empty."""
         return tuple(self._checked(column, "text", lambda value: isinstance(value, str) and bool(value.strip())))
+
+    def text_columns(self, config: DataConfig, label_column: str | None) -> dict[str, tuple[str, ...]]:
+        """The text column and, where one is named, that of second sentences; the only column of texts needs no name."""
+        first = self.rows[0]
+        taken = (label_column, config.pair_column)
+        only = [name for name in first if name not in taken and isinstance(first[name], str)]
+        more = tuple(only) if len(only) == 1 else ()
+        columns = {"text": self.texts(self.find(config.text_column, "text_column", (*TEXTS, *more)))}
+        if config.pair_column is not None:
+            columns["pair"] = self.texts(self.find(config.pair_column, "pair_column", ()))
+        return columns
+
+    def images(self, config: DataConfig) -> tuple[StoredImage, ...]:
+        """Images: paths of files (relative ones from the table's folder), encoded bytes, or pixels."""
+        column = self.find(config.image_column, "image_column", IMAGES)
+        images = []
+        for number, value in enumerate(self.values(column), start=1):
+            image = stored_image(value, Path(self.place), number, config.max_image_pixels)
+            if image is None:
+                raise DataError(
+                    f"data.source: {self.place}: sample {number} has no image in column {column!r}; give the path of a "
+                    "file, or encoded bytes"
+                )
+            images.append(image)
+        return tuple(images)
 
     def numbers(self, column: str) -> tuple[float, ...]:
         """Finite numbers."""

@@ -1,0 +1,65 @@
+"""Regression: a number for a text or for a pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from layerlens.config import DataConfig
+from layerlens.data.dataset import Dataset
+from layerlens.data.table import LABELS, Table
+from layerlens.tasks.losses import regression_loss
+from layerlens.tasks.metrics import Decode, Judged, Metrics, Record, as_numpy, joined, mean_loss
+from layerlens.tasks.task import Task
+from layerlens.tasks.text import collate_labelled, encode_labelled
+
+
+def read(table: Table, config: DataConfig) -> Dataset:
+    """Texts or pairs, and a number for each."""
+    label_column = table.find(config.label_column, "label_column", (*LABELS, "score"))
+    return Dataset(table.text_columns(config, label_column), table.numbers(label_column), (), table.place)
+
+
+def record(output: Any, batch: Judged, decode: Decode | None) -> Record:
+    """Predicted and actual number of each sample."""
+    actual = as_numpy(batch["labels"]).reshape(-1)
+    return {**mean_loss(output, len(actual)), "predicted": as_numpy(output.logits), "actual": actual}
+
+
+def finish(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
+    """``regression_metrics`` of all records."""
+    return regression_metrics(joined(records, "predicted"), joined(records, "actual"))
+
+
+def regression_metrics(predicted: np.ndarray, actual: np.ndarray) -> dict[str, float]:
+    """Mean squared and absolute error, Pearson and Spearman correlation (0 where one side is constant)."""
+    from scipy.stats import pearsonr, spearmanr
+
+    error = predicted - actual
+    constant = len(actual) < 2 or np.ptp(predicted) == 0 or np.ptp(actual) == 0
+    return {
+        "mse": float((error**2).mean()),
+        "mae": float(np.abs(error).mean()),
+        "pearson": 0.0 if constant else float(pearsonr(predicted, actual).statistic),
+        "spearman": 0.0 if constant else float(spearmanr(predicted, actual).statistic),
+    }
+
+
+TASK = Task(
+    name="regression",
+    description="one number for each text or pair, squared error",
+    inputs="text",
+    read=read,
+    encode=encode_labelled,
+    collate=collate_labelled(torch.float32),
+    loss=regression_loss,
+    metrics=Metrics(record, finish, ("pearson",), lower=("mse", "mae")),
+    auto_class="AutoModelForSequenceClassification",
+    new_head=True,
+    head_config={"num_labels": 1, "problem_type": "regression"},
+    peft_type="SEQ_CLS",
+    synthetic_labels=lambda ids__bt: torch.zeros(len(ids__bt)),
+)

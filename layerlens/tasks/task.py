@@ -1,0 +1,137 @@
+"""One task, with everything that belongs to it: its columns, inputs, targets, loss, metrics and model class.
+
+Nothing else in LayerLens asks a task for its name. A new one is a file with a ``Task`` and a name in
+``layerlens.registry.TASKS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerlens.config import DataConfig, ModelConfig
+from layerlens.data.dataset import Dataset
+from layerlens.data.table import Table
+from layerlens.exceptions import TrainingError
+from layerlens.integrations.transformers import PretrainedModel
+from layerlens.registry import TASKS
+from layerlens.tasks.batches import Batches, Collate, Features
+from layerlens.tasks.losses import Loss, own_loss
+from layerlens.tasks.metrics import LOSS_ONLY, Metrics
+from layerlens.utils.user_code import load_function
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Args:
+        name: as configurations have it.
+        description: what it is and what its samples are, for the configuration's documentation.
+        inputs: the column of a data set that its samples are made of: "text" or "words" (the model comes with a
+            tokenizer), "image" (with an image processor), or another (with either).
+        read: from the rows of a source to a data set.
+        encode: (model, data set, data configuration, seed) -> one mapping for each sample, its target under "labels".
+        collate: (model, some of those) -> ``Batch.inputs`` and ``Batch.labels``.
+        loss: of each sample, which must not depend on the others in its batch.
+        metrics: what it is judged by.
+        auto_class: the class of transformers that loads a model for it; "" where transformers has none.
+        new_head: whether a pretrained model lacks the head for it, which is then fitted before measuring.
+        classes: whether the head has an output for each class of the data.
+        head_config: what else transformers needs to know to make the head.
+        peft_type: PEFT's name for it, where PEFT has one and there is a head to train, which PEFT then finds. Not
+            QUESTION_ANS: its model (0.21) takes ``token_type_ids`` and drops them, which changes the logits of BERT.
+        model_targets: the arguments by which the model takes the targets for a loss of its own, each a column of the
+            labels where there are several; none where it is trained with ``loss``.
+        token_labels: whether there is a label for each token; a mean loss is then one over labelled tokens.
+        shift: how many tokens before its own a label is predicted (1 for the next token).
+        synthetic_labels: token ids [b, t] -> labels of made-up samples, to measure costs on; None where its samples
+            are something else than tokens.
+        load: (data configuration, folder that relative paths start from) -> the data set, where its sources are not
+            rows.
+        read_folder: (folder, data configuration) -> the data set, where a folder of files is one.
+        of_classes: what it makes of a built-in data set of samples with classes; None where it can do nothing with it.
+        study: whether ``layerlens evaluate`` can stack several trainings of it: targets are a tensor, and inputs and
+            logits have one shape.
+    """
+
+    name: str
+    description: str
+    inputs: str
+    read: Callable[[Table, DataConfig], Dataset]
+    encode: Callable[[PretrainedModel, Dataset, DataConfig, int], list[Features]]
+    collate: Collate
+    loss: Loss
+    metrics: Metrics = LOSS_ONLY
+    auto_class: str = ""
+    new_head: bool = False
+    classes: bool = False
+    head_config: Mapping[str, Any] = field(default_factory=dict)
+    peft_type: str | None = None
+    model_targets: tuple[str, ...] = ("labels",)
+    token_labels: bool = False
+    shift: int = 0
+    synthetic_labels: Callable[[torch.Tensor], torch.Tensor] | None = None
+    load: Callable[[DataConfig, Path | None], Dataset] | None = None
+    read_folder: Callable[[Path, DataConfig], Dataset] | None = None
+    of_classes: Callable[[Dataset], Dataset] | None = None
+    study: bool = True
+
+    def n_outputs(self, labels: Sequence[str]) -> int:
+        """Outputs of its head for these classes; 0 where the model's own head stays."""
+        return len(labels) if self.classes else int(self.head_config.get("num_labels", 0))
+
+
+def task_for(config: ModelConfig, base_dir: Path | None = None) -> Task:
+    """The task of a configuration, with the loss that the configuration names where it names one.
+
+    Raises:
+        ConfigurationError: the loss cannot be imported.
+    """
+    task: Task = TASKS[config.task]
+    if config.loss is None:
+        return task
+    return replace(task, loss=own_loss(load_function(config.loss, "model.loss", base_dir), config.loss))
+
+
+def task_metrics(name: str) -> Metrics:
+    """What the task of this name is judged by.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    if name not in TASKS:
+        raise TrainingError(f"no metrics for the task {name!r}; there are some for {', '.join(TASKS)}")
+    metrics: Metrics = TASKS[name].metrics
+    return metrics
+
+
+def make_batches(
+    task: Task,
+    pretrained: PretrainedModel,
+    dataset: Dataset,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int = 0,
+) -> Batches:
+    """The samples of ``dataset`` as the inputs and targets that ``task`` gives the model.
+
+    Args:
+        task: says what is input and what is target.
+        pretrained: the model, and the tokenizer or image processor that belongs to it.
+        dataset: the samples.
+        config: longest sequences, and what else shapes the inputs.
+        batch_size: samples in a batch.
+        seed: of what is drawn (which tokens a masked language model has to find).
+
+    Raises:
+        DataError: a sample cannot be encoded.
+        ConfigurationError: the tokenizer lacks what the task needs.
+    """
+    features = task.encode(pretrained, dataset, config, seed)
+    return Batches(task.collate, pretrained, features, batch_size=batch_size)
