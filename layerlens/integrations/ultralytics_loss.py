@@ -87,7 +87,7 @@ def detection_targets(
         pretrained: what ``load_detection_model`` returned.
         sizes: width and height of every image.
         side: side of the square that they were scaled into.
-        objects: see ``data.detection.Objects``.
+        objects: see ``tasks.object_detection.Objects``.
 
     Raises:
         DataError: a class that the detector does not know.
