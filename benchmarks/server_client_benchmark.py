@@ -2,9 +2,9 @@
 
     python benchmarks/server_client_benchmark.py [--rounds 20] [--output benchmarks/results/server_client.json]
 
-Starts `transformers serve` with the builtin language model (trained first if the cache lacks it). The other client is
-Python's http.client reading lines. Each round asks with both, in changing order; the figures are medians over rounds
-of the mean time per token. Run it on a quiet machine: on a busy one two requests differ more than two clients.
+Starts `transformers serve` with the toy language model of the demos (trained first if the cache lacks it). The other
+client is Python's http.client reading lines. Each round asks with both, in changing order; the figures are medians over
+rounds of the mean time per token. Run it on a quiet machine: on a busy one two requests differ more than two clients.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from pathlib import Path
 
 import numpy as np
 
-from layerlens.jobs.builtin_models import builtin_language_model
+sys.path.insert(0, str(Path(__file__).parents[1] / "demos"))
+
+from toys.language_model import cached_language_model, example
+
 from layerlens.utils.places import default_cache_dir
 from layerlens.vision_language import ServerModel
-from layerlens.vision_language.demo_language_model import example
 
 # What the `transformers` program runs, without torchvision, which cannot be imported beside a CPU-only torch.
 SERVE = "import sys; sys.modules['torchvision'] = None; from transformers.cli.transformers import main; main()"
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    model = str(builtin_language_model(default_cache_dir()))
+    model = str(cached_language_model(default_cache_dir()))
     with socket.socket() as free, tempfile.TemporaryDirectory() as home:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -3,14 +3,13 @@
     python demos/demo_yolo.py [OUTPUT]
 
 Needs `pip install 'layerlens[vision]'` and no hub: the detector (ultralytics' blocks, 0.24 M parameters) is trained
-here the first time, on plates that LayerLens draws, and kept in the cache. Then the film changes: the same kind of
+here the first time, on plates drawn from a seed, and kept in the cache. Then the film changes: the same kind of
 plates as negatives. LayerLens chooses LoRA ranks for the convolutions, a short training fits them, and the pipeline
 shows what detection costs with the adapters beside the weights and merged into them.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -18,14 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from toys.detector import cached_detector
+from toys.language_model import cached_language_model
+from toys.plates import CLASSES, draw_plates, write_dataset
 
 from layerlens.config import RunConfig
 from layerlens.config.vision_language import PipelineConfig
 from layerlens.data import load_dataset
-from layerlens.data.plates import CLASSES, draw_plates
 from layerlens.integrations.transformers import load_pretrained
 from layerlens.integrations.ultralytics_training import mean_average_precision, save_checkpoint
-from layerlens.jobs.builtin_models import builtin_detector
 from layerlens.jobs.vision_language import run_vision_language
 from layerlens.models import LabelledImage
 from layerlens.pipeline import run_config
@@ -42,28 +42,12 @@ def negatives(count: int, seed: int) -> list[LabelledImage]:
     return [LabelledImage(255 - plate.pixels, plate.labels, plate.boxes) for plate in draw_plates(count, seed)]
 
 
-def write_dataset(folder: Path, plates: list[LabelledImage]) -> Path:
-    """A data set in YOLO's layout; its YAML file."""
-    for part in ("images/train", "labels/train"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    for index, plate in enumerate(plates):
-        Image.fromarray(plate.pixels).save(folder / f"images/train/{index:04}.png")
-        lines = (
-            f"{label} {(x1 + x2) / 2 / SIDE} {(y1 + y2) / 2 / SIDE} {(x2 - x1) / SIDE} {(y2 - y1) / SIDE}\n"
-            for label, (x1, y1, x2, y2) in zip(plate.labels, plate.boxes, strict=True)
-        )
-        (folder / f"labels/train/{index:04}.txt").write_text("".join(lines), encoding="utf-8")
-    described = {"path": ".", "train": "images/train", "names": list(CLASSES)}
-    (folder / "data.yaml").write_text(json.dumps(described), encoding="utf-8")  # JSON is YAML
-    return folder / "data.yaml"
-
-
 def main() -> None:
     """Run the demonstration."""
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "out" / "yolo"
     shutil.rmtree(output, ignore_errors=True)
     torch.set_num_threads(1)
-    weights = builtin_detector(default_cache_dir())
+    weights = cached_detector(default_cache_dir())
     test, held_out = negatives(60, 10_001), draw_plates(60, 10_001)
     print(f"Detector: {weights} (ultralytics, AGPL-3.0)")
     print(f"  mAP50 on 60 held-out plates      {mean_average_precision(weights, CLASSES, held_out)['map50']:.3f}")
@@ -118,7 +102,7 @@ def main() -> None:
     result = run_vision_language(
         PipelineConfig(
             images=(str(output / "images"),), detector=str(weights), detector_adapter=str(tuned_folder),
-            llm="builtin:plates", repeats=5, threads=1,
+            llm=str(cached_language_model(default_cache_dir())), repeats=5, threads=1,
         ),
         output / "report",
     )  # fmt: skip

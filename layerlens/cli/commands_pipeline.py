@@ -19,20 +19,17 @@ def pipeline(
         typer.Option("--images", "-i", help="Image file, folder or pattern; repeatable.", show_default=False),
     ],
     detector: Annotated[
-        str,
-        typer.Option(
-            "--detector", "-d", help="ultralytics weights (.pt), the name of published ones, or builtin:plates."
-        ),
-    ] = "builtin:plates",
+        str | None,
+        typer.Option("--detector", "-d", help="ultralytics weights (.pt), or the name of published ones."),
+    ] = None,
     llm: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--llm",
             "-l",
-            help="URL of an OpenAI-compatible server, or a model for transformers: directory, hub name, package:NAME, "
-            "or builtin:plates.",
+            help="URL of an OpenAI-compatible server, or a model for transformers: directory, hub name, package:NAME.",
         ),
-    ] = "builtin:plates",
+    ] = None,
     directory: Annotated[Path, typer.Option("--output", "-o", help="Directory for the results.")] = Path(
         "pipeline-out"
     ),
@@ -57,7 +54,6 @@ def pipeline(
     retries: Annotated[int, typer.Option(help="How often a request is repeated that may yet succeed.")] = 3,
     device: Annotated[str, typer.Option(help="cpu, cuda:0 ...")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 for one on each core.")] = 0,
-    seed: Annotated[int, typer.Option(help="Starts the training of builtin models.")] = 0,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -70,7 +66,7 @@ def pipeline(
         detector_adapter=detector_adapter, llm_adapter=llm_adapter, prompt=_template(prompt), batch_size=batch_size,
         repeats=repeats, warmup=warmup, confidence=confidence, iou=iou, image_size=image_size,
         max_new_tokens=max_new_tokens, max_megapixels=max_megapixels, timeout_s=timeout_s, retries=retries,
-        device=device, threads=threads, seed=seed,
+        device=device, threads=threads,
     )  # fmt: skip
     from layerlens.cli.commands_run import do
     from layerlens.jobs.vision_language import run_vision_language

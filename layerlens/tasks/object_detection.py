@@ -12,7 +12,6 @@ import yaml
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.images import SUFFIXES, StoredImage
-from layerlens.data.plates import CLASSES, draw_plates
 from layerlens.data.sources import rows_of_function
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError, DataError, DataNotFoundError
@@ -25,9 +24,6 @@ from layerlens.tasks.task import Task
 from layerlens.utils.readable import check_readable
 from layerlens.utils.user_code import REFERENCE
 
-PLATES, PLATES_COUNT, PLATES_SEED = "builtin:plates", 400, 20_002
-"""A built-in data set that shares no plate with those that the builtin detector was trained or judged on."""
-
 Objects = tuple[tuple[str, float, float, float, float], ...]
 """Of one image: class name, and x1, y1, x2, y2 in shares of its width and height."""
 
@@ -36,23 +32,21 @@ def load(config: DataConfig, base_dir: Path | None) -> Dataset:
     """Images with ``Objects`` as labels.
 
     Args:
-        config: its source is ``builtin:plates``, ``module:function`` of the user's that returns rows (see ``read``), or
-            a YAML file with ``path``, ``train`` and ``names`` as YOLO trainers read it: the labels of
-            ``images/x/a.png`` stand in ``labels/x/a.txt``, a line ``class x y width height`` for each object, in shares
-            of the image; no file, no objects.
+        config: its source is ``module:function`` of the user's that returns rows (see ``read``), or a YAML file with
+            ``path``, ``train`` and ``names`` as YOLO trainers read it: the labels of ``images/x/a.png`` stand in
+            ``labels/x/a.txt``, a line ``class x y width height`` for each object, in shares of the image; no file, no
+            objects.
         base_dir: folder that a relative source starts from.
 
     Raises:
         DataNotFoundError: no such data.
         DataError: a file cannot be read, with its line.
     """
-    if config.source == PLATES:
-        return _plates()
     path = (base_dir or Path()) / local_file(config.source).expanduser()
     if REFERENCE.fullmatch(config.source) and not path.exists():
         return read(Table(rows_of_function(config.source, base_dir), config.source), config)
     if not path.is_file():
-        raise DataNotFoundError(f"data.source: no file at {path}; give the YAML file of a YOLO data set, or {PLATES}")
+        raise DataNotFoundError(f"data.source: no file at {path}; give the YAML file of a YOLO data set")
     return _yolo(path, config.max_image_pixels)
 
 
@@ -115,20 +109,6 @@ def finish(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]
     from layerlens.integrations.ultralytics_metrics import average_precision
 
     return average_precision([image for record in records for image in record["objects"]])
-
-
-def _plates() -> Dataset:
-    images, labels = [], []
-    for index, plate in enumerate(draw_plates(PLATES_COUNT, PLATES_SEED)):
-        height, width = plate.pixels.shape[:2]
-        images.append(StoredImage(f"plate {index}", pixels=plate.pixels))
-        labels.append(
-            tuple(
-                (CLASSES[label], x1 / width, y1 / height, x2 / width, y2 / height)
-                for label, (x1, y1, x2, y2) in zip(plate.labels, plate.boxes, strict=True)
-            )
-        )
-    return Dataset({"image": tuple(images)}, tuple(labels), (), "plates drawn by LayerLens")
 
 
 def _yolo(path: Path, max_pixels: int) -> Dataset:

@@ -1,19 +1,17 @@
 """Image, detection, boxes, language model, report: the pipeline with the time of every step.
 
-    images.py ─▶ Detector (integrations/ultralytics.py) ─▶ prompt.py ─▶ LanguageModel ─▶ results.py
+    images.py ─▶ Detector (integrations/ultralytics.py) ─▶ LanguageModel (generation.py) ─▶ results.py ─▶ page.py
                                                              │
                               local_model.py (transformers) ─┴─ server_model.py (OpenAI-compatible, over HTTP)
 
-``batch.py`` takes one batch through all steps, ``run.py`` all images, ``summary.py`` and ``page.py`` show the figures.
-Models are put together in ``layerlens.jobs.vision_language``. Nothing here imports torch or transformers before it
-is needed, apart from ``local_model.py`` and ``demo_language_model.py``.
+``run.py`` takes batches of images through all steps. Models are put together in ``layerlens.jobs.vision_language``.
+Nothing here imports torch or transformers before it is needed, apart from ``local_model.py``.
 """
 
-from layerlens.vision_language.batch import Detector, run_batch
 from layerlens.vision_language.generation import Communication, Generation, GenerationError, LanguageModel
 from layerlens.vision_language.images import find_images, load_image
 from layerlens.vision_language.results import Item, Outcome, Run
-from layerlens.vision_language.run import Variant, run_images
+from layerlens.vision_language.run import Detector, Variant, run_batch, run_images
 from layerlens.vision_language.server_model import ServerModel
 
 __all__ = [

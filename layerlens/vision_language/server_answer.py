@@ -1,15 +1,57 @@
-"""One streamed answer of an OpenAI-compatible server, put together from its events, and the server's own times."""
+"""One streamed answer of an OpenAI-compatible server: events from bytes, the answer from events, and its times."""
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from layerlens.vision_language.generation import Tokens
+from layerlens.vision_language.generation import Communication, Tokens
+
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+
+
+class EventParser:
+    """Fed with pieces of any size, gives back whole events."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[str] = []
+
+    def feed(self, piece: bytes) -> list[str]:
+        """The data of the events that ``piece`` completes.
+
+        Raises:
+            UnicodeDecodeError: the stream is not UTF-8.
+        """
+        self._rest += piece
+        events = []
+        while (match := _LINE_END.search(self._rest)) is not None:
+            if match.group() == b"\r" and match.end() == len(self._rest):
+                break  # its \n may be in the next piece
+            line, self._rest = self._rest[: match.start()], self._rest[match.end() :]
+            if line:
+                self._field(line.decode("utf-8"))
+            elif self._data:
+                events.append("\n".join(self._data))
+                self._data = []
+        return events
+
+    @property
+    def unfinished(self) -> bool:
+        """The stream ends in the middle of an event."""
+        return bool(self._rest.strip() or self._data)
+
+    def _field(self, line: str) -> None:
+        name, _, value = line.partition(":")
+        if name == "data":
+            self._data.append(value.removeprefix(" "))
+
 
 _CUT = 120
+BOUNDS = "the server reports no times: at least connecting and sending, at most everything but waiting for tokens"
 
 
 class GarbageError(Exception):
@@ -132,3 +174,60 @@ def shortened(text: str) -> str:
     """One line, its beginning."""
     line = " ".join(text.split())
     return line if len(line) <= _CUT else line[:_CUT] + "…"
+
+
+class Trace:
+    """Listens to httpx's transport: when the connection stood, and when the request was out."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.connected: float | None = None
+        self.sent: float | None = None
+
+    def __call__(self, name: str, _info: Mapping[str, Any]) -> None:
+        if name in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self.connected = time.perf_counter()
+        elif name.endswith("send_request_body.complete"):
+            self.sent = time.perf_counter()
+
+
+def header_ms(headers: Mapping[str, str]) -> float | None:
+    """The server's time until it sent the head, where a header has it (OpenAI and those who follow it)."""
+    try:
+        return float(headers["openai-processing-ms"])
+    except (KeyError, ValueError):
+        return None
+
+
+def step_times(
+    trace: Trace, headers: float, answer: Answer, reported_ms: float | None, end: float
+) -> tuple[dict[str, float], Communication]:
+    """Milliseconds of every step of a request, and how much of them is communication.
+
+    Args:
+        trace: when the connection stood and the request was out.
+        headers, end: when the response's head and its end were there.
+        answer: with the times of its tokens, and the server's own time where it told it.
+        reported_ms: what ``header_ms`` found.
+    """
+    times = answer.tokens.times or [end]
+    connected = trace.connected or trace.started
+    sent = max(connected, trace.sent or connected)
+    steps = {
+        "llm_connect": 1e3 * (connected - trace.started),
+        "llm_send": 1e3 * (sent - connected),
+        "llm_first_token": 1e3 * (times[0] - sent),
+        "llm_decode": 1e3 * (times[-1] - times[0]),
+        "llm_finish": 1e3 * (end - times[-1]),
+    }
+    wall, lower = sum(steps.values()), steps["llm_connect"] + steps["llm_send"]
+    if answer.server_ms is not None:
+        value = max(0.0, wall - answer.server_ms)
+        note = f"the server reports {answer.server_ms:.3f} ms of its own"
+        return steps, Communication("client time minus server time", value, value, value, note)
+    head = 1e3 * (min(headers, times[0]) - sent)
+    if reported_ms is not None:
+        value = lower + max(0.0, head - reported_ms) + steps["llm_finish"]
+        note = f"the response's head reports {reported_ms:g} ms until it was sent"
+        return steps, Communication("client time minus server time", value, value, value, note)
+    return steps, Communication("bounds", None, lower, lower + head + steps["llm_finish"], BOUNDS)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -19,20 +18,22 @@ from layerlens.exceptions import ConfigurationError
 from layerlens.vision_language.generation import Communication, Generation, GenerationError
 from layerlens.vision_language.server_answer import (
     Answer,
+    EventParser,
     GarbageError,
     ServerError,
+    Trace,
     error_words,
+    header_ms,
     parse_json,
     shortened,
+    step_times,
 )
-from layerlens.vision_language.sse import EventParser
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 HINTS = {401: "; set api_key_env", 403: "; set api_key_env", 404: "; check base URL and llm_model"}
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 MOST_BYTES = 16 * 1024 * 1024
 CONNECT_S = 10.0
-BOUNDS = "the server reports no times: at least connecting and sending, at most everything but waiting for tokens"
 
 
 class _Attempt(Exception):
@@ -172,7 +173,7 @@ class ServerModel:
     ) -> tuple[dict[str, float], Communication, bool]:
         import httpx
 
-        trace, headers, reported, streamed = _Trace(), 0.0, None, True
+        trace, headers, reported, streamed = Trace(), 0.0, None, True
         body: dict[str, Any] = {
             "model": self._name(), "messages": messages, "max_tokens": max_new_tokens, "temperature": 0, "stream": True,
         }  # fmt: skip
@@ -186,7 +187,7 @@ class ServerModel:
                 headers = time.perf_counter()
                 if response.status_code != 200:
                     self._refused(response)
-                reported = _header_ms(response.headers)
+                reported = header_ms(response.headers)
                 streamed = "json" not in response.headers.get("content-type", "")
                 self._read(response, answer, streamed)
         except (GarbageError, ServerError) as error:
@@ -196,7 +197,7 @@ class ServerModel:
                 raise self._failed(error, answer) from error
         except httpx.InvalidURL as error:
             raise _Attempt(f"llm: {error}", again=False) from error
-        return (*self._steps(trace, headers, answer, reported, time.perf_counter()), streamed)
+        return (*step_times(trace, headers, answer, reported, time.perf_counter()), streamed)
 
     def _read(self, response: Any, answer: Answer, streamed: bool) -> None:
         parser, size, whole = EventParser(), 0, b""
@@ -238,11 +239,8 @@ class ServerModel:
         if self._usage_wanted and status in (400, 422) and "stream_options" in text:
             raise _UsageRefused
         again = status in RETRIED
-        hint = {401: "; set api_key_env", 403: "; set api_key_env", 404: "; check base URL and llm_model"}.get(
-            status, ""
-        )
         wait = _retry_after(response.headers.get("retry-after")) if again else None
-        raise _Attempt(f"the server answered {status}: {words}{hint}", again=again, wait_s=wait)
+        raise _Attempt(f"the server answered {status}: {words}{HINTS.get(status, '')}", again=again, wait_s=wait)
 
     def _failed(self, error: Exception, answer: Answer) -> _Attempt:
         import httpx
@@ -276,47 +274,6 @@ class ServerModel:
         self.model = names[0]
         return self.model
 
-    @staticmethod
-    def _steps(
-        trace: _Trace, headers: float, answer: Answer, header_ms: float | None, end: float
-    ) -> tuple[dict[str, float], Communication]:
-        times = answer.tokens.times or [end]
-        connected = trace.connected or trace.started
-        sent = max(connected, trace.sent or connected)
-        steps = {
-            "llm_connect": 1e3 * (connected - trace.started),
-            "llm_send": 1e3 * (sent - connected),
-            "llm_first_token": 1e3 * (times[0] - sent),
-            "llm_decode": 1e3 * (times[-1] - times[0]),
-            "llm_finish": 1e3 * (end - times[-1]),
-        }
-        wall, lower = sum(steps.values()), steps["llm_connect"] + steps["llm_send"]
-        if answer.server_ms is not None:
-            value = max(0.0, wall - answer.server_ms)
-            note = f"the server reports {answer.server_ms:.3f} ms of its own"
-            return steps, Communication("client time minus server time", value, value, value, note)
-        head = 1e3 * (min(headers, times[0]) - sent)
-        if header_ms is not None:
-            value = lower + max(0.0, head - header_ms) + steps["llm_finish"]
-            note = f"the response's head reports {header_ms:g} ms until it was sent"
-            return steps, Communication("client time minus server time", value, value, value, note)
-        return steps, Communication("bounds", None, lower, lower + head + steps["llm_finish"], BOUNDS)
-
-
-class _Trace:
-    """Listens to httpx's transport: when the connection stood, and when the request was out."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.connected: float | None = None
-        self.sent: float | None = None
-
-    def __call__(self, name: str, _info: Mapping[str, Any]) -> None:
-        if name in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            self.connected = time.perf_counter()
-        elif name.endswith("send_request_body.complete"):
-            self.sent = time.perf_counter()
-
 
 def _base(url: str) -> str:
     parts = urlsplit(url)
@@ -346,14 +303,6 @@ def _retry_after(value: str | None) -> float | None:
     try:
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds())
     except (TypeError, ValueError):
-        return None
-
-
-def _header_ms(headers: Mapping[str, str]) -> float | None:
-    """The server's time until it sent the head, where a header has it (OpenAI and those who follow it)."""
-    try:
-        return float(headers["openai-processing-ms"])
-    except (KeyError, ValueError):
         return None
 
 

@@ -387,7 +387,7 @@ def test_a_wrong_method_is_told_the_right_ones(server: Serving):
 # --- code, which only the operator may allow ---
 
 
-def confined(folder: Path, model: dict[str, Any] | None = None, source: str = "builtin:plates", **allowed: Any) -> Any:
+def confined(folder: Path, model: dict[str, Any] | None = None, source: str = "builtin:digits", **allowed: Any) -> Any:
     """The confined configuration of a model in ``folder``, which is the server's root."""
     from layerlens.config import RunConfig
     from layerlens.service.confinement import confine

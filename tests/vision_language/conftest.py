@@ -9,38 +9,33 @@ import pytest
 import torch
 from PIL import Image
 
-from layerlens.data.plates import draw_plates
-from layerlens.jobs.builtin_models import builtin_detector, builtin_language_model
-
-# pytest's importlib mode does not let test files import their neighbours.
+# pytest's importlib mode does not let test files import their neighbours; the toy models stand beside the demos.
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "demos"))
+
+from toys.detector import cached_detector
+from toys.language_model import cached_language_model
+from toys.plates import draw_plates, write_dataset
 
 
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with both builtin models, trained here."""
+    """A cache with both toy models, trained here."""
     torch.set_num_threads(1)
     cache = tmp_path_factory.mktemp("model-cache")
-    builtin_detector(cache)
-    builtin_language_model(cache)
+    cached_detector(cache)
+    cached_language_model(cache)
     return cache
-
-
-@pytest.fixture
-def builtin_models(model_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """``builtin:plates`` means the session's models."""
-    monkeypatch.setenv("LAYERLENS_CACHE", str(model_cache))
-    return model_cache
 
 
 @pytest.fixture(scope="session")
 def detector_weights(model_cache: Path) -> Path:
-    return builtin_detector(model_cache)
+    return cached_detector(model_cache)
 
 
 @pytest.fixture(scope="session")
 def language_model_dir(model_cache: Path) -> Path:
-    return builtin_language_model(model_cache)
+    return cached_language_model(model_cache)
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +46,9 @@ def plates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, plate in enumerate(with_findings[:4]):
         Image.fromarray(plate.pixels).save(folder / f"plate{index}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def plates_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A YOLO data set of 400 plates, none of which the detector was trained or judged on."""
+    return str(write_dataset(tmp_path_factory.mktemp("plates-data"), draw_plates(400, 20_002)))

@@ -31,12 +31,16 @@ def detector(detector_weights: Path):
     return load_pretrained(f"ultralytics:{detector_weights}", TASK, [])
 
 
-def batches_of(detector, count: int, batch_size: int):
-    dataset = load_dataset(DataConfig(source="builtin:plates"), task=TASK).select(range(count))
-    return make_batches(TASKS[TASK], detector, dataset, DataConfig(source="builtin:plates"), batch_size=batch_size)
+@pytest.fixture
+def batches_of(plates_data: str):
+    def make(detector, count: int, batch_size: int):
+        dataset = load_dataset(DataConfig(source=plates_data), task=TASK).select(range(count))
+        return make_batches(TASKS[TASK], detector, dataset, DataConfig(source=plates_data), batch_size=batch_size)
+
+    return make
 
 
-def test_the_loss_is_ultralytics_own_and_each_images_alone(detector):
+def test_the_loss_is_ultralytics_own_and_each_images_alone(detector, batches_of):
     (together,) = batches_of(detector, 4, 4)
     losses = TASKS[TASK].loss(detector.model(**together.inputs), together)
     for place, alone in enumerate(batches_of(detector, 4, 1)):
@@ -47,7 +51,7 @@ def test_the_loss_is_ultralytics_own_and_each_images_alone(detector):
         assert losses[place].item() == pytest.approx(expected.sum().item(), rel=1e-4)
 
 
-def test_statistics_equal_one_backward_pass_per_image(detector):
+def test_statistics_equal_one_backward_pass_per_image(detector, batches_of):
     detector.model.double()
     batches = [replace(batch, inputs={"x": batch.inputs["x"].double()}) for batch in batches_of(detector, 6, 3)]
     spec = model_spec(detector, "detector", inputs=batches[0].inputs)
@@ -63,12 +67,17 @@ def test_statistics_equal_one_backward_pass_per_image(detector):
 
 
 def test_a_detector_is_chosen_for_and_its_adapter_runs_in_the_pipeline(
-    detector_weights: Path, builtin_models: Path, plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    detector_weights: Path,
+    language_model_dir: Path,
+    plates: Path,
+    plates_data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
     settings = {
         "model": {"name_or_path": f"ultralytics:{detector_weights}", "task": TASK},
-        "data": {"source": "builtin:plates", "calibration_samples": 16, "batch_size": 8},
+        "data": {"source": plates_data, "calibration_samples": 16, "batch_size": 8},
         "optimization": {"max_trainable_params": 3000, "methods": ["lora"], "lora_ranks": [1, 4]},
         "runtime": {"threads": 1},
         "output": {"directory": "out"},
@@ -79,7 +88,7 @@ def test_a_detector_is_chosen_for_and_its_adapter_runs_in_the_pipeline(
     assert result.measured["flops"]["relative_error"] == pytest.approx(0, abs=1e-9)
     wanted = PipelineConfig(
         images=(str(plates),), detector=str(detector_weights), detector_adapter=str(tmp_path / "out"),
-        llm="builtin:plates", threads=1,
+        llm=str(language_model_dir), threads=1,
     )  # fmt: skip
     items = run_vision_language(wanted, tmp_path / "report").items
     for item in items:  # a zero step: the same findings in all three

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file
+from toys.plates import CLASSES, draw_plates
 from typer.testing import CliRunner
 
 from layerlens.cli.main import app
 from layerlens.config import DataConfig, RunConfig
 from layerlens.data import load_dataset
-from layerlens.data.plates import CLASSES, draw_plates
 from layerlens.integrations.transformers import load_pretrained
 from layerlens.integrations.ultralytics_metrics import average_precision, matched
 from layerlens.integrations.ultralytics_training import mean_average_precision
@@ -24,13 +24,13 @@ from layerlens.tasks import TASKS, make_batches
 TASK = "object-detection"
 
 
-def test_average_precision_is_that_of_ultralytics_validator(detector_weights: Path):
+def test_average_precision_is_that_of_ultralytics_validator(detector_weights: Path, plates_data: str):
     """On 24 plates: the same boxes and overlaps; a box within rounding of a threshold may fall on the other side."""
     detector = load_pretrained(f"ultralytics:{detector_weights}", TASK, [])
-    plates = draw_plates(24, 20_002)  # the first of the built-in data
-    dataset = load_dataset(DataConfig(source="builtin:plates"), task=TASK).select(range(24))
+    plates = draw_plates(24, 20_002)  # the first of the data set
+    dataset = load_dataset(DataConfig(source=plates_data), task=TASK).select(range(24))
     images: list[Any] = []
-    for batch in make_batches(TASKS[TASK], detector, dataset, DataConfig(source="builtin:plates"), batch_size=7):
+    for batch in make_batches(TASKS[TASK], detector, dataset, DataConfig(source=plates_data), batch_size=7):
         images += matched(detector.model(**batch.inputs), batch.labels)
     found = average_precision(images)
     expected = mean_average_precision(detector_weights, CLASSES, plates)
@@ -40,12 +40,14 @@ def test_average_precision_is_that_of_ultralytics_validator(detector_weights: Pa
     assert average_precision(empty) == {"map50_95": 0.0, "map50": 0.0}
 
 
-def test_a_detector_is_trained(detector_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_detector_is_trained(
+    detector_weights: Path, plates_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
     monkeypatch.setattr("layerlens.jobs.train.TIMING_SECONDS", 0.005)
     settings = {
         "model": {"name_or_path": f"ultralytics:{detector_weights}", "task": TASK},
-        "data": {"source": "builtin:plates", "calibration_samples": 8, "batch_size": 8},
+        "data": {"source": plates_data, "calibration_samples": 8, "batch_size": 8},
         "optimization": {"max_trainable_params": 3000, "methods": ["lora"], "lora_ranks": [1, 4]},
         "training": {"max_steps": 6, "batch_size": 8, "learning_rate": 2e-3, "eval_samples": 12, "eval_every": 3},
         "runtime": {"threads": 1},

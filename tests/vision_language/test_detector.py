@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys.detector import held_out_precision
+from toys.plates import draw_plates
 
-from layerlens.data.plates import draw_plates
 from layerlens.exceptions import ConfigurationError, ModelNotFoundError
 from layerlens.integrations.suppression import make_suppression_work, nms
 from layerlens.integrations.torchvision_import import make_torchvision_importable
 from layerlens.integrations.ultralytics import find_weights, load_detector
-from layerlens.vision_language.demo_detector import held_out_precision
 from layerlens.vision_language.images import load_image
 
 
@@ -50,9 +50,7 @@ def test_steps_find_what_ultralytics_predict_finds(detector_weights: Path, plate
 
 
 def test_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(
-        ModelNotFoundError, match=r"detector: no weights at .*mine.pt; give a local .pt file, or builtin"
-    ):
+    with pytest.raises(ModelNotFoundError, match=r"detector: no weights at .*mine.pt; give a local .pt file, or the"):
         find_weights("mine.pt", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ultralytics.utils.ONLINE", False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toys.language_model import share_of_exact_reports
 from typer.testing import CliRunner
 
 from layerlens.cli.main import app
@@ -18,18 +20,21 @@ from layerlens.exceptions import ConfigurationError, DataError, ManifestError, M
 from layerlens.integrations.transformers import load_pretrained
 from layerlens.integrations.ultralytics import load_detector
 from layerlens.jobs.vision_language import run_vision_language
-from layerlens.vision_language.demo_language_model import share_of_exact_reports
 from layerlens.vision_language.local_model import LocalModel
 
-BUILTIN = {"detector": "builtin:plates", "llm": "builtin:plates", "threads": 1}
-pytestmark = pytest.mark.usefixtures("builtin_models")
+
+@pytest.fixture
+def config(detector_weights: Path, language_model_dir: Path) -> Callable[..., PipelineConfig]:
+    """Makes the configuration of a job on these images with the session's models, and with further settings."""
+    models = {"detector": str(detector_weights), "llm": str(language_model_dir), "threads": 1}
+
+    def make(*images: Path, **settings: Any) -> PipelineConfig:
+        return PipelineConfig(**{"images": tuple(map(str, images)), **models, **settings})
+
+    return make
 
 
-def config(*images: Path, **settings: Any) -> PipelineConfig:
-    return PipelineConfig(**{"images": tuple(map(str, images)), **BUILTIN, **settings})
-
-
-def test_reports_timings_and_files(plates: Path, tmp_path: Path):
+def test_reports_timings_and_files(config, plates: Path, tmp_path: Path):
     result = run_vision_language(config(plates, repeats=3, batch_size=2), tmp_path)
     assert result.failed == []
     (variant,) = result.summary["variants"]
@@ -67,7 +72,7 @@ def test_reports_timings_and_files(plates: Path, tmp_path: Path):
         assert picture.size == (512, 512)
 
 
-def test_bad_images_are_marked_and_the_others_go_on(plates: Path, tmp_path: Path):
+def test_bad_images_are_marked_and_the_others_go_on(config, plates: Path, tmp_path: Path):
     (tmp_path / "in").mkdir()
     good = sorted(plates.iterdir())[0].read_bytes()
     (tmp_path / "in" / "good.png").write_bytes(good)
@@ -94,7 +99,7 @@ def test_bad_images_are_marked_and_the_others_go_on(plates: Path, tmp_path: Path
     assert names == {"good.json", "good-2.json", "cut.json", "nothing.json", "large.json", "words.json"}
 
 
-def test_nothing_usable_and_models_that_cannot_be_had(plates: Path, tmp_path: Path):
+def test_nothing_usable_and_models_that_cannot_be_had(config, plates: Path, tmp_path: Path):
     (tmp_path / "words.png").write_text("hello")
     with pytest.raises(DataError, match=r"images: none of 1 can be used; .*words.png: not an image"):
         run_vision_language(config(tmp_path / "words.png"), tmp_path / "out")
@@ -106,7 +111,7 @@ def test_nothing_usable_and_models_that_cannot_be_had(plates: Path, tmp_path: Pa
         run_vision_language(config(plates, llm_model="x"), tmp_path / "out")
 
 
-def test_a_server_that_is_down_loses_no_detection(plates: Path, tmp_path: Path):
+def test_a_server_that_is_down_loses_no_detection(config, plates: Path, tmp_path: Path):
     result = run_vision_language(config(plates, llm="http://127.0.0.1:9/v1", retries=0, warmup=0), tmp_path)
     assert len(result.failed) == 4
     assert all(item.latest("base").detections for item in result.items)
@@ -126,7 +131,7 @@ def _save_lora(model: torch.nn.Module, targets: list[str], folder: Path) -> None
 
 
 def test_adapted_models_before_and_after_merging(
-    plates: Path, tmp_path: Path, detector_weights: Path, language_model_dir: Path
+    config, plates: Path, tmp_path: Path, detector_weights: Path, language_model_dir: Path
 ):
     language_model = load_pretrained(str(language_model_dir), "causal-lm", []).model
     _save_lora(language_model, ["q_proj", "v_proj"], tmp_path / "llm" / "peft")
@@ -149,7 +154,7 @@ def test_adapted_models_before_and_after_merging(
     assert "merged, measured" in page
 
 
-def test_folders_without_an_adapter(plates: Path, tmp_path: Path):
+def test_folders_without_an_adapter(config, plates: Path, tmp_path: Path):
     with pytest.raises(ManifestError, match=r"no adapter_config\.json"):
         run_vision_language(config(plates, detector_adapter=str(tmp_path)), tmp_path / "out")
     with pytest.raises(ModelNotFoundError, match="llm_adapter: no folder at"):
@@ -163,14 +168,17 @@ def test_the_tiny_language_model_words_findings(language_model_dir: Path):
     assert share_of_exact_reports(LocalModel(loaded.model, loaded.tokenizer, "tiny"), count=10) >= 0.2
 
 
-def test_command_line(plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_command_line(
+    plates: Path, tmp_path: Path, detector_weights: Path, language_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
+    models = ("--detector", str(detector_weights), "--llm", str(language_model_dir))
 
     def run(*arguments: str) -> Any:
-        return CliRunner().invoke(app, ["pipeline", "--threads", "1", *arguments])
+        return CliRunner().invoke(app, ["pipeline", "--threads", "1", *models, *arguments])
 
-    done = run("--images", str(plates), "--llm", "builtin:plates", "-o", "out")
+    done = run("--images", str(plates), "-o", "out")
     assert done.exit_code == 0, done.stderr
     for shown in (
         "plate0.png: ",
@@ -197,3 +205,11 @@ def test_command_line(plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ):
         failed = run(*arguments)
         assert (failed.exit_code, line in failed.stderr) == (code, True), failed.stderr
+
+
+@pytest.mark.parametrize(("given", "missing"), [((), ("detector", "llm")), (("--llm", "./mine"), ("detector",))])
+def test_no_model_is_a_default(given: tuple[str, ...], missing: tuple[str, ...], plates: Path):
+    shown = CliRunner().invoke(app, ["pipeline", "--images", str(plates), *given])
+    assert shown.exit_code == 2
+    for name, example in (("detector", "`yolo11n.pt`"), ("llm", "OpenAI-compatible server")):
+        assert (f"{name} is missing: " in shown.stderr and example in shown.stderr) == (name in missing), shown.stderr

@@ -7,7 +7,7 @@ import pytest
 from layerlens.config.vision_language import PipelineConfig
 from layerlens.exceptions import ConfigurationError
 from layerlens.models import Detection
-from layerlens.vision_language.prompt import build_messages, check_report, place
+from layerlens.vision_language.generation import build_messages, check_report, place
 
 NODULE = Detection("nodule", 0.934, (0, 0, 20, 20))
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from http_servers import WatchingProxy, serving
+from toys.language_model import example
 
 from layerlens.config.vision_language import PipelineConfig
 from layerlens.jobs.vision_language import run_vision_language
 from layerlens.vision_language import ServerModel
 from layerlens.vision_language import server_model as module
-from layerlens.vision_language.demo_language_model import example
 
 # What the `transformers` program runs, without torchvision, which cannot be imported beside a CPU-only torch.
 SERVE = "import sys; sys.modules['torchvision'] = None; from transformers.cli.transformers import main; main()"
@@ -32,7 +32,7 @@ START_S = 120
 def server(
     language_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, subprocess.Popen]]:
-    """host:port and process of a server with the builtin language model."""
+    """host:port and process of a server with the toy language model."""
     home = tmp_path_factory.mktemp("hf-home")
     (home / "hub").mkdir()
     with socket.socket() as free:
@@ -90,7 +90,7 @@ def test_token_times_agree_with_an_independent_client(server: tuple[str, subproc
 
 def test_the_server_dies_in_mid_stream(
     server: tuple[str, subprocess.Popen],
-    builtin_models: Path,
+    detector_weights: Path,
     language_model_dir: Path,
     plates: Path,
     tmp_path: Path,
@@ -107,8 +107,8 @@ def test_the_server_dies_in_mid_stream(
     warnings: list[str] = []
     with serving(WatchingProxy(server[0], kill)) as url:
         config = PipelineConfig(
-            images=(str(plates),), detector="builtin:plates", llm=url, llm_model=str(language_model_dir), retries=1,
-            warmup=0, threads=1,
+            images=(str(plates),), detector=str(detector_weights), llm=url, llm_model=str(language_model_dir),
+            retries=1, warmup=0, threads=1,
         )  # fmt: skip
         result = run_vision_language(config, tmp_path / "out", warn=warnings.append)
     assert process.wait(timeout=10) == -signal.SIGKILL

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerlens.vision_language.sse import EventParser
+from layerlens.vision_language.server_answer import EventParser
 
 STREAM = 'event: x\ndata: {"a": 1}\n\n: comment\r\ndata: zwei\r\ndata:größe\r\n\r\nid: 3\rdata: last\r\r\n'.encode()
 EVENTS = ['{"a": 1}', "zwei\ngröße", "last"]

@@ -8,6 +8,9 @@ and have no medical meaning.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +36,22 @@ def draw_plates(count: int, seed: int, *, empty_share: float = 0.1) -> list[Labe
         empty_share: share of plates without a finding.
     """
     return [_draw_plate(np.random.default_rng((seed, index)), empty_share) for index in range(count)]
+
+
+def write_dataset(folder: Path, plates: Sequence[LabelledImage]) -> Path:
+    """Write ``plates`` as a data set in YOLO's layout below ``folder`` and return its YAML file."""
+    for part in ("images/train", "labels/train"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for index, plate in enumerate(plates):
+        Image.fromarray(plate.pixels).save(folder / f"images/train/{index:04}.png")
+        lines = (
+            f"{label} {(x1 + x2) / 2 / SIZE} {(y1 + y2) / 2 / SIZE} {(x2 - x1) / SIZE} {(y2 - y1) / SIZE}\n"
+            for label, (x1, y1, x2, y2) in zip(plate.labels, plate.boxes, strict=True)
+        )
+        (folder / f"labels/train/{index:04}.txt").write_text("".join(lines), encoding="utf-8")
+    described = {"path": ".", "train": "images/train", "names": list(CLASSES)}
+    (folder / "data.yaml").write_text(json.dumps(described), encoding="utf-8")  # JSON is YAML
+    return folder / "data.yaml"
 
 
 def _draw_plate(random: np.random.Generator, empty_share: float) -> LabelledImage:
