@@ -9,7 +9,7 @@ import pytest
 import torch
 from cli_support import Invoke, parsed
 
-from layerlens.jobs import speeds
+from layerlens.bench import speeds
 from layerlens.utils.threads import available_cores
 
 
