@@ -49,9 +49,7 @@ def apply(
     peft = files.get("peft", manifest.parent / "peft")
     snippet = python_snippet(plan, manifest, peft if peft.is_dir() else None, model)
     if json:
-        from dataclasses import asdict
-
-        output.json_result({"manifest": asdict(plan), "files": files, "python": snippet})
+        output.json_result({"manifest": plan.fields(), "files": files, "python": snippet})
         return
     from layerlens.cli import tables
 

@@ -146,8 +146,7 @@ def _sizes(plan: Manifest, batch_size: int | None, sequence_length: int | None) 
     """Batch size and sequence length: as given, else those that the run predicted for."""
     from layerlens.config import LatencyProfile
 
-    recorded = plan.provenance.get("config")
-    optimization = recorded.get("optimization", {}) if isinstance(recorded, dict) else {}
+    optimization = (plan.provenance.config or {}).get("optimization", {})
     profile = optimization.get("latency_profile", {}) if isinstance(optimization, dict) else {}
     default = LatencyProfile()
     found = []

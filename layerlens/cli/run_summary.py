@@ -59,18 +59,18 @@ def next_command(result: RunResult) -> str:
 
 def as_json(result: RunResult) -> dict[str, Any]:
     """The result of a run as JSON values."""
-    manifest = result.manifest
+    manifest, written = result.manifest, result.manifest.fields()
     return {
         "directory": result.directory,
         "files": result.files,
-        "allocations": [asdict(row) for row in manifest.allocations],
-        "resources": [asdict(use) for use in manifest.resources],
+        "allocations": written["allocations"],
+        "resources": written["resources"],
         "score": manifest.score,
         "upper_bound": manifest.upper_bound,
         "gap": manifest.gap,
         "status": manifest.status,
         "solver": manifest.solver,
-        "predicted": manifest.predicted,
+        "predicted": written["predicted"],
         "measured": result.measured,
         "explanations": [asdict(explanation) for explanation in result.explanations],
         "statistics_from_cache": result.statistics_from_cache,

@@ -29,7 +29,7 @@ def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, 
         tuned = f"PeftModel.from_pretrained(base, {short(peft_directory)!r}, is_trainable=True)"
     else:
         standard = ["from pathlib import Path", ""]
-        measured = manifest.choice.lora.is_measured and "lora" in methods
+        measured = manifest.lora.is_measured and "lora" in methods
         names = "apply, read_factors" if measured else "apply"
         own = ["from layerlens.manifest import read_manifest", f"from layerlens.tuning import {names}"]
         imports = [*imports, "", *own] if imports else own
@@ -44,11 +44,11 @@ def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, 
 
 def _base_model(manifest: Manifest, model: str | None) -> tuple[list[str], str]:
     """The imports and the expression that load the base model."""
-    name, task = str(model or manifest.model.get("name_or_path") or ""), manifest.model.get("task")
+    name, task = model or manifest.model.name_or_path or "", manifest.model.task or ""
     kind = TASKS.get(task)
-    labels = kind.n_outputs(manifest.model.get("labels") or ()) if kind else 0
+    labels = kind.n_outputs(manifest.model.labels or ()) if kind else 0
     if name.startswith("timm:"):
-        weights = manifest.model.get("weights")
+        weights = manifest.model.weights
         known = f", pretrained={weights is None}, num_classes={labels}"
         return ["import timm"], f"timm.create_model({name.removeprefix('timm:')!r}{known})"
     if not name or name.startswith("factory:") or kind is None or not kind.auto_class:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from layerlens.cli.layer_names import Position, positions
 from layerlens.cli.units import METHOD_LETTERS, RESOURCE_NAMES, amount, gap, scaled, share, significant
-from layerlens.models import LayerExplanation, Manifest, ManifestRow, Option, ResourceUse
+from layerlens.models import LayerExplanation, Manifest, ManifestRow, Option, Predicted, ResourceUse
 
 FEW_LAYERS = 8
 BAR_WIDTH = 10
@@ -67,24 +67,25 @@ def certificate(manifest: Manifest) -> Text:
     return text.append(f" Utility model: {manifest.utility_model}, in {manifest.utility_unit}.")
 
 
-def calibration(predicted: Mapping[str, Any]) -> Text | None:
+def calibration(predicted: Predicted) -> Text | None:
     """What the proxies showed; None where the utilities are not calibrated."""
-    if not predicted.get("calibrated"):
+    found = predicted.calibration
+    if found is None or predicted.gain_interval is None:
         return None
-    found, (low, high) = predicted["calibration"], predicted["gain_interval"]
-    steps = f"{found['proxies']} options trained for {found['steps']} steps"
+    low, high = predicted.gain_interval
+    steps = f"{found.proxies} options trained for {found.steps} steps"
     text = Text.assemble(
         "Predicted loss drop: ",
-        (f"{predicted['gain']:.4g}", "bold"),
+        (f"{predicted.gain:.4g}", "bold"),
         f" per sample (95 %: {low:.3g} to {high:.3g})",
     )
-    if found["spearman"] is None:
+    if found.spearman is None:
         return text.append(f", from {steps}; they were too alike to say how well the utilities rank them.")
-    interval = found["spearman_interval"]
+    interval = found.spearman_interval
     style = "" if interval is None else "green" if interval[0] > 0.0 else "yellow"
     span = "" if interval is None else f" (95 %: {interval[0]:.2f} to {interval[1]:.2f})"
     text.append(f", from {steps}, which the utilities ranked with a Spearman of ")
-    return text.append(f"{found['spearman']:.2f}{span}", style=style).append(".")
+    return text.append(f"{found.spearman:.2f}{span}", style=style).append(".")
 
 
 def measured(checks: Mapping[str, Any]) -> RenderableType | None:

@@ -36,13 +36,13 @@ def prepare_baseline(
     """
     request = BaselineRequest(
         model=pretrained.model,
-        spec=model_spec(pretrained, str(manifest.model["name_or_path"]), adapter_sites=config.profiling.adapter_sites),
+        spec=model_spec(pretrained, manifest.model.name_or_path or "", adapter_sites=config.profiling.adapter_sites),
         facts=manifest.model,
-        budget=sum(row.cost for row in manifest.allocations),
+        budget=manifest.trainable_params,
         batches=FirstEpoch(data, config.training.batch_size, seed, next(pretrained.model.parameters()).device),
         total_steps=total_steps(len(data.train), config.training, processes()[0]),
         seed=seed,
-        alpha_over_r=float(manifest.choice.lora.alpha_over_r or config.optimization.alpha_over_r),
+        alpha_over_r=float(manifest.lora.alpha_over_r or config.optimization.alpha_over_r),
         learning_rate=config.training.learning_rate,
         loss=lambda model, batch: data.output(model, batch).loss,
     )
@@ -55,7 +55,7 @@ def baseline_facts(name: str, manifest: Manifest, prepared: Prepared, finished: 
     return {
         "name": name,
         "note": prepared.note,
-        "budget_params": sum(row.cost for row in manifest.allocations),
+        "budget_params": manifest.trainable_params,
         "trained_params": prepared.trained_params,
         "kept_params": finished.kept_params,
         "options": {option.layer: [option.method, option.rank] for option in options},

@@ -12,7 +12,7 @@ from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.transformers import PretrainedModel, longest_sequence, task_heads
 from layerlens.jobs.messages import Warnings
 from layerlens.jobs.solve import versions
-from layerlens.models import ModelSpec, ModelStatistics
+from layerlens.models import ModelFacts, ModelSpec, ModelStatistics
 from layerlens.profiling.cache import cache_key
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.tasks import TASKS
@@ -161,19 +161,20 @@ def check_identity(identity: dict[str, Any], train: Dataset, held_out: Dataset, 
     }  # fmt: skip
 
 
-def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset, spec: ModelSpec) -> dict[str, Any]:
+def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset, spec: ModelSpec) -> ModelFacts:
     """What the manifest records so that the base model can be loaded again."""
     task = TASKS[config.model.task]
-    return {
-        "task": config.model.task,
-        "dtype": config.model.dtype,
-        "num_labels": task.n_outputs(dataset.label_names),
-        "labels": list(dataset.label_names),
-        "head_modules": list(task_heads(pretrained.model)) if task.new_head else [],
-        "model_type": str(getattr(getattr(pretrained.model, "config", None), "model_type", "")),
-        **{name: value for name in ("weights", "loss") if (value := getattr(config.model, name)) is not None},
-        **({"left_out": dict(spec.left_out)} if spec.left_out else {}),
-    }
+    return ModelFacts(
+        task=config.model.task,
+        dtype=config.model.dtype,
+        num_labels=task.n_outputs(dataset.label_names),
+        labels=tuple(dataset.label_names),
+        head_modules=tuple(task_heads(pretrained.model)) if task.new_head else (),
+        model_type=str(getattr(getattr(pretrained.model, "config", None), "model_type", "")),
+        weights=config.model.weights,
+        loss=config.model.loss,
+        left_out=dict(spec.left_out) or None,
+    )
 
 
 def data_facts(statistics: ModelStatistics) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from layerlens.cost.trace import trace_step
 from layerlens.exceptions import ConfigurationError, LayerLensError
 from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import PretrainedModel, blocks_of, without_cache
-from layerlens.models import LayerSpec, ModelSpec
+from layerlens.models import LayerSpec, ModelSpec, Provenance
 from layerlens.profiling.footprint import dense_inputs
 from layerlens.profiling.request import EXACT_NTK_SAMPLES, StatisticsRequest
 from layerlens.profiling.sketches import COLUMNS, PROBES, ROWS
@@ -176,11 +176,11 @@ def checkpointed_activations(model: torch.nn.Module) -> Iterator[None]:
         disable()
 
 
-def memory_facts(plan: MemoryPlan, config: RunConfig) -> dict[str, Any]:
+def memory_facts(provenance: Provenance, plan: MemoryPlan, config: RunConfig) -> Provenance:
     """What the manifest records of it: nothing where the user neither limited memory nor chose."""
     if config.profiling.memory_mode == "auto" and config.profiling.max_memory_gb is None:
-        return {}
-    return {"memory_mode": plan.mode, "memory_mode_why": plan.why}
+        return provenance
+    return replace(provenance, memory_mode=plan.mode, memory_mode_why=plan.why)
 
 
 class _Keep(torch.autograd.Function):

@@ -57,17 +57,18 @@ def warn_of_overrun(manifest: Manifest, measured: dict[str, Any], warnings: Warn
 
 def warn_of_calibration(manifest: Manifest, joint: dict[str, Any], warnings: Warnings) -> None:
     """Say when the proxies speak against the utility model, or for treating all layers alike."""
-    found = manifest.predicted["calibration"]
-    if found["proxies"] < found["planned"]:
+    found = manifest.predicted.calibration
+    assert found is not None
+    if found.proxies < found.planned:
         warnings.add(
-            f"profiling.proxies: the time limit ended after {found['proxies']} of {found['planned']} options; "
+            f"profiling.proxies: the time limit ended after {found.proxies} of {found.planned} options; "
             "run it again to go on"
         )
-    interval = found["spearman_interval"]
+    interval = found.spearman_interval
     if interval is not None and interval[0] <= 0.0:
         warnings.add(
-            f"utility model {manifest.utility_model!r} did not clearly rank the {found['proxies']} trained options "
-            f"(Spearman {found['spearman']:.2f}, 95 % from {interval[0]:.2f} to {interval[1]:.2f}); train more "
+            f"utility model {manifest.utility_model!r} did not clearly rank the {found.proxies} trained options "
+            f"(Spearman {found.spearman:.2f}, 95 % from {interval[0]:.2f} to {interval[1]:.2f}); train more "
             "profiling.proxies.options or steps, or try another profiling.utility_model"
         )
     over = joint["loss_drop_over_uniform"]

@@ -11,7 +11,7 @@ from layerlens.cost import cost_table
 from layerlens.jobs.result import CHOICE_FILES
 from layerlens.jobs.solve import find_allocation, make_manifest, versions
 from layerlens.manifest import write_manifest
-from layerlens.models import ModelSpec, enumerate_options
+from layerlens.models import ModelFacts, ModelSpec, Provenance, enumerate_options
 from layerlens.utility import metrics_from_cache, weighted_table
 from layerlens.utils.atomic import staged_directory
 from layerlens.utils.validation import validate_activation_cache, validate_config, validate_model_spec
@@ -53,16 +53,16 @@ def run_pipeline(
         model_spec,
         solution,
         optimization_cfg,
-        model={"task": "", "num_labels": 0, "labels": [], "head_modules": [], "model_type": ""},
-        provenance={
-            "config": {
+        model=ModelFacts(task="", num_labels=0, labels=(), head_modules=(), model_type=""),
+        provenance=Provenance(
+            seed=0,
+            config={
                 "profiling": profiling_cfg.model_dump(mode="json"),
                 "optimization": optimization_cfg.model_dump(mode="json"),
             },
-            "seed": 0,
-            "statistics": {"source": "activation cache given by the caller"},
-            "versions": versions(),
-        },
+            statistics={"source": "activation cache given by the caller"},
+            versions=versions(),
+        ),
     )
     created_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with staged_directory(Path(output_dir), owned=CHOICE_FILES) as staging:

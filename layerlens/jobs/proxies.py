@@ -189,7 +189,7 @@ def joint_gains(
     for name, manifest, (measured, error) in zip(
         ("loss_drop", "uniform_loss_drop"), (chosen, uniform), found[:2], strict=True
     ):
-        predicted = float(manifest.predicted["gain"])
+        predicted = float(manifest.predicted.gain or 0.0)
         relative = (predicted - measured) / measured if measured else 0.0
         result[name] = {
             "predicted": predicted, "measured": measured, "relative_error": relative, "standard_error": error

@@ -46,7 +46,7 @@ from layerlens.jobs.together import (
     shared_directory,
 )
 from layerlens.manifest import write_manifest, write_report
-from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
+from layerlens.models import Manifest, ModelFacts, ModelSpec, ModelStatistics, enumerate_options
 from layerlens.optimization import frontier
 from layerlens.profiling.cache import cache_key
 from layerlens.profiling.measure import refuse_non_finite
@@ -146,9 +146,9 @@ def _run(
         statistics = found[1] if found is not None else measured_now
         assert statistics is not None
         facts = model_facts(pretrained, config, dataset, spec)
-        provenance = {"identity": identity, "model": facts}
+        made_of = {"identity": identity, "model": facts.fields()}
         statistics = replace(
-            statistics, provenance=provenance | ({} if processes.alone else {"processes": processes.size})
+            statistics, provenance=made_of | ({} if processes.alone else {"processes": processes.size})
         )
         if cache and found is None:
             cache.put(key, spec, statistics)
@@ -169,7 +169,7 @@ def _run(
     with clock.stage("solve"), progress.stage("Solving"):
         solution = _solve(config, spec, statistics, threads)
         warn_of_no_gain(solution, config, warnings)
-    provenance = run_provenance(config, threads, data_facts(statistics)) | memory_facts(prepared.plan, config)
+    provenance = memory_facts(run_provenance(config, threads, data_facts(statistics)), prepared.plan, config)
 
     def manifest_of(found: Solution) -> Manifest:
         return make_manifest(spec, found, config.optimization, model=facts, provenance=provenance)
@@ -195,7 +195,7 @@ def _run(
                 check_trainer, solution, lambda name: _solve(config, spec, statistics, threads, utility_model=name),
                 manifest_of, config, saved_check, progress, warnings,
             )  # fmt: skip
-        provenance |= {"proxy_check": checked.facts}
+        provenance = replace(provenance, proxy_check=checked.facts)
         manifest = manifest_of(solution)
         joint |= checked.measured
     if statistics.proxies:
@@ -285,7 +285,7 @@ def optimize_statistics(
         spec,
         solution,
         config.optimization,
-        model=facts["model"],
+        model=ModelFacts.of(facts["model"]),
         provenance=run_provenance(config, threads, data_facts(statistics)),
     )
     with staged_directory(output, owned=CHOICE_FILES) as staging:

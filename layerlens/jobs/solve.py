@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -16,12 +16,17 @@ from layerlens.models import (
     RESOURCES,
     Allocation,
     AllocationProblem,
+    CalibrationSummary,
     CostTable,
     LayerExplanation,
+    LoraSettings,
     Manifest,
     ManifestRow,
+    ModelFacts,
     ModelSpec,
+    Predicted,
     Prediction,
+    Provenance,
     ResourceUse,
     SolverEvent,
     UtilityTable,
@@ -83,8 +88,8 @@ def make_manifest(
     solution: Solution,
     config: OptimizationConfig,
     *,
-    model: dict[str, Any],
-    provenance: dict[str, Any],
+    model: ModelFacts,
+    provenance: Provenance,
 ) -> Manifest:
     """The manifest of a solution."""
     utilities, costs, problem, allocation = (
@@ -111,12 +116,9 @@ def make_manifest(
             )
         )
     return Manifest(
-        model={
-            "name_or_path": spec.model_name,
-            "fingerprint": spec.fingerprint,
-            "total_params": spec.total_params,
-            **model,
-        },
+        model=replace(
+            model, name_or_path=spec.model_name, fingerprint=spec.fingerprint, total_params=spec.total_params
+        ),
         allocations=tuple(rows),
         resources=_resource_uses(solution, config),
         score=allocation.value,
@@ -126,50 +128,41 @@ def make_manifest(
         solver=allocation.solver,
         utility_model=utilities.model,
         utility_unit=utilities.unit,
-        lora={
-            "alpha_over_r": config.alpha_over_r,
-            "use_rslora": config.use_rslora,
-            "initialization": config.lora_initialization,
-        },
+        lora=LoraSettings(config.alpha_over_r, config.use_rslora, config.lora_initialization),
         predicted=_predicted(utilities, problem.entries(allocation.choice)),
         provenance=provenance,
     )
 
 
-def _predicted(utilities: UtilityTable, chosen: np.ndarray) -> dict[str, Any]:
+def _predicted(utilities: UtilityTable, chosen: np.ndarray) -> Predicted:
     """Predicted gain of the chosen options, and what the prediction rests on."""
     gain = float(utilities.utility[chosen].sum())
     found = utilities.calibration
     if found is None:
-        return {"gain": gain, "unit": utilities.unit, "calibrated": False}
+        return Predicted(gain, unit=utilities.unit, calibrated=False)
     low, high = np.percentile(found.replicates__bo[:, chosen].sum(axis=1), [2.5, 97.5])
     study = found.study
-    return {
-        "gain": gain,
-        "gain_interval": [float(low), float(high)],
-        "unit": utilities.unit,
-        "calibrated": True,
-        "calibration": {
-            "proxies": len(study.gains),
-            "planned": study.planned,
-            "steps": study.steps,
-            "learning_rate": study.learning_rate,
-            "held_out_samples": study.held_out_samples,
-            "base_loss": study.base_loss,
-            "mean_standard_error": float(np.mean([one.standard_error for one in study.gains])),
-            "leave_one_out_rmse": found.leave_one_out_rmse,
-            **_ranking(found.overall),
-            "by_method": {method: _ranking(each) for method, each in found.by_method.items()},
-            "curves": {method: [list(knot) for knot in knots] for method, knots in found.curves.items()},
-        },
-    }
+    summary = CalibrationSummary(
+        proxies=len(study.gains),
+        planned=study.planned,
+        steps=study.steps,
+        learning_rate=study.learning_rate,
+        held_out_samples=study.held_out_samples,
+        base_loss=study.base_loss,
+        mean_standard_error=float(np.mean([one.standard_error for one in study.gains])),
+        leave_one_out_rmse=found.leave_one_out_rmse,
+        **_ranking(found.overall),
+        by_method={method: _ranking(each) for method, each in found.by_method.items()},
+        curves={method: [list(knot) for knot in knots] for method, knots in found.curves.items()},
+    )
+    return Predicted(gain, (float(low), float(high)), utilities.unit, calibrated=True, calibration=summary)
 
 
 def _ranking(found: Prediction) -> dict[str, Any]:
     return {
         "options": found.n_options,
         "spearman": found.spearman,
-        "spearman_interval": None if found.interval is None else list(found.interval),
+        "spearman_interval": found.interval,
     }
 
 
@@ -216,15 +209,15 @@ def recorded_config(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=NOT_RECORDED)
 
 
-def run_provenance(config: RunConfig, threads: int, statistics: dict[str, Any]) -> dict[str, Any]:
+def run_provenance(config: RunConfig, threads: int, statistics: dict[str, Any]) -> Provenance:
     """What a run was made from: nothing that differs between two runs of one configuration on one machine."""
-    return {
-        "config": recorded_config(config),
-        "seed": config.runtime.seed,
-        "threads": threads,
-        "statistics": statistics,
-        "versions": versions(),
-    }
+    return Provenance(
+        seed=config.runtime.seed,
+        config=recorded_config(config),
+        threads=threads,
+        statistics=statistics,
+        versions=versions(),
+    )
 
 
 def versions() -> dict[str, str]:

@@ -83,7 +83,7 @@ class Sweep:
             manifest = read_manifest(self.folder / task.directory / "manifest.json")
         except ManifestError:
             return None
-        made_by = manifest.provenance.get("config")
+        made_by = manifest.provenance.config
         return manifest if made_by == recorded_config(config or self.config_of(task)) else None
 
 

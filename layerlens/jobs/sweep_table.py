@@ -50,7 +50,7 @@ def _numbers(manifest: Manifest | None) -> dict[str, Any]:
     adapted = [row for row in rows if row.method != "none"]
     counts = {method: sum(row.method == method for row in adapted) for method in ("lora", "adapter", "prefix")}
     return {
-        "predicted_gain": manifest and manifest.predicted.get("gain"),
+        "predicted_gain": manifest and manifest.predicted.gain,
         "gain_unit": manifest and manifest.utility_unit,
         "score": manifest and manifest.score,
         "upper_bound": manifest and manifest.upper_bound,
@@ -58,5 +58,5 @@ def _numbers(manifest: Manifest | None) -> dict[str, Any]:
         **{resource: uses.get(resource) for resource in ("trainable_params", "flops", "vram_gb", "latency_ms")},
         "layers": manifest and len(adapted),
         **{method: manifest and count for method, count in counts.items()},
-        "statistics": manifest and manifest.provenance.get("statistics", {}).get("key"),
+        "statistics": manifest and (manifest.provenance.statistics or {}).get("key"),
     }

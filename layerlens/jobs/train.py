@@ -109,8 +109,8 @@ def recorded_config(manifest: Manifest) -> dict[str, Any]:
         ConfigurationError: the manifest does not have it, or it names Python code, which runs only when the user's own
             configuration says so.
     """
-    recorded = manifest.provenance.get("config")
-    if not isinstance(recorded, dict):
+    recorded = manifest.provenance.config
+    if recorded is None:
         raise ConfigurationError("the manifest does not record its run's configuration; give one with -c CONFIG")
     named = {
         "model.factory": recorded.get("model", {}).get("factory"),
@@ -123,7 +123,7 @@ def recorded_config(manifest: Manifest) -> dict[str, Any]:
                 f"the manifest's recorded configuration names Python code ({key}: {value}); if you trust it, give a "
                 "configuration that says so with -c CONFIG"
             )
-    return recorded
+    return dict(recorded)
 
 
 def train_config(manifest: Manifest) -> RunConfig:
@@ -181,14 +181,13 @@ def train_manifest(
     if main:
         check_writable(output)
     set_threads(resolve_threads(config.runtime.threads))
-    if config.model.factory is not None and config.model.reference == manifest.model.get("name_or_path"):
+    if config.model.factory is not None and config.model.reference == manifest.model.name_or_path:
         model = model or config.model.reference  # the user's own configuration says that this code may run
     with observed_stage("load"), progress.stage("Loading model and data"):
-        named = {"task": manifest.model.get("task"), "name_or_path": base_reference(manifest, model)}
+        named = {"task": manifest.model.task, "name_or_path": base_reference(manifest, model)}
         config = config.model_copy(update={"model": config.model.model_copy(update=named)})
         dataset = load_dataset(config.data, base_dir, config.model.task)
-        labels = [str(name) for name in manifest.model.get("labels") or ()]
-        dataset = _with_labels(dataset, labels, manifest)
+        dataset = _with_labels(dataset, list(manifest.model.labels or ()))
         pretrained = load_base(manifest, model, base_dir)
         check_lengths(pretrained, config)
         data = training_data(dataset, pretrained, task_for(config.model, base_dir), config, warnings.add)
@@ -198,7 +197,7 @@ def train_manifest(
     try:
         if baseline is None:
             factors = read_factors(path.parent / PEFT_DIRECTORY, manifest.choice)
-            kept = sum(row.cost for row in manifest.allocations)
+            kept = manifest.trainable_params
             prepared = Prepared(
                 apply(base, manifest, factors=factors),
                 kept,
@@ -228,8 +227,8 @@ def train_manifest(
             seed=config.runtime.seed,
             hooks=prepared.hooks,
             identity={
-                "model": manifest.model.get("fingerprint", ""),
-                "choice": [*manifest.choice.rows(), dict(manifest.lora)],
+                "model": manifest.model.fingerprint or "",
+                "choice": [*manifest.choice.rows(), manifest.lora.fields()],
                 "manifest_seed": manifest.choice.seed,
                 "method": baseline or "manifest",
             },
@@ -260,7 +259,7 @@ def train_manifest(
     )  # fmt: skip
 
 
-def _with_labels(dataset: Dataset, labels: list[str], manifest: Manifest) -> Dataset:
+def _with_labels(dataset: Dataset, labels: list[str]) -> Dataset:
     """The data with its classes numbered as the manifest has them."""
     if not dataset.label_names:
         return dataset
@@ -312,7 +311,7 @@ def _facts(
     resumed = training.pop("resumed_from")
     return {
         "task": config.model.task,
-        "model": {key: manifest.model.get(key) for key in ("name_or_path", "fingerprint")},
+        "model": {"name_or_path": manifest.model.name_or_path, "fingerprint": manifest.model.fingerprint},
         "samples": {"train": len(data.train), "evaluation": len(data.evaluation), "fingerprint": data.fingerprint},
         "before": before,
         "after": result.metrics,

@@ -17,12 +17,12 @@ def calibration_section(manifest: Manifest, found: Calibration | None) -> dict[s
     if found is None:
         return {}
     study = found.study
-    low, high = manifest.predicted["gain_interval"]
+    low, high = manifest.predicted.gain_interval or (0.0, 0.0)
     facts = [
         ("Spearman, theory against gain", ranking(found.overall)),
         (
             "Predicted loss drop of the choice",
-            f"{number(manifest.predicted['gain'])} ({number(low)} to {number(high)})",
+            f"{number(manifest.predicted.gain or 0.0)} ({number(low)} to {number(high)})",
         ),
         ("Options trained", f"{len(study.gains)} of {study.planned}, {study.steps} steps each"),
         ("Held-out samples", f"{study.held_out_samples}, loss {number(study.base_loss)} before"),

@@ -10,7 +10,8 @@ import yaml
 
 from layerlens.exceptions import ManifestError
 from layerlens.manifest.schema import check_document
-from layerlens.models import Manifest, ManifestRow, ResourceUse
+from layerlens.models import CalibrationSummary, Manifest, ManifestRow, ResourceUse
+from layerlens.models.manifest import SECTIONS
 from layerlens.storage import local_or_url, read_bytes, shown
 
 MAX_BYTES = 64 * 2**20
@@ -36,10 +37,15 @@ def read_document(path: Path) -> tuple[Manifest, str]:
         ManifestError: see ``read_manifest``.
     """
     path = Path(path)
-    document = check_document(_parse(path, _text(path)), shown(path))
+    raw = _parse(path, _text(path))
+    document = check_document(raw, shown(path))
     fields = document.model_dump(exclude={"schema_version", "created_at"}, exclude_unset=True)
     fields["allocations"] = tuple(ManifestRow(**row) for row in fields["allocations"])
     fields["resources"] = tuple(ResourceUse(**row) for row in fields["resources"])
+    if calibration := fields["predicted"].get("calibration"):
+        fields["predicted"]["calibration"] = CalibrationSummary(**calibration)
+    for name, kind in SECTIONS.items():
+        fields[name] = kind.of(fields[name], order=tuple(raw[name]))
     return Manifest(**fields), document.created_at
 
 

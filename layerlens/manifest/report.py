@@ -40,6 +40,7 @@ from layerlens.models import (
     Manifest,
     ManifestRow,
     ModelStatistics,
+    Predicted,
     ResourceUse,
     SolverEvent,
     UtilityTable,
@@ -89,9 +90,9 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
-    curves = curves_section(manifest, utilities, costs, statistics)
+    curves, written = curves_section(manifest, utilities, costs, statistics), manifest.fields()
     page = environment.get_template("report.html.j2").render(
-        model=str(manifest.model.get("name_or_path", "")),
+        model=manifest.model.name_or_path or "",
         summary=_summary(manifest),
         budgets=[_budget(use) for use in manifest.resources],
         heat=heat_map(manifest.allocations),
@@ -106,7 +107,7 @@ def write_report(
         explained=bool(explanations),
         solver=_solver(events),
         measured_on=_measured_on(statistics),
-        provenance=list(_flat({"model": manifest.model, "lora": manifest.lora, **manifest.provenance})),
+        provenance=list(_flat({"model": written["model"], "lora": written["lora"], **written["provenance"]})),
         method_names=METHOD_NAMES,
     )
     atomic_write_text(Path(path), page)
@@ -118,7 +119,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
         "layers": len(manifest.allocations),
         "adapted": sum(counts.values()),
         "counts": [(METHOD_NAMES[method], count) for method, count in counts.items() if count],
-        "parameters": number(sum(row.cost for row in manifest.allocations)),
+        "parameters": number(manifest.trainable_params),
         "share": _share_of_model(manifest),
         "tightest": _tightest(manifest.resources),
         "gain": _gain(manifest.predicted),
@@ -134,17 +135,17 @@ def _tightest(resources: Sequence[ResourceUse]) -> dict[str, str]:
     return {"name": in_sentence(resource_name(name)), "used": percent(shares[name])}
 
 
-def _gain(predicted: Mapping[str, Any]) -> dict[str, str]:
+def _gain(predicted: Predicted) -> dict[str, str]:
     """The predicted loss drop and its interval; empty where the utilities are not calibrated."""
-    if not predicted.get("calibrated"):
+    if not predicted.calibrated or predicted.gain is None or predicted.gain_interval is None:
         return {}
-    low, high = predicted["gain_interval"]
-    return {"value": number(predicted["gain"]), "interval": f"{number(low)} to {number(high)}"}
+    low, high = predicted.gain_interval
+    return {"value": number(predicted.gain), "interval": f"{number(low)} to {number(high)}"}
 
 
 def _share_of_model(manifest: Manifest) -> str:
-    total = manifest.model.get("total_params")
-    return percent(sum(row.cost for row in manifest.allocations) / total, digits=2) if total else ""
+    total = manifest.model.total_params
+    return percent(manifest.trainable_params / total, digits=2) if total else ""
 
 
 def _budget(use: ResourceUse) -> dict[str, Any]:

@@ -135,6 +135,11 @@ class ModelEntry(_OpenPart):
     labels: list[Text] = Field(default=[], description="Name of each class, in the order of the logits.")
     head_modules: list[Text] = Field(default=[], description="Modules of the task head, which is trained whole.")
     model_type: Text = Field(default="", description="transformers' model_type.")
+    weights: Text | None = Field(default=None, description="File of weights that the configuration named.")
+    loss: Text | None = Field(default=None, description="Code of the loss that the configuration named.")
+    left_out: dict[str, str] | None = Field(
+        default=None, description="Layers that no method can adapt, each with its reason."
+    )
 
 
 class LoraEntry(_OpenPart):
@@ -155,12 +160,57 @@ class LoraEntry(_OpenPart):
     )
 
 
+class RankingEntry(_Part):
+    """How well utilities ranked measured gains."""
+
+    options: Whole = Field(description="Options compared.")
+    spearman: Number | None = Field(description="Rank correlation; null where either is constant.")
+    spearman_interval: tuple[Number, Number] | None = Field(description="Its 95 % bootstrap interval.")
+
+
+class CalibrationEntry(_Part):
+    """What the trained proxies showed."""
+
+    proxies: Whole = Field(description="Options trained.")
+    planned: Whole = Field(description="Options that were to be trained.")
+    steps: Whole = Field(description="Steps of each training.")
+    learning_rate: Number = Field(description="Of each training.")
+    held_out_samples: Whole = Field(description="Samples that were judged on.")
+    base_loss: Number = Field(description="Mean loss of the frozen model on them.")
+    mean_standard_error: Number = Field(description="Of the measured gains.")
+    leave_one_out_rmse: Number = Field(description="Of an option predicted from the others, per sample.")
+    options: Whole = Field(description="Options compared.")
+    spearman: Number | None = Field(description="Rank correlation; null where either is constant.")
+    spearman_interval: tuple[Number, Number] | None = Field(description="Its 95 % bootstrap interval.")
+    by_method: dict[str, RankingEntry] = Field(description="Each method alone.")
+    curves: dict[str, list[list[Number]]] = Field(description="Knots (utility, loss drop) by method.")
+
+
+class PredictedEntry(_OpenPart):
+    """The predicted gain of the choice."""
+
+    gain: Number | None = Field(default=None, description="Sum over the chosen options, in `unit`.")
+    gain_interval: tuple[Number, Number] | None = Field(default=None, description="Its 95 % interval.")
+    unit: Text | None = Field(default=None, description="What it is measured in.")
+    calibrated: bool | None = Field(default=None, description="Whether proxies were trained.")
+    calibration: CalibrationEntry | None = Field(default=None, description="What they showed.")
+
+
 class ProvenanceEntry(_OpenPart):
     """Fingerprints, versions and configuration that the numbers rest on."""
 
     seed: Whole | None = Field(
         default=None, description="Seed of every new weight; needed where a layer is adapted, so that all agree on it."
     )
+    config: dict[str, JsonValue] | None = Field(default=None, description="Configuration of the run.")
+    threads: Whole | None = Field(default=None, description="Threads that measured and solved.")
+    statistics: dict[str, JsonValue] | None = Field(
+        default=None, description="Identity of the data and of what was measured on it."
+    )
+    versions: dict[str, str] | None = Field(default=None, description="Versions of the packages behind the numbers.")
+    memory_mode: Text | None = Field(default=None, description="How the model was measured within a memory limit.")
+    memory_mode_why: Text | None = Field(default=None, description="Why so.")
+    proxy_check: dict[str, JsonValue] | None = Field(default=None, description="What the proxy check found.")
 
 
 class ManifestDocument(_Part):
@@ -186,14 +236,13 @@ class ManifestDocument(_Part):
     utility_model: str = Field(description="Which utility model made the utilities.")
     utility_unit: str = Field(description="What utilities are measured in.")
     lora: LoraEntry = Field(description="Scale and initialisation of LoRA.")
-    predicted: dict[str, JsonValue] = Field(description="Predicted gain and what it rests on.")
+    predicted: PredictedEntry = Field(description="Predicted gain and what it rests on.")
     provenance: ProvenanceEntry = Field(description="Fingerprints, versions, configuration, seed.")
 
     @model_validator(mode="after")
     def _finite_values(self) -> ManifestDocument:
         for name in ("model", "lora", "predicted", "provenance"):
-            part = getattr(self, name)
-            _refuse_not_finite(part.model_extra if isinstance(part, BaseModel) else part, name)
+            _refuse_not_finite(getattr(self, name).model_dump(exclude_unset=True), name)
         return self
 
     @model_validator(mode="after")

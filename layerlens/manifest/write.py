@@ -7,7 +7,6 @@ double, so reading a manifest again loses nothing.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import yaml
 from layerlens.exceptions import ManifestError
 from layerlens.manifest.schema import check_document
 from layerlens.models import Manifest
-from layerlens.models.manifest import SCHEMA_VERSION
+from layerlens.models.manifest import SCHEMA_VERSION, SECTIONS
 from layerlens.utils.atomic import atomic_write_text
 
 
@@ -68,8 +67,9 @@ def to_document(manifest: Manifest, created_at: str) -> dict[str, Any]:
     Raises:
         ManifestError: see ``write_manifest``.
     """
-    fields = {"schema_version": SCHEMA_VERSION, "created_at": created_at, **asdict(manifest)}
-    return check_document(_plain(fields, ""), "manifest").model_dump(exclude_unset=True)
+    fields = _plain({"schema_version": SCHEMA_VERSION, "created_at": created_at, **manifest.fields()}, "")
+    checked = check_document(fields, "manifest").model_dump(mode="json", exclude_unset=True)
+    return checked | {name: {key: checked[name][key] for key in fields[name]} for name in SECTIONS}
 
 
 def _plain(value: Any, place: str) -> Any:

@@ -2,49 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from layerlens.exceptions import ManifestError
+from layerlens.models.facts import LoraSettings
 from layerlens.models.model_spec import ModelSpec
 from layerlens.models.options import LORA, NONE, Option, trainable_params
-
-INITIALIZATIONS = ("default", "pca", "gradient_svd")
-"""How LoRA's A begins; B is zero with each of them. ``tuning.initialization`` says what they are."""
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """How LoRA layers are scaled and begin.
-
-    Args:
-        alpha_over_r: the scale alpha/r, one for the model; needed where a layer has LoRA.
-        use_rslora: scale by alpha/√r instead, alpha being alpha_over_r times the largest rank.
-        initialization: how A begins, one of ``INITIALIZATIONS``.
-        generator: what makes A and B while they are trained ("": nothing, they train themselves).
-
-    Raises:
-        ManifestError: a value that LoRA cannot have.
-    """
-
-    alpha_over_r: float | None = None
-    use_rslora: bool = False
-    initialization: str = "default"
-    generator: str = ""
-
-    def __post_init__(self) -> None:
-        if self.initialization not in INITIALIZATIONS:
-            known = ", ".join(INITIALIZATIONS)
-            raise ManifestError(f"lora.initialization: {self.initialization!r} is not known; known: {known}")
-        if self.alpha_over_r is not None and not 0 < self.alpha_over_r < math.inf:
-            raise ManifestError(f"lora.alpha_over_r: must be a number above 0, got {self.alpha_over_r!r}")
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether A begins from what was measured on data."""
-        return self.initialization != "default"
 
 
 @dataclass(frozen=True)

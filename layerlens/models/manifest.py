@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from layerlens.models.choice import Choice, LoraSettings
+from layerlens.models.choice import Choice
+from layerlens.models.facts import LoraSettings, ModelFacts, Predicted, Provenance, Section
 from layerlens.models.options import Option
 
 SCHEMA_VERSION = "1.0"
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelFacts,
+    "lora": LoraSettings,
+    "predicted": Predicted,
+    "provenance": Provenance,
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Manifest:
     """Everything that ``manifest.json`` holds, apart from its timestamps.
 
     Args:
-        model: name, fingerprint, total_params, task, num_labels, labels (what is needed to load the base model again).
+        model: the base model, as it is needed to load it again.
         allocations: one row for each layer, in the order of the model.
         resources: one entry for each resource.
         score: what the solver maximised, summed over the layers.
@@ -70,12 +78,15 @@ class Manifest:
         solver: the stages that found and proved it.
         utility_model: which utility model made the utilities.
         utility_unit: and their unit.
-        lora: ``alpha_over_r`` (one constant for the model), ``use_rslora`` and ``initialization`` of the LoRA layers.
+        lora: scale and beginning of the LoRA layers.
         predicted: predicted gain and what it rests on.
         provenance: data and statistics fingerprints, versions, configuration, seed.
+
+    ``choice`` is what is put into a model. Score, bound, gap, status and solver are its certificate: only a solver
+    makes one.
     """
 
-    model: dict[str, Any]
+    model: ModelFacts
     allocations: tuple[ManifestRow, ...]
     resources: tuple[ResourceUse, ...]
     score: float
@@ -85,20 +96,38 @@ class Manifest:
     solver: str
     utility_model: str
     utility_unit: str
-    lora: dict[str, Any] = field(default_factory=dict)
-    predicted: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    predicted: Predicted = field(default_factory=Predicted)
+    provenance: Provenance = field(default_factory=Provenance)
 
     @cached_property
     def choice(self) -> Choice:
         """What is put into the model, without what it costs and how good it is."""
         return Choice(
             tuple(Option(row.layer, row.method, row.rank) for row in self.allocations),
-            seed=self.provenance.get("seed", 0),
-            lora=LoraSettings(**self.lora),
-            head_modules=tuple(self.model.get("head_modules") or ()),
-            task=str(self.model.get("task") or ""),
+            seed=self.provenance.seed or 0,
+            lora=self.lora,
+            head_modules=self.model.heads,
+            task=self.model.task or "",
         )
+
+    @property
+    def trainable_params(self) -> int:
+        """Parameters that the choice trains, the task head not counted."""
+        return sum(row.cost for row in self.allocations)
+
+    def fields(self) -> dict[str, Any]:
+        """The manifest by name as its file has it."""
+        parts = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return {name: _plain(part) for name, part in parts.items()}
+
+
+def _plain(part: Any) -> Any:
+    if isinstance(part, Section):
+        return {name: _plain(value) for name, value in part.fields().items()}
+    if isinstance(part, tuple) and part and dataclasses.is_dataclass(part[0]):
+        return [_plain(each) for each in part]
+    return asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part
 
 
 def choice_of(given: Choice | Manifest) -> Choice:

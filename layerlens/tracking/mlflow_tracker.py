@@ -98,7 +98,7 @@ class MlflowTracker:
         """
         import mlflow.pyfunc
 
-        task = str(manifest.model.get("task"))
+        task = manifest.model.task or ""
         with tempfile.TemporaryDirectory(prefix="layerlens-") as work:
             adapter, saved = Path(work) / "files", Path(work) / ADAPTER_ARTEFACT
             adapter.mkdir()
@@ -109,13 +109,15 @@ class MlflowTracker:
                 self.client.log_artifacts(self.run_id, str(adapter), ADAPTER_ARTEFACT)
                 logger.warning("tracking: a model of the task %s is kept as files, not as an MLflow model", task)
                 return
-            labels = [str(label) for label in manifest.model.get("labels") or ()]
+            labels = list(manifest.model.labels or ())
             needs_layerlens = LAYERLENS_FILE in files
-            facts = {name: manifest.model.get(name) for name in ("name_or_path", "task")} | {
+            facts = {
+                "name_or_path": manifest.model.name_or_path,
+                "task": task,
                 "labels": labels,
                 "auto_class": kind.auto_class,
                 "num_labels": kind.n_outputs(labels),
-                "dtype": manifest.model.get("dtype") or "float32",
+                "dtype": manifest.model.dtype or "float32",
                 "seed": manifest.choice.seed,
             }
             mlflow.pyfunc.save_model(

@@ -17,15 +17,17 @@ def base_reference(manifest: Manifest, model: str | None) -> str:
         ManifestError: the manifest lacks what loading needs, or names Python code, which runs only when the user says
             so.
     """
-    told = {**manifest.model, "name_or_path": model or manifest.model.get("name_or_path")}
-    task = TASKS.get(told.get("task"))
-    for key in ("name_or_path", "task", *(("labels",) if task is not None and task.classes else ())):
-        if not told.get(key):
+    facts = manifest.model
+    reference, task = model or facts.name_or_path or "", TASKS.get(facts.task or "")
+    needed: dict[str, object] = {"name_or_path": reference, "task": facts.task}
+    if task is not None and task.classes:
+        needed["labels"] = facts.labels
+    for key, value in needed.items():
+        if not value:
             raise ManifestError(
                 f"the manifest has no model.{key}, so its base model cannot be loaded; "
                 "`layerlens run` writes manifests that have it"
             )
-    reference = str(told["name_or_path"])
     if reference.startswith("factory:") and model is None:
         raise ManifestError(
             f"the base model is made by Python code that the manifest names ({reference}); if you trust it, say so "
@@ -47,13 +49,13 @@ def load_base(manifest: Manifest, model: str | None = None, base_dir: Path | Non
         ModelNotFoundError: the model cannot be found or read.
     """
     reference = base_reference(manifest, model)
-    weights = manifest.model.get("weights")
+    facts = manifest.model
     return load_pretrained(
         reference,
-        str(manifest.model["task"]),
-        [str(label) for label in manifest.model.get("labels") or ()],
+        facts.task or "",
+        facts.labels or (),
         seed=manifest.choice.seed,
         base_dir=base_dir,
-        dtype=str(manifest.model.get("dtype") or "float32"),
-        weights=None if weights is None else str(weights),
+        dtype=facts.dtype or "float32",
+        weights=facts.weights,
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import BASE_PREFIX, injected_ranks, lora_shape, why_not_adaptable
 from layerlens.integrations.torch_modules import find_module
+from layerlens.models import ModelFacts
 from layerlens.tuning.generators.attach import ordinary_lora
 from layerlens.tuning.initialization import ADAPTER_WEIGHTS
 from layerlens.tuning.storage import MODULES_FILE, SavedModules, model_bytes, read_modules
@@ -92,7 +93,7 @@ def load(
         )
     if attached(base) or injected_ranks(base):
         raise ManifestError("the model already has LoRA layers, adapters or prefixes; load the base model afresh")
-    saved = SavedModules((), {}, {})
+    saved = SavedModules((), {}, ModelFacts())
     if has_modules:
         saved = read_modules(base, directory / MODULES_FILE, check_fingerprint=check_fingerprint)
     if not has_peft:
@@ -101,7 +102,7 @@ def load(
     return saved.put_into(_with_peft(base, peft_directory, saved.facts, trainable), trainable=trainable)
 
 
-def _with_peft(base: torch.nn.Module, directory: Path, facts: dict[str, Any], trainable: bool) -> torch.nn.Module:
+def _with_peft(base: torch.nn.Module, directory: Path, facts: ModelFacts, trainable: bool) -> torch.nn.Module:
     from peft import PeftModel
     from peft.utils.other import ModulesToSaveWrapper
 

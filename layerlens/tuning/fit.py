@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import lora_module, lora_shape
 from layerlens.integrations.torch_modules import find_module
 from layerlens.integrations.transformers import weights_fingerprint
-from layerlens.models import Choice, Manifest, Option, choice_of
+from layerlens.models import Choice, Manifest, ModelFacts, Option, choice_of
 
 if TYPE_CHECKING:
     import torch
 
 
-def heads_of(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the task head's modules, which are trained beside the chosen options.
-
-    Raises:
-        ManifestError: the field is not a list of names.
-    """
-    names = facts.get("head_modules") or []
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ManifestError(f"model.head_modules: must be a list of module names, got {names!r}")
-    return tuple(names)
-
-
 def fitting_choice(
     model: torch.nn.Module, given: Choice | Manifest, *, check_fingerprint: bool = True
-) -> tuple[Choice, dict[str, Any]]:
+) -> tuple[Choice, ModelFacts]:
     """The choice in ``given``, which fits ``model``, and what a manifest says of its base model.
 
     Raises:
@@ -39,7 +27,7 @@ def fitting_choice(
     choice = choice_of(given)
     check_names(model, choice)
     if not isinstance(given, Manifest):
-        return choice, {"head_modules": list(choice.head_modules)}
+        return choice, ModelFacts(head_modules=choice.head_modules)
     if check_fingerprint:
         check_weights(model, given.model)
     check_costs(model, given, choice.chosen)
@@ -82,8 +70,8 @@ def check_costs(model: torch.nn.Module, manifest: Manifest, options: Sequence[Op
             )
 
 
-def check_weights(model: torch.nn.Module, facts: Mapping[str, Any], source: str = "the manifest") -> None:
-    """Refuse a model whose weights are not those that ``facts``, a manifest's ``model`` section, describes.
+def check_weights(model: torch.nn.Module, facts: ModelFacts, source: str = "the manifest") -> None:
+    """Refuse a model whose weights are not those that ``facts`` describes.
 
     The task head is left out when it was new then: it is random in every freshly loaded model. Facts without a
     fingerprint (written without the model at hand) fit any weights.
@@ -91,17 +79,17 @@ def check_weights(model: torch.nn.Module, facts: Mapping[str, Any], source: str 
     Raises:
         ManifestError: the number of parameters or the fingerprint differs.
     """
-    expected = facts.get("fingerprint")
+    expected = facts.fingerprint
     if not expected:
         return
-    counted, total = facts.get("total_params"), sum(parameter.numel() for parameter in model.parameters())
+    counted, total = facts.total_params, sum(parameter.numel() for parameter in model.parameters())
     if counted and counted != total:
         raise ManifestError(f"{source} was made for a model of {counted:,} parameters, this one has {total:,}")
-    heads = tuple(name + "." for name in heads_of(facts))
+    heads = tuple(name + "." for name in facts.heads)
     head_parameters = [name for name in model.state_dict() if heads and name.startswith(heads)]
     if expected not in (weights_fingerprint(model, head_parameters), weights_fingerprint(model)):
         raise ManifestError(
             f"these are not the weights that {source} was made for: fingerprint "
-            f"{weights_fingerprint(model, head_parameters)[:12]}… instead of {str(expected)[:12]}…; load "
-            f"{facts.get('name_or_path')!r} in the precision it was profiled in, or profile this model"
+            f"{weights_fingerprint(model, head_parameters)[:12]}… instead of {expected[:12]}…; load "
+            f"{facts.name_or_path!r} in the precision it was profiled in, or profile this model"
         )

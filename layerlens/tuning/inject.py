@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import injected_ranks, lora_config, zero_step_tensors
 from layerlens.integrations.torch_modules import find_module
-from layerlens.models import Choice, Manifest
+from layerlens.models import Choice, Manifest, ModelFacts
 from layerlens.tuning.fit import fitting_choice
 from layerlens.tuning.generators import attach_generator, load_generator
 from layerlens.tuning.undo import note_before
@@ -24,7 +24,7 @@ def apply(
     given: Choice | Manifest,
     *,
     factors: Mapping[str, torch.Tensor] | None = None,
-    facts: Mapping[str, Any] | None = None,
+    facts: ModelFacts | None = None,
     check_fingerprint: bool = True,
 ) -> torch.nn.Module:
     """Make ``model`` ready to train as a choice says; no logit changes until a step is taken.
@@ -68,7 +68,7 @@ def apply(
 
     # PEFT trains a copy of the head; without it the head itself is trained.
     in_place = () if has_lora else [name for name, _ in model.named_parameters() if name.startswith(_below(names))]
-    note_before(model, dict(facts or known), in_place)
+    note_before(model, facts or known, in_place)
     keep_statistics(model, heads)
     tuned = model.requires_grad_(False) if config is None else _with_lora(model, choice, config, tensors)
     for target, module in zip(targets, added, strict=True):

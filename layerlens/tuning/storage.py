@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.torch_modules import find_module
-from layerlens.models import Option
+from layerlens.models import ModelFacts, Option
 from layerlens.tuning.fit import check_weights
 from layerlens.tuning.undo import base_of, before_of, note_before
 from layerlens.utils.atomic import atomic_write_bytes
@@ -54,13 +54,13 @@ def model_bytes(model: torch.nn.Module) -> bytes | None:
     others = {} if base is not model else _other_trained(model)
     if not found and not others:
         return None
-    return modules_bytes(found, others, before.facts if before else {})
+    return modules_bytes(found, others, before.facts if before else ModelFacts())
 
 
 def modules_bytes(
     modules: Mapping[str, tuple[str, torch.nn.Module]],
     others: Mapping[str, torch.Tensor],
-    facts: Mapping[str, Any] | None = None,
+    facts: ModelFacts | None = None,
 ) -> bytes:
     """The content of the file for (method, module) by layer, and for other trained tensors by name."""
     from safetensors.torch import save
@@ -73,7 +73,8 @@ def modules_bytes(
             tensors[f"{layer}.{CHILDREN[method]}.{name}"] = tensor.cpu().contiguous()
     entries = [{"layer": layer, "method": method, "rank": module.rank} for layer, (method, module) in modules.items()]
     described = {"format": FORMAT, "modules": entries, "others": sorted(others)}
-    described["base"] = {key: (facts or {})[key] for key in BASE_FACTS if (facts or {}).get(key)}
+    known = (facts or ModelFacts()).fields()
+    described["base"] = {key: known[key] for key in BASE_FACTS if known.get(key)}
     return save(tensors, metadata={"layerlens": json.dumps(described, sort_keys=True)})
 
 
@@ -104,7 +105,7 @@ class SavedModules:
 
     modules: tuple[tuple[torch.nn.Module, torch.nn.Module], ...]
     others: dict[str, torch.Tensor]
-    facts: dict[str, Any]
+    facts: ModelFacts
 
     def put_into(self, model: torch.nn.Module, *, trainable: bool) -> torch.nn.Module:
         """Attach everything to the model that it was checked against."""
@@ -154,7 +155,7 @@ def read_modules(model: torch.nn.Module, path: Path, *, check_fingerprint: bool 
     for name, tensor in tensors.items():
         if name not in description["others"] or name not in known or known[name].shape != tensor.shape:
             raise ManifestError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in {type(base).__name__}")
-    facts = description.get("base", {})
+    facts = ModelFacts.of(description.get("base", {}))
     if check_fingerprint and base is model:  # LoRA in it hides the base model's names
         check_weights(base, facts, str(path))
     return SavedModules(tuple(pairs), tensors, facts)

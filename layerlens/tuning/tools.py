@@ -83,7 +83,7 @@ def export_for(
     texts = wanted.files(chosen, base, resolve_model_path(name))
     with staged_directory(output, owned=(PEFT_DIRECTORY, *texts)) as staging:
         if wanted.starts_from_peft:
-            export_adapter(chosen, base, staging, read_factors(measured, chosen), manifest.model.get("name_or_path"))
+            export_adapter(chosen, base, staging, read_factors(measured, chosen), manifest.model.name_or_path)
         for file, text in texts.items():
             (staging / file).write_text(text, encoding="utf-8")
         names = sorted(path.name for path in staging.iterdir())

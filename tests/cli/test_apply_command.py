@@ -15,7 +15,7 @@ from layerlens import tuning
 from layerlens.cli.snippets import python_snippet
 from layerlens.exceptions import ManifestError
 from layerlens.manifest import write_manifest
-from layerlens.models import Manifest
+from layerlens.models import Manifest, ModelFacts
 
 
 def saved(plan: Manifest, folder: Path) -> Path:
@@ -48,7 +48,7 @@ def test_lora_alone_needs_no_layerlens_once_it_is_exported(tmp_path: Path) -> No
 
 
 def test_a_model_that_the_manifest_does_not_name(tmp_path: Path) -> None:
-    code = python_snippet(Manifest(**{**vars(few()), "model": {}}), tmp_path / "m.json", None)
+    code = python_snippet(Manifest(**{**vars(few()), "model": ModelFacts()}), tmp_path / "m.json", None)
     ast.parse(code)
     assert "base = ...  # your model: the one that was measured" in code
 

@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from layerlens.cli import tables
 from layerlens.cli.layer_names import Position, positions
 from layerlens.cli.units import amount, gap, scaled, share, significant
-from layerlens.models import Manifest, ResourceUse
+from layerlens.models import CalibrationSummary, Manifest, Predicted, ResourceUse
 
 
 def drawn(part: RenderableType, width: int = 120) -> str:
@@ -146,12 +146,11 @@ def test_numbers_as_people_read_them(shown: str, text: str) -> None:
     assert shown == text
 
 
-CALIBRATED = {
-    "gain": 0.0123,
-    "gain_interval": [0.008, 0.02],
-    "calibrated": True,
-    "calibration": {"proxies": 24, "steps": 16, "spearman": 0.7, "spearman_interval": [0.4, 0.9]},
-}
+SUMMARY = CalibrationSummary(
+    proxies=24, planned=24, steps=16, learning_rate=1e-3, held_out_samples=32, base_loss=0.7, mean_standard_error=1e-3,
+    leave_one_out_rmse=1e-3, options=24, spearman=0.7, spearman_interval=(0.4, 0.9), by_method={}, curves={},
+)  # fmt: skip
+CALIBRATED = Predicted(0.0123, (0.008, 0.02), calibrated=True, calibration=SUMMARY)
 
 
 def test_what_the_proxies_showed() -> None:
@@ -160,8 +159,8 @@ def test_what_the_proxies_showed() -> None:
     text = " ".join(drawn(told, 80).split())
     assert "Predicted loss drop: 0.0123 per sample (95 %: 0.008 to 0.02), from 24 options" in text
     assert "Spearman of 0.70 (95 %: 0.40 to 0.90)." in text
-    assert tables.calibration({"gain": 1.0, "calibrated": False}) is None
-    alike = CALIBRATED | {"calibration": CALIBRATED["calibration"] | {"spearman": None, "spearman_interval": None}}
+    assert tables.calibration(Predicted(1.0, calibrated=False)) is None
+    alike = replace(CALIBRATED, calibration=replace(SUMMARY, spearman=None, spearman_interval=None))
     assert "too alike to say" in " ".join(drawn(tables.calibration(alike) or "").split())
     checks = {
         "loss_drop": {"predicted": 0.0123, "measured": 0.011, "relative_error": 0.12, "standard_error": 0.002},

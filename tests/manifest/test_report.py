@@ -29,6 +29,7 @@ from layerlens.models import (
     MethodStatistics,
     ModelStatistics,
     Option,
+    Predicted,
     ProxyGain,
     ProxyStudy,
     ResourceUse,
@@ -262,7 +263,7 @@ def test_calibrated_curves_have_the_percentiles_of_their_replicates(manifest, st
     assert source == "proxies"
     replicates = calibrated.calibration.replicates__bo
     np.testing.assert_array_equal([low, high], np.percentile(replicates, [2.5, 97.5], axis=0))
-    told = dataclasses.replace(manifest, predicted={"gain": 0.3, "gain_interval": [0.1, 0.5], "calibrated": True})
+    told = dataclasses.replace(manifest, predicted=Predicted(0.3, (0.1, 0.5), calibrated=True))
     write_report(
         tmp_path / "r.html", manifest=told, utilities=calibrated, costs=costs, statistics=statistics, measured={}
     )

@@ -36,7 +36,7 @@ def test_a_run_has_the_same_statistics_in_every_mode(tmp_path: Path, tiny_bert_d
         result = run_config(config, base_dir=tmp_path)
         found[mode] = result.files["statistics"].read_bytes()
         choices[mode] = [(row.layer, row.method, row.rank) for row in result.manifest.allocations]
-        assert result.manifest.provenance["memory_mode"] == mode
+        assert result.manifest.provenance.memory_mode == mode
         assert (result.files["peft"] / "adapter_model.safetensors").is_file()
         assert bool(result.measured) == (mode != "streamed")
     # The new head is fitted, the gradients taken, and the footprint counted alike: the same bits, so the same key.
@@ -79,7 +79,7 @@ def test_auto_runs_in_the_mode_that_it_chose(
     monkeypatch.setattr("layerlens.jobs.prepare.predict_memory", lambda *arguments: figures)
     config = job(tiny_bert_dir, reviews_jsonl, tmp_path / "out", max_memory_gb=2.0)
     result = run_config(config, base_dir=tmp_path)
-    assert result.manifest.provenance["memory_mode"] == mode
+    assert result.manifest.provenance.memory_mode == mode
     assert bool(result.measured) == (mode != "streamed")
 
 
@@ -89,7 +89,7 @@ def test_predictions_are_of_a_likely_size(tmp_path: Path, tiny_bert_dir: Path, r
     assert "plain" in str(found.value)
     assert "streamed" in str(found.value)
     config = job(tiny_bert_dir, reviews_jsonl, tmp_path / "out", max_memory_gb=1000.0)
-    assert run_config(config, base_dir=tmp_path).manifest.provenance["memory_mode"] == "plain"
+    assert run_config(config, base_dir=tmp_path).manifest.provenance.memory_mode == "plain"
 
 
 @pytest.mark.parametrize(

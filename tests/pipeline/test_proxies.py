@@ -74,16 +74,16 @@ def test_the_whole_job_with_proxies(with_proxies, tmp_path, trainings):
     assert all(np.isfinite(gain.gain) and gain.standard_error > 0 for gain in study.gains)
     assert any(gain.gain > 2 * gain.standard_error for gain in study.gains)  # training does something
     predicted = result.manifest.predicted
-    assert predicted["calibrated"]
-    assert predicted["unit"] == "predicted loss drop after 3 steps, per sample"
-    assert predicted["unit"] == result.manifest.utility_unit
-    facts = predicted["calibration"]
-    assert facts["proxies"] == facts["planned"] == facts["options"] == 7
-    low, high = predicted["gain_interval"]
+    assert predicted.calibrated
+    assert predicted.unit == "predicted loss drop after 3 steps, per sample"
+    assert predicted.unit == result.manifest.utility_unit
+    facts = predicted.calibration
+    assert facts.proxies == facts.planned == facts.options == 7
+    low, high = predicted.gain_interval
     assert low <= high
     chosen = sum(row.utility for row in result.manifest.allocations)
-    assert predicted["gain"] == pytest.approx(chosen)
-    assert result.measured["loss_drop"]["predicted"] == pytest.approx(predicted["gain"])
+    assert predicted.gain == pytest.approx(chosen)
+    assert result.measured["loss_drop"]["predicted"] == pytest.approx(predicted.gain)
     assert result.measured["loss_drop"]["standard_error"] > 0
     page = result.files["report"].read_text(encoding="utf-8")
     assert "Spearman" in page
@@ -97,7 +97,7 @@ def test_the_whole_job_with_proxies(with_proxies, tmp_path, trainings):
     assert later.manifest.predicted == predicted
     with_proxies["optimization"]["lora_ranks"] = [3]  # a rank that no proxy had
     other = optimize_statistics(result.files["statistics"], RunConfig.model_validate(with_proxies), base_dir=tmp_path)
-    assert other.manifest.predicted["calibrated"]
+    assert other.manifest.predicted.calibrated
 
 
 def test_an_interrupted_study_goes_on_and_ends_with_the_same_numbers(with_proxies, tmp_path, trainings):
@@ -177,7 +177,7 @@ def test_a_time_limit_ends_the_study_and_a_later_run_goes_on(with_proxies, tmp_p
         run(with_proxies, tmp_path)
     assert not trainings
     with_proxies["profiling"]["proxies"]["time_limit_s"] = 600
-    assert run(with_proxies, tmp_path).manifest.predicted["calibration"]["proxies"] == 7
+    assert run(with_proxies, tmp_path).manifest.predicted.calibration.proxies == 7
 
 
 def test_what_cannot_work_says_so(with_proxies, tmp_path):
@@ -212,5 +212,5 @@ def test_minilm_with_its_real_weights(tmp_path: Path):
     assert len(gains) == 4
     assert all(np.isfinite(gain.gain) and gain.standard_error > 0 for gain in gains)
     assert len({gain.gain for gain in gains}) == 4
-    assert result.manifest.predicted["calibrated"]
+    assert result.manifest.predicted.calibrated
     assert result.measured["step_zero_max_abs_delta"] == 0.0

@@ -59,7 +59,7 @@ def test_both_are_trained_at_every_rate_and_kept(checked_settings, tmp_path, tra
     result = run(checked_settings, tmp_path)
     assert [rate for _, rate in trained] == [1e-3, 1e-2, 1e-3, 1e-2]
     assert {"proxy_check_choice", "proxy_check_uniform-lora"} <= result.measured.keys()
-    facts = result.manifest.provenance["proxy_check"]
+    facts = result.manifest.provenance.proxy_check
     best = max((facts[name]["loss_drop"], name) for name in ("choice", "uniform-lora"))
     assert facts["chosen"] == best[1]
     assert all(facts[name]["standard_error"] > 0 for name in ("choice", "uniform-lora"))
@@ -83,7 +83,7 @@ def test_uniform_is_written_where_it_is_better(checked_settings, tmp_path, monke
 def test_the_choice_stays_where_it_is_better(checked_settings, tmp_path, monkeypatch):
     better(monkeypatch, uniform_is_better=False)
     result = run(checked_settings, tmp_path)
-    assert result.manifest.provenance["proxy_check"]["chosen"] == "choice"
+    assert result.manifest.provenance.proxy_check["chosen"] == "choice"
     assert not any("proxy_check" in line for line in result.warnings)
     unchecked = run({**checked_settings, "output": {"directory": "plain"}, "optimization": {
         **checked_settings["optimization"], "proxy_check": {"steps": 0}}}, tmp_path)  # fmt: skip
@@ -98,7 +98,7 @@ def test_uniform_is_kept_within_its_margin(checked_settings, tmp_path, monkeypat
     monkeypatch.setattr(ProxyTrainer, "drops", drops)
     for advantage, expected in ((1.01, "uniform-lora"), (1.03, "choice")):
         result = run(checked_settings, tmp_path, use_cache=False)
-        assert result.manifest.provenance["proxy_check"]["chosen"] == expected
+        assert result.manifest.provenance.proxy_check["chosen"] == expected
         assert any("2% of uniform LoRA's loss drop are asked for" in x for x in result.warnings) == (advantage < 1.02)
 
 
@@ -107,7 +107,7 @@ def test_other_utility_models_can_be_candidates(checked_settings, tmp_path, trai
         "candidates": ["signal", "uniform-lora"],
         "learning_rates": [1e-3],
     }
-    facts = run(checked_settings, tmp_path).manifest.provenance["proxy_check"]
+    facts = run(checked_settings, tmp_path).manifest.provenance.proxy_check
     assert {"choice", "signal", "uniform-lora"} <= facts.keys()
     assert len(trained) <= 3
 

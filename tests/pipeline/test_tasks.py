@@ -86,7 +86,7 @@ def test_the_whole_model_can_be_measured_with_its_kernel(settings, tmp_path):
     assert statistics.coverage > 0.99
     assert "bert.embeddings.word_embeddings.weight" in statistics.other_weights
     assert "bert.embeddings.LayerNorm.weight" in statistics.left_out
-    told = result.manifest.provenance["statistics"]["neural_tangent_kernel"]
+    told = result.manifest.provenance.statistics["neural_tangent_kernel"]
     assert told["samples"] == 16
     assert 1.0 <= told["effective_rank"] <= 16.0
     assert -1.0 <= told["target_alignment"] <= 1.0

@@ -102,7 +102,7 @@ def test_result_learns_loads_again_and_says_what_it_took(job: Path, tmp_path: Pa
 
     def logits() -> torch.Tensor:
         labels, name = manifest.model["labels"], manifest.model["name_or_path"]
-        base = load_pretrained(name, "sequence-classification", labels, seed=manifest.provenance["seed"])
+        base = load_pretrained(name, "sequence-classification", labels, seed=manifest.provenance.seed)
         model = load(base.model, tmp_path / "tuned")
         with torch.no_grad():
             return model(**base.tokenizer("great lovely thing 3", return_tensors="pt")).logits

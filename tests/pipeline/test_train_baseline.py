@@ -15,6 +15,7 @@ from layerlens.cli.main import app
 from layerlens.config import RunConfig
 from layerlens.integrations.transformers import load_pretrained
 from layerlens.jobs.baseline import FirstEpoch
+from layerlens.models import LoraSettings
 from layerlens.pipeline import run_config
 from layerlens.tuning import load
 from layerlens.tuning.samples import SeededOrder, TrainingData
@@ -35,7 +36,7 @@ def job(_session_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFact
         patch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
         result = run_config(RunConfig(**settings), base_dir=folder)
     assert result.measured["step_zero_max_abs_delta"] == 0.0
-    assert result.manifest.lora == {"alpha_over_r": 2.0, "use_rslora": True, "initialization": "pca"}
+    assert result.manifest.lora == LoraSettings(2.0, use_rslora=True, initialization="pca")
     return folder
 
 

@@ -13,7 +13,7 @@ import torch
 
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.transformers import PretrainedModel
-from layerlens.models import Manifest, ManifestRow, trainable_params
+from layerlens.models import LoraSettings, Manifest, ManifestRow, ModelFacts, Provenance, trainable_params
 
 sys.path.insert(0, str(Path(__file__).parent))  # shapes.py, which pytest's importlib mode does not find
 
@@ -95,11 +95,11 @@ def manifest_for(spec: Any, choose: Mapping[str, tuple[str, int]], **model_field
         "total_params": spec.total_params,
         "task": "sequence-classification",
         "num_labels": 3,
-        "labels": LABELS,
-        "head_modules": [head],
+        "labels": tuple(LABELS),
+        "head_modules": (head,),
     }
     return Manifest(
-        model={**model, **model_fields},
+        model=ModelFacts.of({**model, **model_fields}),
         allocations=tuple(rows),
         resources=(),
         score=0.0,
@@ -109,8 +109,8 @@ def manifest_for(spec: Any, choose: Mapping[str, tuple[str, int]], **model_field
         solver="test",
         utility_model="uniform",
         utility_unit="share",
-        lora={"alpha_over_r": 2.0, "initialization": "default"},
-        provenance={"seed": 7},
+        lora=LoraSettings(2.0),
+        provenance=Provenance(seed=7),
     )
 
 

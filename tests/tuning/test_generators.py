@@ -13,6 +13,7 @@ import torch
 from shapes import assert_the_loss_falls_along_its_gradient, plan, shape, train
 
 from layerlens.exceptions import ManifestError
+from layerlens.models import LoraSettings
 from layerlens.tuning import apply, load, merge, save, unapply
 from layerlens.tuning.generators import attach_generator, finish_generator, known_generators, use_task
 from layerlens.tuning.generators.attach import has_generator
@@ -184,7 +185,7 @@ def test_without_a_plug_in_only_the_built_in_one_is_known():
     manifest = plan(base.model, lora_choice(base), lora={"generator": "other"})
     with pytest.raises(ManifestError, match="'other' is not known; known: hyperlora"):
         apply(base.model, manifest)
-    apply(base.model, dataclasses.replace(manifest, lora={"alpha_over_r": 2.0}))  # the model is as it was
+    apply(base.model, dataclasses.replace(manifest, lora=LoraSettings(2.0)))  # the model is as it was
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import injected_ranks
+from layerlens.models import LoraSettings, Provenance
 from layerlens.tuning import apply
 from layerlens.tuning.modules import attached
 
@@ -191,6 +192,10 @@ def change_row(manifest, of_layer, **fields):
     return dataclasses.replace(manifest, allocations=rows)
 
 
+def with_facts(manifest, **fields):
+    return dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, **fields))
+
+
 def test_refusals_name_the_trouble_and_leave_the_model_as_it_was(tiny, manifest_of, mixed):
     base = tiny("bert")
     choice = mixed(base.spec)
@@ -207,18 +212,18 @@ def test_refusals_name_the_trouble_and_leave_the_model_as_it_was(tiny, manifest_
         (change_row(good, down, method="prefix"), "does not go through|attention block"),
         (change_row(good, block, method="adapter"), "an adapter follows a Linear"),
         (change_row(good, query, layer="classifier"), "classifier: is in the task head"),
-        (dataclasses.replace(good, lora={"alpha_over_r": 2.0, "initialization": "pissa"}), "lora.initialization"),
-        (dataclasses.replace(good, lora={}), "lora.alpha_over_r"),
-        (dataclasses.replace(good, provenance={"seed": "x"}), "provenance.seed"),
-        (dataclasses.replace(good, model={**good.model, "head_modules": ["classifer"]}), "nearest: classifier"),
-        (dataclasses.replace(good, model={**good.model, "head_modules": "classifier"}), "model.head_modules"),
-        (dataclasses.replace(good, model={**good.model, "total_params": 5}), "for a model of 5 parameters"),
-        (dataclasses.replace(good, model={**good.model, "fingerprint": "0" * 64}), "not the weights .* 000000000000"),
+        (lambda: dataclasses.replace(good, lora=LoraSettings(2.0, initialization="pissa")), "lora.initialization"),
+        (lambda: dataclasses.replace(good, lora=LoraSettings()), "lora.alpha_over_r"),
+        (lambda: dataclasses.replace(good, provenance=Provenance(seed="x")), "provenance.seed"),
+        (lambda: with_facts(good, head_modules=("classifer",)), "nearest: classifier"),
+        (lambda: with_facts(good, head_modules="classifier"), "model.head_modules"),
+        (lambda: with_facts(good, total_params=5), "for a model of 5 parameters"),
+        (lambda: with_facts(good, fingerprint="0" * 64), "not the weights .* 000000000000"),
     ]
     before = {name: id(module) for name, module in base.model.named_modules()}
     for manifest, message in cases:
         with pytest.raises(ManifestError, match=message):
-            apply(base.model, manifest)
+            apply(base.model, manifest() if callable(manifest) else manifest)
         assert {name: id(module) for name, module in base.model.named_modules()} == before, message
     apply(base.model, good)
 

@@ -21,7 +21,7 @@ from layerlens.exceptions import ManifestError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.peft import injected_ranks
 from layerlens.integrations.transformers import PretrainedModel, load_model
-from layerlens.models import Manifest
+from layerlens.models import LoraSettings, Manifest
 from layerlens.tuning.tools import TOOLS, export_for
 
 VARIED = {"0.self_attn.q_proj": 4, "0.mlp.down_proj": 2, "1.self_attn.v_proj": 8}
@@ -132,10 +132,11 @@ def test_refusals_name_what_a_tool_cannot_hold(
 
 def test_other_refusals(plan: Any, tmp_path: Path):
     manifest = plan(VARIED)
-    half = dataclasses.replace(manifest, lora={"alpha_over_r": 1.25})
+    half = dataclasses.replace(manifest, lora=LoraSettings(1.25))
     with pytest.raises(ManifestError, match=r"whole numbers for alpha, and alpha/r = 1.25 gives 2.5"):
         export_for("axolotl", half, None, tmp_path, measured=tmp_path)
-    classifier = dataclasses.replace(manifest, model={**manifest.model, "task": "sequence-classification"})
+    facts = dataclasses.replace(manifest.model, task="sequence-classification")
+    classifier = dataclasses.replace(manifest, model=facts)
     for tool in ("trl", "axolotl", "llama-factory"):
         with pytest.raises(ManifestError, match="trains causal-lm, and the manifest is for sequence-classification"):
             export_for(tool, classifier, None, tmp_path, measured=tmp_path)

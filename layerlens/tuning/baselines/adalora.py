@@ -11,7 +11,6 @@ from layerlens.integrations.peft import target_modules, task_type
 from layerlens.tuning.baselines.conversion import as_lora
 from layerlens.tuning.baselines.interface import BaselineRequest, Finished, Prepared
 from layerlens.tuning.baselines.plans import layers_with, plan, trained_params, uniform_size
-from layerlens.tuning.fit import heads_of
 from layerlens.tuning.training import TrainingHook
 from layerlens.tuning.undo import note_before
 
@@ -83,8 +82,8 @@ def adalora(request: BaselineRequest) -> Prepared:
     start = max(target + 1, math.ceil(1.5 * ranks / len(layers)))
     warmup, final = int(WARMUP * request.total_steps), max(1, int(FINAL * request.total_steps))
     config = AdaLoraConfig(
-        task_type=task_type(request.facts.get("task")),
-        modules_to_save=list(heads_of(request.facts)) or None,
+        task_type=task_type(request.facts.task),
+        modules_to_save=list(request.facts.heads) or None,
         target_modules=target_modules(request.model, [layer.name for layer in layers]),
         init_r=start,
         target_r=target,
@@ -94,7 +93,7 @@ def adalora(request: BaselineRequest) -> Prepared:
         deltaT=max(1, (request.total_steps - warmup - final) // ALLOCATIONS),
         total_step=request.total_steps,
     )
-    note_before(request.model, dict(request.facts))
+    note_before(request.model, request.facts)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, and a renamed property of transformers
         torch.manual_seed(request.seed)

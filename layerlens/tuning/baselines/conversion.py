@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from layerlens.models import Choice
 from layerlens.tuning.baselines.interface import BaselineRequest, Finished
-from layerlens.tuning.fit import heads_of
 from layerlens.tuning.inject import apply
 from layerlens.tuning.undo import base_of, unapply
 
@@ -32,7 +31,7 @@ def as_lora(
     import torch
 
     kept = {name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in factors.items()}
-    heads = heads_of(request.facts)
+    heads = request.facts.heads
     trained = {name: _head(model, name).state_dict() for name in heads}
     states = {name: {key: value.clone() for key, value in state.items()} for name, state in trained.items()}
     tuned = apply(unapply(model), choice, facts=request.facts)

@@ -9,7 +9,7 @@ from layerlens.tuning.undo import note_before
 
 def full_fine_tuning(request: BaselineRequest) -> Prepared:
     """Every parameter requires gradients."""
-    note_before(request.model, dict(request.facts), whole=True)
+    note_before(request.model, request.facts, whole=True)
     request.model.requires_grad_(True)
     params = trained_params(request.model, request.facts)
     return Prepared(

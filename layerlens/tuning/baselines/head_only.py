@@ -5,7 +5,6 @@ from __future__ import annotations
 from layerlens.exceptions import ConfigurationError
 from layerlens.tuning.baselines.interface import BaselineRequest, Prepared
 from layerlens.tuning.baselines.plans import plan, planned
-from layerlens.tuning.fit import heads_of
 
 
 def head_only(request: BaselineRequest) -> Prepared:
@@ -14,6 +13,6 @@ def head_only(request: BaselineRequest) -> Prepared:
     Raises:
         ConfigurationError: the model has no task head of its own.
     """
-    if not heads_of(request.facts):
+    if not request.facts.heads:
         raise ConfigurationError("baseline head-only: this model has no new task head, so nothing would be trained")
     return planned(request, plan(request, {}), note="adds nothing to the layers")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from layerlens.models import Choice, ModelSpec
+from layerlens.models import Choice, ModelFacts, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ class BaselineRequest:
     Args:
         model: a freshly loaded base model; the baseline changes it in place.
         spec: its layers.
-        facts: the ``model`` section of a manifest: task, head_modules, fingerprint ...
+        facts: of the base model: task, head, fingerprint ...
         budget: trainable parameters, the task head not counted.
         batches: one epoch of training batches (model inputs with labels) in the run's order, for methods that look at
             the data before they train.
@@ -40,7 +40,7 @@ class BaselineRequest:
 
     model: torch.nn.Module
     spec: ModelSpec
-    facts: Mapping[str, Any]
+    facts: ModelFacts
     budget: int
     batches: Sequence[Mapping[str, Any]] = ()
     total_steps: int = 0

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError
-from layerlens.models import Choice, LayerSpec, LoraSettings, trainable_params
+from layerlens.models import Choice, LayerSpec, LoraSettings, ModelFacts, trainable_params
 from layerlens.tuning.baselines.interface import BaselineRequest, Finished, Prepared
-from layerlens.tuning.fit import heads_of
 from layerlens.tuning.inject import apply
 
 if TYPE_CHECKING:
@@ -112,8 +111,8 @@ def plan(request: BaselineRequest, sizes: Mapping[str, tuple[str, int]], **lora:
         {layer.name: sizes.get(layer.name, ("none", 0)) for layer in request.spec.layers},
         seed=request.seed,
         lora=LoraSettings(**{"alpha_over_r": request.alpha_over_r, **lora}),
-        head_modules=heads_of(request.facts),
-        task=str(request.facts.get("task") or ""),
+        head_modules=request.facts.heads,
+        task=request.facts.task or "",
     )
 
 
@@ -126,9 +125,9 @@ def planned(
     return Prepared(model, params, choice, lambda tuned: Finished(tuned, params, choice), note=note)
 
 
-def trained_params(model: torch.nn.Module, facts: Mapping[str, Any]) -> int:
+def trained_params(model: torch.nn.Module, facts: ModelFacts) -> int:
     """Parameters that require gradients, the task head left out."""
-    heads = tuple(f".{head}." for head in heads_of(facts))
+    heads = tuple(f".{head}." for head in facts.heads)
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()

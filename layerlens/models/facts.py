@@ -1,0 +1,203 @@
+"""The typed sections of a manifest: its base model, how LoRA begins, what is predicted, and where it all comes from.
+
+A field that is None is not in the file. What another writer added stays in ``extra``, and the order of a file is kept,
+so that a manifest that is read and written again is the same text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from layerlens.exceptions import ManifestError
+
+INITIALIZATIONS = ("default", "pca", "gradient_svd")
+"""How LoRA's A begins; B is zero with each of them. ``tuning.initialization`` says what they are."""
+
+
+Part = TypeVar("Part", bound="Section")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One section of a manifest.
+
+    Args:
+        extra: fields of other writers, by name.
+        order: names of the fields in the file that it was read from.
+    """
+
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    order: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+    @classmethod
+    def of(cls: type[Part], values: Mapping[str, Any], order: tuple[str, ...] = ()) -> Part:
+        """The section with these values by name; lists become tuples."""
+        own = {each.name for each in dataclasses.fields(cls)} - {"extra", "order"}
+        known = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(
+            **{name: value for name, value in known.items() if name in own},
+            extra={name: value for name, value in values.items() if name not in own},
+            order=order,
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """What the section says by name: in the order of its file, or as its fields are declared."""
+        said = {}
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            left_out = value is None or (self.order and each.name not in self.order and value == each.default)
+            if each.name not in ("extra", "order") and not left_out:
+                said[each.name] = value
+        said |= self.extra
+        return {name: said[name] for name in dict.fromkeys((*(name for name in self.order if name in said), *said))}
+
+
+@dataclass(frozen=True)
+class ModelFacts(Section):
+    """The base model: what is needed to load it again, and to know it again.
+
+    Args:
+        name_or_path: directory, hub name or package:NAME.
+        fingerprint: SHA-256 of the weights.
+        total_params: parameters of the base model.
+        task: what the model is to be fine-tuned for.
+        dtype: precision of the weights that were measured, and that the fingerprint is of.
+        num_labels, labels: the classes, in the order of the logits.
+        head_modules: modules of the task head, which is trained whole.
+        model_type: transformers' name of the architecture.
+        weights, loss: files and code that the configuration named.
+        left_out: layers that no method can adapt, each with its reason.
+
+    Raises:
+        ManifestError: ``head_modules`` is not a list of names.
+    """
+
+    name_or_path: str | None = None
+    fingerprint: str | None = None
+    total_params: int | None = None
+    task: str | None = None
+    dtype: str | None = None
+    num_labels: int | None = None
+    labels: tuple[str, ...] | None = None
+    head_modules: tuple[str, ...] | None = None
+    model_type: str | None = None
+    weights: str | None = None
+    loss: str | None = None
+    left_out: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.head_modules, str) or not all(isinstance(name, str) for name in self.heads):
+            raise ManifestError(f"model.head_modules: must be a list of module names, got {self.head_modules!r}")
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Modules of the task head; none where it is not said."""
+        return self.head_modules or ()
+
+
+@dataclass(frozen=True)
+class LoraSettings(Section):
+    """How LoRA layers are scaled and begin.
+
+    Args:
+        alpha_over_r: the scale alpha/r, one for the model; needed where a layer has LoRA.
+        use_rslora: scale by alpha/√r instead, alpha being alpha_over_r times the largest rank.
+        initialization: how A begins, one of ``INITIALIZATIONS``.
+        generator: what makes A and B while they are trained; None or "": they train themselves.
+
+    Raises:
+        ManifestError: a value that LoRA cannot have.
+    """
+
+    alpha_over_r: float | None = None
+    use_rslora: bool = False
+    initialization: str = "default"
+    generator: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.initialization not in INITIALIZATIONS:
+            known = ", ".join(INITIALIZATIONS)
+            raise ManifestError(f"lora.initialization: {self.initialization!r} is not known; known: {known}")
+        if self.alpha_over_r is not None and not 0 < self.alpha_over_r < math.inf:
+            raise ManifestError(f"lora.alpha_over_r: must be a number above 0, got {self.alpha_over_r!r}")
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether A begins from what was measured on data."""
+        return self.initialization != "default"
+
+
+@dataclass(frozen=True)
+class CalibrationSummary:
+    """How proxies turned utilities into loss drops; ``models.Calibration`` in numbers that a file can hold.
+
+    Args:
+        proxies, planned: options that were trained, and that were to be.
+        steps, learning_rate: of each training.
+        held_out_samples, base_loss: what was judged on, and the frozen model's mean loss there.
+        mean_standard_error: of the measured gains.
+        leave_one_out_rmse: of an option predicted from the others, per sample.
+        options, spearman, spearman_interval: how utilities ranked the gains; None where that cannot be said.
+        by_method: the same three by method.
+        curves: knots (utility, loss drop) by method.
+    """
+
+    proxies: int
+    planned: int
+    steps: int
+    learning_rate: float
+    held_out_samples: int
+    base_loss: float
+    mean_standard_error: float
+    leave_one_out_rmse: float
+    options: int
+    spearman: float | None
+    spearman_interval: tuple[float, float] | None
+    by_method: Mapping[str, Mapping[str, Any]]
+    curves: Mapping[str, list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Predicted(Section):
+    """The predicted gain of the choice, in ``unit``, with its 95 % interval where proxies were trained."""
+
+    gain: float | None = None
+    gain_interval: tuple[float, float] | None = None
+    unit: str | None = None
+    calibrated: bool | None = None
+    calibration: CalibrationSummary | None = None
+
+
+@dataclass(frozen=True)
+class Provenance(Section):
+    """What the numbers rest on.
+
+    Args:
+        seed: of every new weight.
+        config: the configuration of the run, as it was recorded.
+        threads: that measured and solved.
+        statistics: the identity of the data and of what was measured on it.
+        versions: of LayerLens, Python and the packages behind the numbers.
+        memory_mode, memory_mode_why: how the model was measured within a memory limit.
+        proxy_check: what the proxy check found.
+
+    Raises:
+        ManifestError: the seed is not a whole number.
+    """
+
+    seed: int | None = None
+    config: Mapping[str, Any] | None = None
+    threads: int | None = None
+    statistics: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] | None = None
+    memory_mode: str | None = None
+    memory_mode_why: str | None = None
+    proxy_check: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool | str | float):
+            raise ManifestError(f"provenance.seed: must be a whole number, got {self.seed!r}")
