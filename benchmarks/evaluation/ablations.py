@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from other_stacks import Mixed
 from run import open_study
+from single_layers import RANK
 
 from layerlens.config import OptimizationConfig
 from layerlens.cost import cost_table
-from layerlens.evaluation.adapter_stack import Mixed
-from layerlens.evaluation.allocations import lora_spec
-from layerlens.evaluation.calibration import RANK
+from layerlens.evaluation.measurements import lora_spec
 from layerlens.evaluation.results import allocation_key
 from layerlens.evaluation.study import Study
-from layerlens.evaluation.sweep import run_allocation
+from layerlens.evaluation.training import run_allocation
 from layerlens.models import ModelSpec, Option, ProxyGain, ProxyStudy, SolverEvent, UtilityTable, enumerate_options
 from layerlens.models.options import trainable_params
 from layerlens.optimization import build_problem, solve

@@ -15,27 +15,23 @@ import torch
 from candidates import CANDIDATES
 from run import RESULTS
 from scipy.stats import spearmanr
+from single_layers import predicted_gains, rank_correlation, single_layer_gains, single_layer_records
 from tasks import TASKS
 
-from layerlens.evaluation.allocations import UtilityFunction, allocate, lora_spec, profile, utilities
-from layerlens.evaluation.baselines import uniform
-from layerlens.evaluation.calibration import (
-    predicted_gains,
-    rank_correlation,
-    single_layer_gains,
-    single_layer_records,
-)
-from layerlens.evaluation.lora_stack import Arm
+from layerlens.config.study import utility_arms
+from layerlens.evaluation.measurements import lora_spec, profile
 from layerlens.evaluation.results import ResultsFile
-from layerlens.evaluation.study import UTILITY_ARMS
+from layerlens.evaluation.stacks import Arm
+from layerlens.evaluation.study import UtilityFunction, allocate, utilities
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import train
+from layerlens.rank_rules.uniform import equal_ranks
 from layerlens.utility import AUTO, UTILITY_MODELS
 
 PREDICTORS = ("adam", "nuclear", "even_ranks", "even_ranks_eighth")
 """Of the candidates, those that rank layers in a way of their own."""
 MODELS: dict[str, str | UtilityFunction] = {
-    **{name: model for name, model in UTILITY_ARMS.items() if model not in (AUTO, "uniform")},
+    **{name: model for name, model in utility_arms().items() if model not in (AUTO, "uniform")},
     **{name: CANDIDATES[name] for name in PREDICTORS},
 }
 DEFAULT = "tempered_energy"
@@ -98,7 +94,7 @@ def cost(task: StudyTask, results: ResultsFile) -> None:
         started = time.process_time()
         allocate(task, statistics, utilities(task, statistics, DEFAULT), budget)
         solve_s = min(solve_s, time.process_time() - started)
-        run = train(task, [Arm(uniform(layers, budget), 0, 1e-3)], evaluate_test=False, measure=False)[0]
+        run = train(task, [Arm(equal_ranks(layers, budget, {}, 0), 0, 1e-3)], evaluate_test=False, measure=False)[0]
         fine_tune_s = min(fine_tune_s, run.cpu_s)
     results.append([
         {"kind": "cost", "task": task.name, "model": DEFAULT, "profile_s": profile_s, "solve_s": solve_s,

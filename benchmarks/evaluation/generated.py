@@ -18,13 +18,13 @@ import torch
 from arm_costs import with_lora
 from run import open_study
 
-from layerlens.evaluation.lora_stack import Arm
 from layerlens.evaluation.results import allocation_key
+from layerlens.evaluation.stacks import Arm
 from layerlens.evaluation.study_task import StudyTask
-from layerlens.evaluation.sweep import run_allocation
-from layerlens.evaluation.training import HEAD_LEARNING_RATE, Run, data_order, measure_arms, schedule
+from layerlens.evaluation.training import HEAD_LEARNING_RATE, Run, data_order, measure_arms, run_allocation
 from layerlens.tuning.baselines.hypernetwork import GENERATOR
 from layerlens.tuning.generators import attach_generator
+from layerlens.tuning.short_training import run_steps
 
 ARMS = (("tight", "tempered_energy"), ("loose", "tempered_log"))
 
@@ -41,17 +41,22 @@ def _train_one(task: StudyTask, arm: Arm) -> Run:
     if task.head is not None:
         head = list(model.get_submodule(f"base_model.model.{task.head}").requires_grad_(True).parameters())
         groups.append({"params": head, "lr": HEAD_LEARNING_RATE})
+    peaks = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, task.steps))
     order = data_order(len(task.train), task.steps * task.batch_size, arm.seed)
     started, cpu_started = time.perf_counter(), time.process_time()
-    for rows in order.split(task.batch_size):
-        batch = task.train.rows(rows)
-        loss = task.loss(model(**batch.inputs), batch).sum() / task.label_count(batch.labels).sum()
-        loss.backward()
+
+    def loss(step: int) -> torch.Tensor:
+        batch = task.train.rows(order[step * task.batch_size : (step + 1) * task.batch_size])
+        return task.loss(model(**batch.inputs), batch).sum() / task.label_count(batch.labels).sum()
+
+    def update(share: float) -> None:
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * share
         optimizer.step()
-        decay.step()
         optimizer.zero_grad()
+
+    run_steps(task.steps, loss, update)
     wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
     tuned = replace(task, model=model)
     (validation,), (test,) = measure_arms(tuned, task.validation, 1), measure_arms(tuned, task.test, 1)

@@ -8,33 +8,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-
-from layerlens.evaluation.analysis import (
-    UNIFORM,
-    arm_results,
-    baseline_loss,
-    bootstrap_interval,
-    study_seeds,
-    t_interval,
-)
-from layerlens.evaluation.results import ResultsFile
-from layerlens.evaluation.study_report import (
-    EXPLANATION,
+from study_tables import (
     arm_cost_table,
     calibration_table,
     checked_table,
     comparison_table,
     cost_table,
-    gain_table,
-    gains_at,
     half_table,
-    markdown,
     open_results,
     run_time_table,
     solver_table,
-    write_gain_plot,
 )
-from layerlens.evaluation.sweep import chosen_rate
+
+from layerlens.evaluation.results import (
+    UNIFORM,
+    ResultsFile,
+    arm_results,
+    baseline_loss,
+    bootstrap_interval,
+    chosen_rate,
+    study_seeds,
+    t_interval,
+)
+from layerlens.evaluation.study_report import EXPLANATION, gain_table, gains_at, markdown, write_gain_plot
 from layerlens.utils.atomic import atomic_write_text
 
 FOLDER = Path(__file__).parent

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -16,14 +17,15 @@ import sklearn.datasets  # noqa: F401  before the fork, once for all
 import torch
 import transformers  # noqa: F401
 from candidates import CANDIDATES
+from check_runs import run_check
+from other_stacks import FullStack
 from tasks import MORE_TASKS, TASKS
 
-from layerlens.evaluation.analysis import UNIFORM
-from layerlens.evaluation.baselines import cost
-from layerlens.evaluation.gradients import lora_layers
-from layerlens.evaluation.proxy_check import run_check
-from layerlens.evaluation.results import ResultsFile
+from layerlens.evaluation.measurements import lora_layers
+from layerlens.evaluation.results import UNIFORM, ResultsFile
 from layerlens.evaluation.study import Study
+from layerlens.evaluation.training import run_allocation
+from layerlens.rank_rules import rank_cost
 
 RESULTS = Path(__file__).parent / "results"
 STAGES = (
@@ -48,12 +50,14 @@ STAGES = (
 ``CHECKED`` and uniform LoRA at these budgets."""
 CHECK_SHARES = (0.25, 0.5)
 CHECKED = ("tempered_log", "tempered_energy")
+FULL_RATE_FACTOR = 0.1
+"""Learning rates of full fine-tuning, relative to those of adapters."""
 
 
 def open_study(name: str) -> Study:
     """The task with its budgets: ``tight`` is what rank 1 on every layer takes."""
     task = {**TASKS, **MORE_TASKS}[name]()
-    unit = sum(cost(layer) for layer in lora_layers(task))
+    unit = sum(rank_cost(layer) for layer in lora_layers(task))
     budgets = {"half": unit // 2, "tight": unit, "double": 2 * unit, "loose": 4 * unit}
     return Study(task, ResultsFile.open(RESULTS / f"{name}.jsonl"), budgets, CANDIDATES)
 
@@ -95,8 +99,15 @@ def _run_task(name: str, wanted: list[tuple[str, str]], end: datetime | None) ->
         elif arm == "head":
             study.head_alone()
         else:
-            study.full()
+            full(study)
         print(f"{datetime.now():%H:%M:%S} {name} {budget} {arm}", flush=True)
+
+
+def full(study: Study) -> None:
+    """Every weight of the layers trained."""
+    slow = replace(study.task, learning_rates=[FULL_RATE_FACTOR * rate for rate in study.task.learning_rates])
+    everything = {layer.name: 1 for layer in study.layers}
+    run_allocation(slow, study.results, "full", everything, layer_stack=FullStack)
 
 
 def _check(study: Study, budget: str) -> None:

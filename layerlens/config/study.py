@@ -5,13 +5,22 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from layerlens.config.base import ConfigModel
+from layerlens.registry import RANK_RULES, UTILITY_MODELS
 
-STUDY_ARMS = (
-    "uniform", "uniform_qv", "eva", "eva_init", "gora", "adalora", "gradient_norm", "fisher_proportional", "random",
-    "auto", "tempered_log", "tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted", "even",
-    "uniform_svd", "tempered_log_svd",
-)  # fmt: skip
-"""Arms by name: others' rules, and the utility models ("even" is the utility model `uniform`)."""
+SVD = "_svd"
+"""Ending of an arm that has the ranks of the arm before it, and A from the mean gradient (gradient_svd)."""
+ADALORA, EVA_INIT = "adalora", "eva_init"
+"""Arms that are more than ranks: AdaLoRA takes them away while it trains, ``eva_init`` begins from EVA's components."""
+
+
+def utility_arms() -> dict[str, str]:
+    """Arm -> utility model. `uniform` is the rank rule, so the model of this name is the arm `even`."""
+    return {"even" if name == "uniform" else name: name for name in UTILITY_MODELS}
+
+
+def study_arms() -> tuple[str, ...]:
+    """Every arm by name, as the registries have them; each may end in ``_svd``."""
+    return tuple(dict.fromkeys((*RANK_RULES, EVA_INIT, ADALORA, *utility_arms())))
 
 
 class StudyConfig(ConfigModel):
@@ -21,11 +30,11 @@ class StudyConfig(ConfigModel):
         default=("uniform", "auto", "eva", "adalora"),
         min_length=1,
         description="Allocations to compare: utility models (`auto`, `tempered_log`, `tempered_energy`, `tempered`, "
-        "`signal`, `whitened`, `gradient`, `weighted`, `even` for the model `uniform`) and others' rules "
+        "`signal`, `whitened`, `gradient`, `weighted`, `even` for the model `uniform`), rank rules of others "
         "(`uniform`, the largest equal rank for all Linear layers; `uniform_qv`, for queries and values; `eva`, "
-        "`eva_init` with its initialisation; `gora`; `adalora`; `gradient_norm` and `fisher_proportional`; `random`; "
-        "`uniform_svd` and `tempered_log_svd`, whose A begins from the mean gradient). `uniform` is always run: gains "
-        "are over it.",
+        "`eva_init` with its initialisation; `gora`; `adalora`; `gradient_norm` and `fisher_proportional`; `random`), "
+        "and models and rules that you have registered. With `_svd` at the end of its name (`uniform_svd`), an arm's A "
+        "begins from the mean gradient. `uniform` is always run: gains are over it.",
     )
     budgets: tuple[float, ...] = Field(
         default=(),
@@ -52,8 +61,8 @@ class StudyConfig(ConfigModel):
     @classmethod
     def _known_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
         for arm in arms:
-            if arm not in STUDY_ARMS:
-                raise ValueError(f"unknown arm {arm!r}; known: {', '.join(STUDY_ARMS)}")
+            if arm.removesuffix(SVD) not in study_arms() or arm in (f"{ADALORA}{SVD}", f"{EVA_INIT}{SVD}"):
+                raise ValueError(f"unknown arm {arm!r}; known: {', '.join(study_arms())}")
         return tuple(dict.fromkeys(("uniform", *arms)))
 
     @field_validator("budgets", "learning_rates")

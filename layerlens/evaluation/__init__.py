@@ -1,7 +1,7 @@
 """Does the chosen allocation win? Paired fine-tunes of one model under many allocations, and what they say.
 
-``lora_stack`` trains many arms over one frozen model at once, exactly; ``sweep`` chooses every arm's learning rate on
-validation samples and runs the seeds; ``results`` keeps every run as a JSON line; ``analysis`` and ``study_report``
-turn the lines into paired intervals, tables and plots. ``baselines`` and ``adalora`` are others' rules of where rank
-goes.
+``stacks`` holds many arms over one frozen model, exactly; ``training`` trains them and searches every arm's learning
+rate on validation samples; ``results`` keeps every run as a JSON line and makes paired intervals of them;
+``study_report`` shows them. ``measurements`` and ``study`` say where each arm's rank goes. `layerlens evaluate` is
+``from_config``; what only this project's own study needs is in ``benchmarks/evaluation``.
 """

@@ -14,8 +14,7 @@ import torch
 
 from layerlens.config import RunConfig, StudyConfig
 from layerlens.data import Dataset, load_dataset
-from layerlens.evaluation.analysis import arm_results
-from layerlens.evaluation.results import ResultsFile
+from layerlens.evaluation.results import ResultsFile, arm_results
 from layerlens.evaluation.study import Study
 from layerlens.evaluation.study_report import study_markdown, write_gain_plot
 from layerlens.evaluation.study_task import Samples, StudyTask

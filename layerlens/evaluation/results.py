@@ -1,17 +1,27 @@
-"""The results of a study: JSON lines that are only ever appended to, so that an interrupted study goes on."""
+"""The results of a study, and what they say: paired gains over tuned uniform LoRA with their intervals.
+
+Runs are JSON lines that are only ever appended to, so that an interrupted study goes on.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.stats import t as student_t
+
 from layerlens.exceptions import DataError
 
 Record = dict[str, Any]
+UNIFORM = "uniform"
+N_BOOTSTRAP = 10_000
 
 
 def allocation_key(ranks: Mapping[str, int], kind: str = "lora") -> str:
@@ -74,3 +84,93 @@ class ResultsFile:
     def select(self, **values: Any) -> list[Record]:
         """Records that have all these values."""
         return [record for record in self.records if all(record.get(key) == value for key, value in values.items())]
+
+
+def chosen_rate(runs: Sequence[Record], sweep_seeds: Sequence[int] = (0,)) -> float:
+    """The learning rate with the least validation loss, averaged over the sweep's seeds; NaN counts as infinite."""
+    losses: dict[float, list[float]] = defaultdict(list)
+    for run in runs:
+        if run["seed"] in sweep_seeds:
+            losses[run["lr"]].append(run["validation_loss"])
+    means = {rate: sum(found) / len(found) for rate, found in losses.items()}
+    return min(means, key=lambda rate: means[rate] if math.isfinite(means[rate]) else math.inf)
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm's runs at the learning rate that validation chose.
+
+    Args:
+        test_loss: float64 [seeds].
+        test_metric: the same.
+        params: trainable parameters.
+        learning_rate: the chosen one.
+        adapted: layers with a rank.
+    """
+
+    test_loss: np.ndarray
+    test_metric: np.ndarray
+    params: int
+    learning_rate: float
+    adapted: int
+
+
+def arm_results(results: ResultsFile, budget: str) -> dict[str, ArmResult]:
+    """Arm -> result, of the arms whose runs are complete."""
+    found = {}
+    seeds, sweep_seeds = study_seeds(results)
+    for arm in results.select(kind="arm", budget=budget):
+        runs = results.select(kind="run", key=arm["key"])
+        if not runs:
+            continue
+        rate = chosen_rate(runs, sweep_seeds)
+        by_seed = {run["seed"]: run for run in runs if run["lr"] == rate}
+        if set(seeds) <= set(by_seed):
+            found[arm["arm"]] = ArmResult(
+                np.array([by_seed[seed]["test_loss"] for seed in seeds]),
+                np.array([by_seed[seed]["test_metric"] for seed in seeds]),
+                arm["params"], rate, len(arm["ranks"]),
+            )  # fmt: skip
+    return found
+
+
+def study_seeds(results: ResultsFile) -> tuple[list[int], list[int]]:
+    """(seeds of the paired runs, those of the sweep), as the study's last reference record has them."""
+    reference = (results.select(kind="reference", name="frozen") or [{}])[-1]
+    return reference.get("seeds", [0, 1, 2, 3, 4]), reference.get("sweep_seeds", [0])
+
+
+def baseline_loss(results: ResultsFile) -> float:
+    """Mean test loss without adapters: with the head trained alone, or of the frozen model where it has no head."""
+    head = results.select(kind="reference", name="head")
+    if head:
+        return float(np.mean([record["test_loss"] for record in head]))
+    return float(results.select(kind="reference", name="frozen")[0]["test_loss"])
+
+
+def normalised_gain(result: ArmResult, uniform: ArmResult, baseline: float) -> np.ndarray:
+    """(L_uniform − L_arm) / (L_baseline − mean L_uniform), float64 [seeds]: 0 is as good as uniform LoRA, 1 would be
+    twice the improvement that it brings.
+    """
+    return (uniform.test_loss - result.test_loss) / (baseline - uniform.test_loss.mean())
+
+
+def t_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of paired differences."""
+    half = student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def bootstrap_interval(gains: Mapping[str, np.ndarray], *, resample_tasks: bool = False) -> tuple[float, float]:
+    """95 % paired bootstrap interval of the mean over tasks: seeds are resampled within every task, and with
+    ``resample_tasks`` the tasks too (then it speaks of tasks like these, not of these).
+    """
+    generator = np.random.default_rng(0)
+    table__ts = np.stack([gains[task] for task in sorted(gains)])
+    n_tasks, n_seeds = table__ts.shape
+    seeds = generator.integers(n_seeds, size=(N_BOOTSTRAP, n_tasks, n_seeds))
+    drawn = np.take_along_axis(np.broadcast_to(table__ts, seeds.shape), seeds, axis=2).mean(axis=2)
+    if resample_tasks:
+        drawn = np.take_along_axis(drawn, generator.integers(n_tasks, size=(N_BOOTSTRAP, n_tasks)), axis=1)
+    low, high = np.quantile(drawn.mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)

@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
+import numpy as np
 import torch
 
-from layerlens.evaluation import baselines
-from layerlens.evaluation.adalora import AdaLora
-from layerlens.evaluation.allocations import (
+from layerlens.config import OptimizationConfig
+from layerlens.config.study import ADALORA, EVA_INIT, SVD, utility_arms
+from layerlens.cost import cost_table
+from layerlens.evaluation.measurements import (
     CALIBRATION_SAMPLES,
-    UtilityFunction,
-    allocate,
+    eva_inits,
+    gradient_svd_inits,
+    layer_gradients,
+    lora_layers,
     lora_spec,
     profile,
-    utilities,
+    rule_quantities,
 )
-from layerlens.evaluation.gradients import layer_gradients, lora_layers
-from layerlens.evaluation.lora_stack import Arm, LayerStack
-from layerlens.evaluation.reference_arms import FullStack
 from layerlens.evaluation.results import ResultsFile, allocation_key
+from layerlens.evaluation.stacks import AdaLora, Arm, LayerStack
 from layerlens.evaluation.study_task import StudyTask
-from layerlens.evaluation.sweep import run_allocation
-from layerlens.evaluation.training import measure_arms, train
-from layerlens.utility import model_for
+from layerlens.evaluation.training import measure_arms, run_allocation, train
+from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable, enumerate_options
+from layerlens.optimization import build_problem, solve
+from layerlens.rank_rules import params_of, rank_cost
+from layerlens.rank_rules.adalora import final_ranks, first_rank
+from layerlens.registry import RANK_RULES, UTILITY_MODELS
+from layerlens.utility import model_for, utility_table
 
-UTILITY_ARMS = {
-    name: name
-    for name in ("auto", "tempered_log", "tempered", "tempered_energy", "signal", "whitened", "gradient", "weighted")
-} | {"even": "uniform"}
-"""Arm -> utility model of the product."""
-SVD = "_svd"
-"""Ending of an arm that has the ranks of the arm before it, and A from the mean gradient (gradient_svd)."""
-FULL_RATE_FACTOR = 0.1
-"""Learning rates of full fine-tuning, relative to those of adapters."""
+UtilityFunction = Callable[[ModelSpec, ModelStatistics, Sequence[Option]], np.ndarray]
+WEIGHTS = {"gradient_energy": 0.5, "fisher": 0.5}
+"""Of the "weighted" utility model: the configuration's default."""
+KINDS = {ADALORA: "adalora_schedule", EVA_INIT: "eva_init"}
+"""What the runs of arms that are more than ranks are kept under; old files have an earlier rule's under "adalora"."""
 
 
 class Study:
@@ -58,13 +60,14 @@ class Study:
         self.task = task
         self.results = results
         self.budgets = dict(budgets)
-        self.models: dict[str, str | UtilityFunction] = {**UTILITY_ARMS, **(models or {})}
+        self.models: dict[str, str | UtilityFunction] = {**utility_arms(), **(models or {})}
         self.layers = lora_layers(task)
-        self.unit = sum(baselines.cost(layer) for layer in self.layers)
+        self.unit = sum(rank_cost(layer) for layer in self.layers)
         calibration = torch.arange(min(CALIBRATION_SAMPLES, len(task.train)))
         self.gradients = layer_gradients(task, task.train.batches(calibration, 16))
         profiled = profile(task)
         self.statistics = profiled.statistics
+        self.quantities = rule_quantities(self.gradients, self.statistics)
         known = results.select(kind="reference", name="frozen")
         if not known or known[-1].get("sweep_seeds") != list(task.sweep_seeds):
             (validation, test) = (measure_arms(task, part, 1)[0] for part in (task.validation, task.test))
@@ -84,23 +87,11 @@ class Study:
             if isinstance(model, str):
                 model = model_for(model, lora_spec(self.task), budget)
             return allocate(self.task, self.statistics, utilities(self.task, self.statistics, model), budget)
-        of = {layer.layer: layer.by_method["lora"] for layer in self.statistics.layers}
-        choose = {
-            "uniform": lambda: baselines.uniform(self.layers, budget),
-            "uniform_qv": lambda: baselines.uniform(self.layers, budget, ("query", "value")),
-            "eva": lambda: baselines.eva(self.layers, budget, self.gradients),
-            "eva_init": lambda: baselines.eva(self.layers, budget, self.gradients),
-            "gora": lambda: baselines.gora(self.layers, budget, self.gradients),
-            "random": lambda: baselines.random_ranks(self.layers, budget, 0),
-            "gradient_norm": lambda: baselines.proportional(
-                self.layers, budget, {name: (found.energy or 0.0) ** 0.5 for name, found in of.items()}
-            ),
-            "fisher_proportional": lambda: baselines.proportional(
-                self.layers, budget, {name: found.trace or 0.0 for name, found in of.items()}
-            ),
-            "adalora": lambda: {layer.name: max(2, round(1.5 * budget / self.unit)) for layer in self.layers},
-        }
-        return choose[arm]()
+        if arm == ADALORA:
+            rank = first_rank(self.layers, final_ranks(self.layers, budget))
+            return {layer.name: rank for layer in self.layers}
+        rule = RANK_RULES["eva" if arm == EVA_INIT else arm]
+        return rule.choose(self.layers, budget, self.quantities, 0)
 
     def run(self, budget: str, arm: str) -> None:
         """The arm's allocation at the named budget, and those of its runs that the results lack."""
@@ -108,23 +99,24 @@ class Study:
         started = time.perf_counter()
         ranks = self.ranks(arm, size)
         seconds = time.perf_counter() - started
-        kind = arm + budget if arm in ("adalora", "eva_init") else "svd" if arm.endswith(SVD) else "lora"
+        kind = KINDS.get(arm, "svd" if arm.endswith(SVD) else "lora")
+        kind += budget if arm in KINDS else ""
         key = allocation_key(ranks, kind)
         if not self.results.select(kind="arm", arm=arm, budget=budget, key=key):
-            n_params = size if arm == "adalora" else baselines.n_params(self.layers, ranks)
+            n_params = size if arm == ADALORA else params_of(self.layers, ranks)
             self.results.append([
                 {"kind": "arm", "task": self.task.name, "budget": budget, "arm": arm, "key": key, "params": n_params,
                  "ranks": ranks, "solve_s": seconds}
             ])  # fmt: skip
         inits = self._inits(arm, ranks)
-        stack = AdaLora(size) if arm == "adalora" else LayerStack
+        stack = AdaLora(size) if arm == ADALORA else LayerStack
         run_allocation(self.task, self.results, key, ranks, inits=inits, layer_stack=stack)
 
     def _inits(self, arm: str, ranks: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """Layer -> A, of the arms that do not draw it."""
-        if arm == "eva_init":
-            return baselines.eva_inits(self.gradients, ranks)
-        return baselines.gradient_svd_inits(self.gradients, ranks) if arm.endswith(SVD) else {}
+        if arm == EVA_INIT:
+            return eva_inits(self.gradients, ranks)
+        return gradient_svd_inits(self.gradients, ranks) if arm.endswith(SVD) else {}
 
     def head_alone(self) -> None:
         """The task head trained without any adapter, on every seed; nothing where the head is frozen."""
@@ -135,9 +127,23 @@ class Study:
                 for seed, run in zip(self.task.seeds, runs, strict=True)
             )
 
-    def full(self) -> None:
-        """Every weight of the layers trained."""
-        rates = [FULL_RATE_FACTOR * rate for rate in self.task.learning_rates]
-        everything = {layer.name: 1 for layer in self.layers}
-        slow = replace(self.task, learning_rates=rates)
-        run_allocation(slow, self.results, "full", everything, layer_stack=FullStack)
+
+def utilities(task: StudyTask, statistics: ModelStatistics, model: str | UtilityFunction) -> UtilityTable:
+    """Utility of every LoRA option by a registered model or by a function of the same signature."""
+    spec = lora_spec(task)
+    options = enumerate_options(spec, {"lora": tuple(task.ranks)})
+    if isinstance(model, str):
+        if model not in UTILITY_MODELS:
+            raise KeyError(model)
+        return utility_table(model, spec, statistics, options, WEIGHTS)
+    return UtilityTable(options, model(spec, statistics, options), getattr(model, "__name__", "function"), "")
+
+
+def allocate(task: StudyTask, statistics: ModelStatistics, table: UtilityTable, budget: int) -> dict[str, int]:
+    """Layer -> rank of the best allocation with at most ``budget`` trainable parameters."""
+    config = OptimizationConfig(max_trainable_params=budget, methods=("lora",), lora_ranks=tuple(task.ranks))
+    spec = lora_spec(task)
+    problem = build_problem(spec, table, cost_table(spec, statistics, table.options, config), config)
+    answer = solve(problem, refine_deterministic_time=2.0)
+    chosen = [problem.options[index] for index in answer.choice]
+    return {option.layer: option.rank for option in chosen if option.rank}

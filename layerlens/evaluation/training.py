@@ -1,26 +1,30 @@
-"""Training the stacked arms with AdamW, and measuring them."""
+"""Training the stacked arms with AdamW, measuring them, and the search for each allocation's learning rate."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from layerlens.evaluation.lora_stack import Arm, LayerStack, LoraStack
+from layerlens.evaluation.results import ResultsFile, chosen_rate
+from layerlens.evaluation.stacks import Arm, LayerStack, LoraStack
 from layerlens.evaluation.study_task import Samples, StudyTask
 from layerlens.tasks import logits_of
+from layerlens.tuning.short_training import run_steps
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-WARMUP_SHARE = 0.1
 HEAD_LEARNING_RATE = 1e-3
 """One for all arms, so that an arm's rate is that of its adapters alone."""
 SCALE = 2.0
 """alpha/r, one constant for all arms and layers, as LayerLens exports it."""
 EVALUATION_ROWS = 256
+MAX_EXTENSIONS = 4
+"""Learning rates that are added beyond an end of the grid, as long as the end is the best."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,6 @@ class Run:
     wall_s: float
     cpu_s: float
     tokens_per_s: float
-
-
-def schedule(step: int, steps: int) -> float:
-    """Linear warm-up over a tenth of the steps, then linear decay to 0; ``step`` counts from 0."""
-    warmup = max(1, round(WARMUP_SHARE * steps))
-    return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
 
 
 def data_order(n_samples: int, n_wanted: int, seed: int) -> torch.Tensor:
@@ -106,34 +104,36 @@ def train(
     """
     steps = steps or task.steps
     stack = LoraStack(task.model, arms, head=task.head, scale=SCALE, layer_stack=layer_stack)
-    optimizer = _optimizer(stack, arms)
     order__ks = torch.stack([data_order(len(task.train), steps * task.batch_size, arm.seed) for arm in arms])
-    nothing = [(float("nan"), float("nan"))] * len(arms)
-    n_tokens, training_s, cpu_s = 0, 0.0, 0.0
+
+    def loss(step: int) -> torch.Tensor:
+        columns = slice(step * task.batch_size, (step + 1) * task.batch_size)
+        batch = task.train.rows(order__ks[:, columns].flatten())
+        losses = task.loss(task.model(**batch.inputs), batch).view(len(arms), -1)
+        counts = task.label_count(batch.labels).view(len(arms), -1)
+        penalties = sum(layer.penalty() for layer in stack.layers if hasattr(layer, "penalty"))
+        return (losses.sum(dim=1) / counts.sum(dim=1)).sum() + penalties
+
+    def after_backward() -> None:
+        for layer in stack.layers:
+            if hasattr(layer, "after_backward"):
+                layer.after_backward()
+
+    def after_step(step: int) -> None:
+        if hasattr(layer_stack, "after_step"):
+            layer_stack.after_step(stack.layers, step, steps)
+
+    unknown = [(float("nan"), float("nan"))] * len(arms)
     with stack.attached():
-        for step in range(steps):
-            started, cpu_started = time.perf_counter(), time.process_time()
-            columns = slice(step * task.batch_size, (step + 1) * task.batch_size)
-            batch = task.train.rows(order__ks[:, columns].flatten())
-            losses = task.loss(task.model(**batch.inputs), batch).view(len(arms), -1)
-            counts = task.label_count(batch.labels).view(len(arms), -1)
-            loss = (losses.sum(dim=1) / counts.sum(dim=1)).sum()
-            loss = loss + sum(layer.penalty() for layer in stack.layers if hasattr(layer, "penalty"))
-            loss.backward()
-            for layer in stack.layers:
-                if hasattr(layer, "after_backward"):
-                    layer.after_backward()
-            optimizer.step(schedule(step, steps))
-            if hasattr(layer_stack, "after_step"):
-                layer_stack.after_step(stack.layers, step, steps)
-            n_tokens += batch.labels.numel()
-            training_s += time.perf_counter() - started
-            cpu_s += time.process_time() - cpu_started
-        validation = measure_arms(task, task.validation, len(arms)) if measure else nothing
-        test = measure_arms(task, task.test, len(arms)) if measure and evaluate_test else nothing
+        started, cpu_started = time.perf_counter(), time.process_time()
+        run_steps(steps, loss, _optimizer(stack, arms).step, after_backward=after_backward, after_step=after_step)
+        wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+        validation = measure_arms(task, task.validation, len(arms)) if measure else unknown
+        test = measure_arms(task, task.test, len(arms)) if measure and evaluate_test else unknown
+    tokens_per_s = task.train.labels[:1].numel() * order__ks.numel() / wall_s
     return [
-        Run(validation[k][0], test[k][0], validation[k][1], test[k][1], training_s / len(arms),
-            cpu_s / len(arms), n_tokens / training_s)
+        Run(validation[k][0], test[k][0], validation[k][1], test[k][1], wall_s / len(arms), cpu_s / len(arms),
+            tokens_per_s)
         for k in range(len(arms))
     ]  # fmt: skip
 
@@ -176,3 +176,59 @@ def _right(task: StudyTask, logits: torch.Tensor, labels: torch.Tensor) -> torch
     if task.shifted:
         predicted, labels = predicted[:, :-1], labels[:, 1:]
     return (predicted == labels).view(len(labels), -1).sum(dim=1).float()
+
+
+def run_allocation(
+    task: StudyTask,
+    results: ResultsFile,
+    key: str,
+    ranks: Mapping[str, int],
+    *,
+    inits: Mapping[str, torch.Tensor] | None = None,
+    layer_stack: Callable[[str, Any, Sequence[Arm]], Any] = LayerStack,
+    train_arms: Callable[..., list[Run]] = train,
+) -> None:
+    """Do the runs of the allocation that the results lack, by ``train`` or by ``train_arms``, which is called like it.
+
+    The grid is the task's; while its lowest or highest rate is the best, it is extended by its own factor.
+    """
+    grid = [_rounded(rate) for rate in sorted(task.learning_rates)]
+    factor = grid[1] / grid[0]
+    for _ in range(MAX_EXTENSIONS + 1):
+        wanted = [(rate, seed) for rate in grid for seed in task.sweep_seeds]
+        _run_missing(task, results, key, ranks, wanted, inits or {}, layer_stack, train_arms)
+        best = chosen_rate(results.select(kind="run", key=key), task.sweep_seeds)
+        if best == grid[0]:
+            grid = [_rounded(grid[0] / factor), *grid]
+        elif best == grid[-1]:
+            grid = [*grid, _rounded(grid[-1] * factor)]
+        else:
+            break
+    _run_missing(task, results, key, ranks, [(best, seed) for seed in task.seeds], inits or {}, layer_stack, train_arms)
+
+
+def _rounded(value: float) -> float:
+    """To four digits, as a file has it."""
+    return float(f"{value:.4g}")
+
+
+def _run_missing(
+    task: StudyTask,
+    results: ResultsFile,
+    key: str,
+    ranks: Mapping[str, int],
+    wanted: Sequence[tuple[float, int]],
+    inits: Mapping[str, torch.Tensor],
+    layer_stack: Callable[[str, Any, Sequence[Arm]], Any],
+    train_arms: Callable[..., list[Run]],
+) -> None:
+    done = {(run["lr"], run["seed"]) for run in results.select(kind="run", key=key)}
+    missing = [pair for pair in wanted if pair not in done]
+    for start in range(0, len(missing), task.arms_at_once):
+        group = missing[start : start + task.arms_at_once]
+        runs = train_arms(task, [Arm(ranks, seed, rate, inits) for rate, seed in group], layer_stack=layer_stack)
+        results.append(
+            {"kind": "run", "task": task.name, "key": key, "lr": rate, "seed": seed, "steps": task.steps}
+            | {name: float(f"{value:.6g}") for name, value in dataclasses.asdict(run).items()}
+            for (rate, seed), run in zip(group, runs, strict=True)
+        )

@@ -1,4 +1,4 @@
-"""A few training steps of what was injected, on a model that shares its frozen weights with the one it came from."""
+"""Short trainings: one loop and one warm-up schedule for proxies, the proxy check and the study's stacked arms."""
 
 from __future__ import annotations
 
@@ -25,13 +25,44 @@ def twin_of(model: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(model, shared)
 
 
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rate in ``step``, counted from 0: up over a tenth of the steps, then down towards 0."""
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup + 1)
+
+
+def run_steps(
+    steps: int,
+    loss: Callable[[int], torch.Tensor],
+    update: Callable[[float], None],
+    *,
+    decay: bool = True,
+    after_backward: Callable[[], None] = lambda: None,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """The loop: the loss of a step, its gradients, an update.
+
+    Args:
+        steps: how many.
+        loss: from the number of a step, counted from 0, to a scalar.
+        update: moves the parameters and drops their gradients; it is given the share of the peak learning rate.
+        decay: warm up and fall as ``schedule`` says; a constant 1 otherwise.
+        after_backward: called when the gradients are there.
+        after_step: called with the number of the step that was taken.
+    """
+    for step in range(steps):
+        loss(step).backward()
+        after_backward()
+        update(schedule(step, steps) if decay else 1.0)
+        after_step(step)
+
+
 def train_steps(
     model: torch.nn.Module,
     losses: Sequence[Loss],
     *,
     learning_rate: float,
     decay: bool = False,
-    after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """One AdamW step for each loss, of the parameters that require a gradient; dropout is off.
 
@@ -39,28 +70,22 @@ def train_steps(
         model: with something trainable.
         losses: each gives the losses of one batch, whose mean is minimised.
         learning_rate: constant unless ``decay``, without weight decay; gradients are clipped to norm 1.
-        decay: warm up over a tenth of the steps, then fall linearly towards 0, as a fine-tune would.
-        after_step: called after every step.
+        decay: as in ``run_steps``, as a fine-tune would.
     """
     model.eval()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
     scale = FP16_LOSS_SCALE if half else 1.0
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
-    for step, loss in enumerate(losses):
-        if decay:
-            optimizer.param_groups[0]["lr"] = learning_rate * _schedule(step, len(losses))
-        optimizer.zero_grad()
-        (loss(model).mean() * scale).backward()
+    optimizer.zero_grad()
+
+    def update(share: float) -> None:
+        optimizer.param_groups[0]["lr"] = learning_rate * share
         for parameter in trainable:
             if parameter.grad is not None:
                 parameter.grad /= scale
         torch.nn.utils.clip_grad_norm_(trainable, MAX_GRADIENT_NORM)
         optimizer.step()
-        after_step()
+        optimizer.zero_grad()
 
-
-def _schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rate in ``step``, counted from 0."""
-    warmup = max(1, round(WARMUP_SHARE * steps))
-    return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup + 1)
+    run_steps(len(losses), lambda step: losses[step](model).mean() * scale, update, decay=decay)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from other_stacks import AdapterStack, Mixed
 
-from layerlens.evaluation.adapter_stack import AdapterStack, Mixed
-from layerlens.evaluation.gradients import lora_layers
-from layerlens.evaluation.lora_stack import Arm, LayerStack, LoraStack
+from layerlens.evaluation.measurements import lora_layers
+from layerlens.evaluation.stacks import Arm, LayerStack, LoraStack
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import train
 from layerlens.tuning.modules import BottleneckAdapter

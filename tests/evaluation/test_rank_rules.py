@@ -5,14 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerlens.evaluation import baselines
-from layerlens.evaluation.adalora import AdaLora
-from layerlens.evaluation.allocations import allocate, profile, utilities
-from layerlens.evaluation.gradients import LayerGradient, layer_gradients, lora_layers
-from layerlens.evaluation.lora_stack import Arm, LoraStack
+from layerlens.evaluation.measurements import (
+    LayerGradient,
+    eva_inits,
+    explained_variance,
+    gradient_svd_inits,
+    layer_gradients,
+    lora_layers,
+    profile,
+)
+from layerlens.evaluation.stacks import AdaLora, Arm, LoraStack
+from layerlens.evaluation.study import allocate, utilities
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import train
 from layerlens.models import LayerSpec
+from layerlens.rank_rules import params_of, rank_cost
+from layerlens.rank_rules.rule import proportional_ranks
+from layerlens.registry import RANK_RULES
 
 
 def _layer(name: str, n_in: int, n_out: int, role: str = "") -> LayerSpec:
@@ -23,14 +32,15 @@ LAYERS = [_layer("a", 4, 4, "query"), _layer("b", 4, 8), _layer("c", 8, 4, "valu
 
 
 def test_uniform_gives_equal_ranks_and_spreads_the_rest() -> None:
-    assert baselines.uniform(LAYERS, 64) == {"a": 2, "b": 2, "c": 2}
-    assert baselines.uniform(LAYERS, 63) == {"a": 2, "b": 2, "c": 1}
-    assert baselines.uniform(LAYERS, 20) == {"a": 1, "b": 1}
-    assert baselines.uniform(LAYERS, 40, ("query", "value")) == {"a": 2, "c": 2}
+    uniform, query_value = RANK_RULES["uniform"].choose, RANK_RULES["uniform_qv"].choose
+    assert uniform(LAYERS, 64, {}, 0) == {"a": 2, "b": 2, "c": 2}
+    assert uniform(LAYERS, 63, {}, 0) == {"a": 2, "b": 1, "c": 2}  # the solver's order: first, last, then between them
+    assert uniform(LAYERS, 20, {}, 0) == {"a": 1, "c": 1}
+    assert query_value(LAYERS, 40, {}, 0) == {"a": 2, "c": 2}
 
 
 def test_proportional_ranks_follow_the_score() -> None:
-    assert baselines.proportional(LAYERS, 44, {"a": 1.0, "b": 1.0, "c": 2.0}) == {"a": 1, "b": 1, "c": 2}
+    assert proportional_ranks(LAYERS, {"a": 1.0, "b": 1.0, "c": 2.0}, 44) == {"a": 1, "b": 1, "c": 2}
 
 
 @pytest.mark.parametrize("budget", [7, 8, 31, 32, 100, 1000])
@@ -42,17 +52,17 @@ def test_no_rule_exceeds_the_budget(budget: int) -> None:
         gradient, weight = torch.randn(2, layer.n_out, layer.n_in, generator=generator)
         measured[layer.name] = LayerGradient(gradient, weight, inputs.mT @ inputs / 20)
     score = {"a": 0.3, "b": 0.0, "c": 5.0}
-    found = [
-        baselines.uniform(LAYERS, budget),
-        baselines.proportional(LAYERS, budget, score),
-        baselines.eva(LAYERS, budget, measured),
-        baselines.gora(LAYERS, budget, measured),
-        baselines.random_ranks(LAYERS, budget, 0),
-    ]
-    for ranks in found:
-        assert baselines.n_params(LAYERS, ranks) <= budget
+    quantities = {
+        "weight_gradient": {name: float((x.weight * x.gradient).abs().mean()) for name, x in measured.items()},
+        "gradient_norm": score,
+        "fisher_trace": score,
+        "explained_variance": {name: explained_variance(x.input_covariance) for name, x in measured.items()},
+    }
+    for rule in RANK_RULES.values():
+        ranks = rule.choose(LAYERS, budget, quantities, 0)
+        assert params_of(LAYERS, ranks) <= budget
         assert all(rank >= 1 for rank in ranks.values())
-    assert "b" not in baselines.proportional(LAYERS, 31, score)
+    assert "b" not in proportional_ranks(LAYERS, score, 31)
 
 
 def test_eva_follows_explained_variance() -> None:
@@ -63,9 +73,10 @@ def test_eva_follows_explained_variance() -> None:
         "concentrated": LayerGradient(nothing, nothing, concentrated),
         "flat": LayerGradient(nothing, nothing, flat),
     }
-    # Ratios: 0.97 and then 0.01 on one layer, 0.25 each on the other; at most half of a side has rank.
-    assert baselines.eva(layers, 24, measured) == {"concentrated": 1, "flat": 2}
-    initial = baselines.eva_inits(measured, {"concentrated": 1})["concentrated"]
+    # Ratios: 0.97 and then 0.01 on one layer, 0.25 each on the other; a layer can have twice the mean rank.
+    shares = {name: explained_variance(x.input_covariance) for name, x in measured.items()}
+    assert RANK_RULES["eva"].choose(layers, 24, {"explained_variance": shares}, 0) == {"concentrated": 1, "flat": 2}
+    initial = eva_inits(measured, {"concentrated": 1})["concentrated"]
     assert torch.allclose(initial.abs(), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
 
 
@@ -73,7 +84,7 @@ def test_gradient_svd_begins_along_the_mean_gradient() -> None:
     direction = torch.tensor([3.0, 0.0, 4.0, 0.0]) / 5.0
     gradient = torch.outer(torch.tensor([1.0, 2.0, 0.0]), direction) + 1e-3 * torch.eye(3, 4)
     measured = {"a": LayerGradient(gradient, torch.zeros(3, 4), torch.eye(4))}
-    initial = baselines.gradient_svd_inits(measured, {"a": 2})["a"]
+    initial = gradient_svd_inits(measured, {"a": 2})["a"]
     torch.testing.assert_close(initial @ initial.mT, torch.eye(2), atol=1e-6, rtol=0)
     assert abs(float(initial[0] @ direction)) > 0.999  # the perturbation of 1e-3 turns it by about as much
 
@@ -94,7 +105,7 @@ def test_mean_gradients_are_those_of_autograd(task: StudyTask) -> None:
 
 def test_adalora_ends_within_its_budget(task: StudyTask) -> None:
     layers = lora_layers(task)
-    budget = sum(baselines.cost(layer) for layer in layers)
+    budget = sum(rank_cost(layer) for layer in layers)
     kept: list[int] = []
 
     class Watched(AdaLora):
@@ -105,7 +116,7 @@ def test_adalora_ends_within_its_budget(task: StudyTask) -> None:
     arms = [Arm({layer.name: 2 for layer in layers}, seed, 1e-2) for seed in (0, 1)]
     train(task, arms, steps=20, layer_stack=Watched(budget))
     assert kept[0] == 2 * budget
-    assert budget - max(baselines.cost(layer) for layer in layers) < kept[-1] <= budget
+    assert budget - max(rank_cost(layer) for layer in layers) < kept[-1] <= budget
 
 
 def test_adalora_changes_nothing_at_first(task: StudyTask) -> None:
@@ -121,6 +132,6 @@ def test_adalora_changes_nothing_at_first(task: StudyTask) -> None:
 def test_product_utilities_allocate_within_the_budget(task: StudyTask, model: str) -> None:
     statistics = profile(task).statistics
     layers = lora_layers(task)
-    budget = sum(baselines.cost(layer) for layer in layers) // 2
+    budget = sum(rank_cost(layer) for layer in layers) // 2
     ranks = allocate(task, statistics, utilities(task, statistics, model), budget)
-    assert 0 < baselines.n_params(layers, ranks) <= budget
+    assert 0 < params_of(layers, ranks) <= budget

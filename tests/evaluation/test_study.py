@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import check_runs as proxy_check
 import numpy as np
 import pytest
+from check_runs import checked_gain
+from single_layers import rank_correlation, single_layer_gains, single_layer_records
+from study_tables import checked_table, comparison_table, half_table
 
-from layerlens.evaluation import analysis, proxy_check, sweep
-from layerlens.evaluation.calibration import rank_correlation, single_layer_gains, single_layer_records
-from layerlens.evaluation.gradients import lora_layers
-from layerlens.evaluation.proxy_check import checked_gain
+from layerlens.evaluation import results as analysis
+from layerlens.evaluation import training as sweep
+from layerlens.evaluation.measurements import lora_layers
 from layerlens.evaluation.results import ResultsFile, allocation_key
-from layerlens.evaluation.study_report import checked_table, comparison_table, gain_table, half_table, write_gain_plot
+from layerlens.evaluation.study_report import gain_table, write_gain_plot
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.exceptions import DataError
 
@@ -24,7 +27,7 @@ def test_a_sweep_extends_its_grid_and_goes_on(task: StudyTask, tmp_path: Path, m
     results = ResultsFile.open(tmp_path / "tiny.jsonl")
     sweep.run_allocation(small, results, "k", ranks)
     rates = {run["lr"] for run in results.records}
-    best = sweep.chosen_rate(results.records)
+    best = analysis.chosen_rate(results.records)
     # Either the best rate is inside the grid, or the grid was extended as often as is allowed.
     assert min(rates) < best < max(rates) or len(rates) == 2 + sweep.MAX_EXTENSIONS
     assert {run["seed"] for run in results.records if run["lr"] == best} == set(task.seeds)
@@ -58,7 +61,7 @@ def test_the_rate_is_chosen_by_validation_on_the_sweep_seeds() -> None:
         {"lr": 0.2, "seed": 1, "validation_loss": 2.0},
         {"lr": 0.3, "seed": 4, "validation_loss": 0.0},
     ]
-    assert sweep.chosen_rate(runs, (0, 1)) == 0.2
+    assert analysis.chosen_rate(runs, (0, 1)) == 0.2
 
 
 def _fake_results(folder: Path, task: str, losses: dict[str, float], noise: float) -> ResultsFile:

@@ -1,4 +1,4 @@
-"""Bottleneck adapters for stacked arms, and allocations that have adapters on some layers and LoRA on others."""
+"""Arms of the study that are not LoRA alone: bottleneck adapters beside LoRA, and all weights of the layers trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from layerlens.evaluation.lora_stack import Arm, LayerStack
+from layerlens.evaluation.stacks import Arm, LayerStack
 
 
 class AdapterStack:
@@ -46,3 +46,23 @@ class Mixed:
         if name in self.adapters:
             return AdapterStack(name, module, arms, self.adapters[name])
         return LayerStack(name, module, arms)
+
+
+class FullStack:
+    """A change of the whole weight of one layer for every arm, [k, i, o], starting at 0."""
+
+    def __init__(self, name: str, module: Any, arms: Sequence[Arm]) -> None:
+        self.name = name
+        self.arms = torch.arange(len(arms))
+        n_out, n_in = module.weight.shape
+        self.change = torch.zeros(len(arms), n_in, n_out, requires_grad=True)
+
+    def parameters(self) -> list[torch.Tensor]:
+        """What is trained."""
+        return [self.change]
+
+    def add_to(self, output: torch.Tensor, h: torch.Tensor, scale: float) -> torch.Tensor:
+        """``output`` with every arm's change of its rows."""
+        h__kti = h.reshape(len(self.arms), -1, h.shape[-1])
+        out__kto = output.reshape(len(self.arms), -1, output.shape[-1])
+        return torch.baddbmm(out__kto, h__kti, self.change).view(output.shape)

@@ -12,11 +12,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from layerlens.config.proxy_check import UNIFORM_LORA
-from layerlens.evaluation.analysis import UNIFORM, arm_results, baseline_loss, normalised_gain, study_seeds
-from layerlens.evaluation.lora_stack import Arm
-from layerlens.evaluation.results import ResultsFile
+from layerlens.evaluation.results import (
+    UNIFORM,
+    ResultsFile,
+    arm_results,
+    baseline_loss,
+    chosen_rate,
+    normalised_gain,
+    study_seeds,
+)
+from layerlens.evaluation.stacks import Arm
 from layerlens.evaluation.study_task import StudyTask
-from layerlens.evaluation.sweep import chosen_rate
 from layerlens.evaluation.training import train
 from layerlens.jobs.proxy_check import with_margin
 

@@ -1,4 +1,4 @@
-"""Several fine-tunes of one frozen model at once: the arms' batches are stacked, each with adapters of its own.
+"""Several fine-tunes of one frozen model at once: the arms' batches are stacked, each with LoRA or AdaLoRA of its own.
 
 Frozen layers are applied to all arms' samples in one product. A layer that some arms adapt adds ``(alpha/r)·B_k A_k h``
 to the rows of those arms k. Nothing is shared between arms: the loss is a sum over them, so every gradient is the one
@@ -17,6 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from layerlens.rank_rules.adalora import ORTHOGONALITY, SMOOTHING, Schedule
+
+INITIAL_DEVIATION = 0.02
+"""Of AdaLoRA's first A and B, as PEFT draws them."""
 
 
 @dataclass(frozen=True)
@@ -136,3 +141,93 @@ class LoraStack:
 
     def _layer_hook(self, layer: Any) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
         return lambda module, args, output: layer.add_to(output, args[0], self.scale)
+
+
+class TripletStack(LayerStack):
+    """AdaLoRA's triplets λ_i b_i a_iᵀ of one layer, [k, r] of them; every arm adapts every layer."""
+
+    def __init__(self, name: str, module: Any, arms: Sequence[Arm]) -> None:
+        super().__init__(name, module, arms)
+        if len(self.arms) != len(arms):
+            raise ValueError("AdaLoRA starts with rank in every layer")
+        k, n_in, rank = self.a.shape
+        self.cost = n_in + self.b.shape[2]
+        with torch.no_grad():
+            for position, arm in enumerate(arms):
+                generator = torch.Generator().manual_seed(arm.seed * 1_000_003 + len(name) + n_in)
+                self.a[position] = INITIAL_DEVIATION * torch.randn(n_in, rank, generator=generator)
+                self.b[position] = INITIAL_DEVIATION * torch.randn(rank, self.b.shape[2], generator=generator)
+        self.values = torch.zeros(k, rank, requires_grad=True)
+        self.mask = torch.ones(k, rank)
+        self.settled = False
+        """Whether importances stay as they are: what is left is only trained."""
+        self._smoothed = [torch.zeros_like(parameter) for parameter in self.parameters()]
+        self._uncertain = [torch.zeros_like(parameter) for parameter in self.parameters()]
+
+    def parameters(self) -> list[torch.Tensor]:
+        """Triplets' three parts; only a and b before ``values`` is made."""
+        return [self.a, self.b, *([self.values] if hasattr(self, "values") else [])]
+
+    def inner(self, h__kti: torch.Tensor) -> torch.Tensor:
+        """λ A h, [k, t, r]."""
+        return torch.bmm(h__kti, self.a) * self.values[:, None]
+
+    def penalty(self) -> torch.Tensor:
+        """The orthogonality loss, summed over arms."""
+        eye = torch.eye(self.a.shape[2])
+        of_a, of_b = self.a.mT @ self.a - eye, self.b @ self.b.mT - eye
+        return ORTHOGONALITY * (of_a.square().sum() + of_b.square().sum())
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        """Smooth the sensitivities of this step's gradients."""
+        if self.settled:
+            return
+        for parameter, smoothed, uncertain in zip(self.parameters(), self._smoothed, self._uncertain, strict=True):
+            assert parameter.grad is not None
+            sensitivity = (parameter * parameter.grad).abs()
+            smoothed.lerp_(sensitivity, 1.0 - SMOOTHING)
+            uncertain.lerp_((sensitivity - smoothed).abs(), 1.0 - SMOOTHING)
+
+    def importance(self) -> torch.Tensor:
+        """[k, r]."""
+        of_a, of_b, of_values = (s * u for s, u in zip(self._smoothed, self._uncertain, strict=True))
+        return of_values + of_a.mean(dim=1) + of_b.mean(dim=2)
+
+
+class AdaLora:
+    """Makes the layers' triplets and keeps the budget that ``layerlens.rank_rules.adalora`` schedules.
+
+    The paper counts ranks. Arms are compared at equal parameters, so here the budget is one of parameters.
+
+    Args:
+        budget: trainable parameters at the end, λ not counted.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+
+    def __call__(self, name: str, module: Any, arms: Sequence[Arm]) -> TripletStack:
+        return TripletStack(name, module, arms)
+
+    @torch.no_grad()
+    def after_step(self, layers: Sequence[TripletStack], step: int, steps: int) -> None:
+        """Set λ to 0 where triplets are beyond the budget after ``step``, counted from 0; they can come back while it
+        falls.
+        """  # fmt: skip
+        law = Schedule(steps)
+        for layer in layers:
+            layer.settled = law.share(step + 2) == 0.0
+        share = law.share(step + 1)
+        if share is None:
+            return
+        everything = sum(layer.cost * layer.mask.shape[1] for layer in layers)
+        allowed = self.budget + (everything - self.budget) * share
+        importance = torch.cat([layer.importance() for layer in layers], dim=1)
+        costs = torch.cat([torch.full((layer.mask.shape[1],), float(layer.cost)) for layer in layers])
+        order = importance.argsort(dim=1, descending=True)
+        within = torch.zeros_like(importance)
+        within.scatter_(1, order, (costs[order].cumsum(dim=1) <= allowed).float())
+        for layer, mask in zip(layers, within.split([layer.mask.shape[1] for layer in layers], dim=1), strict=True):
+            layer.mask = mask
+            layer.values *= mask

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
-from layerlens.evaluation.lora_stack import Arm
 from layerlens.evaluation.results import Record
+from layerlens.evaluation.stacks import Arm
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import train
 from layerlens.models import UtilityTable
