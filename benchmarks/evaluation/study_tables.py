@@ -1,4 +1,4 @@
-"""The tables that only our own study has, beside those of `layerlens evaluate`: Markdown, from the results files alone."""
+"""Tables that only our own study has, beside those of `layerlens evaluate`: Markdown, from the results files alone."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def twin_of(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rate in ``step``, counted from 0: up over a tenth of the steps, then down towards 0."""
+    """Share of the peak learning rate in ``step``, counted from 0: up over a tenth of the steps, then towards 0."""
     warmup = max(1, round(WARMUP_SHARE * steps))
     return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup + 1)
 
