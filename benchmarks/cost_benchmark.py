@@ -19,7 +19,7 @@ import torch
 
 from layerlens.cost.device import calibrate
 from layerlens.integrations.layers import model_spec
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.jobs.costs import compare_costs
 from layerlens.models import Choice, LoraSettings, Option
 

@@ -35,7 +35,7 @@ def job(depth: int, samples: int) -> dict[str, Any]:
     from transformers import BertConfig, BertForSequenceClassification
 
     from layerlens.integrations.layers import model_spec
-    from layerlens.integrations.transformers import PretrainedModel
+    from layerlens.integrations.pretrained import PretrainedModel
     from layerlens.profiling.request import StatisticsRequest
     from layerlens.tasks.batches import Batch
     from layerlens.tasks.losses import classification_loss

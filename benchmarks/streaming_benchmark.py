@@ -151,12 +151,12 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from layerlens.integrations.layers import model_spec
-    from layerlens.integrations.transformers import load_pretrained
     from layerlens.jobs.memory_mode import checkpointed_activations
     from layerlens.profiling.measure import measure
     from layerlens.profiling.request import StatisticsRequest
     from layerlens.profiling.statistics_file import statistics_to_bytes
     from layerlens.profiling.streamed.measure import measure_streamed
+    from layerlens.sources import load_pretrained
     from layerlens.tasks import Batch
     from layerlens.tasks.losses import causal_loss
     from layerlens.utils.progress import silent

@@ -24,11 +24,11 @@ from toys.plates import CLASSES, draw_plates, write_dataset
 from layerlens.config import RunConfig
 from layerlens.config.vision_language import PipelineConfig
 from layerlens.data import load_dataset
-from layerlens.integrations.transformers import load_pretrained
 from layerlens.integrations.ultralytics_training import mean_average_precision, save_checkpoint
 from layerlens.jobs.vision_language import run_vision_language
 from layerlens.models import LabelledImage
 from layerlens.pipeline import run_config
+from layerlens.sources import load_pretrained
 from layerlens.tasks import TASKS, make_batches
 from layerlens.tuning import apply
 from layerlens.utils.places import default_cache_dir

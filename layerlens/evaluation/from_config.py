@@ -20,11 +20,13 @@ from layerlens.evaluation.study_report import study_markdown, write_gain_plot
 from layerlens.evaluation.study_task import Samples, StudyTask
 from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.layers import model_spec
-from layerlens.integrations.transformers import PretrainedModel, load_pretrained, task_heads
+from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.integrations.transformers import task_heads
 from layerlens.jobs.inputs import check_lengths
 from layerlens.jobs.observed import observed
 from layerlens.jobs.publishing import published
 from layerlens.profiling.head import fit_head
+from layerlens.sources import load_pretrained
 from layerlens.tasks import TASKS
 from layerlens.utils.atomic import atomic_write_text, check_writable
 from layerlens.utils.observer import observed_stage

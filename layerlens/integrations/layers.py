@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from layerlens.exceptions import ModelSpecError
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import (
+    HEAD_WIDTHS,
     RESIDUAL_WRITERS,
-    PretrainedModel,
     blocks_of,
     dense_shape,
     is_dense,
@@ -22,7 +23,6 @@ from layerlens.integrations.transformers import (
 from layerlens.integrations.weight_matrices import why_not_measurable
 from layerlens.models import LayerSpec, ModelSpec
 
-HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 BLOCK_LAYERS = 2
 """A member of a list of modules is a convolutional block from this many layers on."""
 

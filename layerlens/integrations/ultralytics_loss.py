@@ -1,21 +1,16 @@
-"""Detection models of ultralytics for profiling and tuning: ``ultralytics:WEIGHTS.pt``, with their own loss."""
+"""The loss of detection models of ultralytics, image by image."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerlens.exceptions import DataError, ModelSpecError
-from layerlens.integrations.image_input import ImageInput
-from layerlens.integrations.transformers import PretrainedModel
-from layerlens.integrations.ultralytics import find_weights, load_detector
+from layerlens.exceptions import DataError
+from layerlens.integrations.pretrained import PretrainedModel
 
 if TYPE_CHECKING:
     import torch
-
-PREFIX, TASK = "ultralytics:", "object-detection"
 
 
 @dataclass(frozen=True)
@@ -53,38 +48,13 @@ class DetectionTargets:
         return replace(self, samples=tuple(moved))
 
 
-def load_detection_model(reference: str, task: str, base_dir: Path | None) -> PretrainedModel:
-    """The model behind ``ultralytics:WEIGHTS.pt``, not fused, frozen, in evaluation mode.
-
-    Batch normalisation uses its running statistics, so that no sample's loss depends on the others in its batch.
-
-    Raises:
-        ModelNotFoundError: the weights cannot be found or read.
-        ModelSpecError: another task than object detection.
-    """
-    if task != TASK:
-        raise ModelSpecError(f"model.task: {reference} finds objects in images; set model.task: {TASK}")
-    import torch
-
-    detector = load_detector(find_weights(reference.removeprefix(PREFIX), base_dir))
-    model = detector.module
-    for name, module in model.named_modules():
-        if name.endswith(".dfl.conv"):
-            module.layerlens_left_out = "its weights are the numbers 0, 1, 2 ..., which only decode boxes"
-
-    def transform(images: Sequence[Any]) -> torch.Tensor:
-        return torch.stack([detector.preprocess(image) for image in images])
-
-    return PretrainedModel(model, None, reference, (), detector.names, ImageInput(transform, "x", "RGB"))
-
-
 def detection_targets(
     pretrained: PretrainedModel, sizes: Sequence[tuple[int, int]], side: int, objects: Sequence[Any]
 ) -> DetectionTargets:
     """The boxes of every image where they lie in the detector's square input.
 
     Args:
-        pretrained: what ``load_detection_model`` returned.
+        pretrained: a detector, as its source loads it.
         sizes: width and height of every image.
         side: side of the square that they were scaled into.
         objects: see ``tasks.object_detection.Objects``.

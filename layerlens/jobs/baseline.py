@@ -9,7 +9,7 @@ import torch
 
 from layerlens.config import RunConfig
 from layerlens.integrations.layers import model_spec
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import Manifest
 from layerlens.tuning.baselines import BaselineRequest, Finished, Prepared, known_baseline
 from layerlens.tuning.samples import SeededOrder, TrainingData, on_device

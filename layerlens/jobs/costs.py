@@ -15,7 +15,7 @@ from layerlens.cost.options import operations
 from layerlens.cost.trace import trace_step
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.layers import model_spec
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import Choice, Manifest
 from layerlens.registry import TASKS
 from layerlens.tuning import apply, read_factors

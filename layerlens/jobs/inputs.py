@@ -9,7 +9,8 @@ from layerlens.config.proxy_check import UNIFORM_LORA
 from layerlens.data import Dataset
 from layerlens.data.dataset import TEST_SHARE
 from layerlens.exceptions import ConfigurationError, DataError
-from layerlens.integrations.transformers import PretrainedModel, longest_sequence, task_heads
+from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.integrations.transformers import longest_sequence, task_heads
 from layerlens.jobs.messages import Warnings
 from layerlens.jobs.solve import versions
 from layerlens.models import ModelFacts, ModelSpec, ModelStatistics

@@ -17,8 +17,9 @@ import torch
 from layerlens.config import RunConfig
 from layerlens.cost.trace import trace_step
 from layerlens.exceptions import ConfigurationError, LayerLensError
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.torch_modules import frozen_without_dropout
-from layerlens.integrations.transformers import PretrainedModel, blocks_of, without_cache
+from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.models import LayerSpec, ModelSpec, Provenance
 from layerlens.profiling.footprint import dense_inputs
 from layerlens.profiling.request import EXACT_NTK_SAMPLES, StatisticsRequest

@@ -15,7 +15,7 @@ from layerlens.data import Dataset
 from layerlens.exceptions import ConfigurationError, ModelSpecError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.placement import placed
-from layerlens.integrations.transformers import PretrainedModel, load_pretrained, why_not_streamable
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.jobs.inputs import check_lengths, split_samples, statistics_request
 from layerlens.jobs.memory_mode import (
     PLAIN,
@@ -31,6 +31,8 @@ from layerlens.jobs.memory_mode import (
 from layerlens.jobs.messages import Warnings
 from layerlens.jobs.together import refuse_untrainable
 from layerlens.models import ModelSpec
+from layerlens.registry import source_of
+from layerlens.sources import load_pretrained
 from layerlens.tasks import Batches, Task, make_batches
 from layerlens.utils.processes import Processes
 
@@ -103,7 +105,7 @@ def prepare(
     refused: dict[str, str] = {}
     on_disk = MemoryPlan(STREAMED, "", {})
     skeleton = None
-    if reason := why_not_streamable(config.model.reference):
+    if reason := source_of(config.model.reference)[0].why_not_streamable(config.model.reference):
         refused[STREAMED] = reason
     else:
         try:

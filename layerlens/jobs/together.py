@@ -16,6 +16,7 @@ import torch
 from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError, OutputError
 from layerlens.integrations.placement import offloaded
+from layerlens.registry import source_of
 from layerlens.utils.processes import Processes
 
 VISIBLE_WITHIN_S = 5.0
@@ -56,10 +57,11 @@ def refuse_unshardable(config: RunConfig, processes: Processes) -> None:
                 "torchrun, or spread it over the processes with distributed.sharding: fsdp instead"
             )
         return
+    why_not_sharded = source_of(config.model.reference)[0].why_not_sharded
     reasons = {
         "only one process was started; start several with torchrun --nproc-per-node N": processes.alone,
         "cannot be joined with model.device_map; give one of the two": config.model.device_map is not None,
-        "a model of ultralytics is not spread; set it to none": config.model.name_or_path.startswith("ultralytics:"),
+        f"{why_not_sharded}; set it to none": bool(why_not_sharded),
         "profiling.proxies trains the whole model in one process; set proxies.options: 0": (
             config.profiling.proxies.options > 0
         ),

@@ -16,7 +16,7 @@ from layerlens.config import RunConfig
 from layerlens.cost.measure import forward_ms
 from layerlens.data import Dataset, load_dataset
 from layerlens.exceptions import ConfigurationError, DataError, ManifestError
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.jobs.baseline import baseline_facts, prepare_baseline
 from layerlens.jobs.inputs import check_lengths
 from layerlens.jobs.messages import Warnings

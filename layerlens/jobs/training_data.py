@@ -11,7 +11,7 @@ import torch
 from layerlens.config import RunConfig
 from layerlens.data import Dataset
 from layerlens.exceptions import DataError
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks import Batch, Batches, Task, make_batches
 from layerlens.tasks.metrics import TARGETS
 from layerlens.tuning.samples import Sample, TrainingData

@@ -193,7 +193,7 @@ def _language_model(config: PipelineConfig, base_dir: Path | None) -> LanguageMo
     for name in ("llm_model", "api_key_env"):
         if getattr(config, name) is not None:
             raise ConfigurationError(f"{name}: is for servers; llm is the local model {config.llm!r}")
-    from layerlens.integrations.transformers import load_pretrained
+    from layerlens.sources import load_pretrained
     from layerlens.vision_language.local_model import LocalModel
 
     try:

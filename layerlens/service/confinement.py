@@ -7,13 +7,13 @@ that what is checked is what is used.
 from __future__ import annotations
 
 import posixpath
-import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from layerlens.config import (
     DistributedConfig,
+    ModelConfig,
     OutputConfig,
     RunConfig,
     RuntimeConfig,
@@ -22,12 +22,13 @@ from layerlens.config import (
 )
 from layerlens.exceptions import ConfigurationError
 from layerlens.service.settings import ServiceSettings
+from layerlens.sources import LoadRequest
+from layerlens.sources.timm import RANDOM
 from layerlens.storage import local_or_url, url_of
 from layerlens.utils.user_code import REFERENCE
 
 DEFAULT_OUTPUT = OutputConfig().directory
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-RANDOM_WEIGHTS, ULTRALYTICS, HUB_PREFIX = "random", "ultralytics:", "hf:"
+HUB_PREFIX = "hf:"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5")
 
 
@@ -41,13 +42,11 @@ def confine(config: RunConfig, settings: ServiceSettings) -> RunConfig:
     if config.model.device_map is not None:
         raise ConfigurationError("model.device_map: the operator of the server decides where models lie; leave it out")
     weights = config.model.weights
-    if weights is not None and weights != RANDOM_WEIGHTS:
+    if weights is not None and weights != RANDOM:
         weights = confined_path("model.weights", weights, settings)
         if not weights.endswith(".safetensors"):
             raise ConfigurationError("model.weights: this server loads weights from single .safetensors files only")
-    name = config.model.name_or_path
-    if config.model.factory is None:
-        name = _model(name, settings, own_weights=weights is not None)
+    name = "" if config.model.factory is not None else _model(config.model, settings)
     model = config.model.model_copy(update={"name_or_path": name, "weights": weights})
     data = config.data.model_copy(update={"source": _data(config.data.source, settings)})
     return confine_settings(config, settings).model_copy(update={"model": model, "data": data})
@@ -90,9 +89,11 @@ def _refuse_own_code(config: RunConfig, settings: ServiceSettings) -> None:
         asked["data.source"] = config.data.source
     for key, value in asked.items():
         if value is not None and not _allowed_code(value, settings):
-            raise ConfigurationError(
-                f"{key}: this server does not run {value!r}; its operator may --allow-code {value.partition(':')[0]}"
-            )
+            raise ConfigurationError(f"{key}: {_code_refused(value, value.partition(':')[0])}")
+
+
+def _code_refused(named: str, module: str) -> str:
+    return f"this server does not run {named!r}; its operator may --allow-code {module}"
 
 
 def _names_code(source: str) -> bool:
@@ -104,27 +105,31 @@ def _allowed_code(reference: str, settings: ServiceSettings) -> bool:
     return any(module == allowed or module.startswith(f"{allowed}.") for allowed in settings.allow_code)
 
 
-def _model(name: str, settings: ServiceSettings, *, own_weights: bool) -> str:
-    key = "model.name_or_path"
-    if name.startswith("timm:") and (own_weights or settings.allow_hub):
+def _model(config: ModelConfig, settings: ServiceSettings) -> str:
+    """``name_or_path`` with its file or folder as an absolute place, if the operator allows what loading it does."""
+    key, name = "model.name_or_path", config.name_or_path
+    request = LoadRequest(name, config.task, weights=config.weights)
+    trust = request.source.trust(request)
+    if request.source.key != "name_or_path":
+        return confined_path(key, name, settings)
+    if trust.code and not _allowed_code(trust.code, settings):
+        raise ConfigurationError(f"{key}: {_code_refused(name, trust.code)}")
+    if trust.package and trust.package not in settings.allow_packages:
+        raise ConfigurationError(
+            f"{key}: this server does not import {name!r}; its operator may --allow-package {trust.package}"
+        )
+    if trust.pickle and not settings.allow_pickles:
+        raise ConfigurationError(
+            f"{key}: {name!r} is a pickle, which runs code when it is loaded; the operator may --allow-pickles"
+        )
+    if trust.hub and settings.allow_hub and not (trust.path and _below_roots(Path(trust.path), settings)):
         return name
-    if name.startswith("package:"):
-        if name.removeprefix("package:") in settings.allow_packages:
-            return name
-        raise ConfigurationError(f"{key}: this server does not import {name!r}; its operator may --allow-package it")
-    if name.startswith(ULTRALYTICS):
-        if not settings.allow_pickles:
-            raise ConfigurationError(
-                f"{key}: {name!r} is a pickle, which runs code when it is loaded; the operator may --allow-pickles"
-            )
-        return ULTRALYTICS + confined_path(key, name.removeprefix(ULTRALYTICS), settings)
-    hub_name = url_of(name) is None and HUB_NAME.fullmatch(name) is not None
-    if settings.allow_hub and hub_name and _below_roots(Path(name), settings) is None:
-        return name
-    place = confined_path(key, name, settings)
-    if url_of(place) is None:
+    if not trust.path:
+        return confined_path(key, name, settings) if trust.hub else name
+    place = confined_path(key, trust.path, settings)
+    if url_of(place) is None and not trust.pickle:
         _refuse_pickles(key, name, Path(place), settings)
-    return place
+    return name.removesuffix(request.place) + place
 
 
 def _data(source: str, settings: ServiceSettings) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.placement import input_device
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 Inputs = dict[str, torch.Tensor]

@@ -15,8 +15,8 @@ from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError, DataError
-from layerlens.integrations.factories import first_argument
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.sources.factory import first_argument
 from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.losses import own_loss
 from layerlens.tasks.task import Task

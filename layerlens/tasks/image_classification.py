@@ -12,7 +12,7 @@ from layerlens.data.dataset import Dataset
 from layerlens.data.images import image_folder
 from layerlens.data.table import LABELS, Table, class_names
 from layerlens.exceptions import ConfigurationError
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.losses import classification_loss
 from layerlens.tasks.metrics import Metrics, Record, finish_classes, joined, record_classes

@@ -10,7 +10,7 @@ import torch
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.exceptions import ConfigurationError
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features
 from layerlens.tasks.losses import IGNORED, token_loss
 from layerlens.tasks.metrics import TOKENS

@@ -15,8 +15,9 @@ from layerlens.data.images import SUFFIXES, StoredImage
 from layerlens.data.sources import rows_of_function
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError, DataError, DataNotFoundError
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.ultralytics_loss import DetectionTargets, detection_targets, sample_losses
+from layerlens.registry import source_of
 from layerlens.storage import local_file
 from layerlens.tasks.batches import Batch, Features, Inputs
 from layerlens.tasks.metrics import TARGETS, Decode, Judged, Metrics, Record, mean_loss
@@ -74,7 +75,7 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
     Raises:
         ConfigurationError: the model is no detector of ultralytics.
     """
-    if pretrained.images is None or not pretrained.path.startswith("ultralytics:"):
+    if pretrained.images is None or source_of(pretrained.path)[0].default_task != TASK.name:
         raise ConfigurationError("model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt")
     images = dataset.columns["image"]
     return [{"image": image, "labels": found} for image, found in zip(images, dataset.labels, strict=True)]

@@ -15,7 +15,7 @@ from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.table import Table
 from layerlens.exceptions import DataError, TrainingError
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.losses import span_loss
 from layerlens.tasks.metrics import Decode, Judged, Metrics, Record, mean_loss

@@ -8,7 +8,7 @@ from typing import Any
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.table import Table
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.losses import IGNORED, token_loss
 from layerlens.tasks.metrics import TOKENS

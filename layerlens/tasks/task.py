@@ -17,7 +17,7 @@ from layerlens.config import DataConfig, ModelConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.table import Table
 from layerlens.exceptions import TrainingError
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.registry import TASKS
 from layerlens.tasks.batches import Batches, Collate, Features
 from layerlens.tasks.losses import Loss, own_loss

@@ -12,7 +12,7 @@ from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Collate, Features, Inputs
 from layerlens.tasks.losses import IGNORED
 

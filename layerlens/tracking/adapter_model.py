@@ -20,7 +20,7 @@ class AdaptedModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
         """Load base model and adapter; the base must be there under the name that the run used."""
         facts, directory = context.model_config["model"], Path(context.artifacts["adapter"])
         if context.model_config["needs_layerlens"]:
-            from layerlens.integrations.transformers import load_pretrained
+            from layerlens.sources import load_pretrained
             from layerlens.tuning import load
 
             base = load_pretrained(
@@ -34,8 +34,8 @@ class AdaptedModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
         from peft import PeftModel
 
         name = facts["name_or_path"]
-        if name.startswith("package:"):
-            name = importlib.import_module(name.removeprefix("package:")).get_model_path()
+        if facts["package"]:  # what the model's source said when the adapter was stored
+            name = importlib.import_module(facts["package"]).get_model_path()
         heads = {"num_labels": facts["num_labels"]} if facts["num_labels"] else {}
         plain = getattr(transformers, facts["auto_class"]).from_pretrained(name, dtype=facts["dtype"], **heads)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)

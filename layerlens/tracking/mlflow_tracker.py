@@ -23,6 +23,7 @@ from layerlens.config import TrackingConfig
 from layerlens.exceptions import TrackingError
 from layerlens.models import Manifest
 from layerlens.registry import TASKS
+from layerlens.sources import LoadRequest
 from layerlens.storage.url import redacted
 from layerlens.tracking.protocol import Parameter, Status
 
@@ -110,9 +111,11 @@ class MlflowTracker:
                 logger.warning("tracking: a model of the task %s is kept as files, not as an MLflow model", task)
                 return
             labels = list(manifest.model.labels or ())
-            needs_layerlens = LAYERLENS_FILE in files
+            request = LoadRequest(manifest.model.name_or_path or "", task)
+            needs_layerlens = LAYERLENS_FILE in files or not request.source.of_transformers
             facts = {
-                "name_or_path": manifest.model.name_or_path,
+                "name_or_path": request.reference,
+                "package": "" if needs_layerlens else request.source.trust(request).package,
                 "task": task,
                 "labels": labels,
                 "auto_class": kind.auto_class,

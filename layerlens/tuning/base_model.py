@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from layerlens.exceptions import ManifestError
-from layerlens.integrations.transformers import PretrainedModel, load_pretrained
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import Manifest
 from layerlens.registry import TASKS
+from layerlens.sources import LoadRequest, load_pretrained
 
 
 def base_reference(manifest: Manifest, model: str | None) -> str:
@@ -28,7 +29,8 @@ def base_reference(manifest: Manifest, model: str | None) -> str:
                 f"the manifest has no model.{key}, so its base model cannot be loaded; "
                 "`layerlens run` writes manifests that have it"
             )
-    if reference.startswith("factory:") and model is None:
+    wanted = LoadRequest(reference)
+    if wanted.source.trust(wanted).code and model is None:
         raise ManifestError(
             f"the base model is made by Python code that the manifest names ({reference}); if you trust it, say so "
             f"with --model {reference}"

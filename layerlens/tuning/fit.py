@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import lora_module, lora_shape
+from layerlens.integrations.pretrained import weights_fingerprint
 from layerlens.integrations.torch_modules import find_module
-from layerlens.integrations.transformers import weights_fingerprint
 from layerlens.models import Choice, Manifest, ModelFacts, Option, choice_of
 
 if TYPE_CHECKING:

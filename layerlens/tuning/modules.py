@@ -21,7 +21,7 @@ from transformers.modeling_utils import AttentionInterface
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.attention import attention_function
 from layerlens.integrations.peft import name_seed
-from layerlens.integrations.transformers import dense_shape, is_dense, takes_prefix
+from layerlens.integrations.transformers import HEAD_WIDTHS, dense_shape, is_dense, takes_prefix
 from layerlens.models import Option
 
 ADAPTER_CHILD, PREFIX_CHILD = "layerlens_adapter", "layerlens_prefix"
@@ -30,7 +30,6 @@ CHILDREN = {"adapter": ADAPTER_CHILD, "prefix": PREFIX_CHILD}
 # Attention functions that a prefix can be added to; flash attention needs its own name in the configuration.
 PREFIX_BASES = ("sdpa", "eager")
 # What transformers' attention blocks call the width of one head.
-HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _PREFIX_NAME = "layerlens_prefix_{}"
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import lora_config
-from layerlens.integrations.transformers import blocks_of, resolve_model_path, role_of
+from layerlens.integrations.transformers import blocks_of, role_of
 from layerlens.models import Choice, Manifest, Option
+from layerlens.sources import LoadRequest
 from layerlens.tuning.base_model import base_reference, load_base
 from layerlens.tuning.export import PEFT_DIRECTORY, export_adapter
 from layerlens.tuning.fit import check_costs, check_names, check_weights
@@ -80,7 +81,8 @@ def export_for(
     check_names(base, chosen)
     check_weights(base, manifest.model)
     check_costs(base, manifest, chosen.chosen)
-    texts = wanted.files(chosen, base, resolve_model_path(name))
+    request = LoadRequest(name)
+    texts = wanted.files(chosen, base, request.source.resolve(request))
     with staged_directory(output, owned=(PEFT_DIRECTORY, *texts)) as staging:
         if wanted.starts_from_peft:
             export_adapter(chosen, base, staging, read_factors(measured, chosen), manifest.model.name_or_path)

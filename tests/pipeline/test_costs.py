@@ -20,7 +20,7 @@ from layerlens.cost.measure import peak_bytes
 from layerlens.cost.trace import KINDS, MATMUL, MEMORY, TracedOperation, trace_step
 from layerlens.exceptions import ManifestError, OutputError
 from layerlens.integrations.layers import model_spec
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.jobs.costs import Comparison, compare_costs
 from layerlens.models import Choice, LoraSettings, Option
 

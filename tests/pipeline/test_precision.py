@@ -9,10 +9,10 @@ import torch
 
 from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError, ManifestError
-from layerlens.integrations.transformers import load_model
 from layerlens.manifest import read_manifest
 from layerlens.pipeline import run_config
 from layerlens.profiling.statistics_file import load_statistics
+from layerlens.sources import load_model
 from layerlens.tuning import apply, apply_to_directory
 
 

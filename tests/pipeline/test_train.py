@@ -20,9 +20,9 @@ from typer.testing import CliRunner, Result
 
 from layerlens.cli.main import app
 from layerlens.config import RunConfig
-from layerlens.integrations.transformers import load_pretrained
 from layerlens.manifest import read_manifest
 from layerlens.pipeline import run_config
+from layerlens.sources import load_pretrained
 from layerlens.tuning import load
 
 TRAINING = {"epochs": 3, "batch_size": 4, "save_every": 5, "learning_rate": 5e-3}

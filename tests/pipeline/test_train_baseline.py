@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from layerlens.cli.main import app
 from layerlens.config import RunConfig
-from layerlens.integrations.transformers import load_pretrained
 from layerlens.jobs.baseline import FirstEpoch
 from layerlens.models import LoraSettings
 from layerlens.pipeline import run_config
+from layerlens.sources import load_pretrained
 from layerlens.tuning import load
 from layerlens.tuning.samples import SeededOrder, TrainingData
 

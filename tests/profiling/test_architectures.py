@@ -17,7 +17,8 @@ import transformers as hf
 from brute_force import assert_equal, pieces, profile, sample_gradients, weight_statistics
 
 from layerlens.integrations.layers import model_spec
-from layerlens.integrations.transformers import PretrainedModel, blocks_of
+from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.integrations.transformers import blocks_of
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.models import ModelSpec
 from layerlens.tasks.batches import Batch

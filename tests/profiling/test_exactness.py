@@ -23,7 +23,7 @@ from transformers import (
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.attention import attention_outputs
 from layerlens.integrations.layers import model_spec
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import ModelSpec
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import StatisticsRequest

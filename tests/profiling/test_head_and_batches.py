@@ -16,8 +16,10 @@ from transformers import (
 from layerlens.config import DataConfig
 from layerlens.data import Dataset
 from layerlens.exceptions import ProfilingError
-from layerlens.integrations.transformers import PretrainedModel, load_pretrained, task_heads
+from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.integrations.transformers import task_heads
 from layerlens.profiling.head import RIDGE, fit_head
+from layerlens.sources import load_pretrained
 from layerlens.tasks import TASKS, Batch, make_batches
 from layerlens.utils.progress import silent
 

@@ -19,9 +19,9 @@ from layerlens.exceptions import (
     OutputError,
     ProfilingError,
 )
+from layerlens.integrations.pretrained import weights_fingerprint
 from layerlens.integrations.safetensors_files import checkpoint_tensors, read_tensor
 from layerlens.integrations.skeleton import load_skeleton
-from layerlens.integrations.transformers import weights_fingerprint
 from layerlens.profiling.request import BY_SAMPLES
 from layerlens.profiling.streamed.measure import measure_streamed
 from layerlens.profiling.streamed.parts import ModelParts

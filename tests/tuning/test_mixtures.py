@@ -9,7 +9,7 @@ import torch
 from shapes import SHAPES, assert_the_loss_falls_along_its_gradient, plan, shake, shape, train
 
 from layerlens.config import TrainingConfig
-from layerlens.integrations.transformers import weights_fingerprint
+from layerlens.integrations.pretrained import weights_fingerprint
 from layerlens.tuning import apply, load, save, unapply
 from layerlens.tuning.samples import TrainingData
 from layerlens.tuning.training import fine_tune

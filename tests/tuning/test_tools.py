@@ -20,8 +20,9 @@ from layerlens.cli.main import app
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.peft import injected_ranks
-from layerlens.integrations.transformers import PretrainedModel, load_model
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import LoraSettings, Manifest
+from layerlens.sources import load_model
 from layerlens.tuning.tools import TOOLS, export_for
 
 VARIED = {"0.self_attn.q_proj": 4, "0.mlp.down_proj": 2, "1.self_attn.v_proj": 8}

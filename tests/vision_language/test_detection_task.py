@@ -18,9 +18,9 @@ from layerlens.config.vision_language import PipelineConfig
 from layerlens.data import load_dataset
 from layerlens.exceptions import ConfigurationError, DataError, DataNotFoundError, ModelSpecError
 from layerlens.integrations.layers import model_spec
-from layerlens.integrations.transformers import load_pretrained
 from layerlens.jobs.vision_language import run_vision_language
 from layerlens.pipeline import run_config
+from layerlens.sources import load_pretrained
 from layerlens.tasks import TASKS, make_batches
 
 TASK = "object-detection"

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from layerlens.cli.main import app
 from layerlens.config.vision_language import PipelineConfig
 from layerlens.exceptions import ConfigurationError, DataError, ManifestError, ModelNotFoundError
-from layerlens.integrations.transformers import load_pretrained
 from layerlens.integrations.ultralytics import load_detector
 from layerlens.jobs.vision_language import run_vision_language
+from layerlens.sources import load_pretrained
 from layerlens.vision_language.local_model import LocalModel
 
 

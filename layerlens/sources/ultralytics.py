@@ -1,0 +1,51 @@
+"""Detection models of ultralytics: ``ultralytics:WEIGHTS.pt``, with their own loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from layerlens.exceptions import ModelSpecError
+from layerlens.integrations.pretrained import ImageInput, PretrainedModel
+from layerlens.integrations.ultralytics import find_weights, load_detector
+from layerlens.sources.source import LoadRequest, ModelSource, Trust
+
+if TYPE_CHECKING:
+    import torch
+
+
+class UltralyticsSource(ModelSource):
+    """A detector, not fused.
+
+    Batch normalisation uses its running statistics, so that no sample's loss depends on the others in its batch.
+    """
+
+    default_task = "object-detection"
+    purpose = "finds objects in images"
+    built_by = "ultralytics"
+    why_not_sharded = "a model of ultralytics is not spread"
+
+    def fits(self, kind: Any) -> bool:
+        return bool(kind.inputs == "image" and not kind.classes)
+
+    def trust(self, request: LoadRequest) -> Trust:
+        return Trust(path=request.place, pickle=True)
+
+    def load(self, request: LoadRequest) -> PretrainedModel:
+        import torch
+
+        if request.dtype != "float32":
+            raise ModelSpecError(f"model.dtype: {request.reference} is profiled in float32 only, got {request.dtype}")
+        detector = load_detector(find_weights(request.place, request.base_dir))
+        model = detector.module
+        for name, module in model.named_modules():
+            if name.endswith(".dfl.conv"):
+                module.layerlens_left_out = "its weights are the numbers 0, 1, 2 ..., which only decode boxes"
+
+        def transform(images: Sequence[Any]) -> torch.Tensor:
+            return torch.stack([detector.preprocess(image) for image in images])
+
+        return PretrainedModel(model, None, request.reference, (), detector.names, ImageInput(transform, "x", "RGB"))
+
+
+SOURCE = UltralyticsSource()
