@@ -26,8 +26,6 @@ CALIBRATION_SAMPLES, FEWEST_CALIBRATION_SAMPLES = 256, 16
 TRAINED_FOR_EACH_MEASURED = 50
 """A measured sample costs about as much as a trained one, and what does not depend on samples as much again: together
 less than 5 % of the fine-tune (docs/decisions.md, Utility)."""
-STEADY = {"gradient", "input_scale", "activation_memory", "flops", "time"}
-"""Statistics by which 16 samples rank layers as 256 others do (correlation 0.91 to 0.99 in the study)."""
 
 MIN_HELD_OUT = 8
 """Samples that a mean with a standard error can be trusted from."""
@@ -38,7 +36,7 @@ def calibration_samples(config: RunConfig, n_samples: int) -> int:
     asked, training = config.data.calibration_samples, config.training
     if asked is not None:
         return asked
-    if config.profiling.proxies.options or not set(statistics_request(config).names) <= STEADY:
+    if config.profiling.proxies.options or not all(x.steady for x in statistics_request(config).statistics):
         return CALIBRATION_SAMPLES
     n_train = (1.0 - TEST_SHARE) * n_samples
     trained = training.epochs * min(n_train, training.train_samples or n_train)
@@ -130,7 +128,7 @@ def statistics_identity(
             "source_prefix": config.data.source_prefix,
             "mlm_probability": config.data.mlm_probability,
             "batch_size": config.data.batch_size,
-            "statistics": list(statistics_request(config).names),
+            "statistics": [statistic.identity for statistic in statistics_request(config).statistics],
             "ntk_samples": config.profiling.ntk_samples,
             "all_weights": config.profiling.all_weights,
             "seed": config.runtime.seed,

@@ -21,9 +21,10 @@ from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.models import LayerSpec, ModelSpec, Provenance
+from layerlens.profiling.accumulators import Place
 from layerlens.profiling.footprint import dense_inputs
-from layerlens.profiling.request import EXACT_NTK_SAMPLES, StatisticsRequest
-from layerlens.profiling.sketches import COLUMNS, PROBES, ROWS
+from layerlens.profiling.projections import COLUMNS, PROBES, ROWS
+from layerlens.profiling.request import StatisticsRequest
 from layerlens.tasks import Batch
 from layerlens.tasks.losses import output_tensors
 from layerlens.utils.memory import resident_bytes
@@ -31,7 +32,6 @@ from layerlens.utils.memory import resident_bytes
 PLAIN, CHECKPOINTED, STREAMED = "plain", "checkpointed", "streamed"
 MARGIN = 1.15
 """What is predicted is multiplied by it: allocators round up, and libraries keep workspace."""
-MODULE_STATISTICS = ("activation_memory", "flops", "time")
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def refuse_streaming_of(config: RunConfig) -> None:
     elif config.optimization.lora_initialization != "default":
         name = config.optimization.lora_initialization
         what = f"optimization.lora_initialization: {name} is measured on the model in memory"
-    elif chosen := [name for name in config.profiling.statistics if name in MODULE_STATISTICS]:
-        what = f"profiling.statistics: {chosen[0]} is measured on the whole model in memory"
+    elif chosen := StatisticsRequest.of(config.profiling.statistics).of_modules:
+        what = f"profiling.statistics: {chosen[0].name} is measured on the whole model in memory"
     else:
         return
     raise ConfigurationError(
@@ -136,18 +136,17 @@ def predict_memory(
     inputs.pop("attention_mask", None)  # models look into it, which a trace cannot
     twin = _without_data(model)
     weights = sum(x.numel() * x.element_size() for x in model.parameters() if x.is_meta)
-    sums = {layer.name: _sum_bytes(layer, request) for layer in spec.layers}
-    working = max(_working_bytes(layer, request) for layer in spec.layers)
-    kept = sum(_kept_bytes(layer, request, max_length) for layer in spec.layers)
+    sums = {layer.name: _sum_bytes(layer, request, max_length) for layer in spec.layers}
+    working = max(_working_bytes(layer, request, max_length) for layer in spec.layers)
     base = resident_bytes()
     step = _traced_bytes(twin, spec, inputs)
-    predicted = {PLAIN: base + MARGIN * (weights + step + sum(sums.values()) + working + kept)}
+    predicted = {PLAIN: base + MARGIN * (weights + step + sum(sums.values()) + working)}
     if getattr(model, "supports_gradient_checkpointing", False):
         with checkpointed_activations(twin):
             step = _traced_bytes(twin, spec, inputs)
-        predicted[CHECKPOINTED] = base + MARGIN * (weights + step + sum(sums.values()) + working + kept)
+        predicted[CHECKPOINTED] = base + MARGIN * (weights + step + sum(sums.values()) + working)
     if pretrained.streamed is not None:
-        predicted[STREAMED] = base + MARGIN * _streamed_bytes(twin, spec, inputs, sums, request, max_length, working)
+        predicted[STREAMED] = base + MARGIN * _streamed_bytes(twin, spec, inputs, sums, working)
     return {mode: 1e-9 * n_bytes for mode, n_bytes in predicted.items()}
 
 
@@ -238,16 +237,14 @@ def _loss(output: Any) -> torch.Tensor:
 
 
 def _streamed_bytes(
-    twin: Any, spec: ModelSpec, inputs: dict[str, torch.Tensor], sums: dict[str, int], request: StatisticsRequest,
-    max_length: int, working: int,
-) -> float:  # fmt: skip
+    twin: Any, spec: ModelSpec, inputs: dict[str, torch.Tensor], sums: dict[str, int], working: int
+) -> float:
     """Two blocks' weights, the sums of one block, and the activations of a model with one block."""
     blocks = blocks_of(twin)
     parts = [_bytes_below(twin, block) for block in blocks]
     outside = sum(x.numel() * x.element_size() for x in twin.parameters()) - sum(parts)
     of_block = max(
-        sum(sums[x.name] + _kept_bytes(x, request, max_length) for x in spec.layers if x.name.startswith(f"{block}."))
-        for block in blocks
+        sum(sums[layer.name] for layer in spec.layers if layer.name.startswith(f"{block}.")) for block in blocks
     )
     stack, _, first = blocks[0].rpartition(".")
     members = twin.get_submodule(stack)
@@ -262,42 +259,29 @@ def _bytes_below(model: torch.nn.Module, path: str) -> int:
     return sum(x.numel() * x.element_size() for x in model.get_submodule(path).parameters())
 
 
-def _shapes(layer: LayerSpec) -> list[tuple[int, int, int]]:
-    """(groups, outputs, inputs) of the matrices whose statistics are summed, of every method of a layer."""
+def _places(layer: LayerSpec, request: StatisticsRequest, max_length: int) -> list[Place]:
+    """The matrices of every method of a layer."""
     width = layer.n_out // max(layer.num_heads, 1)
-    by_method = {
+    shapes = {
         "lora": (1, layer.n_out, layer.n_in), "adapter": (1, layer.n_out, layer.n_out),
         "prefix": (layer.num_heads, width, width + 1),
     }  # fmt: skip
-    return [by_method[method] for method in layer.methods]
+    tokens = layer.positions or max_length
+    return [request.place(shapes[method], method, projected=True, tokens=tokens) for method in layer.methods]
 
 
-def _sum_bytes(layer: LayerSpec, request: StatisticsRequest) -> int:
-    """Sums of matrices that are kept during the pass, float32."""
-    total = 0
-    for groups, n_out, n_in in _shapes(layer):
-        if request.mean:
-            total += (2 if request.halves else 1) * groups * n_out * n_in
-        if request.exact_factors:
-            total += groups * (n_out**2 + n_in**2)
-        if request.sketches:
-            total += 3 * (COLUMNS + PROBES) * n_out + 2 * ROWS * n_in + ROWS * n_out + 2 * COLUMNS * n_in
-    return 4 * total
+def _sum_bytes(layer: LayerSpec, request: StatisticsRequest, max_length: int) -> int:
+    """What is summed up and kept of a layer during the pass, float32; projections come with what reads them."""
+    places = _places(layer, request, max_length)
+    sums = [(one, place) for place in places for one in (*request.sums(place), *request.input_sums)]
+    signs = sum(4 * (COLUMNS + PROBES + ROWS) * max(place.shape[1:]) for place in places if request.projects)
+    return signs + sum(one.bytes(place) for one, place in sums)
 
 
-def _working_bytes(layer: LayerSpec, request: StatisticsRequest) -> int:
-    """What computing the statistics of one layer takes: float64 copies, of spectra with their factorisations."""
-    copies = 8 if request.halves else 2 if request.mean else 0
-    matrix = max(groups * n_out * n_in for groups, n_out, n_in in _shapes(layer))
-    factors = 3 * (layer.n_in**2 + layer.n_out**2) if request.exact_factors else 0
-    return 8 * (copies * matrix + factors)
-
-
-def _kept_bytes(layer: LayerSpec, request: StatisticsRequest, max_length: int) -> int:
-    """Activations and gradients that the exact kernel keeps."""
-    if not request.ntk or "lora" not in layer.methods or request.ntk_samples > EXACT_NTK_SAMPLES:
-        return 0
-    return 4 * request.ntk_samples * (layer.positions or max_length) * (layer.n_in + layer.n_out)
+def _working_bytes(layer: LayerSpec, request: StatisticsRequest, max_length: int) -> int:
+    """What computing the statistics of one layer takes, one after the other: float64 copies and factorisations."""
+    places = _places(layer, request, max_length)
+    return 8 * max((one.working_floats(place) for place in places for one in request.statistics), default=0)
 
 
 def _longest(inputs: dict[str, torch.Tensor]) -> int:

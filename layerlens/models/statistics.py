@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from layerlens.models.proxies import ProxyStudy
+
+Extra = Mapping[str, float | np.ndarray]
+"""Results that have no field of their own, by "STATISTIC.NAME"; None where there are none."""
+NUMBER, NOT_NEGATIVE, SPECTRUM, FACTOR, SKETCH = (
+    {"kind": kind} for kind in ("number", "not negative", "spectrum", "factor", "sketch")
+)
+"""What kinds of fields MethodStatistics has: how they are kept in a file, and what can be true of them."""
+
+
+def _nothing() -> np.ndarray:
+    return np.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ class ModuleCosts:
     activation_bytes: float | None = None
     forward_flops: float | None = None
     forward_ms: float | None = None
+    extra: Extra | None = None
 
 
 @dataclass(frozen=True)
@@ -67,20 +80,38 @@ class MethodStatistics:
         output_factor: float32 [g, n_out, n_out], S = mean over samples of Σ_t d dᵀ.
         input_sketch: A by its leading eigenpairs; None for several heads.
         output_sketch: S by its leading eigenpairs; None for several heads.
+        extra: results of statistics that have no field here.
     """
 
-    energy: float | None = None
-    trace: float | None = None
-    signal: float | None = None
-    input_mean_square: float | None = None
-    spectrum: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    plain_spectrum: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    sketched_spectrum: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    sketch_error: float | None = None
-    input_factor: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    output_factor: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    input_sketch: FactorSketch | None = None
-    output_sketch: FactorSketch | None = None
+    energy: float | None = field(default=None, metadata=NOT_NEGATIVE)
+    trace: float | None = field(default=None, metadata=NOT_NEGATIVE)
+    signal: float | None = field(default=None, metadata=NUMBER)
+    input_mean_square: float | None = field(default=None, metadata=NOT_NEGATIVE)
+    spectrum: np.ndarray = field(default_factory=_nothing, metadata=SPECTRUM)
+    plain_spectrum: np.ndarray = field(default_factory=_nothing, metadata=SPECTRUM)
+    sketched_spectrum: np.ndarray = field(default_factory=_nothing, metadata=SPECTRUM)
+    sketch_error: float | None = field(default=None, metadata=NUMBER)
+    input_factor: np.ndarray = field(default_factory=_nothing, metadata=FACTOR)
+    output_factor: np.ndarray = field(default_factory=_nothing, metadata=FACTOR)
+    input_sketch: FactorSketch | None = field(default=None, metadata=SKETCH)
+    output_sketch: FactorSketch | None = field(default=None, metadata=SKETCH)
+    extra: Extra | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> MethodStatistics:
+        """From values by name; those without a field go into ``extra``."""
+        known = {one.name for one in fields(cls)} - {"extra"}
+        extra = {name: value for name, value in values.items() if name not in known}
+        return cls(**{name: value for name, value in values.items() if name in known}, extra=extra or None)
+
+    @classmethod
+    def names_of(cls, *kinds: Mapping[str, str]) -> tuple[str, ...]:
+        """The fields of these kinds, in their order."""
+        return tuple(one.name for one in fields(cls) if one.metadata in kinds)
+
+    def value(self, name: str) -> Any:
+        """A field, or what ``extra`` has under this name; None where there is neither."""
+        return getattr(self, name) if name in self.__dataclass_fields__ else (self.extra or {}).get(name)
 
 
 @dataclass(frozen=True)
@@ -130,6 +161,7 @@ class ModelStatistics:
         coverage: share of the model's parameters that have statistics.
         modules: costs of every module, by name; empty where they were not asked for.
         proxies: gains of single options by real training, None where none were trained.
+        extra: results of statistics of the model that have no field here.
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -145,7 +177,14 @@ class ModelStatistics:
     coverage: float = 0.0
     modules: dict[str, ModuleCosts] = field(default_factory=dict)
     proxies: ProxyStudy | None = None
+    extra: Extra | None = None
 
     def by_name(self) -> dict[str, LayerStatistics]:
         """The layers by their names."""
         return {layer.layer: layer for layer in self.layers}
+
+
+def named(statistic: str, values: Mapping[str, Any], noun: type) -> dict[str, Any]:
+    """A statistic's values, those that are no fields of ``noun`` by the statistic's name and their own."""
+    own = noun.__dict__["__dataclass_fields__"]
+    return {name if name in own else f"{statistic}.{name}": x for name, x in values.items()}

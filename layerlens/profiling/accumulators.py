@@ -1,265 +1,372 @@
-"""Running sums from which every statistic of DESIGN section 4 follows, for one gradient matrix and for one input.
+"""Sums that one pass over the calibration data makes, each declared once, and what holds them for a matrix or an input.
 
-Axes as in ``sample_matrices``. Sums of scalars are float64. Sums of matrices have the model's precision, at least
-float32: they are updated in place by the matrix product itself, which saves a pass over the largest arrays of all.
+Everything else follows from a declaration: what is kept of an unfinished pass, how the shares of several processes
+become one, what a streamed block leaves behind, and how much memory is predicted (``Sum.shape``). Axes as in
+``sample_matrices``. Numbers are float64; tensors have the model's precision, at least float32, and are updated in
+place, which saves a pass over the largest arrays of all.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
-from layerlens import kernels
-from layerlens.models import MethodStatistics
-from layerlens.profiling.device import uses_kernels
-from layerlens.profiling.gram_sum import GramSum
-from layerlens.profiling.kernel_sketch import KernelSketch
-from layerlens.profiling.request import StatisticsRequest
-from layerlens.profiling.sample_matrices import SampleMatrices
-from layerlens.profiling.sketches import FactorSum, Projection, SpectrumSketch, worth_sketching
-from layerlens.profiling.spectra import split_half_spectrum
+from layerlens.profiling.projections import Projection, worth_sketching
+from layerlens.profiling.sample_matrices import SampleMatrices, squared_norm, sum_of_squares
 from layerlens.profiling.sum_shards import SumShards
 
+Value = TypeVar("Value")
+Shape = tuple[int, int, int]
 
-class InputAccumulator:
-    """Sums over tokens of z² and z zᵀ. Layers with the same input (query, key and value) share one."""
 
-    def __init__(self, request: StatisticsRequest, threads: int) -> None:
-        self.request = request
+@dataclass(frozen=True)
+class Place:
+    """A matrix that is measured: what the sums that it has, and their shapes, follow from.
+
+    Args:
+        shape: (g, o, i).
+        method: "lora", "adapter", "prefix" ..., or "weight" for a weight outside the layers.
+        projected: whether there are random projections for it.
+        sketched: whether its sketch takes fewer multiplications than the matrix itself.
+        kernel_samples: samples of the neural tangent kernel.
+        kernel_sketched: whether these are too many to be kept.
+        tokens: of the longest sequence, for predictions; 0 where the batches tell.
+    """
+
+    shape: Shape
+    method: str
+    projected: bool = False
+    sketched: bool = False
+    kernel_samples: int = 0
+    kernel_sketched: bool = False
+    tokens: int = 0
+
+
+def shape_of_matrix(place: Place) -> tuple[int, ...]:
+    """(g, o, i)."""
+    return place.shape
+
+
+def _everywhere(batch: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Something that is added up over the samples, for each matrix or for each input that matrices share.
+
+    Args:
+        name: no two sums of matrices, and no two of inputs, have the same.
+        add: what a batch (``MatrixBatch`` or ``InputBatch``) adds, by ``reduction``.
+        shape: of its tensors, from the place of the matrix.
+        reduction: "sum": ``add(total, batch)`` adds to a tensor in place, and processes' totals are added up;
+            "batches": ``add(batch)`` is a number, kept for each batch and added up in their order, so that its bits
+            depend neither on interruptions nor on processes;
+            "samples": ``add(batch)`` is a dict of tensors [b, ...] to be kept, empty for none;
+            "layers": ``add(batch)`` is a tensor [b, ...], added up over the layers and kept for every sample.
+        has: whether a batch has it (a weight that is looked up has no inputs).
+        spread: whether it is spread over processes where the weights are; for tensors [g, o, i].
+        projects: whether it reads random projections.
+        instead_of: name of another sum that is needless where this one is made.
+    """
+
+    name: str
+    add: Callable[..., Any]
+    shape: Callable[[Place], tuple[int, ...]] = lambda place: ()
+    reduction: str = "sum"
+    has: Callable[[Any], bool] = _everywhere
+    spread: bool = False
+    projects: bool = False
+    instead_of: str = ""
+
+    def bytes(self, place: Place) -> int:
+        """What it takes of memory in float32, predicted; nothing to speak of for numbers."""
+        return 0 if self.reduction in ("batches", "layers") else 4 * math.prod(self.shape(place))
+
+
+class InputBatch:
+    """The inputs of one call, zero where they are padding: what sums of inputs are given.
+
+    Args:
+        z__bgti: the inputs.
+        threads: for the kernels.
+        projection: None where inputs are not projected.
+    """
+
+    def __init__(self, z__bgti: torch.Tensor, threads: int, projection: Projection | None) -> None:
+        self.z__bgti = z__bgti
+        self.projection = projection
         self.threads = threads
-        self.n_tokens = 0
-        self.square_sum = 0.0
-        self.factor = GramSum()
-        self.sketch = FactorSum()
-        self.projection: Projection | None = None
-        self._exact: np.ndarray | None = None
+
+    @property
+    def projects(self) -> bool:
+        """Whether the inputs can be projected."""
+        return self.projection is not None
+
+    @cached_property
+    def rows__ni(self) -> torch.Tensor:
+        """The inputs of every token of every group."""
+        return self.z__bgti.reshape(-1, self.z__bgti.shape[-1])
+
+    @cached_property
+    def squares(self) -> float:
+        """Sum of all squares."""
+        return sum_of_squares(self.rows__ni, self.threads)
+
+
+class MatrixBatch:
+    """The matrices of the samples of one batch: what sums of matrices are given.
+
+    Args:
+        matrices: of its samples.
+        half__b: which half (0 or 1) of the calibration set each sample belongs to.
+        before: samples in the batches that come before it, measured here or elsewhere.
+        threads: for the kernels.
+        projection: None where the matrix is not projected.
+    """
+
+    def __init__(
+        self, matrices: SampleMatrices, half__b: torch.Tensor, before: int, threads: int, projection: Projection | None
+    ) -> None:
+        self.matrices = matrices
+        self.half__b = half__b
+        self.before = before
+        self.threads = threads
+        self.projection = projection
+
+    def of_half(self, half: int) -> slice | torch.Tensor | None:
+        """Where the samples of a half are: a slice where they are together, which copies nothing; None for none."""
+        chosen__b = (self.half__b == half).nonzero().flatten()
+        if len(chosen__b) == 0:
+            return None
+        first, last = int(chosen__b[0]), int(chosen__b[-1])
+        return slice(first, last + 1) if last - first + 1 == len(chosen__b) else chosen__b
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether there are output gradients and inputs; not for a weight that is only looked up."""
+        return self.matrices.d__bgto is not None and self.matrices.z__bgti is not None
+
+    @property
+    def projects(self) -> bool:
+        """Whether these can be projected."""
+        return self.projection is not None and self.multiplies
+
+    @property
+    def d__bto(self) -> torch.Tensor:
+        """Output gradients of the only group."""
+        assert self.matrices.d__bgto is not None
+        return self.matrices.d__bgto[:, 0]
+
+    @property
+    def z__bti(self) -> torch.Tensor:
+        """Inputs of the only group."""
+        assert self.matrices.z__bgti is not None
+        return self.matrices.z__bgti[:, 0]
+
+    @cached_property
+    def projected_d__btl(self) -> torch.Tensor:
+        """d Ψ."""
+        assert self.projection is not None
+        return self.projection.of_gradients(self.d__bto)
+
+    @cached_property
+    def projected_z__btk(self) -> torch.Tensor:
+        """z Ω."""
+        assert self.projection is not None
+        return self.projection.of_inputs(self.z__bti)
+
+
+class Totals:
+    """What has been added up of some declared sums.
+
+    Args:
+        sums: the declared sums.
+    """
+
+    def __init__(self, sums: Sequence[Sum]) -> None:
+        self.sums = {declared.name: declared for declared in sums}
+        self.totals: dict[str, torch.Tensor] = {}
+        self.numbers: dict[str, float] = {}
+        self.kept: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+        self._computed: dict[str, Any] = {}
+
+    def count(self, name: str, value: float) -> None:
+        """Add to a number."""
+        self.numbers[name] = self.numbers.get(name, 0.0) + value
+
+    def once(self, name: str, compute: Callable[[], Value]) -> Value:
+        """What ``compute`` returns, computed once for all statistics that read it."""
+        if name not in self._computed:
+            self._computed[name] = compute()
+        found: Value = self._computed[name]
+        return found
+
+    def forget(self) -> None:
+        """Let go of what ``once`` computed."""
+        self._computed.clear()
+
+
+class InputAccumulator(Totals):
+    """Sums over tokens of the inputs of one layer. Layers with the same input (query, key and value) share one."""
+
+    def __init__(self, sums: Sequence[Sum], threads: int, projection: Projection | None = None) -> None:
+        super().__init__(sums)
+        self.threads = threads
+        self.projection = projection
+
+    @property
+    def n_tokens(self) -> int:
+        """Unpadded tokens; counted where anything is summed."""
+        return int(self.numbers.get("tokens", 0))
 
     def add(self, z__bgti: torch.Tensor, mask__bt: torch.Tensor | None) -> None:
         """Add the inputs of one call, zero where ``mask__bt`` is 0."""
-        request = self.request
-        b, g, t, i = z__bgti.shape
-        if request.masked_inputs:
-            self.n_tokens += b * t if mask__bt is None else int(mask__bt.sum())
-        if request.input_scale or request.sketched_factors:
-            squares = _sum_of_squares(z__bgti.reshape(-1, i), self.threads)
-            self.square_sum += squares / (g * i)
-            if request.sketched_factors and self.projection is not None and g == 1:
-                rows__ni = z__bgti.reshape(-1, i)
-                self.sketch.add(rows__ni, self.projection.of_inputs(rows__ni), squares)
-        if request.exact_factors:
-            self.factor.add(z__bgti.transpose(0, 1).flatten(1, 2))
-
-    def exact_factor(self) -> np.ndarray:
-        """A as float32, one array for all layers that share it."""
-        if self._exact is None:
-            self._exact = (self.factor.result() / self.n_tokens).float().cpu().numpy()
-        return self._exact
+        if not self.sums:
+            return
+        b, g, t, _ = z__bgti.shape
+        self.count("tokens", b * t if mask__bt is None else int(mask__bt.sum()))
+        batch = InputBatch(z__bgti, self.threads, self.projection if g == 1 else None)
+        place = Place((g, z__bgti.shape[-1], z__bgti.shape[-1]), "")
+        for name, declared in self.sums.items():
+            if not declared.has(batch):
+                continue
+            if declared.reduction == "batches":
+                self.count(name, declared.add(batch))
+                continue
+            if name not in self.totals:
+                self.totals[name] = torch.zeros(declared.shape(place), dtype=_wide(z__bgti), device=z__bgti.device)
+            declared.add(self.totals[name], batch)
 
 
-class MatrixAccumulator:
-    """Sums over samples of M_n, of ‖M_n‖² and, for the whitened spectrum, of d dᵀ.
+class LayerRows:
+    """Rows of every sample that are added up over the layers, by the sum and the samples before the batch."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, dict[int, torch.Tensor]] = {}
+        self._current: dict[str, torch.Tensor] = {}
+        self._before = 0
+
+    def begin(self, before: int) -> None:
+        """A batch begins, or goes on with other layers, which ``before`` samples come before."""
+        self._before = before
+        self._current = {name: rows[before] for name, rows in self.done.items() if before in rows}
+
+    def add(self, name: str, rows: torch.Tensor) -> None:
+        """Add what one layer has."""
+        self._current[name] = self._current[name].add_(rows) if name in self._current else rows
+
+    def end(self) -> None:
+        """All layers that are measured now are in."""
+        for name, rows in self._current.items():
+            self.done.setdefault(name, {})[self._before] = rows
+        self._current = {}
+
+    def joined(self, name: str) -> torch.Tensor:
+        """The rows of all samples, in the order of the batches."""
+        return torch.cat([rows for _, rows in sorted(self.done[name].items())])
+
+
+class MatrixAccumulator(Totals):
+    """Sums over samples of one matrix.
 
     Args:
-        request: which of them.
+        sums: which.
+        place: the matrix.
         threads: for the kernels.
         inputs: where the same layer's inputs are summed.
-        shape: (g, o, i) of the matrix.
         projection: for sketches; None for matrices that are not sketched (lookups, heads).
-        kernel: where the layer's part of a sketched kernel goes, None where it has none.
-        shards: where the sums of M_n are spread over processes; None where each keeps its own.
+        rows: where sums over layers go.
+        shards: where the sums that can be are spread over processes; None where each keeps its own.
     """
 
     def __init__(
         self,
-        request: StatisticsRequest,
+        sums: Sequence[Sum],
+        place: Place,
         threads: int,
         inputs: InputAccumulator,
-        shape: tuple[int, int, int],
         projection: Projection | None = None,
-        kernel: KernelSketch | None = None,
+        rows: LayerRows | None = None,
         shards: SumShards | None = None,
     ) -> None:
-        self.request = request
+        super().__init__(sums)
+        self.place = place
         self.threads = threads
         self.inputs = inputs
-        self.shape = shape
         self.projection = projection
-        self.kernel = kernel
+        self.rows = rows
         self.shards = shards
-        self.sketched = request.sketched_spectrum and projection is not None and worth_sketching(shape)
-        self.halves = request.halves or (request.sketched_spectrum and not self.sketched)
-        self.n_samples = [0, 0]
-        self.trace_sum = 0.0
-        self.mean_sums: list[torch.Tensor] = []
-        self.output_factor = GramSum()
-        self.output_sketch = FactorSum()
-        self.spectrum_sketch: SpectrumSketch | None = None
-        self.kept: dict[int, SampleMatrices] = {}
 
-    def add(self, matrices: SampleMatrices, half__b: torch.Tensor, before: int) -> None:
-        """Add one batch.
+    @property
+    def n_samples(self) -> tuple[int, int]:
+        """Samples of each half."""
+        return int(self.numbers.get("even", 0)), int(self.numbers.get("odd", 0))
 
-        Args:
-            matrices: of its samples.
-            half__b: which half (0 or 1) of the calibration set each sample belongs to.
-            before: samples in the batches that come before it, measured here or elsewhere.
-        """
-        request = self.request
-        for half in (0, 1):
-            self.n_samples[half] += int((half__b == half).sum())
-        if request.fisher:
-            self.trace_sum += float(matrices.squared_norms(self.threads).sum())
-        if request.gradient or self.halves:
-            self._add_mean(matrices, half__b)
-        if request.exact_factors and matrices.d__bgto is not None:
-            self.output_factor.add(matrices.d__bgto.transpose(0, 1).flatten(1, 2))
-        if self.sketched or request.sketched_factors or self.kernel is not None:
-            self._add_sketches(matrices, half__b)
-        if request.ntk and self.kernel is None and before < request.ntk_samples:
-            self.kept[before] = matrices.first(request.ntk_samples - before)
+    @property
+    def spread(self) -> list[Sum]:
+        """The sums that are spread over processes."""
+        return [declared for declared in self.sums.values() if declared.spread and self.shards is not None]
 
-    def kept_in_order(self) -> list[SampleMatrices]:
-        """What is kept of the samples for the exact kernel, in the order of the batches."""
-        return [self.kept[before] for before in sorted(self.kept)]
+    def squared_norm(self, tensor: torch.Tensor) -> float:
+        """Sum of squares, in float64."""
+        return squared_norm(tensor, self.threads)
 
-    def add_nothing(self, matrices: SampleMatrices) -> None:
-        """Take part in what the processes add up together, with a batch that is not counted."""
-        if self.shards is not None and (self.request.gradient or self.halves):
-            self._add_mean(matrices, torch.full((matrices.n_samples,), -1))
-
-    def _add_mean(self, matrices: SampleMatrices, half__b: torch.Tensor) -> None:
-        first = matrices.d__bgto if matrices.d__bgto is not None else matrices.rows__bti
-        assert first is not None
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        if not self.mean_sums:
-            zeros = self.shards.zeros if self.shards else torch.zeros
-            count = 2 if self.halves else 1
-            self.mean_sums = [zeros(self.shape, dtype=dtype, device=first.device) for _ in range(count)]
-        if self.shards is not None:
-            for half, share in enumerate(self.mean_sums):
-                part = torch.zeros(self.shape, dtype=dtype, device=first.device)
-                of_half__b = half__b if len(self.mean_sums) == 2 else half__b.clamp_max(0)
-                chosen__b = samples_of(half, of_half__b)
-                if chosen__b is not None:
-                    matrices.add_sum_to(part, chosen__b)
-                self.shards.add(share, part)
+    def add(self, matrices: SampleMatrices, half__b: torch.Tensor, before: int, *, counted: bool = True) -> None:
+        """Add one batch (see ``MatrixBatch``); one that is not counted takes part in what processes add up together."""
+        batch = MatrixBatch(matrices, half__b, before, self.threads, self.projection)
+        if not counted:
+            for declared in self.spread:
+                self._add_part(declared, batch, counted=False)
             return
-        if len(self.mean_sums) == 1:
-            matrices.add_sum_to(self.mean_sums[0])
-            return
-        for half, total in enumerate(self.mean_sums):
-            chosen__b = samples_of(half, half__b)
-            if chosen__b is not None:
-                matrices.add_sum_to(total, chosen__b)
+        for half, name in enumerate(("even", "odd")):
+            self.count(name, int((half__b == half).sum()))
+        for name, declared in self.sums.items():
+            if not declared.has(batch):
+                continue
+            if declared.reduction == "batches":
+                self.count(name, declared.add(batch))
+            elif declared.reduction == "samples":
+                if rows := declared.add(batch):
+                    self.kept.setdefault(name, {})[before] = rows
+            elif declared.reduction == "layers":
+                if self.rows is not None:
+                    self.rows.add(name, declared.add(batch))
+            elif self.shards is not None and declared.spread:
+                self._add_part(declared, batch)
+            else:
+                if name not in self.totals:
+                    self.totals[name] = self._zeros(declared, matrices)
+                declared.add(self.totals[name], batch)
+        if self.projection is not None:
+            self.projection.forget()
 
-    def _add_sketches(self, matrices: SampleMatrices, half__b: torch.Tensor) -> None:
-        if self.projection is None or matrices.d__bgto is None or matrices.z__bgti is None:
-            return
-        d__bto, z__bti = matrices.d__bgto[:, 0], matrices.z__bgti[:, 0]
-        p__btl = self.projection.of_gradients(d__bto)
-        if self.request.sketched_factors:
-            rows__no = d__bto.flatten(0, 1)
-            self.output_sketch.add(rows__no, p__btl.flatten(0, 1), _sum_of_squares(rows__no, self.threads))
-        if not self.sketched and self.kernel is None:
-            return
-        q__btk = self.projection.of_inputs(z__bti)
-        self.projection.forget()
-        if self.kernel is not None:
-            self.kernel.add(p__btl, q__btk)
-        if self.sketched:
-            if self.spectrum_sketch is None:
-                self.spectrum_sketch = SpectrumSketch(self.shape[1], self.shape[2], d__bto)
-            for half in (0, 1):
-                chosen__b = samples_of(half, half__b)
-                if chosen__b is not None:
-                    rows = [tensor[chosen__b].flatten(0, 1) for tensor in (d__bto, z__bti, p__btl, q__btk)]
-                    self.spectrum_sketch.add(half, rows[0], rows[1], rows[2], rows[3])
+    def _add_part(self, declared: Sum, batch: MatrixBatch, *, counted: bool = True) -> None:
+        assert self.shards is not None
+        part = self._zeros(declared, batch.matrices)
+        if declared.name not in self.totals:
+            self.totals[declared.name] = self.shards.zeros(self.place.shape, part.dtype, part.device)
+        if counted:
+            declared.add(part, batch)
+        self.shards.add(self.totals[declared.name], part)
 
-    def result(self, damping: float) -> MethodStatistics:
-        """The statistics of everything added so far; None for what was not asked for."""
-        request, n = self.request, sum(self.n_samples)
-        found: dict[str, Any] = {}
-        if request.mean:
-            mean = self.mean_sums[0] if len(self.mean_sums) == 1 else self.mean_sums[0] + self.mean_sums[1]
-            found["energy"] = squared_norm(mean, self.threads) / n**2
-        if request.fisher:
-            found["trace"] = self.trace_sum / n
-        if request.mean and request.fisher:
-            found["signal"] = found["energy"] - (found["trace"] - found["energy"]) / (n - 1)
-        if request.input_scale and self.inputs.n_tokens:
-            found["input_mean_square"] = self.inputs.square_sum / self.inputs.n_tokens
-        return MethodStatistics(**found, **self._factors(), **self._spectra(damping))
-
-    def _factors(self) -> dict[str, Any]:
-        """Factors and their sketches, where they are asked for; what is looked up has none."""
-        found: dict[str, Any] = {}
-        n = sum(self.n_samples)
-        if self.request.factors and self.output_factor.total is not None:
-            found["input_factor"] = self.inputs.exact_factor()
-            found["output_factor"] = (self.output_factor.result() / n).float().cpu().numpy()
-        if self.projection is not None and self.output_sketch.total__ik is not None:
-            like, (_, n_out, n_in) = self.output_sketch.total__ik, self.shape
-            found["output_sketch"] = self.output_sketch.result(self.projection.psi__ol(n_out, like), n)
-            assert self.inputs.projection is not None
-            drawn = self.inputs.projection.omega__ik(n_in, like)
-            found["input_sketch"] = self.inputs.sketch.result(drawn, self.inputs.n_tokens)
-        return found
-
-    def _spectra(self, damping: float) -> dict[str, Any]:
-        """Split-half spectra of all heads together, descending; empty where not asked for."""
-        found: dict[str, Any] = {}
-        if 0 in self.n_samples:
-            return found
-        if self.spectrum_sketch is not None:
-            assert self.projection is not None
-            spectrum, error = self.spectrum_sketch.result(self.n_samples, self.projection)
-            found |= {"sketched_spectrum": spectrum, "sketch_error": error}
-        if not self.halves:
-            return found
-        halves = [total.double() / count for total, count in zip(self.mean_sums, self.n_samples, strict=True)]
-        heads = range(self.shape[0])
-        if self.request.spectrum or (self.request.sketched_spectrum and not self.sketched):
-            plain = _descending([split_half_spectrum(halves[0][head], halves[1][head]) for head in heads])
-            if self.request.spectrum:
-                found["plain_spectrum"] = plain
-            if self.request.sketched_spectrum and not self.sketched:
-                found |= {"sketched_spectrum": plain, "sketch_error": 0.0}
-        if self.request.whitened_spectrum and self.output_factor.total is not None:
-            place = halves[0].device  # main memory where the sums were spread over processes
-            inputs = self.inputs.factor.result().to(place) / self.inputs.n_tokens
-            outputs = self.output_factor.result().to(place) / sum(self.n_samples)
-            found["spectrum"] = _descending(
-                [
-                    split_half_spectrum(halves[0][head], halves[1][head], inputs[head], outputs[head], damping)
-                    for head in heads
-                ]
-            )
-        return found
+    def _zeros(self, declared: Sum, matrices: SampleMatrices) -> torch.Tensor:
+        return torch.zeros(declared.shape(self.place), dtype=_wide(matrices.first), device=matrices.first.device)
 
 
-def samples_of(half: int, half__b: torch.Tensor) -> slice | torch.Tensor | None:
-    """Where a batch has the samples of a half: a slice where they are together, which copies nothing; None for none."""
-    chosen__b = (half__b == half).nonzero().flatten()
-    if len(chosen__b) == 0:
-        return None
-    first, last = int(chosen__b[0]), int(chosen__b[-1])
-    return slice(first, last + 1) if last - first + 1 == len(chosen__b) else chosen__b
+def place_of(
+    shape: Shape, method: str, *, projected: bool, kernel_samples: int, kernel_sketched: bool, tokens: int = 0
+) -> Place:
+    """The place of a matrix, whose layer has projections or not."""
+    projected = projected and shape[0] == 1
+    sketched = projected and worth_sketching(shape)
+    return Place(shape, method, projected, sketched, kernel_samples, kernel_sketched, tokens)
 
 
-def _sum_of_squares(rows: torch.Tensor, threads: int) -> float:
-    if uses_kernels(rows):
-        return float(kernels.row_sum_of_squares(rows.contiguous(), threads=threads).sum())
-    return float(rows.square().sum(dtype=torch.float64))
-
-
-def squared_norm(tensor: torch.Tensor, threads: int) -> float:
-    """Sum of squares, in float64."""
-    if uses_kernels(tensor):
-        return kernels.gradient_energy(tensor, threads=threads)
-    return float(tensor.square().sum(dtype=torch.float64))
-
-
-def _descending(spectra: list[np.ndarray]) -> np.ndarray:
-    return np.sort(np.concatenate(spectra))[::-1].copy()
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

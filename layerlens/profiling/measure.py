@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from layerlens.exceptions import ConfigurationError, ProfilingError
-from layerlens.integrations.placement import sharded
+from layerlens.integrations.placement import input_device, sharded
 from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
-from layerlens.models import FactorSketch, KernelStatistics, ModelSpec, ModelStatistics, ModuleCosts
+from layerlens.models import FactorSketch, ModelSpec, ModelStatistics, ModuleCosts
+from layerlens.models.statistics import named
+from layerlens.profiling.accumulators import LayerRows
 from layerlens.profiling.capture import Capture
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
 from layerlens.profiling.gathering import gather
-from layerlens.profiling.ledger import Ledger
-from layerlens.profiling.module_costs import module_costs
-from layerlens.profiling.ntk import kernel_statistics
+from layerlens.profiling.pass_sums import BatchRecord, Key, Ledger
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.saved_pass import SavedPass
+from layerlens.profiling.statistics import ModelSums, Statistic
 from layerlens.profiling.sum_shards import SumShards
+from layerlens.registry import STATISTICS
 from layerlens.tasks import Batch, Batches, Loss
 from layerlens.tasks.losses import classification_loss
 from layerlens.utils.processes import ALONE, Processes
 from layerlens.utils.progress import Progress
-
-DAMPING = 1e-2
-"""Damping of the K-FAC factors, relative to their mean diagonal."""
 
 
 def measure(
@@ -102,32 +102,33 @@ def measure_share(
     with frozen_without_dropout(model, checkpointing=True), without_cache(model):
         shards = SumShards(processes) if sharded(model) else None
         capture = Capture(model, spec, request, threads, other_modules, shards)
+        sums, device = capture.sums, input_device(model)
         share = _share(processes, len(batches))
         with progress.stage("Measuring gradients", total=len(share)) as advance, capture.open():
-            done = saved.restore(capture, ledger, processes) if saved else set()
+            done = saved.restore(sums, ledger, device, processes) if saved else set()
             left = [number for number in share if number not in done]
             advance(len(share) - len(left))
             # All processes make the passes of a model that is spread over them, also those that have no batch left.
             rounds = max(processes.everyone("batches left", len(left))) if sharded(model) else 0
             for number in left:  # each is made once, and not kept
                 batch = batches[number].halves_apart()
-                ledger.take(capture, number, batch, capture.run(batch, loss, before=before[number]))
+                ledger.take(sums, number, batch, capture.run(batch, loss, before=before[number]))
                 if saved:
-                    saved.after_batch(capture, ledger)
+                    saved.after_batch(sums, ledger)
                 processes.check()
                 advance(1)
             for _ in range(rounds - len(left)):
                 capture.run(batches[0], loss, counted=False)
-        gather(capture, ledger, processes)
+        gather(sums, ledger, processes, device)
         if not processes.first:
             if sharded(model):
                 _costs(model, batches, sequence_length, request)
             return None
-        ledger.put_back(capture)
+        ledger.put_back(sums)
         with progress.stage("Computing statistics", total=None):
-            layers = capture.result(DAMPING)
-            others = capture.other_weights(DAMPING)
-            kernel = _kernel(capture, ledger) if request.ntk else None
+            layers = capture.result()
+            others = capture.other_weights()
+            of_model = model_results(request, sums.parts(spec.layers), sums.rows, ledger.in_order())
         covered = capture.covered_weights()
     activation_bytes, forward_flops, modules = _costs(model, batches, sequence_length, request)
     left_out, coverage = left_out_of(model, covered)
@@ -138,11 +139,11 @@ def measure_share(
         mean_loss=float(torch.cat([record.losses for record in ledger.in_order()]).double().mean()),
         activation_bytes=activation_bytes,
         forward_flops=forward_flops,
-        kernel=kernel,
         other_weights=others,
         left_out=left_out,
         coverage=coverage,
         modules=modules,
+        **of_model,
     )
     refuse_non_finite(statistics)
     return statistics
@@ -156,7 +157,7 @@ def _costs(
         inputs = dense_inputs(batches[0].inputs, sequence_length)
         first_block = next(iter(blocks_of(model)), None)
         activation_bytes, forward_flops = frozen_footprint(model, first_block, inputs)
-        return activation_bytes, forward_flops, module_costs(model, first_block, inputs, request)
+        return activation_bytes, forward_flops, module_costs(model, first_block, inputs, request.of_modules)
 
 
 def _share(processes: Processes, n_batches: int) -> range:
@@ -178,40 +179,67 @@ def refuse_non_finite(statistics: ModelStatistics) -> None:
     """Raise ProfilingError for the first statistic that is NaN or infinite, by layer and name."""
     measured = [(x.layer, f" for {method}", found) for x in statistics.layers for method, found in x.by_method.items()]
     measured += [(name, "", found) for name, found in statistics.other_weights.items()]
-    for name, method, found in measured:
-        for field in dataclasses.fields(found):
-            value = getattr(found, field.name)
+    for layer, method, found in measured:
+        values = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+        extra = values.pop("extra") or {}
+        for name, value in {**values, **extra}.items():
             if isinstance(value, FactorSketch):
                 value = value.values
-            if value is not None and not np.all(np.isfinite(value)):
+            if value is not None and not np.all(np.isfinite(value)) and _must_be_finite(name):
                 raise ProfilingError(
-                    f"{name}: the {field.name} statistic{method} is not finite; the model overflows on this "
+                    f"{layer}: the {name} statistic{method} is not finite; the model overflows on this "
                     "data: look for NaN weights or use a smaller data.max_length"
                 )
 
 
-def _kernel(capture: Capture, ledger: Ledger) -> KernelStatistics:
-    records = ledger.in_order()
-    index, labels = [record.index for record in records], [record.labels for record in records]
-    return kernel_of(capture.gram(), capture.request.ntk_samples, index, labels)
+def _must_be_finite(name: str) -> bool:
+    statistic = name.partition(".")[0]
+    return statistic not in STATISTICS or bool(STATISTICS[statistic].finite)
 
 
-def kernel_of(
-    grams: np.ndarray, count: int, index: Sequence[torch.Tensor], labels: Sequence[torch.Tensor | None]
-) -> KernelStatistics:
-    """The kernel of the first ``count`` samples of the batches, in the order that they have in the calibration set.
+def model_results(
+    request: StatisticsRequest, parts: Mapping[str, Mapping[Key, np.ndarray]], rows: LayerRows,
+    records: Sequence[BatchRecord],
+) -> dict[str, Any]:  # fmt: skip
+    """Fields of ``ModelStatistics`` that statistics of the model fill, ``extra`` among them.
 
     Args:
-        grams: float64 [sketches, count, count], in the order of the batches.
-        count: how many samples.
-        index: of each batch int64 [b], positions of its samples in the calibration set.
-        labels: of each batch [b], or None where there is not one number for each sample.
+        request: which statistics.
+        parts: see ``PassSums.parts``.
+        rows: what was added up over the layers.
+        records: of the batches, in their order.
     """
-    order = torch.cat(list(index))[:count].argsort().numpy()
-    known = [part for part in labels if part is not None]
-    comparable = len(known) == len(labels)
-    of_samples = torch.cat(known)[:count].numpy()[order] if comparable else np.zeros((0, 0))
-    return kernel_statistics(grams[:, order][:, :, order], of_samples)
+    index, labels = [record.index for record in records], [record.labels for record in records]
+    values: dict[str, Any] = {}
+    for statistic in request.statistics:
+        if statistic.model_result is not None:
+            of_layers = tuple(parts.get(statistic.name, {}).values())
+            sums = ModelSums(of_layers, rows, request.ntk_samples, index, labels)
+            values |= named(statistic.name, statistic.model_result(sums), ModelStatistics)
+    extra = {name: values.pop(name) for name in list(values) if name not in ModelStatistics.__dataclass_fields__}
+    return {**values, "extra": extra or None}
+
+
+def module_costs(
+    model: torch.nn.Module, first_block: str | None, inputs: dict[str, torch.Tensor], statistics: Sequence[Statistic]
+) -> dict[str, ModuleCosts]:
+    """Costs of every module that is called, by name.
+
+    Args:
+        model: frozen, in evaluation mode.
+        first_block: where the backward pass reaches down to (see ``frozen_footprint``).
+        inputs: a full batch.
+        statistics: which costs.
+    """
+    measured = {one: one.module_values(model, first_block, inputs) for one in statistics if one.module_values}
+    called = [name for name, _ in model.named_modules() if name and any(name in found for found in measured.values())]
+    costs = {}
+    for name in called:
+        values = {one: found.get(name, one.module_absent) for one, found in measured.items()}
+        own = {one.fields[0]: value for one, value in values.items() if one.fields}
+        extra = {one.name: value for one, value in values.items() if not one.fields and value is not None}
+        costs[name] = ModuleCosts(**own, extra=extra or None)
+    return costs
 
 
 def left_out_of(model: torch.nn.Module, covered: dict[str, str]) -> tuple[dict[str, str], float]:

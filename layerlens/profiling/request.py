@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from layerlens import registry
 from layerlens.exceptions import ConfigurationError
 
-STATISTICS: tuple[str, ...] = registry.STATISTICS.names()
-OF_MODULES = ("activation_memory", "flops", "time")
-BY_SAMPLES = tuple(name for name in STATISTICS if name not in OF_MODULES)
+if TYPE_CHECKING:
+    from layerlens.profiling.accumulators import Place, Sum
+    from layerlens.profiling.statistics import Statistic
+
 NTK_SAMPLES = 64
 EXACT_NTK_SAMPLES = 256
 """The activations and gradients of more samples are not kept; their kernel is sketched."""
+
+
+def __getattr__(name: str) -> Any:
+    """STATISTICS, the names as they are registered now; BY_SAMPLES and OF_MODULES, which of them are what."""
+    if name == "STATISTICS":
+        return registry.STATISTICS.names()
+    if name in ("BY_SAMPLES", "OF_MODULES"):
+        of_modules = {known for known in registry.STATISTICS if registry.STATISTICS[known].module_values is not None}
+        return tuple(known for known in registry.STATISTICS if (known in of_modules) == (name == "OF_MODULES"))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True)
@@ -21,31 +34,12 @@ class StatisticsRequest:
     """What one pass is to find, beside the loss.
 
     Args:
-        fisher: the trace of the empirical Fisher, from per-sample norms; the mean gradient is not formed for it.
-        gradient: the energy of the mean gradient G; together with ``fisher`` also the noise-corrected signal.
-        input_scale: mean square of the inputs.
-        spectrum: split-half spectrum of G.
-        whitened_spectrum: the same of S^-½ G A^-½, for which the exact K-FAC factors A and S are formed.
-        factors: A and S themselves, as output.
-        sketched_spectrum, sketched_factors: approximations of these by random projections, with their errors.
-        ntk: the Gram matrix of per-sample gradients of the first ``ntk_samples`` samples: exact from kept activations
-            and gradients up to 256, sketched beyond.
-        activation_memory, flops, time: costs of every module (``ModuleCosts``).
-        ntk_samples: see ``ntk``.
+        names: the statistics, in the order in which they are registered.
+        ntk_samples: the neural tangent kernel is the Gram matrix of per-sample gradients of so many first samples:
+            exact from kept activations and gradients up to 256, sketched beyond.
     """
 
-    fisher: bool = False
-    gradient: bool = False
-    input_scale: bool = False
-    spectrum: bool = False
-    whitened_spectrum: bool = False
-    factors: bool = False
-    sketched_spectrum: bool = False
-    sketched_factors: bool = False
-    ntk: bool = False
-    activation_memory: bool = False
-    flops: bool = False
-    time: bool = False
+    names: tuple[str, ...] = ()
     ntk_samples: int = NTK_SAMPLES
 
     @classmethod
@@ -58,48 +52,56 @@ class StatisticsRequest:
         >>> StatisticsRequest.of(["ntk", "fisher"]).names
         ('fisher', 'ntk')
         """
-        wanted = set(names)
-        unknown = sorted(wanted - set(STATISTICS))
+        wanted, known = set(names), registry.STATISTICS.names()
+        unknown = sorted(wanted - set(known))
         if unknown:
-            raise ConfigurationError(f"unknown statistic {unknown[0]!r}; known: {', '.join(STATISTICS)}")
-        return cls(**{name: name in wanted for name in STATISTICS}, ntk_samples=ntk_samples)
+            raise ConfigurationError(f"unknown statistic {unknown[0]!r}; known: {', '.join(known)}")
+        return cls(tuple(name for name in known if name in wanted), ntk_samples)
+
+    @cached_property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """The statistics themselves."""
+        return tuple(registry.STATISTICS[name] for name in self.names)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What is asked for, in the order of ``STATISTICS``."""
-        return tuple(name for name in STATISTICS if getattr(self, name))
+    def of_modules(self) -> tuple[Statistic, ...]:
+        """Those that are measured on the whole model in memory."""
+        return tuple(statistic for statistic in self.statistics if statistic.module_values is not None)
 
-    @property
-    def halves(self) -> bool:
-        """Whether G is needed for each half of the samples."""
-        return self.spectrum or self.whitened_spectrum
+    @cached_property
+    def backward(self) -> bool:
+        """Whether gradients are needed."""
+        return len(self.of_modules) < len(self.names)
 
-    @property
-    def mean(self) -> bool:
-        """Whether G is needed at all."""
-        return self.gradient or self.halves
+    def place(self, shape: tuple[int, int, int], method: str, *, projected: bool, tokens: int = 0) -> Place:
+        """A matrix of this shape in the pass, whose layer has projections or not."""
+        from layerlens.profiling.accumulators import place_of
 
-    @property
-    def exact_factors(self) -> bool:
-        """Whether A and S are summed."""
-        return self.whitened_spectrum or self.factors
+        return place_of(
+            shape, method, projected=projected, kernel_samples=self.ntk_samples, kernel_sketched=self.sketched_ntk,
+            tokens=tokens,
+        )  # fmt: skip
+
+    def sums(self, place: Place) -> tuple[Sum, ...]:
+        """What is summed of a matrix: each sum once, and none that another one makes needless."""
+        wanted = {one.name: one for statistic in self.statistics for one in statistic.sums(place)}
+        needless = {one.instead_of for one in wanted.values()}
+        return tuple(one for one in wanted.values() if one.name not in needless)
+
+    @cached_property
+    def input_sums(self) -> tuple[Sum, ...]:
+        """What is summed of inputs, which must be zero then where they are padding."""
+        return tuple({one.name: one for statistic in self.statistics for one in statistic.input_sums}.values())
 
     @property
     def sketched_ntk(self) -> bool:
         """Whether the kernel is of more samples than are kept."""
-        return self.ntk and self.ntk_samples > EXACT_NTK_SAMPLES
+        return self.ntk_samples > EXACT_NTK_SAMPLES
 
-    @property
-    def sketches(self) -> bool:
+    @cached_property
+    def projects(self) -> bool:
         """Whether anything is projected."""
-        return self.sketched_spectrum or self.sketched_factors or self.sketched_ntk
+        from layerlens.profiling.accumulators import Place
 
-    @property
-    def masked_inputs(self) -> bool:
-        """Whether padded inputs must be zero; for gradients alone their zero output gradients do."""
-        return self.exact_factors or self.input_scale or self.sketched_factors
-
-    @property
-    def backward(self) -> bool:
-        """Whether gradients are needed."""
-        return any(getattr(self, name) for name in BY_SAMPLES)
+        largest = Place((1, 2**30, 2**30), "lora", True, True, self.ntk_samples, self.sketched_ntk)
+        return any(one.projects for one in (*self.sums(largest), *self.input_sums))

@@ -4,6 +4,9 @@ Axes: b samples, g heads or groups (1 for a plain module), t tokens (or pixels),
 sample n is M_n = Σ_t d_t z_tᵀ for a module that multiplies, and Σ_t e(id_t) d_tᵀ for one that looks rows up; a weight
 that is used both ways (tied output embeddings) has both sums. Modules called several times have their calls
 concatenated along t: the sum over calls comes before the square.
+
+The compiled kernels compute in main memory, torch on a device where tensors are there; both give the same numbers to
+rounding, and on a device nothing leaves it but sums.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import numpy as np
 import torch
 
 from layerlens import kernels
-from layerlens.profiling.device import uses_kernels
 
 CHUNK_BYTES = 64 * 2**20
 """Per-sample matrices are formed at most this much at a time, where forming them is the cheaper way."""
@@ -36,17 +38,16 @@ class SampleMatrices:
     rows__bti: torch.Tensor | None = None
 
     @property
-    def n_samples(self) -> int:
-        """Samples in the batch."""
-        first = self.d__bgto if self.d__bgto is not None else self.ids__bt
+    def first(self) -> torch.Tensor:
+        """The gradients that they are made from."""
+        first = self.d__bgto if self.d__bgto is not None else self.rows__bti
         assert first is not None
-        return len(first)
+        return first
 
     @property
-    def on_host(self) -> bool:
-        """Whether the factors are in main memory."""
-        first = self.d__bgto if self.d__bgto is not None else self.ids__bt
-        return first is None or first.device.type == "cpu"
+    def n_samples(self) -> int:
+        """Samples in the batch."""
+        return len(self.first)
 
     def squared_norms(self, threads: int) -> np.ndarray:
         """‖M_n‖²_F of every sample, float64 [b], without forming M_n."""
@@ -74,14 +75,21 @@ class SampleMatrices:
             rows = self.rows__bti if chosen__b is None else self.rows__bti[chosen__b]
             total__goi[0].index_add_(0, ids.reshape(-1), rows.flatten(0, 1).to(total__goi.dtype))
 
-    def first(self, count: int) -> SampleMatrices:
-        """A copy of the first ``count`` samples, where they are."""
-        return SampleMatrices(
-            *(
-                None if tensor is None else tensor[:count].detach().clone()
-                for tensor in (self.d__bgto, self.z__bgti, self.ids__bt, self.rows__bti)
-            )
-        )
+    def head(self, count: int) -> dict[str, torch.Tensor]:
+        """A copy of the factors of the first ``count`` samples by their names, where they are."""
+        factors = {name: getattr(self, name) for name in ("d__bgto", "z__bgti", "ids__bt", "rows__bti")}
+        return {name: tensor[:count].detach().clone() for name, tensor in factors.items() if tensor is not None}
+
+    def tiles(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """M_n of all samples in pieces: (group, which outputs, [b, outputs · i]); of a matrix that only multiplies."""
+        assert self.d__bgto is not None
+        assert self.z__bgti is not None
+        for group in range(self.d__bgto.shape[1]):
+            start = 0
+            for tile in _tiles(self.d__bgto[:, group], self.z__bgti[:, group]):
+                rows = tile.shape[1] // self.z__bgti.shape[-1]
+                yield group, slice(start, start + rows), tile
+                start += rows
 
 
 def join_calls(calls: Sequence[SampleMatrices]) -> SampleMatrices:
@@ -119,6 +127,25 @@ def gram_matrix(batches: Sequence[SampleMatrices], threads: int) -> np.ndarray:
             tiles = [(tile__nk @ tile__nk.T).double() for tile__nk in _tiles(d, z)]
             gram += torch.stack(tiles).sum(dim=0).cpu().numpy()
     return gram
+
+
+def uses_kernels(tensor: torch.Tensor) -> bool:
+    """Whether the kernels (and SciPy's BLAS) can read the tensor where it is."""
+    return tensor.device.type == "cpu"
+
+
+def sum_of_squares(rows: torch.Tensor, threads: int) -> float:
+    """Sum of squares of rows [n, k], in float64, by rows."""
+    if uses_kernels(rows):
+        return float(kernels.row_sum_of_squares(rows.contiguous(), threads=threads).sum())
+    return float(rows.square().sum(dtype=torch.float64))
+
+
+def squared_norm(tensor: torch.Tensor, threads: int) -> float:
+    """Sum of squares, in float64."""
+    if uses_kernels(tensor):
+        return kernels.gradient_energy(tensor, threads=threads)
+    return float(tensor.square().sum(dtype=torch.float64))
 
 
 def gram_on_device(d__nto: torch.Tensor, z__nti: torch.Tensor) -> np.ndarray:

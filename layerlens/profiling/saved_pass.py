@@ -7,22 +7,21 @@ bits, since all sums go on in the same order; another number ends with the same 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
-from layerlens.profiling.capture import Capture
-from layerlens.profiling.ledger import Ledger
-from layerlens.profiling.pass_state import (
-    PassState,
-    add_to,
-    shards_of,
-    state_from_bytes,
-    state_of,
-    state_to_bytes,
-)
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from layerlens.profiling.pass_sums import BatchRecord, Key, Ledger, Matrix, PassSums, PassTensors
 from layerlens.utils.processes import ALONE, Processes
 
+FORMAT = "layerlens-pass-4"
+TEXT = "text"
 SHARE_OF_TIME = 0.05
 MAX_BYTES = 2**31
 """Larger states are not saved: they are copied in memory on the way to the disk."""
@@ -64,21 +63,21 @@ class SavedPass:
         self._last_end = time.perf_counter()
         self._last_cost = 0.0
 
-    def restore(self, capture: Capture, ledger: Ledger, processes: Processes = ALONE) -> set[int]:
-        """Put what was kept for this process into ``capture`` and ``ledger``; the batches that are done anywhere.
+    def restore(self, sums: PassSums, ledger: Ledger, device: torch.device, processes: Processes = ALONE) -> set[int]:
+        """Put what was kept for this process into ``sums`` and ``ledger``; the batches that are done anywhere.
 
         A part goes to the process of its number, and beyond their count to that of its remainder, so that an equal
         number of processes goes on exactly as it began.
         """
         self._part = processes.rank
         parts = processes.from_first("unfinished parts", sorted(self.store.names()))
-        mine: dict[int, PassState] = {}
+        mine: dict[int, tuple[PassTensors, Ledger]] = {}
         for part in (part for part in parts if part % processes.size == processes.rank):
             data = self.store.read(part)
-            state = state_from_bytes(data) if data is not None else None
-            if state is not None and state.shards == shards_of(capture):  # shares of another spreading do not fit
-                mine[part] = state
-        told = processes.everyone("finished batches", {part: set(one.ledger.records) for part, one in mine.items()})
+            kept = pass_from_bytes(data) if data is not None else None
+            if kept is not None and kept[0].shards == sums.n_shards:  # shares of another spreading do not fit
+                mine[part] = kept
+        told = processes.everyone("finished batches", {part: set(kept[1].records) for part, kept in mine.items()})
         done: set[int] = set()
         # A part that took another one over, and was interrupted before that one was removed, has all its batches.
         found = {part: batches for each in told for part, batches in each.items()}
@@ -86,24 +85,82 @@ class SavedPass:
             if not found[part] & done:
                 done |= found[part]
                 if part in mine:
-                    add_to(capture, mine[part])
-                    ledger.add(mine[part].ledger)
+                    sums.add(mine[part][0], device)
+                    ledger.add(mine[part][1])
         self._superseded = [part for part in mine if part != self._part]
         return done
 
-    def after_batch(self, capture: Capture, ledger: Ledger) -> None:
+    def after_batch(self, sums: PassSums, ledger: Ledger) -> None:
         """Keep the state after these batches, unless that would take more than its share of the time."""
         start = time.perf_counter()
         if self.time_share < 1.0 and start - self._last_end < self._last_cost / self.time_share:
             return
-        if any(not kept.on_host for one in capture.accumulators.values() for kept in one.kept.values()):
+        tensors = sums.tensors()
+        if any(name[0] == "matrix" and rows.device.type != "cpu" for name, rows in tensors.rows.items()):
             return  # activations stay on their device
-        state = state_of(capture, ledger)
-        if state.nbytes > MAX_BYTES:
+        if tensors.nbytes > MAX_BYTES:
             return
-        self.store.write(self._part, state_to_bytes(state))
+        self.store.write(self._part, pass_to_bytes(tensors, ledger))
         if self._superseded:
             self.store.remove(self._superseded)
             self._superseded = []
         self._last_end = time.perf_counter()
         self._last_cost = self._last_end - start
+
+
+def pass_to_bytes(state: PassTensors, ledger: Ledger) -> bytes:
+    """What some batches add up to, as one safetensors file."""
+    tensors = {"\t".join(("total", *name)): tensor.contiguous().cpu() for name, tensor in state.totals.items()}
+    tensors |= {"\t".join(("row", *name)): tensor.contiguous().cpu() for name, tensor in state.rows.items()}
+    for number, record in ledger.records.items():
+        tensors |= {f"index\t{number}": record.index, f"loss\t{number}": record.losses}
+        tensors[f"batch\t{number}"] = torch.from_numpy(record.sums)
+        if record.labels is not None:
+            tensors[f"label\t{number}"] = record.labels.contiguous()
+    text = {
+        "format": FORMAT,
+        "shards": state.shards,
+        "inputs": state.inputs,
+        "matrices": [[one.key, one.shape, one.source] for one in state.matrices],
+        "names": list(ledger.names),
+        "tokens": {number: record.n_tokens for number, record in ledger.records.items()},
+    }
+    tensors[TEXT] = torch.frombuffer(bytearray(json.dumps(text).encode()), dtype=torch.uint8)
+    return save(tensors)
+
+
+def pass_from_bytes(data: bytes) -> tuple[PassTensors, Ledger] | None:
+    """What ``pass_to_bytes`` made; None for what another version made, or no one did."""
+    try:
+        tensors = load(data)
+        text = json.loads(bytes(tensors.pop(TEXT).numpy()))
+        if text["format"] != FORMAT:
+            return None
+        return _tensors_of(tensors, text), _ledger_of(tensors, text)
+    except (SafetensorError, KeyError, ValueError):
+        return None
+
+
+def _tensors_of(tensors: dict[str, torch.Tensor], text: dict[str, Any]) -> PassTensors:
+    named = {tuple(name.split("\t")): tensor for name, tensor in tensors.items()}
+    return PassTensors(
+        inputs=[_key(key) for key in text["inputs"]],
+        matrices=[Matrix(_key(key), (s[0], s[1], s[2]), _key(source)) for key, s, source in text["matrices"]],
+        totals={name[1:]: tensor for name, tensor in named.items() if name[0] == "total"},
+        rows={name[1:]: tensor for name, tensor in named.items() if name[0] == "row"},
+        shards=text["shards"],
+    )
+
+
+def _ledger_of(tensors: dict[str, torch.Tensor], text: dict[str, Any]) -> Ledger:
+    ledger = Ledger()
+    ledger.names = {name: place for place, name in enumerate(text["names"])}
+    for number, n_tokens in text["tokens"].items():
+        index, losses = tensors[f"index\t{number}"], tensors[f"loss\t{number}"]
+        values = np.array(tensors[f"batch\t{number}"].numpy())
+        ledger.records[int(number)] = BatchRecord(index, losses, tensors.get(f"label\t{number}"), n_tokens, values)
+    return ledger
+
+
+def _key(parts: list[str]) -> Key:
+    return parts[0], parts[1]

@@ -1,7 +1,8 @@
 """Statistics as one safetensors file: what ``layerlens optimize`` reads, and what the sensitivity cache keeps.
 
 The header has the model's description and every scalar as JSON (exact: floats by their shortest round-trip form); the
-tensors are the spectra and the Gram matrix of the neural tangent kernel.
+tensors are spectra, factors, other arrays of statistics, and the Gram matrix of the neural tangent kernel. How a field
+is kept follows from its kind (``models.statistics``).
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from layerlens.models import (
     ModelStatistics,
     ModuleCosts,
 )
+from layerlens.models.statistics import FACTOR, NOT_NEGATIVE, NUMBER, SKETCH, SPECTRUM, Extra
 from layerlens.profiling.proxy_file import study_from_json, study_to_json
-from layerlens.profiling.statistics_check import check_statistics
 from layerlens.storage import local_file
 
 FORMAT = "layerlens-statistics-3"
 METADATA_KEY = "layerlens"
 """The only key: safetensors writes several in the order of a hash map that differs from run to run."""
 
-SCALARS = ("energy", "trace", "signal", "input_mean_square", "sketch_error")
-SPECTRA = ("spectrum", "plain_spectrum", "sketched_spectrum")
-FACTORS = ("input_factor", "output_factor")
-SKETCHES = ("input_sketch", "output_sketch")
+NUMBERS = MethodStatistics.names_of(NUMBER, NOT_NEGATIVE)
+SPECTRA = MethodStatistics.names_of(SPECTRUM)
+FACTORS = MethodStatistics.names_of(FACTOR)
+SKETCHES = MethodStatistics.names_of(SKETCH)
 
 
 def statistics_to_bytes(spec: ModelSpec, statistics: ModelStatistics) -> bytes:
@@ -57,21 +58,24 @@ def statistics_to_bytes(spec: ModelSpec, statistics: ModelStatistics) -> bytes:
     kernel = statistics.kernel
     if kernel is not None:
         tensors[GRAM] = np.ascontiguousarray(kernel.gram, dtype=np.float64)
+    of_model = {name: value for name, value in (statistics.extra or {}).items() if isinstance(value, np.ndarray)}
+    tensors |= {f"{MODEL}|{name}": np.ascontiguousarray(value) for name, value in of_model.items()}
     content = {
         "format": FORMAT,
         "spec": dataclasses.asdict(spec),
         "layers": layers,
         "other_weights": others,
         "shared": shared,
-        "modules": {name: dataclasses.asdict(costs) for name, costs in statistics.modules.items()},
+        "modules": {name: _costs(costs) for name, costs in statistics.modules.items()},
         "proxies": study_to_json(statistics.proxies),
         "kernel": None if kernel is None else {name: getattr(kernel, name) for name in _KERNEL_FIELDS},
         **{name: getattr(statistics, name) for name in _MODEL_FIELDS},
+        **_extra_numbers(statistics.extra),
     }
     return save(tensors, metadata={METADATA_KEY: json.dumps(content, sort_keys=True)})
 
 
-GRAM = "kernel|gram"
+GRAM, MODEL = "kernel|gram", "model"
 _KERNEL_FIELDS = ("trace", "effective_rank", "target_alignment", "relative_error")
 _MODEL_FIELDS = (
     "n_samples", "n_tokens", "mean_loss", "activation_bytes", "forward_flops", "provenance", "left_out", "coverage",
@@ -80,9 +84,15 @@ _MODEL_FIELDS = (
 
 def _scalars(measured: MethodStatistics) -> dict[str, Any]:
     sketches = {name: getattr(measured, name) for name in SKETCHES}
-    return {name: getattr(measured, name) for name in SCALARS} | {
-        name: {"trace": sketch.trace, "error": sketch.error} for name, sketch in sketches.items() if sketch is not None
-    }
+    return (
+        _extra_numbers(measured.extra)
+        | {name: getattr(measured, name) for name in NUMBERS}
+        | {
+            name: {"trace": sketch.trace, "error": sketch.error}
+            for name, sketch in sketches.items()
+            if sketch is not None
+        }
+    )
 
 
 def _arrays(prefix: str, measured: MethodStatistics) -> dict[str, np.ndarray]:
@@ -94,7 +104,25 @@ def _arrays(prefix: str, measured: MethodStatistics) -> dict[str, np.ndarray]:
         sketch = getattr(measured, name)
         if sketch is not None:
             arrays |= {f"{name}|values": sketch.values, f"{name}|vectors": sketch.vectors}
+    arrays |= {name: value for name, value in (measured.extra or {}).items() if isinstance(value, np.ndarray)}
     return {f"{prefix}|{name}": array for name, array in arrays.items()}
+
+
+def _extra_numbers(extra: Extra | None) -> dict[str, Any]:
+    """For the header: the numbers, and None for every array, which is kept as a tensor; nothing where there is none."""
+    values = {name: None if isinstance(x, np.ndarray) else x for name, x in (extra or {}).items()}
+    return {"extra": values} if values else {}
+
+
+def _extra_from(prefix: str, content: dict[str, Any], tensors: dict[str, np.ndarray]) -> Extra | None:
+    values = content.get("extra")
+    if values is None:
+        return None
+    return {name: tensors[f"{prefix}|{name}"] if value is None else value for name, value in values.items()}
+
+
+def _costs(costs: ModuleCosts) -> dict[str, Any]:
+    return {name: x for name, x in dataclasses.asdict(costs).items() if name != "extra" or x is not None}
 
 
 def _without_repeats(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -113,7 +141,7 @@ def _measured(prefix: str, scalars: dict[str, Any], tensors: dict[str, np.ndarra
         if name in found:
             values, vectors = (tensors[f"{prefix}|{name}|{part}"] for part in ("values", "vectors"))
             found[name] = FactorSketch(values, vectors, **found[name])
-    return MethodStatistics(**found)
+    return MethodStatistics(**found | {"extra": _extra_from(prefix, scalars, tensors)})
 
 
 def load_statistics(path: Path, *, whole: bool = True) -> tuple[ModelSpec, ModelStatistics]:
@@ -182,5 +210,48 @@ def _from_content(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> tu
         kernel=kernel,
         modules={name: ModuleCosts(**costs) for name, costs in content["modules"].items()},
         proxies=study_from_json(content["proxies"]),
+        extra=_extra_from(MODEL, content, tensors),
         **model_fields,
     )
+
+
+def check_statistics(spec: ModelSpec, statistics: ModelStatistics) -> None:
+    """Refuse statistics that no measurement gives. NaN and infinity are left to ``measure.refuse_non_finite``.
+
+    Raises:
+        ActivationCacheError: names the layer and the field, what it has and what would be possible.
+    """
+    for layer in spec.layers:
+        for name in ("hidden_size", "n_in", "n_out", "d_kv", "num_heads"):
+            value = getattr(layer, name)
+            if not isinstance(value, int) or value < 1:
+                raise ActivationCacheError(f"{layer.name}: {name} must be a whole number above 0, got {value!r}")
+    named, measured = [layer.name for layer in spec.layers], [layer.layer for layer in statistics.layers]
+    if measured != named:
+        wrong = next((pair for pair in zip(named, measured, strict=False) if pair[0] != pair[1]), None)
+        what = (
+            f"{wrong[1]!r} stands where {wrong[0]!r} should" if wrong else f"{len(measured)} of {len(named)} are there"
+        )
+        raise ActivationCacheError(f"the statistics are not those of the model's layers in their order: {what}")
+    for layer, found in zip(spec.layers, statistics.layers, strict=True):
+        if set(found.by_method) != set(layer.methods):
+            raise ActivationCacheError(
+                f"{layer.name}: has statistics for {', '.join(sorted(found.by_method)) or 'no method'}, but takes "
+                f"{', '.join(sorted(layer.methods))}"
+            )
+        for method, values in found.by_method.items():
+            _check_scalars(f"{layer.name}: {method}", values)
+    if not isinstance(statistics.n_samples, int) or statistics.n_samples < 2:
+        raise ActivationCacheError(f"n_samples must be 2 or more, got {statistics.n_samples!r}")
+
+
+def _check_scalars(place: str, values: MethodStatistics) -> None:
+    never_negative = MethodStatistics.names_of(NOT_NEGATIVE)
+    for name in NUMBERS:
+        value = getattr(values, name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ActivationCacheError(f"{place}: {name} must be a number, got {value!r}")
+        if name in never_negative and value < 0:
+            raise ActivationCacheError(f"{place}: {name} cannot be negative, got {value!r}")

@@ -17,11 +17,12 @@ from layerlens.models import ModelStatistics
 from layerlens.profiling import accumulators
 from layerlens.profiling.request import STATISTICS, StatisticsRequest
 from layerlens.profiling.sample_matrices import SampleMatrices, gram_matrix
+from layerlens.profiling.statistics.ntk import kept_samples
 from layerlens.profiling.statistics_file import statistics_to_bytes
 from layerlens.tasks import Batch
 
 RELATIVE = 1e-9  # float64 on both ways, as in test_architectures
-MODULES = ("sample_matrices", "accumulators", "gram_sum")
+MODULES = ("sample_matrices", "statistics.factors", "statistics.fisher_diagonal")
 NOT_BY_SAMPLES = {"activation_memory", "flops", "time"}
 
 
@@ -78,14 +79,17 @@ def test_on_a_device_only_sums_leave_it(monkeypatch: pytest.MonkeyPatch):
     request = StatisticsRequest.of(names)
     b, t, o, i = 3, 50, 20, 30
     d, z = torch.empty(b, 1, t, o, device="meta"), torch.empty(b, 1, t, i, device="meta")
-    inputs = accumulators.InputAccumulator(request, 1)
+    inputs = accumulators.InputAccumulator(request.input_sums, 1)
     inputs.add(z, None)
-    found = accumulators.MatrixAccumulator(request, 1, inputs, (1, o, i))
-    monkeypatch.setattr(found, "_add_mean", lambda matrices, half__b: matrices.add_sum_to(total))
-    total = torch.zeros(1, o, i, device="meta")
-    found.add(SampleMatrices(d, z), torch.arange(b) % 2, 0)
-    assert all(not kept.on_host for kept in found.kept.values())
-    gram_matrix(list(found.kept.values()), 1)
+    place = request.place((1, o, i), "lora", projected=False)
+    found = accumulators.MatrixAccumulator(request.sums(place), place, 1, inputs)
+    found.add(SampleMatrices(d, z), torch.tensor([0, 0, 1]), 0)
+    assert found.totals
+    assert all(total.is_meta for total in found.totals.values())
+    kept = kept_samples(found)
+    assert kept
+    assert all(x.first.is_meta for x in kept)
+    gram_matrix(kept, 1)
     assert read
     assert max(read) <= b * b  # norms of samples and their Gram matrix, never b·t numbers
 

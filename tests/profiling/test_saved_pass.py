@@ -16,8 +16,8 @@ from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.models import ModelSpec, ModelStatistics
 from layerlens.profiling.cache import SensitivityCache, cache_key
 from layerlens.profiling.capture import Capture
-from layerlens.profiling.ledger import Ledger
 from layerlens.profiling.measure import measure
+from layerlens.profiling.pass_sums import Ledger
 from layerlens.profiling.request import BY_SAMPLES, StatisticsRequest
 from layerlens.profiling.saved_pass import MAX_BYTES, SavedPass
 from layerlens.profiling.statistics_file import statistics_to_bytes
@@ -79,7 +79,7 @@ def test_a_damaged_pass_is_measured_from_the_start(tmp_path: Path, damage: str):
     (blob,) = (tmp_path / "blobs").iterdir()
     data = bytearray(blob.read_bytes())
     if damage == "other version":
-        data = data.replace(b"layerlens-pass-3", b"layerlens-pass-0")
+        data = data.replace(b"layerlens-pass-4", b"layerlens-pass-0")
         SensitivityCache(tmp_path).saved_pass(KEY).store.write(0, bytes(data))
     else:
         data[-1] ^= 1
@@ -136,4 +136,4 @@ def test_states_that_are_too_large_are_not_copied(monkeypatch: pytest.MonkeyPatc
 
 def run_state(saved: SavedPass) -> None:
     """One batch's saving, of an empty capture."""
-    saved.after_batch(Capture(torch.nn.Linear(1, 1), ModelSpec("", 2), StatisticsRequest(), 1), Ledger())
+    saved.after_batch(Capture(torch.nn.Linear(1, 1), ModelSpec("", 2), StatisticsRequest(), 1).sums, Ledger())

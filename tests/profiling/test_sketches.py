@@ -11,8 +11,9 @@ from test_architectures import CASES, spec_of
 
 from layerlens.models import LayerSpec, ModelSpec
 from layerlens.profiling import request as request_module
-from layerlens.profiling.ntk import kernel_statistics
-from layerlens.profiling.sketches import COLUMNS, FactorSum, Projection, SpectrumSketch, worth_sketching
+from layerlens.profiling.projections import COLUMNS, PROBES, ROWS, Projection, worth_sketching
+from layerlens.profiling.statistics.ntk import kernel_statistics
+from layerlens.profiling.statistics.sketches import add_rows, factor_from, spectrum_from
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.tasks import Batch
 from layerlens.tasks.losses import classification_loss
@@ -30,11 +31,13 @@ def decaying(n_out: int, n_in: int, power: float, seed: int = 0) -> torch.Tensor
 def sketch_of(matrix: torch.Tensor, name: str = "test") -> tuple[np.ndarray, float]:
     """The sketched spectrum of ``matrix``, added row by row of its rows as tokens, the same for both halves."""
     n_out, n_in = matrix.shape
-    projection, sketch = Projection(name), SpectrumSketch(n_out, n_in, matrix)
+    projection = Projection(name)
+    right, left = matrix.new_zeros(2, n_out, COLUMNS + PROBES), matrix.new_zeros(2, ROWS, n_in)
     d, z = torch.eye(n_out, dtype=matrix.dtype), matrix  # Σ_t e_t m_tᵀ
     for half in (0, 1):
-        sketch.add(half, d, z, projection.of_gradients(d), projection.of_inputs(z))
-    return sketch.result([1, 1], projection)
+        add_rows(right[half], d, projection.of_inputs(z))
+        add_rows(left[half], projection.of_gradients(d), z)
+    return spectrum_from(right, left, [1, 1], projection)
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
@@ -79,10 +82,11 @@ def test_a_factor_s_sketch_lacks_exactly_the_trace_that_it_tells(features: int, 
     torch.manual_seed(1)
     rows = torch.randn(500, rank, dtype=torch.float64) @ decaying(rank, features, 1.0)
     exact = rows.mT @ rows / 500
-    projection, total = Projection("factor"), FactorSum()
+    projection, total, squares = Projection("factor"), rows.new_zeros(features, COLUMNS), 0.0
     for part in rows.split(200):
-        total.add(part, projection.of_inputs(part), float(part.square().sum()))
-    found = total.result(projection.omega__ik(features, rows), 500)
+        add_rows(total, part, projection.of_inputs(part)[:, :COLUMNS])
+        squares += float(part.square().sum())
+    found = factor_from(total, squares, projection.omega__ik(features, rows), 500)
     approximation = (found.vectors * found.values.astype(np.float32)) @ found.vectors.T
     assert found.trace == pytest.approx(float(exact.trace()), rel=1e-12)
     missing = float(exact.trace()) - found.values.sum()
@@ -247,4 +251,4 @@ def test_only_the_layers_own_weights_are_kept_for_the_kernel():
     capture = Capture(model, spec_of(model), StatisticsRequest.of(["ntk"]), 1)
     with capture.open():
         capture.run(case.batch(), case.loss)
-    assert {key[1] for key, one in capture.accumulators.items() if one.kept} == {"lora"}
+    assert {key[1] for key, one in capture.sums.accumulators.items() if one.kept} == {"lora"}

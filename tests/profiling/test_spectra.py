@@ -9,9 +9,9 @@ import torch
 
 from layerlens.models import ModelSpec
 from layerlens.models.model_spec import LayerSpec
-from layerlens.profiling import spectra
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import StatisticsRequest
+from layerlens.profiling.statistics import spectra
 from layerlens.tasks.batches import Batch
 from layerlens.utils.progress import silent
 

@@ -8,8 +8,7 @@ import pytest
 
 from layerlens.exceptions import ActivationCacheError
 from layerlens.models import LayerSpec, LayerStatistics, MethodStatistics, ModelSpec, ModelStatistics
-from layerlens.profiling.statistics_check import check_statistics
-from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
+from layerlens.profiling.statistics_file import check_statistics, load_statistics, statistics_to_bytes
 
 GOOD = MethodStatistics(energy=1.0, trace=2.0, signal=-0.5, input_mean_square=1.0)
 LAYERS = [LayerSpec(name, 4, "linear", methods=("lora",)) for name in ("a", "b")]

@@ -14,13 +14,13 @@ import torch
 from layerlens.exceptions import ConfigurationError, ProfilingError
 from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import without_cache
-from layerlens.models import KernelStatistics, LayerStatistics, MethodStatistics, ModelSpec, ModelStatistics
+from layerlens.models import LayerStatistics, MethodStatistics, ModelSpec, ModelStatistics
+from layerlens.profiling.accumulators import LayerRows
 from layerlens.profiling.capture import Capture, refuse_bad_loss
 from layerlens.profiling.footprint import dense_inputs
-from layerlens.profiling.kernel_sketch import KernelSketch
-from layerlens.profiling.measure import DAMPING, kernel_of, left_out_of, refuse_non_finite
-from layerlens.profiling.request import OF_MODULES, StatisticsRequest
-from layerlens.profiling.sample_matrices import gram_matrix
+from layerlens.profiling.measure import left_out_of, model_results, refuse_non_finite
+from layerlens.profiling.pass_sums import BatchRecord, Key, record_of
+from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.streamed.footprint import StreamedFootprint
 from layerlens.profiling.streamed.journal import Journal, stream_directory
 from layerlens.profiling.streamed.parts import cannot_stream, refuse_non_finite_activations
@@ -96,12 +96,11 @@ def measure_streamed(
 
 def refuse_whole_model_statistics(request: StatisticsRequest) -> None:
     """Raise ConfigurationError for statistics that need the whole model in memory."""
-    for name in OF_MODULES:
-        if getattr(request, name):
-            raise ConfigurationError(
-                f"profiling.statistics: {name} is measured on the whole model in memory, not on one that is streamed; "
-                "leave it out, or set profiling.memory_mode: plain"
-            )
+    for statistic in request.of_modules:
+        raise ConfigurationError(
+            f"profiling.statistics: {statistic.name} is measured on the whole model in memory, not on one that is "
+            "streamed; leave it out, or set profiling.memory_mode: plain"
+        )
 
 
 class _HalvesApart(Sequence[Batch]):
@@ -115,40 +114,6 @@ class _HalvesApart(Sequence[Batch]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.batches[index].halves_apart()
-
-
-class _SharedSketch(KernelSketch):
-    """The sketched kernel of samples whose layers come block by block: every batch has its own running sum."""
-
-    def __init__(self, n_batches: int) -> None:
-        super().__init__()
-        self.sums: list[torch.Tensor | None] = [None] * n_batches
-        self.number = 0
-
-    def begin(self, number: int) -> None:
-        self.number, self.current = number, self.sums[number]
-
-    def end_batch(self, before: int) -> None:
-        self.sums[self.number], self.current = self.current, None
-
-    def finish(self) -> None:
-        self.done = {number: one for number, one in enumerate(self.sums) if one is not None}
-
-
-@dataclasses.dataclass
-class _Told:
-    """What is kept of the samples in the order of the batches: not their inputs."""
-
-    n_tokens: int = 0
-    index: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    labels: list[torch.Tensor | None] = dataclasses.field(default_factory=list)
-
-    def add(self, batch: Batch) -> None:
-        """Keep one batch's; its targets only where there is one number for each sample."""
-        one_each = isinstance(batch.labels, torch.Tensor) and batch.labels.dim() == 1
-        self.n_tokens += batch.n_tokens
-        self.index.append(batch.index)
-        self.labels.append(batch.labels.cpu() if one_each else None)
 
 
 class _Pass:
@@ -166,8 +131,8 @@ class _Pass:
         self.loss = loss
         self.other_modules = other_modules
         self.n_samples = n_samples
-        self.told = _Told()
-        self.sketch = _SharedSketch(len(sweep.batches)) if request.sketched_ntk else None
+        self.batches: list[BatchRecord] = []
+        self.rows = LayerRows()
         self.found: dict[str, ModelStatistics] = {}
 
     def run(self, progress: Progress) -> ModelStatistics:
@@ -175,7 +140,7 @@ class _Pass:
         sweep, journal, footprint = self.sweep, self.journal, self.sweep.footprint
         n_batches, n_blocks = len(sweep.batches), sweep.n_blocks
         with progress.stage("Running embeddings", total=n_batches) as advance:
-            sweep.run_front(self.told.add, advance)
+            sweep.run_front(lambda batch: self.batches.append(record_of(batch, torch.zeros(0))), advance)
         self._divide()
         if self.front_modules:
             self._check_front()
@@ -233,8 +198,7 @@ class _Pass:
         wanted = set(layers)
         spec = dataclasses.replace(self.spec, layers=[layer for layer in self.spec.layers if layer.name in wanted])
         capture = Capture(self.sweep.model, spec, self.request, self.threads, others)
-        if self.sketch is not None:
-            capture.kernel_sketch = self.sketch
+        capture.sums.rows = self.rows
         return capture
 
     def _after_forward(self, done: int) -> None:
@@ -280,8 +244,6 @@ class _Pass:
             refuse_non_finite_activations(sweep.model, loss__b[:1], "the loss", int(batch.index[0]))
         refuse_bad_loss(loss__b.detach(), batch)
         if self.request.backward:
-            if self.sketch is not None:
-                self.sketch.begin(number)
             capture.backward(loss__b.sum() * capture.loss_scale)
             if hidden.grad is None:
                 raise ProfilingError("no gradient reached the blocks; the loss does not depend on them")
@@ -304,12 +266,12 @@ class _Pass:
                     self._block_batch(capture, number, batch)
                     advance(1)
             self._finish(str(number), capture)
-            if self.sketch is not None:
-                sums = {str(at): one for at, one in enumerate(self.sketch.sums) if one is not None}
-                self.journal.keep_tensors(f"kernel-{number}", sums)
+            of_layers = {(name, str(before)): x for name, done in self.rows.done.items() for before, x in done.items()}
+            if of_layers:
+                self.journal.keep_tensors(f"rows-{number}", {"\t".join(name): x for name, x in of_layers.items()})
             sweep.boundaries.file.sync()
             self.journal.write(backward=n_blocks - number)
-            self.journal.forget(f"kernel-{number + 1}")
+            self.journal.forget(f"rows-{number + 1}")
 
     def _restore_blocks(self) -> int:
         """How many blocks are done; their results are taken up."""
@@ -326,9 +288,10 @@ class _Pass:
                 f"{self.journal.directory} is damaged: the results of block {n_blocks - 1 - done} are gone; remove it "
                 "and profile again"
             )
-        if done and self.sketch is not None:
-            sums = self.journal.tensors(f"kernel-{n_blocks - done}") or {}
-            self.sketch.sums = [sums.get(str(number)) for number in range(len(self.sketch.sums))]
+        if done:
+            for key, rows in (self.journal.tensors(f"rows-{n_blocks - done}") or {}).items():
+                name, _, before = key.partition("\t")
+                self.rows.done.setdefault(name, {})[int(before)] = rows
         return done
 
     def _block_batch(self, capture: Capture, number: int, batch: int) -> None:
@@ -337,8 +300,6 @@ class _Pass:
         passes_on = number > 0 or bool(self.front_modules)
         hidden = boundaries.read(number, batch).requires_grad_(passes_on)
         capture.begin(sweep.outline_batch(batch))
-        if self.sketch is not None:
-            self.sketch.begin(batch)
         with torch.enable_grad():
             given = hidden.clone() if passes_on else hidden  # a block may write into what it is given
             output = sweep.parts.run_block(number, given, sweep.call(batch, number))
@@ -361,8 +322,6 @@ class _Pass:
                 batch = sweep.batch(number)
                 gradient = sweep.boundaries.read(sweep.boundaries.gradient_slot(0), number)
                 capture.begin(batch)
-                if self.sketch is not None:
-                    self.sketch.begin(number)
                 with torch.enable_grad():
                     outputs = [sweep.parts.run_front(batch.inputs).hidden]
                     gradients = [gradient]
@@ -377,21 +336,17 @@ class _Pass:
 
     def _finish(self, name: str, capture: Capture) -> None:
         """What a part's sums say; the sums are let go."""
-        grams = [
-            gram_matrix(capture.accumulators[layer.name, "lora"].kept_in_order(), self.threads)
-            for layer in capture.spec.layers
-            if self.request.ntk and self.sketch is None and "lora" in layer.methods
-        ]
+        parts = capture.sums.parts(capture.spec.layers)
         part = ModelStatistics(
-            layers=capture.result(DAMPING),
+            layers=capture.result(),
             n_samples=self.n_samples,
             n_tokens=0,
             mean_loss=0.0,
             activation_bytes=0.0,
             forward_flops=0.0,
             provenance={"covered": capture.covered_weights()},
-            other_weights=capture.other_weights(DAMPING),
-            kernel=KernelStatistics(np.stack(grams), 0.0, 0.0, None) if grams else None,
+            other_weights=capture.other_weights(),
+            extra={"\t".join((statistic, *key)): x for statistic, of in parts.items() for key, x in of.items()} or None,
         )
         self.found[name] = part
         if name != "front":
@@ -404,36 +359,37 @@ class _Pass:
         by_name: dict[str, LayerStatistics] = {}
         others: dict[str, MethodStatistics] = {}
         covered: dict[str, str] = {}
-        grams: dict[str, np.ndarray] = {}
+        parts: dict[str, np.ndarray | float] = {}
         for part in self.found.values():
             by_name |= part.by_name()
             others |= part.other_weights
             covered |= part.provenance["covered"]
-            if part.kernel is not None:
-                names = [x.layer for x in part.layers if "lora" in x.by_method]
-                grams |= dict(zip(names, part.kernel.gram, strict=True))
+            parts |= part.extra or {}
         if not self.request.backward:
             empty = [LayerStatistics(x.name, {m: MethodStatistics() for m in x.methods}) for x in self.spec.layers]
             by_name = {layer.layer: layer for layer in empty}
-        kernel = None
-        if self.request.ntk:
-            if self.sketch is not None:
-                self.sketch.finish()
-                stack = self.sketch.grams(self.request.ntk_samples)
-            else:
-                stack = np.sum([grams[x.name] for x in self.spec.layers if "lora" in x.methods], axis=0)[None]
-            kernel = kernel_of(stack, self.request.ntk_samples, self.told.index, self.told.labels)
+        of_model = model_results(self.request, self._parts_in_order(parts), self.rows, self.batches)
         sweep.residency.close()  # what is left out is found by which parameters are the same, on the skeleton
         left_out, coverage = left_out_of(model, covered)
         return ModelStatistics(
             layers=tuple(by_name[layer.name] for layer in self.spec.layers),
             n_samples=self.n_samples,
-            n_tokens=self.told.n_tokens,
+            n_tokens=sum(record.n_tokens for record in self.batches),
             mean_loss=float(torch.cat(losses).double().mean()),
             activation_bytes=activation_bytes,
             forward_flops=forward_flops,
-            kernel=kernel,
             other_weights=others,
             left_out=left_out,
             coverage=coverage,
+            **of_model,
         )
+
+    def _parts_in_order(self, parts: dict[str, Any]) -> dict[str, dict[Key, np.ndarray]]:
+        """What layers say about statistics of the model, in the order of the model's layers."""
+        found: dict[str, dict[Key, np.ndarray]] = {}
+        for statistic in self.request.names:
+            for key in ((layer.name, method) for layer in self.spec.layers for method in layer.methods):
+                name = "\t".join((statistic, *key))
+                if name in parts:
+                    found.setdefault(statistic, {})[key] = parts[name]
+        return found

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+
+from layerlens.profiling.accumulators import MatrixAccumulator, Place
+from layerlens.profiling.statistics import Statistic
+from layerlens.profiling.statistics.factors import INPUT_FACTOR, OUTPUT_FACTOR, exact_factors, factor_floats
+from layerlens.profiling.statistics.gradients import HALVES, mean_energy
+
+DAMPING = 1e-2
+"""Damping of the K-FAC factors, relative to their mean diagonal."""
 
 MAX_VALUES = 64
 """No option on offer is larger; more singular values would only be stored."""
@@ -57,3 +67,61 @@ def cholesky_root(factor: torch.Tensor, damping: float) -> torch.Tensor:
     # A factor of nothing but zeros (a module whose gradient vanishes) whitens to zero gain at any positive level.
     eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
     return torch.linalg.cholesky(factor + (level or 1.0) * eye)
+
+
+def plain_spectrum(matrix: MatrixAccumulator) -> np.ndarray | None:
+    """The split-half spectrum of all heads together, computed once; None where a half has no samples."""
+    if 0 in matrix.n_samples:
+        return None
+    return matrix.once("plain spectrum", lambda: _of_heads(_halves(matrix)))
+
+
+def _halves(matrix: MatrixAccumulator) -> list[torch.Tensor]:
+    """Mean gradients of each half, float64 [g, o, i]."""
+    totals = [matrix.totals[declared.name] for declared in HALVES]
+    return matrix.once(
+        "halves", lambda: [total.double() / n for total, n in zip(totals, matrix.n_samples, strict=True)]
+    )
+
+
+def _of_heads(halves: list[torch.Tensor], factors: tuple[Any, ...] = (), damping: float = 0.0) -> np.ndarray:
+    """Spectra of all heads, descending."""
+    heads = range(len(halves[0]))
+    found = [
+        split_half_spectrum(halves[0][head], halves[1][head], *(factor[head] for factor in factors), damping=damping)
+        for head in heads
+    ]
+    return np.sort(np.concatenate(found))[::-1].copy()
+
+
+def _spectrum(matrix: MatrixAccumulator) -> dict[str, Any]:
+    plain = plain_spectrum(matrix)
+    return mean_energy(matrix) | ({} if plain is None else {"plain_spectrum": plain})
+
+
+def _whitened(matrix: MatrixAccumulator) -> dict[str, Any]:
+    energy = mean_energy(matrix)
+    if 0 in matrix.n_samples or OUTPUT_FACTOR.name not in matrix.totals:
+        return energy
+    halves, factors = _halves(matrix), exact_factors(matrix)
+    assert factors is not None
+    # The halves are in main memory where the sums were spread over processes.
+    return energy | {"spectrum": _of_heads(halves, tuple(x.to(halves[0].device) for x in factors), DAMPING)}
+
+
+def eight_copies(place: Place) -> int:
+    """float64 numbers that a split-half spectrum takes: both halves, and their factorisations."""
+    groups, n_out, n_in = place.shape
+    return 8 * groups * n_out * n_in
+
+
+SPECTRUM = Statistic(
+    "spectrum", lambda place: HALVES, result=_spectrum, fields=("plain_spectrum",), working_floats=eight_copies
+)
+"""Split-half spectrum of the mean gradient."""
+
+WHITENED_SPECTRUM = Statistic(
+    "whitened_spectrum", lambda place: (*HALVES, OUTPUT_FACTOR), (INPUT_FACTOR,), _whitened, fields=("spectrum",),
+    working_floats=lambda place: eight_copies(place) + factor_floats(place),
+)  # fmt: skip
+"""The same of S^-½ G A^-½ with the exact K-FAC factors."""

@@ -1,4 +1,7 @@
-"""Activation memory, FLOPs and time of every module of the frozen model, each measured only when it is asked for."""
+"""Activation memory, FLOPs and time of every module of the frozen model, each with everything inside it.
+
+Bytes and FLOPs are those of one token of a full batch, or of one sample where there are no tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,46 +13,17 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerlens.models import ModuleCosts
 from layerlens.profiling.footprint import opened_at, samples_in, saved_tensors_seen
-from layerlens.profiling.request import StatisticsRequest
+from layerlens.profiling.statistics import Statistic
 
 PASSES = 3
 """Timed passes; other work on the machine only ever adds time, so the least of them counts."""
 
 
-def module_costs(
-    model: torch.nn.Module, first_block: str | None, inputs: dict[str, torch.Tensor], request: StatisticsRequest
-) -> dict[str, ModuleCosts]:
-    """Costs of every module that is called, by name, each with everything inside it.
-
-    Args:
-        model: frozen, in evaluation mode.
-        first_block: where the backward pass reaches down to (see ``frozen_footprint``).
-        inputs: a full batch; bytes and FLOPs are those of one of its tokens, or samples where there are none.
-        request: which costs.
-    """
-    if not (request.activation_memory or request.flops or request.time):
-        return {}
-    count = samples_in(inputs)
-    kept = _activation_bytes(model, first_block, inputs) if request.activation_memory else {}
-    flops = _flops(model, inputs) if request.flops else {}
-    times = _times(model, inputs) if request.time else {}
-    called = [name for name, _ in model.named_modules() if name and (name in kept or name in flops or name in times)]
-    return {
-        name: ModuleCosts(
-            activation_bytes=kept[name] / count if name in kept else None,
-            forward_flops=flops.get(name, 0) / count if request.flops else None,
-            forward_ms=1e3 * times[name] if name in times else None,
-        )
-        for name in called
-    }
-
-
 def _activation_bytes(
     model: torch.nn.Module, first_block: str | None, inputs: dict[str, torch.Tensor]
 ) -> dict[str, float]:
-    """Bytes that each module is the first to keep, every storage counted once."""
+    """Bytes per token that each module is the first to keep for a backward pass, every storage counted once."""
     running: list[str] = []
     kept: dict[str, float] = {}
 
@@ -63,19 +37,23 @@ def _activation_bytes(
 
     with _entered(model, enter, lambda name: running.pop()), opened_at(model, first_block, inputs) as run:
         saved_tensors_seen(model, run, seen)
-    return kept
+    count = samples_in(inputs)
+    return {name: size / count for name, size in kept.items()}
 
 
-def _flops(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
+def _forward_flops(
+    model: torch.nn.Module, first_block: str | None, inputs: dict[str, torch.Tensor]
+) -> dict[str, float]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**inputs)
     root = type(model).__name__ + "."
     counts = {name: sum(of.values()) for name, of in counter.get_flop_counts().items()}
-    return {name.removeprefix(root): int(found) for name, found in counts.items() if name.startswith(root)}
+    tokens = samples_in(inputs)
+    return {name.removeprefix(root): flops / tokens for name, flops in counts.items() if name.startswith(root)}
 
 
-def _times(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Seconds of one forward pass of each module, all its calls together."""
+def _forward_ms(model: torch.nn.Module, first_block: str | None, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Milliseconds of one forward pass of each module, all its calls together."""
     on_gpu = any(tensor.device.type == "cuda" for tensor in inputs.values())
 
     def now() -> float:
@@ -98,7 +76,7 @@ def _times(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str,
             model(**inputs)
         if warm:  # the first pass allocates
             best = {name: min(seconds, best.get(name, seconds)) for name, seconds in spent.items()}
-    return best
+    return {name: 1e3 * seconds for name, seconds in best.items()}
 
 
 @contextmanager
@@ -112,3 +90,10 @@ def _entered(model: torch.nn.Module, enter: Callable[[str], None], leave: Callab
                 stack.callback(before.remove)
                 stack.callback(after.remove)
         yield
+
+
+ACTIVATION_MEMORY = Statistic(
+    "activation_memory", module_values=_activation_bytes, fields=("activation_bytes",), steady=True
+)
+FLOPS = Statistic("flops", module_values=_forward_flops, module_absent=0.0, fields=("forward_flops",), steady=True)
+TIME = Statistic("time", module_values=_forward_ms, fields=("forward_ms",), steady=True)

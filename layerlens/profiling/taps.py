@@ -1,0 +1,241 @@
+"""Taps on every module of a model: each layer's inputs meet its output gradients here.
+
+An identity autograd function sits on each module's output. It saves the module's input through ``save_for_backward``
+(so that checkpointing and offloading see it) and hands it on with the output's gradient in its backward. The model is
+not changed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from layerlens.exceptions import ProfilingError
+from layerlens.integrations.attention import attention_outputs
+from layerlens.integrations.weight_matrices import conv_patches
+from layerlens.models import LayerSpec, ModelSpec
+from layerlens.profiling.pass_sums import Key
+from layerlens.profiling.sample_matrices import SampleMatrices
+
+Recorder = Callable[..., None]
+Hook = Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]
+
+
+class _Tap(torch.autograd.Function):
+    """Identity in the forward pass; in the backward pass hands the gradient and the saved tensors to ``recorder``.
+
+    ``anchor`` is a scalar that requires a gradient, so that the backward pass comes by although all weights are frozen.
+    An output with a batch dimension of 1 that the model broadcasts (position embeddings) is expanded to ``batch``
+    samples, so that its gradient comes back for each sample.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, anchor: torch.Tensor, batch: int, recorder: Recorder, *saved: torch.Tensor
+    ) -> Any:
+        ctx.save_for_backward(*saved)
+        ctx.recorder = recorder
+        ctx.broadcast = output.dim() > 1 and output.shape[0] == 1 and batch > 1
+        return output.expand(batch, *output.shape[1:]) if ctx.broadcast else output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        saved = ctx.saved_tensors
+        ctx.recorder(gradients[0], *saved)
+        passed_on = gradients[0].sum(dim=0, keepdim=True) if ctx.broadcast else gradients[0]
+        return passed_on, None, None, None, *([None] * len(saved))
+
+
+class Taps:
+    """The taps of one model, and what is known of the forward pass that they see; ``Capture`` says what becomes of it.
+
+    Args:
+        model: the frozen model, in evaluation mode.
+        spec: its layers.
+        other_modules: modules outside the layers whose weights are measured too (Linear, Conv1D, Conv2d, Embedding).
+            Weights that several of them share are measured as one: the gradient of a tied weight is the sum over its
+            uses.
+        backward: whether gradients are wanted; without, nothing is tapped.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, spec: ModelSpec, other_modules: Sequence[str], *, backward: bool
+    ) -> None:
+        self.model = model
+        self.spec = spec
+        self.other_modules = tuple(other_modules)
+        self.loss_scale = 1.0
+        self._with_backward = backward
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._calls: Counter[str] = Counter()
+        self._users: dict[Key, set[str]] = {}
+        self._leaders: dict[str, str] = {}
+        self._last_input: tuple[str, torch.Tensor] | None = None
+        self._in_backward = False
+        self._n_batch = 0
+        self._masks: dict[int, torch.Tensor | None] = {}
+        self._weight_keys = self._tied_weights()
+
+    def collect(
+        self, key: Key, d__bgto: torch.Tensor, z__bgti: torch.Tensor, mask__bt: torch.Tensor | None, leader: str
+    ) -> None:
+        """Take one call of a multiplying module; ``leader`` is the layer that its inputs are summed for."""
+        raise NotImplementedError
+
+    def collect_lookup(self, key: Key, matrices: SampleMatrices, module: Any) -> None:
+        """Take one use of a weight that is looked up."""
+        raise NotImplementedError
+
+    def uses(self, key: Key) -> int:
+        """How often a layer, or a weight, was called in this forward pass."""
+        return sum(self._calls[name] for name in self._users.get(key) or {key[0]})
+
+    def _tied_weights(self) -> dict[str, Key]:
+        """Module -> key of its weight, which tied modules share."""
+        first: dict[int, Key] = {}
+        keys: dict[str, Key] = {}
+        for name in self.other_modules:
+            weight: Any = self.model.get_submodule(name).weight
+            keys[name] = first.setdefault(id(weight), (f"{name}.weight", "weight"))
+        return keys
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Put the taps on the model; they are gone afterwards, whatever happens."""
+        with ExitStack() as stack:
+            attentions: dict[int, LayerSpec] = {}
+            for layer in self.spec.layers:
+                module = self.model.get_submodule(layer.name)
+                if layer.layer_type == "attention":
+                    attentions[id(module)] = layer
+                else:
+                    stack.callback(module.register_forward_hook(self._dense_hook(layer)).remove)
+            for module in self.model.modules():
+                if getattr(module, "gradient_checkpointing", False) and self._with_backward:
+                    stack.callback(module.register_forward_pre_hook(_open_graph).remove)
+            for name in self.other_modules:
+                module = self.model.get_submodule(name)
+                stack.callback(module.register_forward_hook(self._weight_hook(name, module)).remove)
+
+            def on_attention(module: torch.nn.Module, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+                layer = attentions.get(id(module))
+                return output if layer is None else self._tap_attention(layer, query, output)
+
+            if attentions:
+                stack.enter_context(attention_outputs(self.model, on_attention))
+            yield
+
+    def _dense_hook(self, layer: LayerSpec) -> Hook:
+        with_adapter = "adapter" in layer.methods
+        module = self.model.get_submodule(layer.name)
+
+        def record(gradient: torch.Tensor, h: torch.Tensor, y: torch.Tensor | None = None) -> None:
+            if isinstance(module, torch.nn.Conv2d):
+                z__bgti = conv_patches(module, h, groups=1)
+                self.collect((layer.name, "lora"), gradient.flatten(2).mT[:, None], z__bgti, None, layer.name)
+                return
+            d__bgto, mask__bt = self._as_tokens(layer.name, gradient)
+            if "lora" in layer.methods:
+                leader = self._leaders.get(layer.name, layer.name)
+                z__bgti, _ = self._as_tokens(layer.name, h)
+                self.collect((layer.name, "lora"), d__bgto, z__bgti, mask__bt, leader)
+            if y is not None:
+                z__bgti, _ = self._as_tokens(layer.name, y)
+                self.collect((layer.name, "adapter"), d__bgto, z__bgti, mask__bt, layer.name)
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            self._count_call(layer.name)
+            if not isinstance(module, torch.nn.Conv2d):  # whose inputs are patches
+                self._follow(layer.name, args[0])
+            saved = (args[0].detach(), output.detach()) if with_adapter else (args[0].detach(),)
+            return self._tap(output, record, *saved)
+
+        return hook
+
+    def _weight_hook(self, name: str, module: Any) -> Hook:
+        """For a module outside the layers: its weight's gradient alone, with the other uses of the same weight."""
+        key = self._weight_keys[name]
+        self._users.setdefault(key, set()).add(name)
+
+        def record(gradient: torch.Tensor, saved: torch.Tensor) -> None:
+            if isinstance(module, torch.nn.Embedding):
+                if saved.shape[0] not in (1, len(gradient)):
+                    raise ProfilingError(f"{name}: is looked up with {list(saved.shape)} indices, not for each sample")
+                ids__bt = saved.expand(len(gradient), *saved.shape[1:]).flatten(1)
+                rows__bti = gradient.flatten(1, -2) * (1.0 / self.loss_scale)
+                if module.padding_idx is not None:
+                    rows__bti = rows__bti * (ids__bt != module.padding_idx)[..., None]
+                self.collect_lookup(key, SampleMatrices(ids__bt=ids__bt, rows__bti=rows__bti), module)
+                return
+            if isinstance(module, torch.nn.Conv2d):
+                d__bgto = gradient.reshape(len(gradient), module.groups, -1, gradient[0, 0].numel()).mT
+                z__bgti, mask__bt = conv_patches(module, saved), None
+            else:
+                (d__bgto, mask__bt), (z__bgti, _) = self._as_tokens(name, gradient), self._as_tokens(name, saved)
+            self.collect(key, d__bgto, z__bgti, mask__bt, f"{name}|weight")
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            self._count_call(name)
+            return self._tap(output, record, args[0].detach())
+
+        return hook
+
+    def _tap_attention(self, layer: LayerSpec, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Prefix inputs ψ = (1, q/√d_head): the softmax over prefix keys is, to first order, affine in q."""
+        self._count_call(layer.name)
+
+        def record(gradient__btgo: torch.Tensor, query__bgti: torch.Tensor) -> None:
+            scaled = query__bgti * query__bgti.shape[-1] ** -0.5
+            psi__bgti = torch.cat([torch.ones_like(scaled[..., :1]), scaled], dim=-1)
+            mask__bt = self._masks.get(gradient__btgo.shape[1])
+            self.collect((layer.name, "prefix"), gradient__btgo.transpose(1, 2), psi__bgti, mask__bt, layer.name)
+
+        return self._tap(output, record, query.detach())
+
+    def _tap(self, output: torch.Tensor, record: Recorder, *saved: torch.Tensor) -> torch.Tensor:
+        if not self._with_backward:
+            return output
+        return _Tap.apply(output, self._anchor, self._n_batch, record, *saved)
+
+    def _count_call(self, name: str) -> None:
+        if not self._in_backward:  # checkpointing runs forward passes again inside the backward pass
+            self._calls[name] += 1
+
+    def _follow(self, name: str, h: torch.Tensor) -> None:
+        """Let a layer that gets the very input of the layer before it (query, key, value) share that one's input sums.
+
+        Raises:
+            ProfilingError: a layer that shared an input with another no longer does.
+        """
+        if self._in_backward:
+            return
+        previous, self._last_input = self._last_input, (name, h)
+        same = previous is not None and previous[1] is h
+        leader = self._leaders.get(previous[0], previous[0]) if previous and same else name
+        if self._leaders.setdefault(name, leader) != leader:
+            raise ProfilingError(
+                f"{name}: has the same input as {self._leaders[name]} in some forward passes and not in others; its "
+                "inputs cannot be measured"
+            )
+
+    def _as_tokens(self, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[b, ..., k] as [b, 1, t, k], and the mask of its tokens where it has padding."""
+        batch = self._n_batch
+        if tensor.dim() < 2 or tensor.shape[0] not in (1, batch):
+            raise ProfilingError(
+                f"{name}: expected activations [batch, ..., features] of {batch} samples, got {list(tensor.shape)}; "
+                "this layer cannot be measured sample by sample"
+            )
+        mask__bt = self._masks.get(tensor.shape[1]) if tensor.dim() == 3 else None
+        return tensor.reshape(len(tensor), 1, -1, tensor.shape[-1]), mask__bt
+
+
+def _open_graph(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Let a checkpointed block's input require a gradient: reentrant checkpointing passes none back otherwise."""
+    if args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point() and not args[0].requires_grad:
+        return (args[0].detach().requires_grad_(True), *args[1:])
+    return None
