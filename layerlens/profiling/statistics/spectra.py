@@ -84,13 +84,12 @@ def _halves(matrix: MatrixAccumulator) -> list[torch.Tensor]:
     )
 
 
-def _of_heads(halves: list[torch.Tensor], factors: tuple[Any, ...] = (), damping: float = 0.0) -> np.ndarray:
-    """Spectra of all heads, descending."""
-    heads = range(len(halves[0]))
-    found = [
-        split_half_spectrum(halves[0][head], halves[1][head], *(factor[head] for factor in factors), damping=damping)
-        for head in heads
-    ]
+def _of_heads(halves: list[torch.Tensor], factors: tuple[torch.Tensor, torch.Tensor] | None = None) -> np.ndarray:
+    """Spectra of all heads, descending; whitened with the factors."""
+    found = []
+    for head, (first, second) in enumerate(zip(*halves, strict=True)):
+        a, s = (factors[0][head], factors[1][head]) if factors else (None, None)
+        found.append(split_half_spectrum(first, second, a, s, DAMPING))
     return np.sort(np.concatenate(found))[::-1].copy()
 
 
@@ -106,7 +105,8 @@ def _whitened(matrix: MatrixAccumulator) -> dict[str, Any]:
     halves, factors = _halves(matrix), exact_factors(matrix)
     assert factors is not None
     # The halves are in main memory where the sums were spread over processes.
-    return energy | {"spectrum": _of_heads(halves, tuple(x.to(halves[0].device) for x in factors), DAMPING)}
+    place = halves[0].device
+    return energy | {"spectrum": _of_heads(halves, (factors[0].to(place), factors[1].to(place)))}
 
 
 def eight_copies(place: Place) -> int:
