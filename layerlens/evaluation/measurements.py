@@ -20,7 +20,7 @@ from layerlens.tasks import Batch
 from layerlens.utils.progress import silent
 
 CALIBRATION_SAMPLES = 256
-ALL_BUT_KERNEL = tuple(name for name in STATISTICS if name != "ntk")
+ALL_BUT_KERNEL = tuple(name for name in STATISTICS if name not in ("ntk", "fisher_diagonal"))
 
 
 @dataclass(frozen=True)
