@@ -24,6 +24,7 @@ from layerlens.config.example import default_of, example_config, summary, yaml_v
 from layerlens.config.names import RegisteredName
 from layerlens.config.schema import alternatives, as_model
 from layerlens.config.sections import RunConfig
+from layerlens.registry import TASKS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -87,8 +88,15 @@ def configuration_page() -> str:
     parts = [INTRODUCTION]
     for name, known in RunConfig.model_fields.items():
         parts += _section(known, (name,))
+    parts.append(_tasks())
     parts.append(f"## Example\n\nWhat `layerlens init` writes:\n\n```yaml\n{example_config()}```\n")
     return "\n".join(parts)
+
+
+def _tasks() -> str:
+    """A table of what each task is."""
+    rows = [f"| `{task.name}` | {task.description} | {' or '.join(task.metrics.primary)} |" for task in TASKS.values()]
+    return "\n".join(["## Tasks\n", "| `model.task` | samples | best by |", "|---|---|---|", *rows]) + "\n"
 
 
 def _section(known: FieldInfo, path: tuple[str, ...], entry: str = "") -> Iterator[str]:

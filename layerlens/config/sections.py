@@ -49,13 +49,8 @@ class ModelConfig(ConfigModel):
     )
     task: TaskName = Field(
         default="sequence-classification",
-        description="What the model is to be fine-tuned for: `sequence-classification` (single texts or sentence "
-        "pairs), `regression` (one number for each text or pair, squared error), `token-classification` (a tag for "
-        "each word of a list of words), `question-answering` (where in a context the answer stands, as in SQuAD), "
-        "`causal-lm` (next tokens; the data needs no labels), `masked-lm` (tokens that were masked; no labels either), "
-        "`seq2seq` (a target text for each source text), `image-classification` (one class for each image), "
-        "`object-detection` (boxes; `ultralytics:` models with their own loss), `custom` (your own `loss` on your own "
-        "data).",
+        description="What the model is to be fine-tuned for; docs/configuration.md says of each task what its samples "
+        "are and what it is judged by.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",

@@ -23,7 +23,6 @@ from layerlens.jobs.messages import Warnings
 from layerlens.jobs.observed import observed
 from layerlens.jobs.publishing import published
 from layerlens.jobs.solve import versions
-from layerlens.jobs.training_data import training_data
 from layerlens.manifest.read import read_document
 from layerlens.manifest.write import write_manifest
 from layerlens.models import Manifest
@@ -34,10 +33,9 @@ from layerlens.tuning import apply, read_factors, save
 from layerlens.tuning.base_model import base_reference, load_base
 from layerlens.tuning.baselines import Finished, Prepared
 from layerlens.tuning.directory import ADAPTER_CONFIG
-from layerlens.tuning.evaluation import evaluate
 from layerlens.tuning.export import PEFT_DIRECTORY
 from layerlens.tuning.initialization import ADAPTER_WEIGHTS
-from layerlens.tuning.samples import TrainingData, on_device
+from layerlens.tuning.samples import TrainingData, evaluate, on_device, training_data
 from layerlens.tuning.storage import MODULES_FILE
 from layerlens.tuning.training import TrainingResult, fine_tune
 from layerlens.utils.atomic import atomic_write_text, check_writable, staged_directory

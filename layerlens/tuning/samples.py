@@ -1,15 +1,21 @@
-"""Training samples, how they are padded into batches, and the order they come in."""
+"""What a model is trained and judged on: samples, their batches, the order they come in, and its metrics over them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, overload
 
 import torch
 
-from layerlens.tasks import IGNORED
-from layerlens.tasks.metrics import Decode
+from layerlens.config import RunConfig
+from layerlens.data import Dataset
+from layerlens.exceptions import DataError, TrainingError
+from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.tasks import IGNORED, Batch, Batches, Task, make_batches, task_metrics
+from layerlens.tasks.metrics import TARGETS, Decode, Record
+from layerlens.utils.progress import Progress, silent
 
 Sample = Mapping[str, torch.Tensor]
 """What the model takes for one sample, its labels included, each without a batch axis."""
@@ -103,6 +109,162 @@ class SeededOrder(torch.utils.data.Sampler[int]):
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors on ``device``."""
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def training_data(
+    dataset: Dataset, pretrained: PretrainedModel, task: Task, config: RunConfig, warn: Callable[[str], None]
+) -> TrainingData:
+    """The samples that ``training`` asks for.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    train, test = dataset.split_test()
+    limit = config.training.train_samples
+    train, test = _first(train, limit), _first(test, config.training.eval_samples)
+    if not len(train):
+        raise DataError(f"data.source: none of the {len(dataset)} samples is left for training after the test split")
+    if limit is not None and len(train) < limit:
+        warn(f"training.train_samples: asked for {limit}, the data has {len(train)} after the test split")
+    if not len(test):
+        warn(f"data.source: the test split of {len(dataset)} samples is empty, so nothing is evaluated")
+    fingerprint = f"{train.fingerprint[:16]}-{test.fingerprint[:16]}-{config.data.max_length}"
+    tokenizer = pretrained.tokenizer
+    more: dict[str, Any] = {"fingerprint": fingerprint, "labels": dataset.label_names}
+    if tokenizer is not None:
+        more["decode"] = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+    if not task.model_targets:
+        seed = config.runtime.seed
+        first, last = (task.encode(pretrained, p, config.data, seed) if len(p) else [] for p in (train, test))
+        return TrainingData(first, last, **more, join=partial(_join, task, pretrained), output=partial(_output, task))
+    if tokenizer is not None:
+        pad = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+        more |= {"padding": pad, "left": tokenizer.padding_side == "left"}
+    return TrainingData(_samples(train, pretrained, task, config), _samples(test, pretrained, task, config), **more)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model without a loss of its own returned, and the mean loss of its samples."""
+
+    loss: torch.Tensor
+    items: int
+    output: Any
+
+
+def _join(task: Task, pretrained: PretrainedModel, rows: Sequence[Any]) -> dict[str, Any]:
+    """A batch whose targets only the task's loss can read; images are opened, and targets joined, batch by batch."""
+    inputs, targets = task.collate(pretrained, rows)
+    return {**inputs, TARGETS: targets}
+
+
+def _output(task: Task, model: Any, batch: Mapping[str, Any]) -> Output:
+    inputs = {name: value for name, value in batch.items() if name != TARGETS}
+    n = len(next(iter(inputs.values())))
+    whole = Batch(inputs, batch[TARGETS], torch.arange(n)).to(next(model.parameters()).device)
+    returned = model(**whole.inputs)
+    return Output(task.loss(returned, whole).mean(), n, returned)
+
+
+def evaluate(
+    model: torch.nn.Module,
+    data: TrainingData,
+    task: str,
+    *,
+    samples: Sequence[Sample] | None = None,
+    batch_size: int = 32,
+    shared: bool = True,
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """Mean loss and the task's metrics over ``samples`` (the evaluation samples unless given), without gradients.
+
+    Samples go into batches in their own order. In a distributed run every process takes its share of the batches and
+    all of them return the same figures. The model is left in the mode it was in.
+
+    Args:
+        model: gives ``loss`` and ``logits`` (start and end logits for question answering) for a collated batch.
+        data: how samples are collated.
+        task: a name in ``TASKS``.
+        shared: whether all processes of a distributed run call this; False where one of them does, alone.
+
+    Returns:
+        "loss" (mean over samples, or over tokens for language models), and metric by name.
+
+    Raises:
+        TrainingError: there are no samples, or there is no such task.
+    """
+    chosen, metrics = data.evaluation if samples is None else samples, task_metrics(task)
+    if not len(chosen):
+        raise TrainingError("there are no samples to evaluate on")
+    rank, world = 0, 1
+    if shared and torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    device = next(model.parameters()).device
+    starts = list(range(0, len(chosen), batch_size))
+    records: dict[int, Record] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), progress.stage("Evaluating", total=len(starts[rank::world])) as advance:
+            for start in starts[rank::world]:
+                batch = data.collate([chosen[index] for index in range(start, min(start + batch_size, len(chosen)))])
+                batch = on_device(batch, device)
+                records[start] = metrics.record(data.output(model, batch), batch, data.decode)
+                advance(1)
+    finally:
+        model.train(was_training)
+    if world > 1:
+        records = _gathered(records, world)
+    in_order = [records[start] for start in starts]
+    loss = sum(record["loss"] for record in in_order) / max(1, sum(record["items"] for record in in_order))
+    return {"loss": loss, **metrics.finish(in_order, data.labels)}
+
+
+def _first(dataset: Dataset, limit: int | None) -> Dataset:
+    """So many samples, spread evenly: files are often sorted by label."""
+    if limit is None or limit >= len(dataset):
+        return dataset
+    return dataset.select([index * len(dataset) // limit for index in range(limit)])
+
+
+def _samples(dataset: Dataset, pretrained: PretrainedModel, task: Task, config: RunConfig) -> Sequence[Sample]:
+    if not len(dataset):
+        return []
+    batches = make_batches(task, pretrained, dataset, config.data, batch_size=1, seed=config.runtime.seed)
+    return SampleByIndex(batches, task.model_targets)
+
+
+class SampleByIndex(Sequence[Sample]):
+    """The samples of batches of one, by their index in the data set; images are opened when theirs is asked for."""
+
+    def __init__(self, batches: Batches, targets: Sequence[str]) -> None:
+        self.batches, self.targets = batches, targets
+        self.place = {sample: position for position, (sample,) in enumerate(batches.plan)}
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        batch = self.batches[self.place[index]]
+        label, names = batch.labels[0], self.targets
+        targets = {name: label[column] for column, name in enumerate(names)} if len(names) > 1 else {names[0]: label}
+        return {name: tensor[0] for name, tensor in batch.inputs.items()} | targets
+
+
+def _gathered(records: dict[int, Record], world: int) -> dict[int, Record]:
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, records)
+    return {start: record for part in parts for start, record in part.items()}
 
 
 def _padded(row: torch.Tensor, length: int, fill: Any, left: bool) -> torch.Tensor:

@@ -32,9 +32,8 @@ from layerlens.tuning.checkpoints import (
     read_progress,
     save_weights,
 )
-from layerlens.tuning.evaluation import evaluate
 from layerlens.tuning.job import Job, training_arguments
-from layerlens.tuning.samples import INDEX, NumberedSamples, SeededOrder
+from layerlens.tuning.samples import INDEX, NumberedSamples, SeededOrder, evaluate
 from layerlens.tuning.short_training import FP16_LOSS_SCALE
 from layerlens.tuning.training import TrainingResult, steps_per_epoch, total_steps
 from layerlens.utils.atomic import cannot_write
