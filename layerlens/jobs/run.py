@@ -20,7 +20,6 @@ from layerlens.integrations.torch_modules import usable_device
 from layerlens.integrations.transformers import blocks_of
 from layerlens.jobs.checks import check_manifest
 from layerlens.jobs.clock import Clock
-from layerlens.jobs.factors import measured_factors
 from layerlens.jobs.frontier import hull_rows
 from layerlens.jobs.inputs import (
     check_identity,
@@ -54,6 +53,7 @@ from layerlens.profiling.shared_cache import open_cache
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.tasks import task_for
 from layerlens.tuning import export_adapter
+from layerlens.tuning.initialization import measured_factors
 from layerlens.utility import calibrated_table, model_for
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
 from layerlens.utils.processes import Processes, joined

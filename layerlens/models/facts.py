@@ -119,6 +119,8 @@ class LoraSettings(Section):
     generator: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.use_rslora, bool):
+            raise ManifestError(f"lora.use_rslora: must be true or false, got {self.use_rslora!r}")
         if self.initialization not in INITIALIZATIONS:
             known = ", ".join(INITIALIZATIONS)
             raise ManifestError(f"lora.initialization: {self.initialization!r} is not known; known: {known}")

@@ -11,19 +11,13 @@ Both keep B = 0, so step 0 changes no logit, and both give A orthonormal rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerlens.exceptions import ManifestError
-from layerlens.integrations.peft import (
-    BASE_PREFIX,
-    default_factor,
-    lora_shape,
-    why_not_adaptable,
-)
+from layerlens.integrations.gradients import CalibrationBatch, layer_moments
+from layerlens.integrations.peft import BASE_PREFIX, default_factor, lora_shape, why_not_adaptable
 from layerlens.integrations.torch_modules import find_module
 from layerlens.models import Choice, Manifest, Option, choice_of
 from layerlens.storage import local_file
@@ -31,23 +25,12 @@ from layerlens.storage import local_file
 if TYPE_CHECKING:
     import torch
 
+    from layerlens.tasks import Batch, Loss
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MATRIX_BYTES = 2**30
 """Covariances or gradients held at one time; layers beyond that wait for another pass over the batches."""
 RANK_TOLERANCE = 1e-6  # of the largest singular value; directions below it are rounding, not data
-
-
-@dataclass(frozen=True)
-class CalibrationBatch:
-    """One batch to measure on.
-
-    Args:
-        inputs: keyword arguments of the model. A row of ``attention_mask`` that is 0 is padding and is left out.
-        loss: from the model's output to the sum of the samples' losses; None takes the model's own loss.
-    """
-
-    inputs: Mapping[str, Any]
-    loss: Callable[[Any], torch.Tensor] | None = None
 
 
 def initial_factors(
@@ -65,7 +48,8 @@ def initial_factors(
         data leaves open (a rank above that of the matrix) are filled from the default initialisation, made orthogonal.
 
     Raises:
-        ManifestError: no batches, a layer that no batch reached, or values that are not finite.
+        ManifestError: no batches, a layer that no batch reached, no loss where gradients are needed, or values that are
+            not finite.
     """
     choice = choice_of(given)
     kind = choice.lora.initialization
@@ -75,15 +59,40 @@ def initial_factors(
         raise ManifestError(f"lora.initialization: {kind!r} needs at least one batch to measure on")
     factors = {}
     for rows in _groups(model, choice.lora_options, kind):
-        modules = {row.layer: find_module(model, row.layer) for row in rows}
-        measured = (_input_covariances if kind == "pca" else _mean_gradients)(model, modules, batches)
+        names, pca = [row.layer for row in rows], kind == "pca"
+        measured = layer_moments(model, names, batches, covariances=pca, gradients=not pca)
         for row in rows:
-            matrix = measured[row.layer]
+            matrix = measured[row.layer].covariance if pca else measured[row.layer].gradient
+            assert matrix is not None
             if not bool(matrix.isfinite().all()):
                 raise ManifestError(f"{row.layer}: the matrix of lora.initialization {kind!r} is not finite")
-            directions = _eigenvectors(matrix, row.rank) if kind == "pca" else _right_vectors(matrix, row.rank)
+            directions = _eigenvectors(matrix, row.rank) if pca else _right_vectors(matrix, row.rank)
             factors[row.layer] = _complete(directions, default_factor(row, matrix.shape[1], choice.seed))
     return factors
+
+
+def measured_factors(
+    model: torch.nn.Module, choice: Choice, batches: Sequence[Batch], loss: Loss, fit_head: Callable[[], None]
+) -> dict[str, torch.Tensor] | None:
+    """A of every LoRA layer by name; None where LoRA begins from PEFT's own.
+
+    Args:
+        model: the base model.
+        choice: what was chosen.
+        batches: the calibration batches.
+        loss: loss of every sample.
+        fit_head: fits a new task head; called where gradients are needed, since those through a random head say
+            nothing.
+    """
+    if not choice.lora.is_measured or not choice.lora_options:
+        return None
+    if choice.lora.initialization == "gradient_svd":
+        fit_head()
+
+    def with_loss(batch: Batch) -> CalibrationBatch:
+        return CalibrationBatch(batch.inputs, lambda output: loss(output, batch).sum())
+
+    return initial_factors(model, choice, [with_loss(batch) for batch in batches])
 
 
 def read_factors(peft_directory: Path, given: Choice | Manifest) -> dict[str, torch.Tensor]:
@@ -136,80 +145,6 @@ def _groups(model: torch.nn.Module, rows: Sequence[Option], kind: str) -> Iterat
         yield group
 
 
-def _input_covariances(
-    model: torch.nn.Module, modules: Mapping[str, torch.nn.Module], batches: Sequence[CalibrationBatch]
-) -> dict[str, torch.Tensor]:
-    """Centred covariance [n_in, n_in] of each module's inputs."""
-    import torch
-
-    sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
-    mask: list[Any] = [None]
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            rows = _input_rows(module, args[0], mask[0]).float()
-            gram, total, count = sums.get(name, (0.0, 0.0, 0))
-            sums[name] = (gram + rows.T @ rows, total + rows.sum(0), count + len(rows))
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
-    try:
-        with _as_it_was(model), torch.no_grad():
-            for batch in batches:
-                mask[0] = batch.inputs.get("attention_mask")
-                model(**batch.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    _refuse_missing(modules, sums)
-    return {
-        name: gram.double() / count - torch.outer(total.double() / count, total.double() / count)
-        for name, (gram, total, count) in sums.items()
-    }
-
-
-def _mean_gradients(
-    model: torch.nn.Module, modules: Mapping[str, torch.nn.Module], batches: Sequence[CalibrationBatch]
-) -> dict[str, torch.Tensor]:
-    """Gradient [n_out, n_in] of the summed loss with respect to each module's weight; only its directions matter."""
-    import torch
-
-    weights: dict[str, Any] = {name: module.weight for name, module in modules.items()}
-    with _as_it_was(model), torch.enable_grad():
-        model.requires_grad_(False)
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        sums: dict[str, torch.Tensor] = {}
-        for batch in batches:
-            output = model(**batch.inputs)
-            loss = output.loss if batch.loss is None else batch.loss(output)
-            if loss is None:
-                raise ManifestError("lora.initialization: 'gradient_svd' needs labels in the batches, or their loss")
-            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-            for name, gradient in zip(weights, gradients, strict=True):
-                if gradient is not None:
-                    sums[name] = sums[name] + gradient.float() if name in sums else gradient.float()
-    _refuse_missing(modules, sums)
-    return {name: _as_matrix(modules[name], gradient) for name, gradient in sums.items()}
-
-
-def _input_rows(module: Any, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Inputs as rows [n, n_in], padding left out; patches of a convolution."""
-    from layerlens.integrations.weight_matrices import conv_patches
-
-    if hasattr(module, "kernel_size"):
-        return conv_patches(module, inputs).flatten(0, 2)
-    if mask is not None and inputs.shape[:-1] == mask.shape:
-        return inputs[mask.bool()]
-    return inputs.flatten(0, -2)
-
-
-def _as_matrix(module: Any, gradient: torch.Tensor) -> torch.Tensor:
-    gradient = gradient.T if hasattr(module, "nx") else gradient  # transformers' Conv1D is stored transposed
-    return gradient.flatten(1).double()
-
-
 def _eigenvectors(covariance: torch.Tensor, rank: int) -> torch.Tensor:
     """[≤ rank, n] eigenvectors of the largest eigenvalues, largest first."""
     import torch
@@ -243,24 +178,3 @@ def _complete(directions: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
     q, r = torch.linalg.qr(torch.cat([directions, default[:missing]]).T)
     rows = (q * r.diagonal().sign()).T
     return torch.cat([rows, default[len(rows) :]]).float().cpu().contiguous()
-
-
-def _refuse_missing(modules: Mapping[str, torch.nn.Module], found: Mapping[str, Any]) -> None:
-    missing = sorted(modules.keys() - found.keys())
-    if missing:
-        raise ManifestError(f"{missing[0]}: lora.initialization: no batch reached this layer")
-
-
-@contextmanager
-def _as_it_was(model: torch.nn.Module) -> Iterator[None]:
-    """In evaluation mode inside; modes and requires_grad as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
