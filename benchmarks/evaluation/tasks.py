@@ -15,7 +15,7 @@ import corpora
 import torch
 from pretrain import MODELS, masked, tokenizer, windows
 
-from layerlens.data.sources import stdlib_docstrings
+from layerlens.data.load import stdlib_docstrings
 from layerlens.evaluation.study_task import Samples, StudyTask
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel

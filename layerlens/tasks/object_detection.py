@@ -12,7 +12,7 @@ import yaml
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.images import SUFFIXES, StoredImage
-from layerlens.data.sources import rows_of_function
+from layerlens.data.load import rows_of_function
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError, DataError, DataNotFoundError
 from layerlens.integrations.pretrained import PretrainedModel

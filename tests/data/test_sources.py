@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from layerlens.config import DataConfig
 from layerlens.data import Dataset, load_dataset
-from layerlens.data.sources import MIN_CHARACTERS, PACKAGES, docstrings_of
+from layerlens.data.load import MIN_CHARACTERS, PACKAGES, docstrings_of
 from layerlens.exceptions import DataError, DataNotFoundError
 
 
