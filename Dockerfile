@@ -3,8 +3,6 @@
 #   docker build -t layerlens .
 #   docker run --rm -v "$PWD:/work" layerlens run config.yaml
 #   docker build -t layerlens:cuda --target cuda . && docker run --rm --gpus all -v "$PWD:/work" layerlens:cuda doctor
-#
-# scripts/check_image_steps.sh runs the steps of this file in a plain Debian root, for machines without a container engine.
 
 ARG PYTHON_VERSION=3.11
 

@@ -35,7 +35,9 @@ fi
 
 if [ -z "${PYTHONS:-}" ]; then
   for version in 3.10 3.11 3.12 3.13; do
-    if found=$(command -v "python$version"); then PYTHONS="${PYTHONS:-} $found"; fi
+    found=$(command -v "python$version") || continue
+    if "$found" -c "" 2>/dev/null; then PYTHONS="${PYTHONS:-} $found"
+    else echo "left out: $found does not answer (a shim for a Python that is not installed?)" >&2; fi
   done
   PYTHONS=${PYTHONS:-python3}
 fi

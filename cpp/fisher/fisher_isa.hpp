@@ -17,11 +17,11 @@ constexpr std::ptrdiff_t fisher_tile = 1024;
 // `out` is f64 or f32; for f32 the scaled sum is rounded, then added in f32.
 constexpr std::ptrdiff_t fisher_few = 8;
 
-#define LAYERLENS_DECLARE_FISHER(isa)                                                                         \
-    void add_tile_squares_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,   \
-                                std::ptrdiff_t cols, double* squares) noexcept;                           \
-    void add_few_rows_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,       \
-                            std::ptrdiff_t cols, double scale, DType out_type, void* out) noexcept;
+#define LAYERLENS_DECLARE_FISHER(isa)                                                                     \
+  void add_tile_squares_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows, \
+                              std::ptrdiff_t cols, double* squares) noexcept;                             \
+  void add_few_rows_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,     \
+                          std::ptrdiff_t cols, double scale, DType out_type, void* out) noexcept;
 
 LAYERLENS_DECLARE_FISHER(scalar)
 LAYERLENS_DECLARE_FISHER(avx2)

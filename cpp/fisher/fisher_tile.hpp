@@ -9,20 +9,20 @@ namespace {
 
 // 16 consecutive elements as doubles.
 struct WidenF32 {
-    using Element = float;
-    static LL_INLINE Widened load(const Element* x) { return {widen_f32x8(x), widen_f32x8(x + 8)}; }
+  using Element = float;
+  static LL_INLINE Widened load(const Element* x) { return {widen_f32x8(x), widen_f32x8(x + 8)}; }
 };
 struct WidenF64 {
-    using Element = double;
-    static LL_INLINE Widened load(const Element* x) { return {f64x8::load(x), f64x8::load(x + 8)}; }
+  using Element = double;
+  static LL_INLINE Widened load(const Element* x) { return {f64x8::load(x), f64x8::load(x + 8)}; }
 };
 struct WidenBF16 {
-    using Element = uint16_t;
-    static LL_INLINE Widened load(const Element* x) { return widen(load_bf16x16(x)); }
+  using Element = uint16_t;
+  static LL_INLINE Widened load(const Element* x) { return widen(load_bf16x16(x)); }
 };
 struct WidenF16 {
-    using Element = uint16_t;
-    static LL_INLINE Widened load(const Element* x) { return widen(load_f16x16(x)); }
+  using Element = uint16_t;
+  static LL_INLINE Widened load(const Element* x) { return widen(load_f16x16(x)); }
 };
 
 // Sums of squares over rows, 16 columns at a time, starting from what `begin` gives; `end` takes them. `fixed` is the
@@ -30,109 +30,112 @@ struct WidenF16 {
 template <class Load, int fixed, class Begin, class End>
 LL_INLINE void over_columns(const void* data, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t cols, const Begin& begin,
                             const End& end) {
-    using Element = typename Load::Element;
-    const unsigned char* x = static_cast<const unsigned char*>(data);
-    const ptrdiff_t count = fixed > 0 ? fixed : rows;
-    const auto row = [&](ptrdiff_t n, ptrdiff_t c) __attribute__((always_inline)) {
-        return reinterpret_cast<const Element*>(x + n * row_stride) + c;
-    };
-    const auto add = [](Widened& squares, const Widened& g) __attribute__((always_inline)) {
-        squares.low += g.low * g.low;
-        squares.high += g.high * g.high;
-    };
-    ptrdiff_t c = 0;
-    for (; c + 16 <= cols; c += 16) {
-        if (fixed == 1) prefetch_ahead<16 * sizeof(Element)>(row(0, c));
-        Widened squares = begin(c, 16);
-        for (ptrdiff_t n = 0; n < count; ++n) add(squares, Load::load(row(n, c)));
-        end(c, 16, squares);
+  using Element = typename Load::Element;
+  const unsigned char* x = static_cast<const unsigned char*>(data);
+  const ptrdiff_t count = fixed > 0 ? fixed : rows;
+  const auto row = [&](ptrdiff_t n, ptrdiff_t c) __attribute__((always_inline)) {
+    return reinterpret_cast<const Element*>(x + n * row_stride) + c;
+  };
+  const auto add = [](Widened& squares, const Widened& g) __attribute__((always_inline)) {
+    squares.low += g.low * g.low;
+    squares.high += g.high * g.high;
+  };
+  ptrdiff_t c = 0;
+  for (; c + 16 <= cols; c += 16) {
+    if (fixed == 1) prefetch_ahead<16 * sizeof(Element)>(row(0, c));
+    Widened squares = begin(c, 16);
+    for (ptrdiff_t n = 0; n < count; ++n) add(squares, Load::load(row(n, c)));
+    end(c, 16, squares);
+  }
+  if (c < cols) {
+    Widened squares = begin(c, cols - c);
+    for (ptrdiff_t n = 0; n < count; ++n) {
+      Element padded[16] = {};
+      __builtin_memcpy(padded, row(n, c), static_cast<size_t>(cols - c) * sizeof(Element));
+      add(squares, Load::load(padded));
     }
-    if (c < cols) {
-        Widened squares = begin(c, cols - c);
-        for (ptrdiff_t n = 0; n < count; ++n) {
-            Element padded[16] = {};
-            __builtin_memcpy(padded, row(n, c), static_cast<size_t>(cols - c) * sizeof(Element));
-            add(squares, Load::load(padded));
-        }
-        end(c, cols - c, squares);
-    }
+    end(c, cols - c, squares);
+  }
 }
 
 template <class Load>
 LL_INLINE void add_tile(const void* data, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t cols, double* squares) {
-    const unsigned char* x = static_cast<const unsigned char*>(data);
-    const auto begin = [&](ptrdiff_t c, ptrdiff_t) __attribute__((always_inline)) {
-        return Widened{f64x8::load(squares + c), f64x8::load(squares + c + 8)};
-    };
-    const auto end = [&](ptrdiff_t c, ptrdiff_t, const Widened& sums) __attribute__((always_inline)) {
-        sums.low.store(squares + c);
-        sums.high.store(squares + c + 8);
-    };
-    // Eight rows together, so that a tile's sums are loaded and stored once for so many samples.
-    ptrdiff_t n = 0;
-    for (; n + 8 <= rows; n += 8) over_columns<Load, 8>(x + n * row_stride, row_stride, 8, cols, begin, end);
-    if (n < rows) over_columns<Load, 0>(x + n * row_stride, row_stride, rows - n, cols, begin, end);
+  const unsigned char* x = static_cast<const unsigned char*>(data);
+  const auto begin = [&](ptrdiff_t c, ptrdiff_t) __attribute__((always_inline)) {
+    return Widened{f64x8::load(squares + c), f64x8::load(squares + c + 8)};
+  };
+  const auto end = [&](ptrdiff_t c, ptrdiff_t, const Widened& sums) __attribute__((always_inline)) {
+    sums.low.store(squares + c);
+    sums.high.store(squares + c + 8);
+  };
+  // Eight rows together, so that a tile's sums are loaded and stored once for so many samples.
+  ptrdiff_t n = 0;
+  for (; n + 8 <= rows; n += 8) over_columns<Load, 8>(x + n * row_stride, row_stride, 8, cols, begin, end);
+  if (n < rows) over_columns<Load, 0>(x + n * row_stride, row_stride, rows - n, cols, begin, end);
 }
 
 // to[0..15] += x. Into floats x is rounded first: widening `to` instead cost a tenth of the speed of one sample.
 LL_INLINE void add_to(float* to, const Widened& x) { (f32x16::load(to) + narrow(x)).store(to); }
 LL_INLINE void add_to(double* to, const Widened& x) {
-    (f64x8::load(to) + x.low).store(to);
-    (f64x8::load(to + 8) + x.high).store(to + 8);
+  (f64x8::load(to) + x.low).store(to);
+  (f64x8::load(to + 8) + x.high).store(to + 8);
 }
 
 template <class Load, class Sum>
 LL_INLINE void add_few(const void* x, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t cols, double scale, void* data) {
-    Sum* out = static_cast<Sum*>(data);
-    f64x8 factor;
-    for (int p = 0; p < parts; ++p) factor.part[p] = f64_register{} + scale;
-    const auto begin = [&](ptrdiff_t, ptrdiff_t) __attribute__((always_inline)) {
-        return Widened{f64x8::zero(), f64x8::zero()};
-    };
-    const auto end = [&](ptrdiff_t c, ptrdiff_t width, const Widened& sums) __attribute__((always_inline)) {
-        Sum padded[16] = {};
-        Sum* to = out + c;
-        prefetch_ahead<16 * sizeof(Sum), 1>(to);
-        if (width < 16) {
-            __builtin_memcpy(padded, to, static_cast<size_t>(width) * sizeof(Sum));
-            to = padded;
-        }
-        add_to(to, Widened{factor * sums.low, factor * sums.high});
-        if (width < 16) __builtin_memcpy(out + c, padded, static_cast<size_t>(width) * sizeof(Sum));
-    };
-    if (rows == 1) over_columns<Load, 1>(x, row_stride, rows, cols, begin, end);
-    else if (rows == 8) over_columns<Load, 8>(x, row_stride, rows, cols, begin, end);
-    else over_columns<Load, 0>(x, row_stride, rows, cols, begin, end);
+  Sum* out = static_cast<Sum*>(data);
+  f64x8 factor;
+  for (int p = 0; p < parts; ++p) factor.part[p] = f64_register{} + scale;
+  const auto begin = [&](ptrdiff_t, ptrdiff_t)
+                         __attribute__((always_inline)) { return Widened{f64x8::zero(), f64x8::zero()}; };
+  const auto end = [&](ptrdiff_t c, ptrdiff_t width, const Widened& sums) __attribute__((always_inline)) {
+    Sum padded[16] = {};
+    Sum* to = out + c;
+    prefetch_ahead<16 * sizeof(Sum), 1>(to);
+    if (width < 16) {
+      __builtin_memcpy(padded, to, static_cast<size_t>(width) * sizeof(Sum));
+      to = padded;
+    }
+    add_to(to, Widened{factor * sums.low, factor * sums.high});
+    if (width < 16) __builtin_memcpy(out + c, padded, static_cast<size_t>(width) * sizeof(Sum));
+  };
+  if (rows == 1) over_columns<Load, 1>(x, row_stride, rows, cols, begin, end);
+  else if (rows == 8) over_columns<Load, 8>(x, row_stride, rows, cols, begin, end);
+  else over_columns<Load, 0>(x, row_stride, rows, cols, begin, end);
 }
 
 // Calls act(Load{}) with the reader of this type.
 template <class Act>
 LL_INLINE void with_reader(DType dtype, const Act& act) {
-    switch (dtype) {
-        case DType::f64: return act(WidenF64{});
-        case DType::bf16: return act(WidenBF16{});
-        case DType::f16: return act(WidenF16{});
-        default: return act(WidenF32{});
-    }
+  switch (dtype) {
+    case DType::f64:
+      return act(WidenF64{});
+    case DType::bf16:
+      return act(WidenBF16{});
+    case DType::f16:
+      return act(WidenF16{});
+    default:
+      return act(WidenF32{});
+  }
 }
 
 }  // namespace
 }  // namespace layerlens
 
-#define LAYERLENS_DEFINE_FISHER(isa)                                                                          \
-    namespace layerlens {                                                                                     \
-    void add_tile_squares_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,   \
-                                std::ptrdiff_t cols, double* squares) noexcept {                              \
-        with_reader(dtype, [&](auto load) __attribute__((always_inline)) {                                    \
-            add_tile<decltype(load)>(x, row_stride, rows, cols, squares);                                     \
-        });                                                                                                   \
-    }                                                                                                         \
-    void add_few_rows_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,       \
-                            std::ptrdiff_t cols, double scale, DType out_type, void* out) noexcept {          \
-        with_reader(dtype, [&](auto load) __attribute__((always_inline)) {                                    \
-            using Load = decltype(load);                                                                      \
-            if (out_type == DType::f32) add_few<Load, float>(x, row_stride, rows, cols, scale, out);          \
-            else add_few<Load, double>(x, row_stride, rows, cols, scale, out);                                \
-        });                                                                                                   \
-    }                                                                                                         \
-    }
+#define LAYERLENS_DEFINE_FISHER(isa)                                                                      \
+  namespace layerlens {                                                                                   \
+  void add_tile_squares_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows, \
+                              std::ptrdiff_t cols, double* squares) noexcept {                            \
+    with_reader(dtype, [&](auto load) __attribute__((always_inline)) {                                    \
+      add_tile<decltype(load)>(x, row_stride, rows, cols, squares);                                       \
+    });                                                                                                   \
+  }                                                                                                       \
+  void add_few_rows_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,     \
+                          std::ptrdiff_t cols, double scale, DType out_type, void* out) noexcept {        \
+    with_reader(dtype, [&](auto load) __attribute__((always_inline)) {                                    \
+      using Load = decltype(load);                                                                        \
+      if (out_type == DType::f32) add_few<Load, float>(x, row_stride, rows, cols, scale, out);            \
+      else add_few<Load, double>(x, row_stride, rows, cols, scale, out);                                  \
+    });                                                                                                   \
+  }                                                                                                       \
+  }

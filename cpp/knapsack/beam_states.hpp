@@ -70,10 +70,8 @@ class Thinning {
     auto equals = room - std::count_if(scores_.begin(), scores_.begin() + room, [&](double x) { return x > cut; });
     std::size_t kept = 0;
     for (const State<M>& state : states) {
-      if (state.score > cut || (state.score == cut && equals-- > 0))
-        states[kept++] = state;
-      else
-        result.bound = std::max(result.bound, state.bound + margin);
+      if (state.score > cut || (state.score == cut && equals-- > 0)) states[kept++] = state;
+      else result.bound = std::max(result.bound, state.bound + margin);
     }
     states.resize(kept);
     ++result.truncations;

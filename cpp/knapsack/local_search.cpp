@@ -34,9 +34,7 @@ struct Move {
   double key;
 };
 
-bool earlier(const Move& a, const Move& b) {
-  return a.key != b.key ? a.key > b.key : a.candidate < b.candidate;
-}
+bool earlier(const Move& a, const Move& b) { return a.key != b.key ? a.key > b.key : a.candidate < b.candidate; }
 
 class Search {
  public:
@@ -149,8 +147,7 @@ class Search {
 
   double removed_violation(std::int64_t group, std::int64_t candidate) const {
     double removed = 0.0;
-    for (int r = 0; r < m_; ++r)
-      removed += excess(r, use_[r].high) - excess(r, moved_use(r, group, candidate).high);
+    for (int r = 0; r < m_; ++r) removed += excess(r, use_[r].high) - excess(r, moved_use(r, group, candidate).high);
     return removed;
   }
 

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "layerlens/knapsack.hpp"
 #include "knapsack/score_kernels.hpp"
+#include "layerlens/knapsack.hpp"
 
 namespace layerlens::knapsack {
 
@@ -46,8 +46,7 @@ void score_groups(Isa isa, const Instance& instance, const double* price, std::i
     double* sum = sums.data() + block * width;
     const std::int64_t last = std::min(instance.n_groups, (block + 1) * kBlock);
     for (std::int64_t group = block * kBlock; group < last; ++group) {
-      const Favourite favourite =
-          score_group(instance, price, instance.offset[group], instance.offset[group + 1]);
+      const Favourite favourite = score_group(instance, price, instance.offset[group], instance.offset[group + 1]);
       choice[group] = favourite.option;
       best[group] = favourite.score;
       sum[0] += favourite.score;
@@ -80,8 +79,8 @@ std::int64_t select_core(const Instance& instance, const double* price, const do
 }
 
 std::int64_t select_reachable(const Instance& instance, const double* price, const double* reach,
-                              const std::int64_t* choice, const double* best, std::int64_t* option,
-                              std::int64_t* count, int threads) {
+                              const std::int64_t* choice, const double* best, std::int64_t* option, std::int64_t* count,
+                              int threads) {
   const int m = instance.n_resources;
   // Each group writes to its own place first, then the places are closed up.
   const bool parallel = threads > 1 && instance.offset[instance.n_groups] * (1 + m) >= kParallelNumbers;

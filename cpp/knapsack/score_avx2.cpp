@@ -14,8 +14,8 @@ Favourite score_group_avx2(const Instance& instance, const double* price, std::i
   for (; option + 4 <= end; option += 4) {
     __m256d score_f64x4 = _mm256_loadu_pd(instance.value + option);
     for (int r = 0; r < instance.n_resources; ++r)
-      score_f64x4 = _mm256_sub_pd(
-          score_f64x4, _mm256_mul_pd(_mm256_set1_pd(price[r]), _mm256_loadu_pd(instance.cost[r] + option)));
+      score_f64x4 = _mm256_sub_pd(score_f64x4,
+                                  _mm256_mul_pd(_mm256_set1_pd(price[r]), _mm256_loadu_pd(instance.cost[r] + option)));
     const __m256d better = _mm256_cmp_pd(score_f64x4, best_f64x4, _CMP_GT_OQ);
     best_f64x4 = _mm256_blendv_pd(best_f64x4, score_f64x4, better);
     where_i64x4 = _mm256_castpd_si256(

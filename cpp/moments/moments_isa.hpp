@@ -9,17 +9,17 @@
 namespace layerlens {
 
 struct Statistics {
-    double sum;
-    double sum_of_squares;
-    double max_abs;
-    std::int64_t non_finite;
-    std::int64_t zeros;
+  double sum;
+  double sum_of_squares;
+  double max_abs;
+  std::int64_t non_finite;
+  std::int64_t zeros;
 };
 
 // x: n contiguous elements of any alignment, 0 <= n <= moments_chunk.
-#define LAYERLENS_DECLARE_MOMENTS(isa)                                                            \
-    Statistics chunk_statistics_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept;     \
-    double chunk_sum_of_squares_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept;
+#define LAYERLENS_DECLARE_MOMENTS(isa)                                                      \
+  Statistics chunk_statistics_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept; \
+  double chunk_sum_of_squares_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept;
 
 LAYERLENS_DECLARE_MOMENTS(scalar)
 LAYERLENS_DECLARE_MOMENTS(avx2)

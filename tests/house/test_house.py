@@ -1,12 +1,14 @@
-"""The house stays clean: imports go downward only, the code is typed, formatted and free of lint."""
+"""The house stays clean: imports go downward only; code is typed, formatted and free of lint; scripts are listed."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import clang_format
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -51,3 +53,38 @@ def test_nothing_in_the_build_pulls_torch():
 def test_every_module_says_what_it_holds():
     for path in sorted((ROOT / "layerlens").rglob("*.py")):
         assert path.read_text(encoding="utf-8").lstrip().startswith('"""'), f"{path.relative_to(ROOT)} has no docstring"
+
+
+def test_cpp_has_one_style():
+    tool = clang_format.get_executable("clang-format")
+    files = sorted(path for path in (ROOT / "cpp").rglob("*") if path.suffix in (".cpp", ".hpp"))
+    assert len(files) > 30
+    done = subprocess.run(
+        [tool, "--dry-run", "--Werror", *files], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_script_is_reached_from_a_described_recipe():
+    """The justfile is the door to scripts/: a script is run by a recipe, or by one that is, or by a tool's settings."""
+    text = (ROOT / "justfile").read_text(encoding="utf-8")
+    for paragraph in text.split("\n\n")[2:]:
+        described, recipe, *commands = paragraph.strip().splitlines()
+        assert re.fullmatch(r"# [^A-Z].*[^.]", described), f"{recipe}: no description"
+        assert len(commands) == 1, f"{recipe}: more than one line"
+    scripts = {path.name: path for path in (ROOT / "scripts").rglob("*") if path.suffix in (".sh", ".py", ".txt")}
+    reached: set[str] = set()
+    read = [text, *((ROOT / name).read_text(encoding="utf-8") for name in ("mkdocs.yml", "pyproject.toml"))]
+    while read:
+        text = read.pop()
+        new = {name for name in scripts if f"/{name}" in text} - reached
+        reached |= new
+        read += [scripts[name].read_text(encoding="utf-8") for name in new]
+    assert reached == scripts.keys()
+
+
+def test_demos_stay_out_of_the_wheel():
+    """Toy models and drawn plates are nobody's default: nothing in the package knows them."""
+    assert 'wheel.packages = ["layerlens"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for path in (ROOT / "layerlens").rglob("*.py"):
+        assert not re.search(r"\btoys\b|builtin:plates", path.read_text(encoding="utf-8")), path

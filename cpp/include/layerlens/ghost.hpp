@@ -21,10 +21,10 @@ namespace layerlens {
 
 // A batch of sequences [batch, tokens, features] in memory; strides in bytes, as in MatrixView.
 struct SequenceView {
-    const void* data;
-    DType dtype;
-    std::ptrdiff_t batch, tokens, features;
-    std::ptrdiff_t batch_stride, token_stride, feature_stride;
+  const void* data;
+  DType dtype;
+  std::ptrdiff_t batch, tokens, features;
+  std::ptrdiff_t batch_stride, token_stride, feature_stride;
 };
 
 enum class GhostForm : int { automatic = 0, gram = 1, direct = 2 };

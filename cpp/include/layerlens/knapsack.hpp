@@ -52,8 +52,8 @@ void score_groups(Isa isa, const Instance& instance, const double* price, std::i
 // regret is at most reach . |difference of costs|. Writes them to `option` (room for all options is needed) in ascending
 // order, and how many each group has to `count`; returns how many there are.
 std::int64_t select_reachable(const Instance& instance, const double* price, const double* reach,
-                              const std::int64_t* choice, const double* best, std::int64_t* option,
-                              std::int64_t* count, int threads);
+                              const std::int64_t* choice, const double* best, std::int64_t* option, std::int64_t* count,
+                              int threads);
 
 // Options whose regret is at most `limit`, in ascending order, with their regrets; favourites have 0. Writes at most
 // `room` of them and returns how many there are.

@@ -24,11 +24,11 @@ constexpr std::ptrdiff_t moments_flush = 8;
 
 // Where results go, one value per row or array. Null pointers are skipped.
 struct StatisticsOut {
-    double* sum;
-    double* sum_of_squares;
-    double* max_abs;           // exact; NaN if there is a NaN, 0 if there is no element
-    std::int64_t* non_finite;  // how many NaN and infinities
-    std::int64_t* zeros;       // how many +0 and -0
+  double* sum;
+  double* sum_of_squares;
+  double* max_abs;           // exact; NaN if there is a NaN, 0 if there is no element
+  std::int64_t* non_finite;  // how many NaN and infinities
+  std::int64_t* zeros;       // how many +0 and -0
 };
 
 // All five for every row of x, in one read. May throw std::bad_alloc, as all of these.
