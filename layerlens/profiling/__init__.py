@@ -2,5 +2,54 @@
 
 ::
 
-    texts -> Batch ... -> Capture (taps on every module) -> MatrixAccumulator -> MethodStatistics -> ModelStatistics
+    texts -> Batch ... -> Capture (taps on every module) -> declared sums -> MethodStatistics -> ModelStatistics
+
+Where you have per-sample gradients of your own, ``activation_cache_from_gradients`` makes the scalars of them that
+``layerlens.pipeline.run_pipeline`` takes.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from layerlens import kernels
+from layerlens.exceptions import ActivationCacheError
+
+
+def activation_cache_from_gradients(
+    per_sample_gradients: Mapping[str, Any], *, threads: int = 1
+) -> dict[str, dict[str, float]]:
+    """An activation cache for ``run_pipeline`` from per-sample gradients: norm of their mean, and mean squared norm.
+
+    Args:
+        per_sample_gradients: for each layer [samples, ...], the gradient of each sample's loss with respect to the
+            layer's weight; float32, float64, bfloat16 or float16, NumPy arrays or CPU tensors.
+        threads: for the kernels.
+
+    Returns:
+        {layer: {"grad_norm": ‖mean_n g_n‖, "fisher_trace": mean_n ‖g_n‖²}}, the trace of the empirical Fisher.
+
+    Raises:
+        ActivationCacheError: a layer has no samples, another type, or values that are NaN or infinite; names it.
+
+    >>> activation_cache_from_gradients({"layer": np.array([[3.0, 0.0], [3.0, 8.0]])})
+    {'layer': {'grad_norm': 5.0, 'fisher_trace': 41.0}}
+    """
+    cache = {}
+    for layer, gradients in per_sample_gradients.items():
+        try:
+            rows__np = gradients.reshape(len(gradients), -1)
+            trace = kernels.fisher_trace(rows__np, threads=threads)
+            total = np.zeros(rows__np.shape[1])
+            for row in rows__np:
+                total += np.asarray(row.double() if hasattr(row, "double") else row, dtype=np.float64)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ActivationCacheError(f"{layer}: per-sample gradients [samples, ...] are needed: {error}") from error
+        norm = float(np.sqrt(kernels.gradient_energy(total / len(rows__np), threads=threads)))
+        if not np.isfinite([norm, trace]).all():
+            raise ActivationCacheError(f"{layer}: the gradient of a sample is not finite; leave the sample out")
+        cache[layer] = {"grad_norm": norm, "fisher_trace": trace}
+    return cache

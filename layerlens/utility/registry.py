@@ -9,6 +9,7 @@ import numpy as np
 
 from layerlens.exceptions import ProfilingError
 from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable
+from layerlens.registry import STATISTICS
 from layerlens.utility import spectral
 from layerlens.utility.calibration import calibrate
 from layerlens.utility.spectral import marginal_parameters
@@ -16,15 +17,6 @@ from layerlens.utility.weighted import metrics_of, weighted_table
 
 STATISTIC_OF = {"gradient_energy": "gradient", "fisher": "fisher"}
 """Metric of ``metric_weights`` -> the statistic that it is."""
-
-FIELD_OF = {
-    "fisher": "trace",
-    "gradient": "energy",
-    "input_scale": "input_mean_square",
-    "spectrum": "plain_spectrum",
-    "whitened_spectrum": "spectrum",
-}
-"""Statistic -> the field of MethodStatistics that has it."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,7 @@ def needed_statistics(name: str, metric_weights: Mapping[str, float], *, proxies
 def has_statistic(statistics: ModelStatistics, name: str) -> bool:
     """Whether any layer has the statistic ``name``."""
     found = [measured for layer in statistics.layers for measured in layer.by_method.values()]
-    values = [getattr(measured, FIELD_OF[name]) for measured in found]
+    values = [measured.value(field) for measured in found for field in STATISTICS[name].fields[:1]]
     return any(value is not None and np.size(value) > 0 for value in values)
 
 

@@ -1,6 +1,6 @@
 """The origin's utility: a weighted, normalised combination of scalar metrics for each layer, spread over ranks.
 
-score_l = Σ_m w_m · x_{m,l} / max_l x_{m,l}, with weights scaled to sum 1;
+score_l = Σ_m w_m · x_{m,l} / max_l |x_{m,l}|, with weights scaled to sum 1 (``kernels.aggregate_scores``);
 utility(l, rank) = score_l · √(rank / largest rank).
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from layerlens import kernels
 from layerlens.exceptions import ActivationCacheError
 from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable
 
@@ -55,8 +56,7 @@ def weighted_table(
         ActivationCacheError: a metric is there for some layers only, or no weighted metric is there at all.
     """
     names = [layer.name for layer in spec.layers]
-    score = np.zeros(len(names))
-    used_weight = 0.0
+    used: dict[str, float] = {}
     for metric, weight in sorted(metric_weights.items()):
         having = [name for name in names if metric in metrics.get(name, {})]
         if weight == 0.0:
@@ -72,14 +72,12 @@ def weighted_table(
                 f"{missing}: no value for {metric} ({CACHE_KEYS[metric]!r}), but {len(having)} other layers have one; "
                 "give it for every layer or for none"
             )
-        values = np.array([metrics[name][metric] for name in names])
-        largest = values.max()
-        score += weight * (values / largest if largest > 0.0 else values)
-        used_weight += weight
-    if used_weight == 0.0:
+        used[metric] = weight
+    if not used:
         wanted = ", ".join(CACHE_KEYS[metric] for metric, weight in sorted(metric_weights.items()) if weight > 0.0)
         raise ActivationCacheError(f"no layer has any of the weighted metrics; give {wanted} in the activation cache")
-    by_name = dict(zip(names, score / used_weight, strict=True))
+    values = {metric: [metrics[name][metric] for name in names] for metric in used}
+    by_name = dict(zip(names, kernels.aggregate_scores(values, used, names), strict=True))
     largest_rank = max((option.rank for option in options), default=1) or 1
     utility = np.array([by_name[option.layer] * np.sqrt(option.rank / largest_rank) for option in options])
     return UtilityTable(tuple(options), utility, "weighted", UNIT)
