@@ -182,9 +182,3 @@ class ModelStatistics:
     def by_name(self) -> dict[str, LayerStatistics]:
         """The layers by their names."""
         return {layer.layer: layer for layer in self.layers}
-
-
-def named(statistic: str, values: Mapping[str, Any], noun: type) -> dict[str, Any]:
-    """A statistic's values, those that are no fields of ``noun`` by the statistic's name and their own."""
-    own = noun.__dict__["__dataclass_fields__"]
-    return {name if name in own else f"{statistic}.{name}": x for name, x in values.items()}

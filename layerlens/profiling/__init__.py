@@ -41,7 +41,7 @@ def activation_cache_from_gradients(
     cache = {}
     for layer, gradients in per_sample_gradients.items():
         try:
-            rows__np = gradients.reshape(len(gradients), -1)
+            rows__np = gradients.reshape(len(gradients), -1) if len(gradients) else gradients.reshape(0, 1)
             trace = kernels.fisher_trace(rows__np, threads=threads)
             total = np.zeros(rows__np.shape[1])
             for row in rows__np:

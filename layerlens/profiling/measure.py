@@ -16,7 +16,6 @@ from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
 from layerlens.models import FactorSketch, ModelSpec, ModelStatistics, ModuleCosts
-from layerlens.models.statistics import named
 from layerlens.profiling.accumulators import LayerRows
 from layerlens.profiling.capture import Capture
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
@@ -215,8 +214,8 @@ def model_results(
         if statistic.model_result is not None:
             of_layers = tuple(parts.get(statistic.name, {}).values())
             sums = ModelSums(of_layers, rows, request.ntk_samples, index, labels)
-            values |= named(statistic.name, statistic.model_result(sums), ModelStatistics)
-    extra = {name: values.pop(name) for name in list(values) if name not in ModelStatistics.__dataclass_fields__}
+            values |= statistic.named(statistic.model_result(sums))
+    extra = {name: values.pop(name) for name in list(values) if "." in name}
     return {**values, "extra": extra or None}
 
 

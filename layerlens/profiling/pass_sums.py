@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from layerlens.models import LayerSpec, MethodStatistics
-from layerlens.models.statistics import named
 from layerlens.profiling.accumulators import InputAccumulator, LayerRows, MatrixAccumulator, Shape
 from layerlens.profiling.projections import Projection
 from layerlens.profiling.request import StatisticsRequest
@@ -108,7 +107,7 @@ class PassSums:
         matrix = self.accumulators[key]
         values: dict[str, Any] = {}
         for statistic in self.request.statistics:
-            values |= named(statistic.name, statistic.result(matrix), MethodStatistics)
+            values |= statistic.named(statistic.result(matrix))
         matrix.forget()
         return MethodStatistics.of(values)
 

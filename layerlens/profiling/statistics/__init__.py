@@ -51,14 +51,15 @@ class Statistic:
         name: as it is registered and asked for.
         sums: of a matrix, from its place.
         input_sums: of the inputs that matrices share, zero where they are padding.
-        result: from a matrix's sums to values by name: fields of ``MethodStatistics``, or other names, numbers and
-            float64 arrays, which are kept in its ``extra`` under "STATISTIC.NAME". Empty where there is nothing to say.
+        result: from a matrix's sums to values by name: its ``fields``, or other names, numbers and float64 arrays,
+            which are kept in ``extra`` under "STATISTIC.NAME". Empty where there is nothing to say.
         part: from a layer's sums to an array that ``model_result`` reads; None where the layer has no part in it.
-        model_result: from all layers to fields of ``ModelStatistics``, or other names as in ``result``.
+        model_result: from all layers to values by name, as ``result``.
         module_values: measured on the whole model in memory, frozen: from (model, the block that backward passes reach
             down to, inputs of a full batch) to a value for each module. Such a statistic has no sums.
         module_absent: its value for modules that are called and not in it.
-        fields: fields of ``MethodStatistics`` (``ModuleCosts``, ``ModelStatistics``) that it fills; the first is it.
+        fields: fields of ``MethodStatistics`` (``ModuleCosts``, ``ModelStatistics``) that it fills, or names in
+            ``extra``; the first tells whether it was measured.
         working_floats: float64 numbers in memory while ``result`` is computed, predicted from the place.
         steady: whether 16 samples rank layers as 256 others do (correlation 0.91 to 0.99 in the study).
         finite: whether values that are NaN or infinite are refused.
@@ -78,6 +79,10 @@ class Statistic:
     steady: bool = False
     finite: bool = True
     version: int = 1
+
+    def named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A result by fields, and by "STATISTIC.NAME" for what has none."""
+        return {name if name in self.fields else f"{self.name}.{name}": value for name, value in values.items()}
 
     @property
     def identity(self) -> str:

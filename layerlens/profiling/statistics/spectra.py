@@ -116,12 +116,17 @@ def eight_copies(place: Place) -> int:
 
 
 SPECTRUM = Statistic(
-    "spectrum", lambda place: HALVES, result=_spectrum, fields=("plain_spectrum",), working_floats=eight_copies
+    "spectrum",
+    lambda place: HALVES,
+    result=_spectrum,
+    fields=("plain_spectrum", "energy", "signal"),
+    working_floats=eight_copies,
 )
 """Split-half spectrum of the mean gradient."""
 
 WHITENED_SPECTRUM = Statistic(
-    "whitened_spectrum", lambda place: (*HALVES, OUTPUT_FACTOR), (INPUT_FACTOR,), _whitened, fields=("spectrum",),
+    "whitened_spectrum", lambda place: (*HALVES, OUTPUT_FACTOR), (INPUT_FACTOR,), _whitened,
+    fields=("spectrum", "energy", "signal"),
     working_floats=lambda place: eight_copies(place) + factor_floats(place),
 )  # fmt: skip
 """The same of S^-½ G A^-½ with the exact K-FAC factors."""
