@@ -60,10 +60,12 @@ def part(matrix: MatrixAccumulator) -> np.ndarray | None:
 def of_model(model: ModelSums) -> dict[str, Any]:
     """For every sample, in the order of the calibration set; and of all layers together."""
     order = torch.cat(list(model.index)).argsort().numpy()
+    over_layers = model.rows.joined(OF_LAYERS.name).numpy()[order]
     return {
-        "of_samples": np.sum(model.parts, axis=0)[order], "over_layers": model.rows.joined(OF_LAYERS.name).numpy()[order],
+        "of_samples": np.sum(model.parts, axis=0)[order],
+        "over_layers": over_layers,
         "layers": float(len(model.parts)),
-    }  # fmt: skip
+    }
 
 
 STATISTIC = Statistic(NAME, sums, result=result, part=part, model_result=of_model, fields=(f"{NAME}.square",))
