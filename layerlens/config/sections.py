@@ -250,6 +250,13 @@ class ProfilingConfig(ConfigModel):
         default_factory=ProxyConfig, description="Short real training of a few options, to calibrate the utilities."
     )
 
+    @property
+    def limits_memory(self) -> str | None:
+        """The key that limits the memory of profiling, with its section; None where nothing does."""
+        if self.memory_mode == "auto":
+            return None if self.max_memory_gb is None else "profiling.max_memory_gb"
+        return None if self.memory_mode == "plain" else "profiling.memory_mode"
+
     @field_validator("metric_weights")
     @classmethod
     def _known_and_positive(cls, weights: dict[str, float]) -> dict[str, float]:

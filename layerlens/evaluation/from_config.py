@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from layerlens.config import RunConfig, StudyConfig
+from layerlens.config import RunConfig
+from layerlens.config.compatibility import refuse_conflicts
 from layerlens.data import Dataset, load_dataset
 from layerlens.evaluation.results import ResultsFile, arm_results
 from layerlens.evaluation.study import Study
@@ -23,15 +24,15 @@ from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import task_heads
 from layerlens.jobs.inputs import check_lengths
-from layerlens.jobs.observed import observed
-from layerlens.jobs.publishing import published
+from layerlens.jobs.job import Job, Warn, Warnings, unheard
+from layerlens.jobs.result import observed, published
 from layerlens.profiling.head import fit_head
 from layerlens.sources import load_pretrained
 from layerlens.tasks import TASKS
 from layerlens.utils.atomic import atomic_write_text, check_writable
 from layerlens.utils.observer import observed_stage
 from layerlens.utils.progress import Progress, silent
-from layerlens.utils.threads import resolve_threads, set_threads
+from layerlens.utils.threads import set_threads
 
 RUNS_FILE, REPORT_FILE, PLOT_FILE = "runs.jsonl", "study.md", "gain-{budget}.svg"
 HEAD_BATCH_SIZE = 32
@@ -58,14 +59,8 @@ class StudyResult:
         return {f"{row['budget']}.{row['arm']}.{figure}": row[figure] for row in self.arms for figure in figures}
 
 
-@observed("evaluate")
-@published(resumes=True)
 def evaluate_config(
-    config: RunConfig,
-    *,
-    base_dir: Path,
-    progress: Progress = silent,
-    warn: Callable[[str], None] = lambda line: None,
+    config: RunConfig, *, base_dir: Path, progress: Progress = silent, warn: Warn = unheard
 ) -> StudyResult:
     """Run the study of ``config.study``, or what is missing of it, and write its tables and plots.
 
@@ -75,44 +70,46 @@ def evaluate_config(
         ConfigurationError: the directory holds another study's runs, or a budget is too small for any layer.
         LayerLensError: the model or the data cannot be used.
     """
-    study_config = config.study
-    started = time.perf_counter()
-    output = base_dir / Path(config.output.directory).expanduser()
-    check_writable(output)
-    set_threads(resolve_threads(config.runtime.threads))
-    with observed_stage("load"), progress.stage("Loading model and data"):
-        task = task_from_config(config, study_config, base_dir, progress, warn)
-        budgets = _budgets(study_config, config, task)
-    results = ResultsFile.open(output / RUNS_FILE)
+    with (
+        observed("evaluate", config) as outcome,
+        published(config.output.directory, base_dir, resumes=True) as place,
+    ):
+        refuse_conflicts(config, "evaluate")
+        check_writable(place.directory)
+        threads = set_threads(config.runtime.threads)
+        job = Job(config, base_dir, place.directory, progress, Warnings(warn), threads=threads)
+        outcome.result = place.publish(_evaluate(job))
+    return outcome.result
+
+
+def _evaluate(job: Job) -> StudyResult:
+    config, started = job.config, time.perf_counter()
+    arms = config.study.arms
+    with observed_stage("load"), job.progress.stage("Loading model and data"):
+        task = study_task(job)
+        budgets = _budgets(config, task)
+    results = ResultsFile.open(job.output / RUNS_FILE)
     _refuse_other_study(results, config)
-    with observed_stage("profile"), progress.stage("Measuring"):
+    with observed_stage("profile"), job.progress.stage("Measuring"):
         study = Study(task, results, budgets)
-    runs = 1 + len(budgets) * len(study_config.arms)
-    with observed_stage("train"), progress.stage("Training", total=runs) as advance:
+    runs = 1 + len(budgets) * len(arms)
+    with observed_stage("train"), job.progress.stage("Training", total=runs) as advance:
         study.head_alone()
         advance(1)
         for budget in budgets:
-            for arm in study_config.arms:
+            for arm in arms:
                 study.run(budget, arm)
                 advance(1)
-    return _write(output, results, tuple(budgets), time.perf_counter() - started)
+    return _write(job.output, results, tuple(budgets), time.perf_counter() - started)
 
 
-def task_from_config(
-    config: RunConfig,
-    study: StudyConfig,
-    base_dir: Path,
-    progress: Progress,
-    warn: Callable[[str], None],
-) -> StudyTask:
+def study_task(job: Job) -> StudyTask:
     """The model with its head fitted, and the data in three parts, padded to ``data.max_length``.
 
     The test part is the one that `layerlens run` never measures on.
     """
+    config, study, base_dir = job.config, job.config.study, job.base_dir
     kind = TASKS[config.model.task]
-    if not kind.study:
-        known = ", ".join(other.name for other in TASKS.values() if other.study)
-        raise ConfigurationError(f"model.task: studies are of {known}, not of {config.model.task}")
     dataset = load_dataset(config.data, base_dir, config.model.task)
     pretrained = load_pretrained(
         config.model.reference, config.model.task, dataset.label_names, seed=config.runtime.seed, base_dir=base_dir
@@ -120,11 +117,11 @@ def task_from_config(
     check_lengths(pretrained, config)
     if dataset.label_names:
         dataset = dataset.with_label_order(pretrained.labels)
-    parts = _parts(dataset, config, study, warn)
+    parts = _parts(dataset, job)
     samples = [_samples(pretrained, part, config) for part in parts]
     if pretrained.new_parameters and len(samples[0]):
         batches = samples[0].batches(torch.arange(len(samples[0])), HEAD_BATCH_SIZE)
-        fit_head(pretrained.model, pretrained.new_parameters, batches, progress, kind.loss)
+        fit_head(pretrained.model, pretrained.new_parameters, batches, job.progress, kind.loss)
     return StudyTask(
         name=config.model.task,
         model=pretrained.model,
@@ -147,10 +144,9 @@ def task_from_config(
     )
 
 
-def _parts(
-    dataset: Dataset, config: RunConfig, study: StudyConfig, warn: Callable[[str], None]
-) -> tuple[Dataset, Dataset, Dataset, Dataset]:
+def _parts(dataset: Dataset, job: Job) -> tuple[Dataset, Dataset, Dataset, Dataset]:
     """Samples for fitting the head, training, validation and test."""
+    config, study = job.config, job.config.study
     n_head = config.model.head_fit_samples if TASKS[config.model.task].new_head else 0
     wanted = study.train_samples + study.validation_samples
     rest, head = dataset.split(wanted, n_head, config.runtime.seed)
@@ -172,7 +168,7 @@ def _parts(
         if len(part) < 2:
             raise DataError(f"data.source: {len(dataset)} samples leave {len(part)} for study.{name}; give more data")
         if len(part) < asked:
-            warn(f"study.{name}: asked for {asked}, the data has {len(part)}")
+            job.warnings.add(f"study.{name}: asked for {asked}, the data has {len(part)}")
     return head, train, validation, test
 
 
@@ -205,9 +201,9 @@ def _head(pretrained: PretrainedModel) -> str:
     return linear[0]
 
 
-def _budgets(study: StudyConfig, config: RunConfig, task: StudyTask) -> dict[str, int]:
+def _budgets(config: RunConfig, task: StudyTask) -> dict[str, int]:
     """Name of each budget -> trainable parameters."""
-    given: Sequence[float] = study.budgets or (config.optimization.max_trainable_params or 0,)
+    given: Sequence[float] = config.study.budgets or (config.optimization.max_trainable_params or 0,)
     budgets = {
         f"{value:g}": round(value * task.spec.total_params) if value < 1.0 else round(value) for value in given if value
     }
@@ -217,8 +213,6 @@ def _budgets(study: StudyConfig, config: RunConfig, task: StudyTask) -> dict[str
             raise ConfigurationError(
                 f"study.budgets: {name} is {size} parameters, and rank 1 on the smallest layer takes {least}"
             )
-    if not budgets:
-        raise ConfigurationError("study.budgets: none given, and optimization.max_trainable_params is not set either")
     return budgets
 
 

@@ -1,4 +1,4 @@
-"""Predicted against measured: what the manifest says, held against the real model with its options injected."""
+"""The fourth stage: what the manifest predicts, held against the real model with its options injected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from layerlens.config import OptimizationConfig
 from layerlens.cost import OPTIMIZER_STATE
 from layerlens.cost.measure import forward_ms
+from layerlens.integrations.placement import offloaded, sharded
 from layerlens.integrations.transformers import without_cache
+from layerlens.jobs.choose import Decision
+from layerlens.jobs.job import Job, Warnings
+from layerlens.jobs.load import Loaded
 from layerlens.models import Manifest
 from layerlens.profiling.footprint import count_saved_bytes, dense_inputs
 from layerlens.tasks.losses import output_tensors
@@ -19,6 +23,35 @@ from layerlens.tuning import apply
 from layerlens.utils.progress import Progress
 
 TIMING_SECONDS = 0.5
+TIMING_NOISE = 0.05
+"""Relative error that two timings of the same thing have on an idle machine."""
+Factors = Mapping[str, torch.Tensor] | None
+"""LoRA's first A by layer, where it is measured."""
+
+
+def check(job: Job, loaded: Loaded, decision: Decision, factors: Factors) -> dict[str, Any]:
+    """What the manifest predicts held against the model (which keeps the options); says what does not hold.
+
+    Returns:
+        the figures of ``check_manifest``, where the model is here whole, and those of the trainings.
+    """
+    model, manifest, warnings = loaded.pretrained.model, decision.manifest, job.warnings
+    measured: dict[str, Any] = {}
+    with job.clock.stage("check"):
+        if loaded.pretrained.streamed is not None:
+            warnings.add(
+                "predictions are not held against the model, which was never in memory whole; `layerlens evaluate "
+                "MANIFEST --costs` does it on a machine that holds it"
+            )
+        elif sharded(model) or offloaded(model):
+            warnings.add("the model's weights are spread (shards or disk), so predictions were not checked on it")
+        else:
+            longest = loaded.batches[-1].inputs
+            measured = check_manifest(model, manifest, longest, job.config.optimization, job.progress, factors)
+            _warn_of_overrun(manifest, measured, warnings)
+        if job.config.profiling.proxies.options:
+            _warn_of_calibration(manifest, decision.trained, warnings)
+    return measured | decision.trained
 
 
 def check_manifest(
@@ -27,7 +60,7 @@ def check_manifest(
     inputs: dict[str, torch.Tensor],
     config: OptimizationConfig,
     progress: Progress,
-    factors: Mapping[str, torch.Tensor] | None = None,
+    factors: Factors = None,
 ) -> dict[str, Any]:
     """Inject the manifest's options into ``model`` (which keeps them) and measure what was predicted.
 
@@ -103,3 +136,47 @@ def _step_memory(
         )
     state_bytes = 4 * (1 + OPTIMIZER_STATE[config.optimizer]) * trained
     return 1e-9 * (weight_bytes + kept + state_bytes), trained
+
+
+def _warn_of_overrun(manifest: Manifest, measured: dict[str, Any], warnings: Warnings) -> None:
+    """Say which measured figures are above their budgets, and when the machine was too busy to time."""
+    busy = measured["latency_ms"]["measured"] < (1 - TIMING_NOISE) * measured["base_latency_ms"]["measured"]
+    if busy:
+        warnings.add(
+            "latency: the model was faster with its options than without, so this machine was too busy to time it; run "
+            "again when it is idle"
+        )
+    for use in manifest.resources:
+        if use.resource not in measured or (use.resource == "latency_ms" and busy):
+            continue
+        found = measured[use.resource]["measured"]
+        if use.budget is not None and found > use.budget:
+            warnings.add(
+                f"{use.resource}: measured {found:.4g} on this machine, above the budget of {use.budget:g} that the "
+                "predictions keep; if this is the device you budget for, put its own figures in "
+                "optimization.latency_profile"
+            )
+
+
+def _warn_of_calibration(manifest: Manifest, joint: dict[str, Any], warnings: Warnings) -> None:
+    """Say when the proxies speak against the utility model, or for treating all layers alike."""
+    found = manifest.predicted.calibration
+    assert found is not None
+    if found.proxies < found.planned:
+        warnings.add(
+            f"profiling.proxies: the time limit ended after {found.proxies} of {found.planned} options; "
+            "run it again to go on"
+        )
+    interval = found.spearman_interval
+    if interval is not None and interval[0] <= 0.0:
+        warnings.add(
+            f"utility model {manifest.utility_model!r} did not clearly rank the {found.proxies} trained options "
+            f"(Spearman {found.spearman:.2f}, 95 % from {interval[0]:.2f} to {interval[1]:.2f}); train more "
+            "profiling.proxies.options or steps, or try another profiling.utility_model"
+        )
+    over = joint["loss_drop_over_uniform"]
+    if over["measured"] < -2.0 * over["standard_error"]:
+        warnings.add(
+            f"treating all layers alike gained more in the same steps, by {-over['measured']:.4g} ± "
+            f"{over['standard_error']:.2g} per sample; profiling.utility_model: uniform chooses that"
+        )

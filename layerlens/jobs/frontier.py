@@ -11,16 +11,16 @@ import numpy as np
 from layerlens.config import OptimizationConfig, RunConfig
 from layerlens.cost import cost_table
 from layerlens.exceptions import ConfigurationError
-from layerlens.jobs.publishing import published
+from layerlens.jobs.job import Job, job_without_model
+from layerlens.jobs.result import published
 from layerlens.manifest import write_frontier
 from layerlens.models import RESOURCES, AllocationProblem, FrontierRow, enumerate_options
 from layerlens.optimization import Frontier, budget_sweep, build_problem, frontier
 from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics
 from layerlens.utility import calibrated_table, model_for
-from layerlens.utils.atomic import check_writable, staged_directory
+from layerlens.utils.atomic import staged_directory
 from layerlens.utils.progress import Progress, silent
-from layerlens.utils.threads import resolve_threads
 
 BUDGET_FIELDS = {
     "trainable_params": "max_trainable_params",
@@ -47,7 +47,6 @@ class FrontierResult:
     files: dict[str, Path]
 
 
-@published()
 def trace_frontier(
     statistics_path: Path,
     config: RunConfig,
@@ -76,14 +75,18 @@ def trace_frontier(
     """
     if resource not in RESOURCES:
         raise ConfigurationError(f"unknown resource {resource!r}; known: {', '.join(RESOURCES)}")
-    output = base_dir / Path(config.output.directory).expanduser()
-    check_writable(output)
+    with published(config.output.directory, base_dir) as place:
+        job = job_without_model(config, base_dir, place.directory, progress)
+        return place.publish(_trace(job, statistics_path, resource, budgets, points))
+
+
+def _trace(job: Job, statistics_path: Path, resource: str, budgets: Sequence[float], points: int) -> FrontierResult:
+    config = job.config
     problem = _problem_with_any_budget(statistics_path, config, resource)
-    threads = resolve_threads(config.runtime.threads)
-    curve = frontier(problem, resource, threads=threads)
+    curve = frontier(problem, resource, threads=job.threads)
     chosen_budgets = [float(budget) for budget in budgets] or _spread(curve, points)
     certified = []
-    with progress.stage("Certifying budgets", total=len(chosen_budgets)) as advance:
+    with job.progress.stage("Certifying budgets", total=len(chosen_budgets)) as advance:
         for budget in chosen_budgets:
             (allocation,) = budget_sweep(
                 problem,
@@ -93,7 +96,7 @@ def trace_frontier(
                 refine_deterministic_time=config.optimization.refine_deterministic_time,
                 gap_tolerance=config.optimization.gap_tolerance,
                 seed=config.runtime.seed,
-                threads=threads,
+                threads=job.threads,
             )
             certified.append(
                 FrontierRow(
@@ -107,9 +110,9 @@ def trace_frontier(
             )
             advance(1)
     hull = hull_rows(problem, curve)
-    with staged_directory(output) as staging:
+    with staged_directory(job.output) as staging:
         written = write_frontier(staging, resource, hull, certified)
-        files = {name: output / path.relative_to(staging) for name, path in written.items()}
+        files = {name: job.output / path.relative_to(staging) for name, path in written.items()}
     return FrontierResult(resource, tuple(hull), tuple(certified), files)
 
 

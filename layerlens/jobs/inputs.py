@@ -11,22 +11,17 @@ from layerlens.data.dataset import TEST_SHARE
 from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import longest_sequence, task_heads
-from layerlens.jobs.messages import Warnings
-from layerlens.jobs.solve import versions
+from layerlens.jobs.job import Warnings
 from layerlens.models import ModelFacts, ModelSpec, ModelStatistics
 from layerlens.profiling.cache import cache_key
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.tasks import TASKS
 from layerlens.utility import needed_statistics
 
-STATISTICS_VERSION = 6
-"""Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
-
 CALIBRATION_SAMPLES, FEWEST_CALIBRATION_SAMPLES = 256, 16
 TRAINED_FOR_EACH_MEASURED = 50
 """A measured sample costs about as much as a trained one, and what does not depend on samples as much again: together
 less than 5 % of the fine-tune (docs/decisions.md, Utility)."""
-
 MIN_HELD_OUT = 8
 """Samples that a mean with a standard error can be trusted from."""
 
@@ -103,40 +98,6 @@ def statistics_request(config: RunConfig) -> StatisticsRequest:
         for statistic in needed_statistics(model, profiling.metric_weights, proxies=proxies)
     }
     return StatisticsRequest.of({*needed, *profiling.statistics}, ntk_samples=profiling.ntk_samples)
-
-
-def statistics_identity(
-    config: RunConfig, spec: ModelSpec, calibration: Dataset, head_data: Dataset, threads: int
-) -> dict[str, Any]:
-    """Everything that the statistics depend on: the key of the sensitivity cache."""
-    return {
-        "version": STATISTICS_VERSION,
-        "model": {"weights": spec.fingerprint, "layers": [[layer.name, *layer.methods] for layer in spec.layers]},
-        "data": {
-            "source": config.data.source,
-            "calibration": calibration.fingerprint,
-            "calibration_samples": len(calibration),
-            "head": head_data.fingerprint,
-            "head_samples": len(head_data),
-        },
-        "settings": {
-            "task": config.model.task,
-            "loss": config.model.loss,
-            "dtype": config.model.dtype,
-            "max_length": config.data.max_length,
-            "max_target_length": config.data.max_target_length,
-            "source_prefix": config.data.source_prefix,
-            "mlm_probability": config.data.mlm_probability,
-            "batch_size": config.data.batch_size,
-            "statistics": [statistic.identity for statistic in statistics_request(config).statistics],
-            "ntk_samples": config.profiling.ntk_samples,
-            "all_weights": config.profiling.all_weights,
-            "seed": config.runtime.seed,
-            "device": config.runtime.device,
-            "threads": threads,
-        },
-        "versions": versions(),
-    }
 
 
 def proxy_identity(identity: dict[str, Any], held_out: Dataset, config: RunConfig) -> dict[str, Any]:

@@ -54,20 +54,12 @@ class MemoryPlan:
         return f"profiling {self.mode}: {self.why}" + (f" (predicted: {figures})" if figures else "")
 
 
-def asked_mode(config: RunConfig) -> str | None:
-    """The mode that the configuration asks for; None where it is to be chosen by prediction."""
-    profiling = config.profiling
-    if profiling.memory_mode != "auto":
-        return profiling.memory_mode
-    return PLAIN if profiling.max_memory_gb is None else None
-
-
-def plan_as_asked(config: RunConfig) -> MemoryPlan:
-    """The plan where nothing has to be predicted."""
-    mode = asked_mode(config)
-    assert mode is not None
-    why = "no limit was given" if config.profiling.memory_mode == "auto" else "profiling.memory_mode asks for it"
-    return MemoryPlan(mode, why, {})
+def plan_as_asked(config: RunConfig) -> MemoryPlan | None:
+    """The plan where nothing has to be predicted; None where it is to be chosen by prediction."""
+    mode, limit = config.profiling.memory_mode, config.profiling.max_memory_gb
+    if mode != "auto":
+        return MemoryPlan(mode, "profiling.memory_mode asks for it", {})
+    return MemoryPlan(PLAIN, "no limit was given", {}) if limit is None else None
 
 
 def choose_mode(config: RunConfig, predicted: dict[str, float], refused: dict[str, str]) -> MemoryPlan:
@@ -98,24 +90,6 @@ def choose_mode(config: RunConfig, predicted: dict[str, float], refused: dict[st
     raise ConfigurationError(
         f"profiling.max_memory_gb: {limit:g}, but profiling is predicted to need {figures}{reasons}; raise it, or "
         "lower data.batch_size or data.max_length"
-    )
-
-
-def refuse_streaming_of(config: RunConfig) -> None:
-    """Raise ConfigurationError where the configuration asks for what a streamed model cannot give."""
-    if config.profiling.proxies.options:
-        what = "profiling.proxies trains options on the model in memory"
-    elif config.optimization.proxy_check.steps:
-        what = "optimization.proxy_check trains choices on the model in memory"
-    elif config.optimization.lora_initialization != "default":
-        name = config.optimization.lora_initialization
-        what = f"optimization.lora_initialization: {name} is measured on the model in memory"
-    elif chosen := StatisticsRequest.of(config.profiling.statistics).of_modules:
-        what = f"profiling.statistics: {chosen[0].name} is measured on the whole model in memory"
-    else:
-        return
-    raise ConfigurationError(
-        f"{what}, which streaming never has whole; leave it out, or set profiling.memory_mode: plain or checkpointed"
     )
 
 

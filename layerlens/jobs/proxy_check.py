@@ -19,7 +19,7 @@ from layerlens.config.proxy_check import UNIFORM_LORA
 from layerlens.data import Dataset
 from layerlens.exceptions import DataError, ProfilingError
 from layerlens.jobs.inputs import MIN_HELD_OUT
-from layerlens.jobs.messages import Warnings
+from layerlens.jobs.job import Warnings
 from layerlens.jobs.proxies import ProxyTrainer, mean_and_error
 from layerlens.jobs.solve import Solution
 from layerlens.models import Choice, Manifest

@@ -16,7 +16,6 @@ import torch
 from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError, OutputError
 from layerlens.integrations.placement import offloaded
-from layerlens.registry import source_of
 from layerlens.utils.processes import Processes
 
 VISIBLE_WITHIN_S = 5.0
@@ -44,37 +43,27 @@ def _differences(told: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, 
             yield (rank, *found)
 
 
-def refuse_unshardable(config: RunConfig, processes: Processes) -> None:
-    """Refuse what cannot be done with a model that is spread over processes.
+def refuse_spread(config: RunConfig, processes: Processes) -> None:
+    """Refuse what this number of processes cannot do; ``config.compatibility`` has what none can.
 
     Raises:
         ConfigurationError: names the key, and what would work.
     """
-    if config.distributed.sharding == "none":
-        if config.model.device_map is not None and not processes.alone:
-            raise ConfigurationError(
-                "model.device_map: one process places the model on all devices of its machine; run it without "
-                "torchrun, or spread it over the processes with distributed.sharding: fsdp instead"
-            )
-        return
-    why_not_sharded = source_of(config.model.reference)[0].why_not_sharded
-    reasons = {
-        "only one process was started; start several with torchrun --nproc-per-node N": processes.alone,
-        "cannot be joined with model.device_map; give one of the two": config.model.device_map is not None,
-        f"{why_not_sharded}; set it to none": bool(why_not_sharded),
-        "profiling.proxies trains the whole model in one process; set proxies.options: 0": (
-            config.profiling.proxies.options > 0
-        ),
-        "optimization.proxy_check trains the whole model in one process; set proxy_check.steps: 0": (
-            config.optimization.proxy_check.steps > 0
-        ),
-        "optimization.lora_initialization is measured on the whole model in one process; set it to default": (
-            config.optimization.lora_initialization != "default"
-        ),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ConfigurationError(f"distributed.sharding: fsdp: {reason}")
+    sharded = config.distributed.sharding != "none"
+    limited = config.profiling.limits_memory
+    if processes.alone and sharded:
+        raise ConfigurationError(
+            "distributed.sharding: fsdp: only one process was started; start several with torchrun --nproc-per-node N"
+        )
+    if not processes.alone and limited is not None:
+        raise ConfigurationError(
+            f"{limited}: for one process; with several give distributed.sharding: fsdp, or start one"
+        )
+    if not processes.alone and not sharded and config.model.device_map is not None:
+        raise ConfigurationError(
+            "model.device_map: one process places the model on all devices of its machine; run it without torchrun, or "
+            "spread it over the processes with distributed.sharding: fsdp instead"
+        )
 
 
 def refuse_untrainable(model: torch.nn.Module, config: RunConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,8 @@ from layerlens.exceptions import ConfigurationError, DataError, ManifestError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.jobs.baseline import baseline_facts, prepare_baseline
 from layerlens.jobs.inputs import check_lengths
-from layerlens.jobs.messages import Warnings
-from layerlens.jobs.observed import observed
-from layerlens.jobs.publishing import published
+from layerlens.jobs.job import Job, Warn, Warnings, unheard
+from layerlens.jobs.result import observed, published
 from layerlens.jobs.solve import versions
 from layerlens.manifest.read import read_document
 from layerlens.manifest.write import write_manifest
@@ -42,11 +41,12 @@ from layerlens.utils.atomic import atomic_write_text, check_writable, staged_dir
 from layerlens.utils.launch import is_main_process
 from layerlens.utils.observer import observed_stage
 from layerlens.utils.progress import Progress, silent
-from layerlens.utils.threads import resolve_threads, set_threads
+from layerlens.utils.threads import set_threads
 from layerlens.utils.user_code import REFERENCE
 
 METRICS_FILE, CHECKPOINTS = "metrics.json", "checkpoints"
 OWNED = (METRICS_FILE, "manifest.json", "manifest.yaml")
+TRAINED_FILES = (*OWNED, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULES_FILE)
 TIMING_SECONDS = 0.5
 
 
@@ -100,6 +100,17 @@ class TrainedModel:
         return [{}, *rows]
 
 
+@dataclass(frozen=True)
+class Order:
+    """What is to be trained; see ``train_manifest``."""
+
+    path: Path
+    model: str | None
+    baseline: str | None
+    restart: bool
+    keep_checkpoints: bool
+
+
 def recorded_config(manifest: Manifest) -> dict[str, Any]:
     """The configuration that the manifest's run had, as it was written.
 
@@ -137,8 +148,6 @@ def train_config(manifest: Manifest) -> RunConfig:
         raise ConfigurationError(f"the manifest's recorded configuration cannot be used ({error}); give -c") from error
 
 
-@observed("train")
-@published(owned=(*OWNED, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULES_FILE), keyword="output", resumes=True)
 def train_manifest(
     path: Path,
     config: RunConfig,
@@ -150,7 +159,7 @@ def train_manifest(
     restart: bool = False,
     keep_checkpoints: bool = False,
     progress: Progress = silent,
-    warn: Callable[[str], None] = lambda line: None,
+    warn: Warn = unheard,
 ) -> TrainedModel:
     """Put a manifest into its base model, fine-tune it and write the result; see ``fine_tune`` for how.
 
@@ -173,88 +182,134 @@ def train_manifest(
     Raises:
         LayerLensError: with one line that says what to do; its class has the exit code.
     """
-    path, output = Path(path), Path(output)
-    manifest, created_at = read_document(path)
-    warnings, main = Warnings(warn), is_main_process()
-    if main:
-        check_writable(output)
-    set_threads(resolve_threads(config.runtime.threads))
-    if config.model.factory is not None and config.model.reference == manifest.model.name_or_path:
-        model = model or config.model.reference  # the user's own configuration says that this code may run
-    with observed_stage("load"), progress.stage("Loading model and data"):
-        named = {"task": manifest.model.task, "name_or_path": base_reference(manifest, model)}
-        config = config.model_copy(update={"model": config.model.model_copy(update=named)})
-        dataset = load_dataset(config.data, base_dir, config.model.task)
-        dataset = _with_labels(dataset, list(manifest.model.labels or ()))
-        pretrained = load_base(manifest, model, base_dir)
-        check_lengths(pretrained, config)
-        data = training_data(dataset, pretrained, task_for(config.model, base_dir), config, warnings.add)
-        base = pretrained.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    batch = _timed_batch(data, config, base)
-    inference_ms = {"before": _inference_ms(base, batch)} if main else {}
-    try:
-        if baseline is None:
-            factors = read_factors(path.parent / PEFT_DIRECTORY, manifest.choice)
-            kept = manifest.trainable_params
-            prepared = Prepared(
-                apply(base, manifest, factors=factors),
-                kept,
-                manifest.choice,
-                lambda tuned: Finished(tuned, kept, manifest.choice),
-            )
-        else:
-            order = config.runtime.seed if config.training.seed is None else config.training.seed
-            prepared = prepare_baseline(baseline, pretrained, manifest, data, config, order)
-    except ManifestError as error:
-        raise type(error)(f"{shown(path)}: {error}") from error
-    tuned = prepared.model
-    judged = bool(len(data.evaluation)) and main
-    size = config.training.eval_batch_size
+    order = Order(Path(path), model, baseline, restart, keep_checkpoints)
+    with (
+        observed("train", config) as outcome,
+        published(output, Path(), TRAINED_FILES, resumes=True) as place,
+    ):
+        manifest, created_at = read_document(order.path)
+        if is_main_process():
+            check_writable(place.directory)
+        threads = set_threads(config.runtime.threads)
+        job = Job(config, base_dir, place.directory, progress, Warnings(warn), threads=threads)
+        outcome.result = place.publish(_train(job, order, manifest, created_at))
+    return outcome.result
 
-    def judge(model: torch.nn.Module) -> dict[str, float]:
-        return evaluate(model, data, config.model.task, batch_size=size, shared=False, progress=progress)
 
-    before = judge(tuned) if judged else {}
-    with observed_stage("train"):
-        result = fine_tune(
-            tuned,
-            data,
-            config.training,
-            task=config.model.task,
-            checkpoints=output / CHECKPOINTS,
-            seed=config.runtime.seed,
-            hooks=prepared.hooks,
-            identity={
-                "model": manifest.model.fingerprint or "",
-                "choice": [*manifest.choice.rows(), manifest.lora.fields()],
-                "manifest_seed": manifest.choice.seed,
-                "method": baseline or "manifest",
-            },
-            restart=restart,
-            progress=progress,
-        )
+@dataclass(frozen=True)
+class Trainee:
+    """A model, its data, and what is trained on it.
+
+    Args:
+        manifest: says what the model is, and how many parameters are trained.
+        pretrained: the base model, on its device.
+        data: training and test samples.
+        prepared: the model with what trains in it.
+        timed: what inference is timed on.
+        before_ms: forward time of the base model alone; None in all processes but the first.
+    """
+
+    manifest: Manifest
+    pretrained: PretrainedModel
+    data: TrainingData
+    prepared: Prepared
+    timed: dict[str, torch.Tensor]
+    before_ms: float | None
+
+
+def _train(job: Job, order: Order, manifest: Manifest, created_at: str) -> TrainedModel:
+    main = is_main_process()
+    job, trainee = _load(job, order, manifest)
+    judged = bool(len(trainee.data.evaluation)) and main
+    before = _judge(job, trainee, trainee.prepared.model) if judged else {}
+    result = _fine_tune(job, order, trainee)
     if not main:
-        return TrainedModel(output, {}, before, result.metrics, inference_ms, result, tuple(warnings.lines))
-    finished = prepared.finish(tuned)
-    if finished.model is not tuned and judged:  # cut or converted: what is judged is what is kept
-        tuned = finished.model.eval()
-        result = replace(result, metrics=judge(tuned))
-    inference_ms["after"] = _inference_ms(finished.model, batch)
-    facts = _facts(manifest, config, data, pretrained, before, result, inference_ms)
-    if baseline is not None:
-        facts["baseline"] = baseline_facts(baseline, manifest, prepared, finished)
-    with observed_stage("save"), staged_directory(output, owned=OWNED) as staging:
+        return TrainedModel(job.output, {}, before, result.metrics, {}, result, tuple(job.warnings.lines))
+    finished = trainee.prepared.finish(trainee.prepared.model)
+    if finished.model is not trainee.prepared.model and judged:  # cut or converted: what is judged is what is kept
+        result = replace(result, metrics=_judge(job, trainee, finished.model.eval()))
+    inference_ms = {"before": trainee.before_ms or 0.0, "after": _inference_ms(finished.model, trainee.timed)}
+    facts = _facts(job, trainee, before, result, inference_ms)
+    if order.baseline is not None:
+        facts["baseline"] = baseline_facts(order.baseline, manifest, trainee.prepared, finished)
+    with observed_stage("save"), staged_directory(job.output, owned=OWNED) as staging:
         files = save(finished.model, staging)
-        if baseline is None:
+        if order.baseline is None:
             files |= write_manifest(manifest, staging, created_at=created_at)
         files["metrics"] = atomic_write_text(staging / METRICS_FILE, json.dumps(facts, indent=2) + "\n")
-        files = {name: output / file.relative_to(staging) for name, file in files.items()}
-    if not keep_checkpoints:
-        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        files = {name: job.output / file.relative_to(staging) for name, file in files.items()}
+    if not order.keep_checkpoints:
+        shutil.rmtree(job.output / CHECKPOINTS, ignore_errors=True)
     return TrainedModel(
-        output, files, before, result.metrics, inference_ms, result, tuple(warnings.lines),
-        baseline=facts.get("baseline", {}), manifest=manifest if baseline is None else None,
+        job.output, files, before, result.metrics, inference_ms, result, tuple(job.warnings.lines),
+        baseline=facts.get("baseline", {}), manifest=manifest if order.baseline is None else None,
     )  # fmt: skip
+
+
+def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
+    """The job with the manifest's model in its configuration, and what is trained."""
+    config, model = job.config, order.model
+    if config.model.factory is not None and config.model.reference == manifest.model.name_or_path:
+        model = model or config.model.reference  # the user's own configuration says that this code may run
+    with observed_stage("load"), job.progress.stage("Loading model and data"):
+        named = {"task": manifest.model.task, "name_or_path": base_reference(manifest, model)}
+        config = config.model_copy(update={"model": config.model.model_copy(update=named)})
+        job = replace(job, config=config)
+        dataset = load_dataset(config.data, job.base_dir, config.model.task)
+        dataset = _with_labels(dataset, list(manifest.model.labels or ()))
+        pretrained = load_base(manifest, model, job.base_dir)
+        check_lengths(pretrained, config)
+        task = task_for(config.model, job.base_dir)
+        data = training_data(dataset, pretrained, task, config, job.warnings.add)
+        base = pretrained.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    timed = _timed_batch(data, config, base)
+    before_ms = _inference_ms(base, timed) if is_main_process() else None
+    prepared = _prepared(job, order, manifest, pretrained, data)
+    return job, Trainee(manifest, pretrained, data, prepared, timed, before_ms)
+
+
+def _prepared(job: Job, order: Order, manifest: Manifest, pretrained: PretrainedModel, data: TrainingData) -> Prepared:
+    """The base model with the manifest's options in it, or with the baseline's."""
+    try:
+        if order.baseline is not None:
+            training, seed = job.config.training, job.config.runtime.seed
+            seed = seed if training.seed is None else training.seed
+            return prepare_baseline(order.baseline, pretrained, manifest, data, job.config, seed)
+        factors = read_factors(order.path.parent / PEFT_DIRECTORY, manifest.choice)
+        kept = manifest.trainable_params
+        tuned = apply(pretrained.model, manifest, factors=factors)
+        return Prepared(tuned, kept, manifest.choice, lambda tuned: Finished(tuned, kept, manifest.choice))
+    except ManifestError as error:
+        raise type(error)(f"{shown(order.path)}: {error}") from error
+
+
+def _fine_tune(job: Job, order: Order, trainee: Trainee) -> TrainingResult:
+    manifest = trainee.manifest
+    identity = {
+        "model": manifest.model.fingerprint or "",
+        "choice": [*manifest.choice.rows(), manifest.lora.fields()],
+        "manifest_seed": manifest.choice.seed,
+        "method": order.baseline or "manifest",
+    }
+    with observed_stage("train"):
+        return fine_tune(
+            trainee.prepared.model,
+            trainee.data,
+            job.config.training,
+            task=job.config.model.task,
+            checkpoints=job.output / CHECKPOINTS,
+            seed=job.config.runtime.seed,
+            hooks=trainee.prepared.hooks,
+            identity=identity,
+            restart=order.restart,
+            progress=job.progress,
+        )
+
+
+def _judge(job: Job, trainee: Trainee, model: torch.nn.Module) -> dict[str, float]:
+    size = job.config.training.eval_batch_size
+    task, progress = job.config.model.task, job.progress
+    return evaluate(model, trainee.data, task, batch_size=size, shared=False, progress=progress)
 
 
 def _with_labels(dataset: Dataset, labels: list[str]) -> Dataset:
@@ -294,15 +349,10 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _facts(
-    manifest: Manifest,
-    config: RunConfig,
-    data: TrainingData,
-    pretrained: PretrainedModel,
-    before: dict[str, float],
-    result: TrainingResult,
-    inference_ms: dict[str, float],
+    job: Job, trainee: Trainee, before: dict[str, float], result: TrainingResult, inference_ms: dict[str, float]
 ) -> dict[str, Any]:
     """What metrics.json says; all that depends on this machine and its load is under "measured"."""
+    config, data, manifest = job.config, trainee.data, trainee.manifest
     training = asdict(result)
     del training["job"]
     measured = ("train_seconds", "wall_seconds", "tokens_per_second", "peak_memory_gb", "peak_memory_of")

@@ -65,14 +65,11 @@ def watched_by(*observers: RunObserver) -> Iterator[None]:
         _watching.reset(token)
 
 
-def observe(
-    job: Callable[[], Any],
-    kind: str,
-    config: Any,
-    observers: Sequence[RunObserver],
-    record_of: Callable[[Any], RunRecord],
-) -> Any:
-    """Run ``job`` and tell ``observers``, and those of ``watched_by``, of its beginning, its stages and its end.
+@contextmanager
+def observing(kind: str, config: Any, observers: Sequence[RunObserver]) -> Iterator[Callable[[RunRecord], None]]:
+    """Tell ``observers``, and those of ``watched_by``, of the job in the block: its beginning, its stages and its end.
+
+    The block calls what it is given with the record of its result.
 
     Raises:
         LayerLensError: an observer refuses the job (a tracking server that cannot be reached), or the job's own.
@@ -80,6 +77,7 @@ def observe(
     alive = [*_watching.get(), *observers]
     token = _watching.set(())
     started: list[RunObserver] = []
+    records: list[RunRecord] = []
     try:
         for observer in alive:
             try:
@@ -92,12 +90,11 @@ def observe(
                 _warn(observer, error)
         _watching.set(tuple(started))
         try:
-            result = job()
+            yield records.append
         except BaseException as error:
             _tell(_watching.get(), "run_ended", None, error)
             raise
-        _tell(_watching.get(), "run_ended", record_of(result), None)
-        return result
+        _tell(_watching.get(), "run_ended", records[0], None)
     finally:
         _watching.reset(token)
 

@@ -76,7 +76,7 @@ def test_auto_runs_in_the_mode_that_it_chose(
     tmp_path: Path, tiny_bert_dir: Path, reviews_jsonl: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ):
     figures = dict.fromkeys(MODES, 1.5) | dict.fromkeys(MODES[: MODES.index(mode)], 3.0)
-    monkeypatch.setattr("layerlens.jobs.prepare.predict_memory", lambda *arguments: figures)
+    monkeypatch.setattr("layerlens.jobs.load.predict_memory", lambda *arguments: figures)
     config = job(tiny_bert_dir, reviews_jsonl, tmp_path / "out", max_memory_gb=2.0)
     result = run_config(config, base_dir=tmp_path)
     assert result.manifest.provenance.memory_mode == mode

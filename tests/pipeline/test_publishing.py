@@ -10,7 +10,7 @@ import pytest
 
 from layerlens.config import OutputConfig, RunConfig
 from layerlens.exceptions import OutputError
-from layerlens.jobs.publishing import published
+from layerlens.jobs.result import published
 from layerlens.storage import read_text
 
 CONFIG = RunConfig(
@@ -34,19 +34,19 @@ def work(directory: Path, *, fails: bool) -> Result:
     return Result({"attempts": path}, directory)
 
 
-@published(resumes=True)
 def resuming(config: RunConfig, *, fails: bool = False) -> Result:
-    return work(Path(config.output.directory), fails=fails)
+    with published(config.output.directory, Path(), resumes=True) as place:
+        return place.publish(work(place.directory, fails=fails))
 
 
-@published(keyword="output", resumes=True)
 def resuming_by_keyword(config: RunConfig, *, output: Path, fails: bool = False) -> Result:
-    return work(output, fails=fails)
+    with published(output, Path(), resumes=True) as place:
+        return place.publish(work(place.directory, fails=fails))
 
 
-@published()
 def beginning_anew(config: RunConfig, *, fails: bool = False) -> Result:
-    return work(Path(config.output.directory), fails=fails)
+    with published(config.output.directory, Path()) as place:
+        return place.publish(work(place.directory, fails=fails))
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_a_shared_cache_that_is_down_costs_no_run(config_url: str, bucket: str, 
 
 
 def test_an_output_that_cannot_be_written_is_said_before_the_work(config_url: str, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr("layerlens.jobs.run.load_dataset", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr("layerlens.jobs.load.load_dataset", lambda *_: pytest.fail("work has begun"))
     done = CliRunner().invoke(app, ["run", config_url, "-o", "s3://no-such-bucket/out"])
     assert done.exit_code == 2
     assert done.output.startswith("error: cannot write s3://no-such-bucket/out: ")

@@ -108,7 +108,7 @@ def test_tasks_that_measure_the_same_at_the_same_time_measure_it_once(folder, mo
         measured.append(1)
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr("layerlens.jobs.profile.measure_share", counted)
+    monkeypatch.setattr("layerlens.jobs.measure.measure_share", counted)
     outcomes: list[str] = []
     told: list[str] = []
     threads = [

@@ -133,7 +133,7 @@ def test_a_failed_job_is_a_failed_run(tiny_optimize, tmp_path: Path):
 
 
 def test_a_server_that_is_down_is_said_before_the_work(tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("layerlens.jobs.run.load_dataset", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr("layerlens.jobs.load.load_dataset", lambda *_: pytest.fail("work has begun"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingError, match=r"the MLflow server at http://127\.0\.0\.1:9 cannot be used"):
         tiny_run(tmp_path, tracking={"trackers": ["mlflow"], "uri": "http://127.0.0.1:9"})

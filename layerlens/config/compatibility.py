@@ -1,0 +1,184 @@
+"""What does not go with what: one table, checked by ``layerlens validate``, and by every job before it loads anything.
+
+A row stands here when the configuration alone says that a job would be refused, and more than one section takes part.
+What one section says of itself is checked by that section (``config.sections``) as it is read. What depends on the
+model, the data, the machine or the number of processes is refused where those are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from layerlens.config.sections import RunConfig
+from layerlens.exceptions import ConfigurationError, LayerLensError, ModelSpecError
+from layerlens.registry import SOURCES, STATISTICS, TASKS, source_of
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Settings that do not go together.
+
+    Args:
+        name: what conflicts, in a few words.
+        holds: whether a configuration has it.
+        message: the key, what is wrong, and what would work.
+        job: the job that is refused: "run" or "evaluate".
+        error: class of the refusal.
+    """
+
+    name: str
+    holds: Callable[[RunConfig], bool]
+    message: Callable[[RunConfig], str]
+    job: str = "run"
+    error: type[LayerLensError] = ConfigurationError
+
+
+def refuse_conflicts(config: RunConfig, job: str) -> None:
+    """Refuse a configuration by the first row that speaks against the job.
+
+    Args:
+        config: the configuration.
+        job: "run" or "evaluate".
+
+    Raises:
+        ConfigurationError, ModelSpecError: names the keys, and what would work.
+    """
+    for conflict in CONFLICTS:
+        if conflict.job == job and conflict.holds(config):
+            raise conflict.error(conflict.message(config))
+
+
+def refuse_streaming(config: RunConfig) -> None:
+    """Refuse what a model whose weights stay on disk cannot give, where ``memory_mode: auto`` has come to streaming.
+
+    Raises:
+        ConfigurationError: names the key, and what would work.
+    """
+    for reason in _unstreamable(config):
+        raise ConfigurationError(reason)
+
+
+def _unstreamable(config: RunConfig) -> Iterator[str]:
+    """Why a streamed model cannot give what is asked for."""
+    end = "which streaming never has whole; leave it out, or set profiling.memory_mode: plain or checkpointed"
+    if config.profiling.proxies.options:
+        yield f"profiling.proxies trains options on the model in memory, {end}"
+    if config.optimization.proxy_check.steps:
+        yield f"optimization.proxy_check trains choices on the model in memory, {end}"
+    start = config.optimization.lora_initialization
+    if start != "default":
+        yield f"optimization.lora_initialization: {start} is measured on the model in memory, {end}"
+    for name in config.profiling.statistics:
+        if STATISTICS[name].module_values is not None:
+            yield f"profiling.statistics: {name} is measured on the whole model in memory, {end}"
+
+
+def _streamed(config: RunConfig) -> bool:
+    return config.profiling.memory_mode == "streamed"
+
+
+def _sharded(config: RunConfig) -> bool:
+    return config.distributed.sharding == "fsdp"
+
+
+def _source(config: RunConfig) -> Any:
+    """Where the model comes from."""
+    return source_of(config.model.reference)[0]
+
+
+def _wrong_task(config: RunConfig) -> bool:
+    source = _source(config)
+    return bool(source.default_task) and not source.fits(TASKS[config.model.task])
+
+
+def _of_sharding(name: str, holds: Callable[[RunConfig], bool], reason: str) -> Conflict:
+    return Conflict(name, lambda x: _sharded(x) and holds(x), lambda x: f"distributed.sharding: fsdp: {reason}")
+
+
+CONFLICTS = (
+    Conflict(
+        "streaming and a model built in memory",
+        lambda x: _streamed(x) and bool(_source(x).why_not_streamable(x.model.reference)),
+        lambda x: f"profiling.memory_mode: {_source(x).why_not_streamable(x.model.reference)}",
+        error=ModelSpecError,
+    ),
+    Conflict(
+        "streaming and what needs the model in memory",
+        lambda x: _streamed(x) and any(_unstreamable(x)),
+        lambda x: next(_unstreamable(x)),
+    ),
+    Conflict(
+        "a memory limit and device_map",
+        lambda x: x.profiling.limits_memory is not None and x.model.device_map is not None,
+        lambda x: f"{x.profiling.limits_memory}: not together with model.device_map; give one of the two",
+    ),
+    _of_sharding(
+        "sharding and device_map",
+        lambda x: x.model.device_map is not None,
+        "cannot be joined with model.device_map; give one of the two",
+    ),
+    Conflict(
+        "sharding and a source that is not spread",
+        lambda x: _sharded(x) and bool(_source(x).why_not_sharded),
+        lambda x: f"distributed.sharding: fsdp: {_source(x).why_not_sharded}; set it to none",
+    ),
+    _of_sharding(
+        "sharding and proxies",
+        lambda x: x.profiling.proxies.options > 0,
+        "profiling.proxies trains the whole model in one process; set proxies.options: 0",
+    ),
+    _of_sharding(
+        "sharding and a proxy check",
+        lambda x: x.optimization.proxy_check.steps > 0,
+        "optimization.proxy_check trains the whole model in one process; set proxy_check.steps: 0",
+    ),
+    _of_sharding(
+        "sharding and a measured initialisation",
+        lambda x: x.optimization.lora_initialization != "default",
+        "optimization.lora_initialization is measured on the whole model in one process; set it to default",
+    ),
+    Conflict(
+        "a source and a task that its models are not for",
+        _wrong_task,
+        lambda x: f"model.task: {x.model.reference} {_source(x).purpose}; set model.task: {_source(x).default_task}",
+        error=ModelSpecError,
+    ),
+    Conflict(
+        "a detector in half precision",
+        lambda x: _source(x) is SOURCES["ultralytics"] and x.model.dtype != "float32",
+        lambda x: f"model.dtype: {x.model.reference} is profiled in float32 only, got {x.model.dtype}",
+        error=ModelSpecError,
+    ),
+    Conflict(
+        "detection by another model",
+        lambda x: x.model.task == "object-detection" and _source(x) is not SOURCES["ultralytics"],
+        lambda x: "model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt",
+    ),
+    Conflict(
+        "layers of a method that is not on offer",
+        lambda x: any(method not in x.optimization.methods for method in x.optimization.constraints.min_layers),
+        lambda x: next(
+            f"optimization.constraints.min_layers.{method}: wants {least} layers, but {method} is not in "
+            "optimization.methods"
+            for method, least in x.optimization.constraints.min_layers.items()
+            if method not in x.optimization.methods
+        ),
+    ),
+    Conflict(
+        "a study of a task without one",
+        lambda x: not TASKS[x.model.task].study,
+        lambda x: (
+            f"model.task: studies are of {', '.join(name for name in TASKS if TASKS[name].study)}, not of "
+            f"{x.model.task}"
+        ),
+        job="evaluate",
+    ),
+    Conflict(
+        "a study without a budget",
+        lambda x: not x.study.budgets and x.optimization.max_trainable_params is None,
+        lambda x: "study.budgets: none given, and optimization.max_trainable_params is not set either",
+        job="evaluate",
+    ),
+)

@@ -1,0 +1,164 @@
+"""The third stage: from what was measured to the choice, trained against other choices where the configuration asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from layerlens.config import RunConfig
+from layerlens.cost import cost_table
+from layerlens.data import Dataset
+from layerlens.jobs.inputs import check_identity, data_facts, proxy_identity
+from layerlens.jobs.job import Job
+from layerlens.jobs.load import Loaded
+from layerlens.jobs.measure import Measured, fit_new_head
+from layerlens.jobs.memory_mode import memory_facts
+from layerlens.jobs.proxies import ProxyTrainer, joint_gains, measure_proxies
+from layerlens.jobs.proxy_check import check_samples, checked_solution
+from layerlens.jobs.solve import Solution, find_allocation, make_manifest, run_provenance
+from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
+from layerlens.profiling.cache import cache_key
+from layerlens.utility import calibrated_table, model_for
+
+
+@dataclass
+class Trainings:
+    """Short trainings of the loaded model; the trainer is made when the first one is not in the cache.
+
+    Args:
+        job, loaded: what is trained, and how.
+        train: samples to train on; the calibration samples when None.
+        judged: samples to judge on.
+        identity: everything that a training's result depends on beside what is trained.
+        steps: of every training; those of the proxies when not given.
+    """
+
+    job: Job
+    loaded: Loaded
+    train: Dataset | None
+    judged: Dataset
+    identity: dict[str, Any]
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        cache, name = self.job.cache, self.loaded.spec.model_name
+        self.saved = cache.saved_proxies(cache_key(self.identity), name, len(self.judged)) if cache else None
+
+    @cached_property
+    def _trainer(self) -> ProxyTrainer:
+        job, loaded = self.job, self.loaded
+        fit_new_head(job, loaded)
+        train = loaded.batches if self.train is None else loaded.batches_of(job, self.train)
+        judged = loaded.batches_of(job, self.judged)
+        return ProxyTrainer(
+            loaded.pretrained.model, loaded.spec, train, judged, loaded.task.loss, job.config, self.steps
+        )
+
+    def trainer(self) -> ProxyTrainer:
+        """The trainer, with a new head fitted."""
+        return self._trainer
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen.
+
+    Args:
+        solution: with the certificate, and why each layer got its option.
+        manifest: what is written of it.
+        trained: figures of trainings that the choice was compared in.
+    """
+
+    solution: Solution
+    manifest: Manifest
+    trained: dict[str, Any] = field(default_factory=dict)
+
+
+def train_proxies(job: Job, loaded: Loaded, measured: Measured) -> tuple[Measured, Trainings]:
+    """Train the options of ``profiling.proxies``, by which utilities are calibrated.
+
+    Returns:
+        what was measured, with the proxies' gains, and the trainings, for the whole choice to go through.
+    """
+    identity = proxy_identity(measured.identity, loaded.held_out, job.config)
+    trainings = Trainings(job, loaded, None, loaded.held_out, identity)
+    if job.config.profiling.proxies.options:
+        with job.clock.stage("proxies"):
+            study = measure_proxies(trainings.trainer, loaded.spec, job.config, trainings.saved, job.progress)
+        measured = replace(measured, statistics=replace(measured.statistics, proxies=study))
+    return measured, trainings
+
+
+def choose(job: Job, loaded: Loaded, measured: Measured) -> Decision:
+    """The certified choice within the budgets."""
+    solution = solve_stage(job, measured.spec, measured.statistics)
+    return Decision(solution, _manifest(job, loaded, measured, solution))
+
+
+def solve_stage(job: Job, spec: ModelSpec, statistics: ModelStatistics) -> Solution:
+    """``solved`` as a stage of its own; says when nothing is adapted because no option has a gain."""
+    with job.clock.stage("solve"), job.progress.stage("Solving"):
+        solution = solved(job, spec, statistics)
+        if not (solution.utilities.utility > 0.0).any():
+            job.warnings.add(
+                f"nothing is adapted: by profiling.utility_model {solution.utilities.model!r} no option has a gain "
+                "above its sampling noise; raise data.calibration_samples, offer more methods, or choose 'gradient' or "
+                "'uniform'"
+            )
+    return solution
+
+
+def solved(job: Job, spec: ModelSpec, statistics: ModelStatistics, utility_model: str | None = None) -> Solution:
+    """Utilities and costs of every option, and the certified choice; by another utility model where one is given."""
+    config: RunConfig = job.config
+    options = enumerate_options(spec, config.optimization.ranks())
+    model = model_for(utility_model or config.profiling.utility_model, spec, config.optimization.max_trainable_params)
+    utilities = calibrated_table(
+        model, spec, statistics, options, config.profiling.metric_weights, seed=config.runtime.seed
+    )
+    costs = cost_table(spec, statistics, options, config.optimization)
+    return find_allocation(spec, utilities, costs, config.optimization, seed=config.runtime.seed, threads=job.threads)
+
+
+def compare(job: Job, loaded: Loaded, measured: Measured, decision: Decision) -> Decision:
+    """The best of the choice and the candidates of ``optimization.proxy_check``, after all are trained a little."""
+    config = job.config
+    steps = config.optimization.proxy_check.steps
+    if not steps:
+        return decision
+    with job.clock.stage("proxy check"):
+        n_before = len(loaded.calibration) + len(loaded.held_out)
+        train, judged = check_samples(loaded.dataset, config, n_before, len(loaded.head_data))
+        identity = check_identity(measured.identity, train, judged, config)
+        trainings = Trainings(job, loaded, train, judged, identity, steps)
+        solution, checked = checked_solution(
+            trainings.trainer,
+            decision.solution,
+            lambda name: solved(job, measured.spec, measured.statistics, name),
+            lambda candidate: _manifest(job, loaded, measured, candidate),
+            config,
+            trainings.saved,
+            job.progress,
+            job.warnings,
+        )
+    manifest = _manifest(job, loaded, measured, solution, proxy_check=checked.facts)
+    return Decision(solution, manifest, decision.trained | checked.measured)
+
+
+def train_jointly(job: Job, loaded: Loaded, measured: Measured, decision: Decision, trainings: Trainings) -> Decision:
+    """The whole choice, and the one that treats all layers alike, trained as the proxies were."""
+    if not measured.statistics.proxies:
+        return decision
+    with job.clock.stage("joint proxies"):
+        alike = _manifest(job, loaded, measured, solved(job, measured.spec, measured.statistics, "uniform"))
+        gains = joint_gains(trainings.trainer, decision.manifest, alike, trainings.saved, job.progress)
+    return replace(decision, trained=decision.trained | gains)
+
+
+def _manifest(
+    job: Job, loaded: Loaded, measured: Measured, solution: Solution, proxy_check: dict[str, Any] | None = None
+) -> Manifest:
+    made_by = run_provenance(job.config, job.threads, data_facts(measured.statistics))
+    provenance = replace(memory_facts(made_by, loaded.plan, job.config), proxy_check=proxy_check)
+    return make_manifest(measured.spec, solution, job.config.optimization, model=measured.model, provenance=provenance)

@@ -1,0 +1,150 @@
+"""The first stage: the model, its layers and its data, held in memory as ``profiling.memory_mode`` says."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from layerlens.config.compatibility import refuse_streaming
+from layerlens.data import Dataset, load_dataset
+from layerlens.exceptions import ModelSpecError
+from layerlens.integrations.layers import model_spec
+from layerlens.integrations.placement import placed, placement_arguments
+from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.jobs.inputs import check_lengths, split_samples, statistics_request
+from layerlens.jobs.job import Job, Warnings
+from layerlens.jobs.memory_mode import (
+    PLAIN,
+    STREAMED,
+    MemoryPlan,
+    choose_mode,
+    plan_as_asked,
+    predict_memory,
+    reason_of,
+)
+from layerlens.jobs.together import refuse_untrainable
+from layerlens.models import ModelSpec
+from layerlens.profiling.request import StatisticsRequest
+from layerlens.registry import source_of
+from layerlens.sources import load_pretrained
+from layerlens.tasks import Batches, Task, make_batches, task_for
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class NewHead:
+    """Whether the task head that the pretrained model lacks is fitted already; one is fitted once."""
+
+    fitted: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be measured.
+
+    Args:
+        pretrained: the model; of a streamed one the skeleton.
+        dataset: all samples, with labels in the model's order.
+        calibration, head_data, held_out: parts of it.
+        batches: the calibration samples.
+        spec: the layers.
+        plan: how the model is held while it is measured.
+        task: what it is measured for.
+        request: what is measured.
+        new_head: whether the task head that the model lacks is fitted already.
+    """
+
+    pretrained: PretrainedModel
+    dataset: Dataset
+    calibration: Dataset
+    head_data: Dataset
+    held_out: Dataset
+    batches: Batches
+    spec: ModelSpec
+    plan: MemoryPlan
+    task: Task
+    request: StatisticsRequest
+    new_head: NewHead = field(default_factory=NewHead)
+
+    def batches_of(self, job: Job, samples: Dataset, batch_size: int | None = None) -> Batches:
+        """Samples as batches, of ``data.batch_size`` unless given."""
+        data, seed = job.config.data, job.config.runtime.seed
+        size = batch_size or data.batch_size
+        return make_batches(self.task, self.pretrained, samples, data, batch_size=size, seed=seed)
+
+
+def load(job: Job) -> Loaded:
+    """Load the data and the model as it is to be held.
+
+    Raises:
+        LayerLensError: with one line that says what to do.
+    """
+    config = job.config
+    with job.clock.stage("load"), job.progress.stage("Loading model and data"):
+        placement = placement_arguments(config.model.device_map, config.model.max_memory, config.model.offload_folder)
+        dataset = load_dataset(config.data, job.base_dir, config.model.task)
+        plan = plan_as_asked(config)
+        if plan is not None:
+            return _load(job, dataset, plan, placement=placement)
+        refused: dict[str, str] = {}
+        skeleton = None
+        if reason := source_of(config.model.reference)[0].why_not_streamable(config.model.reference):
+            refused[STREAMED] = reason
+        else:
+            try:
+                skeleton = _load(job, dataset, MemoryPlan(STREAMED, "", {}), warnings=Warnings())
+            except ModelSpecError as error:
+                if error.exit_code != ModelSpecError.exit_code:  # the model is not there, or damaged
+                    raise
+                refused[STREAMED] = reason_of(error)
+        loaded = skeleton or _load(job, dataset, MemoryPlan(PLAIN, "", {}))
+        predicted = predict_memory(
+            loaded.pretrained, loaded.spec, loaded.batches, loaded.request, config.data.max_length
+        )
+        plan = choose_mode(config, predicted, refused)
+        log.info("%s", plan.told())
+        if plan.mode == STREAMED:
+            refuse_streaming(config)
+        elif skeleton is not None:
+            return _load(job, dataset, plan)
+        return replace(loaded, plan=plan)
+
+
+def _load(
+    job: Job, dataset: Dataset, plan: MemoryPlan, placement: dict[str, Any] | None = None,
+    warnings: Warnings | None = None,
+) -> Loaded:  # fmt: skip
+    config = job.config
+    task = task_for(config.model, job.base_dir)
+    pretrained = load_pretrained(
+        config.model.reference,
+        config.model.task,
+        dataset.label_names,
+        seed=config.runtime.seed,
+        base_dir=job.base_dir,
+        dtype=config.model.dtype,
+        weights=config.model.weights,
+        placement=placement,
+        streamed=plan.mode == STREAMED,
+    )
+    check_lengths(pretrained, config)
+    refuse_untrainable(pretrained.model, config)
+    if dataset.label_names:
+        dataset = dataset.with_label_order(pretrained.labels)
+    if pretrained.streamed is None and not placed(pretrained.model):
+        pretrained.model.to(job.device)
+    calibration, head_data, held_out = split_samples(dataset, config, warnings or job.warnings)
+    batches = make_batches(
+        task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed
+    )
+    inputs = batches[0].inputs
+    spec = model_spec(
+        pretrained,
+        config.model.reference,
+        adapter_sites=config.profiling.adapter_sites,
+        inputs=None if "input_ids" in inputs else inputs,
+    )
+    request = statistics_request(config)
+    return Loaded(pretrained, dataset, calibration, head_data, held_out, batches, spec, plan, task, request)

@@ -1,0 +1,189 @@
+"""The second stage: every layer measured, in the way that the model is held; or its statistics out of the cache."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from layerlens.integrations.placement import placed, shard, sharded
+from layerlens.integrations.transformers import blocks_of
+from layerlens.integrations.weight_matrices import measurable_modules
+from layerlens.jobs.inputs import model_facts
+from layerlens.jobs.job import Job
+from layerlens.jobs.load import Loaded
+from layerlens.jobs.memory_mode import CHECKPOINTED, checkpointed_activations
+from layerlens.jobs.solve import versions
+from layerlens.jobs.together import same_measurement
+from layerlens.models import ModelFacts, ModelSpec, ModelStatistics
+from layerlens.profiling.cache import cache_key
+from layerlens.profiling.head import fit_head
+from layerlens.profiling.measure import measure_share
+from layerlens.profiling.streamed.head import head_state, put_head, streamed_replay
+from layerlens.profiling.streamed.measure import measure_streamed
+from layerlens.utils.atomic import atomic_write_bytes
+
+STATISTICS_VERSION = 6
+"""Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
+HEAD_BATCH_SIZE = 32
+HEAD_FILE = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a model.
+
+    Args:
+        spec: its layers.
+        statistics: of every layer.
+        identity: everything that they depend on.
+        model: what the manifest records of the model.
+        from_cache: whether they were measured by an earlier run.
+    """
+
+    spec: ModelSpec
+    statistics: ModelStatistics
+    identity: dict[str, Any]
+    model: ModelFacts
+    from_cache: bool
+
+
+def measure(job: Job, loaded: Loaded) -> Measured | None:
+    """Measure every layer, together with the other processes, unless the cache has the statistics.
+
+    Returns:
+        what was measured; None in all processes but the first, whose shares are handed in.
+    """
+    processes, cache = job.processes, job.cache
+    with job.clock.stage("profile"):
+        identity = statistics_identity(job, loaded)
+        key = cache_key(identity)
+        same_measurement(processes, identity)
+        cached = cache.get(key) if cache and processes.first else None
+        statistics = None if cached is None else cached[1]
+        if not processes.from_first("statistics in the cache", cached is not None):
+            statistics = _measure(job, loaded, key)
+        if not processes.first:
+            _let_go(loaded.pretrained.model)
+            return None
+        assert statistics is not None
+        model = model_facts(loaded.pretrained, job.config, loaded.dataset, loaded.spec)
+        provenance: dict[str, Any] = {"identity": identity, "model": model.fields()}
+        if not processes.alone:
+            provenance["processes"] = processes.size
+        statistics = replace(statistics, provenance=provenance)
+        if cache and cached is None:
+            cache.put(key, loaded.spec, statistics)
+    return Measured(loaded.spec, statistics, identity, model, from_cache=cached is not None)
+
+
+def statistics_identity(job: Job, loaded: Loaded) -> dict[str, Any]:
+    """Everything that the statistics depend on: the key of the sensitivity cache."""
+    config, spec = job.config, loaded.spec
+    settings = {
+        "task": config.model.task,
+        "loss": config.model.loss,
+        "dtype": config.model.dtype,
+        "max_length": config.data.max_length,
+        "max_target_length": config.data.max_target_length,
+        "source_prefix": config.data.source_prefix,
+        "mlm_probability": config.data.mlm_probability,
+        "batch_size": config.data.batch_size,
+        "statistics": [statistic.identity for statistic in loaded.request.statistics],
+        "ntk_samples": config.profiling.ntk_samples,
+        "all_weights": config.profiling.all_weights,
+        "seed": config.runtime.seed,
+        "device": config.runtime.device,
+        "threads": job.threads,
+    }
+    if loaded.plan.mode == CHECKPOINTED:  # the bytes that BERT keeps for a backward pass are counted otherwise
+        settings["checkpointed"] = True
+    return {
+        "version": STATISTICS_VERSION,
+        "model": {"weights": spec.fingerprint, "layers": [[layer.name, *layer.methods] for layer in spec.layers]},
+        "data": {
+            "source": config.data.source,
+            "calibration": loaded.calibration.fingerprint,
+            "calibration_samples": len(loaded.calibration),
+            "head": loaded.head_data.fingerprint,
+            "head_samples": len(loaded.head_data),
+        },
+        "settings": settings,
+        "versions": versions(),
+    }
+
+
+def _measure(job: Job, loaded: Loaded, key: str) -> ModelStatistics | None:
+    """The statistics; None in all processes but the first."""
+    config, pretrained = job.config, loaded.pretrained
+    saved = job.cache.saved_pass(key, config.runtime.saving_time_share) if job.cache else None
+    streams = job.cache.stream_directory(key) if job.cache else None
+    fit_new_head(job, loaded, streams)
+    for name in pretrained.new_parameters:
+        job.processes.copy_from_first(pretrained.model.get_parameter(name).data)
+    if config.distributed.sharding == "fsdp":
+        shard(pretrained.model, blocks_of(pretrained.model), job.processes)
+    other_modules = measurable_modules(pretrained.model, loaded.spec) if config.profiling.all_weights else ()
+    settings: dict[str, Any] = {
+        "request": loaded.request,
+        "other_modules": other_modules,
+        "sequence_length": config.data.max_length,
+        "threads": job.threads,
+        "progress": job.progress,
+        "loss": loaded.task.loss,
+    }
+    if pretrained.streamed is not None:
+        return measure_streamed(
+            pretrained.model, pretrained.streamed, loaded.spec, loaded.batches, directory=streams, device=job.device,
+            **settings,
+        )  # fmt: skip
+    checkpointed = loaded.plan.mode == CHECKPOINTED
+    with checkpointed_activations(pretrained.model) if checkpointed else nullcontext():
+        return measure_share(
+            pretrained.model, loaded.spec, loaded.batches, saved=saved, processes=job.processes, **settings
+        )
+
+
+def fit_new_head(job: Job, loaded: Loaded, streams: Path | None = None) -> None:
+    """Fit the task head that the model lacks, unless that is done: gradients through a random head say nothing.
+
+    Args:
+        job: the job.
+        loaded: the model; its head is fitted in place.
+        streams: of a streamed model, where the fitted head is kept until the profile is done; None for nowhere.
+    """
+    pretrained, loss = loaded.pretrained, loaded.task.loss
+    model, new = pretrained.model, pretrained.new_parameters
+    if loaded.new_head.fitted or not (new and len(loaded.head_data)):
+        return
+    batches = list(loaded.batches_of(job, loaded.head_data, HEAD_BATCH_SIZE))
+    kept = None if streams is None else streams / HEAD_FILE
+    if pretrained.streamed is None:
+        fit_head(model, new, batches, job.progress, loss)
+    elif kept is None or not put_head(model, _tensors(kept), new):
+        parent = None if streams is None else streams.parent
+        with streamed_replay(model, pretrained.streamed, new, batches, parent, job.device) as replay:
+            fit_head(model, new, batches, job.progress, loss, replay)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_bytes(kept, save(head_state(model, new)))
+    loaded.new_head.fitted = True
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return {}
+
+
+def _let_go(model: torch.nn.Module) -> None:
+    """Free the memory of a model whose share is measured; it is only held while this process waits."""
+    if not placed(model) and not sharded(model):
+        with suppress(RuntimeError, NotImplementedError, ValueError):
+            model.to("meta")

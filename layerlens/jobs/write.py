@@ -1,0 +1,103 @@
+"""The last stage: manifest, adapter directory, statistics and report, all of them or none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from layerlens.jobs.choose import Decision
+from layerlens.jobs.frontier import hull_rows
+from layerlens.jobs.job import Job
+from layerlens.jobs.load import Loaded
+from layerlens.jobs.measure import Measured, fit_new_head
+from layerlens.jobs.result import REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
+from layerlens.manifest import write_manifest, write_report
+from layerlens.models import ModelStatistics
+from layerlens.optimization import frontier
+from layerlens.profiling.statistics_file import statistics_to_bytes
+from layerlens.tuning import export_adapter
+from layerlens.tuning.initialization import measured_factors
+from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, staged_directory
+
+
+@dataclass
+class Writing:
+    """Files of a job beside their place; they are moved into it when all are there.
+
+    Args:
+        directory: where they are written.
+        files: name -> path there.
+    """
+
+    directory: Path
+    files: dict[str, Path] = field(default_factory=dict)
+
+
+@contextmanager
+def writing(job: Job, owned: Collection[str]) -> Iterator[Writing]:
+    """Write into ``job.output`` whole or not at all; ``owned`` of an earlier job is replaced or removed."""
+    with staged_directory(job.output, owned=owned) as staging:
+        written = Writing(staging)
+        yield written
+        written.files = {name: job.output / path.relative_to(staging) for name, path in written.files.items()}
+
+
+def export(job: Job, loaded: Loaded, measured: Measured, decision: Decision, written: Writing) -> Any:
+    """Write manifest, adapter and statistics; LoRA's first A by layer, where it is measured."""
+    manifest, model = decision.manifest, loaded.pretrained.model
+    with job.clock.stage("export"):
+        factors = measured_factors(
+            model, manifest.choice, loaded.batches, loaded.task.loss, lambda: fit_new_head(job, loaded)
+        )
+        written.files |= write_manifest(manifest, written.directory, created_at=now())
+        written.files |= export_adapter(manifest, model, written.directory, factors)
+        written.files["statistics"] = atomic_write_bytes(
+            written.directory / STATISTICS_FILE, statistics_to_bytes(measured.spec, measured.statistics)
+        )
+    return factors
+
+
+def report(decision: Decision, statistics: ModelStatistics, checked: dict[str, Any], written: Writing) -> None:
+    """Write the report, and the solver's log as JSON lines."""
+    solution = decision.solution
+    path, problem = written.directory / REPORT_FILE, solution.problem
+    write_report(
+        path,
+        manifest=decision.manifest,
+        utilities=solution.utilities,
+        costs=solution.costs,
+        statistics=statistics,
+        measured=checked,
+        explanations=solution.explanations,
+        events=solution.events,
+        hulls={resource: hull_rows(problem, frontier(problem, resource)) for resource in problem.resources},
+    )
+    lines = "".join(json.dumps(asdict(event)) + "\n" for event in solution.events)
+    log = atomic_write_text(written.directory / SOLVER_LOG_FILE, lines)
+    written.files |= {"report": path, "solver_log": log}
+
+
+def result_of(
+    job: Job, decision: Decision, written: Writing, checked: dict[str, Any], *, from_cache: bool
+) -> RunResult:
+    """What the job hands back."""
+    return RunResult(
+        decision.manifest,
+        job.output,
+        written.files,
+        statistics_from_cache=from_cache,
+        seconds=job.clock.seconds,
+        measured=checked,
+        explanations=decision.solution.explanations,
+        warnings=tuple(job.warnings.lines),
+    )
+
+
+def now() -> str:
+    """The time that a manifest records, UTC to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
