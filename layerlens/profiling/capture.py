@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from layerlens import kernels
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.weight_matrices import matrix_shape
 from layerlens.models import LayerStatistics, MethodStatistics, ModelSpec
@@ -66,7 +67,7 @@ class Capture(Taps):
         self.begin(batch, before=before, counted=counted)
         with torch.set_grad_enabled(self.request.backward):
             loss__b = loss(self.model(**batch.inputs), batch)
-        refuse_bad_loss(loss__b.detach(), batch)
+        refuse_bad_loss(loss__b.detach(), batch, self.model)
         if self.request.backward:
             self.backward(loss__b.sum() * self.loss_scale)
         return loss__b.detach()
@@ -169,12 +170,24 @@ class Capture(Taps):
         self.sums.accumulators[key].add(matrices, self._half__b, self._before, counted=self._counted)
 
 
-def refuse_bad_loss(loss__b: torch.Tensor, batch: Batch) -> None:
-    """Raise ProfilingError for the first sample whose loss is NaN or infinite."""
+def refuse_bad_loss(loss__b: torch.Tensor, batch: Batch, model: torch.nn.Module) -> None:
+    """Raise ProfilingError for the first sample whose loss is NaN or infinite, with the weights that are so."""
     bad = (~torch.isfinite(loss__b)).nonzero().flatten()
     if len(bad):
         first = int(bad[0])
         raise ProfilingError(
             f"the loss of calibration sample {int(batch.index[first])} is {float(loss__b[first])}; the model "
-            "overflows on it: look for NaN weights or leave the sample out"
+            f"overflows on it: {bad_weights(model) or 'leave the sample out, since all weights here are finite'}"
         )
+
+
+def bad_weights(model: torch.nn.Module, most: int = 4) -> str:
+    """The first weights in memory that are NaN or infinite, by name and with how many; "" where there are none."""
+    read = {name: weight.detach() for name, weight in model.named_parameters() if _readable(weight)}
+    counts = kernels.ragged_statistics(read.values()).non_finite
+    bad = [f"{name} ({count} of {read[name].numel()})" for name, count in zip(read, counts, strict=True) if count]
+    return f"weights are not finite: {', '.join(bad[:most])}{' ...' if len(bad) > most else ''}" if bad else ""
+
+
+def _readable(weight: torch.Tensor) -> bool:
+    return uses_kernels(weight) and weight.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
+from layerlens import kernels
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.transformers import frozen_part
 from layerlens.tasks import Batch, Loss, logits_of
@@ -102,8 +104,13 @@ class Replay:
 
 def refuse_non_finite_logits(output: Any) -> None:
     """Raise ProfilingError where the model overflows, before anything is fitted to its features."""
-    if not torch.isfinite(logits_of(output)).all():
-        raise ProfilingError("the model's outputs are not finite (NaN or infinity) on the data; look for NaN weights")
+    logits = logits_of(output).detach().cpu()
+    bad = np.count_nonzero(kernels.row_statistics(logits.reshape(len(logits), -1)).non_finite)
+    if bad:
+        raise ProfilingError(
+            f"the model's outputs are not finite (NaN or infinity) on {bad} of {len(logits)} samples of the data; look "
+            "for NaN weights"
+        )
 
 
 def _widen(model: torch.nn.Module, frozen: Sequence[torch.nn.Module]) -> list[tuple[torch.nn.Parameter, torch.dtype]]:

@@ -242,7 +242,7 @@ class _Pass:
             loss__b = self.loss(output, batch)
         if number == 0:
             refuse_non_finite_activations(sweep.model, loss__b[:1], "the loss", int(batch.index[0]))
-        refuse_bad_loss(loss__b.detach(), batch)
+        refuse_bad_loss(loss__b.detach(), batch, sweep.model)
         if self.request.backward:
             capture.backward(loss__b.sum() * capture.loss_scale)
             if hidden.grad is None:
