@@ -21,7 +21,6 @@
 #include "knapsack/beam_core.hpp"
 #include "knapsack/beam_order.hpp"
 #include "knapsack/beam_states.hpp"
-#include "knapsack/beam_steering.hpp"
 #include "layerlens/knapsack.hpp"
 
 namespace layerlens::knapsack {
