@@ -155,7 +155,7 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
     from layerlens.profiling.measure import measure
     from layerlens.profiling.request import StatisticsRequest
     from layerlens.profiling.statistics_file import statistics_to_bytes
-    from layerlens.profiling.streamed.measure import measure_streamed
+    from layerlens.profiling.streamed.measure_streamed import measure_streamed
     from layerlens.sources import load_pretrained
     from layerlens.tasks import Batch
     from layerlens.tasks.losses import causal_loss

@@ -21,10 +21,10 @@ from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.models import LayerSpec, ModelSpec, Provenance
-from layerlens.profiling.accumulators import Place
 from layerlens.profiling.footprint import dense_inputs
 from layerlens.profiling.projections import COLUMNS, PROBES, ROWS
 from layerlens.profiling.request import StatisticsRequest
+from layerlens.profiling.sums import Place
 from layerlens.tasks import Batch
 from layerlens.tasks.losses import output_tensors
 from layerlens.utils.memory import resident_bytes

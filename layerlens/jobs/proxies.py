@@ -29,8 +29,7 @@ from layerlens.models import (
     ProxyStudy,
     enumerate_options,
 )
-from layerlens.profiling.proxy_file import SavedProxies, study_from_json, study_to_json
-from layerlens.profiling.proxy_plan import plan_proxies
+from layerlens.profiling.proxies import SavedProxies, plan_proxies, study_from_json, study_to_json
 from layerlens.tasks import Batch, Loss
 from layerlens.tuning import apply
 from layerlens.tuning.short_training import train_steps, twin_of

@@ -24,7 +24,7 @@ from layerlens.jobs.proxies import ProxyTrainer, mean_and_error
 from layerlens.jobs.solve import Solution
 from layerlens.models import Choice, Manifest
 from layerlens.optimization import explain, uniform_lora
-from layerlens.profiling.proxy_file import SavedProxies
+from layerlens.profiling.proxies import SavedProxies
 from layerlens.utils.progress import Progress
 
 CHOICE = "choice"

@@ -1,185 +1,51 @@
-"""Sums that one pass over the calibration data makes, each declared once, and what holds them for a matrix or an input.
+"""What holds the declared sums of one matrix, of inputs that matrices share, and of rows that layers add up to.
 
-Everything else follows from a declaration: what is kept of an unfinished pass, how the shares of several processes
-become one, what a streamed block leaves behind, and how much memory is predicted (``Sum.shape``). Axes as in
-``sample_matrices``. Numbers are float64; tensors have the model's precision, at least float32, and are updated in
-place, which saves a pass over the largest arrays of all.
+Sums of gradients are spread over processes by rows where the weights are too: each keeps its share of every sum, and
+after every batch the processes' parts of a layer's sum are added up and handed out in one reduce-scatter, as FSDP does
+with gradients. They make the passes together, so they come to the layers in the same order.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 
 from layerlens.profiling.projections import Projection, worth_sketching
-from layerlens.profiling.sample_matrices import SampleMatrices, squared_norm, sum_of_squares
-from layerlens.profiling.sum_shards import SumShards
+from layerlens.profiling.sample_matrices import SampleMatrices, squared_norm
+from layerlens.profiling.sums import InputBatch, MatrixBatch, Place, Shape, Sum
+from layerlens.utils.processes import Processes
 
 Value = TypeVar("Value")
-Shape = tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class Place:
-    """A matrix that is measured: what the sums that it has, and their shapes, follow from.
+class SumShards:
+    """How the rows of a [g, o, i] sum are dealt out: equal numbers of them in order, padded at the end."""
 
-    Args:
-        shape: (g, o, i).
-        method: "lora", "adapter", "prefix" ..., or "weight" for a weight outside the layers.
-        projected: whether there are random projections for it.
-        sketched: whether its sketch takes fewer multiplications than the matrix itself.
-        kernel_samples: samples of the neural tangent kernel.
-        kernel_sketched: whether these are too many to be kept.
-        tokens: of the longest sequence, for predictions; 0 where the batches tell.
-    """
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
 
-    shape: Shape
-    method: str
-    projected: bool = False
-    sketched: bool = False
-    kernel_samples: int = 0
-    kernel_sketched: bool = False
-    tokens: int = 0
+    def zeros(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """This process's rows of an empty sum, [rows, i]."""
+        return torch.zeros(self._rows(shape), shape[2], dtype=dtype, device=device)
 
+    def add(self, share: torch.Tensor, part__goi: torch.Tensor) -> None:
+        """Add this process's rows of the sum of all processes' parts to ``share`` in place."""
+        size, (_, _, i) = self.processes.size, part__goi.shape
+        rows = part__goi.flatten(0, 1)
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, size * len(share) - len(rows)))
+        summed = torch.empty(len(share), i, dtype=share.dtype, device=share.device)
+        self.processes.add_and_share(summed, padded)
+        share += summed
 
-def shape_of_matrix(place: Place) -> tuple[int, ...]:
-    """(g, o, i)."""
-    return place.shape
+    def whole(self, share: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor | None:
+        """At process 0 the whole sum, [g, o, i] in main memory; None at the others."""
+        parts = self.processes.gather(share.cpu())
+        return torch.cat(parts)[: shape[0] * shape[1]].view(shape) if parts else None
 
-
-def _everywhere(batch: Any) -> bool:
-    return True
-
-
-@dataclass(frozen=True)
-class Sum:
-    """Something that is added up over the samples, for each matrix or for each input that matrices share.
-
-    Args:
-        name: no two sums of matrices, and no two of inputs, have the same.
-        add: what a batch (``MatrixBatch`` or ``InputBatch``) adds, by ``reduction``.
-        shape: of its tensors, from the place of the matrix.
-        reduction: "sum": ``add(total, batch)`` adds to a tensor in place, and processes' totals are added up;
-            "batches": ``add(batch)`` is a number, kept for each batch and added up in their order, so that its bits
-            depend neither on interruptions nor on processes;
-            "samples": ``add(batch)`` is a dict of tensors [b, ...] to be kept, empty for none;
-            "layers": ``add(batch)`` is a tensor [b, ...], added up over the layers and kept for every sample.
-        has: whether a batch has it (a weight that is looked up has no inputs).
-        spread: whether it is spread over processes where the weights are; for tensors [g, o, i].
-        projects: whether it reads random projections.
-        instead_of: name of another sum that is needless where this one is made.
-    """
-
-    name: str
-    add: Callable[..., Any]
-    shape: Callable[[Place], tuple[int, ...]] = lambda place: ()
-    reduction: str = "sum"
-    has: Callable[[Any], bool] = _everywhere
-    spread: bool = False
-    projects: bool = False
-    instead_of: str = ""
-
-    def bytes(self, place: Place) -> int:
-        """What it takes of memory in float32, predicted; nothing to speak of for numbers."""
-        return 0 if self.reduction in ("batches", "layers") else 4 * math.prod(self.shape(place))
-
-
-class InputBatch:
-    """The inputs of one call, zero where they are padding: what sums of inputs are given.
-
-    Args:
-        z__bgti: the inputs.
-        threads: for the kernels.
-        projection: None where inputs are not projected.
-    """
-
-    def __init__(self, z__bgti: torch.Tensor, threads: int, projection: Projection | None) -> None:
-        self.z__bgti = z__bgti
-        self.projection = projection
-        self.threads = threads
-
-    @property
-    def projects(self) -> bool:
-        """Whether the inputs can be projected."""
-        return self.projection is not None
-
-    @cached_property
-    def rows__ni(self) -> torch.Tensor:
-        """The inputs of every token of every group."""
-        return self.z__bgti.reshape(-1, self.z__bgti.shape[-1])
-
-    @cached_property
-    def squares(self) -> float:
-        """Sum of all squares."""
-        return sum_of_squares(self.rows__ni, self.threads)
-
-
-class MatrixBatch:
-    """The matrices of the samples of one batch: what sums of matrices are given.
-
-    Args:
-        matrices: of its samples.
-        half__b: which half (0 or 1) of the calibration set each sample belongs to.
-        before: samples in the batches that come before it, measured here or elsewhere.
-        threads: for the kernels.
-        projection: None where the matrix is not projected.
-    """
-
-    def __init__(
-        self, matrices: SampleMatrices, half__b: torch.Tensor, before: int, threads: int, projection: Projection | None
-    ) -> None:
-        self.matrices = matrices
-        self.half__b = half__b
-        self.before = before
-        self.threads = threads
-        self.projection = projection
-
-    def of_half(self, half: int) -> slice | torch.Tensor | None:
-        """Where the samples of a half are: a slice where they are together, which copies nothing; None for none."""
-        chosen__b = (self.half__b == half).nonzero().flatten()
-        if len(chosen__b) == 0:
-            return None
-        first, last = int(chosen__b[0]), int(chosen__b[-1])
-        return slice(first, last + 1) if last - first + 1 == len(chosen__b) else chosen__b
-
-    @property
-    def multiplies(self) -> bool:
-        """Whether there are output gradients and inputs; not for a weight that is only looked up."""
-        return self.matrices.d__bgto is not None and self.matrices.z__bgti is not None
-
-    @property
-    def projects(self) -> bool:
-        """Whether these can be projected."""
-        return self.projection is not None and self.multiplies
-
-    @property
-    def d__bto(self) -> torch.Tensor:
-        """Output gradients of the only group."""
-        assert self.matrices.d__bgto is not None
-        return self.matrices.d__bgto[:, 0]
-
-    @property
-    def z__bti(self) -> torch.Tensor:
-        """Inputs of the only group."""
-        assert self.matrices.z__bgti is not None
-        return self.matrices.z__bgti[:, 0]
-
-    @cached_property
-    def projected_d__btl(self) -> torch.Tensor:
-        """d Ψ."""
-        assert self.projection is not None
-        return self.projection.of_gradients(self.d__bto)
-
-    @cached_property
-    def projected_z__btk(self) -> torch.Tensor:
-        """z Ω."""
-        assert self.projection is not None
-        return self.projection.of_inputs(self.z__bti)
+    def _rows(self, shape: tuple[int, int, int]) -> int:
+        return -(-shape[0] * shape[1] // self.processes.size)
 
 
 class Totals:

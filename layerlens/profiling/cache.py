@@ -21,7 +21,7 @@ from typing import Any
 
 from layerlens.exceptions import ActivationCacheError, OutputError
 from layerlens.models import ModelSpec, ModelStatistics
-from layerlens.profiling.proxy_file import SavedProxies
+from layerlens.profiling.proxies import SavedProxies
 from layerlens.profiling.saved_pass import SHARE_OF_TIME, SavedPass
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.utils.atomic import atomic_write_bytes

@@ -11,10 +11,10 @@ from layerlens import kernels
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.weight_matrices import matrix_shape
 from layerlens.models import LayerStatistics, MethodStatistics, ModelSpec
+from layerlens.profiling.accumulators import SumShards
 from layerlens.profiling.pass_sums import Key, PassSums
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.sample_matrices import SampleMatrices, join_calls, uses_kernels
-from layerlens.profiling.sum_shards import SumShards
 from layerlens.profiling.taps import Taps
 from layerlens.tasks import Batch, Loss
 

@@ -16,15 +16,13 @@ from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
 from layerlens.models import FactorSketch, ModelSpec, ModelStatistics, ModuleCosts
-from layerlens.profiling.accumulators import LayerRows
+from layerlens.profiling.accumulators import LayerRows, SumShards
 from layerlens.profiling.capture import Capture
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
-from layerlens.profiling.gathering import gather
 from layerlens.profiling.pass_sums import BatchRecord, Key, Ledger
 from layerlens.profiling.request import StatisticsRequest
-from layerlens.profiling.saved_pass import SavedPass
+from layerlens.profiling.saved_pass import SavedPass, gather
 from layerlens.profiling.statistics import ModelSums, Statistic
-from layerlens.profiling.sum_shards import SumShards
 from layerlens.registry import STATISTICS
 from layerlens.tasks import Batch, Batches, Loss
 from layerlens.tasks.losses import classification_loss

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from layerlens.models import LayerSpec, MethodStatistics
-from layerlens.profiling.accumulators import InputAccumulator, LayerRows, MatrixAccumulator, Shape
+from layerlens.profiling.accumulators import InputAccumulator, LayerRows, MatrixAccumulator, SumShards
 from layerlens.profiling.projections import Projection
 from layerlens.profiling.request import StatisticsRequest
-from layerlens.profiling.sum_shards import SumShards
+from layerlens.profiling.sums import Shape
 from layerlens.tasks import Batch
 
 Key = tuple[str, str]

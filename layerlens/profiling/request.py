@@ -11,8 +11,8 @@ from layerlens import registry
 from layerlens.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
-    from layerlens.profiling.accumulators import Place, Sum
     from layerlens.profiling.statistics import Statistic
+    from layerlens.profiling.sums import Place, Sum
 
 NTK_SAMPLES = 64
 EXACT_NTK_SAMPLES = 256
@@ -101,7 +101,7 @@ class StatisticsRequest:
     @cached_property
     def projects(self) -> bool:
         """Whether anything is projected."""
-        from layerlens.profiling.accumulators import Place
+        from layerlens.profiling.sums import Place
 
         largest = Place((1, 2**30, 2**30), "lora", True, True, self.ntk_samples, self.sketched_ntk)
         return any(one.projects for one in (*self.sums(largest), *self.input_sums))

@@ -1,8 +1,11 @@
-"""A pass over the calibration data that can be taken up again: what some batches have added up to, as bytes.
+"""A pass over the calibration data in parts: taken up again after an interruption, and made by several processes.
 
 An interrupted profile continues after the last batch that was saved. The same number of processes ends with the same
 bits, since all sums go on in the same order; another number ends with the same sums to rounding. Saving takes at most
 ``time_share`` of the time, a twentieth unless told otherwise, so small models are saved after every batch.
+
+Processes' totals are added by one reduction each, once, at the end. Everything that belongs to single samples or
+batches is sent as it is and put into the order of the batches, so it has the bits that one process would have given.
 """
 
 from __future__ import annotations
@@ -106,6 +109,45 @@ class SavedPass:
             self._superseded = []
         self._last_end = time.perf_counter()
         self._last_cost = self._last_end - start
+
+
+def gather(sums: PassSums, ledger: Ledger, processes: Processes, device: torch.device) -> None:
+    """Add the other processes' totals, rows and batches to those of process 0; totals that nobody has are made there.
+
+    Args:
+        sums, ledger: of this process.
+        processes: those that measured together.
+        device: where the model has its inputs.
+    """
+    if processes.alone:
+        return
+    mine = sums.tensors()
+    facts = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in mine.totals.items()}
+    told = processes.everyone("sums", (mine.inputs, mine.matrices, facts))
+    for inputs, matrices, _ in told:
+        sums.add_empty(inputs, matrices)
+    everywhere = {name: fact for _, _, each in told for name, fact in each.items()}
+    for name, (shape, dtype) in everywhere.items():
+        if name not in facts:
+            sums.add_total(name, torch.zeros(shape, dtype=dtype, device=device))
+    spread = {("matrix", *key, one.name) for key, matrix in sums.accumulators.items() for one in matrix.spread}
+    mine = sums.tensors()
+    for name in everywhere:
+        if name not in spread:
+            processes.add_up(mine.totals[name])
+    if sums.shards is not None:
+        for matrix in dict.fromkeys(matrix for _, matrices, _ in told for matrix in matrices):
+            accumulator = sums.accumulators[matrix.key]
+            for one in accumulator.spread:
+                whole = sums.shards.whole(accumulator.totals.pop(one.name), matrix.shape)
+                if whole is not None:
+                    accumulator.totals[one.name] = whole
+    rest = PassTensors(mine.inputs, mine.matrices, {}, mine.rows)
+    for data in processes.bytes_to_first(b"" if processes.first else pass_to_bytes(rest, ledger))[1:]:
+        other = pass_from_bytes(data)
+        assert other is not None
+        sums.add(other[0], device)
+        ledger.add(other[1])
 
 
 def pass_to_bytes(state: PassTensors, ledger: Ledger) -> bytes:

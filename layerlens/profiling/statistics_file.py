@@ -28,7 +28,7 @@ from layerlens.models import (
     ModuleCosts,
 )
 from layerlens.models.statistics import FACTOR, NOT_NEGATIVE, NUMBER, SKETCH, SPECTRUM, Extra
-from layerlens.profiling.proxy_file import study_from_json, study_to_json
+from layerlens.profiling.proxies import study_from_json, study_to_json
 from layerlens.storage import local_file
 
 FORMAT = "layerlens-statistics-3"

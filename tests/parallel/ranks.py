@@ -18,7 +18,7 @@ from layerlens.config import RunConfig
 from layerlens.integrations.torchvision_import import make_torchvision_importable
 from layerlens.jobs import together
 from layerlens.pipeline import run_config
-from layerlens.profiling.sum_shards import SumShards
+from layerlens.profiling.accumulators import SumShards
 from layerlens.utils.processes import joined
 
 make_torchvision_importable()

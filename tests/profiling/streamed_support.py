@@ -17,7 +17,7 @@ from layerlens.models import ModelSpec
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import BY_SAMPLES, StatisticsRequest
 from layerlens.profiling.statistics_file import statistics_to_bytes
-from layerlens.profiling.streamed.measure import measure_streamed
+from layerlens.profiling.streamed.measure_streamed import measure_streamed
 from layerlens.tasks.batches import Batch
 from layerlens.utils.progress import silent
 

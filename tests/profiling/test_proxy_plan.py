@@ -7,8 +7,7 @@ from collections import Counter
 import pytest
 
 from layerlens.models import LayerSpec, ModelSpec, enumerate_options
-from layerlens.profiling.proxy_file import SavedProxies
-from layerlens.profiling.proxy_plan import evenly, plan_proxies
+from layerlens.profiling.proxies import SavedProxies, evenly, plan_proxies
 
 ROLES = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
 RANKS = {"lora": (1, 2, 4, 8, 16, 32), "adapter": (2, 4, 8), "prefix": (2, 4)}

@@ -23,7 +23,7 @@ from layerlens.integrations.pretrained import weights_fingerprint
 from layerlens.integrations.safetensors_files import checkpoint_tensors, read_tensor
 from layerlens.integrations.skeleton import load_skeleton
 from layerlens.profiling.request import BY_SAMPLES
-from layerlens.profiling.streamed.measure import measure_streamed
+from layerlens.profiling.streamed.measure_streamed import measure_streamed
 from layerlens.profiling.streamed.parts import ModelParts
 
 FAMILIES = (

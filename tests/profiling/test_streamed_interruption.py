@@ -78,7 +78,7 @@ def test_a_resumed_profile_ends_with_the_same_bits(
 def test_an_interrupted_profile_leaves_the_model_as_it_was(tmp_path: Path):
     saved = save("llama-causal-gqa", tmp_path / "model")
     skeleton, weights = saved.skeleton()
-    from layerlens.profiling.streamed.measure import measure_streamed
+    from layerlens.profiling.streamed.measure_streamed import measure_streamed
 
     settings = saved.settings(("gradient",), everything=False, progress=StoppedAt("Running blocks", 1))
     with pytest.raises(KeyboardInterrupt):

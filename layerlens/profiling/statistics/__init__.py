@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerlens.profiling.accumulators import InputBatch, LayerRows, MatrixAccumulator, MatrixBatch, Place, Sum
+from layerlens.profiling.accumulators import LayerRows, MatrixAccumulator
+from layerlens.profiling.sums import InputBatch, MatrixBatch, Place, Sum
 
 __all__ = ["InputBatch", "MatrixAccumulator", "MatrixBatch", "ModelSums", "Place", "Statistic", "Sum"]
 

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from layerlens import kernels
-from layerlens.profiling.accumulators import MatrixAccumulator, MatrixBatch, Place, Sum, shape_of_matrix
+from layerlens.profiling.accumulators import MatrixAccumulator
 from layerlens.profiling.sample_matrices import uses_kernels
 from layerlens.profiling.statistics import Statistic
+from layerlens.profiling.sums import MatrixBatch, Place, Sum, shape_of_matrix
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from layerlens.profiling.accumulators import shape_of_matrix
 from layerlens.profiling.statistics import InputBatch, MatrixAccumulator, MatrixBatch, Place, Statistic, Sum
+from layerlens.profiling.sums import shape_of_matrix
 
 
 def _add_all(total__goi: torch.Tensor, batch: MatrixBatch) -> None:

@@ -16,9 +16,10 @@ import torch
 
 from layerlens.exceptions import ProfilingError
 from layerlens.models import KernelStatistics
-from layerlens.profiling.accumulators import MatrixAccumulator, MatrixBatch, Place, Sum
+from layerlens.profiling.accumulators import MatrixAccumulator
 from layerlens.profiling.sample_matrices import SampleMatrices, gram_matrix
 from layerlens.profiling.statistics import ModelSums, Statistic
+from layerlens.profiling.sums import MatrixBatch, Place, Sum
 
 BLOCKS, SIDE = 4, 16
 """Independent sketches, and the projections on each side of one: 4 × 16² features for each sample."""

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from layerlens.models import FactorSketch
-from layerlens.profiling.accumulators import InputBatch, MatrixAccumulator, MatrixBatch, Place, Sum
+from layerlens.profiling.accumulators import MatrixAccumulator
 from layerlens.profiling.projections import COLUMNS, PROBES, ROWS, Projection
 from layerlens.profiling.sample_matrices import sum_of_squares
 from layerlens.profiling.statistics import Statistic
 from layerlens.profiling.statistics.gradients import HALVES
 from layerlens.profiling.statistics.spectra import MAX_VALUES, eight_copies, plain_spectrum
+from layerlens.profiling.sums import InputBatch, MatrixBatch, Place, Sum
 
 
 def add_rows(total: torch.Tensor, rows__nk: torch.Tensor, others__nl: torch.Tensor) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerlens.profiling.accumulators import MatrixAccumulator, Place
+from layerlens.profiling.accumulators import MatrixAccumulator
 from layerlens.profiling.statistics import Statistic
 from layerlens.profiling.statistics.factors import INPUT_FACTOR, OUTPUT_FACTOR, exact_factors, factor_floats
 from layerlens.profiling.statistics.gradients import HALVES, mean_energy
+from layerlens.profiling.sums import Place
 
 DAMPING = 1e-2
 """Damping of the K-FAC factors, relative to their mean diagonal."""

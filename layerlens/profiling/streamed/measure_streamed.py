@@ -21,11 +21,10 @@ from layerlens.profiling.footprint import dense_inputs
 from layerlens.profiling.measure import left_out_of, model_results, refuse_non_finite
 from layerlens.profiling.pass_sums import BatchRecord, Key, record_of
 from layerlens.profiling.request import StatisticsRequest
-from layerlens.profiling.streamed.footprint import StreamedFootprint
-from layerlens.profiling.streamed.journal import Journal, stream_directory
+from layerlens.profiling.streamed.forward import ForwardSweep, StreamedFootprint, check_arguments
+from layerlens.profiling.streamed.on_disk import Journal, stream_directory
 from layerlens.profiling.streamed.parts import cannot_stream, refuse_non_finite_activations
 from layerlens.profiling.streamed.residency import Weights
-from layerlens.profiling.streamed.sweep import ForwardSweep, check_arguments
 from layerlens.tasks import Batch, Batches, Loss
 from layerlens.tasks.losses import classification_loss
 from layerlens.utils.progress import Advance, Progress
