@@ -22,10 +22,9 @@ from layerlens.jobs.solve import versions
 from layerlens.jobs.together import same_measurement
 from layerlens.models import ModelFacts, ModelSpec, ModelStatistics
 from layerlens.profiling.cache import cache_key
-from layerlens.profiling.head import fit_head
+from layerlens.profiling.head import fit_head, head_state, put_head, streamed_replay
 from layerlens.profiling.measure import measure_share
-from layerlens.profiling.streamed.head import head_state, put_head, streamed_replay
-from layerlens.profiling.streamed.measure import measure_streamed
+from layerlens.profiling.streamed.measure_streamed import measure_streamed
 from layerlens.utils.atomic import atomic_write_bytes
 
 STATISTICS_VERSION = 6
