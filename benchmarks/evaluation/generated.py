@@ -22,7 +22,7 @@ from layerlens.evaluation.results import allocation_key
 from layerlens.evaluation.stacks import Arm
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import HEAD_LEARNING_RATE, Run, data_order, measure_arms, run_allocation
-from layerlens.tuning.baselines.hypernetwork import GENERATOR
+from layerlens.tuning.baselines.plain import GENERATOR
 from layerlens.tuning.generators import attach_generator
 from layerlens.tuning.short_training import run_steps
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 
 from layerlens.evaluation.study_task import StudyTask
+from layerlens.integrations.gradients import CalibrationBatch, layer_moments
 from layerlens.models import LayerSpec, ModelSpec, ModelStatistics
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import STATISTICS, StatisticsRequest
-from layerlens.rank_rules import Measured
+from layerlens.rank_rules import QUANTITIES, Measured
 from layerlens.tasks import Batch
+from layerlens.tuning.baselines.measured import FISHER, quantity, weight_matrix
 from layerlens.utils.progress import silent
 
 CALIBRATION_SAMPLES = 256
@@ -69,57 +68,31 @@ class LayerGradient:
 
 def layer_gradients(task: StudyTask, batches: Sequence[Batch]) -> dict[str, LayerGradient]:
     """For every layer, over the calibration batches."""
-    modules: dict[str, Any] = {layer.name: task.model.get_submodule(layer.name) for layer in lora_layers(task)}
-    moments = {name: torch.zeros(module.weight.shape[1], module.weight.shape[1]) for name, module in modules.items()}
-    sums = {name: torch.zeros(module.weight.shape[1]) for name, module in modules.items()}
-    rows = dict.fromkeys(modules, 0)
-
-    def hook(name: str) -> Callable[..., None]:
-        def add(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            h = args[0].detach().reshape(-1, args[0].shape[-1])
-            moments[name].addmm_(h.mT, h)
-            sums[name] += h.sum(dim=0)
-            rows[name] += len(h)
-
-        return add
-
+    names = [layer.name for layer in lora_layers(task)]
     n_samples = sum(len(batch.index) for batch in batches)
-    try:
-        with ExitStack() as stack:
-            for name, module in modules.items():
-                module.weight.requires_grad_(True)
-                stack.callback(module.register_forward_pre_hook(hook(name)).remove)
-            for batch in batches:
-                (task.loss(task.model(**batch.inputs), batch).sum() / n_samples).backward()
-        return {
-            name: LayerGradient(
-                module.weight.grad.clone(),
-                module.weight.detach(),
-                moments[name] / rows[name] - torch.outer(sums[name], sums[name]) / rows[name] ** 2,
-            )
-            for name, module in modules.items()
-        }
-    finally:
-        for module in modules.values():
-            module.weight.requires_grad_(False)
-            module.weight.grad = None
+
+    def calibration(batch: Batch) -> CalibrationBatch:
+        return CalibrationBatch(batch.inputs, lambda output: task.loss(output, batch).sum())
+
+    moments = layer_moments(task.model, names, [calibration(x) for x in batches], covariances=True, gradients=True)
+    found = {}
+    for name, of in moments.items():
+        assert of.gradient is not None
+        assert of.covariance is not None
+        weight = weight_matrix(task.model.get_submodule(name))
+        found[name] = LayerGradient((of.gradient / n_samples).float(), weight, of.covariance.float())
+    return found
 
 
 def rule_quantities(measured: Mapping[str, LayerGradient], statistics: ModelStatistics) -> Measured:
     """Everything that a rank rule may ask about the layers."""
-    of = {layer.layer: layer.by_method["lora"] for layer in statistics.layers}
+    traces = {layer.layer: layer.by_method["lora"].trace or 0.0 for layer in statistics.layers}
     return {
-        "weight_gradient": {name: float((x.weight * x.gradient).abs().mean()) for name, x in measured.items()},
-        "gradient_norm": {name: float(x.gradient.norm()) for name, x in measured.items()},
-        "fisher_trace": {name: found.trace or 0.0 for name, found in of.items()},
-        "explained_variance": {name: explained_variance(x.input_covariance) for name, x in measured.items()},
+        need: traces
+        if need == FISHER
+        else {name: quantity(need, x.weight, x.gradient, x.input_covariance) for name, x in measured.items()}
+        for need in QUANTITIES
     }
-
-
-def explained_variance(covariance: torch.Tensor) -> np.ndarray:
-    """Shares of the variance along the principal components, falling, float64 [n]."""
-    values = torch.linalg.eigvalsh(covariance.double()).flip(0).clamp(min=0.0)
-    return (values / values.sum()).numpy()
 
 
 def eva_inits(measured: Mapping[str, LayerGradient], ranks: Mapping[str, int]) -> dict[str, torch.Tensor]:

@@ -33,10 +33,11 @@ from layerlens.tuning.base_model import base_reference, load_base
 from layerlens.tuning.baselines import Finished, Prepared
 from layerlens.tuning.directory import ADAPTER_CONFIG
 from layerlens.tuning.export import PEFT_DIRECTORY
+from layerlens.tuning.fine_tune import TrainingResult
 from layerlens.tuning.initialization import ADAPTER_WEIGHTS
 from layerlens.tuning.samples import TrainingData, evaluate, on_device, training_data
 from layerlens.tuning.storage import MODULES_FILE
-from layerlens.tuning.training import TrainingResult, fine_tune
+from layerlens.tuning.training import fine_tune
 from layerlens.utils.atomic import atomic_write_text, check_writable, staged_directory
 from layerlens.utils.launch import is_main_process
 from layerlens.utils.observer import observed_stage

@@ -32,10 +32,9 @@ from layerlens.tuning.checkpoints import (
     read_progress,
     save_weights,
 )
-from layerlens.tuning.job import Job, training_arguments
+from layerlens.tuning.fine_tune import FineTune, TrainingResult, steps_per_epoch, total_steps, training_arguments
 from layerlens.tuning.samples import INDEX, NumberedSamples, SeededOrder, evaluate
 from layerlens.tuning.short_training import FP16_LOSS_SCALE
-from layerlens.tuning.training import TrainingResult, steps_per_epoch, total_steps
 from layerlens.utils.atomic import cannot_write
 from layerlens.utils.memory import PeakMemory
 from layerlens.utils.progress import Advance
@@ -59,8 +58,8 @@ class Recorder:
     wall_seconds: float = 0.0
 
 
-def run(job: Job, find_checkpoint: Callable[[Path], Path | None]) -> TrainingResult:
-    """Train, or go on, and leave the model with the best weights; see ``fine_tune``."""
+def run(job: FineTune, find_checkpoint: Callable[[Path], Path | None]) -> TrainingResult:
+    """Train, or go on, and leave the model with the best weights; see ``training.fine_tune``."""
     memory, started = PeakMemory(), time.perf_counter()
     with _Quiet():
         trainer = _Trainer(job, training_arguments(job))
@@ -106,7 +105,7 @@ def run(job: Job, find_checkpoint: Callable[[Path], Path | None]) -> TrainingRes
 
 
 class _Trainer(Trainer):
-    def __init__(self, job: Job, arguments: TrainingArguments) -> None:
+    def __init__(self, job: FineTune, arguments: TrainingArguments) -> None:
         super().__init__(
             model=job.model,
             args=arguments,

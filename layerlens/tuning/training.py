@@ -6,10 +6,8 @@ meta-learned selection variables) it does in a ``TrainingHook``.
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,78 +17,10 @@ from layerlens.config import TrainingConfig
 from layerlens.exceptions import TrainingError
 from layerlens.tasks import task_metrics
 from layerlens.tuning.checkpoints import check_job, last_checkpoint
+from layerlens.tuning.fine_tune import FineTune, Loss, TrainingHook, TrainingResult, processes
 from layerlens.tuning.samples import TrainingData
 from layerlens.utils.atomic import check_writable
-from layerlens.utils.launch import is_main_process
 from layerlens.utils.progress import Progress, silent
-
-Loss = Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
-"""(model, batch) -> the mean loss of the batch, in place of the model's own."""
-
-
-class TrainingHook:
-    """What a method does around every optimiser step; overwrite what is needed.
-
-    ``step`` counts finished optimiser steps: 0 in ``before_step`` of the first one, 1 in its ``after_step``.
-    """
-
-    def before_training(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
-        """Once, after a checkpoint has been loaded, if there is one."""
-
-    def before_step(self, model: torch.nn.Module, step: int) -> None:
-        """Gradients are there, accumulated and scaled to ``max_grad_norm``; the optimiser has not stepped."""
-
-    def after_step(self, model: torch.nn.Module, step: int) -> None:
-        """The optimiser has stepped; gradients are still there."""
-
-    def settled(self, step: int) -> bool:
-        """Whether the weights after ``step`` steps may be kept as the best; not while a method changes its size."""
-        return True
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on; saved in every checkpoint with ``torch.save``."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave."""
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """A finished fine-tune.
-
-    Args:
-        metrics: of the weights that the model has now: "loss" and the task's own; empty without evaluation samples.
-        evaluations: of every evaluation: "step" and its metrics.
-        losses: mean training loss of every optimiser step.
-        best_step: the step whose weights the model has now.
-        steps: optimiser steps that were taken.
-        trained_parameters: how many parameters were trained.
-        tokens: unpadded tokens (samples, where there are no tokens) that were trained on, of all processes.
-        train_seconds: time in training steps; ``wall_seconds`` has evaluation and checkpoints as well. Both add up
-            over runs that were interrupted.
-        tokens_per_second: tokens / train_seconds.
-        peak_memory_gb, peak_memory_of: peak of this process in GB (1e9 bytes), and what it is the peak of.
-        resumed_from: step of the checkpoint that the last run went on from.
-        processes: how many processes trained.
-    """
-
-    metrics: dict[str, float]
-    evaluations: tuple[dict[str, float], ...]
-    losses: tuple[float, ...]
-    best_step: int
-    steps: int
-    trained_parameters: int
-    tokens: int
-    train_seconds: float
-    wall_seconds: float
-    tokens_per_second: float
-    peak_memory_gb: float
-    peak_memory_of: str
-    resumed_from: int | None
-    processes: int
-    stopped_early: bool = False
-    job: dict[str, Any] = field(default_factory=dict)
 
 
 def fine_tune(
@@ -133,7 +63,7 @@ def fine_tune(
         ConfigurationError: the precision is not to be had on this device, or the metric is unknown.
         OutputError: a checkpoint cannot be written, or the disk is full; the last whole one stays.
     """
-    from layerlens.tuning.trainer import Job, run
+    from layerlens.tuning.trainer import run
 
     names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     if not names:
@@ -159,26 +89,6 @@ def fine_tune(
         checkpoints.mkdir(parents=True, exist_ok=True)
         check_job(checkpoints, job)
     return run(
-        Job(model, data, config, task, checkpoints, int(job["seed"]), names, loss, tuple(hooks), job, progress),
+        FineTune(model, data, config, task, checkpoints, int(job["seed"]), names, loss, tuple(hooks), job, progress),
         last_checkpoint,
     )
-
-
-def total_steps(samples: int, config: TrainingConfig, processes: int = 1) -> int:
-    """Optimiser steps that ``fine_tune`` will take on so many training samples."""
-    if config.max_steps is not None:
-        return config.max_steps
-    return math.ceil(config.epochs * steps_per_epoch(samples, config, processes))
-
-
-def steps_per_epoch(samples: int, config: TrainingConfig, processes: int = 1) -> int:
-    """Optimiser steps in one pass over so many samples."""
-    batches = math.ceil(samples / (config.batch_size * processes))
-    return max(1, math.ceil(batches / config.gradient_accumulation))
-
-
-def processes() -> tuple[int, bool]:
-    """(number of processes, whether this is the first one) of a run that torchrun or accelerate started."""
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", 1)), is_main_process()

@@ -72,7 +72,7 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
     """
     import torch
 
-    from layerlens.tuning.generators.attach import finish_generator
+    from layerlens.tuning.generators.generator import finish_generator
     from layerlens.tuning.modules import detach_all, release_statistics
 
     base, before = base_of(model), before_of(model)
@@ -113,7 +113,7 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
             of the base model can take up; ``model`` is then unchanged.
     """
     from layerlens.integrations.peft import injected_ranks
-    from layerlens.tuning.generators.attach import finish_generator
+    from layerlens.tuning.generators.generator import finish_generator
     from layerlens.tuning.modules import attached, release_statistics
 
     base = base_of(model)

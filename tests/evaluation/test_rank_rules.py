@@ -8,7 +8,6 @@ import torch
 from layerlens.evaluation.measurements import (
     LayerGradient,
     eva_inits,
-    explained_variance,
     gradient_svd_inits,
     layer_gradients,
     lora_layers,
@@ -22,6 +21,7 @@ from layerlens.models import LayerSpec
 from layerlens.rank_rules import params_of, rank_cost
 from layerlens.rank_rules.rule import proportional_ranks
 from layerlens.registry import RANK_RULES
+from layerlens.tuning.baselines.measured import quantity
 
 
 def _layer(name: str, n_in: int, n_out: int, role: str = "") -> LayerSpec:
@@ -52,11 +52,9 @@ def test_no_rule_exceeds_the_budget(budget: int) -> None:
         gradient, weight = torch.randn(2, layer.n_out, layer.n_in, generator=generator)
         measured[layer.name] = LayerGradient(gradient, weight, inputs.mT @ inputs / 20)
     score = {"a": 0.3, "b": 0.0, "c": 5.0}
-    quantities = {
-        "weight_gradient": {name: float((x.weight * x.gradient).abs().mean()) for name, x in measured.items()},
-        "gradient_norm": score,
-        "fisher_trace": score,
-        "explained_variance": {name: explained_variance(x.input_covariance) for name, x in measured.items()},
+    quantities = {"gradient_norm": score, "fisher_trace": score} | {
+        need: {name: quantity(need, x.weight, x.gradient, x.input_covariance) for name, x in measured.items()}
+        for need in ("weight_gradient", "explained_variance")
     }
     for rule in RANK_RULES.values():
         ranks = rule.choose(LAYERS, budget, quantities, 0)
@@ -74,7 +72,7 @@ def test_eva_follows_explained_variance() -> None:
         "flat": LayerGradient(nothing, nothing, flat),
     }
     # Ratios: 0.97 and then 0.01 on one layer, 0.25 each on the other; a layer can have twice the mean rank.
-    shares = {name: explained_variance(x.input_covariance) for name, x in measured.items()}
+    shares = {name: quantity("explained_variance", nothing, None, x.input_covariance) for name, x in measured.items()}
     assert RANK_RULES["eva"].choose(layers, 24, {"explained_variance": shares}, 0) == {"concentrated": 1, "flat": 2}
     initial = eva_inits(measured, {"concentrated": 1})["concentrated"]
     assert torch.allclose(initial.abs(), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))

@@ -11,13 +11,15 @@ import torch
 from layerlens.config import TrainingConfig
 from layerlens.exceptions import ConfigurationError
 from layerlens.models import LayerSpec, ModelFacts
+from layerlens.rank_rules.rule import proportional_ranks
 from layerlens.tuning import load, save
 from layerlens.tuning.baselines import BASELINES, BaselineRequest, known_baseline
 from layerlens.tuning.baselines.autolora import PERTURBATION, hypergradient, ranks_within
-from layerlens.tuning.baselines.plans import proportional_ranks, trained_params
+from layerlens.tuning.baselines.plain import trained_params
 from layerlens.tuning.checkpoints import last_checkpoint
+from layerlens.tuning.fine_tune import TrainingHook
 from layerlens.tuning.samples import TrainingData
-from layerlens.tuning.training import TrainingHook, fine_tune
+from layerlens.tuning.training import fine_tune
 
 BUDGET = 2600
 HEADLESS = ("full", "head-only")

@@ -16,7 +16,7 @@ from layerlens.exceptions import ManifestError
 from layerlens.models import LoraSettings
 from layerlens.tuning import apply, load, merge, save, unapply
 from layerlens.tuning.generators import attach_generator, finish_generator, known_generators, use_task
-from layerlens.tuning.generators.attach import has_generator
+from layerlens.tuning.generators.generator import has_generator
 
 PLUGIN = '''
 import torch

@@ -15,8 +15,9 @@ from layerlens.config import TrainingConfig
 from layerlens.exceptions import ConfigurationError, OutputError, TrainingError
 from layerlens.tuning import apply
 from layerlens.tuning.checkpoints import trained_tensors
+from layerlens.tuning.fine_tune import TrainingHook, total_steps
 from layerlens.tuning.samples import SeededOrder, TrainingData
-from layerlens.tuning.training import TrainingHook, fine_tune, total_steps
+from layerlens.tuning.training import fine_tune
 
 CLASSIFICATION = "sequence-classification"
 

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError
+from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.models import LayerSpec
-from layerlens.tuning.baselines.interface import BaselineRequest, Prepared
-from layerlens.tuning.baselines.plans import layers_with, plan, planned, uniform_size
+from layerlens.tuning.baselines.baseline import Baseline, BaselineRequest, Prepared
+from layerlens.tuning.baselines.plain import layers_with, plan, planned, uniform_size
 from layerlens.tuning.inject import apply
 from layerlens.tuning.undo import unapply
 
@@ -45,12 +46,10 @@ def autolora(request: BaselineRequest) -> Prepared:
     layers = layers_with(request, "lora")
     uniform = uniform_size(layers, "lora", request.budget)
     start = min(WIDER * uniform, min(min(layer.n_in, layer.n_out) for layer in layers))
-    modes = {module: module.training for module in request.model.modules()}
-    wide = apply(request.model, plan(request, {layer.name: ("lora", start) for layer in layers}))
-    selection = search(wide, [layer.name for layer in layers], request)
-    unapply(wide)
-    for module, mode in modes.items():
-        module.training = mode
+    with frozen_without_dropout(request.model):
+        wide = apply(request.model, plan(request, {layer.name: ("lora", start) for layer in layers}))
+        selection = search(wide, [layer.name for layer in layers], request)
+        unapply(wide)
     ranks = ranks_within(layers, selection, request.budget)
     choice = plan(request, {name: ("lora", rank) for name, rank in ranks.items()})
     return planned(request, choice, note=f"ranks learned from rank {start} on {len(request.batches)} batches")
@@ -151,3 +150,6 @@ class _Gate:
     def __call__(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         gate = self.alpha.softmax(0) * len(self.alpha)
         return output * (gate[:, None, None] if hasattr(module, "kernel_size") else gate).to(output.dtype)
+
+
+AUTOLORA = Baseline("AutoLoRA: ranks by meta-learned selection variables", autolora)

@@ -3,8 +3,15 @@
 While it trains, the generator's parameters train instead of A and B; what is saved afterwards is ordinary LoRA.
 """
 
-from layerlens.tuning.generators.attach import attach_generator, finish_generator, use_task
-from layerlens.tuning.generators.registry import GROUP, GeneratedLayer, known_generators, load_generator
+from layerlens.tuning.generators.generator import (
+    GROUP,
+    GeneratedLayer,
+    attach_generator,
+    finish_generator,
+    known_generators,
+    load_generator,
+    use_task,
+)
 
 __all__ = [
     "GROUP",

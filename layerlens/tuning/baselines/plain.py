@@ -1,4 +1,4 @@
-"""Choices of baselines: uniform and proportional sizes within a budget, and models that are trained as they say."""
+"""Choices for a request, and baselines that one choice says whole: all weights, the head, one size, a hypernetwork."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError
 from layerlens.models import Choice, LayerSpec, LoraSettings, ModelFacts, trainable_params
-from layerlens.tuning.baselines.interface import BaselineRequest, Finished, Prepared
+from layerlens.tuning.baselines.baseline import Baseline, BaselineRequest, Finished, Prepared
+from layerlens.tuning.generators import attach_generator, finish_generator
 from layerlens.tuning.inject import apply
+from layerlens.tuning.undo import note_before
 
 if TYPE_CHECKING:
     import torch
 
-ATTENTION = "attention"
+GENERATOR = "hyperlora"
 
 
 def layers_with(request: BaselineRequest, method: str, *, dense: bool = False) -> tuple[LayerSpec, ...]:
@@ -52,53 +54,6 @@ def uniform_size(layers: Sequence[LayerSpec], method: str, budget: int) -> int:
     return int(min(largest, 1 + (budget - least) // slope))
 
 
-def proportional_ranks(
-    layers: Sequence[LayerSpec], weights: Mapping[str, float], budget: int, *, least: int = 0, most: int | None = None
-) -> dict[str, int]:
-    """LoRA ranks in proportion to ``weights``, as near to ``budget`` as whole ranks allow.
-
-    The scale is the largest with Σ rank·(n_in + n_out) within the budget; what is left goes to the layers that
-    rounding cut most, one rank each.
-
-    Args:
-        layers: layers to choose ranks for.
-        weights: not negative, by layer name.
-        budget: trainable parameters.
-        least, most: limits of every rank; a layer's smaller side limits it too.
-
-    Raises:
-        ConfigurationError: the least ranks are too much.
-    """
-    cost = {layer.name: layer.n_in + layer.n_out for layer in layers}
-    limit = {layer.name: min(layer.n_in, layer.n_out, most or layer.n_in) for layer in layers}
-    scale_of = {name: max(float(weights[name]), 0.0) for name in cost}
-
-    def ranks(scale: float) -> dict[str, int]:
-        return {name: min(limit[name], max(least, math.floor(scale * scale_of[name]))) for name in cost}
-
-    def used(chosen: Mapping[str, int]) -> int:
-        return sum(rank * cost[name] for name, rank in chosen.items())
-
-    if used(ranks(0.0)) > budget:
-        raise ConfigurationError(
-            f"baseline: rank {least} on {len(layers)} layers trains {used(ranks(0.0)):,} parameters, more than the "
-            f"budget of {budget:,}"
-        )
-    low, high = 0.0, 1.0
-    while used(ranks(high)) <= budget and any(ranks(high)[name] < limit[name] for name in cost if scale_of[name] > 0.0):
-        low, high = high, 2.0 * high
-    for _ in range(60):  # to the last bit of the scale
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if used(ranks(middle)) <= budget else (low, middle)
-    chosen = ranks(low)
-    left = budget - used(chosen)
-    for name in sorted(cost, key=lambda name: (chosen[name] - low * scale_of[name], name)):
-        if cost[name] <= left and chosen[name] < limit[name] and scale_of[name] > 0.0:
-            chosen[name] += 1
-            left -= cost[name]
-    return {name: rank for name, rank in chosen.items() if rank > 0}
-
-
 def plan(request: BaselineRequest, sizes: Mapping[str, tuple[str, int]], **lora: Any) -> Choice:
     """The choice of these methods and sizes by layer, for the request's model.
 
@@ -133,3 +88,60 @@ def trained_params(model: torch.nn.Module, facts: ModelFacts) -> int:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and not any(head in f".{name}" for head in heads)
     )
+
+
+def full_fine_tuning(request: BaselineRequest) -> Prepared:
+    """Every parameter requires gradients. It has no budget; other methods are held against it."""
+    note_before(request.model, request.facts, whole=True)
+    request.model.requires_grad_(True)
+    params = trained_params(request.model, request.facts)
+    return Prepared(
+        request.model, params, None, lambda model: Finished(model, params, None), note="trains all weights, no budget"
+    )
+
+
+def head_only(request: BaselineRequest) -> Prepared:
+    """No layer is adapted: the task head alone, on frozen features.
+
+    Raises:
+        ConfigurationError: the model has no task head of its own.
+    """
+    if not request.facts.heads:
+        raise ConfigurationError("baseline head-only: this model has no new task head, so nothing would be trained")
+    return planned(request, plan(request, {}), note="adds nothing to the layers")
+
+
+def one_size(method: str) -> Callable[[BaselineRequest], Prepared]:
+    """The largest size of ``method`` that all layers that take it can have within the budget."""
+
+    def prepare(request: BaselineRequest) -> Prepared:
+        layers = layers_with(request, method)
+        size = uniform_size(layers, method, request.budget)
+        return planned(request, plan(request, {layer.name: (method, size) for layer in layers}))
+
+    return prepare
+
+
+def hypernetwork(request: BaselineRequest) -> Prepared:
+    """The uniform rank of the budget on every layer, generated by the built-in generator while it trains.
+
+    Ordinary LoRA of the budget's size is kept.
+    """
+    layers = layers_with(request, "lora")
+    rank = uniform_size(layers, "lora", request.budget)
+    choice = plan(request, {layer.name: ("lora", rank) for layer in layers})
+    model = attach_generator(apply(request.model, choice, facts=request.facts), GENERATOR, seed=request.seed)
+    size = choice.trainable_params(request.spec)
+
+    def finish(trained: torch.nn.Module) -> Finished:
+        return Finished(finish_generator(trained), size, choice)
+
+    note = f"trains the generator, keeps {size:,} LoRA parameters"
+    return Prepared(model, trained_params(model, request.facts), choice, finish, note=note)
+
+
+FULL = Baseline("every weight is trained", full_fine_tuning)
+HEAD_ONLY = Baseline("the task head alone", head_only)
+ADAPTER_ONLY = Baseline("one adapter width after attention and FFN outputs (Houlsby et al. 2019)", one_size("adapter"))
+PREFIX_ONLY = Baseline("one gated prefix length in every attention block", one_size("prefix"))
+HYPERNETWORK = Baseline("LoRA generated from layer embeddings (HyperLoRA)", hypernetwork)

@@ -1,19 +1,74 @@
-"""A generator in a model: its factors stand in for PEFT's A and B in every forward pass, until training is done."""
+"""Generators of LoRA: which there are, and one in a model, whose factors stand in for PEFT's A and B while it trains.
+
+A package offers one by an entry point in its ``pyproject.toml``::
+
+    [project.entry-points."layerlens.generators"]
+    mine = "my_package:MyGenerator"
+
+It is called as ``MyGenerator(layers, tasks=1, seed=0)`` with a tuple of ``GeneratedLayer`` and returns a
+``torch.nn.Module`` whose ``forward(task)`` gives {layer name: (A [rank, n_in], B [n_out, rank])}, B = 0 at
+the start.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
-from layerlens.tuning.generators.registry import GeneratedLayer, load_generator
+from layerlens.registry import nearest_name
 from layerlens.tuning.undo import base_of
 
 if TYPE_CHECKING:
     import torch
 
+GROUP = "layerlens.generators"
+BUILT_IN = "hyperlora"
 CHILD, TASK = "layerlens_generator", "_layerlens_task"
+
+
+@dataclass(frozen=True)
+class GeneratedLayer:
+    """One LoRA layer to generate: A is [rank, n_in], B is [n_out, rank]."""
+
+    name: str
+    n_in: int
+    n_out: int
+    rank: int
+
+
+def known_generators() -> tuple[str, ...]:
+    """Names of all generators, the built-in one first."""
+    return (BUILT_IN, *sorted({point.name for point in metadata.entry_points(group=GROUP)} - {BUILT_IN}))
+
+
+def load_generator(name: str) -> Callable[..., Any]:
+    """The generator of this name, to be called with layers.
+
+    Raises:
+        ManifestError: there is none of this name, or its package cannot be imported.
+    """
+    if name == BUILT_IN:
+        made: Callable[..., Any] = importlib.import_module("layerlens.tuning.generators.hyperlora").HyperLora
+        return made
+    points = [point for point in metadata.entry_points(group=GROUP) if point.name == name]
+    if not points:
+        known = known_generators()
+        nearest = nearest_name(name, known)
+        hint = f", did you mean {nearest!r}?" if nearest else ";"
+        raise ManifestError(
+            f"lora.generator: {name!r} is not known{hint} known: {', '.join(known)}. A package adds one by an entry "
+            f"point in the group {GROUP}"
+        )
+    try:
+        loaded: Callable[..., Any] = points[0].load()
+    except (ImportError, AttributeError) as error:
+        raise ManifestError(f"lora.generator: {name!r} ({points[0].value}) cannot be imported: {error}") from error
+    return loaded
 
 
 def attach_generator(
