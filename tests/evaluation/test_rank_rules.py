@@ -19,6 +19,8 @@ from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import train
 from layerlens.models import LayerSpec
 from layerlens.rank_rules import params_of, rank_cost
+from layerlens.rank_rules.adalora import Schedule
+from layerlens.rank_rules.eva import redistributed
 from layerlens.rank_rules.rule import proportional_ranks
 from layerlens.registry import RANK_RULES
 from layerlens.tuning.baselines.measured import quantity
@@ -133,3 +135,45 @@ def test_product_utilities_allocate_within_the_budget(task: StudyTask, model: st
     budget = sum(rank_cost(layer) for layer in layers) // 2
     ranks = allocate(task, statistics, utilities(task, statistics, model), budget)
     assert 0 < params_of(layers, ranks) <= budget
+
+
+def test_eva_s_ranks_are_peft_s_where_its_decomposition_is_exact() -> None:
+    """One batch again and again: the incremental decomposition is the one of the covariance."""
+    from peft import EvaConfig, LoraConfig
+    from peft.tuners.lora.eva import get_eva_state_dict
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)).requires_grad_(False)
+    h = torch.randn(300, 6) * torch.tensor([5.0, 2.0, 1.0, 0.5, 0.3, 0.2])
+    inner = model[:2](h)
+    layers = [_layer("0", 6, 8), _layer("2", 8, 4)]
+    covariances = {"0": torch.cov(h.T), "2": torch.cov(inner.T)}
+    shares = {name: quantity("explained_variance", h, None, value) for name, value in covariances.items()}
+    for rank in (1, 2, 3):
+        config = LoraConfig(r=rank, target_modules=["0", "2"], init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
+        found = get_eva_state_dict(
+            model, [h], config, forward_fn=lambda model, inputs: model(inputs), prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=None, show_progress_bar=False,
+        )  # fmt: skip
+        ranks = {name.removeprefix("base_model.model."): len(rows) for name, rows in found.items() if len(rows)}
+        assert redistributed(layers, {"explained_variance": shares}, 2 * rank) == ranks
+
+
+@pytest.mark.parametrize("steps", [4, 20, 80, 1000])
+def test_adalora_s_schedule_is_peft_s(steps: int) -> None:
+    from types import SimpleNamespace
+
+    from peft.tuners.adalora.layer import RankAllocator
+
+    law = Schedule(steps)
+    theirs = SimpleNamespace(
+        peft_config=SimpleNamespace(tinit=law.warmup, tfinal=law.final, total_step=steps, deltaT=law.interval),
+        init_bgt=3000, target_bgt=2000,
+    )  # fmt: skip
+    for step in range(1, steps + 1):
+        budget, cut = RankAllocator.budget_schedule(theirs, step)
+        share = law.share(step)
+        # Where its ramp ends PEFT's model cuts whatever the interval says (AdaLoraModel.update_and_allocate).
+        assert (share is not None) == (cut or step == steps - law.final)
+        if share is not None:
+            assert int(1000 * share + 2000) == budget

@@ -15,7 +15,7 @@ from layerlens.integrations.peft import target_modules
 from layerlens.rank_rules import Measured
 from layerlens.rank_rules.eva import RHO
 from layerlens.registry import RANK_RULES
-from layerlens.tasks import TARGETS
+from layerlens.tasks.metrics import TARGETS
 from layerlens.tuning.baselines.baseline import Baseline, BaselineRequest, Prepared
 from layerlens.tuning.baselines.plain import layers_with, plan, planned, uniform_size
 
@@ -77,7 +77,9 @@ def measured(request: BaselineRequest, layers: Sequence[str], needs: Sequence[st
                 model, [f"{INNER}.{name}" for name in layers], [_calibration(sample)], gradients=True
             )
             for name in layers:
-                found[FISHER][name] += float(moments[f"{INNER}.{name}"].gradient.square().sum()) / len(samples)
+                gradient = moments[f"{INNER}.{name}"].gradient
+                assert gradient is not None
+                found[FISHER][name] += float(gradient.square().sum()) / len(samples)
     return found
 
 
