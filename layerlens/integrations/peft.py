@@ -147,6 +147,11 @@ def adapter_config_json(config: LoraConfig) -> str:
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
+def base_of(model: Any) -> torch.nn.Module:
+    """The model inside a PEFT model, else the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def injected_ranks(model: Any) -> dict[str, int]:
     """Rank of every LoRA layer that PEFT put into ``model``, by the layer's name in the base model."""
     from peft.tuners.lora import LoraLayer

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
-from layerlens.integrations.peft import BASE_PREFIX, injected_ranks, lora_shape, why_not_adaptable
+from layerlens.integrations.peft import BASE_PREFIX, base_of, injected_ranks, lora_shape, why_not_adaptable
 from layerlens.integrations.torch_modules import find_module
 from layerlens.models import ModelFacts
 from layerlens.tuning.generators.generator import ordinary_lora
 from layerlens.tuning.initialization import ADAPTER_WEIGHTS
 from layerlens.tuning.storage import MODULES_FILE, SavedModules, model_bytes, read_modules
-from layerlens.tuning.undo import base_of, before_of, note_before
+from layerlens.tuning.undo import before_of, note_before
 from layerlens.utils.atomic import staged_directory
 
 if TYPE_CHECKING:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.peft import base_of
 from layerlens.integrations.torch_modules import find_module
 from layerlens.models import ModelFacts, Option
 from layerlens.tuning.fit import check_weights
-from layerlens.tuning.undo import base_of, before_of, note_before
+from layerlens.tuning.undo import before_of, note_before
 from layerlens.utils.atomic import atomic_write_bytes
 
 if TYPE_CHECKING:

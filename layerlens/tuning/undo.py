@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.peft import base_of
 from layerlens.models import ModelFacts
+from layerlens.tuning.generators.generator import finish_generator
 
 if TYPE_CHECKING:
     import torch
@@ -34,11 +36,6 @@ class Before:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     facts: ModelFacts = field(default_factory=ModelFacts)
     whole: bool = False
-
-
-def base_of(model: Any) -> torch.nn.Module:
-    """The model inside a PEFT model, else the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def note_before(base: torch.nn.Module, facts: ModelFacts, in_place: Sequence[str] = (), *, whole: bool = False) -> None:
@@ -72,7 +69,6 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
     """
     import torch
 
-    from layerlens.tuning.generators.generator import finish_generator
     from layerlens.tuning.modules import detach_all, release_statistics
 
     base, before = base_of(model), before_of(model)
@@ -113,7 +109,6 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
             of the base model can take up; ``model`` is then unchanged.
     """
     from layerlens.integrations.peft import injected_ranks
-    from layerlens.tuning.generators.generator import finish_generator
     from layerlens.tuning.modules import attached, release_statistics
 
     base = base_of(model)

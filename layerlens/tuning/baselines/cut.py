@@ -8,14 +8,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError
-from layerlens.integrations.peft import BASE_PREFIX, target_modules, task_type
+from layerlens.integrations.peft import BASE_PREFIX, base_of, target_modules, task_type
 from layerlens.models import Choice
 from layerlens.rank_rules.adalora import ORTHOGONALITY, SMOOTHING, Schedule, final_ranks, first_rank
 from layerlens.tuning.baselines.baseline import Baseline, BaselineRequest, Finished, Prepared
 from layerlens.tuning.baselines.plain import layers_with, plan, planned, trained_params, uniform_size
 from layerlens.tuning.fine_tune import TrainingHook
 from layerlens.tuning.inject import apply
-from layerlens.tuning.undo import base_of, note_before, unapply
+from layerlens.tuning.undo import note_before, unapply
 
 if TYPE_CHECKING:
     import torch

@@ -20,8 +20,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.peft import base_of
 from layerlens.registry import nearest_name
-from layerlens.tuning.undo import base_of
 
 if TYPE_CHECKING:
     import torch
