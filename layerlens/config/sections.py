@@ -211,7 +211,8 @@ class ProfilingConfig(ConfigModel):
         "Fisher), `gradient` (energy of the mean gradient), `input_scale`, `spectrum` (split-half spectrum of the mean "
         "gradient), `whitened_spectrum` (the same, K-FAC-whitened), `factors` (the K-FAC factors themselves; large), "
         "`sketched_spectrum` and `sketched_factors` (by random projections, with their errors), `ntk` (Gram matrix of "
-        "per-sample gradients, its effective rank and target alignment), and of every module `activation_memory`, "
+        "per-sample gradients, its effective rank and target alignment), `fisher_diagonal` (importance of single "
+        "weights: mean, quantiles, participation, sums for each output), and of every module `activation_memory`, "
         "`flops` and `time`. Only what is needed or asked for is computed.",
     )
     ntk_samples: int = Field(
