@@ -61,8 +61,9 @@ def pipeline(
     """Detect on every image, have a language model write a report, and time every step."""
     from layerlens.config.vision_language import PipelineConfig
 
+    models: dict[str, Any] = {"detector": detector, "llm": llm}  # the configuration says which are missing
     config = PipelineConfig(
-        images=tuple(images), detector=detector, llm=llm, llm_model=llm_model, api_key_env=api_key_env,
+        **models, images=tuple(images), llm_model=llm_model, api_key_env=api_key_env,
         detector_adapter=detector_adapter, llm_adapter=llm_adapter, prompt=_template(prompt), batch_size=batch_size,
         repeats=repeats, warmup=warmup, confidence=confidence, iou=iou, image_size=image_size,
         max_new_tokens=max_new_tokens, max_megapixels=max_megapixels, timeout_s=timeout_s, retries=retries,
