@@ -26,8 +26,8 @@ from layerlens.evaluation.measurements import lora_spec
 from layerlens.evaluation.results import allocation_key
 from layerlens.evaluation.study import Study
 from layerlens.evaluation.training import run_allocation
-from layerlens.models import ModelSpec, Option, ProxyGain, ProxyStudy, SolverEvent, UtilityTable, enumerate_options
-from layerlens.models.options import trainable_params
+from layerlens.methods import enumerate_options, trainable_params
+from layerlens.models import ModelSpec, Option, ProxyGain, ProxyStudy, SolverEvent, UtilityTable
 from layerlens.optimization import build_problem, solve
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import StatisticsRequest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from layerlens.cli.output import short
-from layerlens.models import Manifest
+from layerlens.models import LORA, Manifest
 
 
 def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, model: str | None = None) -> str:
@@ -22,13 +22,13 @@ def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, 
     """
     imports, base = _base_model(manifest, model)
     methods = {row.method for row in manifest.allocations} - {"none"}
-    if methods == {"lora"} and peft_directory is not None:
+    if methods == {LORA} and peft_directory is not None:
         standard = []
         imports = ["from peft import PeftModel", *imports]
         tuned = f"PeftModel.from_pretrained(base, {short(peft_directory)!r}, is_trainable=True)"
     else:
         standard = ["from pathlib import Path", ""]
-        measured = manifest.lora.is_measured and "lora" in methods
+        measured = manifest.lora.is_measured and LORA in methods
         names = "apply, read_factors" if measured else "apply"
         own = ["from layerlens.manifest import read_manifest", f"from layerlens.tuning import {names}"]
         imports = [*imports, "", *own] if imports else own

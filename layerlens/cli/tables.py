@@ -11,15 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from layerlens.cli.layer_names import Position, positions
-from layerlens.cli.units import METHOD_LETTERS, RESOURCE_NAMES, amount, gap, scaled, share, significant
+from layerlens.cli.units import RESOURCE_NAMES, amount, gap, scaled, share, significant
 from layerlens.models import LayerExplanation, Manifest, ManifestRow, Option, Predicted, ResourceUse
+from layerlens.registry import METHODS
 
 FEW_LAYERS = 8
 BAR_WIDTH = 10
 TIE = 1e-12
 """Differences in score that are rounding."""
-METHOD_STYLES = {"lora": "cyan", "adapter": "magenta", "prefix": "yellow"}
-METHOD_MEANINGS = {"lora": "LoRA rank", "adapter": "adapter width", "prefix": "prefix pairs"}
 PROXY_CHECK = "proxy_check_"
 """Beginning of the check's entries in a result's `measured`."""
 _UNCHANGED = "·"
@@ -130,7 +129,7 @@ def _one_row_each(adapted: Sequence[ManifestRow], others: int) -> Table:
     for name in ("size", "parameters", "score"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in adapted:
-        method = Text(row.method, style=METHOD_STYLES[row.method])
+        method = Text(row.method, style=METHODS[row.method].style)
         table.add_row(Text(row.layer), method, str(row.rank), f"{row.cost:,}", significant(row.total_score))
     return table
 
@@ -143,7 +142,7 @@ def _blocks_by_roles(rows: Sequence[ManifestRow], places: Mapping[str, Position]
     for row in in_blocks:
         place = places[row.layer]
         lines.setdefault((place.stack, place.block or 0), {})[place.role] = row
-    letters = "  ".join(f"{METHOD_LETTERS[method]} {meaning}" for method, meaning in METHOD_MEANINGS.items())
+    letters = "  ".join(f"{method.letter} {method.label} {method.unit}" for method in METHODS.values())
     table = new_table("Chosen", caption=f"{letters}  {_UNCHANGED} unchanged")
     table.add_column("block", justify="right", no_wrap=True)
     for role in roles:
@@ -167,12 +166,13 @@ def _cell(row: ManifestRow | None) -> Text:
         return Text("")
     if row.method == "none":
         return Text(_UNCHANGED, style="dim")
-    return Text(f"{METHOD_LETTERS[row.method]}{row.rank}", style=METHOD_STYLES[row.method])
+    method = METHODS[row.method]
+    return Text(f"{method.letter}{row.rank}", style=method.style)
 
 
 def _totals(adapted: Sequence[ManifestRow], layers: int) -> Text:
     parts = []
-    for method in METHOD_LETTERS:
+    for method in METHODS:
         rows = [row for row in adapted if row.method == method]
         if rows:
             parts.append(f"{method} on {len(rows)} ({scaled(sum(row.cost for row in rows))} parameters)")

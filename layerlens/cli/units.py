@@ -10,7 +10,6 @@ RESOURCE_NAMES = {
     "loss_drop": "loss drop of the choice in a proxy's steps",
     "uniform_loss_drop": "the same with all layers alike",
 }
-METHOD_LETTERS = {"lora": "L", "adapter": "A", "prefix": "P"}
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 

@@ -36,6 +36,7 @@ class RegisteredName:
         return name
 
 
+ChosenMethod = Annotated[str, RegisteredName(METHODS, ("none",))]
 MethodName = Annotated[str, RegisteredName(METHODS)]
 StatisticName = Annotated[str, RegisteredName(STATISTICS)]
 TaskName = Annotated[str, RegisteredName(TASKS)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,7 +14,7 @@ from layerlens.config.proxy_check import ProxyCheckConfig
 from layerlens.config.rules import ConstraintConfig
 from layerlens.config.study import StudyConfig
 from layerlens.config.training import TrainingConfig
-from layerlens.registry import source_of
+from layerlens.registry import METHODS, source_of
 
 FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
@@ -325,6 +325,11 @@ class OptimizationConfig(ConfigModel):
         default=(2, 4, 8, 16),
         description="Prefix lengths on offer, in key/value pairs. A single pair would leave its key untrained.",
     )
+    method_sizes: dict[MethodName, tuple[int, ...]] = Field(
+        default_factory=dict,
+        exclude_if=lambda sizes: not sizes,
+        description="Sizes on offer of registered methods without a key of their own, by the method's name.",
+    )
     constraints: ConstraintConfig = Field(
         default_factory=ConstraintConfig, description="What the choice must keep beyond the four budgets."
     )
@@ -374,6 +379,14 @@ class OptimizationConfig(ConfigModel):
             raise ValueError("sizes must be 1 or more (leaving a layer alone is always an option)")
         return tuple(sorted(set(sizes)))
 
+    @field_validator("method_sizes")
+    @classmethod
+    def _sizes_of_others(cls, sizes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        for name in sizes:
+            if METHODS[name].sizes_key:
+                raise ValueError(f"{name} has a key of its own: give {METHODS[name].sizes_key}")
+        return {name: cls._positive_sizes(of) for name, of in sizes.items()}
+
     @field_validator("objective_weights")
     @classmethod
     def _known_objectives(cls, weights: dict[str, float]) -> dict[str, float]:
@@ -406,8 +419,13 @@ class OptimizationConfig(ConfigModel):
 
     def ranks(self) -> dict[str, tuple[int, ...]]:
         """Sizes on offer for each method on offer."""
-        sizes = {"lora": self.lora_ranks, "adapter": self.adapter_sizes, "prefix": self.prefix_lengths}
-        return {method: sizes[method] for method in self.methods}
+        return {name: self._sizes(METHODS[name]) for name in self.methods}
+
+    def _sizes(self, method: Any) -> tuple[int, ...]:
+        if method.sizes_key:
+            sizes: tuple[int, ...] = getattr(self, method.sizes_key)
+            return sizes
+        return self.method_sizes.get(method.name, method.default_sizes)
 
     def budgets(self) -> dict[str, float | None]:
         """Budget of each resource, by resource name."""

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from layerlens.config import LatencyProfile, OptimizationConfig
-from layerlens.cost.options import FLOAT_BYTES, Operation, kept_elements, operations
-from layerlens.models import RESOURCES, CostTable, ModelSpec, ModelStatistics, Option, trainable_params
+from layerlens.methods import Operation
+from layerlens.models import NONE, RESOURCES, CostTable, ModelSpec, ModelStatistics, Option
+from layerlens.registry import METHODS
+
+FLOAT_BYTES = 4
 
 NOMINAL = {"cpu": (100.0, 20.0, 5.0), "gpu": (150_000.0, 1500.0, 5.0)}
 """Device type -> (GFLOP/s, GB/s, µs for each operation): about half of what data sheets say of a two-core server slice
@@ -68,11 +71,13 @@ def cost_table(
     bytes_per_parameter = FLOAT_BYTES * (2 + OPTIMIZER_STATE[config.optimizer])  # the weight, its gradient, its state
     cost__ro = np.zeros((len(RESOURCES), len(options)))
     for column, option in enumerate(options):
-        layer = layers[option.layer]
-        steps = operations(layer, option.method, option.rank)
-        params = trainable_params(layer, option.method, option.rank)
+        if option.method == NONE:
+            continue
+        layer, method = layers[option.layer], METHODS[option.method]
+        steps = method.operations(layer, option.rank)
+        params = method.trainable_params(layer, option.rank)
         tokens = profile.batch_size * (layer.positions or profile.sequence_length)
-        kept = kept_elements(layer, option.method, option.rank) * tokens
+        kept = method.kept_elements(layer, option.rank) * tokens
         cost__ro[:, column] = (
             params,
             tokens * sum(step.flops for step in steps),

@@ -26,7 +26,8 @@ from layerlens.evaluation.results import ResultsFile, allocation_key
 from layerlens.evaluation.stacks import AdaLora, Arm, LayerStack
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import measure_arms, run_allocation, train
-from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable, enumerate_options
+from layerlens.methods import enumerate_options
+from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable
 from layerlens.optimization import build_problem, solve
 from layerlens.rank_rules import params_of, rank_cost
 from layerlens.rank_rules.adalora import final_ranks, first_rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from layerlens.integrations.transformers import (
 )
 from layerlens.integrations.weight_matrices import why_not_measurable
 from layerlens.models import LayerSpec, ModelSpec
+from layerlens.registry import METHODS
 
 BLOCK_LAYERS = 2
 """A member of a list of modules is a convolutional block from this many layers on."""
@@ -69,14 +71,16 @@ def model_spec(
         if config is not None and is_query and attention not in done:
             done.add(attention)
             if takes_prefix(modules[attention]):
-                layers.append(_attention_layer(attention, modules[attention], config, block, positions.get(path)))
+                layer = _attention_layer(attention, modules[attention], config, block, positions.get(path))
+                layers += _with_methods(layer, modules[attention], adapter_sites)
         if path in left_out:
             continue
         if isinstance(module, torch.nn.Conv2d):
-            layers.append(_conv_layer(path, module, block, positions.get(path)))
+            layer = _conv_layer(path, module, block, positions.get(path))
         else:
             width = getattr(config, "hidden_size", None) or dense_shape(module)[1]
-            layers.append(_dense_layer(path, module, width, block, adapter_sites, positions.get(path)))
+            layer = _dense_layer(path, module, width, block, positions.get(path))
+        layers += _with_methods(layer, module, adapter_sites)
     if not layers:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in list(left_out.items())[:3])
         raise ModelSpecError(
@@ -185,17 +189,21 @@ def _text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else None
 
 
+def _with_methods(layer: LayerSpec, module: Any, adapter_sites: str) -> list[LayerSpec]:
+    """The layer with the methods that it can take; nothing where it can take none."""
+    methods = tuple(name for name in METHODS if METHODS[name].takes(layer, module, adapter_sites))
+    return [replace(layer, methods=methods)] if methods else []
+
+
 def _dense_layer(
-    path: str, module: Any, hidden_size: int, block: int | None, adapter_sites: str, places: tuple[int, int] | None
+    path: str, module: Any, hidden_size: int, block: int | None, places: tuple[int, int] | None
 ) -> LayerSpec:
     n_in, n_out = dense_shape(module)
     role = role_of(path)
-    writes = role in RESIDUAL_WRITERS
-    methods = ("lora", "adapter") if writes or adapter_sites == "all" else ("lora",)
     positions, elements = places or (0, 0)
     return LayerSpec(
-        name=path, hidden_size=hidden_size, layer_type="linear", n_in=n_in, n_out=n_out, methods=methods,
-        block=block, role=role, writes_residual=writes, positions=positions, input_elements=elements,
+        name=path, hidden_size=hidden_size, layer_type="linear", n_in=n_in, n_out=n_out, block=block,
+        role=role, writes_residual=role in RESIDUAL_WRITERS, positions=positions, input_elements=elements,
     )  # fmt: skip
 
 
@@ -204,8 +212,7 @@ def _conv_layer(path: str, module: torch.nn.Conv2d, block: int | None, places: t
     patch = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
     return LayerSpec(
         name=path, hidden_size=module.out_channels, layer_type="conv", n_in=patch, n_out=module.out_channels,
-        methods=("lora",), block=block, role=role_of(path), positions=positions, input_elements=elements,
-        groups=module.groups,
+        block=block, role=role_of(path), positions=positions, input_elements=elements, groups=module.groups,
     )  # fmt: skip
 
 
@@ -218,6 +225,6 @@ def _attention_layer(
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return LayerSpec(
         name=path, hidden_size=config.hidden_size, layer_type="attention", n_in=heads * head_dim,
-        n_out=heads * head_dim, d_kv=kv_heads * head_dim, num_heads=heads, methods=("prefix",), block=block,
-        role="attention", positions=places[0] if places else 0,
+        n_out=heads * head_dim, d_kv=kv_heads * head_dim, num_heads=heads, block=block, role="attention",
+        positions=places[0] if places else 0,
     )  # fmt: skip

@@ -17,7 +17,8 @@ from layerlens.jobs.memory_mode import memory_facts
 from layerlens.jobs.proxies import ProxyTrainer, joint_gains, measure_proxies
 from layerlens.jobs.proxy_check import check_samples, checked_solution
 from layerlens.jobs.solve import Solution, find_allocation, make_manifest, run_provenance
-from layerlens.models import Manifest, ModelSpec, ModelStatistics, enumerate_options
+from layerlens.methods import enumerate_options
+from layerlens.models import Manifest, ModelSpec, ModelStatistics
 from layerlens.profiling.cache import cache_key
 from layerlens.utility import calibrated_table, model_for
 

@@ -11,20 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from layerlens.cost.device import DeviceProfile, calibrate, load_profile, profile_path, save_profile
 from layerlens.cost.measure import peak_bytes, time_ms, training_step
-from layerlens.cost.options import operations
 from layerlens.cost.trace import trace_step
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import Choice, Manifest
-from layerlens.registry import TASKS
+from layerlens.registry import METHODS, TASKS
 from layerlens.tuning import apply, read_factors
 from layerlens.tuning.base_model import load_base
 from layerlens.tuning.fit import fitting_choice
 from layerlens.utils.progress import Progress, silent
 
-OWN_PARAMETERS = (".lora_", ".layerlens_adapter.", ".layerlens_prefix.")
-"""What an option's parameters have in their names; the task head's have not."""
 STEP_SECONDS = 2.0
 
 
@@ -97,7 +94,8 @@ def compare_costs(
         if unknown:
             raise ManifestError(f"{unknown[0]}: costs are predicted for layers of transformer blocks only")
         tokens = batch_size * sequence_length
-        added = sum(step.flops for row in chosen for step in operations(layers[row.layer], row.method, row.rank))
+        steps = [METHODS[one.method].operations(layers[one.layer], one.rank) for one in chosen]
+        added = sum(step.flops for of_layer in steps for step in of_layer)
         parameters = choice.trainable_params(spec)
         trained = {name: tensor for name, tensor in tuned.named_parameters() if tensor.requires_grad}
         trace = trace_step(tuned, batch)
@@ -115,7 +113,8 @@ def compare_costs(
         advance(1)
         measured_ms = time_ms(step, seconds=seconds, cpu_time=cpu_time)
         advance(1)
-    own = sum(tensor.numel() for name, tensor in trained.items() if any(mark in name for mark in OWN_PARAMETERS))
+    marks = [METHODS[method].parameter_mark for method in METHODS]
+    own = sum(tensor.numel() for name, tensor in trained.items() if any(mark in name for mark in marks))
     return {
         "trainable_params": Comparison(parameters, own),
         "flops": Comparison(base_flops + tokens * added, counter.get_total_flops()),

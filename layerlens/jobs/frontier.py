@@ -14,7 +14,8 @@ from layerlens.exceptions import ConfigurationError
 from layerlens.jobs.job import Job, job_without_model
 from layerlens.jobs.result import published
 from layerlens.manifest import write_frontier
-from layerlens.models import RESOURCES, AllocationProblem, FrontierRow, enumerate_options
+from layerlens.methods import enumerate_options
+from layerlens.models import RESOURCES, AllocationProblem, FrontierRow
 from layerlens.optimization import Frontier, budget_sweep, build_problem, frontier
 from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics

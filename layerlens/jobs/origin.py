@@ -11,7 +11,8 @@ from layerlens.cost import cost_table
 from layerlens.jobs.result import CHOICE_FILES
 from layerlens.jobs.solve import find_allocation, make_manifest, versions
 from layerlens.manifest import write_manifest
-from layerlens.models import ModelFacts, ModelSpec, Provenance, enumerate_options
+from layerlens.methods import enumerate_options
+from layerlens.models import ModelFacts, ModelSpec, Provenance
 from layerlens.utility import metrics_from_cache, weighted_table
 from layerlens.utils.atomic import staged_directory
 from layerlens.utils.validation import validate_activation_cache, validate_config, validate_model_spec

@@ -19,16 +19,8 @@ import torch
 
 from layerlens.config import RunConfig
 from layerlens.exceptions import ProfilingError
-from layerlens.models import (
-    Choice,
-    LoraSettings,
-    Manifest,
-    ModelSpec,
-    Option,
-    ProxyGain,
-    ProxyStudy,
-    enumerate_options,
-)
+from layerlens.methods import enumerate_options
+from layerlens.models import Choice, LoraSettings, Manifest, ModelSpec, Option, ProxyGain, ProxyStudy
 from layerlens.profiling.proxies import SavedProxies, plan_proxies, study_from_json, study_to_json
 from layerlens.tasks import Batch, Loss
 from layerlens.tuning import apply

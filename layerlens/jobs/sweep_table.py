@@ -11,6 +11,7 @@ from typing import Any
 
 from layerlens.jobs.sweep import Sweep, SweepTask
 from layerlens.models import Manifest
+from layerlens.registry import METHODS
 from layerlens.utils.atomic import atomic_write_text
 
 CSV_FILE, JSON_FILE = "table.csv", "table.json"
@@ -48,7 +49,7 @@ def _numbers(manifest: Manifest | None) -> dict[str, Any]:
     uses = {} if manifest is None else {use.resource: use.total for use in manifest.resources}
     rows = () if manifest is None else manifest.allocations
     adapted = [row for row in rows if row.method != "none"]
-    counts = {method: sum(row.method == method for row in adapted) for method in ("lora", "adapter", "prefix")}
+    counts = {method: sum(row.method == method for row in adapted) for method in METHODS}
     return {
         "predicted_gain": manifest and manifest.predicted.gain,
         "gain_unit": manifest and manifest.utility_unit,

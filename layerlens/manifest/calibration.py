@@ -7,9 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from layerlens.manifest.figures import FAINT, INK, METHOD_COLOURS, figure_style, inline_svg
+from layerlens.manifest.figures import FAINT, INK, figure_style, inline_svg, method_colour
 from layerlens.manifest.formats import number
 from layerlens.models import Calibration, Manifest, Prediction
+from layerlens.registry import METHODS
 
 
 def calibration_section(manifest: Manifest, found: Calibration | None) -> dict[str, Any]:
@@ -69,13 +70,13 @@ def _figure(found: Calibration) -> str:
             axes.axhline(0.0, color=FAINT, linewidth=0.8)
             axes.errorbar(
                 theory, [one.gain for one in gains], yerr=[one.standard_error for one in gains],
-                fmt="o", markersize=4.5, color=METHOD_COLOURS[method], elinewidth=1.0,
+                fmt="o", markersize=4.5, color=method_colour(method), elinewidth=1.0,
             )  # fmt: skip
             knots = found.curves[method]
             axes.plot([knot[0] for knot in knots], [knot[1] for knot in knots], color=INK, linewidth=1.2)
             axes.set_xlabel("utility by theory")
             axes.set_ylabel("measured loss drop")
-            axes.set_title({"lora": "LoRA"}.get(method, method), fontsize=10, color=INK)
+            axes.set_title(METHODS[method].label, fontsize=10, color=INK)
             axes.locator_params(nbins=4)
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)

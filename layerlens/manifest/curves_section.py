@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from layerlens.manifest.figures import Curve, utility_curves
-from layerlens.manifest.formats import METHOD_NAMES, number
+from layerlens.manifest.formats import method_name, number
 from layerlens.models import RESOURCES, CostTable, Manifest, MethodStatistics, ModelStatistics, UtilityTable
 
 STRONGEST = 6
@@ -67,7 +67,7 @@ def curves_section(
                 )
             )
         method, rank = taken.get(layer, ("none", 0))
-        chosen = f"{METHOD_NAMES[method]} {rank}" if rank else "none"
+        chosen = f"{method_name(method)} {rank}" if rank else "none"
         svg = utility_curves(
             curves, taken.get(layer), top=top, title=f"Utility of the options of {layer}; chosen: {chosen}",
             description="; ".join(map(_in_words, curves)), prefix=f"curve{position}",
@@ -118,7 +118,7 @@ def _in_words(curve: Curve) -> str:
             f"{point} ({number(low)} to {number(high)})"
             for point, low, high in zip(points, curve.low, curve.high, strict=True)
         ]
-    return f"{METHOD_NAMES[curve.method]}: {', '.join(points)}"
+    return f"{method_name(curve.method)}: {', '.join(points)}"
 
 
 def methods_shown(figures: Sequence[dict[str, Any]], methods: Sequence[str]) -> list[str]:

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from layerlens.models import SolverEvent
+from layerlens.models import LORA, SolverEvent
+from layerlens.registry import METHODS
 
 # Drawn colour -> CSS variable of the page.
-INK, FAINT, METHOD_COLOURS = "#010101", "#020202", {"lora": "#030303", "adapter": "#040404", "prefix": "#050505"}
-_VARIABLES = {INK: "ink", FAINT: "rule", **{colour: method for method, colour in METHOD_COLOURS.items()}}
-_MARKERS = {"lora": "o", "adapter": "s", "prefix": "^"}
+INK, FAINT = "#010101", "#020202"
 
 # Points on the edge of the axes are shown whole.
 _LINE: Any = {"markersize": 4.5, "linewidth": 1.8, "clip_on": False}
@@ -47,6 +46,11 @@ _SETTINGS: Any = {
 }
 
 
+def method_colour(method: str) -> str:
+    """What a method is drawn in: a placeholder for its colour on the page."""
+    return "#" + 3 * f"{METHODS.names().index(method) + 3:02x}"
+
+
 @contextmanager
 def figure_style() -> Iterator[None]:
     """matplotlib with the report's settings alone, whatever style the user or a notebook has set."""
@@ -63,7 +67,7 @@ class Curve:
     """Utility of the options of one method on one layer.
 
     Args:
-        method: "lora", "adapter" or "prefix".
+        method: its name.
         params: trainable parameters of each option, ascending.
         utility: utility of each option.
         ranks: rank of each option.
@@ -96,7 +100,7 @@ def utility_curves(
         figure = Figure(figsize=(3.6, 2.3), layout="constrained")
         axes = figure.subplots()
         for curve in curves:
-            colour, marker = METHOD_COLOURS[curve.method], _MARKERS[curve.method]
+            colour, marker = method_colour(curve.method), METHODS[curve.method].marker
             if curve.low:
                 axes.fill_between(curve.params, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(curve.params, curve.utility, color=colour, marker=marker, **_LINE)
@@ -129,7 +133,7 @@ def solver_progress(events: Sequence[SolverEvent], *, title: str, prefix: str) -
         axes = figure.subplots()
         lines = (
             (events, "upper_bound", INK, "proved bound", "v"),
-            (found, "value", METHOD_COLOURS["lora"], "best found", "o"),
+            (found, "value", method_colour(LORA), "best found", "o"),
         )
         for points, field, colour, label, marker in lines:
             axes.step(
@@ -168,8 +172,8 @@ def budget_frontier(
     with figure_style():
         figure = Figure(figsize=(3.6, 2.3), layout="constrained")
         axes = figure.subplots()
-        axes.fill_between(budgets, scores, color=METHOD_COLOURS["lora"], alpha=0.10, linewidth=0)
-        axes.plot(budgets, scores, color=METHOD_COLOURS["lora"], linewidth=1.8)
+        axes.fill_between(budgets, scores, color=method_colour(LORA), alpha=0.10, linewidth=0)
+        axes.plot(budgets, scores, color=method_colour(LORA), linewidth=1.8)
         axes.axvline(budget, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
         axes.plot([total], [score], "o", color=INK, markersize=6.5, clip_on=False)
         axes.xaxis.set_major_formatter(lambda value, _: _compact(value))
@@ -202,7 +206,7 @@ def inline_svg(svg: str, *, title: str, description: str, prefix: str) -> str:
     body = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", body)
     body = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", body, count=1, flags=re.DOTALL)
     body = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", body, count=1, flags=re.DOTALL)
-    for colour, variable in _VARIABLES.items():
+    for colour, variable in ((INK, "ink"), (FAINT, "rule"), *((method_colour(name), name) for name in METHODS)):
         body = body.replace(colour, f"var(--{variable})")
     names = (
         f'<title id="{prefix}-title">{escape(title)}</title>'

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-METHOD_NAMES = {"none": "none", "lora": "LoRA", "adapter": "adapter", "prefix": "prefix"}
+from layerlens.models import NONE
+from layerlens.registry import METHODS
+
 UNITS = {"trainable_params": "parameter", "flops": "FLOP", "vram_gb": "GB", "latency_ms": "ms"}
 RESOURCE_NAMES = {
     "trainable_params": "Trainable parameters",
@@ -12,6 +14,11 @@ RESOURCE_NAMES = {
     "vram_gb": "Training memory",
     "latency_ms": "Forward latency",
 }
+
+
+def method_name(method: str) -> str:
+    """What a report calls the method of a row."""
+    return method if method == NONE else METHODS[method].label
 
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -20,10 +20,10 @@ from layerlens.manifest.calibration import calibration_section
 from layerlens.manifest.curves_section import curves_section, methods_shown
 from layerlens.manifest.figures import solver_progress
 from layerlens.manifest.formats import (
-    METHOD_NAMES,
     RESOURCE_NAMES,
     UNITS,
     in_sentence,
+    method_name,
     number,
     percent,
     quantity,
@@ -32,7 +32,7 @@ from layerlens.manifest.formats import (
 )
 from layerlens.manifest.frontier_section import frontier_section
 from layerlens.models import (
-    METHODS,
+    NONE,
     RESOURCES,
     CostTable,
     FrontierRow,
@@ -45,6 +45,7 @@ from layerlens.models import (
     SolverEvent,
     UtilityTable,
 )
+from layerlens.registry import METHODS
 from layerlens.utils.atomic import atomic_write_text
 
 PROXY_CHECKS = {
@@ -101,24 +102,25 @@ def write_report(
         checks=_checks(measured),
         frontiers=frontier_section(manifest, hulls or {}),
         curves=curves,
-        curve_methods=methods_shown(curves["figures"], METHODS[1:]),
+        curve_methods=methods_shown(curves["figures"], METHODS.names()),
         utility_unit=utilities.unit,
         layers=_layers(manifest, statistics, explanations),
         explained=bool(explanations),
         solver=_solver(events),
         measured_on=_measured_on(statistics),
         provenance=list(_flat({"model": written["model"], "lora": written["lora"], **written["provenance"]})),
-        method_names=METHOD_NAMES,
+        methods=METHODS.values(),
+        method_names={name: method_name(name) for name in (NONE, *METHODS)},
     )
     atomic_write_text(Path(path), page)
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:
-    counts = {method: sum(row.method == method for row in manifest.allocations) for method in METHODS[1:]}
+    counts = {method: sum(row.method == method for row in manifest.allocations) for method in METHODS}
     return {
         "layers": len(manifest.allocations),
         "adapted": sum(counts.values()),
-        "counts": [(METHOD_NAMES[method], count) for method, count in counts.items() if count],
+        "counts": [(method_name(method), count) for method, count in counts.items() if count],
         "parameters": number(manifest.trainable_params),
         "share": _share_of_model(manifest),
         "tightest": _tightest(manifest.resources),
@@ -214,7 +216,7 @@ def heat_map(rows: Sequence[ManifestRow]) -> dict[str, Any]:
     return {
         "roles": list(roles),
         "blocks": [{"name": block, "cells": [cells.get((block, role), []) for role in roles]} for block in blocks],
-        "methods": [method for method in METHODS[1:] if largest[method]],
+        "methods": [method for method in METHODS if largest[method]],
     }
 
 
@@ -277,7 +279,7 @@ def _layers(
             {
                 "layer": row.layer,
                 "method": row.method,
-                "name": METHOD_NAMES[row.method],
+                "name": method_name(row.method),
                 "rank": row.rank,
                 "utility": number(row.utility),
                 "params": number(row.cost),
@@ -297,7 +299,7 @@ def _runner_up(explanation: LayerExplanation) -> str:
     other = explanation.runner_up
     if other is None or explanation.value_to_flip is None:
         return "no other option"
-    name = f"{METHOD_NAMES[other.method]} {other.rank}" if other.rank else "none"
+    name = f"{method_name(other.method)} {other.rank}" if other.rank else "none"
     if explanation.value_to_flip <= 0:
         return f"{name}, which scores as high but does not fit beside the other choices"
     return f"{name}, short of {number(explanation.value_to_flip)}"

@@ -23,9 +23,10 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from layerlens.config.names import ChosenMethod
 from layerlens.config.wording import must_be, nearest_choice, nearest_key
 from layerlens.exceptions import ManifestError
-from layerlens.models import RESOURCES
+from layerlens.models import LORA, RESOURCES
 from layerlens.models.manifest import SCHEMA_VERSION
 
 SCHEMA_ID = f"urn:layerlens:manifest:{SCHEMA_VERSION}"
@@ -79,7 +80,7 @@ class AllocationEntry(_Part):
     )
 
     layer: str = Field(min_length=1, description="Module path of the layer.")
-    method: Literal["none", "lora", "adapter", "prefix"] = Field(description="PEFT method.")
+    method: ChosenMethod = Field(description="PEFT method.")
     rank: Whole = Field(
         description="LoRA rank, adapter bottleneck width or number of prefix pairs; 0 exactly for method none."
     )
@@ -255,7 +256,7 @@ class ManifestDocument(_Part):
         methods = {row.method for row in self.allocations} - {"none"}
         if methods and self.provenance.seed is None:
             raise PydanticCustomError("seed", "provenance.seed: is missing; the new weights are drawn with it")
-        if "lora" in methods and self.lora.alpha_over_r is None:
+        if LORA in methods and self.lora.alpha_over_r is None:
             raise PydanticCustomError("scale", "lora.alpha_over_r: is missing; LoRA layers are scaled with it")
         return self
 

@@ -7,7 +7,7 @@ from layerlens.models.facts import CalibrationSummary, LoraSettings, ModelFacts,
 from layerlens.models.frontier import FrontierRow
 from layerlens.models.manifest import Manifest, ManifestRow, ResourceUse, choice_of
 from layerlens.models.model_spec import LayerSpec, ModelSpec
-from layerlens.models.options import METHODS, Option, enumerate_options, trainable_params
+from layerlens.models.options import ADAPTER, LORA, NONE, PREFIX, Option
 from layerlens.models.proxies import Calibration, Prediction, ProxyGain, ProxyStudy
 from layerlens.models.statistics import (
     FactorSketch,
@@ -20,7 +20,10 @@ from layerlens.models.statistics import (
 from layerlens.models.tables import RESOURCES, CostTable, UtilityTable
 
 __all__ = [
-    "METHODS",
+    "ADAPTER",
+    "LORA",
+    "NONE",
+    "PREFIX",
     "RESOURCES",
     "Allocation",
     "AllocationProblem",
@@ -55,6 +58,4 @@ __all__ = [
     "SolverEvent",
     "UtilityTable",
     "choice_of",
-    "enumerate_options",
-    "trainable_params",
 ]

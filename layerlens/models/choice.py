@@ -9,7 +9,8 @@ from typing import Any
 from layerlens.exceptions import ManifestError
 from layerlens.models.facts import LoraSettings
 from layerlens.models.model_spec import ModelSpec
-from layerlens.models.options import LORA, NONE, Option, trainable_params
+from layerlens.models.options import LORA, NONE, Option
+from layerlens.registry import METHODS
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Choice:
     def trainable_params(self, spec: ModelSpec) -> int:
         """Parameters that the options train, the task head not counted."""
         layers = {layer.name: layer for layer in spec.layers}
-        return sum(trainable_params(layers[option.layer], option.method, option.rank) for option in self.chosen)
+        return sum(METHODS[one.method].trainable_params(layers[one.layer], one.rank) for one in self.chosen)
 
     def only(self, options: Iterable[Option]) -> Choice:
         """The same choice with other options."""

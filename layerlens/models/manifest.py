@@ -26,8 +26,8 @@ class ManifestRow:
 
     Args:
         layer: module path.
-        method: "lora", "adapter", "prefix" or "none".
-        rank: LoRA rank, adapter width or prefix pairs; 0 exactly for "none".
+        method: a PEFT method, or "none".
+        rank: the method's size (LoRA rank, adapter width, prefix pairs); 0 exactly for "none".
         utility: expected gain, in the manifest's ``utility_unit``.
         cost: trainable parameters.
         flops: forward FLOPs added for one batch.

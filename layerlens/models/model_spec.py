@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from layerlens.models.options import ADAPTER, LORA, PREFIX
+
 TRANSFORMER, LINEAR, ATTENTION, CONV = "transformer", "linear", "attention", "conv"
 
 
@@ -39,7 +41,7 @@ class LayerSpec:
     n_out: int = 0
     d_kv: int = 0
     num_heads: int = 1
-    methods: tuple[str, ...] = ("lora", "adapter", "prefix")
+    methods: tuple[str, ...] = (LORA, ADAPTER, PREFIX)
     block: int | None = None
     role: str = ""
     writes_residual: bool = False

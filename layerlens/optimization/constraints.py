@@ -18,7 +18,8 @@ import numpy as np
 from layerlens.config import OptimizationConfig
 from layerlens.config.rules import LayerRule
 from layerlens.exceptions import ConfigurationError
-from layerlens.models import ModelSpec, Option, trainable_params
+from layerlens.methods import trainable_params
+from layerlens.models import ModelSpec, Option
 from layerlens.models.options import NONE
 
 COUNT_ROW = "layers_without_{}"

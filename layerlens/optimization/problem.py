@@ -18,6 +18,7 @@ from layerlens.optimization.constraints import (
     layers_alike,
 )
 from layerlens.optimization.sums import exact_sum
+from layerlens.registry import METHODS
 
 # What ``objective_weights`` calls each resource.
 OBJECTIVE_OF_RESOURCE = {"trainable_params": "cost", "flops": "flops", "vram_gb": "vram", "latency_ms": "latency"}
@@ -158,8 +159,9 @@ def _scores(
 
 def option_name(option: Option) -> str:
     """What messages call an option: "lora rank 8 on encoder.layer.0"."""
-    size = {"lora": "rank", "adapter": "size", "prefix": "length"}.get(option.method)
-    return f"{option.method} {size} {option.rank} on {option.layer}" if size else f"{option.method} on {option.layer}"
+    if option.method == NONE:
+        return f"{NONE} on {option.layer}"
+    return f"{option.method} {METHODS[option.method].unit} {option.rank} on {option.layer}"
 
 
 def _and_others(count: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from layerlens.models import Allocation, AllocationProblem
-from layerlens.models.options import NONE
+from layerlens.models.options import LORA, NONE
 from layerlens.optimization.sums import exact_sum
 from layerlens.utils.order import raised_evenly
 
@@ -47,7 +47,7 @@ def _ladder(problem: AllocationProblem, group: int, otherwise: int) -> list[int]
     and nothing is neither.
     """  # fmt: skip
     own = range(int(problem.offset[group]), int(problem.offset[group + 1]))
-    steps = [index for index in own if problem.options[index].method in (NONE, "lora")]
+    steps = [index for index in own if problem.options[index].method in (NONE, LORA)]
     return sorted(steps, key=lambda index: problem.options[index].rank) or [otherwise]
 
 

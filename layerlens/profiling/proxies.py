@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from layerlens.models import METHODS, ModelSpec, Option, ProxyGain, ProxyStudy
+from layerlens.models import ModelSpec, Option, ProxyGain, ProxyStudy
+from layerlens.registry import METHODS
 from layerlens.utils.order import evenly
 
 FORMAT = "layerlens-proxies-1"
@@ -66,7 +67,7 @@ def plan_proxies(spec: ModelSpec, options: Sequence[Option], count: int) -> tupl
     Methods take turns, in each method the roles do, and in each role depth and rank go through their ranges evenly, so
     that a study that is cut short is stratified as well.
     """
-    streams = [_of_method(spec, options, method) for method in METHODS[1:]]
+    streams = [_of_method(spec, options, method) for method in METHODS]
     return tuple(_take_turns([stream for stream in streams if stream])[:count])
 
 

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from layerlens.config import OutputConfig, RunConfig
 from layerlens.exceptions import LayerLensError
+from layerlens.registry import METHODS
 from layerlens.service.store import CANCELLED, FAILED, SUCCEEDED, Job, JobStore
 from layerlens.storage import publish, url_of
 from layerlens.storage.fetch import DOWNLOADS
@@ -142,10 +143,7 @@ def _outcome(result: Any, work: Path, watcher: _Watcher) -> dict[str, Any]:
         "status": manifest.status,
         "solver": manifest.solver,
         "resources": [dataclasses.asdict(use) for use in manifest.resources],
-        "methods": {
-            method: sum(row.method == method for row in manifest.allocations)
-            for method in ("lora", "adapter", "prefix")
-        },
+        "methods": {method: sum(row.method == method for row in manifest.allocations) for method in METHODS},
         "statistics_from_cache": result.statistics_from_cache,
         "seconds": result.seconds,
         "stages": watcher.stages,

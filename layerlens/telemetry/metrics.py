@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from layerlens import __version__
 from layerlens.models import Manifest
 from layerlens.models.run_record import RunRecord
+from layerlens.registry import METHODS
 
 RUN_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 SUCCEEDED, FAILED, INTERRUPTED = "succeeded", "failed", "interrupted"
@@ -88,7 +89,7 @@ def budget_shares(manifest: Manifest) -> Mapping[str, float]:
 def adapted_layers(manifest: Manifest) -> Mapping[str, int]:
     """How many layers have each method."""
     methods = [row.method for row in manifest.allocations]
-    return {method: methods.count(method) for method in ("lora", "adapter", "prefix")}
+    return {method: methods.count(method) for method in METHODS}
 
 
 def outcome_of(error: BaseException | None) -> str:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
-from layerlens.integrations.peft import BASE_PREFIX, base_of, injected_ranks, lora_shape, why_not_adaptable
+from layerlens.integrations.peft import BASE_PREFIX, base_of, lora_shape, why_not_adaptable
 from layerlens.integrations.torch_modules import find_module
+from layerlens.methods import injected_sizes
 from layerlens.models import ModelFacts
 from layerlens.tuning.generators.generator import ordinary_lora
 from layerlens.tuning.initialization import ADAPTER_WEIGHTS
 from layerlens.tuning.storage import MODULES_FILE, SavedModules, model_bytes, read_modules
-from layerlens.tuning.undo import before_of, note_before
+from layerlens.tuning.undo import before_of, keep_statistics, note_before
 from layerlens.utils.atomic import staged_directory
 
 if TYPE_CHECKING:
@@ -81,8 +82,6 @@ def load(
         ManifestError: not such a directory, a damaged file, an unknown module or tensors of another shape (the nearest
             names are shown), or another base model; ``base`` is then unchanged.
     """
-    from layerlens.tuning.modules import attached
-
     directory = Path(directory)
     peft_directory = directory if (directory / ADAPTER_CONFIG).is_file() else directory / EXPORTED
     has_peft, has_modules = (peft_directory / ADAPTER_CONFIG).is_file(), (directory / MODULES_FILE).is_file()
@@ -91,7 +90,7 @@ def load(
             f"{directory}: has neither {ADAPTER_CONFIG} nor {MODULES_FILE}; give a directory that `layerlens run` or "
             "layerlens.tuning.save wrote"
         )
-    if attached(base) or injected_ranks(base):
+    if injected_sizes(base):
         raise ManifestError("the model already has LoRA layers, adapters or prefixes; load the base model afresh")
     saved = SavedModules((), {}, ModelFacts())
     if has_modules:
@@ -105,8 +104,6 @@ def load(
 def _with_peft(base: torch.nn.Module, directory: Path, facts: ModelFacts, trainable: bool) -> torch.nn.Module:
     from peft import PeftModel
     from peft.utils.other import ModulesToSaveWrapper
-
-    from layerlens.tuning.modules import keep_statistics
 
     note_before(base, facts)
     base.requires_grad_(False)

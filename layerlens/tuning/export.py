@@ -18,8 +18,8 @@ from layerlens.integrations.peft import (
     task_type,
     zero_step_tensors,
 )
-from layerlens.integrations.torch_modules import find_module
 from layerlens.models import Choice, Manifest
+from layerlens.registry import METHODS
 from layerlens.tuning.base_model import load_base
 from layerlens.tuning.fit import check_weights, fitting_choice
 from layerlens.tuning.initialization import read_factors
@@ -117,10 +117,8 @@ def _peft_files(
 
 
 def _modules(choice: Choice, model: torch.nn.Module) -> dict[str, tuple[str, torch.nn.Module]]:
-    from layerlens.tuning.modules import new_module
-
     return {
-        option.layer: (option.method, new_module(model, find_module(model, option.layer), option, choice.seed))
+        option.layer: (option.method, METHODS[option.method].new_module(model, option, choice.seed))
         for option in choice.other_options
     }
 
@@ -159,8 +157,8 @@ model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
     others = [option.method for option in choice.other_options]
     if others:
         measured = "" if not begin else ' (with `factors=layerlens.tuning.read_factors(Path("peft"), manifest)`)'
-        kinds = {"adapter": ("adapter", "adapters"), "prefix": ("prefix", "prefixes")}
-        counts = " and ".join(_counted(others.count(method), *kinds[method]) for method in dict.fromkeys(others))
+        kinds = [METHODS[name] for name in dict.fromkeys(others)]
+        counts = " and ".join(_counted(others.count(kind.name), kind.label, kind.plural) for kind in kinds)
         text += f"""
 The manifest has {counts} as well, which PEFT cannot hold: see {MODULES_FILE} beside this
 directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model{measured}.

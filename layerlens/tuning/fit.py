@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from layerlens.exceptions import ManifestError
-from layerlens.integrations.peft import lora_module, lora_shape
 from layerlens.integrations.pretrained import weights_fingerprint
 from layerlens.integrations.torch_modules import find_module
 from layerlens.models import Choice, Manifest, ModelFacts, Option, choice_of
+from layerlens.registry import METHODS
 
 if TYPE_CHECKING:
     import torch
@@ -54,19 +54,13 @@ def check_costs(model: torch.nn.Module, manifest: Manifest, options: Sequence[Op
     Raises:
         ManifestError: the layer, what it trains here, and what the manifest says.
     """
-    from layerlens.tuning.modules import new_module
-
     costs = {row.layer: row.cost for row in manifest.allocations}
     for option in options:
-        if option.method != "lora":
-            new_module(model, find_module(model, option.layer), option, seed=0, expected=costs[option.layer])
-            continue
-        n_in, n_out, groups = lora_shape(lora_module(model, option))
-        trained = option.rank * (n_in + n_out // groups)
+        trained, words = METHODS[option.method].params_in(model, option)
         if trained != costs[option.layer]:
             raise ManifestError(
-                f"{option.layer}: LoRA rank {option.rank} on this {n_in} → {n_out} module trains {trained} parameters, "
-                f"the manifest says {costs[option.layer]}; it was made for a model of another shape"
+                f"{option.layer}: {words} trains {trained} parameters, the manifest says {costs[option.layer]}; it was "
+                "made for a model of another shape"
             )
 
 

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import base_of
 from layerlens.integrations.torch_modules import find_module
+from layerlens.methods import added_methods, attached, base_of
 from layerlens.models import ModelFacts, Option
+from layerlens.registry import METHODS
 from layerlens.tuning.fit import check_weights
 from layerlens.tuning.undo import before_of, note_before
 from layerlens.utils.atomic import atomic_write_bytes
@@ -46,8 +48,6 @@ def save_modules(model: torch.nn.Module, path: Path) -> Path:
 
 def model_bytes(model: torch.nn.Module) -> bytes | None:
     """The content of the file for ``model``; None where PEFT's own files hold everything that is trained."""
-    from layerlens.tuning.modules import attached
-
     base, before = base_of(model), before_of(model)
     found = attached(base)
     if before is None and not found:  # a model that nobody has tuned, though its parameters may have gradients
@@ -66,12 +66,10 @@ def modules_bytes(
     """The content of the file for (method, module) by layer, and for other trained tensors by name."""
     from safetensors.torch import save
 
-    from layerlens.tuning.modules import CHILDREN
-
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in others.items()}
     for layer, (method, module) in modules.items():
         for name, tensor in module.state_dict().items():
-            tensors[f"{layer}.{CHILDREN[method]}.{name}"] = tensor.cpu().contiguous()
+            tensors[f"{layer}{METHODS[method].parameter_mark}{name}"] = tensor.cpu().contiguous()
     entries = [{"layer": layer, "method": method, "rank": module.rank} for layer, (method, module) in modules.items()]
     described = {"format": FORMAT, "modules": entries, "others": sorted(others)}
     known = (facts or ModelFacts()).fields()
@@ -104,15 +102,13 @@ def load_modules(
 class SavedModules:
     """What a file holds, checked against a base model and not yet in it."""
 
-    modules: tuple[tuple[torch.nn.Module, torch.nn.Module], ...]
+    modules: tuple[tuple[str, torch.nn.Module, torch.nn.Module], ...]
     others: dict[str, torch.Tensor]
     facts: ModelFacts
 
     def put_into(self, model: torch.nn.Module, *, trainable: bool) -> torch.nn.Module:
         """Attach everything to the model that it was checked against."""
         import torch
-
-        from layerlens.tuning.modules import attach, keep_statistics
 
         base = base_of(model)
         state = base.state_dict(keep_vars=True)
@@ -121,8 +117,8 @@ class SavedModules:
             keep_statistics(base, _trained_whole(base, self.others))
         if base is model:
             base.requires_grad_(False)
-        for target, made in self.modules:
-            attach(base, target, made.requires_grad_(trainable))
+        for method, target, made in self.modules:
+            METHODS[method].attach(base, target, made.requires_grad_(trainable))
         with torch.no_grad():
             for name, tensor in self.others.items():
                 state[name].copy_(tensor)
@@ -137,21 +133,18 @@ def read_modules(model: torch.nn.Module, path: Path, *, check_fingerprint: bool 
     Raises:
         ManifestError: see ``load_modules``.
     """
-    from layerlens.tuning.modules import CHILDREN, attached, new_module
-
     base = base_of(model)
     if attached(base):
         raise ManifestError("the model already has adapters or prefixes; load the base model afresh")
     description, tensors = _read(path)
     pairs = []
     for entry in description["modules"]:
-        mark = f"{entry['layer']}.{CHILDREN[entry['method']]}."
+        option, method = Option(**entry), METHODS[entry["method"]]
+        mark = option.layer + method.parameter_mark
         state = {name.removeprefix(mark): tensors.pop(name) for name in list(tensors) if name.startswith(mark)}
-        option = Option(**entry)
-        target = find_module(base, option.layer)
-        made = new_module(base, target, option, seed=0)
+        made = method.new_module(base, option, seed=0)
         _fill(made, state, option.layer)
-        pairs.append((target, made))
+        pairs.append((option.method, find_module(base, option.layer), made))
     known = base.state_dict()
     for name, tensor in tensors.items():
         if name not in description["others"] or name not in known or known[name].shape != tensor.shape:
@@ -165,8 +158,7 @@ def read_modules(model: torch.nn.Module, path: Path, *, check_fingerprint: bool 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     from safetensors import SafetensorError, safe_open
 
-    from layerlens.tuning.modules import CHILDREN
-
+    known = added_methods()
     try:
         with safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {})["layerlens"])
@@ -174,7 +166,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         entries = description["modules"]
         sound = description["format"] == FORMAT and isinstance(description["others"], list)
         sound = sound and all(set(entry) == {"layer", "method", "rank"} for entry in entries)
-        sound = sound and all(entry["method"] in CHILDREN and entry["rank"] > 0 for entry in entries)
+        sound = sound and all(entry["method"] in known and entry["rank"] > 0 for entry in entries)
         sound = sound and isinstance(description.get("base", {}), dict)
     except FileNotFoundError as error:
         raise ManifestError(f"{path}: no such file") from error
@@ -194,9 +186,7 @@ def _fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor], layer: str
 
 def _other_trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Trained parameters outside our modules, and buffers (running statistics) of modules that are trained whole."""
-    from layerlens.tuning.modules import CHILDREN
-
-    own = tuple(f".{child}." for child in CHILDREN.values())
+    own = tuple(method.parameter_mark for method in added_methods().values())
     others: dict[str, torch.Tensor] = {
         name: parameter
         for name, parameter in model.named_parameters()

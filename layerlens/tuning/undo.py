@@ -80,8 +80,8 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
         raise ManifestError("full fine-tuning has changed the weights themselves; load the base model again")
     if base is not model:
         finish_generator(model)
-        _unload_peft(model, base)
-    detach_all(base)
+    for name in METHODS:
+        METHODS[name].remove(model)
     release_statistics(base)
     with torch.no_grad():
         for name, parameter in base.named_parameters():
@@ -111,50 +111,52 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
     from layerlens.integrations.peft import injected_ranks
     from layerlens.tuning.modules import attached, release_statistics
 
-    base = base_of(model)
-    others = attached(base)
+    there = injected_sizes(model)
+    others = {layer: method for layer, (method, _) in there.items() if not METHODS[method].mergeable}
     if others:
-        names = [f"{method} on {layer}" for layer, (method, _) in others.items()]
+        names = [f"{method} on {layer}" for layer, method in others.items()]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         raise ManifestError(
             f"cannot be merged: {', '.join(names[:4])}{more}. An adapter or prefix is no change of a weight; keep the "
             "model as it is (layerlens.tuning.save and load), or choose LoRA alone (optimization.methods: [lora])"
         )
-    if base is model or not injected_ranks(model):
+    methods = [METHODS[name] for name in dict.fromkeys(method for method, _ in there.values())]
+    if not methods:
         raise ManifestError(f"this {type(model).__name__} has no LoRA layers, so there is nothing to merge")
-    for name, module in base.named_modules():
-        if getattr(module, "groups", 1) > 1 and name.endswith(".base_layer"):
-            raise ManifestError(
-                f"cannot be merged: {name.removesuffix('.base_layer')} is a convolution of {module.groups} groups, "
-                "whose LoRA PEFT cannot add to the weight; keep the model as it is (layerlens.tuning.save and load)"
-            )
+    for method in methods:
+        if reason := method.why_not_mergeable(model):
+            raise ManifestError(f"cannot be merged: {reason}; keep the model as it is (layerlens.tuning.save and load)")
     finish_generator(model)
     for name, parameter in model.named_parameters():
-        if "lora_" in name and not bool(parameter.isfinite().all()):
+        if any(method.parameter_mark in name for method in methods) and not bool(parameter.isfinite().all()):
             raise ManifestError(f"cannot be merged: {name} has values that are not finite")
-    tuned: Any = model
-    merged: torch.nn.Module = tuned.merge_and_unload()
+    merged = model
+    for method in methods:
+        merged = method.merge(merged)
     release_statistics(merged)
     if before_of(merged) is not None:
         delattr(merged, NOTE)
     return merged.requires_grad_(False)
 
 
-def _unload_peft(model: Any, base: torch.nn.Module) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
+def keep_statistics(base: torch.nn.Module, heads: Sequence[torch.nn.Module] = ()) -> None:
+    """Let frozen batch normalisation use its running statistics in training too, and leave them as they are.
 
-    for name, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer) and module.merged:
-            raise ManifestError(
-                f"{name}: LoRA is merged into the weight, and taking it out again would leave rounding errors; load "
-                "the base model again"
-            )
-    originals = {
-        name: module.original_module
-        for name, module in base.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    }
-    model.unload()
-    for name, original in originals.items():
-        base.set_submodule(name, original)
+    They are weights of the frozen model; updated, they would be in no adapter file.
+    """
+    import torch
+
+    trained = {id(module) for head in heads for module in head.modules()}
+    for module in base.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and id(module) not in trained:
+            module.register_forward_pre_hook(_in_evaluation_mode)
+
+
+def release_statistics(base: torch.nn.Module) -> None:
+    """Undo ``keep_statistics``."""
+    for module in base.modules():
+        drop_hooks(module, _in_evaluation_mode)
+
+
+def _in_evaluation_mode(module: torch.nn.Module, args: Any) -> None:
+    module.training = False

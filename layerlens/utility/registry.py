@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from layerlens.exceptions import ProfilingError
-from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable
+from layerlens.models import LORA, ModelSpec, ModelStatistics, Option, UtilityTable
 from layerlens.registry import STATISTICS
 from layerlens.utility import spectral
 from layerlens.utility.calibration import calibrate
@@ -69,8 +69,8 @@ def model_for(name: str, spec: ModelSpec, max_trainable_params: float | None) ->
     """
     if name != AUTO:
         return name
-    taking = [layer for layer in spec.layers if "lora" in layer.methods] or [x for x in spec.layers if x.methods]
-    methods = ["lora" if "lora" in layer.methods else layer.methods[0] for layer in taking]
+    taking = [layer for layer in spec.layers if LORA in layer.methods] or [x for x in spec.layers if x.methods]
+    methods = [LORA if LORA in layer.methods else layer.methods[0] for layer in taking]
     unit = sum(marginal_parameters(layer, method) for layer, method in zip(taking, methods, strict=True))
     tight = max_trainable_params is not None and max_trainable_params < SPREAD_FROM * unit
     return "tempered_energy" if tight else "tempered_log"

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from layerlens.models import LayerSpec, MethodStatistics, ModelSpec, ModelStatistics, Option, trainable_params
+from layerlens.models import LORA, NONE, LayerSpec, MethodStatistics, ModelSpec, ModelStatistics, Option
+from layerlens.registry import METHODS
 
 
 def signal(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
@@ -76,12 +77,12 @@ def whitened(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Opt
     spectrum (of all heads together) is read up to p times the number of heads.
     """
     by_layer = statistics.by_name()
-    heads = {layer.name: layer.num_heads for layer in spec.layers}
+    layers = {layer.name: layer for layer in spec.layers}
     utility = np.zeros(len(options))
     for index, option in enumerate(options):
-        if option.method != "none":
+        if option.method != NONE:
             values = np.maximum(by_layer[option.layer].by_method[option.method].spectrum, 0.0)
-            directions = option.rank * heads[option.layer] if option.method == "prefix" else option.rank
+            directions = METHODS[option.method].directions(layers[option.layer], option.rank)
             utility[index] = 0.5 * float(values[:directions].sum())
     return utility
 
@@ -91,7 +92,7 @@ def _root_law(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Op
     by_layer = statistics.by_name()
     utility = np.zeros(len(options))
     for index, option in enumerate(options):
-        if option.method != "none":
+        if option.method != NONE:
             energy: float = getattr(by_layer[option.layer].by_method[option.method], energy_name)
             factor = scale[option.layer, option.method]
             utility[index] = np.sqrt(max(0.0, energy) * factor) * np.sqrt(option.rank)
@@ -100,7 +101,7 @@ def _root_law(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Op
 
 def marginal_parameters(layer: LayerSpec, method: str) -> float:
     """Trainable parameters that one rank, unit of width or prefix pair more brings; 0 for "none"."""
-    return 0.0 if method == "none" else float(trainable_params(layer, method, 2) - trainable_params(layer, method, 1))
+    return 0.0 if method == NONE else float(METHODS[method].marginal_params(layer))
 
 
 def input_scales(spec: ModelSpec, statistics: ModelStatistics) -> dict[tuple[str, str], float]:
@@ -108,21 +109,23 @@ def input_scales(spec: ModelSpec, statistics: ModelStatistics) -> dict[tuple[str
 
     ‖Σ d zᵀ‖² grows with the scale of z, but the trained down-projection of an adapter, or the keys of a prefix, absorb
     any scale. So the inputs of adapters (module outputs y) and prefixes (1, q/√d_head) are taken at the mean square
-    that LoRA's input h has: of the same layer for an adapter, of its block's layers for a prefix. LoRA has factor 1.
+    that LoRA's input h has: of the same layer for an adapter, of its block's layers for a prefix. A method that absorbs
+    no scale, as LoRA, has factor 1.
     """
     by_layer = statistics.by_name()
     lora_inputs: dict[int | None, list[float]] = {}
     for layer in spec.layers:
-        if "lora" in layer.methods:
-            lora_inputs.setdefault(layer.block, []).append(_input_scale(by_layer[layer.name].by_method["lora"]))
+        if LORA in layer.methods:
+            lora_inputs.setdefault(layer.block, []).append(_input_scale(by_layer[layer.name].by_method[LORA]))
     factors = {}
     for layer in spec.layers:
         measured = by_layer[layer.name].by_method
         block = lora_inputs.get(layer.block) or [1.0]
         for method in layer.methods:
-            reference = _input_scale(measured["lora"]) if "lora" in measured else float(np.mean(block))
+            reference = _input_scale(measured[LORA]) if LORA in measured else float(np.mean(block))
             own = _input_scale(measured[method])
-            factors[layer.name, method] = 1.0 if method == "lora" or own == 0.0 else reference / own
+            as_it_is = not METHODS[method].absorbs_input_scale or own == 0.0
+            factors[layer.name, method] = 1.0 if as_it_is else reference / own
     return factors
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from layerlens import kernels
 from layerlens.exceptions import ActivationCacheError
-from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable
+from layerlens.models import LORA, ModelSpec, ModelStatistics, Option, UtilityTable
 
 UNIT = "weighted metric score, at most 1"
 CACHE_KEYS = {"gradient_energy": "grad_norm", "fisher": "fisher_trace", "proxy_eval": "proxy_gain"}
@@ -26,7 +26,7 @@ def metrics_of(statistics: ModelStatistics) -> dict[str, dict[str, float]]:
     """layer -> metric -> value, from measured statistics: of the LoRA matrix where there is one."""
     metrics = {}
     for layer in statistics.layers:
-        measured = layer.by_method.get("lora") or next(iter(layer.by_method.values()))
+        measured = layer.by_method.get(LORA) or next(iter(layer.by_method.values()))
         values = {"gradient_energy": measured.energy, "fisher": measured.trace}
         metrics[layer.layer] = {metric: value for metric, value in values.items() if value is not None}
     return metrics

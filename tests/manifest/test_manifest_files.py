@@ -16,11 +16,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from layerlens import registry
 from layerlens.exceptions import ManifestError, OutputError
 from layerlens.manifest import manifest_schema, read_document, read_manifest, write_manifest
 from layerlens.manifest.schema import AllocationEntry, ManifestDocument, ResourceEntry
 from layerlens.models import (
-    METHODS,
     LoraSettings,
     Manifest,
     ManifestRow,
@@ -71,6 +71,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
     max_leaves=5,
 )
+METHODS = ("none", *registry.METHODS)
 sizes = st.sampled_from(METHODS).flatmap(
     lambda method: st.tuples(st.just(method), st.just(0) if method == "none" else st.integers(1, 999))
 )
@@ -276,7 +277,7 @@ def test_an_unwritable_place_is_named(manifest, created_at, tmp_path):
 
 
 def test_the_schema_speaks_of_the_same_nouns():
-    assert get_args(AllocationEntry.model_fields["method"].annotation) == METHODS
+    assert AllocationEntry.model_json_schema()["properties"]["method"]["enum"] == list(METHODS)
     assert get_args(ManifestDocument.model_fields["schema_version"].annotation) == (SCHEMA_VERSION,)
     for noun, entry in ((ManifestRow, AllocationEntry), (ResourceUse, ResourceEntry)):
         assert [field.name for field in dataclasses.fields(noun)] == list(entry.model_fields)

@@ -7,16 +7,8 @@ import math
 
 import numpy as np
 
-from layerlens.models import (
-    AllocationProblem,
-    CostTable,
-    LayerSpec,
-    ModelSpec,
-    Option,
-    UtilityTable,
-    enumerate_options,
-    trainable_params,
-)
+from layerlens.methods import enumerate_options, trainable_params
+from layerlens.models import AllocationProblem, CostTable, LayerSpec, ModelSpec, Option, UtilityTable
 
 
 def problem_of(sizes, value, cost__ro, capacity, *, with_none: bool = True) -> AllocationProblem:

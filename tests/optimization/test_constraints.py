@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from layerlens.config import OptimizationConfig
 from layerlens.exceptions import ConfigurationError, InfeasibleError
-from layerlens.models import CostTable, LayerSpec, ModelSpec, Option, UtilityTable, enumerate_options, trainable_params
+from layerlens.methods import enumerate_options, trainable_params
+from layerlens.models import CostTable, LayerSpec, ModelSpec, Option, UtilityTable
 from layerlens.optimization import build_problem, solve
 
 SPEC = ModelSpec(

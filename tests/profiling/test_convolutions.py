@@ -14,7 +14,7 @@ from test_architectures import CLASSES, RELATIVE, ConvNet, images
 from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.layers import model_spec, why_no_lora
 from layerlens.integrations.pretrained import PretrainedModel
-from layerlens.models import enumerate_options, trainable_params
+from layerlens.methods import enumerate_options, trainable_params
 from layerlens.tasks import Batch
 from layerlens.tasks.losses import classification_loss
 

@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from layerlens.models import LayerSpec, ModelSpec, enumerate_options
+from layerlens.methods import enumerate_options
+from layerlens.models import LayerSpec, ModelSpec
 from layerlens.profiling.proxies import SavedProxies, evenly, plan_proxies
 
 ROLES = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")

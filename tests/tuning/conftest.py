@@ -13,7 +13,8 @@ import torch
 
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
-from layerlens.models import LoraSettings, Manifest, ManifestRow, ModelFacts, Provenance, trainable_params
+from layerlens.methods import trainable_params
+from layerlens.models import LoraSettings, Manifest, ManifestRow, ModelFacts, Provenance
 
 sys.path.insert(0, str(Path(__file__).parent))  # shapes.py, which pytest's importlib mode does not find
 

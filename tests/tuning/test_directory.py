@@ -9,8 +9,8 @@ import torch
 from shapes import plan, shake, shape
 
 from layerlens.exceptions import ManifestError, OutputError
+from layerlens.methods import attached
 from layerlens.tuning import apply, load, merge, save
-from layerlens.tuning.modules import attached
 
 
 def tuned(architecture="bert", methods=("lora", "adapter", "prefix"), **lora):

@@ -10,9 +10,9 @@ import torch
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import injected_ranks
+from layerlens.methods import attached
 from layerlens.models import LoraSettings, Provenance
 from layerlens.tuning import apply
-from layerlens.tuning.modules import attached
 
 ARCHITECTURES = ("bert", "gpt2", "llama")
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layerlens.exceptions import ManifestError
+from layerlens.methods import attached
 from layerlens.tuning import apply, export_adapter, load_modules, save_modules
-from layerlens.tuning.modules import attached
 
 
 def shake(model):

@@ -10,15 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerlens.exceptions import ActivationCacheError, ProfilingError
-from layerlens.models import (
-    LayerSpec,
-    LayerStatistics,
-    MethodStatistics,
-    ModelSpec,
-    ModelStatistics,
-    Option,
-    enumerate_options,
-)
+from layerlens.methods import enumerate_options
+from layerlens.models import LayerSpec, LayerStatistics, MethodStatistics, ModelSpec, ModelStatistics, Option
 from layerlens.registry import UTILITY_MODELS as CONFIGURED_MODELS
 from layerlens.utility import (
     AUTO,

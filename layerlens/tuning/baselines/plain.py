@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError
-from layerlens.models import Choice, LayerSpec, LoraSettings, ModelFacts, trainable_params
+from layerlens.methods import trainable_params
+from layerlens.models import Choice, LayerSpec, LoraSettings, ModelFacts
 from layerlens.tuning.baselines.baseline import Baseline, BaselineRequest, Finished, Prepared
 from layerlens.tuning.generators import attach_generator, finish_generator
 from layerlens.tuning.inject import apply

@@ -132,8 +132,6 @@ def has_generator(model: torch.nn.Module) -> bool:
 
 def finish_generator(model: torch.nn.Module) -> torch.nn.Module:
     """Make what the generator gives for its present task ordinary LoRA parameters, and drop it; no logit changes."""
-    from layerlens.tuning.modules import drop_hooks
-
     base = base_of(model)
     if has_generator(model):
         _make_parameters(base)

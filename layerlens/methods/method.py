@@ -1,0 +1,206 @@
+"""What a PEFT method is to LayerLens: names, counts and costs from shapes, and its way into a model and out of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from layerlens.exceptions import ConfigurationError, ModelSpecError
+from layerlens.models import NONE, Choice, LayerSpec, ModelSpec, Option
+from layerlens.models.model_spec import LINEAR
+from layerlens.registry import METHODS
+
+if TYPE_CHECKING:
+    import torch
+
+INPUT, OUTPUT, QUERY = "input", "output", "query"
+"""What a gradient matrix takes as its input: the layer's input h, its output y, or an attention block's queries."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One tensor operation for one token, patch or pixel (weights apart).
+
+    Args:
+        flops: matrix-product FLOPs per token (2 per multiply-add); element-wise work is memory traffic, not FLOPs, as
+            in ``torch.utils.flop_counter``.
+        elements: elements read and written per token.
+        weights: parameters read once for each call.
+    """
+
+    flops: float
+    elements: float
+    weights: int = 0
+
+
+class Method(ABC):
+    """One PEFT method. A size is what an option calls its ``rank``: LoRA's rank, an adapter's width, a prefix's pairs.
+
+    Attributes:
+        name: its name in the registry, in configurations and manifests.
+        label, plural: what reports call it, and several of it.
+        unit: what its size counts: "rank".
+        letter: one capital letter for narrow tables.
+        style: its colour on a terminal, as ``rich`` names it.
+        colours: its colour in reports on a light and on a dark page, as ``#rrggbb``.
+        marker: its mark in figures, as matplotlib names it.
+        sizes_key: field of ``OptimizationConfig`` with its sizes on offer; "" for an entry of ``method_sizes``.
+        default_sizes: sizes on offer where ``method_sizes`` has no entry for it.
+        parameter_mark: what the names of its parameters in a model contain, and no others.
+        reads: ``INPUT``, ``OUTPUT`` or ``QUERY``: what the gradient matrix that it can move takes as its input.
+        absorbs_input_scale: a trained weight before anything else makes up for any scale of what it reads, so that its
+            gradient energy is compared at the scale of LoRA's input.
+        wraps: ``prepare`` gives a model around the base model, which trains a copy of the task head.
+        mergeable: what was trained can be added into the weights of the base model.
+    """
+
+    name: str
+    label: str
+    plural: str
+    unit: str
+    letter: str
+    style: str = "green"
+    colours: tuple[str, str] = ("#6639ba", "#bc8cff")
+    marker: str = "D"
+    sizes_key: str = ""
+    default_sizes: tuple[int, ...] = (1,)
+    parameter_mark: str
+    reads: str = INPUT
+    absorbs_input_scale: bool = False
+    wraps: bool = False
+    mergeable: bool = False
+
+    def takes(self, layer: LayerSpec, module: Any, adapter_sites: str) -> bool:
+        """Whether ``module``, described by ``layer``, can take the method; every Linear and Conv1D unless redefined.
+
+        ``adapter_sites`` is ``profiling.adapter_sites``: "residual", or "all" for every layer.
+        """
+        return layer.layer_type == LINEAR
+
+    def takes_size(self, layer: LayerSpec, size: int) -> bool:
+        """Whether this size can be offered on the layer."""
+        return True
+
+    @abstractmethod
+    def trainable_params(self, layer: LayerSpec, size: int) -> int:
+        """Parameters that it trains on the layer, exactly."""
+
+    def marginal_params(self, layer: LayerSpec) -> int:
+        """Parameters that one unit of size more brings."""
+        return self.trainable_params(layer, 2) - self.trainable_params(layer, 1)
+
+    @abstractmethod
+    def operations(self, layer: LayerSpec, size: int) -> list[Operation]:
+        """What it adds to the forward pass of the layer."""
+
+    @abstractmethod
+    def kept_elements(self, layer: LayerSpec, size: int) -> float:
+        """Elements per token that its backward pass needs and that the frozen model may not keep: an upper bound."""
+
+    def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:
+        """(groups, outputs, inputs) of the gradient matrix M = Σ_t d_t z_tᵀ that it can move."""
+        return 1, layer.n_out, layer.n_out if self.reads == OUTPUT else layer.n_in
+
+    def gradient_operands(self, d__bgto: Any, z__bgti: Any) -> tuple[Any, Any]:
+        """(d, z) of that matrix, from the output gradients and what it reads; as they are unless redefined.
+
+        Both tensors are [batch, groups, tokens, features]: one group, or one for each head where it reads queries.
+        """
+        return d__bgto, z__bgti
+
+    def directions(self, layer: LayerSpec, size: int) -> int:
+        """Singular directions of the matrix that this size can move."""
+        return size
+
+    @abstractmethod
+    def params_in(self, model: torch.nn.Module, option: Option) -> tuple[int, str]:
+        """Parameters that the option trains in this very model, and what it is on, in the words of a message.
+
+        Raises:
+            ManifestError: the layer's module cannot take it.
+        """
+
+    @abstractmethod
+    def prepare(
+        self, model: torch.nn.Module, choice: Choice, factors: Mapping[str, torch.Tensor] | None = None
+    ) -> Callable[[torch.nn.Module], torch.nn.Module]:
+        """Check this method's options against the base model, which is not changed, and make their weights.
+
+        Args:
+            model: the base model.
+            choice: at least one option is of this method.
+            factors: LoRA's first A by layer, where it begins from what was measured.
+
+        Returns:
+            puts everything into the frozen base model, trainable and with no change of its outputs, and returns the
+            model to train.
+
+        Raises:
+            ManifestError: an option does not fit the model.
+        """
+
+    @abstractmethod
+    def sizes_in(self, model: torch.nn.Module) -> dict[str, int]:
+        """Size on every layer of ``model`` that has the method, by the layer's name in the base model."""
+
+    @abstractmethod
+    def remove(self, model: torch.nn.Module) -> None:
+        """Take it out of ``model``, which ``prepare`` or loading put it into; the base model computes as before.
+
+        Raises:
+            ManifestError: it cannot be taken out.
+        """
+
+    def why_not_mergeable(self, model: torch.nn.Module) -> str:
+        """Why ``merge`` would not give what was trained, with the layer; "" where it would."""
+        return ""
+
+    def merge(self, model: torch.nn.Module) -> torch.nn.Module:
+        """``model`` with what was trained in its weights; called where ``mergeable`` and nothing speaks against it."""
+        raise NotImplementedError(f"{self.name} cannot be merged")
+
+
+def method_of(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        ModelSpecError: it is not known.
+    """
+    try:
+        found: Method = METHODS[name]
+    except ConfigurationError as error:
+        raise ModelSpecError(f"unknown method {name!r}; known: {', '.join((NONE, *METHODS))}") from error
+    return found
+
+
+def trainable_params(layer: LayerSpec, method: str, rank: int) -> int:
+    """Parameters that ``method`` with ``rank`` trains on ``layer`` (exact); 0 for "none"."""
+    return 0 if method == NONE else method_of(method).trainable_params(layer, rank)
+
+
+def enumerate_options(spec: ModelSpec, ranks: Mapping[str, Sequence[int]]) -> tuple[Option, ...]:
+    """Every option of every layer, "none" first in each layer, methods in the order of METHODS, ranks ascending.
+
+    ``ranks`` maps a method to its allowed sizes; a method that is absent or empty is not offered, and no size that the
+    layer cannot take (a grouped convolution takes the LoRA ranks that are multiples of its groups).
+    """
+    options = []
+    for layer in spec.layers:
+        options.append(Option(layer.name, NONE, 0))
+        for name in METHODS:
+            if name in layer.methods:
+                sizes = [size for size in sorted(set(ranks.get(name, ()))) if METHODS[name].takes_size(layer, size)]
+                options.extend(Option(layer.name, name, size) for size in sizes)
+    return tuple(options)
+
+
+def base_of(model: Any) -> torch.nn.Module:
+    """The model inside a model that a method has wrapped (PEFT), else the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def injected_sizes(model: torch.nn.Module) -> dict[str, tuple[str, int]]:
+    """(method, size) of every layer of ``model`` that any method was put into, by its name in the base model."""
+    return {layer: (name, size) for name in METHODS for layer, size in METHODS[name].sizes_in(model).items()}
