@@ -53,7 +53,7 @@ def test_each_row_trains_what_it_costs_and_nothing_else_trains(tiny, manifest_of
         marks = (f".{row.layer}.lora_", f".{row.layer}.layerlens_")
         mine = [name for name in trained if any(mark in name for mark in marks)]
         assert sum(trained.pop(name) for name in mine) == row.cost, row
-    (head,) = manifest.model["head_modules"]
+    (head,) = manifest.model.head_modules
     assert trained
     assert all(f"{head}.modules_to_save" in name for name in trained)
     assert injected_ranks(tuned) == {row.layer: row.rank for row in manifest.allocations if row.method == "lora"}
