@@ -41,9 +41,11 @@ def init(
 def validate(config: Config, settings: Set = None, json: Json = False, debug: Debug = False) -> None:
     """Check a configuration without running it."""
     from layerlens.cli.places import read_config
+    from layerlens.config.compatibility import refuse_conflicts
     from layerlens.utils.threads import resolve_threads
 
     checked = read_config(config, settings or ())
+    refuse_conflicts(checked, "run")
     resolve_threads(checked.runtime.threads)  # the only setting that this machine may not have
     if json:
         output.json_result(checked.model_dump(mode="json"))

@@ -2,7 +2,7 @@
 
 A row stands here when the configuration alone says that a job would be refused, and more than one section takes part.
 What one section says of itself is checked by that section (``config.sections``) as it is read. What depends on the
-model, the data, the machine or the number of processes is refused where those are known.
+model, the data or the machine is refused where those are known.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Conflict:
         message: the key, what is wrong, and what would work.
         job: the job that is refused: "run" or "evaluate".
         error: class of the refusal.
+        processes: the numbers of processes that it is refused for; None for any, which ``validate`` refuses too.
     """
 
     name: str
@@ -33,19 +34,23 @@ class Conflict:
     message: Callable[[RunConfig], str]
     job: str = "run"
     error: type[LayerLensError] = ConfigurationError
+    processes: Callable[[int], bool] | None = None
 
 
-def refuse_conflicts(config: RunConfig, job: str) -> None:
+def refuse_conflicts(config: RunConfig, job: str, processes: int | None = None) -> None:
     """Refuse a configuration by the first row that speaks against the job.
 
     Args:
         config: the configuration.
         job: "run" or "evaluate".
+        processes: how many do it together; None where that is not known yet.
 
     Raises:
         ConfigurationError, ModelSpecError: names the keys, and what would work.
     """
     for conflict in CONFLICTS:
+        if conflict.processes and (processes is None or not conflict.processes(processes)):
+            continue
         if conflict.job == job and conflict.holds(config):
             raise conflict.error(conflict.message(config))
 
@@ -75,38 +80,27 @@ def _unstreamable(config: RunConfig) -> Iterator[str]:
             yield f"profiling.statistics: {name} is measured on the whole model in memory, {end}"
 
 
-def _streamed(config: RunConfig) -> bool:
-    return config.profiling.memory_mode == "streamed"
-
-
-def _sharded(config: RunConfig) -> bool:
-    return config.distributed.sharding == "fsdp"
-
-
 def _source(config: RunConfig) -> Any:
     """Where the model comes from."""
     return source_of(config.model.reference)[0]
 
 
-def _wrong_task(config: RunConfig) -> bool:
-    source = _source(config)
-    return bool(source.default_task) and not source.fits(TASKS[config.model.task])
-
-
 def _of_sharding(name: str, holds: Callable[[RunConfig], bool], reason: str) -> Conflict:
-    return Conflict(name, lambda x: _sharded(x) and holds(x), lambda x: f"distributed.sharding: fsdp: {reason}")
+    return Conflict(
+        name, lambda x: x.distributed.sharding == "fsdp" and holds(x), lambda x: f"distributed.sharding: fsdp: {reason}"
+    )
 
 
 CONFLICTS = (
     Conflict(
         "streaming and a model built in memory",
-        lambda x: _streamed(x) and bool(_source(x).why_not_streamable(x.model.reference)),
+        lambda x: x.profiling.memory_mode == "streamed" and bool(_source(x).why_not_streamable(x.model.reference)),
         lambda x: f"profiling.memory_mode: {_source(x).why_not_streamable(x.model.reference)}",
         error=ModelSpecError,
     ),
     Conflict(
         "streaming and what needs the model in memory",
-        lambda x: _streamed(x) and any(_unstreamable(x)),
+        lambda x: x.profiling.memory_mode == "streamed" and any(_unstreamable(x)),
         lambda x: next(_unstreamable(x)),
     ),
     Conflict(
@@ -121,7 +115,7 @@ CONFLICTS = (
     ),
     Conflict(
         "sharding and a source that is not spread",
-        lambda x: _sharded(x) and bool(_source(x).why_not_sharded),
+        lambda x: x.distributed.sharding == "fsdp" and bool(_source(x).why_not_sharded),
         lambda x: f"distributed.sharding: fsdp: {_source(x).why_not_sharded}; set it to none",
     ),
     _of_sharding(
@@ -141,7 +135,7 @@ CONFLICTS = (
     ),
     Conflict(
         "a source and a task that its models are not for",
-        _wrong_task,
+        lambda x: bool(_source(x).default_task) and not _source(x).fits(TASKS[x.model.task]),
         lambda x: f"model.task: {x.model.reference} {_source(x).purpose}; set model.task: {_source(x).default_task}",
         error=ModelSpecError,
     ),
@@ -165,6 +159,31 @@ CONFLICTS = (
             for method, least in x.optimization.constraints.min_layers.items()
             if method not in x.optimization.methods
         ),
+    ),
+    Conflict(
+        "sharding and one process",
+        lambda x: x.distributed.sharding == "fsdp",
+        lambda x: (
+            "distributed.sharding: fsdp: only one process was started; start several with torchrun --nproc-per-node N"
+        ),
+        processes=lambda n: n == 1,
+    ),
+    Conflict(
+        "a memory limit and several processes",
+        lambda x: x.profiling.limits_memory is not None,
+        lambda x: (
+            f"{x.profiling.limits_memory}: for one process; with several give distributed.sharding: fsdp, or start one"
+        ),
+        processes=lambda n: n > 1,
+    ),
+    Conflict(
+        "device_map and several processes",
+        lambda x: x.distributed.sharding == "none" and x.model.device_map is not None,
+        lambda x: (
+            "model.device_map: one process places the model on all devices of its machine; run it without torchrun, or "
+            "spread it over the processes with distributed.sharding: fsdp instead"
+        ),
+        processes=lambda n: n > 1,
     ),
     Conflict(
         "a study of a task without one",

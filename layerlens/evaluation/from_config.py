@@ -23,7 +23,7 @@ from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import task_heads
-from layerlens.jobs.inputs import check_lengths
+from layerlens.jobs.inputs import check_model
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
 from layerlens.jobs.result import observed, published
 from layerlens.profiling.head import fit_head
@@ -114,7 +114,7 @@ def study_task(job: Job) -> StudyTask:
     pretrained = load_pretrained(
         config.model.reference, config.model.task, dataset.label_names, seed=config.runtime.seed, base_dir=base_dir
     )
-    check_lengths(pretrained, config)
+    check_model(pretrained, config)
     if dataset.label_names:
         dataset = dataset.with_label_order(pretrained.labels)
     parts = _parts(dataset, job)

@@ -9,6 +9,7 @@ from layerlens.config.proxy_check import UNIFORM_LORA
 from layerlens.data import Dataset
 from layerlens.data.dataset import TEST_SHARE
 from layerlens.exceptions import ConfigurationError, DataError
+from layerlens.integrations.placement import offloaded
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import longest_sequence, task_heads
 from layerlens.jobs.job import Warnings
@@ -70,11 +71,14 @@ def split_samples(dataset: Dataset, config: RunConfig, warnings: Warnings) -> tu
     return together.select(parts[0]), head, together.select(parts[1])
 
 
-def check_lengths(pretrained: PretrainedModel, config: RunConfig) -> None:
-    """Refuse sequences longer than the model's positions, before torch fails with an index error."""
-    if pretrained.tokenizer is None:
-        return
-    limit = longest_sequence(pretrained.model)
+def check_model(pretrained: PretrainedModel, config: RunConfig) -> None:
+    """Refuse what the configuration asks for and this model cannot.
+
+    Raises:
+        ConfigurationError: sequences are longer than its positions (torch would fail with an index error), or options
+            are to be trained on a model that accelerate keeps elsewhere between passes.
+    """
+    limit = longest_sequence(pretrained.model) if pretrained.tokenizer is not None else None
     asked = {
         "data.max_length": config.data.max_length,
         "optimization.latency_profile.sequence_length": config.optimization.latency_profile.sequence_length,
@@ -84,6 +88,14 @@ def check_lengths(pretrained: PretrainedModel, config: RunConfig) -> None:
             raise ConfigurationError(
                 f"{key}: {length} tokens, but the model has {limit} positions; use at most {limit}"
             )
+    trained = {
+        "profiling.proxies: {}; set proxies.options: 0": config.profiling.proxies.options,
+        "optimization.proxy_check: {}; set proxy_check.steps: 0": config.optimization.proxy_check.steps,
+    }
+    reason = "nothing is trained on a model with weights off their device (model.device_map)"
+    for message, wanted in trained.items():
+        if wanted and offloaded(pretrained.model):
+            raise ConfigurationError(f"{message.format(reason)}, or place the whole model on devices")
 
 
 def statistics_request(config: RunConfig) -> StatisticsRequest:

@@ -16,7 +16,7 @@ import torch
 
 from layerlens.config import RunConfig
 from layerlens.integrations.torch_modules import usable_device
-from layerlens.jobs.together import refuse_spread, same_configuration, shared_directory
+from layerlens.jobs.together import same_everywhere, shared_directory
 from layerlens.profiling.cache import SensitivityCache
 from layerlens.profiling.shared_cache import open_cache
 from layerlens.utils.atomic import check_writable
@@ -113,7 +113,7 @@ def job_with_model(
         OutputError: the output directory or the cache cannot be used.
         ConfigurationError: the processes, the device or the threads do not fit the configuration.
     """
-    same_configuration(processes, config)
+    same_everywhere(processes, "configuration", config.model_dump(mode="json"))
     if processes.first:
         check_writable(output)
     cache = open_cache(config.runtime.cache_dir, base_dir) if use_cache else None
@@ -122,5 +122,4 @@ def job_with_model(
     threads = resolve_threads(config.runtime.threads, processes.place.local_size)
     set_threads(threads)
     device = usable_device(config.runtime.device)
-    refuse_spread(config, processes)
     return Job(config, base_dir, output, progress, Warnings(warn), Clock(), threads, processes, device, cache)

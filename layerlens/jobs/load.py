@@ -12,7 +12,7 @@ from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.placement import placed, placement_arguments
 from layerlens.integrations.pretrained import PretrainedModel
-from layerlens.jobs.inputs import check_lengths, split_samples, statistics_request
+from layerlens.jobs.inputs import check_model, split_samples, statistics_request
 from layerlens.jobs.job import Job, Warnings
 from layerlens.jobs.memory_mode import (
     PLAIN,
@@ -23,7 +23,6 @@ from layerlens.jobs.memory_mode import (
     predict_memory,
     reason_of,
 )
-from layerlens.jobs.together import refuse_untrainable
 from layerlens.models import ModelSpec
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.registry import source_of
@@ -85,7 +84,7 @@ def load(job: Job) -> Loaded:
     with job.clock.stage("load"), job.progress.stage("Loading model and data"):
         placement = placement_arguments(config.model.device_map, config.model.max_memory, config.model.offload_folder)
         dataset = load_dataset(config.data, job.base_dir, config.model.task)
-        plan = plan_as_asked(config)
+        plan = plan_as_asked(config.profiling)
         if plan is not None:
             return _load(job, dataset, plan, placement=placement)
         refused: dict[str, str] = {}
@@ -129,8 +128,7 @@ def _load(
         placement=placement,
         streamed=plan.mode == STREAMED,
     )
-    check_lengths(pretrained, config)
-    refuse_untrainable(pretrained.model, config)
+    check_model(pretrained, config)
     if dataset.label_names:
         dataset = dataset.with_label_order(pretrained.labels)
     if pretrained.streamed is None and not placed(pretrained.model):

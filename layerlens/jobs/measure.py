@@ -19,7 +19,7 @@ from layerlens.jobs.job import Job
 from layerlens.jobs.load import Loaded
 from layerlens.jobs.memory_mode import CHECKPOINTED, checkpointed_activations
 from layerlens.jobs.solve import versions
-from layerlens.jobs.together import same_measurement
+from layerlens.jobs.together import same_everywhere
 from layerlens.models import ModelFacts, ModelSpec, ModelStatistics
 from layerlens.profiling.cache import cache_key
 from layerlens.profiling.head import fit_head, head_state, put_head, streamed_replay
@@ -62,7 +62,7 @@ def measure(job: Job, loaded: Loaded) -> Measured | None:
     with job.clock.stage("profile"):
         identity = statistics_identity(job, loaded)
         key = cache_key(identity)
-        same_measurement(processes, identity)
+        same_everywhere(processes, "identity", identity)
         cached = cache.get(key) if cache and processes.first else None
         statistics = None if cached is None else cached[1]
         if not processes.from_first("statistics in the cache", cached is not None):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from layerlens.config import RunConfig
+from layerlens.config import ProfilingConfig, RunConfig
 from layerlens.cost.trace import trace_step
 from layerlens.exceptions import ConfigurationError, LayerLensError
 from layerlens.integrations.pretrained import PretrainedModel
@@ -54,9 +54,9 @@ class MemoryPlan:
         return f"profiling {self.mode}: {self.why}" + (f" (predicted: {figures})" if figures else "")
 
 
-def plan_as_asked(config: RunConfig) -> MemoryPlan | None:
+def plan_as_asked(profiling: ProfilingConfig) -> MemoryPlan | None:
     """The plan where nothing has to be predicted; None where it is to be chosen by prediction."""
-    mode, limit = config.profiling.memory_mode, config.profiling.max_memory_gb
+    mode, limit = profiling.memory_mode, profiling.max_memory_gb
     if mode != "auto":
         return MemoryPlan(mode, "profiling.memory_mode asks for it", {})
     return MemoryPlan(PLAIN, "no limit was given", {}) if limit is None else None

@@ -56,10 +56,10 @@ def run_config(
         observed("run", config) as outcome,
         published(config.output.directory, base_dir, RUN_FILES) as place,
     ):
-        refuse_conflicts(config, "run")
         with joined(config.distributed.backend, config.runtime.device, config.distributed.timeout_s) as processes:
             if not processes.first:
                 progress, warn = silent, unheard
+            refuse_conflicts(config, "run", processes.size)
             job = job_with_model(config, base_dir, place.directory, progress, warn, processes, use_cache)
             result = _run(job)
         outcome.result = place.publish(result)

@@ -11,28 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError, OutputError
-from layerlens.integrations.placement import offloaded
 from layerlens.utils.processes import Processes
 
 VISIBLE_WITHIN_S = 5.0
 """Network file systems show a new file to other machines after a moment."""
-
-
-def same_configuration(processes: Processes, config: RunConfig) -> None:
-    """Make sure that all processes were given the same configuration.
-
-    Raises:
-        ConfigurationError: names the first key that differs, and in which process.
-    """
-    for rank, name, first, there in _differences(processes.everyone("configuration", config.model_dump(mode="json"))):
-        raise ConfigurationError(
-            f"process {rank} has another configuration than process 0: {name} is {there!r} there and {first!r} in "
-            "process 0; give all processes the same file"
-        )
 
 
 def _differences(told: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, Any, Any]]:
@@ -43,58 +26,24 @@ def _differences(told: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, 
             yield (rank, *found)
 
 
-def refuse_spread(config: RunConfig, processes: Processes) -> None:
-    """Refuse what this number of processes cannot do; ``config.compatibility`` has what none can.
+def same_everywhere(processes: Processes, topic: str, told: dict[str, Any]) -> None:
+    """Make sure that all processes say the same: of their configuration, and of what each would measure.
 
-    Raises:
-        ConfigurationError: names the key, and what would work.
-    """
-    sharded = config.distributed.sharding != "none"
-    limited = config.profiling.limits_memory
-    if processes.alone and sharded:
-        raise ConfigurationError(
-            "distributed.sharding: fsdp: only one process was started; start several with torchrun --nproc-per-node N"
-        )
-    if not processes.alone and limited is not None:
-        raise ConfigurationError(
-            f"{limited}: for one process; with several give distributed.sharding: fsdp, or start one"
-        )
-    if not processes.alone and not sharded and config.model.device_map is not None:
-        raise ConfigurationError(
-            "model.device_map: one process places the model on all devices of its machine; run it without torchrun, or "
-            "spread it over the processes with distributed.sharding: fsdp instead"
-        )
-
-
-def refuse_untrainable(model: torch.nn.Module, config: RunConfig) -> None:
-    """Refuse to train options on a model that accelerate keeps elsewhere between passes.
-
-    Raises:
-        ConfigurationError: proxies or a proxy check are asked for.
-    """
-    if not offloaded(model):
-        return
-    reason = "nothing is trained on a model with weights off their device (model.device_map)"
-    if config.profiling.proxies.options:
-        raise ConfigurationError(
-            f"profiling.proxies: {reason}; set proxies.options: 0, or place the whole model on devices"
-        )
-    if config.optimization.proxy_check.steps:
-        raise ConfigurationError(
-            f"optimization.proxy_check: {reason}; set proxy_check.steps: 0, or place the whole model on devices"
-        )
-
-
-def same_measurement(processes: Processes, identity: dict[str, Any]) -> None:
-    """Make sure that all processes loaded the same model and data with the same versions.
+    Args:
+        processes: all of them must call this.
+        topic: "configuration" or "identity".
+        told: what this one says, as JSON values.
 
     Raises:
         ConfigurationError: names the first thing that differs, and in which process.
     """
-    for rank, name, first, there in _differences(processes.everyone("identity", identity)):
+    differs, remedy = {
+        "configuration": ("has another configuration than", "give all processes the same file"),
+        "identity": ("would measure something else than", "give all machines the same model, data and versions"),
+    }[topic]
+    for rank, name, first, there in _differences(processes.everyone(topic, told)):
         raise ConfigurationError(
-            f"process {rank} would measure something else than process 0: {name} is {there!r} there and {first!r} "
-            "in process 0; give all machines the same model, data and versions"
+            f"process {rank} {differs} process 0: {name} is {there!r} there and {first!r} in process 0; {remedy}"
         )
 
 

@@ -18,7 +18,7 @@ from layerlens.data import Dataset, load_dataset
 from layerlens.exceptions import ConfigurationError, DataError, ManifestError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.jobs.baseline import baseline_facts, prepare_baseline
-from layerlens.jobs.inputs import check_lengths
+from layerlens.jobs.inputs import check_model
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
 from layerlens.jobs.result import observed, published
 from layerlens.jobs.solve import versions
@@ -259,7 +259,7 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
         dataset = load_dataset(config.data, job.base_dir, config.model.task)
         dataset = _with_labels(dataset, list(manifest.model.labels or ()))
         pretrained = load_base(manifest, model, job.base_dir)
-        check_lengths(pretrained, config)
+        check_model(pretrained, config)
         task = task_for(config.model, job.base_dir)
         data = training_data(dataset, pretrained, task, config, job.warnings.add)
         base = pretrained.model.to("cuda" if torch.cuda.is_available() else "cpu")
