@@ -11,8 +11,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from layerlens.integrations.peft import base_of, name_seed
 from layerlens.integrations.torch_modules import find_module
-from layerlens.methods.method import Method, base_of
+from layerlens.methods.method import Method
 from layerlens.models import Choice, Option
 from layerlens.registry import METHODS
 
@@ -110,8 +111,6 @@ class AddedModule(Method):
             self.detach(base, base.get_submodule(layer))
 
     def _built(self, model: torch.nn.Module, option: Option, seed: int) -> tuple[torch.nn.Module, str]:
-        from layerlens.integrations.peft import name_seed
-
         target = find_module(model, option.layer)
         return self.build(model, target, option.layer, option.rank, name_seed(seed, option.layer))
 

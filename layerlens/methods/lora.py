@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
-from layerlens.methods.method import Method, Operation, base_of
+from layerlens.integrations.peft import base_of
+from layerlens.methods.method import Method, Operation
 from layerlens.models import LORA, Choice, LayerSpec, Option
 from layerlens.models.model_spec import CONV, LINEAR
 

@@ -196,11 +196,6 @@ def enumerate_options(spec: ModelSpec, ranks: Mapping[str, Sequence[int]]) -> tu
     return tuple(options)
 
 
-def base_of(model: Any) -> torch.nn.Module:
-    """The model inside a model that a method has wrapped (PEFT), else the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def injected_sizes(model: torch.nn.Module) -> dict[str, tuple[str, int]]:
     """(method, size) of every layer of ``model`` that any method was put into, by its name in the base model."""
     return {layer: (name, size) for name in METHODS for layer, size in METHODS[name].sizes_in(model).items()}

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import base_of
+from layerlens.methods import drop_hooks, injected_sizes
 from layerlens.models import ModelFacts
+from layerlens.registry import METHODS
 from layerlens.tuning.generators.generator import finish_generator
 
 if TYPE_CHECKING:
@@ -69,8 +71,6 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
     """
     import torch
 
-    from layerlens.tuning.modules import detach_all, release_statistics
-
     base, before = base_of(model), before_of(model)
     if before is None:
         raise ManifestError(
@@ -108,8 +108,6 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
         ManifestError: there is no LoRA, a LoRA weight is not finite, or there are adapters or prefixes, which no weight
             of the base model can take up; ``model`` is then unchanged.
     """
-    from layerlens.integrations.peft import injected_ranks
-    from layerlens.tuning.modules import attached, release_statistics
 
     there = injected_sizes(model)
     others = {layer: method for layer, (method, _) in there.items() if not METHODS[method].mergeable}

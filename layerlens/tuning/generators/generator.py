@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import base_of
+from layerlens.methods import drop_hooks
 from layerlens.registry import nearest_name
 
 if TYPE_CHECKING:
