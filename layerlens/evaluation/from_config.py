@@ -224,11 +224,11 @@ def _refuse_other_study(results: ResultsFile, config: RunConfig) -> None:
         "study": config.study.model_dump(mode="json", exclude={"arms", "budgets", "arms_at_once", "learning_rates"}),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    found = results.select(kind="study")
-    if not found:
+    begun = results.select(kind="study")
+    if not begun:
         results.append([{"kind": "study", "identity": digest, **identity}])
-    elif found[0]["identity"] != digest:
-        changed = [key for key, value in identity.items() if found[0].get(key) != value]
+    elif begun[0]["identity"] != digest:
+        changed = [key for key, value in identity.items() if begun[0].get(key) != value]
         raise ConfigurationError(
             f"output.directory: {results.path} has runs of another study ({', '.join(changed)} differ); give another "
             "directory, or remove the file"

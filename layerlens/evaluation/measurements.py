@@ -75,13 +75,13 @@ def layer_gradients(task: StudyTask, batches: Sequence[Batch]) -> dict[str, Laye
         return CalibrationBatch(batch.inputs, lambda output: task.loss(output, batch).sum())
 
     moments = layer_moments(task.model, names, [calibration(x) for x in batches], covariances=True, gradients=True)
-    found = {}
+    measured = {}
     for name, of in moments.items():
         assert of.gradient is not None
         assert of.covariance is not None
         weight = weight_matrix(task.model.get_submodule(name))
-        found[name] = LayerGradient((of.gradient / n_samples).float(), weight, of.covariance.float())
-    return found
+        measured[name] = LayerGradient((of.gradient / n_samples).float(), weight, of.covariance.float())
+    return measured
 
 
 def rule_quantities(measured: Mapping[str, LayerGradient], statistics: ModelStatistics) -> Measured:

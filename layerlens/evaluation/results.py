@@ -48,11 +48,11 @@ class ResultsFile:
         Raises:
             DataError: another line is no JSON object.
         """
-        found = cls(path)
-        if found.refresh():
+        results = cls(path)
+        if results.refresh():
             whole = path.read_text(encoding="utf-8").rpartition("\n")
             path.write_text(whole[0] + whole[1], encoding="utf-8")
-        return found
+        return results
 
     def refresh(self) -> bool:
         """Read the file again, to which another process may have added; whether its last line is cut off.
@@ -92,7 +92,7 @@ def chosen_rate(runs: Sequence[Record], sweep_seeds: Sequence[int] = (0,)) -> fl
     for run in runs:
         if run["seed"] in sweep_seeds:
             losses[run["lr"]].append(run["validation_loss"])
-    means = {rate: sum(found) / len(found) for rate, found in losses.items()}
+    means = {rate: sum(values) / len(values) for rate, values in losses.items()}
     return min(means, key=lambda rate: means[rate] if math.isfinite(means[rate]) else math.inf)
 
 
@@ -117,7 +117,7 @@ class ArmResult:
 
 def arm_results(results: ResultsFile, budget: str) -> dict[str, ArmResult]:
     """Arm -> result, of the arms whose runs are complete."""
-    found = {}
+    complete = {}
     seeds, sweep_seeds = study_seeds(results)
     for arm in results.select(kind="arm", budget=budget):
         runs = results.select(kind="run", key=arm["key"])
@@ -126,12 +126,12 @@ def arm_results(results: ResultsFile, budget: str) -> dict[str, ArmResult]:
         rate = chosen_rate(runs, sweep_seeds)
         by_seed = {run["seed"]: run for run in runs if run["lr"] == rate}
         if set(seeds) <= set(by_seed):
-            found[arm["arm"]] = ArmResult(
+            complete[arm["arm"]] = ArmResult(
                 np.array([by_seed[seed]["test_loss"] for seed in seeds]),
                 np.array([by_seed[seed]["test_metric"] for seed in seeds]),
                 arm["params"], rate, len(arm["ranks"]),
             )  # fmt: skip
-    return found
+    return complete
 
 
 def study_seeds(results: ResultsFile) -> tuple[list[int], list[int]]:

@@ -70,12 +70,12 @@ def gain_table(files: Mapping[str, ResultsFile], budget: str, reference_budget: 
 
 def interval_cell(gain: Mapping[str, np.ndarray], tasks: Sequence[str], arm: str) -> str:
     """Mean gain over the tasks that ``gain`` has, with its interval."""
-    found = {task: gain[task] for task in tasks if task in gain}
-    if arm == UNIFORM and all(not values.any() for values in found.values()):
+    known = {task: gain[task] for task in tasks if task in gain}
+    if arm == UNIFORM and all(not values.any() for values in known.values()):
         return "0"
-    low, high = bootstrap_interval(found)
-    mean = np.mean([values.mean() for values in found.values()])
-    note = "" if len(found) == len(tasks) else f" ({len(found)} tasks)"
+    low, high = bootstrap_interval(known)
+    mean = np.mean([values.mean() for values in known.values()])
+    note = "" if len(known) == len(tasks) else f" ({len(known)} tasks)"
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{note}"
 
 
@@ -102,9 +102,9 @@ def write_gain_plot(
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     for row, arm in enumerate(complete):
-        found = {task: gains[arm][task] for task in tasks}
-        low, high = bootstrap_interval(found)
-        points = [values.mean() for values in found.values()]
+        of_tasks = {task: gains[arm][task] for task in tasks}
+        low, high = bootstrap_interval(of_tasks)
+        points = [values.mean() for values in of_tasks.values()]
         axes.plot([low, high], [row, row], color="#1f4e79", linewidth=2)
         axes.plot(points, [row] * len(points), "o", color="#9bb7d4", markersize=4, zorder=1)
         axes.plot(np.mean(points), row, "D", color="#1f4e79", markersize=5)

@@ -33,11 +33,11 @@ class Samples:
 
     def batches(self, index: torch.Tensor, batch_size: int) -> list[Batch]:
         """The same as calibration batches, which know each sample's position."""
-        found = []
+        batches = []
         for start in range(0, len(index), batch_size):
             chosen = self.rows(index[start : start + batch_size])
-            found.append(Batch(chosen.inputs, chosen.labels, torch.arange(start, start + len(chosen.index))))
-        return found
+            batches.append(Batch(chosen.inputs, chosen.labels, torch.arange(start, start + len(chosen.index))))
+        return batches
 
 
 @dataclass(frozen=True)

@@ -166,26 +166,28 @@ def joint_gains(
         "loss_drop_over_uniform", the paired difference with its standard_error.
     """
     key = json.dumps([each.choice.rows() for each in (chosen, uniform)])
-    found = saved.restore().get("joint", {}).get(key) if saved else None
-    if found is None:
+    measured_drops = saved.restore().get("joint", {}).get(key) if saved else None
+    if measured_drops is None:
         with progress.stage("Training the choice as the proxies were", total=2) as advance:
             drops = []
             for manifest in (chosen, uniform):
                 drops.append(trainer().train(manifest.choice))
                 advance(1)
-        found = [mean_and_error(drops[0]), mean_and_error(drops[1]), mean_and_error(drops[0] - drops[1])]
+        measured_drops = [mean_and_error(drops[0]), mean_and_error(drops[1]), mean_and_error(drops[0] - drops[1])]
         if saved:
-            saved.keep(joint={key: found})
+            saved.keep(joint={key: measured_drops})
     result: dict[str, dict[str, float]] = {}
     for name, manifest, (measured, error) in zip(
-        ("loss_drop", "uniform_loss_drop"), (chosen, uniform), found[:2], strict=True
+        ("loss_drop", "uniform_loss_drop"), (chosen, uniform), measured_drops[:2], strict=True
     ):
         predicted = float(manifest.predicted.gain or 0.0)
         relative = (predicted - measured) / measured if measured else 0.0
         result[name] = {
             "predicted": predicted, "measured": measured, "relative_error": relative, "standard_error": error
         }  # fmt: skip
-    return result | {"loss_drop_over_uniform": {"measured": found[2][0], "standard_error": found[2][1]}}
+    return result | {
+        "loss_drop_over_uniform": {"measured": measured_drops[2][0], "standard_error": measured_drops[2][1]}
+    }
 
 
 def mean_and_error(differences: np.ndarray) -> tuple[float, float]:

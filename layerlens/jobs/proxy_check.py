@@ -104,12 +104,12 @@ def checked_solution(
     """
     solutions = {CHOICE: solution}
     for name in config.optimization.proxy_check.candidates:
-        found = uniform_solution(solution) if name == UNIFORM_LORA else solve_by(name)
-        if found is None:
+        candidate = uniform_solution(solution) if name == UNIFORM_LORA else solve_by(name)
+        if candidate is None:
             warnings.add("optimization.proxy_check: no uniform LoRA fits the budgets, so it is not compared")
         else:
-            solutions[name] = found
-    choices = {name: manifest_of(found).choice for name, found in solutions.items()}
+            solutions[name] = candidate
+    choices = {name: manifest_of(candidate).choice for name, candidate in solutions.items()}
     checked = run_check(trainer, choices, config, saved, progress)
     _tell(checked, warnings)
     return solutions[checked.chosen], checked
@@ -187,12 +187,12 @@ def _tell(checked: Checked, warnings: Warnings) -> None:
     if checked.chosen == CHOICE:
         return
     if CHOICE in checked.facts:
-        found = checked.facts[CHOICE]
+        own = checked.facts[CHOICE]
         by = (
-            f"was better by {found['over_chosen']:.2g} ± {found['over_chosen_standard_error']:.2g} per sample, where "
+            f"was better by {own['over_chosen']:.2g} ± {own['over_chosen_standard_error']:.2g} per sample, where "
             f"{MARGIN:.0%} of uniform LoRA's loss drop are asked for"
-            if found["over_chosen"] > 0.0
-            else f"was worse by {-found['over_chosen']:.4g} ± {found['over_chosen_standard_error']:.2g} per sample"
+            if own["over_chosen"] > 0.0
+            else f"was worse by {-own['over_chosen']:.4g} ± {own['over_chosen_standard_error']:.2g} per sample"
         )
     else:
         by = "diverged"

@@ -64,10 +64,10 @@ def run(job: FineTune, find_checkpoint: Callable[[Path], Path | None]) -> Traini
     with _Quiet():
         trainer = _Trainer(job, training_arguments(job))
     _wait(trainer)  # the first process has looked after the directory
-    found = find_checkpoint(job.checkpoints)
-    if found is not None:
-        trainer.recorder = Recorder(**read_progress(found))
-    resumed_from = len(trainer.recorder.losses) if found is not None else None
+    checkpoint = find_checkpoint(job.checkpoints)
+    if checkpoint is not None:
+        trainer.recorder = Recorder(**read_progress(checkpoint))
+    resumed_from = len(trainer.recorder.losses) if checkpoint is not None else None
     trainer.wall_before = trainer.recorder.wall_seconds
     trainer.started = started
     steps = total_steps(len(job.data.train), job.config, trainer.args.world_size)
@@ -75,9 +75,9 @@ def run(job: FineTune, find_checkpoint: Callable[[Path], Path | None]) -> Traini
         with _Quiet(), _scaled(trainer), job.progress.stage("Training", total=steps) as advance:
             advance(resumed_from or 0)
             trainer.advance = advance
-            trainer.train(resume_from_checkpoint=None if found is None else str(found))
-    elif found is not None:
-        load_weights(job.model, found / WEIGHTS_FILE)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    elif checkpoint is not None:
+        load_weights(job.model, checkpoint / WEIGHTS_FILE)
     recorder = trainer.recorder
     if job.config.keep_best and recorder.best_step not in (0, len(recorder.losses)):
         load_weights(job.model, trainer.best_file(recorder.best_step))
@@ -180,9 +180,9 @@ class _Trainer(Trainer):
         """End with what went wrong, on which samples, and where the last good state is."""
         from layerlens.tuning.checkpoints import last_checkpoint
 
-        kept = last_checkpoint(self.job.checkpoints)
+        last = last_checkpoint(self.job.checkpoints)
         shown = ", ".join(map(str, samples[:SHOWN_SAMPLES])) + (", ..." if len(samples) > SHOWN_SAMPLES else "")
-        state = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet"
+        state = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
         raise TrainingError(
             f"{reason} at step {self.state.global_step + 1} (training samples {shown}); no step was taken on it and "
             f"{state}. Look at these samples, or lower training.learning_rate"

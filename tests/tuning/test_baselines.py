@@ -61,7 +61,7 @@ def train(prepared, tmp_path, **more):
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", tuple(BASELINES))
 def test_a_baseline_starts_trains_ends_and_comes_back(request_for, tiny, tmp_path, name, architecture):
     base, request = request_for(architecture)
     before = base.logits()
@@ -254,7 +254,7 @@ def test_refusals(request_for):
         ("eva", {"batches": ()}, "needs training batches"),
         ("gora", {"batches": ()}, "needs training batches"),
         ("autolora", {"batches": ()}, "at least two training batches"),
-        ("head-only", {"facts": {}}, "no new task head"),
+        ("head-only", {"facts": ModelFacts()}, "no new task head"),
     ):
         _, request = request_for(**changes)
         with pytest.raises(ConfigurationError, match=message):

@@ -40,14 +40,14 @@ def as_lora(
     """
     import torch
 
-    kept = {name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in factors.items()}
+    copies = {name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in factors.items()}
     heads = request.facts.heads
     trained = {name: _head(model, name).state_dict() for name in heads}
     states = {name: {key: value.clone() for key, value in state.items()} for name, state in trained.items()}
     tuned = apply(unapply(model), choice, facts=request.facts)
     layers = dict(base_of(tuned).named_modules())
     with torch.no_grad():
-        for name, (a, b) in kept.items():
+        for name, (a, b) in copies.items():
             for part, tensor in (("lora_A", a), ("lora_B", b)):
                 weight = getattr(layers[name], part)["default"].weight
                 weight.copy_(tensor.reshape(weight.shape))
@@ -167,10 +167,10 @@ def _left(model: Any) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], flo
         if isinstance(module, AdaLoraLayer):
             layer: Any = module
             values = layer.lora_E["default"].detach()
-            kept = torch.nonzero(values[:, 0]).flatten()
+            left = torch.nonzero(values[:, 0]).flatten()
             scale = float(layer.scaling["default"] / (layer.ranknum["default"] + 1e-5))
-            if len(kept):
-                factors[name] = ((layer.lora_A["default"] * values)[kept], layer.lora_B["default"][:, kept])
+            if len(left):
+                factors[name] = ((layer.lora_A["default"] * values)[left], layer.lora_B["default"][:, left])
     return factors, scale
 
 

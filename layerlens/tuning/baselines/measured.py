@@ -37,8 +37,8 @@ def of_rule(name: str, called: str = "", **lora: Any) -> Baseline:
         layers = layers_with(request, "lora")
         if rule.needs and not request.batches:
             raise ConfigurationError(f"baseline {called or name}: needs training batches to measure the layers on")
-        found = measured(request, [layer.name for layer in layers], rule.needs)
-        ranks = rule.choose(layers, request.budget, found, request.seed)
+        quantities = measured(request, [layer.name for layer in layers], rule.needs)
+        ranks = rule.choose(layers, request.budget, quantities, request.seed)
         if not ranks:
             uniform_size(layers, "lora", request.budget)  # which says what budget would do
         fused = name == "uniform_qv" and any(layer.role == "query_key_value" for layer in layers)
@@ -56,7 +56,7 @@ def measured(request: BaselineRequest, layers: Sequence[str], needs: Sequence[st
     """
     model = _with_loss(request)
     batches = request.batches[:MEASURED_BATCHES]
-    found: dict[str, dict[str, Any]] = {need: {} for need in needs}
+    quantities: dict[str, dict[str, Any]] = {need: {} for need in needs}
     if set(needs) - {FISHER}:
         covariances, gradients = VARIANCE in needs, bool(set(needs) - {FISHER, VARIANCE})
         moments = layer_moments(
@@ -68,10 +68,10 @@ def measured(request: BaselineRequest, layers: Sequence[str], needs: Sequence[st
             gradient = None if of.gradient is None else of.gradient / len(batches)
             weight = weight_matrix(request.model.get_submodule(name))
             for need in set(needs) - {FISHER}:
-                found[need][name] = quantity(need, weight, gradient, of.covariance)
+                quantities[need][name] = quantity(need, weight, gradient, of.covariance)
     if FISHER in needs:
         samples = [sample for batch in batches for sample in _samples(batch)]
-        found[FISHER] = dict.fromkeys(layers, 0.0)
+        quantities[FISHER] = dict.fromkeys(layers, 0.0)
         for sample in samples:
             moments = layer_moments(
                 model, [f"{INNER}.{name}" for name in layers], [_calibration(sample)], gradients=True
@@ -79,8 +79,8 @@ def measured(request: BaselineRequest, layers: Sequence[str], needs: Sequence[st
             for name in layers:
                 gradient = moments[f"{INNER}.{name}"].gradient
                 assert gradient is not None
-                found[FISHER][name] += float(gradient.square().sum()) / len(samples)
-    return found
+                quantities[FISHER][name] += float(gradient.square().sum()) / len(samples)
+    return quantities
 
 
 def quantity(
@@ -171,7 +171,7 @@ def _components(request: BaselineRequest, names: list[str], rank: int) -> dict[s
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(request.seed)
-        found: dict[str, torch.Tensor] = get_eva_state_dict(
+        components: dict[str, torch.Tensor] = get_eva_state_dict(
             request.model,
             _Bounded(request.batches),
             config,
@@ -179,7 +179,7 @@ def _components(request: BaselineRequest, names: list[str], rank: int) -> dict[s
             prepare_layer_inputs_fn=_unpadded_rows,
             show_progress_bar=False,
         )
-    return found
+    return components
 
 
 def _padding_mask(inputs: Mapping[str, Any], config: Any) -> Any:

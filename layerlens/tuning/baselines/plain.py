@@ -28,14 +28,14 @@ def layers_with(request: BaselineRequest, method: str, *, dense: bool = False) -
     """
     from layerlens.integrations.transformers import is_dense
 
-    found = tuple(layer for layer in request.spec.layers if method in layer.methods)
+    layers = tuple(layer for layer in request.spec.layers if method in layer.methods)
     if method == "lora":  # ranks of grouped convolutions are multiples of their groups, which no rule here knows
-        found = tuple(layer for layer in found if getattr(request.model.get_submodule(layer.name), "groups", 1) == 1)
+        layers = tuple(layer for layer in layers if getattr(request.model.get_submodule(layer.name), "groups", 1) == 1)
     if dense:
-        found = tuple(layer for layer in found if is_dense(request.model.get_submodule(layer.name)))
-    if not found:
+        layers = tuple(layer for layer in layers if is_dense(request.model.get_submodule(layer.name)))
+    if not layers:
         raise ConfigurationError(f"baseline: no layer of this model can take {method}{' as a Linear' * dense}")
-    return found
+    return layers
 
 
 def uniform_size(layers: Sequence[LayerSpec], method: str, budget: int) -> int:
