@@ -27,6 +27,7 @@ from layerlens.models import (
     LayerStatistics,
     ManifestRow,
     MethodStatistics,
+    ModelFacts,
     ModelStatistics,
     Option,
     Predicted,
@@ -299,7 +300,7 @@ def test_names_cannot_break_the_page(manifest, report):
     hostile = '<script>alert("1")</script> $x_1$ & {{ 7 * 7 }}'
     row = dataclasses.replace(manifest.allocations[0], layer=hostile)
     changed = dataclasses.replace(
-        manifest, allocations=(row, *manifest.allocations[1:]), solver=hostile, model={"name_or_path": hostile}
+        manifest, allocations=(row, *manifest.allocations[1:]), solver=hostile, model=ModelFacts(name_or_path=hostile)
     )
     page = Page(report(changed))
     assert page.of("script") == []

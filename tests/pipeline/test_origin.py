@@ -67,4 +67,4 @@ def test_nothing_of_an_earlier_choice_stays_beside_the_new_one(tmp_path: Path):
 def test_the_manifest_reads_back(tmp_path: Path):
     allocate({"a": {"grad_norm": 1.0, "fisher_trace": 1.0}}, tmp_path)
     manifest = read_manifest(tmp_path / "out/manifest.json")
-    assert (manifest.model["task"], manifest.model["num_labels"], manifest.model["labels"]) == ("", 0, [])
+    assert (manifest.model.task, manifest.model.num_labels, manifest.model.labels) == ("", 0, ())

@@ -25,7 +25,7 @@ def test_half_precision_from_profile_to_adapter(settings: dict[str, Any], tmp_pa
     result = run_config(RunConfig.model_validate(settings), base_dir=tmp_path)
     assert result.measured["step_zero_max_abs_delta"] == 0.0
     assert result.measured["vram_gb"]["relative_error"] == pytest.approx(0.0, abs=0.2)
-    assert result.manifest.model["dtype"] == dtype
+    assert result.manifest.model.dtype == dtype
     _, statistics = load_statistics(result.files["statistics"])
     full = run_config(
         RunConfig.model_validate(

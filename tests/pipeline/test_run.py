@@ -288,8 +288,8 @@ def test_a_checkpoint_with_a_head_of_its_own_keeps_its_order_of_classes(settings
     AutoTokenizer.from_pretrained(tiny_bert_dir).save_pretrained(tmp_path / "own")
     settings["model"]["name_or_path"] = "own"
     result = run(settings, tmp_path)
-    assert result.manifest.model["labels"] == ["good", "bad"]  # alphabetical order would turn every label round
-    assert result.manifest.model["head_modules"] == ["classifier"]
+    assert result.manifest.model.labels == ("good", "bad")  # alphabetical order would turn every label round
+    assert result.manifest.model.head_modules == ("classifier",)
     _, statistics = load_statistics(result.files["statistics"])
     loss = mean_loss_of(own.eval(), tmp_path / "own", settings)
     assert statistics.mean_loss == pytest.approx(loss, rel=1e-5)

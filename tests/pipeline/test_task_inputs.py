@@ -94,7 +94,7 @@ def test_every_task_trains_proxies_in_half_precision(settings, tmp_path, minilm_
     settings["profiling"]["statistics"] = ["sketched_spectrum", "sketched_factors", "activation_memory", "flops"]
     result = run(settings, tmp_path)
     assert result.measured["step_zero_max_abs_delta"] == 0.0
-    assert result.manifest.model["dtype"] == "bfloat16"
+    assert result.manifest.model.dtype == "bfloat16"
     _, statistics = load_statistics(result.files["statistics"])
     assert statistics.proxies.held_out_samples == 12
     assert len(statistics.proxies.gains) == 4
@@ -247,7 +247,7 @@ def test_timm_models_end_in_an_adapter_too(settings, tmp_path, name, dtype):
     result = run(settings, tmp_path)
     assert result.measured["step_zero_max_abs_delta"] == 0.0
     assert result.measured["flops"]["relative_error"] == 0.0
-    assert result.manifest.model["weights"] == "random"
+    assert result.manifest.model.weights == "random"
     settings["model"]["name_or_path"] = "timm:test_vot"
     with pytest.raises(ModelNotFoundError, match="timm has no model 'test_vot'; nearest: test_vit"):
         run(settings, tmp_path)

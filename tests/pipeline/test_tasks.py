@@ -40,8 +40,8 @@ def test_causal_language_models_need_no_labels(settings, tmp_path, tiny_gpt2_dir
     settings["model"] = {"name_or_path": str(tiny_gpt2_dir), "task": "causal-lm"}
     settings["data"]["source"] = source
     result = run_config(RunConfig.model_validate(settings), base_dir=tmp_path)
-    assert result.manifest.model["task"] == "causal-lm"
-    assert result.manifest.model["head_modules"] == []
+    assert result.manifest.model.task == "causal-lm"
+    assert result.manifest.model.head_modules == ()
     # Timings of a model this small are noise on a busy machine, of which the run then rightly warns.
     assert not [line for line in result.warnings if not line.startswith("latency")]
     _, statistics = load_statistics(result.files["statistics"])
@@ -66,7 +66,7 @@ def test_regression_fits_one_number_for_each_sentence_pair(settings, tmp_path):
         "source": rows(tmp_path / "d.jsonl", made), "text_column": "a", "pair_column": "b", "label_column": "score"
     }  # fmt: skip
     result = run_config(RunConfig.model_validate(settings), base_dir=tmp_path)
-    assert result.manifest.model["num_labels"] == 1
+    assert result.manifest.model.num_labels == 1
     _, statistics = load_statistics(result.files["statistics"])
     variance = sum(row["score"] ** 2 for row in made) / len(made)
     assert 0.0 < statistics.mean_loss < variance  # the fitted head does better than the mean

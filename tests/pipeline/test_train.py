@@ -101,14 +101,14 @@ def test_result_learns_loads_again_and_says_what_it_took(job: Path, tmp_path: Pa
     assert not (tmp_path / "tuned/checkpoints").exists()
 
     def logits() -> torch.Tensor:
-        labels, name = manifest.model["labels"], manifest.model["name_or_path"]
+        labels, name = manifest.model.labels, manifest.model.name_or_path
         base = load_pretrained(name, "sequence-classification", labels, seed=manifest.provenance.seed)
         model = load(base.model, tmp_path / "tuned")
         with torch.no_grad():
             return model(**base.tokenizer("great lovely thing 3", return_tensors="pt")).logits
 
     assert torch.equal(logits(), logits())
-    assert int(logits().argmax()) == manifest.model["labels"].index("good")
+    assert int(logits().argmax()) == manifest.model.labels.index("good")
 
 
 def test_without_a_configuration_it_takes_that_of_the_run(job: Path, tmp_path: Path):
@@ -151,7 +151,7 @@ def test_a_manifest_without_its_configuration(job: Path, tmp_path: Path):
 @pytest.fixture
 def without_dropout(job: Path, tmp_path: Path) -> tuple[str, ...]:
     """Options that train the job's model without dropout, whose masks differ between one process and two."""
-    base = Path(read_manifest(job / "out/manifest.json").model["name_or_path"])
+    base = Path(read_manifest(job / "out/manifest.json").model.name_or_path)
     shutil.copytree(base, tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

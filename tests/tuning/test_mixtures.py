@@ -30,8 +30,8 @@ def test_a_mixture_starts_at_zero_trains_what_it_costs_and_comes_back_from_disk(
     for row in manifest.allocations:
         mine = [name for name in trained if f".{row.layer}.lora_" in name or f"{row.layer}.layerlens_" in name]
         assert sum(trained.pop(name) for name in mine) == row.cost, row
-    assert all(f".{head}." in name for name in trained for head in manifest.model["head_modules"])
-    assert bool(trained) == bool(manifest.model["head_modules"])
+    assert all(f".{head}." in name for name in trained for head in manifest.model.head_modules)
+    assert bool(trained) == bool(manifest.model.head_modules)
 
     assert_the_loss_falls_along_its_gradient(tuned, base.inputs)
     train(tuned, base.inputs, steps=4)

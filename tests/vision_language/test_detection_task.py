@@ -101,7 +101,7 @@ def test_a_detector_is_chosen_for_and_its_adapter_runs_in_the_pipeline(
     other = PipelineConfig(**{**wanted.model_dump(), "detector_adapter": str(tmp_path / "other")})
     (tmp_path / "out").rename(tmp_path / "other")
     text = (tmp_path / "other" / "manifest.json").read_text(encoding="utf-8")
-    print_of = result.manifest.model["fingerprint"]
+    print_of = result.manifest.model.fingerprint
     (tmp_path / "other" / "manifest.json").write_text(text.replace(print_of, "0" * 64), encoding="utf-8")
     with pytest.raises(Exception, match="these are not the weights that the manifest was made for"):
         run_vision_language(other, tmp_path / "report")
