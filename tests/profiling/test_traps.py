@@ -250,3 +250,10 @@ def test_resnets_of_transformers_are_measured_too():
     batch = Batch({"pixel_values": torch.randn(4, 3, 16, 16).double()}, torch.arange(4) % 3, torch.arange(4))
     gradients = sample_gradients(model, batch, classification_loss)
     assert_equal(profile(model, ModelSpec("", 0), pieces(batch, 3, 1), classification_loss), gradients, RELATIVE)
+
+
+def test_weights_that_are_not_finite_are_named():
+    model, batch = bert(), BERT.batch()
+    model.bert.encoder.layer[1].output.dense.weight.data[0, :2] = float("nan")
+    with pytest.raises(ProfilingError, match=r"finite: bert\.encoder\.layer\.1\.output\.dense\.weight \(2 of \d+\)$"):
+        profile(model, spec_of(model), pieces(batch, 5), classification_loss)
