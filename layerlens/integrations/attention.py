@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
-from layerlens.integrations import torchvision_ready  # noqa: F401 isort: skip (before transformers)
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from layerlens.integrations.torchvision_import import make_torchvision_importable
+
+make_torchvision_importable()
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface  # noqa: E402
 
 OutputHook = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 """(attention module, query [B, H, T, d_head], output [B, T, H, d_head]) -> output to use instead."""

@@ -2,14 +2,18 @@
 
 PyPI's torchvision expects PyPI's torch. Beside a CPU build its compiled operators do not load, and the import then ends
 in ``operator torchvision::nms does not exist``, because their Python parts are registered on operators that are not
-there. Their names are all that the import needs: transforms and models, which LayerLens uses, do not call them.
+there. Their names are all that the import needs: transforms and models, which LayerLens uses, do not call them. What
+ultralytics does call, non-maximum suppression, is computed with torch instead.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -42,3 +46,37 @@ def _define_operators() -> None:
         if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
             library.define(schema)
     _defined.append(library)
+
+
+def make_suppression_work() -> None:
+    """Let ``torchvision.ops.nms``, which ultralytics calls, be computed with torch where it refuses to work."""
+    import torchvision
+
+    if not torchvision.extension._has_ops():
+        module: Any = torchvision.ops
+        module.nms = module.boxes.nms = nms
+
+
+def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """Greedy non-maximum suppression, as ``torchvision.ops.nms`` defines it.
+
+    Args:
+        boxes: [n, 4], x1 y1 x2 y2.
+        scores: [n].
+        iou_threshold: a box goes when its intersection over union with a better one is above this.
+
+    Returns:
+        int64 indices of the boxes that stay, by falling score.
+    """
+    import torch
+
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+    order, kept = scores.argsort(descending=True, stable=True), []
+    while order.numel():
+        best, rest = order[0], order[1:]
+        kept.append(best)
+        low = torch.maximum(boxes[best, :2], boxes[rest, :2])
+        high = torch.minimum(boxes[best, 2:], boxes[rest, 2:])
+        shared = (high - low).clamp_(min=0).prod(dim=1)
+        order = rest[shared <= iou_threshold * (areas[best] + areas[rest] - shared)]
+    return torch.stack(kept) if kept else order

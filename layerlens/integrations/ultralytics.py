@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError, ModelNotFoundError, ModelSpecError
-from layerlens.integrations.suppression import make_suppression_work
-from layerlens.integrations.torchvision_import import make_torchvision_importable
+from layerlens.integrations.torchvision_import import make_suppression_work, make_torchvision_importable
 from layerlens.models import Detection
 
 if TYPE_CHECKING:

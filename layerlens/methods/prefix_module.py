@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from layerlens.integrations import torchvision_ready  # noqa: F401 isort: skip (before transformers)
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
-
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.attention import attention_function
+from layerlens.integrations.torchvision_import import make_torchvision_importable
 from layerlens.integrations.transformers import HEAD_WIDTHS, takes_prefix
 from layerlens.methods.added_module import CHILD_START
 from layerlens.models import PREFIX
+
+make_torchvision_importable()
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface  # noqa: E402
+from transformers.modeling_utils import AttentionInterface  # noqa: E402
 
 # Attention functions that a prefix can be added to; flash attention needs its own name in the configuration.
 PREFIX_BASES = ("sdpa", "eager")

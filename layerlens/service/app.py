@@ -23,9 +23,14 @@ from layerlens import __version__
 from layerlens.config import RunConfig, parse_run_config
 from layerlens.config.base import describe
 from layerlens.exceptions import ActivationCacheError, ConfigurationError
-from layerlens.service import uploads
-from layerlens.service.confinement import confine, confine_settings, confined_path
-from layerlens.service.docs_page import docs_page
+from layerlens.service.confinement import (
+    confine,
+    confine_settings,
+    confined_path,
+    keep_upload,
+    receive_upload,
+    statistics_path,
+)
 from layerlens.service.events import EventWatch
 from layerlens.service.guard import Guard
 from layerlens.service.metrics import Measured, ServiceMetrics
@@ -42,6 +47,7 @@ from layerlens.service.schemas import (
     State,
     Submission,
     Upload,
+    docs_page,
 )
 from layerlens.service.settings import ServiceSettings
 from layerlens.service.store import SUCCEEDED, Job, JobStore
@@ -167,7 +173,7 @@ def create_app(settings: ServiceSettings, store: JobStore) -> FastAPI:
         if submission.kind == "optimize":
             if submission.statistics is None:
                 raise ConfigurationError("statistics: is missing; an optimisation needs the statistics of a run")
-            statistics = uploads.statistics_path(submission.statistics, settings, store)
+            statistics = statistics_path(submission.statistics, settings, store)
             if statistics is None:
                 statistics = confined_path("statistics", submission.statistics, settings)
             config = confine_settings(config, settings)
@@ -319,8 +325,8 @@ def create_app(settings: ServiceSettings, store: JobStore) -> FastAPI:
     async def upload(request: Request) -> Upload:
         """Keep a statistics.safetensors for optimisations; the same content again is the same upload."""
         folder = settings.state_dir / UPLOADS
-        received, sha256 = await uploads.receive(request.stream(), folder)
-        spec = await asyncio.to_thread(uploads.keep, received, sha256, folder)
+        received, sha256 = await receive_upload(request.stream(), folder)
+        spec = await asyncio.to_thread(keep_upload, received, sha256, folder)
         return Upload(statistics=f"upload:{sha256}", layers=len(spec.layers), model=spec.model_name)
 
     @app.get("/healthz", tags=["server"], summary="Does the server live?", operation_id="healthz")

@@ -17,13 +17,13 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from layerlens.exceptions import ConfigurationError, ServiceError
-from layerlens.service.events_text import ClientEvent, read_events
 from layerlens.utils.atomic import staged_directory
 
 TOKEN_VARIABLE, SERVER_VARIABLE = "LAYERLENS_TOKEN", "LAYERLENS_SERVER"
@@ -31,6 +31,15 @@ DEFAULT_SERVER = "http://127.0.0.1:8642"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FINAL = ("succeeded", "failed", "cancelled")
 PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class ClientEvent:
+    """One event: its number, its type (state, stage, progress, warning) and its data."""
+
+    id: int
+    type: str
+    data: dict[str, Any]
 
 
 class Client:
@@ -242,6 +251,26 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 _opener = urllib.request.build_opener(_NoRedirects)
+
+
+def read_events(lines: Iterable[bytes]) -> Iterator[ClientEvent]:
+    """Server-sent events (the WHATWG format) of a stream of lines, without comments and what was cut off at the end.
+
+    >>> list(read_events([b": hello\\n", b"id: 7\\n", b"event: state\\n", b'data: {"state": "queued"}\\n', b"\\n"]))
+    [ClientEvent(id=7, type='state', data={'state': 'queued'})]
+    """
+    fields: dict[str, str] = {}
+    for raw in lines:
+        line = raw.decode("utf-8").rstrip("\r\n")
+        if not line:
+            if "data" in fields:
+                data = json.loads(fields["data"])
+                yield ClientEvent(int(fields.get("id", 0)), fields.get("event", "message"), data)
+            fields = {}
+        elif not line.startswith(":"):
+            name, _, value = line.partition(":")
+            value = value.removeprefix(" ")
+            fields[name] = f"{fields['data']}\n{value}" if name == "data" and "data" in fields else value
 
 
 def _content(config: Path | str | Mapping[str, Any]) -> str | Mapping[str, Any]:

@@ -3,9 +3,8 @@
 Reading is verified against the checksums that publishing wrote; publishing shows a new result as a whole or not at all.
 """
 
-from layerlens.storage.fetch import local_copy, local_file
+from layerlens.storage.fetch import local_copy, local_file, read_bytes, read_text
 from layerlens.storage.publish import check_publishable, publish
-from layerlens.storage.reading import read_bytes, read_text
 from layerlens.storage.url import joined, local_or_url, redacted, shown, url_of
 
 __all__ = [

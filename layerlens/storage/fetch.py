@@ -1,4 +1,4 @@
-"""Local copies of remote files and directories, for libraries that read from a disk.
+"""Reading what lies at URLs, each object held against its checksum where one was published, and copies of it on disk.
 
 Copies lie in ``downloads`` of the cache directory under the hash of their URL and of what the store says of their
 content, so that an object that has not changed is not fetched twice.
@@ -11,18 +11,20 @@ import json
 import posixpath
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from layerlens.exceptions import OutputError, StorageError
+from layerlens.exceptions import ConfigurationError, OutputError, StorageError
 from layerlens.storage.checksums import CHECKSUMS_FILE, Entry, entry_for, read_entries, sha256_of
 from layerlens.storage.filesystem import files_below, open_url, reading, safe_name
-from layerlens.storage.reading import mismatch
 from layerlens.storage.url import joined, local_or_url, redacted
 from layerlens.utils.atomic import cannot_write
 from layerlens.utils.places import default_cache_dir
 
 DOWNLOADS = "downloads"
+ATTEMPTS, PAUSE_S = 5, 0.4
+"""A result that is just being replaced matches its list again after a moment."""
 
 
 def local_file(place: Path | str) -> Path:
@@ -102,3 +104,50 @@ def _download(
         raise (disk if isinstance(disk, OutputError) and error.errno == 28 else error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def read_bytes(url: str, limit: int | None = None) -> bytes:
+    """The object at ``url``; of one that is larger than ``limit``, its first ``limit`` + 1 bytes, unchecked.
+
+    Raises:
+        ConfigurationError: the scheme is unknown or its driver missing.
+        StorageError: there is no such object, the store cannot be reached, or the object does not match its checksum.
+    """
+    filesystem, path = open_url(url)
+    with reading(url):
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(PAUSE_S)
+            filesystem.invalidate_cache()
+            expected = entry_for(filesystem, path)
+            if limit is not None and filesystem.size(path) > limit:
+                return bytes(filesystem.cat_file(path, start=0, end=limit + 1))
+            data = bytes(filesystem.cat_file(path))
+            if expected is None or hashlib.sha256(data).hexdigest() == expected["sha256"]:
+                return data
+    raise mismatch(url)
+
+
+def read_text(url: str, limit: int) -> str:
+    """The object as UTF-8 text.
+
+    Raises:
+        ConfigurationError: it is larger than ``limit`` bytes or not UTF-8.
+        StorageError: see ``read_bytes``.
+    """
+    path, remote = local_or_url(url)
+    data = path.read_bytes() if remote is None else read_bytes(remote, limit)
+    if len(data) > limit:
+        raise ConfigurationError(f"{redacted(url)}: larger than {limit // 1024} KiB; this is not a configuration file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{redacted(url)}: not UTF-8 text (byte {error.start})") from error
+
+
+def mismatch(url: str) -> StorageError:
+    """The error for an object that is not what was published."""
+    return StorageError(
+        f"{redacted(url)}: does not match its checksum: it was changed, is just being replaced, or a publication was "
+        "cut short; read it again in a moment, or publish the result again"
+    )

@@ -99,7 +99,7 @@ def loss(output: Any, batch: Batch) -> torch.Tensor:
 
 def record(output: Any, batch: Judged, decode: Decode | None) -> Record:
     """The boxes found in every image, and which of them are right."""
-    from layerlens.integrations.ultralytics_metrics import matched
+    from layerlens.integrations.ultralytics_loss import matched
 
     targets = cast(DetectionTargets, cast(Mapping[str, Any], batch)[TARGETS])
     return {**mean_loss(output, output.items), "objects": matched(output.output, targets)}
@@ -107,7 +107,7 @@ def record(output: Any, batch: Judged, decode: Decode | None) -> Record:
 
 def finish(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
     """Mean average precision of all images."""
-    from layerlens.integrations.ultralytics_metrics import average_precision
+    from layerlens.integrations.ultralytics_loss import average_precision
 
     return average_precision([image for record in records for image in record["objects"]])
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from layerlens.integrations import torchvision_ready  # noqa: F401 isort: skip (before transformers)
-from transformers.generation.streamers import BaseStreamer
-
+from layerlens.integrations.torchvision_import import make_torchvision_importable
 from layerlens.vision_language.generation import Communication, Generation, GenerationError, Tokens
+
+make_torchvision_importable()
+from transformers.generation.streamers import BaseStreamer  # noqa: E402
 
 if TYPE_CHECKING:
     import torch

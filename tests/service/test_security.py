@@ -20,8 +20,7 @@ from layerlens.cli.main import app
 from layerlens.exceptions import ConfigurationError
 from layerlens.service.client import Client
 from layerlens.service.guard import Buckets, Guard
-from layerlens.service.settings import ServiceSettings, is_loopback
-from layerlens.service.tokens import Tokens, load_tokens
+from layerlens.service.settings import ServiceSettings, Tokens, is_loopback, load_tokens
 
 BEARER = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
 

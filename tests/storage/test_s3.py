@@ -61,7 +61,7 @@ def test_a_new_result_replaces_what_it_owns_and_leaves_the_rest(s3, bucket, tmp_
 
 @pytest.mark.parametrize("name", ["manifest.json", "peft/adapter_model.safetensors"])
 def test_an_object_that_was_changed_is_not_used(s3, bucket, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("layerlens.storage.reading.PAUSE_S", 0.01)
+    monkeypatch.setattr("layerlens.storage.fetch.PAUSE_S", 0.01)
     publish(result(tmp_path / "one", "1"), f"{bucket}/out")
     client_of(s3).put_object(Bucket=bucket.removeprefix("s3://"), Key=f"out/{name}", Body=b'{"mark": "x"}')
     with pytest.raises(StorageError, match="does not match its checksum"):

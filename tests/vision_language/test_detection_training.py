@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from layerlens.cli.main import app
 from layerlens.config import DataConfig, RunConfig
 from layerlens.data import load_dataset
-from layerlens.integrations.ultralytics_metrics import average_precision, matched
+from layerlens.integrations.ultralytics_loss import average_precision, matched
 from layerlens.integrations.ultralytics_training import mean_average_precision
 from layerlens.pipeline import run_config
 from layerlens.sources import load_pretrained

@@ -14,8 +14,7 @@ from toys.detector import held_out_precision
 from toys.plates import draw_plates
 
 from layerlens.exceptions import ConfigurationError, ModelNotFoundError
-from layerlens.integrations.suppression import make_suppression_work, nms
-from layerlens.integrations.torchvision_import import make_torchvision_importable
+from layerlens.integrations.torchvision_import import make_suppression_work, make_torchvision_importable, nms
 from layerlens.integrations.ultralytics import find_weights, load_detector
 from layerlens.vision_language.images import load_image
 
