@@ -13,7 +13,7 @@ from typing import Any
 
 from layerlens.config.sections import RunConfig
 from layerlens.exceptions import ConfigurationError, LayerLensError, ModelSpecError
-from layerlens.registry import SOURCES, STATISTICS, TASKS, source_of
+from layerlens.registry import STATISTICS, TASKS, source_of
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,16 @@ CONFLICTS = (
     ),
     Conflict(
         "a detector in half precision",
-        lambda x: _source(x) is SOURCES["ultralytics"] and x.model.dtype != "float32",
-        lambda x: f"model.dtype: {x.model.reference} is profiled in float32 only, got {x.model.dtype}",
+        lambda x: bool(_source(x).dtypes) and x.model.dtype not in _source(x).dtypes,
+        lambda x: (
+            f"model.dtype: {x.model.reference} is profiled in {' or '.join(_source(x).dtypes)} only, got "
+            f"{x.model.dtype}"
+        ),
         error=ModelSpecError,
     ),
     Conflict(
         "detection by another model",
-        lambda x: x.model.task == "object-detection" and _source(x) is not SOURCES["ultralytics"],
+        lambda x: x.model.task == "object-detection" and _source(x).default_task != x.model.task,
         lambda x: "model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt",
     ),
     Conflict(

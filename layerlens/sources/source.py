@@ -91,6 +91,8 @@ class ModelSource(ABC):
     """What its models are for; "" where that is for the user to say."""
     purpose = "is for other tasks"
     """What its models do, for the message that refuses a task."""
+    dtypes: tuple[str, ...] = ()
+    """Precisions that its models can be profiled in; empty for any."""
     takes_weights = False
     """Whether ``model.weights`` says where the weights are."""
     of_transformers = False
@@ -160,6 +162,10 @@ def load_pretrained(name_or_path: str, task: str, labels: Sequence[str], **setti
         raise ModelSpecError(f"profiling.memory_mode: {reason}")
     if not source.fits(TASKS[task]):
         raise ModelSpecError(f"model.task: {name_or_path} {source.purpose}; set model.task: {source.default_task}")
+    if source.dtypes and request.dtype not in source.dtypes:
+        raise ModelSpecError(
+            f"model.dtype: {name_or_path} is profiled in {' or '.join(source.dtypes)} only, got {request.dtype}"
+        )
     make_torchvision_importable()
     return source.load(request)
 

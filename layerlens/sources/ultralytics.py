@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel
 from layerlens.integrations.ultralytics import find_weights, load_detector
 from layerlens.sources.source import LoadRequest, ModelSource, Trust
@@ -22,6 +21,7 @@ class UltralyticsSource(ModelSource):
 
     default_task = "object-detection"
     purpose = "finds objects in images"
+    dtypes = ("float32",)
     built_by = "ultralytics"
     why_not_sharded = "a model of ultralytics is not spread"
 
@@ -34,8 +34,6 @@ class UltralyticsSource(ModelSource):
     def load(self, request: LoadRequest) -> PretrainedModel:
         import torch
 
-        if request.dtype != "float32":
-            raise ModelSpecError(f"model.dtype: {request.reference} is profiled in float32 only, got {request.dtype}")
         detector = load_detector(find_weights(request.place, request.base_dir))
         model = detector.module
         for name, module in model.named_modules():
