@@ -191,13 +191,13 @@ RANK_RULES: Registry[Any] = Registry(
     "rank rule",
     "layerlens.rank_rules",
     {
-        "uniform": "layerlens.rank_rules.uniform:UNIFORM",
-        "uniform_qv": "layerlens.rank_rules.uniform:UNIFORM_QV",
-        "eva": "layerlens.rank_rules.eva:EVA",
-        "gora": "layerlens.rank_rules.proportional:GORA",
-        "gradient_norm": "layerlens.rank_rules.proportional:GRADIENT_NORM",
-        "fisher_proportional": "layerlens.rank_rules.proportional:FISHER",
-        "random": "layerlens.rank_rules.proportional:RANDOM",
+        "uniform": "layerlens.rank_rules.published:UNIFORM",
+        "uniform_qv": "layerlens.rank_rules.published:UNIFORM_QV",
+        "eva": "layerlens.rank_rules.published:EVA",
+        "gora": "layerlens.rank_rules.published:GORA",
+        "gradient_norm": "layerlens.rank_rules.published:GRADIENT_NORM",
+        "fisher_proportional": "layerlens.rank_rules.published:FISHER",
+        "random": "layerlens.rank_rules.published:RANDOM",
     },
 )
 """Published ways to give ranks to layers; an entry is a ``layerlens.rank_rules.RankRule``."""

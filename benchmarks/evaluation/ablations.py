@@ -22,9 +22,9 @@ from single_layers import RANK
 
 from layerlens.config import OptimizationConfig
 from layerlens.cost import cost_table
-from layerlens.evaluation.measurements import lora_spec
 from layerlens.evaluation.results import allocation_key
 from layerlens.evaluation.study import Study
+from layerlens.evaluation.study_task import lora_spec
 from layerlens.evaluation.training import run_allocation
 from layerlens.methods import enumerate_options, trainable_params
 from layerlens.models import ModelSpec, Option, ProxyGain, ProxyStudy, SolverEvent, UtilityTable

@@ -19,13 +19,12 @@ from single_layers import predicted_gains, rank_correlation, single_layer_gains,
 from tasks import TASKS
 
 from layerlens.config.study import utility_arms
-from layerlens.evaluation.measurements import lora_spec, profile
 from layerlens.evaluation.results import ResultsFile
 from layerlens.evaluation.stacks import Arm
 from layerlens.evaluation.study import UtilityFunction, allocate, utilities
-from layerlens.evaluation.study_task import StudyTask
+from layerlens.evaluation.study_task import StudyTask, lora_spec, profile
 from layerlens.evaluation.training import train
-from layerlens.rank_rules.uniform import equal_ranks
+from layerlens.rank_rules.published import equal_ranks
 from layerlens.utility import AUTO, UTILITY_MODELS
 
 PREDICTORS = ("adam", "nuclear", "even_ranks", "even_ranks_eighth")

@@ -21,9 +21,9 @@ from check_runs import run_check
 from other_stacks import FullStack
 from tasks import MORE_TASKS, TASKS
 
-from layerlens.evaluation.measurements import lora_layers
 from layerlens.evaluation.results import UNIFORM, ResultsFile
 from layerlens.evaluation.study import Study
+from layerlens.evaluation.study_task import lora_layers
 from layerlens.evaluation.training import run_allocation
 from layerlens.rank_rules import rank_cost
 

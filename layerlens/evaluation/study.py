@@ -12,8 +12,11 @@ import torch
 from layerlens.config import OptimizationConfig
 from layerlens.config.study import ADALORA, EVA_INIT, SVD, utility_arms
 from layerlens.cost import cost_table
-from layerlens.evaluation.measurements import (
+from layerlens.evaluation.results import ResultsFile, allocation_key
+from layerlens.evaluation.stacks import AdaLora, Arm, LayerStack
+from layerlens.evaluation.study_task import (
     CALIBRATION_SAMPLES,
+    StudyTask,
     eva_inits,
     gradient_svd_inits,
     layer_gradients,
@@ -22,9 +25,6 @@ from layerlens.evaluation.measurements import (
     profile,
     rule_quantities,
 )
-from layerlens.evaluation.results import ResultsFile, allocation_key
-from layerlens.evaluation.stacks import AdaLora, Arm, LayerStack
-from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import measure_arms, run_allocation, train
 from layerlens.methods import enumerate_options
 from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable

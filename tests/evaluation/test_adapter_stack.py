@@ -6,9 +6,8 @@ import pytest
 import torch
 from other_stacks import AdapterStack, Mixed
 
-from layerlens.evaluation.measurements import lora_layers
 from layerlens.evaluation.stacks import Arm, LayerStack, LoraStack
-from layerlens.evaluation.study_task import StudyTask
+from layerlens.evaluation.study_task import StudyTask, lora_layers
 from layerlens.evaluation.training import train
 from layerlens.methods.adapter_module import BottleneckAdapter
 

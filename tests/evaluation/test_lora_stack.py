@@ -6,9 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from layerlens.evaluation.measurements import lora_layers
 from layerlens.evaluation.stacks import Arm, LoraStack, drawn_a
-from layerlens.evaluation.study_task import StudyTask
+from layerlens.evaluation.study_task import StudyTask, lora_layers
 from layerlens.evaluation.training import HEAD_LEARNING_RATE, SCALE, data_order, train
 from layerlens.tuning.short_training import schedule
 

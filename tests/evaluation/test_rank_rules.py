@@ -5,23 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerlens.evaluation.measurements import (
+from layerlens.evaluation.stacks import AdaLora, Arm, LoraStack
+from layerlens.evaluation.study import allocate, utilities
+from layerlens.evaluation.study_task import (
     LayerGradient,
+    StudyTask,
     eva_inits,
     gradient_svd_inits,
     layer_gradients,
     lora_layers,
     profile,
 )
-from layerlens.evaluation.stacks import AdaLora, Arm, LoraStack
-from layerlens.evaluation.study import allocate, utilities
-from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import train
 from layerlens.models import LayerSpec
 from layerlens.rank_rules import params_of, rank_cost
 from layerlens.rank_rules.adalora import Schedule
-from layerlens.rank_rules.eva import redistributed
-from layerlens.rank_rules.rule import proportional_ranks
+from layerlens.rank_rules.published import proportional_ranks, redistributed
 from layerlens.registry import RANK_RULES
 from layerlens.tuning.baselines.measured import quantity
 

@@ -14,10 +14,9 @@ from study_tables import checked_table, comparison_table, half_table
 
 from layerlens.evaluation import results as analysis
 from layerlens.evaluation import training as sweep
-from layerlens.evaluation.measurements import lora_layers
 from layerlens.evaluation.results import ResultsFile, allocation_key
 from layerlens.evaluation.study_report import gain_table, write_gain_plot
-from layerlens.evaluation.study_task import StudyTask
+from layerlens.evaluation.study_task import StudyTask, lora_layers
 from layerlens.exceptions import DataError
 
 

@@ -11,7 +11,7 @@ import torch
 from layerlens.config import TrainingConfig
 from layerlens.exceptions import ConfigurationError
 from layerlens.models import LayerSpec, ModelFacts
-from layerlens.rank_rules.rule import proportional_ranks
+from layerlens.rank_rules.published import proportional_ranks
 from layerlens.tuning import load, save
 from layerlens.tuning.baselines import BASELINES, BaselineRequest, known_baseline
 from layerlens.tuning.baselines.autolora import PERTURBATION, hypergradient, ranks_within

@@ -13,7 +13,7 @@ from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.gradients import CalibrationBatch, layer_moments
 from layerlens.integrations.peft import target_modules
 from layerlens.rank_rules import Measured
-from layerlens.rank_rules.eva import RHO
+from layerlens.rank_rules.published import RHO
 from layerlens.registry import RANK_RULES
 from layerlens.tasks.metrics import TARGETS
 from layerlens.tuning.baselines.baseline import Baseline, BaselineRequest, Prepared
@@ -135,8 +135,8 @@ def _samples(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
 def eva(request: BaselineRequest) -> Prepared:
     """PEFT's own ranks and components, from the largest uniform rank with which they stay within the budget.
 
-    The rule is ``layerlens.rank_rules.eva`` with whole r; PEFT's components are those of an incremental decomposition
-    that ends when they have settled.
+    The rule is ``rank_rules.published.eva_ranks`` with whole r; PEFT's components are those of an incremental
+    decomposition that ends when they have settled.
 
     Raises:
         ConfigurationError: no batches, or the components do not settle, or not even rank 1 fits.
