@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from layerlens.config.sections import RunConfig
 from layerlens.exceptions import ConfigurationError, LayerLensError, ModelSpecError
-from layerlens.registry import STATISTICS, TASKS, source_of
+from layerlens.registry import STATISTICS, TASKS
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,6 @@ def _unstreamable(config: RunConfig) -> Iterator[str]:
             yield f"profiling.statistics: {name} is measured on the whole model in memory, {end}"
 
 
-def _source(config: RunConfig) -> Any:
-    """Where the model comes from."""
-    return source_of(config.model.reference)[0]
-
-
 def _of_sharding(name: str, holds: Callable[[RunConfig], bool], reason: str) -> Conflict:
     return Conflict(
         name, lambda x: x.distributed.sharding == "fsdp" and holds(x), lambda x: f"distributed.sharding: fsdp: {reason}"
@@ -94,8 +88,8 @@ def _of_sharding(name: str, holds: Callable[[RunConfig], bool], reason: str) -> 
 CONFLICTS = (
     Conflict(
         "streaming and a model built in memory",
-        lambda x: x.profiling.memory_mode == "streamed" and bool(_source(x).why_not_streamable(x.model.reference)),
-        lambda x: f"profiling.memory_mode: {_source(x).why_not_streamable(x.model.reference)}",
+        lambda x: x.profiling.memory_mode == "streamed" and bool(x.model.source.why_not_streamable(x.model.reference)),
+        lambda x: f"profiling.memory_mode: {x.model.source.why_not_streamable(x.model.reference)}",
         error=ModelSpecError,
     ),
     Conflict(
@@ -115,8 +109,8 @@ CONFLICTS = (
     ),
     Conflict(
         "sharding and a source that is not spread",
-        lambda x: x.distributed.sharding == "fsdp" and bool(_source(x).why_not_sharded),
-        lambda x: f"distributed.sharding: fsdp: {_source(x).why_not_sharded}; set it to none",
+        lambda x: x.distributed.sharding == "fsdp" and bool(x.model.source.why_not_sharded),
+        lambda x: f"distributed.sharding: fsdp: {x.model.source.why_not_sharded}; set it to none",
     ),
     _of_sharding(
         "sharding and proxies",
@@ -135,22 +129,24 @@ CONFLICTS = (
     ),
     Conflict(
         "a source and a task that its models are not for",
-        lambda x: bool(_source(x).default_task) and not _source(x).fits(TASKS[x.model.task]),
-        lambda x: f"model.task: {x.model.reference} {_source(x).purpose}; set model.task: {_source(x).default_task}",
+        lambda x: bool(x.model.source.default_task) and not x.model.source.fits(TASKS[x.model.task]),
+        lambda x: (
+            f"model.task: {x.model.reference} {x.model.source.purpose}; set model.task: {x.model.source.default_task}"
+        ),
         error=ModelSpecError,
     ),
     Conflict(
         "a detector in half precision",
-        lambda x: bool(_source(x).dtypes) and x.model.dtype not in _source(x).dtypes,
+        lambda x: bool(x.model.source.dtypes) and x.model.dtype not in x.model.source.dtypes,
         lambda x: (
-            f"model.dtype: {x.model.reference} is profiled in {' or '.join(_source(x).dtypes)} only, got "
+            f"model.dtype: {x.model.reference} is profiled in {' or '.join(x.model.source.dtypes)} only, got "
             f"{x.model.dtype}"
         ),
         error=ModelSpecError,
     ),
     Conflict(
         "detection by another model",
-        lambda x: x.model.task == "object-detection" and _source(x).default_task != x.model.task,
+        lambda x: x.model.task == "object-detection" and x.model.source.default_task != x.model.task,
         lambda x: "model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt",
     ),
     Conflict(

@@ -83,18 +83,22 @@ class ModelConfig(ConfigModel):
         """What the model is loaded by: ``name_or_path``, or ``factory:module:function``."""
         return self.name_or_path or f"factory:{self.factory}"
 
+    @property
+    def source(self) -> Any:
+        """Where the model comes from: a ``layerlens.sources.ModelSource``."""
+        return source_of(self.reference)[0]
+
     @model_validator(mode="after")
     def _one_source_and_its_companions(self) -> ModelConfig:
         if bool(self.name_or_path) == (self.factory is not None):
             raise ValueError("give the model by name_or_path or by factory, one of the two")
         if (self.task == "custom") != (self.loss is not None):
             raise ValueError("task custom and loss belong together: give both or neither")
-        source, _ = source_of(self.reference)
-        if self.device_map is not None and not source.of_transformers:
+        if self.device_map is not None and not self.source.of_transformers:
             raise ValueError("device_map is for models of transformers; place a model of your own in its factory")
         if self.device_map is None and (self.max_memory or self.offload_folder):
             raise ValueError("max_memory and offload_folder belong to device_map; give it too, such as auto")
-        if self.weights is not None and not source.takes_weights:
+        if self.weights is not None and not self.source.takes_weights:
             raise ValueError("weights is for factory and timm: models; a transformers directory has its own weights")
         return self
 

@@ -25,7 +25,6 @@ from layerlens.jobs.memory_mode import (
 )
 from layerlens.models import ModelSpec
 from layerlens.profiling.request import StatisticsRequest
-from layerlens.registry import source_of
 from layerlens.sources import load_pretrained
 from layerlens.tasks import Batches, Task, make_batches, task_for
 
@@ -89,7 +88,7 @@ def load(job: Job) -> Loaded:
             return _load(job, dataset, plan, placement=placement)
         refused: dict[str, str] = {}
         skeleton = None
-        if reason := source_of(config.model.reference)[0].why_not_streamable(config.model.reference):
+        if reason := config.model.source.why_not_streamable(config.model.reference):
             refused[STREAMED] = reason
         else:
             try:

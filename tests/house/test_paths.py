@@ -6,7 +6,7 @@ Counted by running, with a profile hook. Where a count grows, a function hands o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FrameType
@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from layerlens.config import RunConfig
+from layerlens.jobs.job import Job
 from layerlens.jobs.train import train_manifest
 from layerlens.models import Choice, Manifest, ManifestRow, Option
 from layerlens.models.facts import Section
@@ -25,6 +26,8 @@ from layerlens.pipeline import run_config
 ROOT = Path(__file__).parents[2] / "layerlens"
 MANIFEST_WALK = 32
 """Half of what one manifest passed through before ``Choice`` was a noun (65)."""
+CONFIGURATION_WALK = 16
+"""What a whole configuration passes through now; by the same rule it was 20 before ``Job`` was a noun."""
 
 
 class Reached(BaseException):
@@ -55,7 +58,7 @@ def functions_handed(wanted: Callable[[Any], bool], work: Callable[[], Any]) -> 
 def _holds(value: Any, wanted: Callable[[Any], bool]) -> bool:
     if isinstance(value, dict):
         value = tuple(value.values())
-    return wanted(value) or (isinstance(value, Collection) and not isinstance(value, str) and any(map(wanted, value)))
+    return wanted(value) or (isinstance(value, (list, tuple, set, frozenset)) and any(map(wanted, value)))
 
 
 @pytest.fixture
@@ -90,3 +93,20 @@ def test_a_manifest_on_its_way_into_training(job: RunConfig, tmp_path: Path, mon
         lambda: train_manifest(tmp_path / "out/manifest.json", job, base_dir=tmp_path, output=tmp_path / "trained"),
     )
     assert len(walked) <= MANIFEST_WALK, "\n".join(sorted(walked))
+
+
+def test_a_configuration_on_its_way_into_the_measurement(
+    job: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All of it: a function that takes one section is handed what it reads, and is not counted."""
+
+    def measuring(*arguments: Any, **more: Any) -> None:
+        raise Reached
+
+    monkeypatch.setattr("layerlens.jobs.measure.measure_share", measuring)
+    walked = functions_handed(
+        lambda value: isinstance(value, (RunConfig, Job)),
+        lambda: run_config(job, base_dir=tmp_path, use_cache=False),
+    )
+    assert any(name.endswith(" fit_new_head") for name in walked)
+    assert len(walked) <= CONFIGURATION_WALK, "\n".join(sorted(walked))
