@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from layerlens.config import RunConfig
 from layerlens.models import LayerExplanation, Manifest
-from layerlens.models.run_record import RunRecord
+from layerlens.models.manifest import RunRecord
 from layerlens.storage import check_publishable, joined, local_or_url, publish
 from layerlens.telemetry import telemetry_observers
 from layerlens.tracking import tracking_observers

@@ -22,8 +22,7 @@ from layerlens.jobs.inputs import check_model
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
 from layerlens.jobs.result import observed, published
 from layerlens.jobs.solve import versions
-from layerlens.manifest.read import read_document
-from layerlens.manifest.write import write_manifest
+from layerlens.manifest.files import read_document, write_manifest
 from layerlens.models import Manifest
 from layerlens.storage import shown
 from layerlens.tasks import TASKS, task_for

@@ -1,10 +1,9 @@
 """The nouns: frozen dataclasses that the stages hand to one another. They know nothing of torch or files."""
 
-from layerlens.models.allocation import Allocation, AllocationProblem, LayerExplanation, SolverEvent
+from layerlens.models.allocation import Allocation, AllocationProblem, FrontierRow, LayerExplanation, SolverEvent
 from layerlens.models.choice import Choice
 from layerlens.models.detection import Box, Detection, LabelledImage
 from layerlens.models.facts import CalibrationSummary, LoraSettings, ModelFacts, Predicted, Provenance
-from layerlens.models.frontier import FrontierRow
 from layerlens.models.manifest import Manifest, ManifestRow, ResourceUse, choice_of
 from layerlens.models.model_spec import LayerSpec, ModelSpec
 from layerlens.models.options import ADAPTER, LORA, NONE, PREFIX, Option

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from layerlens.models.choice import Choice
@@ -133,3 +135,28 @@ def _plain(part: Any) -> Any:
 def choice_of(given: Choice | Manifest) -> Choice:
     """The choice itself, or that of a manifest."""
     return given.choice if isinstance(given, Manifest) else given
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A job that ended well.
+
+    Args:
+        kind: "run", "optimize", "train", "evaluate".
+        manifest: what was chosen; None for jobs that choose nothing.
+        files: what was written where, by name.
+        seconds: wall time of each stage.
+        measured: predicted against measured figures, by resource.
+        metrics: other figures, by name.
+        steps: figures of every step of a training, the first before it.
+        statistics_from_cache: whether profiling was spared; None for jobs that do not profile.
+    """
+
+    kind: str
+    manifest: Manifest | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    steps: Sequence[Mapping[str, float]] = ()
+    statistics_from_cache: bool | None = None

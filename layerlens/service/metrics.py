@@ -9,7 +9,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from layerlens.models.run_record import RunRecord
+from layerlens.models.manifest import RunRecord
 from layerlens.service.guard import App, Receive, Scope, Send
 from layerlens.service.store import CANCELLED, SUCCEEDED, Job, JobStore
 from layerlens.telemetry.metrics import RunMetrics

@@ -25,7 +25,7 @@ from opentelemetry.trace import Span, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from layerlens import __version__
-from layerlens.models.run_record import RunRecord
+from layerlens.models.manifest import RunRecord
 from layerlens.storage.url import redacted
 from layerlens.telemetry.bounded import LONGEST_WAIT_S, Deadline, within
 from layerlens.telemetry.metrics import adapted_layers, budget_shares, outcome_of

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from layerlens.models.run_record import RunRecord
+from layerlens.models.manifest import RunRecord
 from layerlens.telemetry.bounded import LONGEST_WAIT_S, Deadline, within
 from layerlens.telemetry.metrics import RunMetrics, outcome_of
 from layerlens.utils.observer import Observer

@@ -11,7 +11,7 @@ from typing import Any
 
 from layerlens.config import TrackingConfig
 from layerlens.exceptions import ConfigurationError
-from layerlens.models.run_record import RunRecord
+from layerlens.models.manifest import RunRecord
 from layerlens.storage import local_file
 from layerlens.tracking.protocol import Parameter, Tracker
 from layerlens.utils.observer import Observer, RunObserver

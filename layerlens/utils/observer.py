@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 from layerlens.exceptions import LayerLensError
-from layerlens.models.run_record import RunRecord
+from layerlens.models.manifest import RunRecord
 
 logger = logging.getLogger(__name__)
 

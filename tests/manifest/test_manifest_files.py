@@ -249,7 +249,7 @@ def test_missing_and_oversized_files_are_refused(tmp_path, monkeypatch):
         read_manifest(tmp_path / "manifest.json")
     with pytest.raises(ManifestError, match=r"is a directory; give the manifest\.json in it"):
         read_manifest(tmp_path)
-    monkeypatch.setattr("layerlens.manifest.read.MAX_BYTES", 100)
+    monkeypatch.setattr("layerlens.manifest.files.MAX_BYTES", 100)
     with pytest.raises(ManifestError, match="larger than"):
         read_manifest(GOLDEN / "manifest.json")
 

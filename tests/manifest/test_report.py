@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from layerlens.manifest import formats, write_report
-from layerlens.manifest import frontier_section as frontier_section_module
+from layerlens.manifest import frontier as frontier_section_module
 from layerlens.manifest import report as report_module
-from layerlens.manifest.curves_section import bands
+from layerlens.manifest.curves import bands
 from layerlens.manifest.figures import Curve, utility_curves
 from layerlens.manifest.formats import number, percent, quantity, signed_percent
-from layerlens.manifest.frontier_section import frontier_section
-from layerlens.manifest.report import Place, heat_map, place_of
+from layerlens.manifest.frontier import frontier_section
+from layerlens.manifest.layers import Place, heat_map, place_of
 from layerlens.models import (
     CostTable,
     FrontierRow,
