@@ -226,6 +226,7 @@ class _Pass:
                 advance(1)
         sweep.footprint.run_tail(sweep.parts, sweep.boundaries.read(n_blocks, n_batches))
         self._finish("tail", capture)
+        self._keep_rows(n_blocks)
         self.journal.keep_tensors("losses", {str(number): loss for number, loss in enumerate(losses)})
         sweep.boundaries.file.sync()
         self.journal.write(tail=True, footprint=sweep.footprint.state)
@@ -265,9 +266,7 @@ class _Pass:
                     self._block_batch(capture, number, batch)
                     advance(1)
             self._finish(str(number), capture)
-            of_layers = {(name, str(before)): x for name, done in self.rows.done.items() for before, x in done.items()}
-            if of_layers:
-                self.journal.keep_tensors(f"rows-{number}", {"\t".join(name): x for name, x in of_layers.items()})
+            self._keep_rows(number)
             sweep.boundaries.file.sync()
             self.journal.write(backward=n_blocks - number)
             self.journal.forget(f"rows-{number + 1}")
@@ -287,11 +286,16 @@ class _Pass:
                 f"{self.journal.directory} is damaged: the results of block {n_blocks - 1 - done} are gone; remove it "
                 "and profile again"
             )
-        if done:
-            for key, rows in (self.journal.tensors(f"rows-{n_blocks - done}") or {}).items():
-                name, _, before = key.partition("\t")
-                self.rows.done.setdefault(name, {})[int(before)] = rows
+        for key, rows in (self.journal.tensors(f"rows-{n_blocks - done}") or {}).items():
+            name, _, before = key.partition("\t")
+            self.rows.done.setdefault(name, {})[int(before)] = rows
         return done
+
+    def _keep_rows(self, number: int) -> None:
+        """Keep what is added up over layers, from the tail down to block ``number``; nothing where nothing is."""
+        rows = {f"{name}\t{before}": x for name, done in self.rows.done.items() for before, x in done.items()}
+        if rows:
+            self.journal.keep_tensors(f"rows-{number}", rows)
 
     def _block_batch(self, capture: Capture, number: int, batch: int) -> None:
         sweep = self.sweep
