@@ -31,7 +31,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 INTRODUCTION = """\
 # Configuration
 
-<!-- Made by scripts/generate_docs.py from layerlens/config/sections.py; change it there. -->
+<!-- Made by scripts/generate_docs.py from the sections in layerlens/config; change it there. -->
 
 One YAML file describes a job. `layerlens init` writes a commented one to start from, `layerlens validate FILE` checks
 it without running it, `layerlens run FILE` runs it. `layerlens schema` has the JSON Schema for editors.

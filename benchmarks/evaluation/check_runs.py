@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from layerlens.config.proxy_check import UNIFORM_LORA
+from layerlens.config.optimization import UNIFORM_LORA
 from layerlens.evaluation.results import (
     UNIFORM,
     ResultsFile,

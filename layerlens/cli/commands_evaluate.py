@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layerlens.cli import output
-from layerlens.cli.commands_run import do
+from layerlens.cli.commands_run import do, load
 from layerlens.cli.errors import guarded
 from layerlens.cli.parameters import Debug, Json, Output, Quiet, Set
+from layerlens.cli.places import base_dir_of
 from layerlens.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
+    from layerlens.evaluation.from_config import StudyResult
     from layerlens.jobs.costs import Comparison
     from layerlens.models import Manifest
 
@@ -66,14 +68,12 @@ def evaluate(
     With --costs: hold a manifest's predictions against what is measured on the model.
     """
     if not costs:
-        from layerlens.cli.commands_evaluate_study import evaluate_study
-
         for name, given in {"--model": model, "--batch-size": batch_size, "--sequence-length": sequence_length}.items():
             if given is not None:
                 raise ConfigurationError(f"{name} goes with --costs; a study takes it from its configuration")
         if subject.suffix == ".json":
             raise ConfigurationError(f"{subject} is no configuration; to evaluate a manifest's costs, give --costs")
-        return evaluate_study(subject, directory, settings, json=json, quiet=quiet)
+        return _study(subject, directory, settings, json=json, quiet=quiet)
     if directory is not None or settings:
         raise ConfigurationError(
             "--output and --set go with a study; --costs writes nothing and reads no configuration"
@@ -173,3 +173,39 @@ def _show(result: dict[str, Comparison], sizes: tuple[int, int]) -> None:
         error = f"{100 * each.relative_error:+.1f} %"
         table.add_row(NAMES[name], amount(kind, each.predicted), amount(kind, each.measured), error)
     output.console().print(table)
+
+
+def _study(config: Path, directory: Path | None, settings: list[str] | None, *, json: bool, quiet: bool) -> None:
+    """Train several allocations with tuned learning rates on paired seeds, and tell which wins on the data."""
+    checked = load(config, settings, directory)
+    from layerlens.evaluation.from_config import evaluate_config
+
+    result = do(
+        lambda progress, warn: evaluate_config(checked, base_dir=base_dir_of(config), progress=progress, warn=warn),
+        quiet,
+    )
+    if json:
+        from dataclasses import asdict
+
+        output.json_result(asdict(result))
+    elif not quiet:
+        _show_study(result)
+
+
+def _show_study(result: StudyResult) -> None:
+    from layerlens.cli.tables import new_table
+
+    console = output.console()
+    for budget in dict.fromkeys(row["budget"] for row in result.arms):
+        rows = sorted((row for row in result.arms if row["budget"] == budget), key=lambda row: row["test_loss"])
+        table = new_table(f"Budget {budget}")
+        for name in ("arm", "parameters", "learning rate", "test loss", "right"):
+            table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(
+                row["arm"], f"{row['params']:,}", f"{row['learning_rate']:g}", f"{row['test_loss']:.4f}",
+                f"{row['test_metric']:.1%}",
+            )  # fmt: skip
+        console.print(table)
+    for path in result.files.values():
+        console.print(f"  {output.short(path)}", soft_wrap=True)

@@ -1,20 +1,17 @@
 """Configuration: pydantic models of every section, and how a YAML file becomes them."""
 
-from layerlens.config.distributed import DistributedConfig
 from layerlens.config.loader import load_run_config, parse_run_config
-from layerlens.config.monitoring import TelemetryConfig, TrackingConfig
-from layerlens.config.proxy_check import ProxyCheckConfig
+from layerlens.config.model_and_data import DataConfig, ModelConfig
+from layerlens.config.optimization import LatencyProfile, OptimizationConfig, ProxyCheckConfig
+from layerlens.config.profiling import ProfilingConfig, ProxyConfig
 from layerlens.config.schema import config_schema
 from layerlens.config.sections import (
-    DataConfig,
-    LatencyProfile,
-    ModelConfig,
-    OptimizationConfig,
+    DistributedConfig,
     OutputConfig,
-    ProfilingConfig,
-    ProxyConfig,
     RunConfig,
     RuntimeConfig,
+    TelemetryConfig,
+    TrackingConfig,
 )
 from layerlens.config.study import StudyConfig
 from layerlens.config.sweep import SweepConfig, load_sweep

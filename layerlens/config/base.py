@@ -1,15 +1,41 @@
-"""The base of every configuration model: closed to unknown keys, frozen, and failing with ConfigurationError."""
+"""The base of every configuration model: closed to unknown keys, frozen, and failing with ConfigurationError.
+
+Its errors are said in the words of someone who writes YAML or JSON by hand; manifests use them too.
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from layerlens.exceptions import ConfigurationError
+from layerlens.registry import nearest_name
 
 _PASSWORD = re.compile(r"://[^/\s]*@")
+# What to say instead of pydantic's words, which speak of Python's types.
+_MUST_BE = {
+    "model_type": "must be a section (key: value lines)",
+    "model_attributes_type": "must be a section (key: value lines)",
+    "dict_type": "must be a mapping such as {name: 0.5}",
+    "tuple_type": "must be a list such as [1, 2, 4]",
+    "list_type": "must be a list",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "finite_number": "must be a finite number",
+}
 
 
 class ConfigModel(BaseModel):
@@ -42,3 +68,23 @@ def describe(error: ValidationError, owner: str) -> str:
         came = _PASSWORD.sub("://***@", came)
         lines.append(f"{owner}.{place}: {message}{came}" if place else f"{owner}: {message}")
     return "; ".join(lines)
+
+
+def must_be(detail: ErrorDetails) -> str:
+    """What a value must be, such as "must be a whole number"."""
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
+    return _MUST_BE.get(detail["type"]) or message
+
+
+def nearest_choice(detail: ErrorDetails) -> str:
+    """The nearest of several allowed texts, as a hint to put at the end; "" where nothing is near."""
+    if detail["type"] != "literal_error":
+        return ""
+    known = re.findall("'([^']*)'", detail["ctx"]["expected"])
+    nearest = difflib.get_close_matches(str(detail["input"]).lower(), known, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest and len(known) > 1 else ""  # a single one is named already
+
+
+def nearest_key(key: str, known: Sequence[str]) -> str | None:
+    """The known key that ``key`` is probably meant to be."""
+    return nearest_name(key, known)

@@ -1,7 +1,7 @@
 """What does not go with what: one table, checked by ``layerlens validate``, and by every job before it loads anything.
 
 A row stands here when the configuration alone says that a job would be refused, and more than one section takes part.
-What one section says of itself is checked by that section (``config.sections``) as it is read. What depends on the
+What one section says of itself is checked by that section as it is read. What depends on the
 model, the data or the machine is refused where those are known.
 """
 

@@ -1,7 +1,7 @@
 """The commented configuration that ``layerlens init`` writes, made from the models' own field descriptions.
 
 Required keys are set; every other key stands there with its default, commented out. What a key means is written once,
-in ``sections.py``, so this file and the documentation cannot fall behind.
+in the sections, so this file and the documentation cannot fall behind.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from layerlens.config.base import must_be, nearest_choice, nearest_key
 from layerlens.config.schema import alternatives, annotation_at, as_model, sections_with
 from layerlens.config.sections import RunConfig
-from layerlens.config.wording import must_be, nearest_choice, nearest_key
 from layerlens.config.yaml_source import (
     MAX_BYTES,
     Document,

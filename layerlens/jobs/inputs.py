@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from layerlens.config import RunConfig
-from layerlens.config.proxy_check import UNIFORM_LORA
+from layerlens.config.optimization import UNIFORM_LORA
 from layerlens.data import Dataset
 from layerlens.data.dataset import TEST_SHARE
 from layerlens.exceptions import ConfigurationError, DataError

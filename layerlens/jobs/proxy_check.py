@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from layerlens.config import RunConfig
-from layerlens.config.proxy_check import UNIFORM_LORA
+from layerlens.config.optimization import UNIFORM_LORA
 from layerlens.data import Dataset
 from layerlens.exceptions import DataError, ProfilingError
 from layerlens.jobs.inputs import MIN_HELD_OUT

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from layerlens.config import load_run_config, parse_run_config
-from layerlens.config.wording import must_be, nearest_choice
+from layerlens.config.base import must_be, nearest_choice
 from layerlens.exceptions import ConfigurationError
 
 VALID = """\

@@ -1,0 +1,152 @@
+"""What is tuned, and for what: the sections ``model`` and ``data``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from layerlens.config.base import ConfigModel
+from layerlens.config.names import TaskName
+from layerlens.registry import source_of
+
+FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+
+
+class ModelConfig(ConfigModel):
+    """Which pretrained model, for which task."""
+
+    name_or_path: str = Field(
+        default="",
+        description="Directory of a transformers model, a Hugging Face hub name, `package:NAME` for an installed "
+        "package whose `get_model_path()` returns such a directory, `timm:NAME` for a model of timm, or "
+        "`ultralytics:WEIGHTS.pt` for a detector (loading one runs what its pickle says: use trusted files). Not "
+        "needed with `factory`.",
+    )
+    factory: str | None = Field(
+        default=None,
+        pattern=FUNCTION_NAME,
+        description="`module:function` that returns the model, a `torch.nn.Module`, or (model, tokenizer or image "
+        "transform). Your code is run only because it is named here.",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="Weights for a `factory` or `timm:` model: a .safetensors file, a directory with "
+        "model.safetensors, or `random` (timm only; by default timm loads its pretrained weights).",
+    )
+    loss: str | None = Field(
+        default=None,
+        pattern=FUNCTION_NAME,
+        description="`module:function` for the task `custom`: (model output, targets of the batch) -> loss of each "
+        "sample, a tensor [batch]. A sample's loss must not depend on the others in its batch.",
+    )
+    task: TaskName = Field(
+        default="sequence-classification",
+        description="What the model is to be fine-tuned for; docs/configuration.md says of each task what its samples "
+        "are and what it is judged by.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Precision of the weights while profiling, and of the base model in later fine-tuning. Sums of "
+        "statistics are float32 or wider in any case.",
+    )
+    head_fit_samples: int = Field(
+        default=512,
+        ge=0,
+        description="Samples on which a newly initialised task head is fitted (logistic regression on frozen features) "
+        "before profiling; they are disjoint from the calibration samples. 0 leaves the head as it was initialised, "
+        "which makes the gradients of a random head.",
+    )
+
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, str | int] | None = Field(
+        default=None,
+        description="Where accelerate puts the modules of a transformers model: `auto` (GPUs, then main memory, then "
+        "disk), or a device for each module: `{model.embed_tokens: 0, model.layers.0: cpu, model.layers.1: disk}`. "
+        "Not given: all on `runtime.device`.",
+    )
+    max_memory: dict[str, str] | None = Field(
+        default=None, description="What `device_map` may use of each device: `{0: 20GiB, cpu: 60GiB}`."
+    )
+    offload_folder: str | None = Field(
+        default=None, description="Where weights placed on `disk` are kept; safetensors checkpoints are read in place."
+    )
+
+    @property
+    def reference(self) -> str:
+        """What the model is loaded by: ``name_or_path``, or ``factory:module:function``."""
+        return self.name_or_path or f"factory:{self.factory}"
+
+    @property
+    def source(self) -> Any:
+        """Where the model comes from: a ``layerlens.sources.ModelSource``."""
+        return source_of(self.reference)[0]
+
+    @model_validator(mode="after")
+    def _one_source_and_its_companions(self) -> ModelConfig:
+        if bool(self.name_or_path) == (self.factory is not None):
+            raise ValueError("give the model by name_or_path or by factory, one of the two")
+        if (self.task == "custom") != (self.loss is not None):
+            raise ValueError("task custom and loss belong together: give both or neither")
+        if self.device_map is not None and not self.source.of_transformers:
+            raise ValueError("device_map is for models of transformers; place a model of your own in its factory")
+        if self.device_map is None and (self.max_memory or self.offload_folder):
+            raise ValueError("max_memory and offload_folder belong to device_map; give it too, such as auto")
+        if self.weights is not None and not self.source.takes_weights:
+            raise ValueError("weights is for factory and timm: models; a transformers directory has its own weights")
+        return self
+
+
+class DataConfig(ConfigModel):
+    """A little of the data that the model will be fine-tuned on."""
+
+    source: str = Field(
+        min_length=1,
+        description="A .jsonl, .csv or .parquet file; a directory that `datasets` saved with save_to_disk; "
+        "`hf:NAME:SPLIT` for a data set of the Hugging Face hub; a folder with a sub-folder of images for each class; "
+        "`module:function` of yours, which returns rows (for the task custom: a map-style data set or batches); "
+        "`builtin:stdlib-docstrings` (docstrings of the running Python's standard library, labelled by the package "
+        "they come from); `builtin:digits` (8 × 8 handwritten digits; needs scikit-learn); for `object-detection` the "
+        "YAML file of a YOLO data set.",
+    )
+    text_column: str | None = Field(
+        default=None,
+        description="Column with the text; found by itself when one column is obviously text. Of seq2seq the source "
+        "text (`source`, `text`, `document` ...), of token-classification the list of words (`tokens` or `words`), of "
+        "question-answering the question. `translation.en` is the value `en` of the mapping `translation`.",
+    )
+    pair_column: str | None = Field(
+        default=None,
+        description="Column with the second sentence, for tasks on sentence pairs; of question-answering the context.",
+    )
+    label_column: str | None = Field(
+        default=None,
+        description="Column with the label; `label`, `labels`, `class` or `target` when not given. Of seq2seq the "
+        "target text, of token-classification the list of tags, of question-answering the answers "
+        '(`{"text": ["..."], "answer_start": [0]}`).',
+    )
+    image_column: str | None = Field(
+        default=None,
+        description="Column with the image, a path (from the table's folder) or encoded bytes; `image` or `img` when "
+        "not given.",
+    )
+    max_image_pixels: int = Field(
+        default=2**26, ge=1, description="Larger images are refused before they are decoded (decompression bombs)."
+    )
+    calibration_samples: int | None = Field(
+        default=None,
+        ge=2,
+        description="Samples that are measured. When not given: 256, or, where nothing but the gradient energy is "
+        "wanted (as for the utility model `auto`), a fiftieth of the samples that `training` will train on, at least "
+        "16 and at most 256, so that measuring stays below a twentieth of the fine-tune.",
+    )
+    max_length: int = Field(default=128, ge=2, description="Longest sequence, in tokens; longer texts are truncated.")
+    max_target_length: int | None = Field(
+        default=None, ge=1, description="Longest target text of seq2seq, in tokens; `max_length` when not given."
+    )
+    source_prefix: str = Field(default="", description="Written before every text, such as `summarize: ` for T5.")
+    mlm_probability: float = Field(
+        default=0.15, gt=0, le=1, description="Share of the tokens that a masked language model has to find."
+    )
+    batch_size: int = Field(
+        default=16, ge=1, description="Samples in one measuring batch. Memory grows with it; results do not change."
+    )

@@ -1,0 +1,224 @@
+"""Budgets, the options on offer, the solver and the check of its choice: the section ``optimization``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from layerlens.config.base import ConfigModel
+from layerlens.config.names import MethodName, RegisteredName
+from layerlens.config.rules import ConstraintConfig
+from layerlens.registry import METHODS, UTILITY_MODELS
+
+UNIFORM_LORA = "uniform-lora"
+CandidateName = Annotated[str, RegisteredName(UTILITY_MODELS, others=(UNIFORM_LORA,))]
+
+
+class ProxyCheckConfig(ConfigModel):
+    """Training of the solver's choice against other allocations within the same budgets; the best one is written.
+
+    All start from the same weights and see the same batches; they are compared on samples that none was trained on, and
+    that are never those of the test split. Each candidate counts at the best of its learning rates, and uniform LoRA is
+    kept where the others' loss drop is not at least 2 % larger.
+    """
+
+    steps: int = Field(
+        default=0,
+        ge=0,
+        description="Training steps of every candidate, with warm-up and decay of their own; 0: no check, the solver's "
+        "choice is written. In our study as many as half of the later fine-tune kept most of the gain, a quarter half "
+        "of it. The check costs candidates × learning_rates × steps.",
+    )
+    candidates: tuple[CandidateName, ...] = Field(
+        default=(UNIFORM_LORA, "tempered_energy", "tempered_log"),
+        min_length=1,
+        description="What is trained beside the solver's choice: `uniform-lora` (the largest equal LoRA rank on all "
+        "layers that the budgets allow, what is left spread over the depth), and choices by other utility models. What "
+        "is the solver's choice too is trained once.",
+    )
+    learning_rates: tuple[float, ...] = Field(
+        default=(1e-3,), min_length=1, description="Peak learning rates of AdamW; each candidate counts at its best."
+    )
+    train_samples: int = Field(
+        default=1024, ge=8, description="Samples to train on; calibration samples are among them."
+    )
+    held_out_samples: int = Field(default=256, ge=8, description="Samples whose loss is compared.")
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _positive(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0.0 < rate < float("inf") for rate in rates):
+            raise ValueError("must be finite and above 0")
+        return tuple(sorted(set(rates)))
+
+    @field_validator("candidates")
+    @classmethod
+    def _each_once(cls, candidates: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(candidates))
+
+
+class LatencyProfile(ConfigModel):
+    """The device and the batch that costs are predicted for.
+
+    The three roofline numbers default to nominal figures of the device type; give your own for figures that hold on
+    your device. A run prints the measured forward time of the base model beside the prediction.
+    """
+
+    device_type: Literal["cpu", "gpu"] = Field(default="cpu", description="Device that the predictions are for.")
+    model_family: str = Field(default="llm", min_length=1, description="Free text, recorded in the manifest.")
+    batch_size: int = Field(default=8, ge=1, description="Sequences in a batch.")
+    sequence_length: int = Field(default=128, ge=1, description="Tokens in a sequence.")
+    peak_gflops: float | None = Field(
+        default=None, gt=0, description="Sustained matrix throughput, GFLOP/s. Nominal: cpu 100, gpu 150000."
+    )
+    memory_bandwidth_gb_s: float | None = Field(
+        default=None, gt=0, description="Sustained memory bandwidth, GB/s (1e9 bytes). Nominal: cpu 20, gpu 1500."
+    )
+    op_overhead_us: float | None = Field(
+        default=None, ge=0, description="Fixed cost of one tensor operation, µs. Nominal: cpu 5, gpu 5."
+    )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in one batch."""
+        return self.batch_size * self.sequence_length
+
+
+class OptimizationConfig(ConfigModel):
+    """Budgets, the options on offer, and how the solver weighs them. At least one budget is needed."""
+
+    max_trainable_params: int | None = Field(
+        default=None, gt=0, description="Trainable parameters of all options together (the task head not counted)."
+    )
+    max_flops: float | None = Field(
+        default=None, gt=0, description="Forward FLOPs that the options add to one batch of the latency profile."
+    )
+    max_vram_gb: float | None = Field(
+        default=None, gt=0, description="Memory of a training step, base model included, GB (1e9 bytes)."
+    )
+    latency_target_ms: float | None = Field(
+        default=None, gt=0, description="Forward latency of one batch, base model included, ms, options unmerged."
+    )
+    latency_profile: LatencyProfile = Field(
+        default_factory=LatencyProfile, description="Device and batch that FLOPs, memory and latency are predicted for."
+    )
+    methods: tuple[MethodName, ...] = Field(
+        default=("lora", "adapter", "prefix"), min_length=1, description="PEFT methods on offer."
+    )
+    lora_ranks: tuple[int, ...] = Field(default=(1, 2, 4, 8, 16, 32), description="LoRA ranks on offer.")
+    adapter_sizes: tuple[int, ...] = Field(default=(2, 4, 8, 16, 32), description="Adapter bottleneck widths on offer.")
+    prefix_lengths: tuple[int, ...] = Field(
+        default=(2, 4, 8, 16),
+        description="Prefix lengths on offer, in key/value pairs. A single pair would leave its key untrained.",
+    )
+    method_sizes: dict[MethodName, tuple[int, ...]] = Field(
+        default_factory=dict,
+        exclude_if=lambda sizes: not sizes,
+        description="Sizes on offer of registered methods without a key of their own, by the method's name.",
+    )
+    constraints: ConstraintConfig = Field(
+        default_factory=ConstraintConfig, description="What the choice must keep beyond the four budgets."
+    )
+    alpha_over_r: float = Field(default=2.0, gt=0, description="LoRA scale alpha/r, one constant for the whole model.")
+    use_rslora: bool = Field(
+        default=False,
+        description="Scale LoRA by alpha/√r instead of alpha/r (rsLoRA), with alpha = alpha_over_r times the largest "
+        "chosen rank in every layer.",
+    )
+    lora_initialization: Literal["default", "pca", "gradient_svd"] = Field(
+        default="default",
+        description="How LoRA's A begins, with B = 0: `default` (uniform, as PEFT draws it), `pca` (principal "
+        "components of the layer's inputs, as EVA), `gradient_svd` (right singular vectors of the mean gradient, as "
+        "LoRA-GA). The last two are measured on the calibration samples in one more pass.",
+    )
+    optimizer: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="Optimiser of the later fine-tune; its state is part of the memory prediction."
+    )
+    objective_weights: dict[str, float] = Field(
+        default_factory=lambda: {"utility": 1.0},
+        description="score = utility·w_utility − Σ_r w_r·(cost_r / budget_r) − penalty[method], with r in cost, flops, "
+        "vram, latency. The utility is first scaled so that the best option of the model has 1.",
+    )
+    method_penalties: dict[MethodName, float] = Field(
+        default_factory=dict, description="Subtracted from the score of every option of the method (same scale)."
+    )
+    refine: bool = Field(
+        default=True, description="Refine with OR-Tools CP-SAT, which proves optimality or tightens the bound."
+    )
+    refine_deterministic_time: float = Field(
+        default=20.0,
+        gt=0,
+        description="CP-SAT limit in deterministic time units (about a second each), so that every run ends alike.",
+    )
+    gap_tolerance: float = Field(
+        default=1e-6, ge=0, lt=1, description="Relative gap under which the allocation is called optimal."
+    )
+    proxy_check: ProxyCheckConfig = Field(
+        default_factory=ProxyCheckConfig,
+        description="Training of the solver's choice and of uniform LoRA beside each other, to write the better one.",
+    )
+
+    @field_validator("lora_ranks", "adapter_sizes", "prefix_lengths")
+    @classmethod
+    def _positive_sizes(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size < 1 for size in sizes):
+            raise ValueError("sizes must be 1 or more (leaving a layer alone is always an option)")
+        return tuple(sorted(set(sizes)))
+
+    @field_validator("method_sizes")
+    @classmethod
+    def _sizes_of_others(cls, sizes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        for name in sizes:
+            if METHODS[name].sizes_key:
+                raise ValueError(f"{name} has a key of its own: give {METHODS[name].sizes_key}")
+        return {name: cls._positive_sizes(of) for name, of in sizes.items()}
+
+    @field_validator("objective_weights")
+    @classmethod
+    def _known_objectives(cls, weights: dict[str, float]) -> dict[str, float]:
+        known = ("utility", "cost", "flops", "vram", "latency")
+        for name, weight in weights.items():
+            if name not in known:
+                raise ValueError(f"unknown objective {name!r}; known: {', '.join(known)}")
+            if not 0.0 <= weight < float("inf"):
+                raise ValueError(f"weight of {name!r} must be a finite number >= 0, got {weight!r}")
+        return weights
+
+    @field_validator("method_penalties")
+    @classmethod
+    def _finite_penalties(cls, penalties: dict[str, float]) -> dict[str, float]:
+        for name, penalty in penalties.items():
+            if not 0.0 <= penalty < float("inf"):
+                raise ValueError(f"penalty of {name!r} must be a finite number >= 0, got {penalty!r}")
+        return penalties
+
+    @model_validator(mode="after")
+    def _some_budget_and_some_option(self) -> OptimizationConfig:
+        budgets = (self.max_trainable_params, self.max_flops, self.max_vram_gb, self.latency_target_ms)
+        if all(budget is None for budget in budgets):
+            raise ValueError(
+                "no budget given; set at least one of max_trainable_params, max_flops, max_vram_gb, latency_target_ms"
+            )
+        if not any(self.ranks().values()):
+            raise ValueError("no option on offer; give sizes for at least one of the methods")
+        return self
+
+    def ranks(self) -> dict[str, tuple[int, ...]]:
+        """Sizes on offer for each method on offer."""
+        return {name: self._sizes(METHODS[name]) for name in self.methods}
+
+    def _sizes(self, method: Any) -> tuple[int, ...]:
+        if method.sizes_key:
+            sizes: tuple[int, ...] = getattr(self, method.sizes_key)
+            return sizes
+        return self.method_sizes.get(method.name, method.default_sizes)
+
+    def budgets(self) -> dict[str, float | None]:
+        """Budget of each resource, by resource name."""
+        return {
+            "trainable_params": self.max_trainable_params,
+            "flops": self.max_flops,
+            "vram_gb": self.max_vram_gb,
+            "latency_ms": self.latency_target_ms,
+        }

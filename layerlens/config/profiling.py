@@ -1,0 +1,128 @@
+"""What is measured, and how it becomes a utility: the section ``profiling``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from layerlens.config.base import ConfigModel
+from layerlens.config.names import StatisticName, UtilityName
+
+METRICS = ("gradient_energy", "fisher", "proxy_eval")
+
+
+class ProxyConfig(ConfigModel):
+    """Short real training of a few options, which turns utilities into predicted loss drops and checks them.
+
+    Each option is trained alone, from the same start and on the same batches, and judged on held-out samples.
+    """
+
+    options: int = Field(
+        default=0,
+        ge=0,
+        description="How many options are trained, chosen evenly over methods, roles, depths and ranks; 0: none, the "
+        "utilities stay uncalibrated. At least 4; 24 is a good start.",
+    )
+    steps: int = Field(default=16, ge=1, description="Training steps of each option.")
+    learning_rate: float = Field(default=1e-3, gt=0, description="Learning rate of AdamW in these steps.")
+    held_out_samples: int = Field(
+        default=128, ge=8, description="Samples, neither measured nor trained on, whose loss is compared."
+    )
+    time_limit_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="No further option is begun after this many seconds; what is done counts, and a later run goes on.",
+    )
+
+    @field_validator("options")
+    @classmethod
+    def _enough_to_fit(cls, options: int) -> int:
+        if 0 < options < 4:
+            raise ValueError("must be 0 or at least 4, the fewest that a curve can be fitted to")
+        return options
+
+
+class ProfilingConfig(ConfigModel):
+    """What is measured and how it becomes a utility."""
+
+    utility_model: UtilityName = Field(
+        default="auto",
+        description="How statistics become a utility curve: `auto` (`tempered_energy` where the budget of parameters "
+        "is below rank 2 on every layer, else `tempered_log`), `tempered_log` (fourth root of the gradient energy "
+        "times the parameters of a rank times log(1 + rank): ranks become alike as the budget grows), "
+        "`tempered_energy` (the fourth root times the square root of the rank: half-way between `gradient` and even "
+        "spreading), `tempered` (the same with the sampling noise taken off the energy), `signal` (square root of the "
+        "noise-corrected energy times the square root of the rank), `whitened` (K-FAC-whitened split-half spectrum, in "
+        "nats), `gradient` (plain gradient energy), `weighted` (`metric_weights` over layers), `uniform` (every layer "
+        "equal).",
+    )
+    metric_weights: dict[str, float] = Field(
+        default_factory=lambda: {"gradient_energy": 0.5, "fisher": 0.5},
+        description="Weight of each metric in the `weighted` utility and in `run_pipeline`: gradient_energy, fisher, "
+        "proxy_eval. Weights are scaled to sum 1; a metric that no layer has is left out with a warning.",
+    )
+    statistics: tuple[StatisticName, ...] = Field(
+        default=(),
+        description="Statistics to measure beside those that the utility model reads: `fisher` (trace of the empirical "
+        "Fisher), `gradient` (energy of the mean gradient), `input_scale`, `spectrum` (split-half spectrum of the mean "
+        "gradient), `whitened_spectrum` (the same, K-FAC-whitened), `factors` (the K-FAC factors themselves; large), "
+        "`sketched_spectrum` and `sketched_factors` (by random projections, with their errors), `ntk` (Gram matrix of "
+        "per-sample gradients, its effective rank and target alignment), `fisher_diagonal` (importance of single "
+        "weights: mean, quantiles, participation, sums for each output), and of every module `activation_memory`, "
+        "`flops` and `time`. Only what is needed or asked for is computed.",
+    )
+    ntk_samples: int = Field(
+        default=64,
+        ge=2,
+        le=8192,
+        description="Samples of the neural tangent kernel. Up to 256 it is exact, from activations and gradients that "
+        "are kept in memory: samples × tokens × (inputs + outputs of every layer) × 4 bytes. Beyond, it comes from "
+        "random projections of 4 kB a sample, and its error is told.",
+    )
+    all_weights: bool = Field(
+        default=False,
+        description="Measure the weights outside the layers too (embeddings, convolutions, heads), and list what is "
+        "left out; they are in the statistics file, and no option is offered for them.",
+    )
+    adapter_sites: Literal["residual", "all"] = Field(
+        default="residual",
+        description="Where adapters are considered: after the modules that write to the residual stream (attention "
+        "output, FFN output), or after every Linear.",
+    )
+    memory_mode: Literal["auto", "plain", "checkpointed", "streamed"] = Field(
+        default="auto",
+        description="How the model is held while it is measured: `plain` (in memory), `checkpointed` (in memory; "
+        "blocks keep only what they are given and run again in the backward pass), `streamed` (weights stay in their "
+        "safetensors files and blocks come one at a time; transformers models with one stack of blocks), `auto` (the "
+        "first of these that is predicted to keep within `max_memory_gb`; plain without it). Layers have the same "
+        "statistics in all of them.",
+    )
+    max_memory_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="Memory that profiling may take, GB (1e9 bytes) resident in the whole process; `memory_mode: auto` "
+        "follows from it. Later training is not meant.",
+    )
+    proxies: ProxyConfig = Field(
+        default_factory=ProxyConfig, description="Short real training of a few options, to calibrate the utilities."
+    )
+
+    @property
+    def limits_memory(self) -> str | None:
+        """The key that limits the memory of profiling, with its section; None where nothing does."""
+        if self.memory_mode == "auto":
+            return None if self.max_memory_gb is None else "profiling.max_memory_gb"
+        return None if self.memory_mode == "plain" else "profiling.memory_mode"
+
+    @field_validator("metric_weights")
+    @classmethod
+    def _known_and_positive(cls, weights: dict[str, float]) -> dict[str, float]:
+        for name, weight in weights.items():
+            if name not in METRICS:
+                raise ValueError(f"unknown metric {name!r}; known: {', '.join(METRICS)}")
+            if not 0.0 <= weight < float("inf"):
+                raise ValueError(f"weight of {name!r} must be a finite number >= 0, got {weight!r}")
+        if not sum(weights.values()) > 0.0:
+            raise ValueError("at least one weight must be above 0")
+        return weights
