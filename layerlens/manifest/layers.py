@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerlens.integrations.transformers import role_of
-from layerlens.manifest.formats import number, percent, quantity
+from layerlens.manifest.formats import method_name, number, percent, quantity
 from layerlens.models import LayerExplanation, Manifest, ManifestRow, ModelStatistics
 from layerlens.registry import METHODS
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from layerlens.manifest import formats, write_report
+from layerlens.manifest import formats, layers, write_report
 from layerlens.manifest import frontier as frontier_section_module
-from layerlens.manifest import report as report_module
 from layerlens.manifest.curves import bands
 from layerlens.manifest.figures import Curve, utility_curves
 from layerlens.manifest.formats import number, percent, quantity, signed_percent
@@ -389,7 +388,7 @@ def test_numbers_are_short_and_have_units(shown, expected):
     assert shown == expected
 
 
-@pytest.mark.parametrize("module", [formats, report_module])
+@pytest.mark.parametrize("module", [formats, layers])
 def test_examples_in_docstrings_hold(module):
     failed, tried = doctest.testmod(module)
     assert failed == 0
