@@ -182,7 +182,7 @@ UTILITY_MODELS: Registry[Any] = Registry(
         "whitened": "layerlens.utility.whitened:MODEL",
         "gradient": "layerlens.utility.signal:GRADIENT",
         "weighted": "layerlens.utility.weighted:MODEL",
-        "uniform": "layerlens.utility.uniform:MODEL",
+        "uniform": "layerlens.utility.signal:UNIFORM",
     },
 )
 """From statistics to the expected gain of every option; an entry is a ``layerlens.utility.UtilityModel``."""

@@ -31,7 +31,8 @@ from layerlens.models import ModelSpec, Option, ProxyGain, ProxyStudy, SolverEve
 from layerlens.optimization import build_problem, solve
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import StatisticsRequest
-from layerlens.utility import UTILITY_MODELS, utility_table
+from layerlens.registry import UTILITY_MODELS
+from layerlens.utility import utility_table
 from layerlens.utility.calibration import calibrate
 from layerlens.utils.progress import silent
 

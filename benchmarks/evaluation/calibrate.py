@@ -25,12 +25,12 @@ from layerlens.evaluation.study import UtilityFunction, allocate, utilities
 from layerlens.evaluation.study_task import StudyTask, lora_spec, profile
 from layerlens.evaluation.training import train
 from layerlens.rank_rules.published import equal_ranks
-from layerlens.utility import AUTO, UTILITY_MODELS
+from layerlens.registry import UTILITY_MODELS
 
 PREDICTORS = ("adam", "nuclear", "even_ranks", "even_ranks_eighth")
 """Of the candidates, those that rank layers in a way of their own."""
 MODELS: dict[str, str | UtilityFunction] = {
-    **{name: model for name, model in utility_arms().items() if model not in (AUTO, "uniform")},
+    **{name: model for name, model in utility_arms().items() if model not in ("auto", "uniform")},
     **{name: CANDIDATES[name] for name in PREDICTORS},
 }
 DEFAULT = "tempered_energy"

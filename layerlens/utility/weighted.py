@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from layerlens import kernels
 from layerlens.exceptions import ActivationCacheError
 from layerlens.models import LORA, ModelSpec, ModelStatistics, Option, UtilityTable
+from layerlens.utility.model import UtilityModel
+from layerlens.utility.signal import SIGNAL, uniform
 
 UNIT = "weighted metric score, at most 1"
 CACHE_KEYS = {"gradient_energy": "grad_norm", "fisher": "fisher_trace", "proxy_eval": "proxy_gain"}
 """Metric -> the key that holds it in an activation cache (grad_norm is squared to give the gradient energy)."""
+
+STATISTIC_OF = {"gradient_energy": "gradient", "fisher": "fisher"}
+"""Metric of ``metric_weights`` -> the statistic that it is."""
 
 logger = logging.getLogger("layerlens")
 
@@ -81,3 +87,41 @@ def weighted_table(
     largest_rank = max((option.rank for option in options), default=1) or 1
     utility = np.array([by_name[option.layer] * np.sqrt(option.rank / largest_rank) for option in options])
     return UtilityTable(tuple(options), utility, "weighted", UNIT)
+
+
+@dataclass(frozen=True)
+class Weighted(UtilityModel):
+    """The model whose statistics follow from ``profiling.metric_weights``.
+
+    With proxies the metric proxy_eval is there too: measured gains, carried to all layers along the signal.
+    """
+
+    def needed(self, metric_weights: Mapping[str, float], *, proxies: bool = False) -> tuple[str, ...]:
+        wanted = {metric for metric, weight in metric_weights.items() if weight > 0.0}
+        needed = {STATISTIC_OF[metric] for metric in wanted & set(STATISTIC_OF)}
+        return tuple(sorted(needed | set(SIGNAL.needs if proxies and "proxy_eval" in wanted else ())))
+
+    def table(
+        self,
+        spec: ModelSpec,
+        statistics: ModelStatistics,
+        options: Sequence[Option],
+        metric_weights: Mapping[str, float],
+    ) -> UtilityTable:
+        metrics = metrics_of(statistics)
+        if statistics.proxies and metric_weights.get("proxy_eval"):
+            for layer, gain in _proxy_gains(spec, statistics, options).items():
+                metrics[layer]["proxy_eval"] = gain
+        return weighted_table(spec, metrics, options, metric_weights)
+
+
+def _proxy_gains(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> dict[str, float]:
+    """Loss drop of each layer's best option: the proxies' gains, carried to all layers along the signal."""
+    table = SIGNAL.calibrated(spec, statistics, options, {})
+    best = {layer.name: 0.0 for layer in spec.layers}
+    for option, gain in zip(table.options, table.utility, strict=True):
+        best[option.layer] = max(best[option.layer], float(gain))
+    return best
+
+
+MODEL = Weighted("weighted", uniform, UNIT)

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layerlens.config import ProfilingConfig
 from layerlens.exceptions import ActivationCacheError, ProfilingError
 from layerlens.methods import enumerate_options
 from layerlens.models import LayerSpec, LayerStatistics, MethodStatistics, ModelSpec, ModelStatistics, Option
-from layerlens.registry import UTILITY_MODELS as CONFIGURED_MODELS
+from layerlens.registry import UTILITY_MODELS
 from layerlens.utility import (
-    AUTO,
-    UTILITY_MODELS,
     metrics_from_cache,
     model_for,
     needed_statistics,
@@ -23,6 +22,7 @@ from layerlens.utility import (
     weighted_table,
 )
 
+AUTO = "auto"
 RANKS = {"lora": (1, 4), "adapter": (4,), "prefix": (1, 2)}
 SPEC = ModelSpec(
     "m",
@@ -130,7 +130,8 @@ def test_uniform_sees_ranks_only():
 
 
 def test_every_model_that_can_be_configured_is_there():
-    assert {*UTILITY_MODELS, "weighted", AUTO} == set(CONFIGURED_MODELS)
+    offered = set(ProfilingConfig.model_json_schema()["properties"]["utility_model"]["enum"])
+    assert {model.name for model in UTILITY_MODELS.values()} == offered == set(UTILITY_MODELS)
 
 
 def test_auto_spreads_where_the_budget_pays_for_rank_2_everywhere():

@@ -1,0 +1,133 @@
+"""What a utility model is: a function of the statistics, its unit, and the statistics that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerlens.exceptions import ProfilingError
+from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable
+from layerlens.registry import STATISTICS, UTILITY_MODELS
+from layerlens.utility.calibration import calibrate
+
+
+@dataclass(frozen=True)
+class UtilityModel:
+    """A utility model and what it needs.
+
+    Args:
+        name: its name in the registry.
+        function: (spec, statistics, options) -> float64 [n_options].
+        unit: what its values are measured in.
+        needs: the statistics it reads, by their names in the registry.
+    """
+
+    name: str
+    function: Callable[[ModelSpec, ModelStatistics, Sequence[Option]], np.ndarray]
+    unit: str
+    needs: tuple[str, ...] = ()
+
+    def for_budget(self, spec: ModelSpec, max_trainable_params: float | None) -> UtilityModel:
+        """The model that is used with a budget of trainable parameters: itself unless redefined."""
+        return self
+
+    def needed(self, metric_weights: Mapping[str, float], *, proxies: bool = False) -> tuple[str, ...]:
+        """The statistics it reads with these weights of metrics, and with proxies or without."""
+        return self.needs
+
+    def table(
+        self,
+        spec: ModelSpec,
+        statistics: ModelStatistics,
+        options: Sequence[Option],
+        metric_weights: Mapping[str, float],
+    ) -> UtilityTable:
+        """The utility of every option; ``metric_weights`` is ``profiling.metric_weights``, for those that read it.
+
+        Raises:
+            ProfilingError: the statistics lack what the model needs.
+        """
+        lacking = [need for need in self.needs if not has_statistic(statistics, need)]
+        if lacking:
+            usable = [
+                other.name
+                for other in UTILITY_MODELS.values()
+                if all(has_statistic(statistics, need) for need in other.needed(metric_weights))
+            ]
+            raise ProfilingError(
+                f"profiling.utility_model: {self.name!r} needs the statistic {lacking[0]!r}, which these statistics "
+                f"lack; run `layerlens run` with utility_model: {self.name}, or choose {', '.join(usable)}"
+            )
+        return UtilityTable(tuple(options), self.function(spec, statistics, options), self.name, self.unit)
+
+    def calibrated(
+        self,
+        spec: ModelSpec,
+        statistics: ModelStatistics,
+        options: Sequence[Option],
+        metric_weights: Mapping[str, float],
+        *,
+        seed: int = 0,
+    ) -> UtilityTable:
+        """``table`` as predicted loss drops, by the proxies of ``statistics``; as it is where there are none.
+
+        Raises:
+            ProfilingError: the statistics lack what the model needs.
+        """
+        study = statistics.proxies
+        if study is None:
+            return self.table(spec, statistics, options, metric_weights)
+        trained = [one.option for one in study.gains]  # maybe of ranks that are no longer on offer
+        together = tuple(dict.fromkeys((*options, *trained)))
+        return calibrate(self.table(spec, statistics, together, metric_weights), study, seed=seed).first(len(options))
+
+
+def has_statistic(statistics: ModelStatistics, name: str) -> bool:
+    """Whether any layer has the statistic ``name``."""
+    found = [measured for layer in statistics.layers for measured in layer.by_method.values()]
+    values = [measured.value(field) for measured in found for field in STATISTICS[name].fields[:1]]
+    return any(value is not None and np.size(value) > 0 for value in values)
+
+
+def model_for(name: str, spec: ModelSpec, max_trainable_params: float | None) -> str:
+    """Name of the model that ``name`` means for a budget of trainable parameters."""
+    used: UtilityModel = UTILITY_MODELS[name].for_budget(spec, max_trainable_params)
+    return used.name
+
+
+def needed_statistics(name: str, metric_weights: Mapping[str, float], *, proxies: bool = False) -> tuple[str, ...]:
+    """The statistics that the utility model ``name`` reads; those of "weighted" follow from its weights.
+
+    >>> needed_statistics("weighted", {"fisher": 1.0})
+    ('fisher',)
+    """
+    needed: tuple[str, ...] = UTILITY_MODELS[name].needed(metric_weights, proxies=proxies)
+    return needed
+
+
+def utility_table(
+    name: str,
+    spec: ModelSpec,
+    statistics: ModelStatistics,
+    options: Sequence[Option],
+    metric_weights: Mapping[str, float],
+) -> UtilityTable:
+    """The utility of every option by the model ``name``; see ``UtilityModel.table``."""
+    table: UtilityTable = UTILITY_MODELS[name].table(spec, statistics, options, metric_weights)
+    return table
+
+
+def calibrated_table(
+    name: str,
+    spec: ModelSpec,
+    statistics: ModelStatistics,
+    options: Sequence[Option],
+    metric_weights: Mapping[str, float],
+    *,
+    seed: int = 0,
+) -> UtilityTable:
+    """The same as predicted loss drops where proxies were trained; see ``UtilityModel.calibrated``."""
+    table: UtilityTable = UTILITY_MODELS[name].calibrated(spec, statistics, options, metric_weights, seed=seed)
+    return table
