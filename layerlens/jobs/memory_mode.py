@@ -20,11 +20,13 @@ from layerlens.exceptions import ConfigurationError, LayerLensError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, without_cache
+from layerlens.methods import OUTPUT
 from layerlens.models import LayerSpec, ModelSpec, Provenance
 from layerlens.profiling.footprint import dense_inputs
 from layerlens.profiling.projections import COLUMNS, PROBES, ROWS
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.sums import Place
+from layerlens.registry import METHODS
 from layerlens.tasks import Batch
 from layerlens.tasks.losses import output_tensors
 from layerlens.utils.memory import resident_bytes
@@ -188,7 +190,7 @@ def _traced_bytes(model: Any, spec: ModelSpec, inputs: dict[str, torch.Tensor]) 
     for layer in spec.layers:
         if layer.layer_type == "attention" or layer.name not in names:
             continue
-        with_output = "adapter" in layer.methods
+        with_output = any(METHODS[name].reads == OUTPUT for name in layer.methods)
 
         def hook(module: Any, args: Any, output: Any, with_output: bool = with_output) -> Any:
             return _Keep.apply(output, anchor, args[0].detach(), *((output.detach(),) if with_output else ()))
@@ -235,13 +237,9 @@ def _bytes_below(model: torch.nn.Module, path: str) -> int:
 
 def _places(layer: LayerSpec, request: StatisticsRequest, max_length: int) -> list[Place]:
     """The matrices of every method of a layer."""
-    width = layer.n_out // max(layer.num_heads, 1)
-    shapes = {
-        "lora": (1, layer.n_out, layer.n_in), "adapter": (1, layer.n_out, layer.n_out),
-        "prefix": (layer.num_heads, width, width + 1),
-    }  # fmt: skip
     tokens = layer.positions or max_length
-    return [request.place(shapes[method], method, projected=True, tokens=tokens) for method in layer.methods]
+    methods = [METHODS[name] for name in layer.methods]
+    return [request.place(x.matrix_shape(layer), x.name, projected=True, tokens=tokens) for x in methods]
 
 
 def _sum_bytes(layer: LayerSpec, request: StatisticsRequest, max_length: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from layerlens import kernels
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.weight_matrices import matrix_shape
-from layerlens.models import LayerStatistics, MethodStatistics, ModelSpec
+from layerlens.models import LORA, LayerStatistics, MethodStatistics, ModelSpec
 from layerlens.profiling.accumulators import SumShards
 from layerlens.profiling.pass_sums import Key, PassSums
 from layerlens.profiling.request import StatisticsRequest
@@ -126,7 +126,7 @@ class Capture(Taps):
         """Parameter name of every module with statistics -> the parameter its statistics are under."""
         known = self.sums.accumulators
         covered = {f"{name}.weight": key[0] for name, key in self._weight_keys.items() if key in known}
-        layers = [layer.name for layer in self.spec.layers if (layer.name, "lora") in known and layer.groups == 1]
+        layers = [layer.name for layer in self.spec.layers if (layer.name, LORA) in known and layer.groups == 1]
         return covered | {f"{name}.weight": f"{name}.weight" for name in layers}
 
     def collect(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens import registry
 from layerlens.exceptions import ConfigurationError
+from layerlens.models import LORA
 
 if TYPE_CHECKING:
     from layerlens.profiling.statistics import Statistic
@@ -103,5 +104,5 @@ class StatisticsRequest:
         """Whether anything is projected."""
         from layerlens.profiling.sums import Place
 
-        largest = Place((1, 2**30, 2**30), "lora", True, True, self.ntk_samples, self.sketched_ntk)
+        largest = Place((1, 2**30, 2**30), LORA, True, True, self.ntk_samples, self.sketched_ntk)
         return any(one.projects for one in (*self.sums(largest), *self.input_sums))

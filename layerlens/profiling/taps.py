@@ -17,9 +17,11 @@ import torch
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.attention import attention_outputs
 from layerlens.integrations.weight_matrices import conv_patches
-from layerlens.models import LayerSpec, ModelSpec
+from layerlens.methods import OUTPUT
+from layerlens.models import LORA, LayerSpec, ModelSpec
 from layerlens.profiling.pass_sums import Key
 from layerlens.profiling.sample_matrices import SampleMatrices
+from layerlens.registry import METHODS
 
 Recorder = Callable[..., None]
 Hook = Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]
@@ -130,28 +132,31 @@ class Taps:
             yield
 
     def _dense_hook(self, layer: LayerSpec) -> Hook:
-        with_adapter = "adapter" in layer.methods
+        methods = [METHODS[name] for name in layer.methods]
+        with_output = any(method.reads == OUTPUT for method in methods)
         module = self.model.get_submodule(layer.name)
+        is_convolution = isinstance(module, torch.nn.Conv2d)
+
+        def tokens(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return (tensor.flatten(2).mT[:, None], None) if is_convolution else self._as_tokens(layer.name, tensor)
 
         def record(gradient: torch.Tensor, h: torch.Tensor, y: torch.Tensor | None = None) -> None:
-            if isinstance(module, torch.nn.Conv2d):
-                z__bgti = conv_patches(module, h, groups=1)
-                self.collect((layer.name, "lora"), gradient.flatten(2).mT[:, None], z__bgti, None, layer.name)
-                return
-            d__bgto, mask__bt = self._as_tokens(layer.name, gradient)
-            if "lora" in layer.methods:
-                leader = self._leaders.get(layer.name, layer.name)
-                z__bgti, _ = self._as_tokens(layer.name, h)
-                self.collect((layer.name, "lora"), d__bgto, z__bgti, mask__bt, leader)
-            if y is not None:
-                z__bgti, _ = self._as_tokens(layer.name, y)
-                self.collect((layer.name, "adapter"), d__bgto, z__bgti, mask__bt, layer.name)
+            d__bgto, mask__bt = tokens(gradient)
+            for method in methods:
+                if method.reads == OUTPUT and y is not None:
+                    z__bgti, _ = tokens(y)
+                else:
+                    z__bgti = conv_patches(module, h, groups=1) if is_convolution else tokens(h)[0]
+                # Every layer with an input of its own can take LoRA, so those with the same one find its sums there.
+                leader = self._leaders.get(layer.name, layer.name) if method.name == LORA else layer.name
+                operands = method.gradient_operands(d__bgto, z__bgti)
+                self.collect((layer.name, method.name), *operands, mask__bt, leader)
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             self._count_call(layer.name)
             if not isinstance(module, torch.nn.Conv2d):  # whose inputs are patches
                 self._follow(layer.name, args[0])
-            saved = (args[0].detach(), output.detach()) if with_adapter else (args[0].detach(),)
+            saved = (args[0].detach(), output.detach()) if with_output else (args[0].detach(),)
             return self._tap(output, record, *saved)
 
         return hook
@@ -185,14 +190,14 @@ class Taps:
         return hook
 
     def _tap_attention(self, layer: LayerSpec, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Prefix inputs ψ = (1, q/√d_head): the softmax over prefix keys is, to first order, affine in q."""
         self._count_call(layer.name)
+        methods = [METHODS[name] for name in layer.methods]
 
         def record(gradient__btgo: torch.Tensor, query__bgti: torch.Tensor) -> None:
-            scaled = query__bgti * query__bgti.shape[-1] ** -0.5
-            psi__bgti = torch.cat([torch.ones_like(scaled[..., :1]), scaled], dim=-1)
             mask__bt = self._masks.get(gradient__btgo.shape[1])
-            self.collect((layer.name, "prefix"), gradient__btgo.transpose(1, 2), psi__bgti, mask__bt, layer.name)
+            for method in methods:
+                operands = method.gradient_operands(gradient__btgo.transpose(1, 2), query__bgti)
+                self.collect((layer.name, method.name), *operands, mask__bt, layer.name)
 
         return self._tap(output, record, query.detach())
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from layerlens.exceptions import ProfilingError
-from layerlens.models import KernelStatistics
+from layerlens.models import LORA, KernelStatistics
 from layerlens.profiling.accumulators import MatrixAccumulator
 from layerlens.profiling.sample_matrices import SampleMatrices, gram_matrix
 from layerlens.profiling.statistics import ModelSums, Statistic
@@ -28,7 +28,7 @@ KEPT, FEATURES = "kernel samples", "kernel features"
 
 def _sums(place: Place) -> tuple[Sum, ...]:
     """Of the layers' own weights: adapters' and prefixes' matrices have no part in the kernel."""
-    if place.method != "lora":
+    if place.method != LORA:
         return ()
     if place.kernel_sketched:
         return (Sum(FEATURES, features, reduction="layers", has=lambda batch: batch.projects, projects=True),)
