@@ -108,7 +108,7 @@ def _show_list(opened: Sweep, tasks: list[SweepTask], json: bool, quiet: bool) -
 
 
 def _collect(opened: Sweep, tasks: list[SweepTask], json: bool, quiet: bool) -> None:
-    from layerlens.jobs.sweep_table import collect
+    from layerlens.jobs.sweep_run import collect
 
     rows, files = collect(opened, tasks)
     missing = sum(row["status"] == "missing" for row in rows)
