@@ -26,6 +26,7 @@ from layerlens.integrations.transformers import task_heads
 from layerlens.jobs.inputs import check_model
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
 from layerlens.jobs.result import observed, published
+from layerlens.models import LORA
 from layerlens.profiling.head import fit_head
 from layerlens.sources import load_pretrained
 from layerlens.tasks import TASKS
@@ -207,7 +208,7 @@ def _budgets(config: RunConfig, task: StudyTask) -> dict[str, int]:
     budgets = {
         f"{value:g}": round(value * task.spec.total_params) if value < 1.0 else round(value) for value in given if value
     }
-    least = min(layer.n_in + layer.n_out for layer in task.spec.layers if "lora" in layer.methods)
+    least = min(layer.n_in + layer.n_out for layer in task.spec.layers if LORA in layer.methods)
     for name, size in budgets.items():
         if size < least:
             raise ConfigurationError(

@@ -18,13 +18,14 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from layerlens.exceptions import DataError
+from layerlens.models import LORA
 
 Record = dict[str, Any]
 UNIFORM = "uniform"
 N_BOOTSTRAP = 10_000
 
 
-def allocation_key(ranks: Mapping[str, int], kind: str = "lora") -> str:
+def allocation_key(ranks: Mapping[str, int], kind: str = LORA) -> str:
     """A short name of an allocation: arms that choose the same one share its runs."""
     text = json.dumps([kind, sorted(ranks.items())])
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -27,7 +27,7 @@ from layerlens.evaluation.study_task import (
 )
 from layerlens.evaluation.training import measure_arms, run_allocation, train
 from layerlens.methods import enumerate_options
-from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable
+from layerlens.models import LORA, ModelSpec, ModelStatistics, Option, UtilityTable
 from layerlens.optimization import build_problem, solve
 from layerlens.rank_rules import params_of, rank_cost
 from layerlens.rank_rules.adalora import final_ranks, first_rank
@@ -100,7 +100,7 @@ class Study:
         started = time.perf_counter()
         ranks = self.ranks(arm, size)
         seconds = time.perf_counter() - started
-        kind = KINDS.get(arm, "svd" if arm.endswith(SVD) else "lora")
+        kind = KINDS.get(arm, "svd" if arm.endswith(SVD) else LORA)
         kind += budget if arm in KINDS else ""
         key = allocation_key(ranks, kind)
         if not self.results.select(kind="arm", arm=arm, budget=budget, key=key):
@@ -132,7 +132,7 @@ class Study:
 def utilities(task: StudyTask, statistics: ModelStatistics, model: str | UtilityFunction) -> UtilityTable:
     """Utility of every LoRA option by a registered model or by a function of the same signature."""
     spec = lora_spec(task)
-    options = enumerate_options(spec, {"lora": tuple(task.ranks)})
+    options = enumerate_options(spec, {LORA: tuple(task.ranks)})
     if isinstance(model, str):
         if model not in UTILITY_MODELS:
             raise KeyError(model)
@@ -142,7 +142,7 @@ def utilities(task: StudyTask, statistics: ModelStatistics, model: str | Utility
 
 def allocate(task: StudyTask, statistics: ModelStatistics, table: UtilityTable, budget: int) -> dict[str, int]:
     """Layer -> rank of the best allocation with at most ``budget`` trainable parameters."""
-    config = OptimizationConfig(max_trainable_params=budget, methods=("lora",), lora_ranks=tuple(task.ranks))
+    config = OptimizationConfig(max_trainable_params=budget, methods=(LORA,), lora_ranks=tuple(task.ranks))
     spec = lora_spec(task)
     problem = build_problem(spec, table, cost_table(spec, statistics, table.options, config), config)
     answer = solve(problem, refine_deterministic_time=2.0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from layerlens.integrations.gradients import CalibrationBatch, layer_moments
-from layerlens.models import LayerSpec, ModelSpec, ModelStatistics
+from layerlens.models import LORA, LayerSpec, ModelSpec, ModelStatistics
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import STATISTICS, StatisticsRequest
 from layerlens.rank_rules import QUANTITIES, Measured
@@ -114,12 +114,12 @@ class Profile:
 
 def lora_layers(task: StudyTask) -> list[LayerSpec]:
     """The layers that can take LoRA."""
-    return [layer for layer in task.spec.layers if "lora" in layer.methods]
+    return [layer for layer in task.spec.layers if LORA in layer.methods]
 
 
 def lora_spec(task: StudyTask) -> ModelSpec:
     """The task's layers with LoRA as their only method."""
-    return replace(task.spec, layers=[replace(layer, methods=("lora",)) for layer in lora_layers(task)])
+    return replace(task.spec, layers=[replace(layer, methods=(LORA,)) for layer in lora_layers(task)])
 
 
 def profile(task: StudyTask, index: torch.Tensor | None = None, names: Sequence[str] = ALL_BUT_KERNEL) -> Profile:
@@ -168,7 +168,7 @@ def layer_gradients(task: StudyTask, batches: Sequence[Batch]) -> dict[str, Laye
 
 def rule_quantities(measured: Mapping[str, LayerGradient], statistics: ModelStatistics) -> Measured:
     """Everything that a rank rule may ask about the layers."""
-    traces = {layer.layer: layer.by_method["lora"].trace or 0.0 for layer in statistics.layers}
+    traces = {layer.layer: layer.by_method[LORA].trace or 0.0 for layer in statistics.layers}
     return {
         need: traces
         if need == FISHER

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.torch_modules import frozen_without_dropout
-from layerlens.models import LayerSpec
+from layerlens.models import LORA, LayerSpec
 from layerlens.tuning.baselines.baseline import Baseline, BaselineRequest, Prepared
 from layerlens.tuning.baselines.plain import layers_with, plan, planned, uniform_size
 from layerlens.tuning.inject import apply
@@ -43,15 +43,15 @@ def autolora(request: BaselineRequest) -> Prepared:
             "baseline autolora: needs at least two training batches, one for the weights and one for the selection "
             f"variables, got {len(request.batches)}"
         )
-    layers = layers_with(request, "lora")
-    uniform = uniform_size(layers, "lora", request.budget)
+    layers = layers_with(request, LORA)
+    uniform = uniform_size(layers, LORA, request.budget)
     start = min(WIDER * uniform, min(min(layer.n_in, layer.n_out) for layer in layers))
     with frozen_without_dropout(request.model):
-        wide = apply(request.model, plan(request, {layer.name: ("lora", start) for layer in layers}))
+        wide = apply(request.model, plan(request, {layer.name: (LORA, start) for layer in layers}))
         selection = search(wide, [layer.name for layer in layers], request)
         unapply(wide)
     ranks = ranks_within(layers, selection, request.budget)
-    choice = plan(request, {name: ("lora", rank) for name, rank in ranks.items()})
+    choice = plan(request, {name: (LORA, rank) for name, rank in ranks.items()})
     return planned(request, choice, note=f"ranks learned from rank {start} on {len(request.batches)} batches")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.peft import BASE_PREFIX, base_of, target_modules, task_type
-from layerlens.models import Choice
+from layerlens.models import LORA, Choice
 from layerlens.rank_rules.adalora import ORTHOGONALITY, SMOOTHING, Schedule, final_ranks, first_rank
 from layerlens.tuning.baselines.baseline import Baseline, BaselineRequest, Finished, Prepared
 from layerlens.tuning.baselines.plain import layers_with, plan, planned, trained_params, uniform_size
@@ -118,8 +118,8 @@ def adalora(request: BaselineRequest) -> Prepared:
         raise ConfigurationError(
             f"baseline adalora: needs at least {LEAST_STEPS} optimiser steps, got {request.total_steps}"
         )
-    layers = layers_with(request, "lora", dense=True)
-    target = uniform_size(layers, "lora", request.budget)
+    layers = layers_with(request, LORA, dense=True)
+    target = uniform_size(layers, LORA, request.budget)
     ranks = final_ranks(layers, request.budget)
     start = first_rank(layers, ranks)
     law = Schedule(request.total_steps)
@@ -147,7 +147,7 @@ def adalora(request: BaselineRequest) -> Prepared:
 
     def finish(trained: torch.nn.Module) -> Finished:
         factors, scale = _left(trained)
-        choice = {name: ("lora", len(a)) for name, (a, _) in factors.items()}
+        choice = {name: (LORA, len(a)) for name, (a, _) in factors.items()}
         return as_lora(request, trained, plan(request, choice, alpha_over_r=scale), factors)
 
     note = f"starts with rank {start}, ends with {ranks} ranks on {len(layers)} layers; what it keeps is counted then"
@@ -179,11 +179,11 @@ def truncation(request: BaselineRequest) -> Prepared:
 
     The share is the largest with which all ranks together fit the budget; ``peft.tuners.lora.convert_to_lora`` cuts.
     """
-    layers = layers_with(request, "lora", dense=True)
-    uniform = uniform_size(layers, "lora", request.budget)
+    layers = layers_with(request, LORA, dense=True)
+    uniform = uniform_size(layers, LORA, request.budget)
     widest = min(min(layer.n_in, layer.n_out) for layer in layers)
     rank = min(WIDER * uniform, widest)
-    wide = planned(request, plan(request, {layer.name: ("lora", rank) for layer in layers}))
+    wide = planned(request, plan(request, {layer.name: (LORA, rank) for layer in layers}))
     cost = {layer.name: layer.n_in + layer.n_out for layer in layers}
 
     def finish(model: torch.nn.Module) -> Finished:
@@ -200,7 +200,7 @@ def truncation(request: BaselineRequest) -> Prepared:
             # PEFT decomposes in float32: where two shares all but agree, it may keep a rank more.
             if sum(cost[name] * len(a) for name, (a, _) in factors.items()) <= request.budget:
                 break
-        choice = {name: ("lora", len(a)) for name, (a, _) in factors.items()}
+        choice = {name: (LORA, len(a)) for name, (a, _) in factors.items()}
         return as_lora(request, model, plan(request, choice, alpha_over_r=1.0), factors)
 
     note = f"trains rank {rank} and is cut to the budget afterwards"

@@ -12,6 +12,7 @@ import numpy as np
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.gradients import CalibrationBatch, layer_moments
 from layerlens.integrations.peft import target_modules
+from layerlens.models import LORA
 from layerlens.rank_rules import Measured
 from layerlens.rank_rules.published import RHO
 from layerlens.registry import RANK_RULES
@@ -34,16 +35,16 @@ def of_rule(name: str, called: str = "", **lora: Any) -> Baseline:
     rule = RANK_RULES[name]
 
     def prepare(request: BaselineRequest) -> Prepared:
-        layers = layers_with(request, "lora")
+        layers = layers_with(request, LORA)
         if rule.needs and not request.batches:
             raise ConfigurationError(f"baseline {called or name}: needs training batches to measure the layers on")
         quantities = measured(request, [layer.name for layer in layers], rule.needs)
         ranks = rule.choose(layers, request.budget, quantities, request.seed)
         if not ranks:
-            uniform_size(layers, "lora", request.budget)  # which says what budget would do
+            uniform_size(layers, LORA, request.budget)  # which says what budget would do
         fused = name == "uniform_qv" and any(layer.role == "query_key_value" for layer in layers)
         note = "the projection is fused, so keys are adapted too" if fused else ""
-        choice = plan(request, {layer: ("lora", rank) for layer, rank in ranks.items()}, **lora)
+        choice = plan(request, {layer: (LORA, rank) for layer, rank in ranks.items()}, **lora)
         return planned(request, choice, note=note)
 
     return Baseline(rule.summary, prepare)
@@ -143,12 +144,12 @@ def eva(request: BaselineRequest) -> Prepared:
     """
     if not request.batches:
         raise ConfigurationError("baseline eva: needs training batches to see the layers' inputs")
-    layers = layers_with(request, "lora", dense=True)
+    layers = layers_with(request, LORA, dense=True)
     cost = {layer.name: layer.n_in + layer.n_out for layer in layers}
-    for rank in range(uniform_size(layers, "lora", request.budget), 0, -1):
+    for rank in range(uniform_size(layers, LORA, request.budget), 0, -1):
         factors = {name: a for name, a in _components(request, list(cost), rank).items() if len(a)}
         if sum(cost[name] * len(a) for name, a in factors.items()) <= request.budget:
-            choice = {name: ("lora", len(a)) for name, a in factors.items()}
+            choice = {name: (LORA, len(a)) for name, a in factors.items()}
             return planned(request, plan(request, choice, initialization="pca"), factors)
     raise ConfigurationError(
         f"baseline eva: with rank 1 on average its ranks train more than the budget of {request.budget:,}; "

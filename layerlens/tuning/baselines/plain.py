@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError
 from layerlens.methods import trainable_params
-from layerlens.models import Choice, LayerSpec, LoraSettings, ModelFacts
+from layerlens.models import LORA, Choice, LayerSpec, LoraSettings, ModelFacts
 from layerlens.tuning.baselines.baseline import Baseline, BaselineRequest, Finished, Prepared
 from layerlens.tuning.generators import attach_generator, finish_generator
 from layerlens.tuning.inject import apply
@@ -29,7 +29,7 @@ def layers_with(request: BaselineRequest, method: str, *, dense: bool = False) -
     from layerlens.integrations.transformers import is_dense
 
     layers = tuple(layer for layer in request.spec.layers if method in layer.methods)
-    if method == "lora":  # ranks of grouped convolutions are multiples of their groups, which no rule here knows
+    if method == LORA:  # ranks of grouped convolutions are multiples of their groups, which no rule here knows
         layers = tuple(layer for layer in layers if getattr(request.model.get_submodule(layer.name), "groups", 1) == 1)
     if dense:
         layers = tuple(layer for layer in layers if is_dense(request.model.get_submodule(layer.name)))
@@ -51,7 +51,7 @@ def uniform_size(layers: Sequence[LayerSpec], method: str, budget: int) -> int:
             f"baseline: {method} of size 1 on {len(layers)} layers trains {least:,} parameters, more than the "
             f"budget of {budget:,}; give at least {least:,}"
         )
-    largest = min(min(layer.n_in, layer.n_out) for layer in layers) if method == "lora" else math.inf
+    largest = min(min(layer.n_in, layer.n_out) for layer in layers) if method == LORA else math.inf
     return int(min(largest, 1 + (budget - least) // slope))
 
 
@@ -128,9 +128,9 @@ def hypernetwork(request: BaselineRequest) -> Prepared:
 
     Ordinary LoRA of the budget's size is kept.
     """
-    layers = layers_with(request, "lora")
-    rank = uniform_size(layers, "lora", request.budget)
-    choice = plan(request, {layer.name: ("lora", rank) for layer in layers})
+    layers = layers_with(request, LORA)
+    rank = uniform_size(layers, LORA, request.budget)
+    choice = plan(request, {layer.name: (LORA, rank) for layer in layers})
     model = attach_generator(apply(request.model, choice, facts=request.facts), GENERATOR, seed=request.seed)
     size = choice.trainable_params(request.spec)
 
