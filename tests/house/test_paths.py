@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from layerlens.config import RunConfig
+from layerlens.jobs.job import Job
 from layerlens.jobs.train import train_manifest
 from layerlens.models import Manifest
 from layerlens.pipeline import run_config
@@ -91,3 +92,20 @@ def test_a_manifest_on_its_way_into_training(job: RunConfig, tmp_path: Path, mon
     )
     others = {name for name in walked if not name.startswith("models/")}  # its own questions are no way
     assert len(others) <= MANIFEST_WALK, "\n".join(sorted(others))
+
+
+def test_a_configuration_on_its_way_into_the_measurement(
+    job: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All of it: a function that takes one section is handed what it reads, and is not counted."""
+
+    def measuring(*arguments: Any, **more: Any) -> None:
+        raise Reached
+
+    monkeypatch.setattr("layerlens.jobs.measure.measure_share", measuring)
+    walked = functions_handed(
+        lambda value: isinstance(value, (RunConfig, Job)),
+        lambda: run_config(job, base_dir=tmp_path, use_cache=False),
+    )
+    assert any(name.endswith(" fit_new_head") for name in walked)
+    assert len(walked) <= CONFIGURATION_WALK, "\n".join(sorted(walked))
