@@ -25,8 +25,9 @@ from layerlens.pipeline import run_config
 ROOT = Path(__file__).parents[2] / "layerlens"
 MANIFEST_WALK = 9
 """Half of the functions that were handed a whole manifest before ``Choice`` and typed sections were nouns (18)."""
-CONFIGURATION_WALK = 16
-"""What a whole configuration passes through now; by the same rule it was 20 before ``Job`` was a noun."""
+CONFIGURATION_WALK = 17
+"""What a whole configuration passes through now, with a new head to fit; before ``Job`` was a noun, the same rule (with
+what held a configuration then) counted 21."""
 
 
 class Reached(BaseException):
