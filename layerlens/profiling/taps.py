@@ -135,10 +135,13 @@ class Taps:
         methods = [METHODS[name] for name in layer.methods]
         with_output = any(method.reads == OUTPUT for method in methods)
         module = self.model.get_submodule(layer.name)
-        is_convolution = isinstance(module, torch.nn.Conv2d)
 
         def tokens(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            return (tensor.flatten(2).mT[:, None], None) if is_convolution else self._as_tokens(layer.name, tensor)
+            return (
+                (tensor.flatten(2).mT[:, None], None)
+                if isinstance(module, torch.nn.Conv2d)
+                else self._as_tokens(layer.name, tensor)
+            )
 
         def record(gradient: torch.Tensor, h: torch.Tensor, y: torch.Tensor | None = None) -> None:
             d__bgto, mask__bt = tokens(gradient)
@@ -146,11 +149,11 @@ class Taps:
                 if method.reads == OUTPUT and y is not None:
                     z__bgti, _ = tokens(y)
                 else:
-                    z__bgti = conv_patches(module, h, groups=1) if is_convolution else tokens(h)[0]
+                    z__bgti = conv_patches(module, h, groups=1) if isinstance(module, torch.nn.Conv2d) else tokens(h)[0]
                 # Every layer with an input of its own can take LoRA, so those with the same one find its sums there.
                 leader = self._leaders.get(layer.name, layer.name) if method.name == LORA else layer.name
-                operands = method.gradient_operands(d__bgto, z__bgti)
-                self.collect((layer.name, method.name), *operands, mask__bt, leader)
+                d, z = method.gradient_operands(d__bgto, z__bgti)
+                self.collect((layer.name, method.name), d, z, mask__bt, leader)
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             self._count_call(layer.name)
@@ -196,8 +199,8 @@ class Taps:
         def record(gradient__btgo: torch.Tensor, query__bgti: torch.Tensor) -> None:
             mask__bt = self._masks.get(gradient__btgo.shape[1])
             for method in methods:
-                operands = method.gradient_operands(gradient__btgo.transpose(1, 2), query__bgti)
-                self.collect((layer.name, method.name), *operands, mask__bt, layer.name)
+                d, z = method.gradient_operands(gradient__btgo.transpose(1, 2), query__bgti)
+                self.collect((layer.name, method.name), d, z, mask__bt, layer.name)
 
         return self._tap(output, record, query.detach())
 
