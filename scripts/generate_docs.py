@@ -19,10 +19,8 @@ from typer.cli import get_docs_for_click
 from typer.main import get_command
 
 from layerlens.cli.main import app
-from layerlens.config.base import ConfigModel
-from layerlens.config.example import default_of, example_config, summary, yaml_value
-from layerlens.config.names import RegisteredName
-from layerlens.config.schema import alternatives, as_model
+from layerlens.config.base import ConfigModel, RegisteredName
+from layerlens.config.schema import alternatives, as_model, default_of, example_config, summary, yaml_value
 from layerlens.config.sections import RunConfig
 from layerlens.registry import TASKS
 

@@ -47,8 +47,7 @@ def bench(
 
 
 def _show(speeds: Speeds) -> None:
-    from layerlens.cli.tables import new_table
-    from layerlens.cli.units import gap, significant
+    from layerlens.cli.tables import gap, new_table, significant
 
     console, machine = output.console(), speeds.machine
     cores = f" on core{'s' if len(machine['cores']) > 1 else ''} {', '.join(map(str, machine['cores']))}"
@@ -91,6 +90,6 @@ def _ratio(kernel: KernelSpeed, family: str) -> str:
 
 
 def _time(seconds: float) -> str:
-    from layerlens.cli.units import significant
+    from layerlens.cli.tables import significant
 
     return f"{significant(1e3 * seconds)} ms" if seconds >= 1e-3 else f"{significant(1e6 * seconds)} µs"

@@ -35,8 +35,7 @@ def ls(cache_dir: Directory = None, json: Json = False, debug: Debug = False) ->
     if json:
         output.json_result([dataclasses.asdict(entry) for entry in entries])
         return
-    from layerlens.cli.tables import new_table
-    from layerlens.cli.units import scaled
+    from layerlens.cli.tables import new_table, scaled
 
     table = new_table(f"Sensitivity cache in {output.short(cache.directory)}")
     for name in ("key", "model", "samples", "size", "made (UTC)", "state"):

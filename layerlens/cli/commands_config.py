@@ -26,7 +26,7 @@ def init(
     debug: Debug = False,
 ) -> None:
     """Write a commented configuration to start from."""
-    from layerlens.config.example import EXAMPLE_MODEL, EXAMPLE_SOURCE, example_config
+    from layerlens.config.schema import EXAMPLE_MODEL, EXAMPLE_SOURCE, example_config
     from layerlens.utils.atomic import atomic_write_text
 
     if path.is_dir():

@@ -123,8 +123,7 @@ def _as_json(result: TrainedModel) -> dict[str, Any]:
 def _show(result: TrainedModel) -> None:
     from rich.text import Text
 
-    from layerlens.cli.tables import new_table
-    from layerlens.cli.units import amount, scaled, significant
+    from layerlens.cli.tables import amount, new_table, scaled, significant
 
     console, training = output.console(), result.training
     if result.after:

@@ -11,7 +11,6 @@ import typer
 
 from layerlens import __version__
 from layerlens.cli import (
-    commands_apply,
     commands_bench,
     commands_cache,
     commands_config,
@@ -65,7 +64,7 @@ app.command("run")(commands_run.run)
 app.command("sweep")(commands_sweep.sweep)
 app.command("optimize")(commands_run.optimize)
 app.command("frontier")(commands_frontier.frontier)
-app.command("apply")(commands_apply.apply)
+app.command("apply")(commands_export.apply)
 app.command("export")(commands_export.export)
 app.command("train")(commands_train.train)
 app.command("evaluate")(commands_evaluate.evaluate)

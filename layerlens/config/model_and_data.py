@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from layerlens.config.base import ConfigModel
-from layerlens.config.names import TaskName
+from layerlens.config.base import ConfigModel, TaskName
 from layerlens.registry import source_of
 
 FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"

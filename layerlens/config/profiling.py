@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from layerlens.config.base import ConfigModel
-from layerlens.config.names import StatisticName, UtilityName
+from layerlens.config.base import ConfigModel, StatisticName, UtilityName
 
 METRICS = ("gradient_energy", "fisher", "proxy_eval")
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from layerlens.exceptions import DataError, DataNotFoundError
-from layerlens.utils.readable import check_readable
+from layerlens.utils.places import check_readable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 

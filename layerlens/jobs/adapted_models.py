@@ -88,7 +88,7 @@ def _with_peft(model: Any, peft: Path | None, folder: Path, *, merge: bool) -> A
 
 def _check(model: Any, folder: Path) -> None:
     from layerlens.manifest import read_manifest
-    from layerlens.tuning.fit import check_names, check_weights
+    from layerlens.tuning.base_model import check_names, check_weights
 
     manifest = read_manifest(folder / MANIFEST_FILE)
     check_names(model, manifest.choice)

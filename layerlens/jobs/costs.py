@@ -18,8 +18,7 @@ from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import Choice, Manifest
 from layerlens.registry import METHODS, TASKS
 from layerlens.tuning import apply, read_factors
-from layerlens.tuning.base_model import load_base
-from layerlens.tuning.fit import fitting_choice
+from layerlens.tuning.base_model import fitting_choice, load_base
 from layerlens.utils.progress import Progress, silent
 
 STEP_SECONDS = 2.0

@@ -23,8 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from layerlens.config.base import must_be, nearest_choice, nearest_key
-from layerlens.config.names import ChosenMethod
+from layerlens.config.base import ChosenMethod, must_be, nearest_choice, nearest_key
 from layerlens.exceptions import ManifestError
 from layerlens.models import LORA, RESOURCES
 from layerlens.models.manifest import SCHEMA_VERSION

@@ -1,22 +1,32 @@
 """The nouns: frozen dataclasses that the stages hand to one another. They know nothing of torch or files."""
 
-from layerlens.models.allocation import Allocation, AllocationProblem, FrontierRow, LayerExplanation, SolverEvent
+from layerlens.models.allocation import (
+    RESOURCES,
+    Allocation,
+    AllocationProblem,
+    CostTable,
+    FrontierRow,
+    LayerExplanation,
+    SolverEvent,
+    UtilityTable,
+)
 from layerlens.models.choice import Choice
 from layerlens.models.detection import Box, Detection, LabelledImage
 from layerlens.models.facts import CalibrationSummary, LoraSettings, ModelFacts, Predicted, Provenance
 from layerlens.models.manifest import Manifest, ManifestRow, ResourceUse, choice_of
-from layerlens.models.model_spec import LayerSpec, ModelSpec
-from layerlens.models.options import ADAPTER, LORA, NONE, PREFIX, Option
-from layerlens.models.proxies import Calibration, Prediction, ProxyGain, ProxyStudy
+from layerlens.models.model_spec import ADAPTER, LORA, NONE, PREFIX, LayerSpec, ModelSpec, Option
 from layerlens.models.statistics import (
+    Calibration,
     FactorSketch,
     KernelStatistics,
     LayerStatistics,
     MethodStatistics,
     ModelStatistics,
     ModuleCosts,
+    Prediction,
+    ProxyGain,
+    ProxyStudy,
 )
-from layerlens.models.tables import RESOURCES, CostTable, UtilityTable
 
 __all__ = [
     "ADAPTER",

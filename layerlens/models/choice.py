@@ -8,8 +8,7 @@ from typing import Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.models.facts import LoraSettings
-from layerlens.models.model_spec import ModelSpec
-from layerlens.models.options import LORA, NONE, Option
+from layerlens.models.model_spec import LORA, NONE, ModelSpec, Option
 from layerlens.registry import METHODS
 
 

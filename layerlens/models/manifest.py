@@ -11,7 +11,7 @@ from typing import Any
 
 from layerlens.models.choice import Choice
 from layerlens.models.facts import LoraSettings, ModelFacts, Predicted, Provenance, Section
-from layerlens.models.options import Option
+from layerlens.models.model_spec import Option
 
 SCHEMA_VERSION = "1.0"
 SECTIONS: dict[str, type[Section]] = {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from layerlens.models.options import ADAPTER, LORA, PREFIX
-
+NONE, LORA, ADAPTER, PREFIX = "none", "lora", "adapter", "prefix"
 TRANSFORMER, LINEAR, ATTENTION, CONV = "transformer", "linear", "attention", "conv"
 
 
@@ -86,3 +85,16 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.weight_bytes == 0:
             object.__setattr__(self, "weight_bytes", 4 * self.total_params)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice for one layer.
+
+    ``rank`` is the size of the method: the LoRA rank r, the adapter bottleneck width k, the number of prefix pairs p;
+    0 exactly for "none".
+    """
+
+    layer: str
+    method: str
+    rank: int

@@ -1,9 +1,8 @@
 """The allocation problem and its certified answer: Lagrangian bound, searches on the core, CP-SAT; frontiers."""
 
-from layerlens.optimization.explain import explain
 from layerlens.optimization.frontier import Frontier, budget_sweep, frontier
 from layerlens.optimization.problem import build_problem
-from layerlens.optimization.solver import solve
+from layerlens.optimization.solver import explain, solve
 from layerlens.optimization.uniform import uniform_lora
 
 __all__ = [

@@ -16,11 +16,11 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from layerlens.config import OptimizationConfig
-from layerlens.config.rules import LayerRule
+from layerlens.config.optimization import LayerRule
 from layerlens.exceptions import ConfigurationError
 from layerlens.methods import trainable_params
 from layerlens.models import ModelSpec, Option
-from layerlens.models.options import NONE
+from layerlens.models.model_spec import NONE
 
 COUNT_ROW = "layers_without_{}"
 JOIN = " + "

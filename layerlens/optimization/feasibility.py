@@ -10,7 +10,7 @@ import numpy as np
 
 from layerlens.exceptions import InfeasibleError
 from layerlens.models import AllocationProblem
-from layerlens.models.options import NONE
+from layerlens.models.model_spec import NONE
 from layerlens.optimization.constraints import COUNT_ROW, JOIN
 from layerlens.optimization.problem import option_name
 from layerlens.optimization.sums import exact_sum

@@ -9,7 +9,7 @@ import numpy as np
 from layerlens.config import OptimizationConfig
 from layerlens.exceptions import ActivationCacheError, OptimizationError
 from layerlens.models import RESOURCES, AllocationProblem, CostTable, ModelSpec, UtilityTable
-from layerlens.models.options import NONE, Option
+from layerlens.models.model_spec import NONE, Option
 from layerlens.optimization.constraints import (
     JOIN,
     allowed_options,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from layerlens.models import Allocation, AllocationProblem
-from layerlens.models.options import LORA, NONE
+from layerlens.models.model_spec import LORA, NONE
 from layerlens.optimization.sums import exact_sum
 from layerlens.utils.order import raised_evenly
 

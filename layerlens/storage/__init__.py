@@ -4,8 +4,8 @@ Reading is verified against the checksums that publishing wrote; publishing show
 """
 
 from layerlens.storage.fetch import local_copy, local_file, read_bytes, read_text
+from layerlens.storage.filesystem import joined, local_or_url, redacted, shown, url_of
 from layerlens.storage.publish import check_publishable, publish
-from layerlens.storage.url import joined, local_or_url, redacted, shown, url_of
 
 __all__ = [
     "check_publishable",

@@ -7,13 +7,14 @@ default credentials, AZURE_STORAGE_*, FSSPEC_<SCHEME>_*.
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from layerlens.exceptions import ConfigurationError, LayerLensError, OutputError, StorageError
-from layerlens.storage.url import redacted
 
 DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
 """Scheme -> the package that has its driver."""
@@ -96,3 +97,55 @@ def files_below(filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
 def safe_name(name: str) -> bool:
     """Whether a name that a store gave stays below the folder it is written to."""
     return bool(name) and not name.startswith("/") and ".." not in Path(name).parts
+
+
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+]+):/+(?P<rest>.*)", re.DOTALL)
+_PASSWORD = re.compile(r"(//[^/@:]*):[^/@]*@")
+_QUERY = re.compile(r"\?\S*")
+
+
+def url_of(place: Path | str) -> str | None:
+    """The URL that ``place`` means; None where it is a path on this machine.
+
+    >>> url_of(Path("s3://bucket/out")), url_of("file:///data/x"), url_of("out"), url_of("package:name")
+    ('s3://bucket/out', 'file:///data/x', None, None)
+
+    Raises:
+        ConfigurationError: the URL has a password in it.
+    """
+    match = _URL.fullmatch(str(place))
+    if match is None:
+        return None
+    scheme, rest = match["scheme"].lower(), match["rest"]
+    url = f"{scheme}:///{rest}" if scheme in ("file", "local") else f"{scheme}://{rest}"
+    if _PASSWORD.search(url):
+        raise ConfigurationError(
+            f"{redacted(url)}: a URL must not hold a password, since URLs are logged and recorded; give credentials in "
+            "the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_CONNECTION_STRING ...)"
+        )
+    return url
+
+
+def local_or_url(place: Path | str) -> tuple[Path, str | None]:
+    """``place`` as a local path, or as a URL of another machine; ``file://`` is a local path."""
+    url = url_of(place)
+    if url is None:
+        return Path(place), None
+    if not url.startswith(("file:", "local:")):
+        return Path(place), url
+    return Path(unquote(urlsplit(url).path)), None
+
+
+def joined(url: str, name: str) -> str:
+    """``name`` below ``url``."""
+    return f"{url.rstrip('/')}/{name}"
+
+
+def shown(place: Path | str) -> str:
+    """``place`` as a user would write it: a URL with both slashes, or the path."""
+    return url_of(place) or str(place)
+
+
+def redacted(text: str) -> str:
+    """``text`` without passwords and query strings (signed URLs carry secrets there), to be shown or logged."""
+    return _QUERY.sub("", _PASSWORD.sub(r"\1:***@", text))

@@ -22,7 +22,7 @@ from layerlens.storage import local_file
 from layerlens.tasks.batches import Batch, Features, Inputs
 from layerlens.tasks.metrics import TARGETS, Decode, Judged, Metrics, Record, mean_loss
 from layerlens.tasks.task import Task
-from layerlens.utils.readable import check_readable
+from layerlens.utils.places import check_readable
 from layerlens.utils.user_code import REFERENCE
 
 Objects = tuple[tuple[str, float, float, float, float], ...]

@@ -7,7 +7,7 @@ import os
 
 from layerlens.config import TelemetryConfig
 from layerlens.exceptions import ConfigurationError
-from layerlens.utils.observer import RunObserver
+from layerlens.utils.progress import RunObserver
 
 OTLP_VARIABLES = (
     "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
@@ -23,7 +23,7 @@ def telemetry_observers(config: TelemetryConfig) -> list[RunObserver]:
     observers: list[RunObserver] = []
     if config.push_gateway is not None:
         _need("prometheus_client", "telemetry.push_gateway")
-        from layerlens.telemetry.push import PushObserver
+        from layerlens.telemetry.metrics import PushObserver
 
         observers.append(PushObserver(config.push_gateway, config.job))
     from_environment = any(os.environ.get(name) for name in OTLP_VARIABLES)

@@ -5,7 +5,11 @@ One registry for each purpose: the service keeps one for its life, a batch job o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -13,6 +17,7 @@ from layerlens import __version__
 from layerlens.models import Manifest
 from layerlens.models.manifest import RunRecord
 from layerlens.registry import METHODS
+from layerlens.utils.progress import Observer
 
 RUN_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 SUCCEEDED, FAILED, INTERRUPTED = "succeeded", "failed", "interrupted"
@@ -97,3 +102,76 @@ def outcome_of(error: BaseException | None) -> str:
     if error is None:
         return SUCCEEDED
     return FAILED if isinstance(error, Exception) else INTERRUPTED
+
+
+LONGEST_WAIT_S = 0.8
+"""How long one job waits at its end for everything that telemetry sends, all together."""
+
+
+class Deadline:
+    """A moment until which several sendings may take, all together."""
+
+    def __init__(self, seconds: float = LONGEST_WAIT_S) -> None:
+        self.end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        return max(0.0, self.end - time.monotonic())
+
+
+def within(deadline: Deadline, send: Callable[[], None]) -> str:
+    """Run ``send`` in a thread that may outlive us; "" when it was done in time, else why not, in a line."""
+    failure: list[str] = []
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            send()
+        except Exception as error:  # every transport has its own
+            failure.append(next(iter(str(error).splitlines()), "") or type(error).__name__)
+        finally:
+            done.set()
+
+    threading.Thread(target=work, name="layerlens-telemetry", daemon=True).start()
+    if not done.wait(deadline.left()):
+        return "no answer in time"
+    return failure[0] if failure else ""
+
+
+logger = logging.getLogger(__name__)
+
+
+class PushObserver(Observer):
+    """Collects one job's metrics and replaces those of the same names in the job's group at the gateway."""
+
+    def __init__(self, gateway: str, job: str) -> None:
+        from prometheus_client import CollectorRegistry
+
+        self.gateway, self.job = gateway, job
+        self.metrics = RunMetrics(CollectorRegistry())
+        self.kind, self.start = "", 0.0
+
+    def run_started(self, kind: str, config: Any) -> None:
+        """Remember when."""
+        self.kind, self.start = kind, time.perf_counter()
+
+    def stage_ended(self, name: str, seconds: float, error: BaseException | None) -> None:
+        """Count the stage."""
+        self.metrics.stage(self.kind, name, seconds)
+
+    def run_ended(self, record: RunRecord | None, error: BaseException | None) -> None:
+        """Push everything; a gateway that cannot be reached is a warning."""
+        from prometheus_client import pushadd_to_gateway
+
+        failed = type(error).__name__ if error is not None else ""
+        self.metrics.ended(self.kind, outcome_of(error), time.perf_counter() - self.start, failed)
+        if record is not None:
+            self.metrics.chose(record)
+        group = {"kind": self.kind}
+        problem = within(
+            Deadline(LONGEST_WAIT_S / 2),
+            lambda: pushadd_to_gateway(
+                self.gateway, self.job, self.metrics.registry, grouping_key=group, timeout=LONGEST_WAIT_S / 2
+            ),
+        )
+        if problem:
+            logger.warning("telemetry.push_gateway: %s did not take the metrics (%s)", self.gateway, problem)

@@ -24,7 +24,7 @@ from layerlens.exceptions import TrackingError
 from layerlens.models import Manifest
 from layerlens.registry import TASKS
 from layerlens.sources import LoadRequest
-from layerlens.storage.url import redacted
+from layerlens.storage.filesystem import redacted
 from layerlens.tracking.protocol import Parameter, Status
 
 LONGEST_PARAMETER = 6000

@@ -6,9 +6,8 @@ Nothing here imports torch before it is called, so the command line can show its
 from layerlens.tuning.directory import load, save
 from layerlens.tuning.export import apply_to_directory, export_adapter
 from layerlens.tuning.initialization import CalibrationBatch, initial_factors, read_factors
-from layerlens.tuning.inject import apply
+from layerlens.tuning.inject import apply, merge, unapply
 from layerlens.tuning.storage import load_modules, save_modules
-from layerlens.tuning.undo import merge, unapply
 
 __all__ = [
     "CalibrationBatch",

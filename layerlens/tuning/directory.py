@@ -18,8 +18,8 @@ from layerlens.methods import injected_sizes
 from layerlens.models import ModelFacts
 from layerlens.tuning.generators.generator import ordinary_lora
 from layerlens.tuning.initialization import ADAPTER_WEIGHTS
+from layerlens.tuning.inject import before_of, keep_statistics, note_before
 from layerlens.tuning.storage import MODULES_FILE, SavedModules, model_bytes, read_modules
-from layerlens.tuning.undo import before_of, keep_statistics, note_before
 from layerlens.utils.atomic import staged_directory
 
 if TYPE_CHECKING:

@@ -20,8 +20,7 @@ from layerlens.integrations.peft import (
 )
 from layerlens.models import Choice, Manifest
 from layerlens.registry import METHODS
-from layerlens.tuning.base_model import load_base
-from layerlens.tuning.fit import check_weights, fitting_choice
+from layerlens.tuning.base_model import check_weights, fitting_choice, load_base
 from layerlens.tuning.initialization import read_factors
 from layerlens.tuning.storage import MODULES_FILE, modules_bytes
 from layerlens.utils.atomic import staged_directory

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.peft import base_of
 from layerlens.integrations.torch_modules import find_module
-from layerlens.methods import injected_sizes
+from layerlens.methods import drop_hooks, injected_sizes
 from layerlens.models import Choice, Manifest, ModelFacts
 from layerlens.registry import METHODS
-from layerlens.tuning.fit import fitting_choice
+from layerlens.tuning.base_model import fitting_choice
 from layerlens.tuning.generators import attach_generator, load_generator
-from layerlens.tuning.undo import keep_statistics, note_before
+from layerlens.tuning.generators.generator import finish_generator
 
 if TYPE_CHECKING:
     import torch
@@ -85,3 +87,143 @@ def _let_gradients_into_checkpoints(model: Any) -> None:
 
 def _below(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{name}." for name in names)
+
+
+NOTE = "_layerlens_before"
+
+
+@dataclass
+class Before:
+    """The base model as it was.
+
+    Args:
+        trained: names of the parameters that required gradients.
+        weights: copies, by name, of the parameters that are trained in place.
+        facts: which weights these are.
+        whole: every parameter is trained in place, and nothing was copied.
+    """
+
+    trained: frozenset[str]
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    facts: ModelFacts = field(default_factory=ModelFacts)
+    whole: bool = False
+
+
+def note_before(base: torch.nn.Module, facts: ModelFacts, in_place: Sequence[str] = (), *, whole: bool = False) -> None:
+    """Remember ``base`` before it is changed; ``in_place`` are the parameters to copy."""
+    parameters = dict(base.named_parameters())
+    setattr(
+        base,
+        NOTE,
+        Before(
+            frozenset(name for name, parameter in parameters.items() if parameter.requires_grad),
+            {name: parameters[name].detach().clone() for name in in_place},
+            facts,
+            whole,
+        ),
+    )
+
+
+def before_of(model: torch.nn.Module) -> Before | None:
+    """What ``note_before`` remembered; None for a model that LayerLens has not changed."""
+    return getattr(base_of(model), NOTE, None)
+
+
+def unapply(model: torch.nn.Module) -> torch.nn.Module:
+    """The base model as it was before ``apply`` or ``load``: same modules, weights and requires_grad.
+
+    Args:
+        model: what ``apply`` or ``load`` returned, trained or not; it must not be used afterwards.
+
+    Raises:
+        ManifestError: there is nothing to take out, LoRA is merged into the weights, or all weights were trained.
+    """
+    import torch
+
+    base, before = base_of(model), before_of(model)
+    if before is None:
+        raise ManifestError(
+            f"this {type(model).__name__} holds nothing that layerlens.tuning.apply or load has put into it"
+        )
+    if before.whole:
+        raise ManifestError("full fine-tuning has changed the weights themselves; load the base model again")
+    if base is not model:
+        finish_generator(model)
+    for name in METHODS:
+        METHODS[name].remove(model)
+    release_statistics(base)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if name in before.weights:
+                parameter.copy_(before.weights[name])
+            parameter.requires_grad_(name in before.trained)
+            parameter.grad = None
+    delattr(base, NOTE)
+    return base
+
+
+def merge(model: torch.nn.Module) -> torch.nn.Module:
+    """The base model with LoRA added into its weights, and the trained task head in place: as fast as before.
+
+    Logits agree with those of ``model`` up to the rounding of W + (alpha/r)·B·A in the precision of W.
+
+    Args:
+        model: what ``apply`` or ``load`` returned; it must not be used afterwards.
+
+    Returns:
+        A plain model of the base model's class, frozen, which ``save_pretrained`` writes whole.
+
+    Raises:
+        ManifestError: there is no LoRA, a LoRA weight is not finite, or there are adapters or prefixes, which no weight
+            of the base model can take up; ``model`` is then unchanged.
+    """
+
+    there = injected_sizes(model)
+    others = {layer: method for layer, (method, _) in there.items() if not METHODS[method].mergeable}
+    if others:
+        names = [f"{method} on {layer}" for layer, method in others.items()]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        raise ManifestError(
+            f"cannot be merged: {', '.join(names[:4])}{more}. An adapter or prefix is no change of a weight; keep the "
+            "model as it is (layerlens.tuning.save and load), or choose LoRA alone (optimization.methods: [lora])"
+        )
+    methods = [METHODS[name] for name in dict.fromkeys(method for method, _ in there.values())]
+    if not methods:
+        raise ManifestError(f"this {type(model).__name__} has no LoRA layers, so there is nothing to merge")
+    for method in methods:
+        if reason := method.why_not_mergeable(model):
+            raise ManifestError(f"cannot be merged: {reason}; keep the model as it is (layerlens.tuning.save and load)")
+    finish_generator(model)
+    for name, parameter in model.named_parameters():
+        if any(method.parameter_mark in name for method in methods) and not bool(parameter.isfinite().all()):
+            raise ManifestError(f"cannot be merged: {name} has values that are not finite")
+    merged = model
+    for method in methods:
+        merged = method.merge(merged)
+    release_statistics(merged)
+    if before_of(merged) is not None:
+        delattr(merged, NOTE)
+    return merged.requires_grad_(False)
+
+
+def keep_statistics(base: torch.nn.Module, heads: Sequence[torch.nn.Module] = ()) -> None:
+    """Let frozen batch normalisation use its running statistics in training too, and leave them as they are.
+
+    They are weights of the frozen model; updated, they would be in no adapter file.
+    """
+    import torch
+
+    trained = {id(module) for head in heads for module in head.modules()}
+    for module in base.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and id(module) not in trained:
+            module.register_forward_pre_hook(_in_evaluation_mode)
+
+
+def release_statistics(base: torch.nn.Module) -> None:
+    """Undo ``keep_statistics``."""
+    for module in base.modules():
+        drop_hooks(module, _in_evaluation_mode)
+
+
+def _in_evaluation_mode(module: torch.nn.Module, args: Any) -> None:
+    module.training = False

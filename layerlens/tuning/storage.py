@@ -20,8 +20,8 @@ from layerlens.integrations.torch_modules import find_module
 from layerlens.methods import added_methods, attached
 from layerlens.models import ModelFacts, Option
 from layerlens.registry import METHODS
-from layerlens.tuning.fit import check_weights
-from layerlens.tuning.undo import before_of, keep_statistics, note_before
+from layerlens.tuning.base_model import check_weights
+from layerlens.tuning.inject import before_of, keep_statistics, note_before
 from layerlens.utils.atomic import atomic_write_bytes
 
 if TYPE_CHECKING:

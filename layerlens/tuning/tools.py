@@ -17,9 +17,8 @@ from layerlens.integrations.peft import lora_config
 from layerlens.integrations.transformers import blocks_of, role_of
 from layerlens.models import Choice, Manifest, Option
 from layerlens.sources import LoadRequest
-from layerlens.tuning.base_model import base_reference, load_base
+from layerlens.tuning.base_model import base_reference, check_costs, check_names, check_weights, load_base
 from layerlens.tuning.export import PEFT_DIRECTORY, export_adapter
-from layerlens.tuning.fit import check_costs, check_names, check_weights
 from layerlens.tuning.initialization import read_factors
 from layerlens.utils.atomic import staged_directory
 

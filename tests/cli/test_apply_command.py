@@ -12,7 +12,7 @@ from cli_support import Invoke, parsed
 from example_manifests import few, manifest, minilm, row
 
 from layerlens import tuning
-from layerlens.cli.snippets import python_snippet
+from layerlens.cli.commands_export import python_snippet
 from layerlens.exceptions import ManifestError
 from layerlens.manifest import write_manifest
 from layerlens.models import Manifest, ModelFacts

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from cli_support import Invoke, parsed
 
-from layerlens.cli import machine, requirements
-from layerlens.cli.machine import HINT, OK, PROBLEM, Finding
-from layerlens.cli.requirements import Requirement, parse_requirements, pip_line
+from layerlens.cli import commands_doctor as machine
+from layerlens.cli import errors as requirements
+from layerlens.cli.commands_doctor import HINT, OK, PROBLEM, Finding
+from layerlens.cli.errors import Requirement, parse_requirements, pip_line
 
 
 def test_requirements_are_read_from_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,7 @@ import re
 
 from layerlens.config import RunConfig, parse_run_config
 from layerlens.config.base import ConfigModel
-from layerlens.config.example import example_config
-from layerlens.config.schema import as_model
+from layerlens.config.schema import as_model, example_config
 
 REQUIRED = {
     "model": {"name_or_path": "m"},

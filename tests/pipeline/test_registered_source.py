@@ -12,8 +12,8 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from layerlens.cli.commands_export import python_snippet
 from layerlens.cli.main import app
-from layerlens.cli.snippets import python_snippet
 from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError, ModelNotFoundError, ModelSpecError
 from layerlens.integrations.pretrained import PretrainedModel

@@ -470,7 +470,7 @@ def test_what_a_job_does_not_use_on_the_server_stays(tmp_path: Path):
 def test_images_that_a_table_names_stay_below_the_roots(tmp_path: Path):
     from layerlens.data.images import stored_image
     from layerlens.exceptions import DataError
-    from layerlens.utils.readable import readable_below
+    from layerlens.utils.places import readable_below
 
     root = tmp_path / "root"
     root.mkdir()
@@ -490,7 +490,7 @@ def test_folders_that_a_yolo_data_set_names_stay_below_the_roots(tmp_path: Path)
     from layerlens.config import DataConfig
     from layerlens.exceptions import DataError
     from layerlens.tasks.object_detection import load
-    from layerlens.utils.readable import readable_below
+    from layerlens.utils.places import readable_below
 
     root = tmp_path / "root"
     for folder in (root / "images/train", root / "labels/train", tmp_path / "images/train"):

@@ -14,8 +14,8 @@ import yaml
 from typer.testing import CliRunner
 from word_count import WORD_COUNT
 
+from layerlens.cli.commands_export import python_snippet
 from layerlens.cli.main import app
-from layerlens.cli.snippets import python_snippet
 from layerlens.config import DataConfig, RunConfig
 from layerlens.data import load_dataset
 from layerlens.exceptions import ConfigurationError

@@ -13,7 +13,7 @@ from otlp_collector import collector
 
 from layerlens.config import RunConfig
 from layerlens.exceptions import InfeasibleError
-from layerlens.telemetry.bounded import LONGEST_WAIT_S
+from layerlens.telemetry.metrics import LONGEST_WAIT_S
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -103,8 +103,8 @@ def test_dead_collectors_and_gateways_cost_a_moment_and_no_job(tiny_optimize, tm
 
 def waited_at_the_end(endpoint: str) -> float:
     """What gateway and collector cost together when a job ends, in seconds, without the job around it."""
+    from layerlens.telemetry.metrics import PushObserver
     from layerlens.telemetry.otlp import OtlpObserver
-    from layerlens.telemetry.push import PushObserver
 
     config = RunConfig(model={"name_or_path": "x"}, data={"source": "x"}, optimization={"max_flops": 1})
     observers = [PushObserver(endpoint, "layerlens"), OtlpObserver(endpoint, "layerlens")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 
-from layerlens.utils.logging import NAME, show_logs
+from layerlens.utils.progress import NAME, show_logs
 
 
 def test_one_handler_at_a_time() -> None:

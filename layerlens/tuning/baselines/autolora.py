@@ -21,8 +21,7 @@ from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.models import LORA, LayerSpec
 from layerlens.tuning.baselines.baseline import Baseline, BaselineRequest, Prepared
 from layerlens.tuning.baselines.plain import layers_with, plan, planned, uniform_size
-from layerlens.tuning.inject import apply
-from layerlens.tuning.undo import unapply
+from layerlens.tuning.inject import apply, unapply
 
 if TYPE_CHECKING:
     import torch

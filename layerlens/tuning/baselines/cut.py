@@ -14,8 +14,7 @@ from layerlens.rank_rules.adalora import ORTHOGONALITY, SMOOTHING, Schedule, fin
 from layerlens.tuning.baselines.baseline import Baseline, BaselineRequest, Finished, Prepared
 from layerlens.tuning.baselines.plain import layers_with, plan, planned, trained_params, uniform_size
 from layerlens.tuning.fine_tune import TrainingHook
-from layerlens.tuning.inject import apply
-from layerlens.tuning.undo import note_before, unapply
+from layerlens.tuning.inject import apply, note_before, unapply
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,7 @@ from layerlens.methods import trainable_params
 from layerlens.models import LORA, Choice, LayerSpec, LoraSettings, ModelFacts
 from layerlens.tuning.baselines.baseline import Baseline, BaselineRequest, Finished, Prepared
 from layerlens.tuning.generators import attach_generator, finish_generator
-from layerlens.tuning.inject import apply
-from layerlens.tuning.undo import note_before
+from layerlens.tuning.inject import apply, note_before
 
 if TYPE_CHECKING:
     import torch
