@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from layerlens.cli.commands_run import show
+from layerlens.cli.tables import show
 from layerlens.config import RunConfig
 from layerlens.exceptions import ModelNotFoundError
 from layerlens.pipeline import run_config

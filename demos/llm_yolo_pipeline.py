@@ -18,7 +18,7 @@ from toys.detector import HELD_OUT_PLATES, cached_detector, held_out_precision
 from toys.language_model import DESCRIPTION, cached_language_model
 from toys.plates import CLASSES, draw_plates
 
-from layerlens.cli.commands_pipeline import show
+from layerlens.cli.pipeline_tables import show
 from layerlens.config.vision_language import PipelineConfig
 from layerlens.jobs.vision_language import run_vision_language
 from layerlens.utils.places import default_cache_dir

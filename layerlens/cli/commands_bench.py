@@ -47,7 +47,8 @@ def bench(
 
 
 def _show(speeds: Speeds) -> None:
-    from layerlens.cli.tables import gap, new_table, significant
+    from layerlens.cli.output import gap, significant
+    from layerlens.cli.tables import new_table
 
     console, machine = output.console(), speeds.machine
     cores = f" on core{'s' if len(machine['cores']) > 1 else ''} {', '.join(map(str, machine['cores']))}"
@@ -90,6 +91,6 @@ def _ratio(kernel: KernelSpeed, family: str) -> str:
 
 
 def _time(seconds: float) -> str:
-    from layerlens.cli.tables import significant
+    from layerlens.cli.output import significant
 
     return f"{significant(1e3 * seconds)} ms" if seconds >= 1e-3 else f"{significant(1e6 * seconds)} µs"

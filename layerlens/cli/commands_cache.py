@@ -35,7 +35,8 @@ def ls(cache_dir: Directory = None, json: Json = False, debug: Debug = False) ->
     if json:
         output.json_result([dataclasses.asdict(entry) for entry in entries])
         return
-    from layerlens.cli.tables import new_table, scaled
+    from layerlens.cli.output import scaled
+    from layerlens.cli.tables import new_table
 
     table = new_table(f"Sensitivity cache in {output.short(cache.directory)}")
     for name in ("key", "model", "samples", "size", "made (UTC)", "state"):

@@ -161,7 +161,8 @@ def _fields(each: Comparison) -> dict[str, float]:
 
 
 def _show(result: dict[str, Comparison], sizes: tuple[int, int]) -> None:
-    from layerlens.cli.tables import amount, new_table
+    from layerlens.cli.output import amount
+    from layerlens.cli.tables import new_table
 
     table = new_table(f"Costs of {sizes[0]} × {sizes[1]} tokens")
     table.add_column("")

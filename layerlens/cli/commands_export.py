@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +13,9 @@ from layerlens.cli.errors import guarded
 from layerlens.cli.output import short
 from layerlens.cli.parameters import Debug, Json
 from layerlens.exceptions import ManifestError
-from layerlens.models import LORA, Manifest
+
+if TYPE_CHECKING:
+    from layerlens.models import Manifest
 
 
 class ToolName(str, Enum):
@@ -129,6 +131,8 @@ def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, 
     """
     imports, base = _base_model(manifest, model)
     methods = {row.method for row in manifest.allocations} - {"none"}
+    from layerlens.models import LORA
+
     if methods == {LORA} and peft_directory is not None:
         standard = []
         imports = ["from peft import PeftModel", *imports]

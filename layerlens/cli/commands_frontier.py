@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 
 from layerlens.cli import output
-from layerlens.cli.commands_run import as_json, do, load
+from layerlens.cli.commands_run import do, load
 from layerlens.cli.errors import guarded
+from layerlens.cli.output import RESOURCE_NAMES, amount, gap
 from layerlens.cli.parameters import ConfigOption, Debug, Json, Output, Quiet, Set, Statistics
 from layerlens.cli.places import base_dir_of
-from layerlens.cli.tables import RESOURCE_NAMES, amount, gap, new_table
 from layerlens.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def frontier(
 
 
 def _show(result: FrontierResult) -> None:
-    from layerlens.cli.tables import RESOURCE_NAMES, amount, gap, new_table
+    from layerlens.cli.tables import new_table
 
     console = output.console()
     table = new_table(f"What {RESOURCE_NAMES[result.resource]} buy")
@@ -115,6 +115,8 @@ def sweep_configs(text: str, config: RunConfig) -> list[tuple[float, RunConfig]]
 
 def show_sweep(resource: str, results: Sequence[tuple[float, RunResult]], json: bool, quiet: bool) -> None:
     """One row for each budget, or one JSON value for each."""
+    from layerlens.cli.tables import as_json
+
     if json:
         output.json_result([{"budget": budget, **as_json(result)} for budget, result in results])
     elif not quiet:
@@ -122,6 +124,8 @@ def show_sweep(resource: str, results: Sequence[tuple[float, RunResult]], json: 
 
 
 def _print_table(resource: str, results: Sequence[tuple[float, RunResult]], console: Console) -> None:
+    from layerlens.cli.tables import new_table
+
     table = new_table(f"Budgets of {RESOURCE_NAMES[resource]}")
     for name in ("budget", "score", "gap", "layers", "parameters"):
         table.add_column(name, justify="right", no_wrap=True)

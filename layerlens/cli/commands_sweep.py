@@ -123,7 +123,8 @@ def _collect(opened: Sweep, tasks: list[SweepTask], json: bool, quiet: bool) -> 
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    from layerlens.cli.tables import amount, gap, new_table, significant
+    from layerlens.cli.output import amount, gap, significant
+    from layerlens.cli.tables import new_table
 
     varied = [name for name in rows[0] if "." in name]
     table = new_table("Results")

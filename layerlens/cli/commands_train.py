@@ -123,7 +123,8 @@ def _as_json(result: TrainedModel) -> dict[str, Any]:
 def _show(result: TrainedModel) -> None:
     from rich.text import Text
 
-    from layerlens.cli.tables import amount, new_table, scaled, significant
+    from layerlens.cli.output import amount, scaled, significant
+    from layerlens.cli.tables import new_table
 
     console, training = output.console(), result.training
     if result.after:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from layerlens.cli.layer_names import Position, positions
+from layerlens.cli.output import RESOURCE_NAMES, amount, command, gap, scaled, share, short, significant
 from layerlens.models import LayerExplanation, Manifest, ManifestRow, Option, Predicted, ResourceUse
 from layerlens.registry import METHODS
+
+if TYPE_CHECKING:
+    from layerlens.pipeline import RunResult
+
 
 FEW_LAYERS = 8
 BAR_WIDTH = 10
@@ -238,61 +244,77 @@ def new_table(title: str, caption: str | None = None) -> Table:
     )
 
 
-RESOURCE_NAMES = {
-    "trainable_params": "trainable parameters",
-    "flops": "added FLOPs",
-    "vram_gb": "memory",
-    "latency_ms": "latency",
-    "loss_drop": "loss drop of the choice in a proxy's steps",
-    "uniform_loss_drop": "the same with all layers alike",
+FILE_MEANINGS = {
+    "manifest_json": "the choice, its costs and its proof",
+    "manifest_yaml": "the same, for reading",
+    "peft": "LoRA adapter directory for PEFT, Trainer, TRL ...",
+    "modules": "adapters and prefixes, for layerlens.tuning",
+    "report": "report, for a browser",
+    "solver_log": "bound and incumbent after every stage of the solver",
+    "statistics": "what was measured, for `layerlens optimize`",
 }
-_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def amount(resource: str, value: float) -> str:
-    """``value`` of ``resource`` with its unit: ``59,904``, ``57.3 M``, ``0.312 GB``, ``62.1 ms``."""
-    if resource == "trainable_params":
-        return f"{round(value):,}"
-    if resource == "flops":
-        return scaled(value)
-    if resource == "vram_gb":
-        return f"{significant(value)} GB" if abs(value) >= 0.1 or value == 0 else f"{significant(value * 1e3)} MB"
-    if resource.endswith("_ms"):
-        return f"{significant(value)} ms"
-    return significant(value)
+def show(result: RunResult, console: Console, *, explain: bool = False) -> None:
+    """Write the summary of a run for people."""
+    manifest = result.manifest
+    parts = [chosen(manifest), budgets(manifest.resources), certificate(manifest)]
+    told = calibration(manifest.predicted)
+    if told is not None:
+        parts.append(told)
+    if explain:
+        parts.append(explanations(result.explanations))
+    for part in (*parts, measured(result.measured)):
+        if part is not None:
+            console.print(part)
+            console.print()
+    paths = {name: short(path) for name, path in result.files.items()}
+    width = max(len(path) for path in paths.values())
+    for name in sorted(paths, key=_order):
+        console.print(
+            Text.assemble(f"  {paths[name]:{width}}  ", (FILE_MEANINGS.get(name, name), "dim")), soft_wrap=True
+        )
+    console.print()
+    console.print(Text(_time(result), style="dim"), soft_wrap=True)
+    console.print(Text.assemble("Next: ", (next_command(result), "bold")), soft_wrap=True)
 
 
-def scaled(value: float) -> str:
-    """``value`` with three digits and a prefix: 57.3 M."""
-    for size, letter in _PREFIXES:
-        if abs(value) >= 0.9995 * size:
-            return f"{significant(value / size)} {letter}"
-    return significant(value)
+def next_command(result: RunResult) -> str:
+    """The command to type after a run: see how to train; after ``optimize``, write the adapter first."""
+    manifest = short(result.files["manifest_json"])
+    if "peft" in result.files or "modules" in result.files:
+        return command("apply", manifest)
+    return command("apply", manifest, "--output", short(result.directory))
 
 
-def significant(value: float) -> str:
-    """Three significant digits; no exponent where a person would not write one."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    if abs(value) >= 1e-4:
-        return f"{value:.3g}"
-    return f"{value:.2e}"
+def as_json(result: RunResult) -> dict[str, Any]:
+    """The result of a run as JSON values."""
+    manifest, written = result.manifest, result.manifest.fields()
+    return {
+        "directory": result.directory,
+        "files": result.files,
+        "allocations": written["allocations"],
+        "resources": written["resources"],
+        "score": manifest.score,
+        "upper_bound": manifest.upper_bound,
+        "gap": manifest.gap,
+        "status": manifest.status,
+        "solver": manifest.solver,
+        "predicted": written["predicted"],
+        "measured": result.measured,
+        "explanations": [asdict(explanation) for explanation in result.explanations],
+        "statistics_from_cache": result.statistics_from_cache,
+        "seconds": result.seconds,
+        "warnings": list(result.warnings),
+    }
 
 
-def share(fraction: float) -> str:
-    """A share as a percentage, never rounded up to a full 100 % nor down to 0."""
-    percent = 100.0 * fraction
-    if 99.5 <= percent < 100.0:
-        return ">99 %"
-    if 0.0 < percent < 0.5:
-        return "<1 %"
-    return f"{percent:.0f} %"
+def _order(name: str) -> int:
+    known = list(FILE_MEANINGS)
+    return known.index(name) if name in known else len(known)
 
 
-def gap(value: float) -> str:
-    """An optimality gap with two digits; exact zero is 0 %, and what only rounding leaves is below 0.0001 %."""
-    if 0 < value < 1e-6:
-        return "<0.0001 %"
-    return f"{100.0 * value:.2g} %"
+def _time(result: RunResult) -> str:
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
+    cached = "; statistics taken from the cache" if result.statistics_from_cache and "profile" in result.seconds else ""
+    return f"{sum(result.seconds.values()):.1f} s ({stages}){cached}"

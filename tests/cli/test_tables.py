@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 
 from layerlens.cli import tables
 from layerlens.cli.layer_names import Position, positions
-from layerlens.cli.tables import amount, gap, scaled, share, significant
+from layerlens.cli.output import amount, gap, scaled, share, significant
 from layerlens.models import CalibrationSummary, Manifest, Predicted, ResourceUse
 
 
