@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from layerlens.exceptions import StorageError
-from layerlens.storage.filesystem import exists
-from layerlens.storage.url import redacted
+from layerlens.storage.filesystem import exists, redacted
 
 CHECKSUMS_FILE = "checksums.json"
 FORMAT = "layerlens-checksums-1"

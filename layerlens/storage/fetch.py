@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from layerlens.exceptions import ConfigurationError, OutputError, StorageError
+from layerlens.storage.checksums import CHECKSUMS_FILE, Entry, entry_for, read_entries, sha256_of
 from layerlens.storage.filesystem import files_below, joined, local_or_url, open_url, reading, redacted, safe_name
-from layerlens.storage.publish import CHECKSUMS_FILE, Entry, entry_for, read_entries, sha256_of
 from layerlens.utils.atomic import cannot_write
 from layerlens.utils.places import default_cache_dir
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from layerlens.exceptions import OutputError
-from layerlens.storage.url import redacted
+from layerlens.storage.filesystem import redacted
 
 LOCK_FILE = ".layerlens-lock"
 BEAT_S, STALE_S, PATIENCE_S, POLL_S = 3.0, 20.0, 600.0, 0.25

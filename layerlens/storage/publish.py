@@ -15,9 +15,8 @@ from typing import Any
 
 from layerlens.exceptions import OutputError
 from layerlens.storage.checksums import CHECKSUMS_FILE, entries_of, read_entries, to_bytes
-from layerlens.storage.filesystem import exists, open_url, writing
+from layerlens.storage.filesystem import exists, open_url, redacted, writing
 from layerlens.storage.lock import publisher_lock
-from layerlens.storage.url import redacted
 
 LAST = "manifest.json"
 PROBE = b"layerlens can write here\n"
