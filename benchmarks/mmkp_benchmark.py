@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mmkp_instances import read_mmkp
 from ortools.sat.python import cp_model
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix, vstack
 
-from layerlens.bench.instances import read_mmkp
 from layerlens.models import AllocationProblem
 from layerlens.optimization import solve
 

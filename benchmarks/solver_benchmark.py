@@ -32,14 +32,30 @@ from ortools.sat.python import cp_model
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
-from layerlens.bench.instances import random_problem, transformer_problem
+from layerlens.bench.speeds import as_problem, transformer_problem
 from layerlens.kernels import isa
 from layerlens.models import AllocationProblem
 from layerlens.optimization import solve
 
-FAMILIES: dict[str, Callable[..., AllocationProblem]] = {"transformer": transformer_problem, "random": random_problem}
 # CP-SAT counts in integers: values and costs are scaled to sums of about this size.
 INTEGER_SUM = 2**40
+
+
+def random_problem(n_layers: int, *, hard: bool, seed: int = 0, n_options: int = 32) -> AllocationProblem:
+    """Independent integer costs in 1..1000; values independent of them too, or (hard) close to their mean."""
+    rng = np.random.default_rng([seed, n_layers, int(hard)])
+    cost = rng.integers(1, 1000, (4, n_layers, n_options)).astype(float)
+    cost[:, :, 0] = 0.0
+    value = (
+        cost.mean(axis=0) + rng.integers(0, 100, (n_layers, n_options))
+        if hard
+        else (rng.integers(1, 1000, (n_layers, n_options)).astype(float))
+    )
+    value[:, 0] = 0.0
+    return as_problem(value, cost, np.floor(0.15 * cost.max(axis=2).sum(axis=1)), ("a", "b", "c", "d"))
+
+
+FAMILIES: dict[str, Callable[..., AllocationProblem]] = {"transformer": transformer_problem, "random": random_problem}
 
 
 def best_of(repeats: int, work: Callable[[], Any]) -> tuple[float, Any]:

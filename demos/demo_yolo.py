@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 from toys.detector import cached_detector
+from toys.detector_training import mean_average_precision, save_checkpoint
 from toys.language_model import cached_language_model
 from toys.plates import CLASSES, draw_plates, write_dataset
 
 from layerlens.config import RunConfig
 from layerlens.config.vision_language import PipelineConfig
 from layerlens.data import load_dataset
-from layerlens.integrations.ultralytics_training import mean_average_precision, save_checkpoint
 from layerlens.jobs.vision_language import run_vision_language
 from layerlens.models import LabelledImage
 from layerlens.pipeline import run_config

@@ -64,10 +64,10 @@ def cached_detector(cache_dir: Path, *, seed: int = 0, progress: Progress = sile
 
 def train_detector(path: Path, *, seed: int = 0, progress: Progress = silent) -> Path:
     """Train the detector on plates drawn from ``seed`` and write its checkpoint to ``path``."""
-    from layerlens.integrations import ultralytics_training
+    from toys import detector_training
 
     plates = draw_plates(TRAINING_PLATES, seed)
-    return ultralytics_training.train_detector(
+    return detector_training.train_detector(
         ARCHITECTURE, CLASSES, plates, path, epochs=EPOCHS, seed=seed, progress=progress
     )
 
@@ -79,7 +79,7 @@ def held_out_plates() -> list[LabelledImage]:
 
 def held_out_precision(weights: Path) -> dict[str, float]:
     """``map50`` and ``map50_95`` on the held-out plates, by ultralytics' validator."""
-    from layerlens.integrations.ultralytics_training import mean_average_precision
+    from toys.detector_training import mean_average_precision
 
     return mean_average_precision(weights, CLASSES, held_out_plates())
 

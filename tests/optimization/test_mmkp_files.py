@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from instances import random_problem
+from mmkp_instances import read_mmkp
 
-from layerlens.bench.instances import read_mmkp
 from layerlens.exceptions import OptimizationError
 from layerlens.kernels.reference import exhaustive_optimum
 from layerlens.optimization import solve

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file
+from toys.detector_training import mean_average_precision
 from toys.plates import CLASSES, draw_plates
 from typer.testing import CliRunner
 
@@ -16,7 +17,6 @@ from layerlens.cli.main import app
 from layerlens.config import DataConfig, RunConfig
 from layerlens.data import load_dataset
 from layerlens.integrations.ultralytics_loss import average_precision, matched
-from layerlens.integrations.ultralytics_training import mean_average_precision
 from layerlens.pipeline import run_config
 from layerlens.sources import load_pretrained
 from layerlens.tasks import TASKS, make_batches
