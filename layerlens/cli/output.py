@@ -28,6 +28,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from layerlens.utils.progress import Advance, Progress
+from layerlens.vocabulary import RESOURCES, prefixed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -193,15 +194,10 @@ def _ignore(steps: int = 1, /) -> None:
     """Lines are written when a stage ends; steps are not shown."""
 
 
-RESOURCE_NAMES = {
-    "trainable_params": "trainable parameters",
-    "flops": "added FLOPs",
-    "vram_gb": "memory",
-    "latency_ms": "latency",
+RESOURCE_NAMES = {name: resource.label for name, resource in RESOURCES.items()} | {
     "loss_drop": "loss drop of the choice in a proxy's steps",
     "uniform_loss_drop": "the same with all layers alike",
 }
-_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def amount(resource: str, value: float) -> str:
@@ -219,10 +215,8 @@ def amount(resource: str, value: float) -> str:
 
 def scaled(value: float) -> str:
     """``value`` with three digits and a prefix: 57.3 M."""
-    for size, letter in _PREFIXES:
-        if abs(value) >= 0.9995 * size:
-            return f"{significant(value / size)} {letter}"
-    return significant(value)
+    number, letter = prefixed(value)
+    return f"{significant(number)} {letter}".rstrip()
 
 
 def significant(value: float) -> str:

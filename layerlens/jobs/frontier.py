@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from layerlens import vocabulary
 from layerlens.config import OptimizationConfig, RunConfig
 from layerlens.cost import cost_table
 from layerlens.exceptions import ConfigurationError
@@ -23,12 +24,7 @@ from layerlens.utility import calibrated_table, model_for
 from layerlens.utils.atomic import staged_directory
 from layerlens.utils.progress import Progress, silent
 
-BUDGET_FIELDS = {
-    "trainable_params": "max_trainable_params",
-    "flops": "max_flops",
-    "vram_gb": "max_vram_gb",
-    "latency_ms": "latency_target_ms",
-}
+BUDGET_FIELDS = {name: resource.budget for name, resource in vocabulary.RESOURCES.items()}
 
 
 @dataclass(frozen=True)

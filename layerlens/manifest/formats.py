@@ -6,14 +6,10 @@ import math
 
 from layerlens.models import NONE
 from layerlens.registry import METHODS
+from layerlens.vocabulary import RESOURCES, prefixed
 
-UNITS = {"trainable_params": "parameter", "flops": "FLOP", "vram_gb": "GB", "latency_ms": "ms"}
-RESOURCE_NAMES = {
-    "trainable_params": "Trainable parameters",
-    "flops": "Added FLOPs",
-    "vram_gb": "Training memory",
-    "latency_ms": "Forward latency",
-}
+UNITS = {name: resource.unit for name, resource in RESOURCES.items()}
+RESOURCE_NAMES = {name: resource.heading for name, resource in RESOURCES.items()}
 
 
 def method_name(method: str) -> str:
@@ -70,12 +66,8 @@ def quantity(resource: str, value: float) -> str:
 
 
 def _scaled(value: float, unit: str) -> str:
-    """With the largest SI prefix that leaves at least 1."""
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        # 999.96 would be shown as 1000, so the next prefix begins a little early.
-        if abs(value) >= 0.9995 * factor:
-            return f"{number(float(f'{value / factor:.4g}'))} {prefix}{unit}"
-    return f"{number(float(f'{value:.4g}'))} {unit}"
+    amount, prefix = prefixed(value)
+    return f"{number(float(f'{amount:.4g}'))} {prefix}{unit}"
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from layerlens import vocabulary
 from layerlens.models.model_spec import Option
 from layerlens.models.statistics import Calibration
 
@@ -146,8 +147,7 @@ class FrontierRow:
     rank: int = 0
 
 
-TRAINABLE_PARAMS, FLOPS, VRAM_GB, LATENCY_MS = "trainable_params", "flops", "vram_gb", "latency_ms"
-RESOURCES = (TRAINABLE_PARAMS, FLOPS, VRAM_GB, LATENCY_MS)
+RESOURCES = tuple(vocabulary.RESOURCES)
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,9 @@ from layerlens.models.model_spec import NONE
 from layerlens.optimization.constraints import COUNT_ROW, JOIN
 from layerlens.optimization.problem import option_name
 from layerlens.optimization.sums import exact_sum
+from layerlens.vocabulary import RESOURCES
 
-BUDGET_KEYS = {
-    "trainable_params": "optimization.max_trainable_params",
-    "flops": "optimization.max_flops",
-    "vram_gb": "optimization.max_vram_gb",
-    "latency_ms": "optimization.latency_target_ms",
-}
+BUDGET_KEYS = {name: f"optimization.{resource.budget}" for name, resource in RESOURCES.items()}
 
 ROUNDING = 1e-12
 # Options that a glance looks at.

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 
+from layerlens import vocabulary
 from layerlens.config import OptimizationConfig
 from layerlens.exceptions import ActivationCacheError, OptimizationError
 from layerlens.models import RESOURCES, AllocationProblem, CostTable, ModelSpec, UtilityTable
@@ -21,7 +22,7 @@ from layerlens.optimization.sums import exact_sum
 from layerlens.registry import METHODS
 
 # What ``objective_weights`` calls each resource.
-OBJECTIVE_OF_RESOURCE = {"trainable_params": "cost", "flops": "flops", "vram_gb": "vram", "latency_ms": "latency"}
+OBJECTIVE_OF_RESOURCE = {name: resource.objective for name, resource in vocabulary.RESOURCES.items()}
 
 
 def build_problem(

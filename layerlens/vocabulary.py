@@ -1,0 +1,59 @@
+"""The words and keys of the budgets, wherever a person or a file meets them: one row for each resource."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Resource:
+    """What one budget limits.
+
+    Args:
+        name: as manifests have it, with its unit.
+        label: in a sentence or a table of the command line.
+        heading: in the report.
+        unit: of one of it.
+        budget: its key in the section ``optimization``.
+        objective: its key in ``optimization.objective_weights``.
+    """
+
+    name: str
+    label: str
+    heading: str
+    unit: str
+    budget: str
+    objective: str
+
+
+RESOURCES = {
+    resource.name: resource
+    for resource in (
+        Resource(
+            "trainable_params",
+            "trainable parameters",
+            "Trainable parameters",
+            "parameter",
+            "max_trainable_params",
+            "cost",
+        ),
+        Resource("flops", "added FLOPs", "Added FLOPs", "FLOP", "max_flops", "flops"),
+        Resource("vram_gb", "memory", "Training memory", "GB", "max_vram_gb", "vram"),
+        Resource("latency_ms", "latency", "Forward latency", "ms", "latency_target_ms", "latency"),
+    )
+}
+PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def prefixed(value: float) -> tuple[float, str]:
+    """``value`` in the largest SI prefix that leaves at least 1, and the prefix.
+
+    999.96 would be shown as 1000, so the next prefix begins a little early.
+
+    >>> prefixed(57.3e6), prefixed(12.0)
+    ((57.3, 'M'), (12.0, ''))
+    """
+    for size, letter in PREFIXES:
+        if abs(value) >= 0.9995 * size:
+            return value / size, letter
+    return value, ""
