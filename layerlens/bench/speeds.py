@@ -21,7 +21,7 @@ import torch
 from layerlens import __version__, kernels
 from layerlens.bench.kernel_cases import Case, energy_case, fisher_case, ghost_case, measure, ragged_case, read_limit
 from layerlens.cost.device import device_name
-from layerlens.models import AllocationProblem, Option
+from layerlens.models import LORA, AllocationProblem, Option
 from layerlens.optimization import solve
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
@@ -224,7 +224,7 @@ def _median(work: Callable[[], object], runs: int = 7) -> float:
     return statistics.median(seconds)
 
 
-RANKS = {"lora": 15, "adapter": 10, "prefix": 6}  # with "none": 32 options
+RANKS = {LORA: 15, "adapter": 10, "prefix": 6}  # with "none": 32 options
 
 
 def transformer_problem(n_layers: int, *, hard: bool, seed: int = 0) -> AllocationProblem:
@@ -241,9 +241,9 @@ def transformer_problem(n_layers: int, *, hard: bool, seed: int = 0) -> Allocati
     values, costs = [np.zeros((n_layers, 1))], [np.zeros((4, n_layers, 1))]
     for method, count in RANKS.items():
         rank = np.unique(np.round(2.0 ** np.linspace(0.0, 6.0, count + 6)))[:count][None, :]
-        efficiency = {"lora": 1.0, "adapter": 0.8, "prefix": 0.6}[method] * rng.uniform(0.7, 1.3, (n_layers, 1))
+        efficiency = {LORA: 1.0, "adapter": 0.8, "prefix": 0.6}[method] * rng.uniform(0.7, 1.3, (n_layers, 1))
         values.append(signal * efficiency * np.sqrt(rank) * rng.uniform(0.8, 1.2, (n_layers, count)))
-        params = np.round(rank * width * {"lora": 2.0, "adapter": 2.1, "prefix": 1.0}[method])
+        params = np.round(rank * width * {LORA: 2.0, "adapter": 2.1, "prefix": 1.0}[method])
         flops = 2.0 * params * 1024.0 * (1.0 if method != "prefix" else 1.7)
         vram = 16e-9 * params + 4e-9 * 1024.0 * width * rng.uniform(0.5, 1.5, (n_layers, 1))
         latency = 1e-3 * rng.uniform(5.0, 20.0, (n_layers, 1)) + flops / 5e10
@@ -262,7 +262,7 @@ def as_problem(
     """Arrays over layers l and options k to a problem; option 0 is "none"."""
     n_layers, n_options = value__lk.shape
     # All layers share their options' names: millions of strings would take longer to make than the problem to solve.
-    names = tuple(Option("layer", "lora" if k else "none", k) for k in range(n_options))
+    names = tuple(Option("layer", LORA if k else "none", k) for k in range(n_options))
     return AllocationProblem(
         layers=("layer",) * n_layers,
         options=names * n_layers,

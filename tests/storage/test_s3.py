@@ -14,7 +14,7 @@ from s3_server import SECRET, S3Server, client_of
 
 from layerlens.exceptions import OutputError, StorageError
 from layerlens.storage import check_publishable, joined, local_copy, publish, read_bytes
-from layerlens.storage import publish as lock_module
+from layerlens.storage import lock as lock_module
 
 
 @pytest.fixture(autouse=True)
