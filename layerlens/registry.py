@@ -18,10 +18,12 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from layerlens.exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from importlib import metadata
 
 Item = TypeVar("Item")
 
@@ -116,6 +118,8 @@ class Registry(Generic[Item]):
 
     def _of_packages(self) -> dict[str, metadata.EntryPoint]:
         if self._points is None:
+            from importlib import metadata  # slow to load, and --help has no use for it
+
             self._points = {point.name: point for point in metadata.entry_points(group=self.group)}
         return self._points
 

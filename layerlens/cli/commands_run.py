@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich.console import Console
 
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
@@ -17,6 +16,8 @@ from layerlens.cli.places import absolute, base_dir_of, read_config
 from layerlens.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from layerlens.config import RunConfig
     from layerlens.pipeline import RunResult
     from layerlens.utils.progress import Progress
@@ -100,6 +101,7 @@ def load(config: Path, settings: Sequence[str] | None, directory: Path | None) -
 
 def do(job: Callable[[Progress, Callable[[str], None]], Result], quiet: bool) -> Result:
     """Run the job; progress and warnings go to one console, which keeps bars and lines apart."""
+    from layerlens.cli.progress import shown_progress
     from layerlens.utils.progress import silent
 
     output.show_logs(quiet=quiet)
@@ -107,7 +109,7 @@ def do(job: Callable[[Progress, Callable[[str], None]], Result], quiet: bool) ->
         return job(silent, _unheard)
     output.state.live = output.console()
     try:
-        with output.shown_progress(output.state.live) as progress:
+        with shown_progress(output.state.live) as progress:
             return job(progress, output.warning)
     finally:
         output.state.live = None

@@ -18,7 +18,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -163,6 +162,8 @@ class Requirement:
 
 def requirements() -> list[Requirement] | None:
     """Everything that the core and its extras need, developers' extras left out; None if not installed."""
+    from importlib import metadata
+
     try:
         lines = metadata.requires("layerlens") or []
     except metadata.PackageNotFoundError:
@@ -191,6 +192,8 @@ def pip_line(missing: Sequence[Requirement]) -> str:
 
 
 def _version(name: str) -> str | None:
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

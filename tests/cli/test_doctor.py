@@ -10,7 +10,6 @@ import pytest
 from cli_support import Invoke, parsed
 
 from layerlens.cli import commands_doctor as machine
-from layerlens.cli import errors as requirements
 from layerlens.cli.commands_doctor import HINT, OK, PROBLEM, Finding
 from layerlens.cli.errors import Requirement, parse_requirements, pip_line
 
@@ -23,7 +22,7 @@ def test_requirements_are_read_from_the_metadata(monkeypatch: pytest.MonkeyPatch
             raise metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(requirements.metadata, "version", version)
+    monkeypatch.setattr("importlib.metadata.version", version)
     found = parse_requirements(
         [
             "numpy>=1.26",

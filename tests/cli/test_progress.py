@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from layerlens.cli.output import shown_progress
+from layerlens.cli.progress import shown_progress
 from layerlens.utils.progress import silent
 
 
