@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from layerlens.integrations.torchvision_import import make_torchvision_importable
+
+# What other programs do to the machine is no failure of a test: neither a deadline nor "input generation is slow".
+settings.register_profile("layerlens", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("layerlens")
 
 make_torchvision_importable()  # before any test imports transformers
 
