@@ -9,7 +9,7 @@ import typer
 from layerlens.cli import output
 from layerlens.cli.commands_run import do
 from layerlens.cli.errors import guarded
-from layerlens.cli.parameters import Debug, Json, Quiet
+from layerlens.cli.places import Debug, Json, Quiet
 
 if TYPE_CHECKING:
     from layerlens.bench.speeds import KernelSpeed, Speeds

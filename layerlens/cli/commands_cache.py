@@ -9,7 +9,7 @@ import typer
 
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
-from layerlens.cli.parameters import Debug, Json
+from layerlens.cli.places import Debug, Json
 from layerlens.exceptions import ActivationCacheError, ConfigurationError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import typer
 
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
-from layerlens.cli.parameters import Config, Debug, Json, Set
+from layerlens.cli.places import Config, Debug, Json, Set
 from layerlens.exceptions import ConfigurationError
 
 DEFAULT_PATH = Path("config.yaml")

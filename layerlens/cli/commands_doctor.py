@@ -16,7 +16,7 @@ import typer
 from layerlens import __version__
 from layerlens.cli import output
 from layerlens.cli.errors import Requirement, guarded, pip_line, requirements
-from layerlens.cli.parameters import Debug, Json
+from layerlens.cli.places import Debug, Json
 
 STYLES = {"ok": ("✓", "green"), "hint": ("!", "yellow"), "problem": ("✗", "bold red")}
 

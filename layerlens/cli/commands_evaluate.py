@@ -13,8 +13,7 @@ import typer
 from layerlens.cli import output
 from layerlens.cli.commands_run import do, load
 from layerlens.cli.errors import guarded
-from layerlens.cli.parameters import Debug, Json, Output, Quiet, Set
-from layerlens.cli.places import base_dir_of
+from layerlens.cli.places import Debug, Json, Output, Quiet, Set, base_dir_of
 from layerlens.exceptions import ConfigurationError
 
 if TYPE_CHECKING:

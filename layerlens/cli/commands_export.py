@@ -11,7 +11,7 @@ import typer
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
 from layerlens.cli.output import short
-from layerlens.cli.parameters import Debug, Json
+from layerlens.cli.places import Debug, Json
 from layerlens.exceptions import ManifestError
 
 if TYPE_CHECKING:

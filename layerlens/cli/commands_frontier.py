@@ -10,8 +10,7 @@ from layerlens.cli import output
 from layerlens.cli.commands_run import do, load
 from layerlens.cli.errors import guarded
 from layerlens.cli.output import RESOURCE_NAMES, amount, gap
-from layerlens.cli.parameters import ConfigOption, Debug, Json, Output, Quiet, Set, Statistics
-from layerlens.cli.places import base_dir_of
+from layerlens.cli.places import ConfigOption, Debug, Json, Output, Quiet, Set, Statistics, base_dir_of
 
 if TYPE_CHECKING:
     from layerlens.pipeline import FrontierResult

@@ -9,7 +9,7 @@ import typer
 
 from layerlens.cli import output
 from layerlens.cli.errors import UNEXPECTED, guarded
-from layerlens.cli.parameters import Debug, Json, Quiet
+from layerlens.cli.places import Debug, Json, Quiet
 
 
 @guarded("images that were done are in results/ and annotated/ of the output directory")

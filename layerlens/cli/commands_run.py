@@ -11,8 +11,20 @@ import typer
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
 from layerlens.cli.output import RESOURCE_NAMES, amount, gap
-from layerlens.cli.parameters import Config, ConfigOption, Debug, Explain, Json, Output, Quiet, Set, Statistics
-from layerlens.cli.places import absolute, base_dir_of, read_config
+from layerlens.cli.places import (
+    Config,
+    ConfigOption,
+    Debug,
+    Explain,
+    Json,
+    Output,
+    Quiet,
+    Set,
+    Statistics,
+    absolute,
+    base_dir_of,
+    read_config,
+)
 from layerlens.exceptions import ConfigurationError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import typer
 
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
-from layerlens.cli.parameters import Config, Debug, Json, Quiet
+from layerlens.cli.places import Config, Debug, Json, Quiet
 from layerlens.exceptions import LayerLensError
 
 if TYPE_CHECKING:

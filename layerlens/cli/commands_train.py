@@ -10,8 +10,7 @@ import typer
 from layerlens.cli import output
 from layerlens.cli.commands_run import do, load
 from layerlens.cli.errors import guarded
-from layerlens.cli.parameters import Debug, Json, Quiet, Set
-from layerlens.cli.places import base_dir_of
+from layerlens.cli.places import Debug, Json, Quiet, Set, base_dir_of
 
 if TYPE_CHECKING:
     from layerlens.config import RunConfig

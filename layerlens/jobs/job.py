@@ -22,8 +22,7 @@ import torch
 from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError, OutputError
 from layerlens.integrations.torch_modules import usable_device
-from layerlens.profiling.cache import SensitivityCache
-from layerlens.profiling.shared_cache import open_cache
+from layerlens.profiling.cache import SensitivityCache, open_cache
 from layerlens.utils.atomic import check_writable
 from layerlens.utils.processes import ALONE, Processes
 from layerlens.utils.progress import Progress, observed_stage, silent

@@ -27,8 +27,8 @@ from layerlens.exceptions import InfeasibleError, OptimizationError
 from layerlens.models import AllocationProblem
 from layerlens.optimization.feasibility import conflict_message
 from layerlens.optimization.lagrangian import Candidates, Dual, candidates_within
+from layerlens.optimization.problem import exact_sum
 from layerlens.optimization.reduced import Reduced
-from layerlens.optimization.sums import exact_sum
 
 # Sums of scaled integers stay below 2**SUM_BITS: exact in a double, and far from where CP-SAT's cuts would overflow.
 VALUE_SUM_BITS, COST_SUM_BITS = 45, 45

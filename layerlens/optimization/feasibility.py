@@ -12,8 +12,7 @@ from layerlens.exceptions import InfeasibleError
 from layerlens.models import AllocationProblem
 from layerlens.models.model_spec import NONE
 from layerlens.optimization.constraints import COUNT_ROW, JOIN
-from layerlens.optimization.problem import option_name
-from layerlens.optimization.sums import exact_sum
+from layerlens.optimization.problem import exact_sum, option_name
 from layerlens.vocabulary import RESOURCES
 
 BUDGET_KEYS = {name: f"optimization.{resource.budget}" for name, resource in RESOURCES.items()}

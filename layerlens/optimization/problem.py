@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -11,14 +13,7 @@ from layerlens.config import OptimizationConfig
 from layerlens.exceptions import ActivationCacheError, OptimizationError
 from layerlens.models import RESOURCES, AllocationProblem, CostTable, ModelSpec, UtilityTable
 from layerlens.models.model_spec import NONE, Option
-from layerlens.optimization.constraints import (
-    JOIN,
-    allowed_options,
-    extra_rows,
-    grouped_options,
-    layers_alike,
-)
-from layerlens.optimization.sums import exact_sum
+from layerlens.optimization.constraints import JOIN, allowed_options, extra_rows, grouped_options, layers_alike
 from layerlens.registry import METHODS
 
 # What ``objective_weights`` calls each resource.
@@ -167,3 +162,16 @@ def option_name(option: Option) -> str:
 
 def _and_others(count: int) -> str:
     return f" (and {count - 1} more)" if count > 1 else ""
+
+
+def exact_sum(values: np.ndarray | Iterable[float]) -> float:
+    """math.fsum, but infinity where a total of finite numbers overflows.
+
+    >>> exact_sum([0.1] * 10)
+    1.0
+    """
+    values = values.tolist() if isinstance(values, np.ndarray) else list(values)
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.copysign(math.inf, sum(math.ldexp(value, -64) for value in values))

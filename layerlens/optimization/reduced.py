@@ -13,7 +13,7 @@ import numpy as np
 from layerlens.exceptions import OptimizationError
 from layerlens.kernels._knapsack import Instance, RowSummary, summarise_row
 from layerlens.models import AllocationProblem
-from layerlens.optimization.sums import exact_sum
+from layerlens.optimization.problem import exact_sum
 
 # Beyond these binary exponents products and sums could overflow or lose bits; rows are then scaled by a power of two,
 # which is exact.

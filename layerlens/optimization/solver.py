@@ -15,8 +15,8 @@ from layerlens.optimization.constraints import JOIN
 from layerlens.optimization.core_search import Incumbent, find_fitting, search_core
 from layerlens.optimization.feasibility import check_feasible, obviously_feasible
 from layerlens.optimization.lagrangian import guided_search, solve_dual
+from layerlens.optimization.problem import exact_sum
 from layerlens.optimization.reduced import Reduced, Summary, reduce
-from layerlens.optimization.sums import exact_sum
 
 Progress = Callable[[str], None]
 

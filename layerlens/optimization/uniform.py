@@ -8,7 +8,7 @@ import numpy as np
 
 from layerlens.models import Allocation, AllocationProblem
 from layerlens.models.model_spec import LORA, NONE
-from layerlens.optimization.sums import exact_sum
+from layerlens.optimization.problem import exact_sum
 from layerlens.utils.order import raised_evenly
 
 
