@@ -8,11 +8,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import logging
 import os
 import socket
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,70 +154,3 @@ def load_tokens(path: Path | None) -> Tokens:
         if len(token) < SHORTEST or not token.isascii() or " " in token:
             raise ConfigurationError(f"{source}: a token must be {SHORTEST} or more ASCII characters without spaces")
     return Tokens(found)
-
-
-MOST_CONNECTIONS = 2000
-GRACE_S = 5
-
-
-def serve(
-    settings: ServiceSettings,
-    *,
-    tls_certificate: Path | None = None,
-    tls_key: Path | None = None,
-    ready: Callable[[str], None] = lambda address: None,
-) -> None:
-    """Serve until SIGINT or SIGTERM; jobs that run then wait for the next server.
-
-    Args:
-        settings: what the operator decided.
-        tls_certificate, tls_key: PEM files, for HTTPS.
-        ready: told of the address, once connections are taken.
-
-    Raises:
-        ConfigurationError: the settings are not safe, the address is taken, or packages are missing.
-    """
-    settings.check()
-    try:
-        import uvicorn
-
-        from layerlens.service.app import create_app
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(f"{error.name} is not installed; run: pip install 'layerlens[serve]'") from error
-    from layerlens.service.scheduler import open_state
-
-    store, lock = open_state(settings)
-    try:
-        listener = _listen(settings)
-        app = create_app(settings, store)
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            limit_concurrency=MOST_CONNECTIONS,
-            timeout_graceful_shutdown=GRACE_S,
-            h11_max_incomplete_event_size=64 * 1024,
-            ssl_certfile=None if tls_certificate is None else str(tls_certificate),
-            ssl_keyfile=None if tls_key is None else str(tls_key),
-        )
-        scheme = "https" if tls_certificate is not None else "http"
-        host, port = listener.getsockname()[:2]
-        ready(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
-        # Connections that come before the loop runs wait in the listener's queue.
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        uvicorn.Server(config).run(sockets=[listener])
-    finally:
-        os.close(lock)
-
-
-def _listen(settings: ServiceSettings) -> socket.socket:
-    """The socket, bound here so that a port that is taken is one clear line, and port 0 is known."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
-    except OSError as error:
-        raise ConfigurationError(
-            f"--host, --port: cannot listen on {settings.host}:{settings.port}: {error.strerror}; is another server "
-            "running?"
-        ) from error
