@@ -67,8 +67,8 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Offer LayerLens over HTTP: jobs in processes of their own, which survive a crash of the server."""
-    from layerlens.service.settings import MIB, ServiceSettings, load_tokens
     from layerlens.service.server import serve as run_server
+    from layerlens.service.settings import MIB, ServiceSettings, load_tokens
 
     settings = ServiceSettings(
         state_dir=state_dir.absolute(),

@@ -46,15 +46,30 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "finally:\n"
         f"    print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
     )
-    seconds = []
-    for _ in range(3):  # processor time, the least of three: what the program needs, not what else the machine does
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    bare = (
+        "import sys, typer\n"
+        "app = typer.Typer()\n"
+        "for name in 'ab':\n"
+        "    app.command(name)(lambda x=1: None)\n"
+        "sys.argv = ['x', '--help']\n"
+        "app()\n"
+    )
+    seconds, of_typer = [], []
+    for _ in range(3):  # the least of three
+        elapsed, done = _processor_seconds(code)
+        seconds.append(elapsed)
+        of_typer.append(_processor_seconds(bare)[0])
     assert done.stderr.strip() == "[]"
     assert "validate" in done.stdout
-    assert min(seconds) < 0.5
+    # Caches that other programs fill make every import dearer: then what Typer alone needs is the measure.
+    assert min(seconds) < max(0.5, 1.75 * min(of_typer))
+
+
+def _processor_seconds(code: str) -> tuple[float, subprocess.CompletedProcess[str]]:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done
 
 
 @pytest.mark.parametrize(
