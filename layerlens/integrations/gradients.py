@@ -124,7 +124,7 @@ def _add(sums: dict[str, torch.Tensor], names: Iterable[str], gradients: Iterabl
 
 def _input_rows(module: Any, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Inputs as rows [n, n_in], padding left out; patches of a convolution."""
-    from layerlens.integrations.torch_modules import conv_patches
+    from layerlens.integrations.weight_matrices import conv_patches
 
     if hasattr(module, "kernel_size"):
         return conv_patches(module, inputs).flatten(0, 2)

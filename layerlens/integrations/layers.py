@@ -11,7 +11,6 @@ import torch
 
 from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.pretrained import PretrainedModel
-from layerlens.integrations.torch_modules import why_not_measurable
 from layerlens.integrations.transformers import (
     HEAD_WIDTHS,
     RESIDUAL_WRITERS,
@@ -22,6 +21,7 @@ from layerlens.integrations.transformers import (
     takes_prefix,
     task_heads,
 )
+from layerlens.integrations.weight_matrices import why_not_measurable
 from layerlens.models import LayerSpec, ModelSpec
 from layerlens.registry import METHODS
 

@@ -7,10 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from layerlens.exceptions import ConfigurationError, ManifestError, ProfilingError
-from layerlens.models import ModelSpec
+from layerlens.exceptions import ConfigurationError, ManifestError
 
 if TYPE_CHECKING:
     import torch
@@ -73,91 +70,3 @@ def frozen_without_dropout(model: torch.nn.Module, *, checkpointing: bool = Fals
             module.training = training
         for module in checkpoints:
             module.gradient_checkpointing = True
-
-
-RELATIVE_BIASES = ("relative_attention_bias",)
-"""Embeddings that are indexed by pairs of positions, without a batch axis (T5)."""
-
-
-def matrix_shape(module: Any) -> tuple[int, int, int]:
-    """(groups, n_out, n_in) of a module's weight as a matrix for each group; an Embedding's rows are its outputs."""
-    if isinstance(module, torch.nn.Embedding):
-        return 1, module.num_embeddings, module.embedding_dim
-    if isinstance(module, torch.nn.Conv2d):
-        patch = module.kernel_size[0] * module.kernel_size[1]
-        return module.groups, module.out_channels // module.groups, module.in_channels // module.groups * patch
-    if isinstance(module, torch.nn.Linear):
-        return 1, module.out_features, module.in_features
-    return 1, module.nf, module.nx  # transformers' Conv1D, a Linear with a transposed weight
-
-
-def conv_patches(module: torch.nn.Conv2d, images__bchw: torch.Tensor, *, groups: int | None = None) -> torch.Tensor:
-    """The inputs that each output pixel of a convolution sees, [b, groups, pixels, n_in of a group].
-
-    In the order of ``module.weight[out].flatten()``, so that the layer is a Linear on them, group by group. With
-    ``groups`` 1 every output sees all input channels, as the A of PEFT's LoRA does also where the layer has groups.
-    """
-    padding: Any = module.padding  # a string is refused by why_not_measurable
-    patches__bkt = torch.nn.functional.unfold(
-        images__bchw,
-        module.kernel_size,
-        dilation=module.dilation,
-        padding=padding,
-        stride=module.stride,
-    )
-    return patches__bkt.unflatten(1, (groups or module.groups, -1)).mT
-
-
-def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
-    """The module that ``torch.compile(model)`` was made from, or the model itself.
-
-    Raises:
-        ProfilingError: modules inside the model are compiled in place, where taps would not be seen.
-    """
-    model = getattr(model, "_orig_mod", model)
-    for name, module in model.named_modules():
-        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
-            raise ProfilingError(
-                f"{name or 'the model'}: is compiled in place; give the model before torch.compile or .compile()"
-            )
-    return model
-
-
-def measurable_modules(model: torch.nn.Module, spec: ModelSpec) -> tuple[str, ...]:
-    """Modules outside the layers of ``spec`` whose weights can be measured: with them, nearly every parameter is."""
-    model = uncompiled(model)
-    layers = {layer.name for layer in spec.layers if layer.groups == 1}  # with groups, LoRA's matrix is not the weight
-    return tuple(
-        name
-        for name, module in model.named_modules()
-        if name not in layers
-        and isinstance(getattr(module, "weight", None), torch.Tensor)
-        and not why_not_measurable(name, module)
-    )
-
-
-def why_not_measurable(name: str, module: torch.nn.Module) -> str:
-    """Why a module's weight cannot be measured; "" where it can."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, torch.nn.Conv2d):
-        if module.padding_mode != "zeros" or isinstance(module.padding, str):
-            return "convolutions with padding other than zeros of a given width are not measured"
-        return _overridden(module, torch.nn.Conv2d)
-    if isinstance(module, torch.nn.Embedding):
-        if name.endswith(RELATIVE_BIASES):
-            return "biases of relative positions are looked up once for the whole batch"
-        if module.scale_grad_by_freq or module.max_norm is not None:
-            return "embeddings with max_norm or scale_grad_by_freq are not measured"
-        return _overridden(module, torch.nn.Embedding)
-    if isinstance(module, torch.nn.Linear):
-        return _overridden(module, torch.nn.Linear)
-    if isinstance(module, Conv1D):
-        return ""
-    return f"weights of {type(module).__name__} are not measured"
-
-
-def _overridden(module: torch.nn.Module, base: type[torch.nn.Module]) -> str:
-    if type(module).forward is base.forward:
-        return ""
-    return f"{type(module).__name__} computes something else than {base.__name__}"

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from layerlens.integrations.placement import placed, shard, sharded
-from layerlens.integrations.torch_modules import measurable_modules
 from layerlens.integrations.transformers import blocks_of
+from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.jobs.inputs import model_facts
 from layerlens.jobs.job import Job, same_everywhere
 from layerlens.jobs.load import Loaded

@@ -66,10 +66,12 @@ class ModelFacts(Section):
         total_params: parameters of the base model.
         task: what the model is to be fine-tuned for.
         dtype: precision of the weights that were measured, and that the fingerprint is of.
-        num_labels, labels: the classes, in the order of the logits.
+        num_labels: how many classes there are.
+        labels: their names, in the order of the logits.
         head_modules: modules of the task head, which is trained whole.
         model_type: transformers' name of the architecture.
-        weights, loss: files and code that the configuration named.
+        weights: the file of weights that the configuration named.
+        loss: the user's own loss that it named.
         left_out: layers that no method can adapt, each with its reason.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 
 from layerlens import kernels
 from layerlens.exceptions import ProfilingError
-from layerlens.integrations.torch_modules import matrix_shape
+from layerlens.integrations.weight_matrices import matrix_shape
 from layerlens.models import LORA, LayerStatistics, MethodStatistics, ModelSpec
 from layerlens.profiling.accumulators import SumShards
 from layerlens.profiling.pass_sums import Key, PassSums

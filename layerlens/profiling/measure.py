@@ -12,8 +12,9 @@ import torch
 
 from layerlens.exceptions import ConfigurationError, ProfilingError
 from layerlens.integrations.placement import input_device, sharded
-from layerlens.integrations.torch_modules import frozen_without_dropout, uncompiled, why_not_measurable
+from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, without_cache
+from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
 from layerlens.models import FactorSketch, ModelSpec, ModelStatistics, ModuleCosts
 from layerlens.profiling.accumulators import LayerRows, SumShards
 from layerlens.profiling.capture import Capture

@@ -16,7 +16,7 @@ import torch
 
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.attention import attention_outputs
-from layerlens.integrations.torch_modules import conv_patches
+from layerlens.integrations.weight_matrices import conv_patches
 from layerlens.methods import OUTPUT
 from layerlens.models import LORA, LayerSpec, ModelSpec
 from layerlens.profiling.pass_sums import Key

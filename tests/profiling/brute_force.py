@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from layerlens.integrations.torch_modules import measurable_modules
+from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.models import MethodStatistics, ModelSpec, ModelStatistics
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import StatisticsRequest

@@ -12,7 +12,7 @@ from brute_force import pieces
 from test_architectures import CASES, Case, spec_of
 
 from layerlens.integrations.skeleton import StreamedWeights, load_skeleton
-from layerlens.integrations.torch_modules import measurable_modules
+from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.models import ModelSpec
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import BY_SAMPLES, StatisticsRequest

@@ -18,8 +18,8 @@ from brute_force import assert_equal, pieces, profile, sample_gradients, weight_
 
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
-from layerlens.integrations.torch_modules import measurable_modules
 from layerlens.integrations.transformers import blocks_of
+from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.models import ModelSpec
 from layerlens.tasks.batches import Batch
 from layerlens.tasks.losses import (

@@ -12,7 +12,7 @@ import torch
 from brute_force import pieces
 from test_architectures import CASES, spec_of
 
-from layerlens.integrations.torch_modules import measurable_modules
+from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.models import ModelSpec, ModelStatistics
 from layerlens.profiling.cache import SensitivityCache, cache_key
 from layerlens.profiling.capture import Capture

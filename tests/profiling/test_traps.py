@@ -14,7 +14,7 @@ from brute_force import SIGNAL, assert_equal, pieces, profile, sample_gradients,
 from test_architectures import CASES, RELATIVE, spec_of
 
 from layerlens.exceptions import ProfilingError
-from layerlens.integrations.torch_modules import measurable_modules
+from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.models import ModelSpec
 from layerlens.profiling.capture import Capture
 from layerlens.profiling.request import StatisticsRequest
