@@ -24,7 +24,7 @@ from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import HEAD_LEARNING_RATE, Run, data_order, measure_arms, run_allocation
 from layerlens.tuning.baselines.plain import GENERATOR
 from layerlens.tuning.generators import attach_generator
-from layerlens.tuning.training import run_steps
+from layerlens.tuning.short_training import run_steps
 
 ARMS = (("tight", "tempered_energy"), ("loose", "tempered_log"))
 

@@ -24,7 +24,6 @@ STYLES = {"ok": ("✓", "green"), "hint": ("!", "yellow"), "problem": ("✗", "b
 @guarded()
 def doctor(json: Json = False, debug: Debug = False) -> None:
     """Look at Python, packages, kernels, cores, memory and cache; exit code 1 if something must be mended."""
-    from layerlens.cli.commands_doctor import PROBLEM, examine
 
     findings = examine()
     if json:

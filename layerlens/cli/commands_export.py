@@ -98,7 +98,6 @@ def apply(
             except ManifestError as error:
                 raise type(error)(f"{output.short(manifest)}: {error}") from error
         files = published_files(files, local, directory)
-    from layerlens.cli.commands_export import python_snippet
 
     peft = files.get("peft", manifest.parent / "peft")
     snippet = python_snippet(plan, manifest, peft if peft.is_dir() else None, model)

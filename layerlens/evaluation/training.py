@@ -14,7 +14,7 @@ from layerlens.evaluation.results import ResultsFile, chosen_rate
 from layerlens.evaluation.stacks import Arm, LayerStack, LoraStack
 from layerlens.evaluation.study_task import Samples, StudyTask
 from layerlens.tasks import logits_of
-from layerlens.tuning.training import run_steps
+from layerlens.tuning.short_training import run_steps
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8

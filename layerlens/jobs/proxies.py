@@ -24,7 +24,7 @@ from layerlens.models import Choice, LoraSettings, Manifest, ModelSpec, Option, 
 from layerlens.profiling.proxies import SavedProxies, plan_proxies, study_from_json, study_to_json
 from layerlens.tasks import Batch, Loss
 from layerlens.tuning import apply
-from layerlens.tuning.training import train_steps, twin_of
+from layerlens.tuning.short_training import train_steps, twin_of
 from layerlens.utils.progress import Progress
 
 MIN_GAINS = 4

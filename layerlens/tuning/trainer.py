@@ -34,7 +34,7 @@ from layerlens.tuning.checkpoints import (
 )
 from layerlens.tuning.fine_tune import FineTune, TrainingResult, steps_per_epoch, total_steps, training_arguments
 from layerlens.tuning.samples import INDEX, NumberedSamples, SeededOrder, evaluate
-from layerlens.tuning.training import FP16_LOSS_SCALE
+from layerlens.tuning.short_training import FP16_LOSS_SCALE
 from layerlens.utils.atomic import cannot_write
 from layerlens.utils.progress import Advance
 from layerlens.utils.threads import PeakMemory

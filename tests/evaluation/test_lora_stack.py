@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from layerlens.evaluation.stacks import Arm, LoraStack, drawn_a
 from layerlens.evaluation.study_task import StudyTask, lora_layers
 from layerlens.evaluation.training import HEAD_LEARNING_RATE, SCALE, data_order, train
-from layerlens.tuning.training import schedule
+from layerlens.tuning.short_training import schedule
 
 # Losses of order 1 after a few steps in float32: sums over at most 32 features and 24 rows are off by some 1e-6, and
 # Adam divides gradients near 0 by their own size, which can turn one such rounding into a whole step of 1e-2 of one

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerlens.tuning.training import train_steps
+from layerlens.tuning.short_training import train_steps
 
 
 @pytest.mark.parametrize("decay", [False, True])
