@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from single_layers import predicted_gains, rank_correlation, single_layer_gains, single_layer_records
 from tasks import TASKS
 
-from layerlens.config.training import utility_arms
+from layerlens.config.study import utility_arms
 from layerlens.evaluation.results import ResultsFile
 from layerlens.evaluation.stacks import Arm
 from layerlens.evaluation.study import UtilityFunction, allocate, utilities

@@ -11,8 +11,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from layerlens.cli.layer_names import Position, positions
 from layerlens.cli.output import RESOURCE_NAMES, amount, command, gap, scaled, share, short, significant
-from layerlens.cli.places import Position, positions
 from layerlens.models import LayerExplanation, Manifest, ManifestRow, Option, Predicted, ResourceUse
 from layerlens.registry import METHODS
 

@@ -13,8 +13,9 @@ from layerlens.config.sections import (
     TelemetryConfig,
     TrackingConfig,
 )
+from layerlens.config.study import StudyConfig
 from layerlens.config.sweep import SweepConfig, load_sweep
-from layerlens.config.training import StudyConfig, TrainingConfig
+from layerlens.config.training import TrainingConfig
 
 __all__ = [
     "DataConfig",

@@ -10,7 +10,8 @@ from layerlens.config.base import ConfigModel
 from layerlens.config.model_and_data import DataConfig, ModelConfig
 from layerlens.config.optimization import OptimizationConfig
 from layerlens.config.profiling import ProfilingConfig
-from layerlens.config.training import StudyConfig, TrainingConfig
+from layerlens.config.study import StudyConfig
+from layerlens.config.training import TrainingConfig
 
 
 class OutputConfig(ConfigModel):

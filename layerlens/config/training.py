@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from layerlens.config.base import ConfigModel
-from layerlens.registry import RANK_RULES, UTILITY_MODELS
 
 
 class TrainingConfig(ConfigModel):
@@ -71,69 +70,3 @@ class TrainingConfig(ConfigModel):
         if self.early_stopping_patience is not None and not self.keep_best:
             raise ValueError("early_stopping_patience needs keep_best: the last step is past the best one by design")
         return self
-
-
-SVD = "_svd"
-"""Ending of an arm that has the ranks of the arm before it, and A from the mean gradient (gradient_svd)."""
-ADALORA, EVA_INIT = "adalora", "eva_init"
-"""Arms that are more than ranks: AdaLoRA takes them away while it trains, ``eva_init`` begins from EVA's components."""
-
-
-def utility_arms() -> dict[str, str]:
-    """Arm -> utility model. `uniform` is the rank rule, so the model of this name is the arm `even`."""
-    return {"even" if name == "uniform" else name: name for name in UTILITY_MODELS}
-
-
-def study_arms() -> tuple[str, ...]:
-    """Every arm by name, as the registries have them; each may end in ``_svd``."""
-    return tuple(dict.fromkeys((*RANK_RULES, EVA_INIT, ADALORA, *utility_arms())))
-
-
-class StudyConfig(ConfigModel):
-    """Fine-tunes that `layerlens evaluate` runs: every arm at every budget, with a learning rate of its own."""
-
-    arms: tuple[str, ...] = Field(
-        default=("uniform", "auto", "eva", "adalora"),
-        min_length=1,
-        description="Allocations to compare: utility models (`auto`, `tempered_log`, `tempered_energy`, `tempered`, "
-        "`signal`, `whitened`, `gradient`, `weighted`, `even` for the model `uniform`), rank rules of others "
-        "(`uniform`, the largest equal rank for all Linear layers; `uniform_qv`, for queries and values; `eva`, "
-        "`eva_init` with its initialisation; `gora`; `adalora`; `gradient_norm` and `fisher_proportional`; `random`), "
-        "and models and rules that you have registered. With `_svd` at the end of its name (`uniform_svd`), an arm's A "
-        "begins from the mean gradient. `uniform` is always run: gains are over it.",
-    )
-    budgets: tuple[float, ...] = Field(
-        default=(),
-        description="Trainable parameters: shares of the model's parameters where below 1, numbers otherwise. Empty: "
-        "`optimization.max_trainable_params`.",
-    )
-    learning_rates: tuple[float, ...] = Field(
-        default=(1e-4, 2.5e-4, 6.3e-4, 1.6e-3, 4e-3),
-        min_length=2,
-        description="The sweep of every arm, chosen from by validation loss. It is extended where its end is the best.",
-    )
-    seeds: int = Field(default=5, ge=2, description="Paired runs of every arm at its chosen learning rate.")
-    sweep_seeds: int = Field(default=1, ge=1, description="Seeds that the learning rate is chosen on.")
-    steps: int = Field(default=200, ge=4, description="Optimiser steps of a run.")
-    batch_size: int = Field(default=16, ge=1, description="Samples in a step.")
-    train_samples: int = Field(default=2048, ge=2, description="Training samples; calibration samples are among them.")
-    validation_samples: int = Field(default=256, ge=2, description="Samples that learning rates are chosen on.")
-    test_samples: int = Field(default=512, ge=2, description="Samples that results are reported on.")
-    arms_at_once: int = Field(
-        default=16, ge=1, description="Runs that are trained together over one frozen model. Memory grows with it."
-    )
-
-    @field_validator("arms")
-    @classmethod
-    def _known_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
-        for arm in arms:
-            if arm.removesuffix(SVD) not in study_arms() or arm in (f"{ADALORA}{SVD}", f"{EVA_INIT}{SVD}"):
-                raise ValueError(f"unknown arm {arm!r}; known: {', '.join(study_arms())}")
-        return tuple(dict.fromkeys(("uniform", *arms)))
-
-    @field_validator("budgets", "learning_rates")
-    @classmethod
-    def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if any(value <= 0.0 for value in values):
-            raise ValueError("must be above 0")
-        return tuple(sorted(set(values)))

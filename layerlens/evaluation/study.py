@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from layerlens.config import OptimizationConfig
-from layerlens.config.training import ADALORA, EVA_INIT, SVD, utility_arms
+from layerlens.config.study import ADALORA, EVA_INIT, SVD, utility_arms
 from layerlens.cost import cost_table
 from layerlens.evaluation.results import ResultsFile, allocation_key
 from layerlens.evaluation.stacks import AdaLora, Arm, LayerStack

@@ -15,10 +15,11 @@ from layerlens.integrations.placement import placed, shard, sharded
 from layerlens.integrations.transformers import blocks_of
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.jobs.inputs import model_facts
-from layerlens.jobs.job import Job, same_everywhere
+from layerlens.jobs.job import Job
 from layerlens.jobs.load import Loaded
 from layerlens.jobs.memory_mode import CHECKPOINTED, checkpointed_activations
 from layerlens.jobs.solve import versions
+from layerlens.jobs.together import same_everywhere
 from layerlens.models import ModelFacts, ModelSpec, ModelStatistics
 from layerlens.profiling.cache import cache_key
 from layerlens.profiling.head import fit_head, head_state, put_head, streamed_replay

@@ -29,7 +29,7 @@ from layerlens.profiling.sums import Place
 from layerlens.registry import METHODS
 from layerlens.tasks import Batch
 from layerlens.tasks.losses import output_tensors
-from layerlens.utils.threads import resident_bytes
+from layerlens.utils.memory import resident_bytes
 
 PLAIN, CHECKPOINTED, STREAMED = "plain", "checkpointed", "streamed"
 MARGIN = 1.15

@@ -1,15 +1,6 @@
 """The nouns: frozen dataclasses that the stages hand to one another. They know nothing of torch or files."""
 
-from layerlens.models.allocation import (
-    RESOURCES,
-    Allocation,
-    AllocationProblem,
-    CostTable,
-    FrontierRow,
-    LayerExplanation,
-    SolverEvent,
-    UtilityTable,
-)
+from layerlens.models.allocation import Allocation, AllocationProblem, FrontierRow, LayerExplanation, SolverEvent
 from layerlens.models.choice import Choice
 from layerlens.models.detection import Box, Detection, LabelledImage
 from layerlens.models.facts import CalibrationSummary, LoraSettings, ModelFacts, Predicted, Provenance
@@ -27,6 +18,7 @@ from layerlens.models.statistics import (
     ProxyGain,
     ProxyStudy,
 )
+from layerlens.models.tables import RESOURCES, CostTable, UtilityTable
 
 __all__ = [
     "ADAPTER",

@@ -5,13 +5,11 @@ Axes: g groups (layers), o options of all groups one after the other, r resource
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from layerlens import vocabulary
 from layerlens.models.model_spec import Option
-from layerlens.models.statistics import Calibration
 
 
 @dataclass(frozen=True)
@@ -145,49 +143,3 @@ class FrontierRow:
     layer: str = ""
     method: str = ""
     rank: int = 0
-
-
-RESOURCES = tuple(vocabulary.RESOURCES)
-
-
-@dataclass(frozen=True)
-class UtilityTable:
-    """Expected gain of each option; "none" is 0.
-
-    Args:
-        options: the options, in the order of ``enumerate_options``.
-        utility: float64 [n_options].
-        model: name of the utility model.
-        unit: what the utility is measured in, for the reader.
-        calibration: how it was calibrated by proxies; None where it is what theory says.
-    """
-
-    options: tuple[Option, ...]
-    utility: np.ndarray
-    model: str
-    unit: str
-    calibration: Calibration | None = None
-
-    def first(self, count: int) -> UtilityTable:
-        """The table of the first ``count`` options."""
-        calibration = self.calibration
-        if calibration is not None:
-            calibration = replace(calibration, replicates__bo=calibration.replicates__bo[:, :count])
-        return replace(self, options=self.options[:count], utility=self.utility[:count], calibration=calibration)
-
-
-@dataclass(frozen=True)
-class CostTable:
-    """What each option adds to each resource, and what the frozen model needs before any option.
-
-    Args:
-        options: the options, in the order of ``enumerate_options``.
-        cost__ro: float64 [n_resources, n_options], rows in the order of RESOURCES.
-        base: what the frozen model uses of each resource.
-        source: how each resource was found: "exact", "shapes", "saved-tensor hooks", "latency profile" ...
-    """
-
-    options: tuple[Option, ...]
-    cost__ro: np.ndarray
-    base: dict[str, float]
-    source: dict[str, str] = field(default_factory=dict)

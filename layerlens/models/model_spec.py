@@ -1,4 +1,4 @@
-"""What LayerLens needs to know of a model: its layers, their shapes, and which PEFT methods each can take."""
+"""What LayerLens needs to know of a model: its layers, their shapes, and the options that a layer can take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one pass over the calibration data measured, for each layer."""
+"""What one pass over the calibration data measured for each layer, and what trained proxies gained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Putting a choice into a model: each method puts in its options, all else is frozen."""
+"""A choice put into a model, taken out again, or merged into its weights; all else is frozen, then as it was before."""
 
 from __future__ import annotations
 

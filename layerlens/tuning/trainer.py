@@ -36,8 +36,8 @@ from layerlens.tuning.fine_tune import FineTune, TrainingResult, steps_per_epoch
 from layerlens.tuning.samples import INDEX, NumberedSamples, SeededOrder, evaluate
 from layerlens.tuning.short_training import FP16_LOSS_SCALE
 from layerlens.utils.atomic import cannot_write
+from layerlens.utils.memory import PeakMemory
 from layerlens.utils.progress import Advance
-from layerlens.utils.threads import PeakMemory
 
 SHOWN_SAMPLES = 8
 

@@ -1,4 +1,4 @@
-"""Where LayerLens keeps things on this machine."""
+"""Where LayerLens keeps things on this machine, and which files it may read."""
 
 from __future__ import annotations
 

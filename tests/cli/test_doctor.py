@@ -10,8 +10,7 @@ import pytest
 from cli_support import Invoke, parsed
 
 from layerlens.cli import commands_doctor as machine
-from layerlens.cli.commands_doctor import HINT, OK, PROBLEM, Finding
-from layerlens.cli.errors import Requirement, parse_requirements, pip_line
+from layerlens.cli.commands_doctor import HINT, OK, PROBLEM, Finding, Requirement, parse_requirements, pip_line
 
 
 def test_requirements_are_read_from_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from example_manifests import MEASURED, few, manifest, minilm, row
 from rich.console import Console, RenderableType
 
 from layerlens.cli import tables
+from layerlens.cli.layer_names import Position, positions
 from layerlens.cli.output import amount, gap, scaled, share, significant
-from layerlens.cli.places import Position, positions
 from layerlens.models import CalibrationSummary, Manifest, Predicted, ResourceUse
 
 

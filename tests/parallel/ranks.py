@@ -16,7 +16,7 @@ import torch
 
 from layerlens.config import RunConfig
 from layerlens.integrations.torchvision_import import make_torchvision_importable
-from layerlens.jobs import job as together
+from layerlens.jobs import together
 from layerlens.pipeline import run_config
 from layerlens.profiling.accumulators import SumShards
 from layerlens.utils.processes import joined

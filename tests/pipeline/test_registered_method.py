@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from layerlens.config import RunConfig
-from layerlens.config.training import study_arms
+from layerlens.config.study import study_arms
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.transformers import dense_shape
 from layerlens.manifest import read_manifest
