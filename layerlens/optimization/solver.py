@@ -1,4 +1,4 @@
-"""From an allocation problem to an allocation with its certificate, stage by stage; and why each layer got its option."""
+"""From an allocation problem to an allocation with its certificate, stage by stage; and why a layer got its option."""
 
 from __future__ import annotations
 
