@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from layerlens.config import RunConfig
+from layerlens.config.optimization import UNIFORM_LORA
 from layerlens.cost import cost_table
 from layerlens.data import Dataset
 from layerlens.jobs.inputs import check_identity, data_facts, proxy_identity
@@ -15,7 +16,7 @@ from layerlens.jobs.load import Loaded
 from layerlens.jobs.measure import Measured, fit_new_head
 from layerlens.jobs.memory_mode import memory_facts
 from layerlens.jobs.proxies import ProxyTrainer, joint_gains, measure_proxies
-from layerlens.jobs.proxy_check import check_samples, checked_solution
+from layerlens.jobs.proxy_check import CHOICE, check_samples, run_check, tell_of_check, uniform_solution
 from layerlens.jobs.solve import Solution, find_allocation, make_manifest, run_provenance
 from layerlens.methods import enumerate_options
 from layerlens.models import Manifest, ModelSpec, ModelStatistics
@@ -133,18 +134,26 @@ def compare(job: Job, loaded: Loaded, measured: Measured, decision: Decision) ->
         train, judged = check_samples(loaded.dataset, config, n_before, len(loaded.head_data))
         identity = check_identity(measured.identity, train, judged, config)
         trainings = Trainings(job, loaded, train, judged, identity, steps)
-        solution, checked = checked_solution(
-            trainings.trainer,
-            decision.solution,
-            lambda name: solved(job, measured.spec, measured.statistics, name),
-            lambda candidate: _manifest(job, loaded, measured, candidate),
-            config,
-            trainings.saved,
-            job.progress,
-            job.warnings,
-        )
+        solutions = _candidates(job, measured, decision.solution)
+        choices = {name: _manifest(job, loaded, measured, each).choice for name, each in solutions.items()}
+        checked = run_check(trainings.trainer, choices, config, trainings.saved, job.progress)
+        tell_of_check(checked, job.warnings)
+    solution = solutions[checked.chosen]
     manifest = _manifest(job, loaded, measured, solution, proxy_check=checked.facts)
     return Decision(solution, manifest, decision.trained | checked.measured)
+
+
+def _candidates(job: Job, measured: Measured, solution: Solution) -> dict[str, Solution]:
+    """The solver's choice, and what ``optimization.proxy_check.candidates`` would choose within the same budgets."""
+    found = {CHOICE: solution}
+    for name in job.config.optimization.proxy_check.candidates:
+        if name != UNIFORM_LORA:
+            found[name] = solved(job, measured.spec, measured.statistics, name)
+        elif (uniform := uniform_solution(solution)) is not None:
+            found[name] = uniform
+        else:
+            job.warnings.add("optimization.proxy_check: no uniform LoRA fits the budgets, so it is not compared")
+    return found
 
 
 def train_jointly(job: Job, loaded: Loaded, measured: Measured, decision: Decision, trainings: Trainings) -> Decision:

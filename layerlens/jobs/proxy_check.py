@@ -22,7 +22,7 @@ from layerlens.jobs.inputs import MIN_HELD_OUT
 from layerlens.jobs.job import Warnings
 from layerlens.jobs.proxies import ProxyTrainer, mean_and_error
 from layerlens.jobs.solve import Solution
-from layerlens.models import Choice, Manifest
+from layerlens.models import Choice
 from layerlens.optimization import explain, uniform_lora
 from layerlens.profiling.proxies import SavedProxies
 from layerlens.utils.progress import Progress
@@ -31,7 +31,7 @@ CHOICE = "choice"
 """Name of the solver's own choice among the candidates."""
 MARGIN = 0.02
 """By this share of its loss drop another allocation has to be better than uniform LoRA: variants of LoRA lie within
-1-2 % of it once learning rates are tuned (DESIGN section 5), and below that uniform LoRA is as good a choice.
+1-2 % of it once learning rates are tuned (docs/decisions.md, Utility), and below that it is as good a choice.
 """
 
 
@@ -78,41 +78,6 @@ def check_samples(dataset: Dataset, config: RunConfig, n_before: int, n_head: in
             "needed; give more data or set optimization.proxy_check.steps: 0"
         )
     return together.select(usable[:n_train]), together.select(held_out)
-
-
-def checked_solution(
-    trainer: Callable[[], ProxyTrainer],
-    solution: Solution,
-    solve_by: Callable[[str], Solution],
-    manifest_of: Callable[[Solution], Manifest],
-    config: RunConfig,
-    saved: SavedProxies | None,
-    progress: Progress,
-    warnings: Warnings,
-) -> tuple[Solution, Checked]:
-    """The best of the solver's choice and the configured candidates, and what the check found.
-
-    Args:
-        trainer: makes the trainer when the first candidate has to be trained.
-        solution: the solver's choice.
-        solve_by: the choice by another utility model.
-        manifest_of: what would be written of a solution.
-        config: candidates, steps and learning rates.
-        saved: where loss drops are kept.
-        progress: told of every training.
-        warnings: told when the solver's choice is overruled.
-    """
-    solutions = {CHOICE: solution}
-    for name in config.optimization.proxy_check.candidates:
-        candidate = uniform_solution(solution) if name == UNIFORM_LORA else solve_by(name)
-        if candidate is None:
-            warnings.add("optimization.proxy_check: no uniform LoRA fits the budgets, so it is not compared")
-        else:
-            solutions[name] = candidate
-    choices = {name: manifest_of(candidate).choice for name, candidate in solutions.items()}
-    checked = run_check(trainer, choices, config, saved, progress)
-    _tell(checked, warnings)
-    return solutions[checked.chosen], checked
 
 
 def uniform_solution(solution: Solution) -> Solution | None:
@@ -182,7 +147,7 @@ def with_margin(name: str, loss_drop: float) -> float:
     return loss_drop + MARGIN * abs(loss_drop) if name == UNIFORM_LORA else loss_drop
 
 
-def _tell(checked: Checked, warnings: Warnings) -> None:
+def tell_of_check(checked: Checked, warnings: Warnings) -> None:
     """Say when another allocation than the solver's is written, and by how much it was better."""
     if checked.chosen == CHOICE:
         return

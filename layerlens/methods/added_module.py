@@ -103,7 +103,8 @@ class AddedModule(Method):
         return {name.removesuffix(end): module for name, module in model.named_modules() if name.endswith(end)}
 
     def sizes_in(self, model: torch.nn.Module) -> dict[str, int]:
-        return {layer: int(module.rank) for layer, module in self.modules_in(base_of(model)).items()}  # type: ignore[arg-type]
+        added: dict[str, Any] = dict(self.modules_in(base_of(model)))
+        return {layer: int(module.rank) for layer, module in added.items()}
 
     def remove(self, model: torch.nn.Module) -> None:
         base = base_of(model)

@@ -58,7 +58,7 @@ class ModuleCosts:
 
 @dataclass(frozen=True)
 class MethodStatistics:
-    """Statistics of the gradient matrix that one PEFT method can move on one layer (DESIGN sections 4 and 5).
+    """Statistics of the gradient matrix that one PEFT method can move on one layer.
 
     With output gradient d and input z of the option (z = h for LoRA, z = y for an adapter, z = (1, q/√d_head) for a
     prefix), the matrix of sample n is M_n = Σ_t d_t z_tᵀ, and M = mean_n M_n.

@@ -15,7 +15,7 @@ def signal(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Optio
     """√(max(0, ‖M‖² − noise) · scale) · √rank: the gradient energy that is not sampling noise.
 
     Subtracting the noise is what makes the score predict measured gains (Spearman 0.77-0.86, against 0.4-0.5 without),
-    and √rank is what makes the allocation good (DESIGN section 5).
+    and √rank is what makes the allocation good (docs/decisions.md, Utility).
     """
     return root_law(spec, statistics, options, "signal")
 

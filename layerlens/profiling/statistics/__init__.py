@@ -1,6 +1,6 @@
 """What can be measured in one pass over the calibration data: one object for each statistic, registered by its name.
 
-A statistic names the sums that it needs (``accumulators.Sum``; each is made once, however many need it) and says what
+A statistic names the sums that it needs (``sums.Sum``; each is made once, however many need it) and says what
 they come to. Interrupting, adding up over processes, streaming, predicting memory and keeping results in a file need
 nothing beside that. One of your own is registered from outside::
 

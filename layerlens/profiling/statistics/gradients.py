@@ -1,7 +1,7 @@
 """First and second moments of per-sample gradients, and of inputs: Fisher trace, gradient energy, signal, input scale.
 
 With the gradient M_n of sample n: trace = mean_n ‖M_n‖², energy = ‖M‖² of the mean M, signal = energy − (trace −
-energy)/(N − 1), the unbiased estimate of the squared norm of the true mean gradient (DESIGN section 4).
+energy)/(N − 1), the unbiased estimate of the squared norm of the true mean gradient.
 """
 
 from __future__ import annotations

@@ -43,7 +43,10 @@ def uniform_size(layers: Sequence[LayerSpec], method: str, budget: int) -> int:
     Raises:
         ConfigurationError: size 1 is too much; the message has the smallest budget that would do.
     """
-    cost: Callable[[int], int] = lambda size: sum(trainable_params(layer, method, size) for layer in layers)  # noqa: E731
+
+    def cost(size: int) -> int:
+        return sum(trainable_params(layer, method, size) for layer in layers)
+
     least, slope = cost(1), cost(2) - cost(1)
     if least > budget:
         raise ConfigurationError(
