@@ -1,4 +1,4 @@
-"""Where the command line writes: everything for people to stderr, results to stdout.
+"""Where the command line writes (for people to stderr, results to stdout), and figures with their units.
 
 rich is imported only when something is shown, because ``layerlens --help`` must answer at once.
 """

@@ -1,4 +1,4 @@
-"""The tables of a manifest: what was chosen, what it uses of each budget, and how the predictions held."""
+"""The summary of a run in tables: what was chosen, its use of each budget, how predictions held, what was written."""
 
 from __future__ import annotations
 

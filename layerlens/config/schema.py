@@ -1,4 +1,4 @@
-"""What the configuration models say about themselves: their JSON Schema, and the type of the value at a location.
+"""What the configuration models say about themselves: JSON Schema, type of the value at a location, commented example.
 
 Messages, ``layerlens init`` and the documentation are made from this, so that they cannot say something else.
 """

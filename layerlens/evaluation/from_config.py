@@ -31,7 +31,8 @@ from layerlens.profiling.head import fit_head
 from layerlens.sources import load_pretrained
 from layerlens.tasks import TASKS
 from layerlens.utils.atomic import atomic_write_text, check_writable
-from layerlens.utils.progress import Progress, observed_stage, silent
+from layerlens.utils.observer import observed_stage
+from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
 
 RUNS_FILE, REPORT_FILE, PLOT_FILE = "runs.jsonl", "study.md", "gain-{budget}.svg"

@@ -19,8 +19,9 @@ from layerlens.integrations.torch_modules import usable_device
 from layerlens.jobs.together import same_everywhere, shared_directory
 from layerlens.profiling.cache import SensitivityCache, open_cache
 from layerlens.utils.atomic import check_writable
+from layerlens.utils.observer import observed_stage
 from layerlens.utils.processes import ALONE, Processes
-from layerlens.utils.progress import Progress, observed_stage, silent
+from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import resolve_threads, set_threads
 
 Warn = Callable[[str], None]

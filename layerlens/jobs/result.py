@@ -26,8 +26,8 @@ from layerlens.storage import check_publishable, joined, local_or_url, publish
 from layerlens.telemetry import telemetry_observers
 from layerlens.tracking import tracking_observers
 from layerlens.utils.launch import is_main_process
+from layerlens.utils.observer import RunObserver, observed_stage, observing
 from layerlens.utils.places import default_cache_dir
-from layerlens.utils.progress import RunObserver, observed_stage, observing
 
 STATISTICS_FILE, REPORT_FILE, SOLVER_LOG_FILE = "statistics.safetensors", "report.html", "solver_log.jsonl"
 CHOICE_FILES = (

@@ -39,7 +39,8 @@ from layerlens.tuning.storage import MODULES_FILE
 from layerlens.tuning.training import fine_tune
 from layerlens.utils.atomic import atomic_write_text, check_writable, staged_directory
 from layerlens.utils.launch import is_main_process
-from layerlens.utils.progress import Progress, observed_stage, silent
+from layerlens.utils.observer import observed_stage
+from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
 from layerlens.utils.user_code import REFERENCE
 

@@ -1,4 +1,4 @@
-"""The multiple-choice multidimensional knapsack problem (MMKP) and its answer.
+"""The multiple-choice multidimensional knapsack problem (MMKP), its answer, and what a budget buys.
 
 Axes: g groups (layers), o options of all groups one after the other, r resources.
 """

@@ -1,4 +1,4 @@
-"""The sensitivity cache: statistics kept by the content they were measured from.
+"""The sensitivity cache: statistics kept by the content they were measured from, on this machine or at a URL.
 
 An SQLite index maps a key (hash of model weights, data, settings and versions) to a safetensors blob and its SHA-256.
 A blob that is missing, truncated or foreign does not match its checksum and counts as absent; it is never trusted.

@@ -30,8 +30,9 @@ from layerlens.service.store import CANCELLED, FAILED, SUCCEEDED, Job, JobStore
 from layerlens.storage import publish, url_of
 from layerlens.storage.fetch import DOWNLOADS
 from layerlens.utils.atomic import atomic_write_text
+from layerlens.utils.observer import Observer, watched_by
 from layerlens.utils.places import default_cache_dir, readable_below
-from layerlens.utils.progress import Advance, Observer, watched_by
+from layerlens.utils.progress import Advance
 
 DATABASE, JOBS, UPLOADS, CACHE = "jobs.sqlite", "jobs", "uploads", "cache"
 RESULTS, OUTCOME, LOG = "results", "outcome.json", "log.txt"

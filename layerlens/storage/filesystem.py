@@ -1,7 +1,7 @@
-"""Opening a file system by URL, and its failures as one line each.
+"""URLs beside paths: reading them apart, opening their file systems, and each failure as one line.
 
 Credentials, regions and endpoints come from where each library looks for them: AWS_* and ~/.aws, Google's application
-default credentials, AZURE_STORAGE_*, FSSPEC_<SCHEME>_*.
+default credentials, AZURE_STORAGE_*, FSSPEC_<SCHEME>_*. Passwords never appear in what is shown.
 """
 
 from __future__ import annotations

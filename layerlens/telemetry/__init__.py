@@ -7,7 +7,7 @@ import os
 
 from layerlens.config import TelemetryConfig
 from layerlens.exceptions import ConfigurationError
-from layerlens.utils.progress import RunObserver
+from layerlens.utils.observer import RunObserver
 
 OTLP_VARIABLES = (
     "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",

@@ -1,4 +1,4 @@
-"""Prometheus metrics of jobs: names end in their base unit, counters in _total, labels have few values.
+"""Prometheus metrics of jobs, and their push to a gateway: base units last, _total for counters, labels of few values.
 
 One registry for each purpose: the service keeps one for its life, a batch job one that it pushes when it ends.
 """
@@ -17,7 +17,7 @@ from layerlens import __version__
 from layerlens.models import Manifest
 from layerlens.models.manifest import RunRecord
 from layerlens.registry import METHODS
-from layerlens.utils.progress import Observer
+from layerlens.utils.observer import Observer
 
 RUN_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 SUCCEEDED, FAILED, INTERRUPTED = "succeeded", "failed", "interrupted"

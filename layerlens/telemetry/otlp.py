@@ -28,7 +28,7 @@ from layerlens import __version__
 from layerlens.models.manifest import RunRecord
 from layerlens.storage.filesystem import redacted
 from layerlens.telemetry.metrics import LONGEST_WAIT_S, Deadline, adapted_layers, budget_shares, outcome_of, within
-from layerlens.utils.progress import Observer
+from layerlens.utils.observer import Observer
 
 logger = logging.getLogger(__name__)
 # The exporters log every failed attempt, and Python shows that where nobody listens; a job says it once.

@@ -14,7 +14,7 @@ from layerlens.exceptions import ConfigurationError
 from layerlens.models.manifest import RunRecord
 from layerlens.storage import local_file
 from layerlens.tracking.protocol import Parameter, Tracker
-from layerlens.utils.progress import Observer, RunObserver
+from layerlens.utils.observer import Observer, RunObserver
 
 ENTRY_POINTS = "layerlens.trackers"
 ARTEFACTS = ("manifest_json", "manifest_yaml", "report", "solver_log", "metrics", "runs")
