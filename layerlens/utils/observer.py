@@ -1,4 +1,9 @@
-"""Who watches a job: observers that are told when it, and each of its stages, begins and ends; one that fails is a warning."""
+"""Who watches a job, and how the job tells them: telemetry, experiment trackers, the service.
+
+A job is wrapped in ``observing``; wherever a stage begins, ``observed_stage`` tells those who watch. The job knows none
+of them. Only ``run_started`` may refuse a job, with a LayerLensError; whatever else an observer raises is a
+warning, and that observer is told no more.
+"""
 
 from __future__ import annotations
 
