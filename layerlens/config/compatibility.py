@@ -21,16 +21,14 @@ class Conflict:
 
     Args:
         name: what conflicts, in a few words.
-        holds: whether a configuration has it.
-        message: the key, what is wrong, and what would work.
+        reason: why a configuration is refused: the key, what is wrong, and what would work; "" where it is not.
         job: the job that is refused: "run" or "evaluate".
         error: class of the refusal.
         processes: the numbers of processes that it is refused for; None for any, which ``validate`` refuses too.
     """
 
     name: str
-    holds: Callable[[RunConfig], bool]
-    message: Callable[[RunConfig], str]
+    reason: Callable[[RunConfig], str]
     job: str = "run"
     error: type[LayerLensError] = ConfigurationError
     processes: Callable[[int], bool] | None = None
@@ -50,8 +48,8 @@ def refuse_conflicts(config: RunConfig, job: str, processes: int | None = None) 
     for conflict in CONFLICTS:
         if conflict.processes and (processes is None or not conflict.processes(processes)):
             continue
-        if conflict.job == job and conflict.holds(config):
-            raise conflict.error(conflict.message(config))
+        if conflict.job == job and (reason := conflict.reason(config)):
+            raise conflict.error(reason)
 
 
 def refuse_streaming(config: RunConfig) -> None:
@@ -79,124 +77,133 @@ def _unstreamable(config: RunConfig) -> Iterator[str]:
             yield f"profiling.statistics: {name} is measured on the whole model in memory, {end}"
 
 
-def _of_sharding(name: str, holds: Callable[[RunConfig], bool], reason: str) -> Conflict:
-    return Conflict(
-        name, lambda x: x.distributed.sharding == "fsdp" and holds(x), lambda x: f"distributed.sharding: fsdp: {reason}"
-    )
+def _with_sharding(name: str, reason: Callable[[RunConfig], str]) -> Conflict:
+    """What FSDP2 cannot do, named by what follows ``distributed.sharding: fsdp: ``."""
+
+    def sharded(x: RunConfig) -> str:
+        why = reason(x) if x.distributed.sharding == "fsdp" else ""
+        return f"distributed.sharding: fsdp: {why}" if why else ""
+
+    return Conflict(name, sharded)
+
+
+def _where(holds: bool, reason: str) -> str:
+    return reason if holds else ""
+
+
+def _streamed_source(x: RunConfig) -> str:
+    why = x.model.source.why_not_streamable(x.model.reference) if x.profiling.memory_mode == "streamed" else ""
+    return f"profiling.memory_mode: {why}" if why else ""
+
+
+def _least_of_a_method_not_offered(x: RunConfig) -> str:
+    for method, least in x.optimization.constraints.min_layers.items():
+        if method not in x.optimization.methods:
+            return (
+                f"optimization.constraints.min_layers.{method}: wants {least} layers, but {method} is not in "
+                "optimization.methods"
+            )
+    return ""
+
+
+def _no_study(x: RunConfig) -> str:
+    studied = ", ".join(name for name in TASKS if TASKS[name].study)
+    return _where(not TASKS[x.model.task].study, f"model.task: studies are of {studied}, not of {x.model.task}")
 
 
 CONFLICTS = (
-    Conflict(
-        "streaming and a model built in memory",
-        lambda x: x.profiling.memory_mode == "streamed" and bool(x.model.source.why_not_streamable(x.model.reference)),
-        lambda x: f"profiling.memory_mode: {x.model.source.why_not_streamable(x.model.reference)}",
-        error=ModelSpecError,
-    ),
+    Conflict("streaming and a model built in memory", _streamed_source, error=ModelSpecError),
     Conflict(
         "streaming and what needs the model in memory",
-        lambda x: x.profiling.memory_mode == "streamed" and any(_unstreamable(x)),
-        lambda x: next(_unstreamable(x)),
+        lambda x: next(_unstreamable(x), "") if x.profiling.memory_mode == "streamed" else "",
     ),
     Conflict(
         "a memory limit and device_map",
-        lambda x: x.profiling.limits_memory is not None and x.model.device_map is not None,
-        lambda x: f"{x.profiling.limits_memory}: not together with model.device_map; give one of the two",
+        lambda x: _where(
+            x.profiling.limits_memory is not None and x.model.device_map is not None,
+            f"{x.profiling.limits_memory}: not together with model.device_map; give one of the two",
+        ),
     ),
-    _of_sharding(
+    _with_sharding(
         "sharding and device_map",
-        lambda x: x.model.device_map is not None,
-        "cannot be joined with model.device_map; give one of the two",
+        lambda x: _where(x.model.device_map is not None, "cannot be joined with model.device_map; give one of the two"),
     ),
-    Conflict(
+    _with_sharding(
         "sharding and a source that is not spread",
-        lambda x: x.distributed.sharding == "fsdp" and bool(x.model.source.why_not_sharded),
-        lambda x: f"distributed.sharding: fsdp: {x.model.source.why_not_sharded}; set it to none",
+        lambda x: _where(bool(x.model.source.why_not_sharded), f"{x.model.source.why_not_sharded}; set it to none"),
     ),
-    _of_sharding(
+    _with_sharding(
         "sharding and proxies",
-        lambda x: x.profiling.proxies.options > 0,
-        "profiling.proxies trains the whole model in one process; set proxies.options: 0",
+        lambda x: _where(
+            x.profiling.proxies.options > 0,
+            "profiling.proxies trains the whole model in one process; set proxies.options: 0",
+        ),
     ),
-    _of_sharding(
+    _with_sharding(
         "sharding and a proxy check",
-        lambda x: x.optimization.proxy_check.steps > 0,
-        "optimization.proxy_check trains the whole model in one process; set proxy_check.steps: 0",
+        lambda x: _where(
+            x.optimization.proxy_check.steps > 0,
+            "optimization.proxy_check trains the whole model in one process; set proxy_check.steps: 0",
+        ),
     ),
-    _of_sharding(
+    _with_sharding(
         "sharding and a measured initialisation",
-        lambda x: x.optimization.lora_initialization != "default",
-        "optimization.lora_initialization is measured on the whole model in one process; set it to default",
+        lambda x: _where(
+            x.optimization.lora_initialization != "default",
+            "optimization.lora_initialization is measured on the whole model in one process; set it to default",
+        ),
     ),
     Conflict(
         "a source and a task that its models are not for",
-        lambda x: bool(x.model.source.default_task) and not x.model.source.fits(TASKS[x.model.task]),
-        lambda x: (
-            f"model.task: {x.model.reference} {x.model.source.purpose}; set model.task: {x.model.source.default_task}"
-        ),
+        lambda x: x.model.source.why_not_for(x.model.reference, x.model.task),
         error=ModelSpecError,
     ),
     Conflict(
-        "a detector in half precision",
-        lambda x: bool(x.model.source.dtypes) and x.model.dtype not in x.model.source.dtypes,
-        lambda x: (
-            f"model.dtype: {x.model.reference} is profiled in {' or '.join(x.model.source.dtypes)} only, got "
-            f"{x.model.dtype}"
-        ),
+        "a source and a precision",
+        lambda x: x.model.source.why_not_in(x.model.reference, x.model.dtype),
         error=ModelSpecError,
     ),
     Conflict(
         "detection by another model",
-        lambda x: x.model.task == "object-detection" and x.model.source.default_task != x.model.task,
-        lambda x: "model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt",
-    ),
-    Conflict(
-        "layers of a method that is not on offer",
-        lambda x: any(method not in x.optimization.methods for method in x.optimization.constraints.min_layers),
-        lambda x: next(
-            f"optimization.constraints.min_layers.{method}: wants {least} layers, but {method} is not in "
-            "optimization.methods"
-            for method, least in x.optimization.constraints.min_layers.items()
-            if method not in x.optimization.methods
+        lambda x: _where(
+            x.model.task == "object-detection" and x.model.source.default_task != x.model.task,
+            "model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt",
         ),
     ),
+    Conflict("layers of a method that is not on offer", _least_of_a_method_not_offered),
     Conflict(
         "sharding and one process",
-        lambda x: x.distributed.sharding == "fsdp",
-        lambda x: (
-            "distributed.sharding: fsdp: only one process was started; start several with torchrun --nproc-per-node N"
+        lambda x: _where(
+            x.distributed.sharding == "fsdp",
+            "distributed.sharding: fsdp: only one process was started; start several with torchrun --nproc-per-node N",
         ),
         processes=lambda n: n == 1,
     ),
     Conflict(
         "a memory limit and several processes",
-        lambda x: x.profiling.limits_memory is not None,
-        lambda x: (
-            f"{x.profiling.limits_memory}: for one process; with several give distributed.sharding: fsdp, or start one"
+        lambda x: _where(
+            x.profiling.limits_memory is not None,
+            f"{x.profiling.limits_memory}: works with a single process. Start one process, or set "
+            "distributed.sharding: fsdp",
         ),
         processes=lambda n: n > 1,
     ),
     Conflict(
         "device_map and several processes",
-        lambda x: x.distributed.sharding == "none" and x.model.device_map is not None,
-        lambda x: (
+        lambda x: _where(
+            x.distributed.sharding == "none" and x.model.device_map is not None,
             "model.device_map: one process places the model on all devices of its machine; run it without torchrun, or "
-            "spread it over the processes with distributed.sharding: fsdp instead"
+            "spread it over the processes with distributed.sharding: fsdp instead",
         ),
         processes=lambda n: n > 1,
     ),
-    Conflict(
-        "a study of a task without one",
-        lambda x: not TASKS[x.model.task].study,
-        lambda x: (
-            f"model.task: studies are of {', '.join(name for name in TASKS if TASKS[name].study)}, not of "
-            f"{x.model.task}"
-        ),
-        job="evaluate",
-    ),
+    Conflict("a study of a task without one", _no_study, job="evaluate"),
     Conflict(
         "a study without a budget",
-        lambda x: not x.study.budgets and x.optimization.max_trainable_params is None,
-        lambda x: "study.budgets: none given, and optimization.max_trainable_params is not set either",
+        lambda x: _where(
+            not x.study.budgets and x.optimization.max_trainable_params is None,
+            "study.budgets: none given, and optimization.max_trainable_params is not set either",
+        ),
         job="evaluate",
     ),
 )

@@ -112,8 +112,20 @@ class ModelSource(ABC):
         """
 
     def fits(self, kind: Any) -> bool:
-        """Whether its models can be used for this task (a ``layerlens.tasks.Task``)."""
+        """Whether its models, where they have a ``default_task``, can be used for this ``layerlens.tasks.Task``."""
         return True
+
+    def why_not_for(self, reference: str, task: str) -> str:
+        """Why the model cannot be used for the task of this name; "" where it can."""
+        if not self.default_task or self.fits(TASKS[task]):
+            return ""
+        return f"model.task: {reference} {self.purpose}; set model.task: {self.default_task}"
+
+    def why_not_in(self, reference: str, dtype: str) -> str:
+        """Why the model cannot be profiled in this precision; "" where it can."""
+        if not self.dtypes or dtype in self.dtypes:
+            return ""
+        return f"model.dtype: {reference} is profiled in {' or '.join(self.dtypes)} only, got {dtype}"
 
     def trust(self, request: LoadRequest) -> Trust:
         """What loading it reads or runs; of a source that does not say: the package that the source itself is in."""
@@ -160,12 +172,9 @@ def load_pretrained(name_or_path: str, task: str, labels: Sequence[str], **setti
     source = request.source
     if request.streamed and (reason := source.why_not_streamable(name_or_path)):
         raise ModelSpecError(f"profiling.memory_mode: {reason}")
-    if not source.fits(TASKS[task]):
-        raise ModelSpecError(f"model.task: {name_or_path} {source.purpose}; set model.task: {source.default_task}")
-    if source.dtypes and request.dtype not in source.dtypes:
-        raise ModelSpecError(
-            f"model.dtype: {name_or_path} is profiled in {' or '.join(source.dtypes)} only, got {request.dtype}"
-        )
+    for reason in (source.why_not_for(name_or_path, task), source.why_not_in(name_or_path, request.dtype)):
+        if reason:
+            raise ModelSpecError(reason)
     make_torchvision_importable()
     return source.load(request)
 

@@ -36,7 +36,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "sharding and a proxy check": {**SHARDED, "optimization.proxy_check.steps": 4},
     "sharding and a measured initialisation": {**SHARDED, "optimization.lora_initialization": "pca"},
     "a source and a task that its models are not for": {"model.name_or_path": "timm:resnet18"},
-    "a detector in half precision": {
+    "a source and a precision": {
         "model.name_or_path": "ultralytics:yolo11n.pt", "model.task": "object-detection", "model.dtype": "bfloat16"
     },
     "detection by another model": {"model.task": "object-detection"},
@@ -99,7 +99,7 @@ def test_a_study_is_refused_before_it_loads(name, tmp_path, monkeypatch):
     (conflict,) = [conflict for conflict in CONFLICTS if conflict.name == name]
     config = RunConfig.model_validate(yaml.safe_load(written(EXAMPLES[name])))
     assert done.exit_code == 2
-    assert conflict.message(config) in " ".join(done.stderr.split())
+    assert conflict.reason(config) in " ".join(done.stderr.split())
 
 
 class Loading(Exception):
