@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from layerlens.config.optimization import OptimizationConfig
 from layerlens.config.sections import RunConfig
 from layerlens.exceptions import ConfigurationError, LayerLensError, ModelSpecError
 from layerlens.registry import STATISTICS, TASKS
@@ -79,26 +80,23 @@ def _unstreamable(config: RunConfig) -> Iterator[str]:
 
 def _with_sharding(name: str, reason: Callable[[RunConfig], str]) -> Conflict:
     """What FSDP2 cannot do, named by what follows ``distributed.sharding: fsdp: ``."""
-
-    def sharded(x: RunConfig) -> str:
-        why = reason(x) if x.distributed.sharding == "fsdp" else ""
-        return f"distributed.sharding: fsdp: {why}" if why else ""
-
-    return Conflict(name, sharded)
+    return Conflict(
+        name,
+        lambda x: _behind("distributed.sharding: fsdp", reason(x)) if x.distributed.sharding == "fsdp" else "",
+    )
 
 
 def _where(holds: bool, reason: str) -> str:
     return reason if holds else ""
 
 
-def _streamed_source(x: RunConfig) -> str:
-    why = x.model.source.why_not_streamable(x.model.reference) if x.profiling.memory_mode == "streamed" else ""
-    return f"profiling.memory_mode: {why}" if why else ""
+def _behind(key: str, reason: str) -> str:
+    return f"{key}: {reason}" if reason else ""
 
 
-def _least_of_a_method_not_offered(x: RunConfig) -> str:
-    for method, least in x.optimization.constraints.min_layers.items():
-        if method not in x.optimization.methods:
+def _least_of_a_method_not_offered(section: OptimizationConfig) -> str:
+    for method, least in section.constraints.min_layers.items():
+        if method not in section.methods:
             return (
                 f"optimization.constraints.min_layers.{method}: wants {least} layers, but {method} is not in "
                 "optimization.methods"
@@ -106,13 +104,21 @@ def _least_of_a_method_not_offered(x: RunConfig) -> str:
     return ""
 
 
-def _no_study(x: RunConfig) -> str:
+def _no_study(task: str) -> str:
     studied = ", ".join(name for name in TASKS if TASKS[name].study)
-    return _where(not TASKS[x.model.task].study, f"model.task: studies are of {studied}, not of {x.model.task}")
+    return _where(not TASKS[task].study, f"model.task: studies are of {studied}, not of {task}")
 
 
 CONFLICTS = (
-    Conflict("streaming and a model built in memory", _streamed_source, error=ModelSpecError),
+    Conflict(
+        "streaming and a model built in memory",
+        lambda x: (
+            _behind("profiling.memory_mode", x.model.source.why_not_streamable(x.model.reference))
+            if x.profiling.memory_mode == "streamed"
+            else ""
+        ),
+        error=ModelSpecError,
+    ),
     Conflict(
         "streaming and what needs the model in memory",
         lambda x: next(_unstreamable(x), "") if x.profiling.memory_mode == "streamed" else "",
@@ -170,7 +176,10 @@ CONFLICTS = (
             "model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt",
         ),
     ),
-    Conflict("layers of a method that is not on offer", _least_of_a_method_not_offered),
+    Conflict(
+        "layers of a method that is not on offer",
+        lambda x: _least_of_a_method_not_offered(x.optimization),
+    ),
     Conflict(
         "sharding and one process",
         lambda x: _where(
@@ -197,7 +206,7 @@ CONFLICTS = (
         ),
         processes=lambda n: n > 1,
     ),
-    Conflict("a study of a task without one", _no_study, job="evaluate"),
+    Conflict("a study of a task without one", lambda x: _no_study(x.model.task), job="evaluate"),
     Conflict(
         "a study without a budget",
         lambda x: _where(

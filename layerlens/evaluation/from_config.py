@@ -25,6 +25,7 @@ from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import task_heads
 from layerlens.jobs.inputs import check_model
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
+from layerlens.jobs.measure import HEAD_BATCH_SIZE
 from layerlens.jobs.result import observed, published
 from layerlens.models import LORA
 from layerlens.profiling.head import fit_head
@@ -36,7 +37,6 @@ from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
 
 RUNS_FILE, REPORT_FILE, PLOT_FILE = "runs.jsonl", "study.md", "gain-{budget}.svg"
-HEAD_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)

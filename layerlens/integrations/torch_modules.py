@@ -46,6 +46,18 @@ def usable_device(name: str) -> torch.device:
 
 
 @contextmanager
+def in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """While open, every module is in evaluation mode; each has its own mode back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def frozen_without_dropout(model: torch.nn.Module, *, checkpointing: bool = False) -> Iterator[None]:
     """While open, no weight requires a gradient and no module is in training mode; modes and flags come back after,
     also where they are changed meanwhile (weights whose gradients are wanted are told so inside).
@@ -54,19 +66,15 @@ def frozen_without_dropout(model: torch.nn.Module, *, checkpointing: bool = Fals
     alone has that mode, while what is inside it, dropout included, has not. Without it nothing checkpoints.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    checkpoints: list[Any] = [x for x, _ in modes if getattr(x, "gradient_checkpointing", False) is True]
-    try:
-        for module in checkpoints:
-            module.gradient_checkpointing = checkpointing
-        model.requires_grad_(False)
-        for module, _ in modes:
-            module.training = checkpointing and bool(getattr(module, "gradient_checkpointing", False))
-        yield
-    finally:
-        for parameter, required in flags:
-            parameter.requires_grad_(required)
-        for module, training in modes:
-            module.training = training
-        for module in checkpoints:
-            module.gradient_checkpointing = True
+    checkpoints: list[Any] = [x for x in model.modules() if getattr(x, "gradient_checkpointing", False) is True]
+    with in_evaluation_mode(model):
+        try:
+            model.requires_grad_(False)
+            for module in checkpoints:
+                module.gradient_checkpointing = module.training = checkpointing
+            yield
+        finally:
+            for parameter, required in flags:
+                parameter.requires_grad_(required)
+            for module in checkpoints:
+                module.gradient_checkpointing = True

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from layerlens.cost.measure import forward_ms
 from layerlens.data import Dataset, load_dataset
 from layerlens.exceptions import ConfigurationError, DataError, ManifestError
 from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.jobs.baseline import baseline_facts, prepare_baseline
 from layerlens.jobs.inputs import check_model
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
@@ -334,18 +333,8 @@ def _timed_batch(data: TrainingData, config: RunConfig, model: torch.nn.Module) 
 
 
 def _inference_ms(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    with _evaluating(model):
+    with in_evaluation_mode(model):
         return forward_ms(model, batch, seconds=TIMING_SECONDS)
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _facts(

@@ -13,6 +13,7 @@ from layerlens.config import RunConfig
 from layerlens.data import Dataset
 from layerlens.exceptions import DataError, TrainingError
 from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.tasks import IGNORED, Batch, Batches, Task, make_batches, task_metrics
 from layerlens.tasks.metrics import TARGETS, Decode, Record
 from layerlens.utils.progress import Progress, silent
@@ -202,17 +203,13 @@ def evaluate(
     device = next(model.parameters()).device
     starts = list(range(0, len(chosen), batch_size))
     records: dict[int, Record] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), progress.stage("Evaluating", total=len(starts[rank::world])) as advance:
-            for start in starts[rank::world]:
-                batch = data.collate([chosen[index] for index in range(start, min(start + batch_size, len(chosen)))])
-                batch = on_device(batch, device)
-                records[start] = metrics.record(data.output(model, batch), batch, data.decode)
-                advance(1)
-    finally:
-        model.train(was_training)
+    total = len(starts[rank::world])
+    with in_evaluation_mode(model), torch.no_grad(), progress.stage("Evaluating", total=total) as advance:
+        for start in starts[rank::world]:
+            batch = data.collate([chosen[index] for index in range(start, min(start + batch_size, len(chosen)))])
+            batch = on_device(batch, device)
+            records[start] = metrics.record(data.output(model, batch), batch, data.decode)
+            advance(1)
     if world > 1:
         records = _gathered(records, world)
     in_order = [records[start] for start in starts]
