@@ -47,6 +47,7 @@ TASK = Task(
     loss=causal_loss,
     metrics=Metrics(partial(record_tokens, shift=AHEAD), finish_tokens, ("perplexity",), lower=("perplexity",)),
     auto_class="AutoModelForCausalLM",
+    class_endings=("LMHeadModel", "DoubleHeadsModel"),
     token_labels=True,
     shift=AHEAD,
     synthetic_labels=torch.clone,

@@ -75,6 +75,7 @@ TASK = Task(
     loss=classification_loss,
     metrics=Metrics(record_classes, finish, ("top1",)),
     auto_class="AutoModelForImageClassification",
+    class_endings=("ForImageClassificationWithTeacher",),
     new_head=True,
     classes=True,
 )

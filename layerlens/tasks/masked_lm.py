@@ -66,6 +66,7 @@ TASK = Task(
     loss=token_loss,
     metrics=TOKENS,
     auto_class="AutoModelForMaskedLM",
+    class_endings=("WithLMHeadModel",),
     token_labels=True,
     synthetic_labels=torch.clone,
 )

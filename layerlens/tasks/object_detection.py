@@ -168,6 +168,7 @@ TASK = Task(
     collate=collate,
     loss=loss,
     metrics=Metrics(record, finish, ("map50_95",)),
+    class_endings=("ForObjectDetection", "DetectionModel"),
     model_targets=(),
     study=False,
 )

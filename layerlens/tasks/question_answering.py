@@ -142,6 +142,7 @@ TASK = Task(
     loss=span_loss,
     metrics=Metrics(record, finish, ("f1",)),
     auto_class="AutoModelForQuestionAnswering",
+    class_endings=("ForQuestionAnsweringSimple",),
     new_head=True,
     model_targets=(FIRST, LAST),
 )

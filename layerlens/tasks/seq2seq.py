@@ -59,6 +59,7 @@ TASK = Task(
     loss=token_loss,
     metrics=TOKENS,
     auto_class="AutoModelForSeq2SeqLM",
+    class_endings=("ForConditionalGeneration", "MTModel"),
     token_labels=True,
     study=False,
 )

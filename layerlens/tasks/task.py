@@ -40,6 +40,8 @@ class Task:
         loss: of each sample, which must not depend on the others in its batch.
         metrics: what it is judged by.
         auto_class: the class of transformers that loads a model for it; "" where transformers has none.
+        class_endings: how the names of model classes with a head for it end, without what follows from ``auto_class``
+            (``AutoModelForMaskedLM``: ``ForMaskedLM``).
         new_head: whether a pretrained model lacks the head for it, which is then fitted before measuring.
         classes: whether the head has an output for each class of the data.
         head_config: what else transformers needs to know to make the head.
@@ -68,6 +70,7 @@ class Task:
     loss: Loss
     metrics: Metrics = LOSS_ONLY
     auto_class: str = ""
+    class_endings: tuple[str, ...] = ()
     new_head: bool = False
     classes: bool = False
     head_config: Mapping[str, Any] = field(default_factory=dict)
@@ -80,6 +83,11 @@ class Task:
     read_folder: Callable[[Path, DataConfig], Dataset] | None = None
     of_classes: Callable[[Dataset], Dataset] | None = None
     study: bool = True
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """Endings of the names of model classes with a head for it."""
+        return (*self.class_endings, *filter(None, [self.auto_class.removeprefix("AutoModel")]))
 
     def n_outputs(self, labels: Sequence[str]) -> int:
         """Outputs of its head for these classes; 0 where the model's own head stays."""
