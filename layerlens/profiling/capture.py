@@ -17,7 +17,12 @@ from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.sample_matrices import SampleMatrices, join_calls, uses_kernels
 from layerlens.profiling.taps import Taps
 from layerlens.tasks import Batch, Loss
+from layerlens.tasks.losses import BatchLoss
 
+NO_GRADIENT = (
+    "the loss does not depend on any layer of the model (it has no gradient): it must come from the model's output, "
+    "computed without torch.no_grad(), detach(), item() or argmax"
+)
 Tensors = torch.Tensor | Sequence[torch.Tensor]
 
 FP16_LOSS_SCALE = 2.0**10
@@ -32,6 +37,7 @@ class Capture(Taps):
         request: what to find.
         threads: for the kernels.
         shards: where sums are spread over processes, as the model is.
+        by_batches: whether a batch counts as one sample: what its rows have is added up before any square.
     """
 
     def __init__(
@@ -42,20 +48,23 @@ class Capture(Taps):
         threads: int,
         other_modules: Sequence[str] = (),
         shards: SumShards | None = None,
+        by_batches: bool = False,
     ) -> None:
-        super().__init__(model, spec, other_modules, backward=request.backward)
+        super().__init__(model, spec, other_modules, backward=request.backward, by_batches=by_batches)
         self.request = request
         self.sums = PassSums(request, threads, shards)
         self._pending: dict[Key, list[SampleMatrices]] = {}
         self._before = 0
         self._counted = True
 
-    def run(self, batch: Batch, loss: Loss, *, before: int | None = None, counted: bool = True) -> torch.Tensor:
+    def run(
+        self, batch: Batch, loss: Loss | BatchLoss, *, before: int | None = None, counted: bool = True
+    ) -> torch.Tensor:
         """One forward and one backward pass; the loss of each sample, [b].
 
         Args:
             batch: the samples.
-            loss: the loss of each sample.
+            loss: the loss of each sample, or of the batch.
             before: samples in the batches that come before it, when these are not all measured here; by default those
                 of the batches that this was called with.
             counted: whether the passes are measured; else they are only made, as all processes must together where the
@@ -66,9 +75,12 @@ class Capture(Taps):
         """
         self.begin(batch, before=before, counted=counted)
         with torch.set_grad_enabled(self.request.backward):
-            loss__b = loss(self.model(**batch.inputs), batch)
-        refuse_bad_loss(loss__b.detach(), batch, self.model)
+            whole = isinstance(loss, BatchLoss)
+            loss__b = loss.checked(self.model, batch) if whole else loss(self.model(**batch.inputs), batch)
+        refuse_bad_loss(loss__b.detach(), batch, self.model, "batch" if whole else "sample")
         if self.request.backward:
+            if not loss__b.requires_grad:
+                raise ProfilingError(NO_GRADIENT)
             self.backward(loss__b.sum() * self.loss_scale)
         return loss__b.detach()
 
@@ -77,7 +89,8 @@ class Capture(Taps):
         self._before = self._before + self._n_batch if before is None else before
         self._n_batch, self._counted = len(batch.index), counted
         self._half__b = batch.index % 2
-        self._masks = {mask.shape[1]: None if bool(mask.all()) else mask for mask in batch.masks}
+        masks = () if self.by_batches else batch.masks
+        self._masks = {mask.shape[1]: None if bool(mask.all()) else mask for mask in masks}
         self._calls.clear()
         self._last_input = None
         self.sums.rows.begin(self._before)
@@ -161,7 +174,7 @@ class Capture(Taps):
     def _queue(self, key: Key, matrices: SampleMatrices) -> None:
         """Hold a call until all calls of this forward pass are there: their sum comes before any square."""
         waiting = self._pending.setdefault(key, [])
-        waiting.append(matrices)
+        waiting.append(matrices.as_one() if self.by_batches else matrices)
         if len(waiting) == self.uses(key):
             self._flush(key)
 
@@ -170,14 +183,14 @@ class Capture(Taps):
         self.sums.accumulators[key].add(matrices, self._half__b, self._before, counted=self._counted)
 
 
-def refuse_bad_loss(loss__b: torch.Tensor, batch: Batch, model: torch.nn.Module) -> None:
+def refuse_bad_loss(loss__b: torch.Tensor, batch: Batch, model: torch.nn.Module, of: str = "sample") -> None:
     """Raise ProfilingError for the first sample whose loss is NaN or infinite, with the weights that are so."""
     bad = (~torch.isfinite(loss__b)).nonzero().flatten()
     if len(bad):
         first = int(bad[0])
         raise ProfilingError(
-            f"the loss of calibration sample {int(batch.index[first])} is {float(loss__b[first])}; the model "
-            f"overflows on it: {bad_weights(model) or 'leave the sample out, since all weights here are finite'}"
+            f"the loss of calibration {of} {int(batch.index[first])} is {float(loss__b[first])}; the model "
+            f"overflows on it: {bad_weights(model) or 'leave the {of} out, since all weights here are finite'}"
         )
 
 

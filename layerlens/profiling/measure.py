@@ -25,7 +25,8 @@ from layerlens.profiling.saved_pass import SavedPass, gather
 from layerlens.profiling.statistics import ModelSums, Statistic
 from layerlens.registry import STATISTICS
 from layerlens.tasks import Batch, Batches, Loss
-from layerlens.tasks.losses import classification_loss
+from layerlens.tasks.batches import Inputs
+from layerlens.tasks.losses import BatchLoss, classification_loss
 from layerlens.utils.processes import ALONE, Processes
 from layerlens.utils.progress import Progress
 
@@ -78,27 +79,34 @@ def measure_share(
     sequence_length: int,
     threads: int,
     progress: Progress,
-    loss: Loss,
+    loss: Loss | BatchLoss,
     other_modules: Sequence[str],
     saved: SavedPass | None,
     processes: Processes,
+    example: Mapping[str, torch.Tensor] | None = None,
 ) -> ModelStatistics | None:
     """This process's share of ``measure``: process 0 has the statistics of all batches in the end, the others None.
 
-    Every process is given all batches and measures every ``processes.size``-th of them.
+    Every process is given all batches and measures every ``processes.size``-th of them. ``example`` is what the model
+    takes, for its costs, where that is not the inputs of the first batch.
 
     Raises:
-        ConfigurationError: there are more processes than batches.
+        ConfigurationError: there are more processes than batches, or a statistic of single samples is wanted and the
+            loss is of whole batches.
         ProcessLostError: another process failed or is lost.
     """
     model = uncompiled(model)
+    by_batches = isinstance(loss, BatchLoss)
+    if by_batches:
+        refuse_by_samples(request, loss.name)
+    example = batches[0].inputs if example is None else dict(example)
     before = _samples_before(batches)
     n_samples = before[-1]
     request = dataclasses.replace(request, ntk_samples=min(request.ntk_samples, n_samples))
     ledger = Ledger()
     with frozen_without_dropout(model, checkpointing=True), without_cache(model):
         shards = SumShards(processes) if sharded(model) else None
-        capture = Capture(model, spec, request, threads, other_modules, shards)
+        capture = Capture(model, spec, request, threads, other_modules, shards, by_batches)
         sums, device = capture.sums, input_device(model)
         share = _share(processes, len(batches))
         with progress.stage("Measuring gradients", total=len(share)) as advance, capture.open():
@@ -119,7 +127,7 @@ def measure_share(
         gather(sums, ledger, processes, device)
         if not processes.first:
             if sharded(model):
-                _costs(model, batches, sequence_length, request)
+                _costs(model, example, sequence_length, request)
             return None
         ledger.put_back(sums)
         with progress.stage("Computing statistics", total=None):
@@ -127,7 +135,7 @@ def measure_share(
             others = capture.other_weights()
             of_model = model_results(request, sums.parts(spec.layers), sums.rows, ledger.in_order())
         covered = capture.covered_weights()
-    activation_bytes, forward_flops, modules = _costs(model, batches, sequence_length, request)
+    activation_bytes, forward_flops, modules = _costs(model, example, sequence_length, request)
     left_out, coverage = left_out_of(model, covered)
     statistics = ModelStatistics(
         layers=layers,
@@ -147,14 +155,28 @@ def measure_share(
 
 
 def _costs(
-    model: torch.nn.Module, batches: Sequence[Batch], sequence_length: int, request: StatisticsRequest
+    model: torch.nn.Module, example: Inputs, sequence_length: int, request: StatisticsRequest
 ) -> tuple[float, float, dict[str, ModuleCosts]]:
     """(activation bytes, forward FLOPs) of the model for a token, and the costs of its modules."""
     with frozen_without_dropout(model, checkpointing=False), without_cache(model):
-        inputs = dense_inputs(batches[0].inputs, sequence_length)
+        inputs = dense_inputs(example, sequence_length)
         first_block = next(iter(blocks_of(model)), None)
         activation_bytes, forward_flops = frozen_footprint(model, first_block, inputs)
         return activation_bytes, forward_flops, module_costs(model, first_block, inputs, request.of_modules)
+
+
+def refuse_by_samples(request: StatisticsRequest, loss: str) -> None:
+    """Refuse, by name, statistics of single samples, which a loss of whole batches does not have.
+
+    Raises:
+        ConfigurationError: names the statistics.
+    """
+    asked = [one.name for one in request.statistics if one.by_samples]
+    if asked:
+        raise ConfigurationError(
+            f"profiling.statistics: {', '.join(asked)} need the loss of each sample, and {loss} is one number for a "
+            "batch that its samples share; leave them out and choose a utility model without them, such as auto"
+        )
 
 
 def _share(processes: Processes, n_batches: int) -> range:

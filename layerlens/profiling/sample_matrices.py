@@ -49,6 +49,16 @@ class SampleMatrices:
         """Samples in the batch."""
         return len(self.first)
 
+    def as_one(self) -> SampleMatrices:
+        """M of the whole batch, Σ_n M_n, as one sample with the tokens of all."""
+        d, z, ids, rows = self.d__bgto, self.z__bgti, self.ids__bt, self.rows__bti
+        return SampleMatrices(
+            None if d is None else d.transpose(0, 1).flatten(1, 2)[None],
+            None if z is None else z.transpose(0, 1).flatten(1, 2)[None],
+            None if ids is None else ids.reshape(1, -1),
+            None if rows is None else rows.reshape(1, -1, rows.shape[-1]),
+        )
+
     def squared_norms(self, threads: int) -> np.ndarray:
         """‖M_n‖²_F of every sample, float64 [b], without forming M_n."""
         total = np.zeros(self.n_samples)

@@ -7,9 +7,11 @@ not changed.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,16 +64,20 @@ class Taps:
             Weights that several of them share are measured as one: the gradient of a tied weight is the sum over its
             uses.
         backward: whether gradients are wanted; without, nothing is tapped.
+        by_batches: whether a batch counts as one sample. The model may then be called several times for it, with masks
+            that only its calls show, and activations need no axis of samples.
     """
 
     def __init__(
-        self, model: torch.nn.Module, spec: ModelSpec, other_modules: Sequence[str], *, backward: bool
-    ) -> None:
+        self, model: torch.nn.Module, spec: ModelSpec, other_modules: Sequence[str], *, backward: bool,
+        by_batches: bool = False,
+    ) -> None:  # fmt: skip
         self.model = model
         self.spec = spec
         self.other_modules = tuple(other_modules)
         self.loss_scale = 1.0
         self._with_backward = backward
+        self.by_batches = by_batches
         self._anchor = torch.zeros((), requires_grad=True)
         self._calls: Counter[str] = Counter()
         self._users: dict[Key, set[str]] = {}
@@ -79,7 +85,7 @@ class Taps:
         self._last_input: tuple[str, torch.Tensor] | None = None
         self._in_backward = False
         self._n_batch = 0
-        self._masks: dict[int, torch.Tensor | None] = {}
+        self._masks: dict[Any, torch.Tensor | None] = {}
         self._weight_keys = self._tied_weights()
 
     def collect(
@@ -122,6 +128,9 @@ class Taps:
             for name in self.other_modules:
                 module = self.model.get_submodule(name)
                 stack.callback(module.register_forward_hook(self._weight_hook(name, module)).remove)
+            for module in self.model.modules() if self.by_batches else ():
+                if "attention_mask" in inspect.signature(module.forward).parameters and hasattr(module, "config"):
+                    stack.callback(module.register_forward_pre_hook(self._see_mask, with_kwargs=True).remove)
 
             def on_attention(module: torch.nn.Module, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
                 layer = attentions.get(id(module))
@@ -135,21 +144,20 @@ class Taps:
         methods = [METHODS[name] for name in layer.methods]
         with_output = any(method.reads == OUTPUT for method in methods)
         module = self.model.get_submodule(layer.name)
+        convolves = isinstance(module, torch.nn.Conv2d)
 
-        def tokens(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            return (
-                (tensor.flatten(2).mT[:, None], None)
-                if isinstance(module, torch.nn.Conv2d)
-                else self._as_tokens(layer.name, tensor)
-            )
+        def tokens(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.flatten(2).mT[:, None] if convolves else self._as_tokens(layer.name, tensor)
 
-        def record(gradient: torch.Tensor, h: torch.Tensor, y: torch.Tensor | None = None) -> None:
-            d__bgto, mask__bt = tokens(gradient)
+        def record(
+            mask__bt: torch.Tensor | None, gradient: torch.Tensor, h: torch.Tensor, y: torch.Tensor | None = None
+        ) -> None:
+            d__bgto = tokens(gradient)
             for method in methods:
                 if method.reads == OUTPUT and y is not None:
-                    z__bgti, _ = tokens(y)
+                    z__bgti = tokens(y)
                 else:
-                    z__bgti = conv_patches(module, h, groups=1) if isinstance(module, torch.nn.Conv2d) else tokens(h)[0]
+                    z__bgti = conv_patches(module, h, groups=1) if convolves else tokens(h)
                 # Every layer with an input of its own can take LoRA, so those with the same one find its sums there.
                 leader = self._leaders.get(layer.name, layer.name) if method.name == LORA else layer.name
                 d, z = method.gradient_operands(d__bgto, z__bgti)
@@ -157,10 +165,11 @@ class Taps:
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             self._count_call(layer.name)
-            if not isinstance(module, torch.nn.Conv2d):  # whose inputs are patches
+            if not convolves:  # its inputs are patches
                 self._follow(layer.name, args[0])
             saved = (args[0].detach(), output.detach()) if with_output else (args[0].detach(),)
-            return self._tap(output, record, *saved)
+            mask__bt = None if convolves else self._mask_of(output)
+            return self._tap(output, partial(record, mask__bt), *saved)
 
         return hook
 
@@ -169,7 +178,7 @@ class Taps:
         key = self._weight_keys[name]
         self._users.setdefault(key, set()).add(name)
 
-        def record(gradient: torch.Tensor, saved: torch.Tensor) -> None:
+        def record(mask__bt: torch.Tensor | None, gradient: torch.Tensor, saved: torch.Tensor) -> None:
             if isinstance(module, torch.nn.Embedding):
                 if saved.shape[0] not in (1, len(gradient)):
                     raise ProfilingError(f"{name}: is looked up with {list(saved.shape)} indices, not for each sample")
@@ -181,23 +190,24 @@ class Taps:
                 return
             if isinstance(module, torch.nn.Conv2d):
                 d__bgto = gradient.reshape(len(gradient), module.groups, -1, gradient[0, 0].numel()).mT
-                z__bgti, mask__bt = conv_patches(module, saved), None
+                z__bgti = conv_patches(module, saved)
             else:
-                (d__bgto, mask__bt), (z__bgti, _) = self._as_tokens(name, gradient), self._as_tokens(name, saved)
+                d__bgto, z__bgti = self._as_tokens(name, gradient), self._as_tokens(name, saved)
             self.collect(key, d__bgto, z__bgti, mask__bt, f"{name}|weight")
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             self._count_call(name)
-            return self._tap(output, record, args[0].detach())
+            mask__bt = None if isinstance(module, torch.nn.Conv2d) else self._mask_of(output)
+            return self._tap(output, partial(record, mask__bt), args[0].detach())
 
         return hook
 
     def _tap_attention(self, layer: LayerSpec, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         self._count_call(layer.name)
         methods = [METHODS[name] for name in layer.methods]
+        mask__bt = self._mask_of(output.flatten(2))
 
         def record(gradient__btgo: torch.Tensor, query__bgti: torch.Tensor) -> None:
-            mask__bt = self._masks.get(gradient__btgo.shape[1])
             for method in methods:
                 d, z = method.gradient_operands(gradient__btgo.transpose(1, 2), query__bgti)
                 self.collect((layer.name, method.name), d, z, mask__bt, layer.name)
@@ -230,16 +240,29 @@ class Taps:
                 "inputs cannot be measured"
             )
 
-    def _as_tokens(self, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[b, ..., k] as [b, 1, t, k], and the mask of its tokens where it has padding."""
+    def _see_mask(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the mask [b, t] that a model inside the model is called with, for activations [b, t, k]."""
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        if isinstance(given, torch.Tensor) and given.dim() == 2 and not self._in_backward:
+            self._masks[tuple(given.shape)] = None if bool(given.all()) else given
+
+    def _mask_of(self, output: torch.Tensor) -> torch.Tensor | None:
+        """The mask [b, t] of an output [b, t, k], where there is padding."""
+        if output.dim() != 3:
+            return None
+        return self._masks.get(tuple(output.shape[:2]) if self.by_batches else output.shape[1])
+
+    def _as_tokens(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """[b, ..., k] as [b, 1, t, k]."""
         batch = self._n_batch
+        if self.by_batches:
+            return tensor.reshape(len(tensor) if tensor.dim() > 1 else 1, 1, -1, tensor.shape[-1])
         if tensor.dim() < 2 or tensor.shape[0] not in (1, batch):
             raise ProfilingError(
                 f"{name}: expected activations [batch, ..., features] of {batch} samples, got {list(tensor.shape)}; "
                 "this layer cannot be measured sample by sample"
             )
-        mask__bt = self._masks.get(tensor.shape[1]) if tensor.dim() == 3 else None
-        return tensor.reshape(len(tensor), 1, -1, tensor.shape[-1]), mask__bt
+        return tensor.reshape(len(tensor), 1, -1, tensor.shape[-1])
 
 
 def _open_graph(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -8,6 +8,7 @@ samples that happen to be in the same batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,33 @@ from layerlens.tasks.batches import Batch
 Loss = Callable[[Any, Batch], torch.Tensor]
 IGNORED = -100
 """Label of a token that has no loss, as in transformers."""
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """A loss of a whole batch, which nothing divides by samples: a trainer's own, or one that compares samples.
+
+    What is measured with it is measured by batches: a batch counts as one, and has one number in ``Batch.index``.
+
+    Args:
+        of_model: (model, batch) -> the loss, a scalar; the batch's inputs are what it reads, whatever that is.
+        name: what it is called in messages.
+    """
+
+    of_model: Callable[[torch.nn.Module, Batch], torch.Tensor]
+    name: str = "the loss"
+
+    def checked(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss of a batch, [1].
+
+        Raises:
+            ProfilingError: what came back is no number.
+        """
+        loss = self.of_model(model, batch)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            got = f"a tensor {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ProfilingError(f"{self.name} must be one number for a batch, got {got}")
+        return loss.reshape(1)
 
 
 def classification_loss(output: Any, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:

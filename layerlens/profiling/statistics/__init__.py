@@ -62,6 +62,7 @@ class Statistic:
         fields: fields of ``MethodStatistics`` (``ModuleCosts``, ``ModelStatistics``) that it fills, or names in
             ``extra``; the first tells whether it was measured.
         working_floats: float64 numbers in memory while ``result`` is computed, predicted from the place.
+        by_samples: whether it is made of the gradients of single samples, so that a loss of whole batches has none.
         steady: whether 16 samples rank layers as 256 others do (correlation 0.91 to 0.99 in the study).
         finite: whether values that are NaN or infinite are refused.
         version: raise it whenever the same inputs give other values: cached ones are then measured again.
@@ -77,6 +78,7 @@ class Statistic:
     module_absent: float | None = None
     fields: tuple[str, ...] = ()
     working_floats: Callable[[Place], int] = lambda place: 0
+    by_samples: bool = False
     steady: bool = False
     finite: bool = True
     version: int = 1

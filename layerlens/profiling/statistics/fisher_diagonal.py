@@ -59,7 +59,7 @@ def _floats(place: Place) -> int:
 
 
 STATISTIC = Statistic(
-    "fisher_diagonal", _sums, result=_result, working_floats=_floats,
+    "fisher_diagonal", _sums, result=_result, working_floats=_floats, by_samples=True,
     fields=("fisher_diagonal.mean", "fisher_diagonal.participation", "fisher_diagonal.quantiles",
             "fisher_diagonal.of_outputs"),
 )  # fmt: skip

@@ -68,7 +68,7 @@ def _two_copies(place: Place) -> int:
     return 2 * groups * n_out * n_in
 
 
-FISHER = Statistic("fisher", lambda place: (SQUARED_NORMS,), result=_trace, fields=("trace",))
+FISHER = Statistic("fisher", lambda place: (SQUARED_NORMS,), result=_trace, fields=("trace",), by_samples=True)
 """The trace of the empirical Fisher, from per-sample norms; the mean gradient is not formed for it."""
 
 GRADIENT = Statistic(

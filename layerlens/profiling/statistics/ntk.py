@@ -123,4 +123,4 @@ def centred_alignment(one: np.ndarray, other: np.ndarray) -> float | None:
     return float((centred[0] * centred[1]).sum()) / norms if norms > 0.0 else None
 
 
-STATISTIC = Statistic("ntk", _sums, part=_part, model_result=_kernel, fields=("kernel",))
+STATISTIC = Statistic("ntk", _sums, part=_part, model_result=_kernel, fields=("kernel",), by_samples=True)
