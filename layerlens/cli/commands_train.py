@@ -97,20 +97,11 @@ def _configuration(manifest: Path, config: Path | None, settings: list[str] | No
     """The configuration, and the folder that its relative paths start from."""
     if config is not None:
         return load(config, settings, None), base_dir_of(config)
-    if not settings:
-        from layerlens.jobs.train import train_config
-        from layerlens.manifest import read_manifest
-
-        return train_config(read_manifest(manifest)), Path.cwd()
-    import yaml
-
-    from layerlens.config import parse_run_config
-    from layerlens.jobs.train import recorded_config
+    from layerlens.jobs.train import train_config
     from layerlens.manifest import read_manifest
 
-    recorded = recorded_config(read_manifest(manifest))
     origin = f"{output.short(manifest)} (provenance.config)"
-    return parse_run_config(yaml.safe_dump(recorded), origin, settings), Path.cwd()
+    return train_config(read_manifest(manifest), settings or (), origin), Path.cwd()
 
 
 def _as_json(result: TrainedModel) -> dict[str, Any]:

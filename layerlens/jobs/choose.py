@@ -6,9 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from layerlens.config import RunConfig
 from layerlens.config.optimization import UNIFORM_LORA
-from layerlens.cost import cost_table
 from layerlens.data import Dataset
 from layerlens.jobs.inputs import check_identity, data_facts, proxy_identity
 from layerlens.jobs.job import Job
@@ -17,11 +15,9 @@ from layerlens.jobs.measure import Measured, fit_new_head
 from layerlens.jobs.memory_mode import memory_facts
 from layerlens.jobs.proxies import ProxyTrainer, joint_gains, measure_proxies
 from layerlens.jobs.proxy_check import CHOICE, check_samples, run_check, tell_of_check, uniform_solution
-from layerlens.jobs.solve import Solution, find_allocation, make_manifest, run_provenance
-from layerlens.methods import enumerate_options
+from layerlens.jobs.solve import Solution, find_allocation, make_manifest, option_tables, run_provenance
 from layerlens.models import Manifest, ModelSpec, ModelStatistics
 from layerlens.profiling.cache import cache_key
-from layerlens.utility import calibrated_table, model_for
 
 
 @dataclass
@@ -113,13 +109,8 @@ def solve_stage(job: Job, spec: ModelSpec, statistics: ModelStatistics) -> Solut
 
 def solved(job: Job, spec: ModelSpec, statistics: ModelStatistics, utility_model: str | None = None) -> Solution:
     """Utilities and costs of every option, and the certified choice; by another utility model where one is given."""
-    config: RunConfig = job.config
-    options = enumerate_options(spec, config.optimization.ranks())
-    model = model_for(utility_model or config.profiling.utility_model, spec, config.optimization.max_trainable_params)
-    utilities = calibrated_table(
-        model, spec, statistics, options, config.profiling.metric_weights, seed=config.runtime.seed
-    )
-    costs = cost_table(spec, statistics, options, config.optimization)
+    config = job.config
+    utilities, costs = option_tables(spec, statistics, config, utility_model)
     return find_allocation(spec, utilities, costs, config.optimization, seed=config.runtime.seed, threads=job.threads)
 
 

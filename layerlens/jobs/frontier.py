@@ -10,17 +10,15 @@ import numpy as np
 
 from layerlens import vocabulary
 from layerlens.config import OptimizationConfig, RunConfig
-from layerlens.cost import cost_table
 from layerlens.exceptions import ConfigurationError
 from layerlens.jobs.job import Job, job_without_model
 from layerlens.jobs.result import published
+from layerlens.jobs.solve import option_tables
 from layerlens.manifest import write_frontier
-from layerlens.methods import enumerate_options
 from layerlens.models import RESOURCES, AllocationProblem, FrontierRow
 from layerlens.optimization import Frontier, budget_sweep, build_problem, frontier
 from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics
-from layerlens.utility import calibrated_table, model_for
 from layerlens.utils.atomic import staged_directory
 from layerlens.utils.progress import Progress, silent
 
@@ -117,15 +115,10 @@ def _problem_with_any_budget(statistics_path: Path, config: RunConfig, resource:
     """The allocation problem with room for every option in ``resource``."""
     spec, statistics = load_statistics(statistics_path)
     refuse_non_finite(statistics)
-    options = enumerate_options(spec, config.optimization.ranks())
-    costs = cost_table(spec, statistics, options, config.optimization)
+    utilities, costs = option_tables(spec, statistics, config)
     everything = costs.base[resource] + float(costs.cost__ro[RESOURCES.index(resource)].sum())
     budget = {BUDGET_FIELDS[resource]: int(np.ceil(everything)) if resource == "trainable_params" else everything}
     optimization: OptimizationConfig = config.optimization.model_copy(update=budget)
-    model = model_for(config.profiling.utility_model, spec, config.optimization.max_trainable_params)
-    utilities = calibrated_table(
-        model, spec, statistics, options, config.profiling.metric_weights, seed=config.runtime.seed
-    )
     return build_problem(spec, utilities, costs, optimization)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from layerlens import __version__
 from layerlens.config import OptimizationConfig, RunConfig
+from layerlens.cost import cost_table
+from layerlens.methods import enumerate_options
 from layerlens.models import (
     RESOURCES,
     Allocation,
@@ -24,6 +26,7 @@ from layerlens.models import (
     ManifestRow,
     ModelFacts,
     ModelSpec,
+    ModelStatistics,
     Predicted,
     Prediction,
     Provenance,
@@ -32,6 +35,7 @@ from layerlens.models import (
     UtilityTable,
 )
 from layerlens.optimization import build_problem, explain, solve
+from layerlens.utility import calibrated_table, model_for
 
 RECORDED_PACKAGES = ("numpy", "torch", "transformers", "peft", "ortools")
 NOT_RECORDED: Any = {
@@ -51,6 +55,22 @@ class Solution:
     allocation: Allocation
     explanations: tuple[LayerExplanation, ...]
     events: tuple[SolverEvent, ...]
+
+
+def option_tables(
+    spec: ModelSpec, statistics: ModelStatistics, config: RunConfig, utility_model: str | None = None
+) -> tuple[UtilityTable, CostTable]:
+    """Utility and costs of every option on offer; by another utility model than the configuration's where one is given.
+
+    Raises:
+        ConfigurationError: the utility model needs what was not measured.
+    """
+    options = enumerate_options(spec, config.optimization.ranks())
+    model = model_for(utility_model or config.profiling.utility_model, spec, config.optimization.max_trainable_params)
+    utilities = calibrated_table(
+        model, spec, statistics, options, config.profiling.metric_weights, seed=config.runtime.seed
+    )
+    return utilities, cost_table(spec, statistics, options, config.optimization)
 
 
 def find_allocation(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.jobs.baseline import baseline_facts, prepare_baseline
 from layerlens.jobs.inputs import check_model
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
+from layerlens.jobs.recorded import config_of, recorded_settings
 from layerlens.jobs.result import observed, published
 from layerlens.jobs.solve import versions
 from layerlens.manifest.files import read_document, write_manifest
@@ -110,16 +112,14 @@ class Order:
     keep_checkpoints: bool
 
 
-def recorded_config(manifest: Manifest) -> dict[str, Any]:
-    """The configuration that the manifest's run had, as it was written.
+def train_config(manifest: Manifest, overrides: Sequence[str] = (), origin: str = "provenance.config") -> RunConfig:
+    """The configuration of the run that wrote ``manifest``, which training goes on with where no other is given.
 
     Raises:
-        ConfigurationError: the manifest does not have it, or it names Python code, which runs only when the user's own
+        ConfigurationError: see ``config_of``; or it names Python code, which runs only when the user's own
             configuration says so.
     """
-    recorded = manifest.provenance.config
-    if recorded is None:
-        raise ConfigurationError("the manifest does not record its run's configuration; give one with -c CONFIG")
+    recorded = recorded_settings(manifest)
     named = {
         "model.factory": recorded.get("model", {}).get("factory"),
         "model.loss": recorded.get("model", {}).get("loss"),
@@ -131,20 +131,7 @@ def recorded_config(manifest: Manifest) -> dict[str, Any]:
                 f"the manifest's recorded configuration names Python code ({key}: {value}); if you trust it, give a "
                 "configuration that says so with -c CONFIG"
             )
-    return dict(recorded)
-
-
-def train_config(manifest: Manifest) -> RunConfig:
-    """The configuration of the run that wrote ``manifest``, which training goes on with where no other is given.
-
-    Raises:
-        ConfigurationError: see ``recorded_config``; or it is of another version.
-    """
-    recorded = recorded_config(manifest)
-    try:
-        return RunConfig(**recorded)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"the manifest's recorded configuration cannot be used ({error}); give -c") from error
+    return config_of(manifest, overrides, origin)
 
 
 def train_manifest(
