@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from layerlens.quantities import COUNT, MEMORY, TIME, Quantity
+
 
 @dataclass(frozen=True)
 class Resource:
@@ -16,6 +18,7 @@ class Resource:
         unit: of one of it.
         budget: its key in the section ``optimization``.
         objective: its key in ``optimization.objective_weights``.
+        quantity: how its amounts are written.
     """
 
     name: str
@@ -24,6 +27,7 @@ class Resource:
     unit: str
     budget: str
     objective: str
+    quantity: Quantity
 
 
 RESOURCES = {
@@ -36,10 +40,11 @@ RESOURCES = {
             "parameter",
             "max_trainable_params",
             "cost",
+            COUNT,
         ),
-        Resource("flops", "added FLOPs", "Added FLOPs", "FLOP", "max_flops", "flops"),
-        Resource("vram_gb", "memory", "Training memory", "GB", "max_vram_gb", "vram"),
-        Resource("latency_ms", "latency", "Forward latency", "ms", "latency_target_ms", "latency"),
+        Resource("flops", "added FLOPs", "Added FLOPs", "FLOP", "max_flops", "flops", COUNT),
+        Resource("vram_gb", "memory", "Training memory", "GB", "max_vram_gb", "vram", MEMORY),
+        Resource("latency_ms", "latency", "Forward latency", "ms", "latency_target_ms", "latency", TIME),
     )
 }
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))

@@ -38,7 +38,8 @@ it without running it, `layerlens run FILE` runs it. `layerlens schema` has the 
 - `--set section.key=value` replaces a setting for one run; the value is YAML, such as
   `--set 'optimization.lora_ranks=[4, 8]'`.
 - YAML is read by the rules of version 1.2: `1e9` and `1e-4` are numbers, `yes` is text. Whole numbers may be written as
-  `50_000` or `5e4`.
+  `50_000` or `5e4`, and budgets with a unit: `300k`, `1.5M`, `2B` (counts), `8GB`, `512MB`, `8GiB` (memory), `20ms`,
+  `0.5s` (time).
 - Unknown and duplicate keys are refused. All problems of a file are listed at once, with line and column:
 
   ```

@@ -10,7 +10,7 @@ from layerlens.cli import output
 from layerlens.cli.commands_run import do, load
 from layerlens.cli.errors import guarded
 from layerlens.cli.output import RESOURCE_NAMES, amount, gap
-from layerlens.cli.places import ConfigOption, Debug, Json, Output, Quiet, Set, Statistics, base_dir_of
+from layerlens.cli.places import ConfigOption, Debug, Json, Output, Quiet, Set, Statistics, base_dir_of, budget_of
 
 if TYPE_CHECKING:
     from layerlens.pipeline import FrontierResult
@@ -24,7 +24,7 @@ def frontier(
         str, typer.Option("--resource", "-r", help="trainable_params, flops, vram_gb or latency_ms.")
     ] = "trainable_params",
     at: Annotated[
-        list[float] | None, typer.Option("--at", help="Certify an allocation at this budget; repeatable.")
+        list[str] | None, typer.Option("--at", help="Certify an allocation at this budget (20k, 8GB); repeatable.")
     ] = None,
     points: Annotated[int, typer.Option(min=2, help="How many budgets to certify where none are given.")] = 10,
     directory: Output = None,
@@ -43,7 +43,7 @@ def frontier(
             checked,
             resource,
             base_dir=base_dir_of(config),
-            budgets=at or (),
+            budgets=[budget_of(resource, text, "--at") for text in at or ()],
             points=points,
             progress=progress,
         ),

@@ -23,6 +23,7 @@ from layerlens.cli.places import (
     Statistics,
     absolute,
     base_dir_of,
+    budget_of,
     read_config,
 )
 from layerlens.exceptions import ConfigurationError
@@ -74,7 +75,7 @@ def optimize(
         str | None,
         typer.Option(
             help="Choose once for each of several budgets, each into its own folder: "
-            "trainable_params=10000,20000,40000 (or flops, vram_gb, latency_ms)."
+            "trainable_params=10k,20k,40k (or flops, vram_gb, latency_ms)."
         ),
     ] = None,
     json: Json = False,
@@ -159,10 +160,7 @@ def sweep_configs(text: str, config: RunConfig) -> list[tuple[float, RunConfig]]
         )
     swept = []
     for part in amounts.split(","):
-        try:
-            budget = float(part)
-        except ValueError as error:
-            raise ConfigurationError(f"--budget-sweep: {part!r} is not a number") from error
+        budget = budget_of(resource, part, "--budget-sweep")
         fields = {**dict(config.optimization), BUDGET_FIELDS[resource]: int(budget) if budget.is_integer() else budget}
         folder = shown(Path(config.output.directory) / f"{resource}-{part.strip()}")
         changed = {"optimization": OptimizationConfig(**fields), "output": OutputConfig(directory=folder)}

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from layerlens.exceptions import ConfigurationError
+from layerlens.vocabulary import RESOURCES
+
 if TYPE_CHECKING:
     from layerlens.config import RunConfig
 
@@ -45,6 +48,20 @@ def absolute(place: Path) -> str:
 
     path, url = local_or_url(place)
     return str(path.absolute()) if url is None else url
+
+
+def budget_of(resource: str, text: str, option: str) -> float:
+    """The budget that was typed, as a plain number.
+
+    Raises:
+        ConfigurationError: there is no such resource, or the text is no amount of it.
+    """
+    if resource not in RESOURCES:
+        raise ConfigurationError(f"--resource: got {resource!r}; choose from {', '.join(RESOURCES)}")
+    try:
+        return float(RESOURCES[resource].quantity.parse(text))
+    except ValueError as error:
+        raise ConfigurationError(f"{option}: {error}, got {text!r}") from error
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
-from pydantic_core import CoreSchema, ErrorDetails, PydanticKnownError, core_schema
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
 
 from layerlens.exceptions import ConfigurationError
+from layerlens.quantities import Quantity
 from layerlens.registry import METHODS, STATISTICS, TASKS, UTILITY_MODELS, Registry, nearest_name
 
 _PASSWORD = re.compile(r"://[^/\s]*@")
@@ -114,6 +115,29 @@ class RegisteredName:
             *first, last = [repr(known) for known in self.names]
             raise PydanticKnownError("literal_error", {"expected": f"{', '.join(first)} or {last}" if first else last})
         return name
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A number that may be written as a text with a unit; it is a plain number from then on."""
+
+    quantity: Quantity
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._read, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        inner = handler(schema)
+        kinds = inner.get("anyOf", [inner])
+        return {"anyOf": [kinds[0], {"type": "string", "pattern": self.quantity.pattern}, *kinds[1:]]}
+
+    def _read(self, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self.quantity.parse(value)
+        except ValueError as error:
+            raise PydanticCustomError("amount", "{reason}", {"reason": str(error)}) from error
 
 
 ChosenMethod = Annotated[str, RegisteredName(METHODS, ("none",))]

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from layerlens.config.base import ConfigModel, MethodName, RegisteredName
+from layerlens.config.base import Amount, ConfigModel, MethodName, RegisteredName
+from layerlens.quantities import COUNT, MEMORY, TIME
 from layerlens.registry import METHODS, UTILITY_MODELS
 
 UNIFORM_LORA = "uniform-lora"
@@ -167,17 +168,24 @@ class ConstraintConfig(ConfigModel):
 class OptimizationConfig(ConfigModel):
     """Budgets, the options on offer, and how the solver weighs them. At least one budget is needed."""
 
-    max_trainable_params: int | None = Field(
-        default=None, gt=0, description="Trainable parameters of all options together (the task head not counted)."
+    max_trainable_params: Annotated[int | None, Field(gt=0), Amount(COUNT)] = Field(
+        default=None,
+        description="Trainable parameters of all options together (the task head not counted): `300000`, `300k`, "
+        "`1.5M`.",
     )
-    max_flops: float | None = Field(
-        default=None, gt=0, description="Forward FLOPs that the options add to one batch of the latency profile."
+    max_flops: Annotated[float | None, Field(gt=0), Amount(COUNT)] = Field(
+        default=None,
+        description="Forward FLOPs that the options add to one batch of the latency profile: `80e6`, `80M`, `1.5G`.",
     )
-    max_vram_gb: float | None = Field(
-        default=None, gt=0, description="Memory of a training step, base model included, GB (1e9 bytes)."
+    max_vram_gb: Annotated[float | None, Field(gt=0), Amount(MEMORY)] = Field(
+        default=None,
+        description="Memory of a training step, base model included, GB (1e9 bytes), or with a unit: `8GB`, `512MB`, "
+        "`8GiB`.",
     )
-    latency_target_ms: float | None = Field(
-        default=None, gt=0, description="Forward latency of one batch, base model included, ms, options unmerged."
+    latency_target_ms: Annotated[float | None, Field(gt=0), Amount(TIME)] = Field(
+        default=None,
+        description="Forward latency of one batch, base model included, options unmerged, ms, or with a unit: `20ms`, "
+        "`0.5s`.",
     )
     latency_profile: LatencyProfile = Field(
         default_factory=LatencyProfile, description="Device and batch that FLOPs, memory and latency are predicted for."

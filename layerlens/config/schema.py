@@ -16,7 +16,7 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from layerlens.config.base import ConfigModel
+from layerlens.config.base import Amount, ConfigModel
 from layerlens.config.sections import RunConfig
 from layerlens.config.yaml_source import Location
 
@@ -35,7 +35,11 @@ def as_model(annotation: Any) -> type[ConfigModel] | None:
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the annotation alone."""
+    """The members of a union, or the annotation alone; an amount with a unit is a number."""
+    if typing.get_origin(annotation) is typing.Annotated and any(
+        isinstance(said, Amount) for said in annotation.__metadata__
+    ):
+        return alternatives(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return typing.get_args(annotation)
     return (annotation,)

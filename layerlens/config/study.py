@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, field_validator
 
-from layerlens.config.base import ConfigModel
+from layerlens.config.base import Amount, ConfigModel
+from layerlens.quantities import COUNT
 from layerlens.registry import RANK_RULES, UTILITY_MODELS
 
 SVD = "_svd"
@@ -34,10 +37,10 @@ class StudyConfig(ConfigModel):
         "and models and rules that you have registered. With `_svd` at the end of its name (`uniform_svd`), an arm's A "
         "begins from the mean gradient. `uniform` is always run: gains are over it.",
     )
-    budgets: tuple[float, ...] = Field(
+    budgets: tuple[Annotated[float, Amount(COUNT)], ...] = Field(
         default=(),
-        description="Trainable parameters: shares of the model's parameters where below 1, numbers otherwise. Empty: "
-        "`optimization.max_trainable_params`.",
+        description="Trainable parameters: shares of the model's parameters where below 1, numbers (`60000`, `60k`) "
+        "otherwise. Empty: `optimization.max_trainable_params`.",
     )
     learning_rates: tuple[float, ...] = Field(
         default=(1e-4, 2.5e-4, 6.3e-4, 1.6e-3, 4e-3),

@@ -75,7 +75,7 @@ def test_every_problem_is_one_line_with_its_place(invoke: Invoke, tmp_path: Path
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [
         "error: wrong.yaml:6:13: optimization.max_vram: unknown key, did you mean 'max_vram_gb'?",
-        "error: wrong.yaml:7:14: optimization.max_flops: must be a number, got none",
+        "error: wrong.yaml:7:14: optimization.max_flops: must be a number such as 300000, 300k or 1.5M, got none",
         "error: --set data.batch_size=0: data.batch_size: must be greater than or equal to 1, got 0",
     ]
 

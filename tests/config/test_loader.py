@@ -58,7 +58,11 @@ def test_the_line_of_the_design() -> None:
         ("optimization", "max_flops: 0", "6:14: optimization.max_flops: must be greater than 0, got 0"),
         ("optimization", "max_flops: .inf", "6:14: optimization.max_flops: must be a finite number, got .inf"),
         ("optimization", "max_flops: .nan", "6:14: optimization.max_flops: must be a finite number, got .nan"),
-        ("optimization", "max_flops: many", "6:14: optimization.max_flops: must be a number, got many"),
+        (
+            "optimization",
+            "max_flops: many",
+            "6:14: optimization.max_flops: must be a number such as 300000, 300k or 1.5M, got many",
+        ),
         ("optimization", "lora_ranks: [1, x]", "6:19: optimization.lora_ranks[1]: must be a whole number, got x"),
         ("optimization", "lora_ranks: 8", "6:15: optimization.lora_ranks: must be a list such as [1, 2, 4], got 8"),
         ("optimization", "refine: maybe", "6:11: optimization.refine: must be true or false, got maybe"),

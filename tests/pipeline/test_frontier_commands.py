@@ -24,7 +24,7 @@ def invoke(settings, saved_statistics, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_frontier_shows_a_row_for_each_budget_and_names_its_files(invoke, tmp_path):
-    result = invoke("frontier", "--at", "300", "--at", "900")
+    result = invoke("frontier", "--at", "0.3k", "--at", "900")
     assert result.exit_code == 0, result.stderr
     assert "300" in result.stderr
     assert "out/frontier.csv" in result.stderr
@@ -54,7 +54,7 @@ def test_a_sweep_writes_a_manifest_for_each_budget(invoke, tmp_path):
     [
         ("params=1", "--budget-sweep: got 'params=1'; give RESOURCE=B1,B2,..."),
         ("flops", "--budget-sweep: got 'flops'"),
-        ("flops=a", "--budget-sweep: 'a' is not a number"),
+        ("flops=a", "--budget-sweep: must be a number such as 300000, 300k or 1.5M, got 'a'"),
         ("trainable_params=0", "OptimizationConfig.max_trainable_params"),
     ],
 )
