@@ -21,6 +21,7 @@ from layerlens.cli import (
     commands_pipeline,
     commands_run,
     commands_serve,
+    commands_show,
     commands_sweep,
     commands_train,
     output,
@@ -64,6 +65,8 @@ app.command("run")(commands_run.run)
 app.command("sweep")(commands_sweep.sweep)
 app.command("optimize")(commands_run.optimize)
 app.command("frontier")(commands_frontier.frontier)
+app.command("show")(commands_show.show)
+app.command("diff")(commands_show.diff)
 app.command("apply")(commands_export.apply)
 app.command("export")(commands_export.export)
 app.command("train")(commands_train.train)

@@ -11,6 +11,7 @@ Where a choice was just made, ``explained(solution, layer)`` is all it takes. Of
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -111,7 +112,7 @@ class ExplainedLayer:
             what = "would fit as well" if found.fits else "does not fit beside the choices of the other layers"
             return (*said, f"{other.name} has as high a net score, and {what}.")
         cheaper = [
-            f"used {quantity(name, less)} less {_of(name)}"
+            f"used {_less(name, less)}"
             for name, less in found.cost_to_flip.items()
             if less <= other.costs.get(name, 0.0)
         ]
@@ -264,9 +265,12 @@ def _chosen_in(problem: AllocationProblem, group: int, entries: Sequence[Option]
     )
 
 
-def _of(resource: str) -> str:
-    """After an amount: "1,200 parameters" needs a noun, "3 MB" the resource's name."""
-    return in_sentence(resource_name(resource))
+def _less(resource: str, amount: float) -> str:
+    """ "28 fewer trainable parameters", "3 MB less training memory"."""
+    name = in_sentence(resource_name(resource))
+    return f"{math.ceil(amount):,} fewer {name}" if resource == "trainable_params" else (
+        f"{quantity(resource, amount)} less {name}"
+    )  # fmt: skip
 
 
 def _as_json(option: Option) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""The configuration that a manifest records, for commands that go on from a manifest without a file of settings."""
+"""What an earlier run left behind: its manifest, the statistics beside it, and the configuration that it records."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -10,6 +11,48 @@ import yaml
 from layerlens.config import RunConfig, parse_run_config
 from layerlens.exceptions import ConfigurationError
 from layerlens.models import Manifest
+from layerlens.storage import joined, local_or_url
+
+MANIFEST, STATISTICS = "manifest.json", "statistics.safetensors"
+MANIFEST_ENDINGS = (".json", ".yaml", ".yml")
+
+
+def manifest_at(place: Path) -> Path:
+    """The manifest that ``place`` names: itself, that of an output directory, or that beside a run's statistics.
+
+    Raises:
+        ConfigurationError: the directory has none.
+    """
+    path, url = local_or_url(place)
+    if url is not None:
+        return place if path.suffix in MANIFEST_ENDINGS else Path(joined(_folder(url), MANIFEST))
+    if not path.is_dir() and path.suffix != ".safetensors":
+        return path
+    folder = path if path.is_dir() else path.parent
+    found = [folder / f"manifest{ending}" for ending in MANIFEST_ENDINGS if (folder / f"manifest{ending}").is_file()]
+    if not found:
+        raise ConfigurationError(f"{folder} has no manifest.json; give a manifest, or the directory that a run wrote")
+    return found[0]
+
+
+def statistics_at(place: Path) -> Path:
+    """The statistics that ``place`` names: itself, or those in an output directory or beside a manifest.
+
+    Raises:
+        ConfigurationError: there are none.
+    """
+    path, url = local_or_url(place)
+    if url is not None:
+        return place if path.suffix == ".safetensors" else Path(joined(_folder(url), STATISTICS))
+    if not path.is_dir() and path.suffix not in MANIFEST_ENDINGS:
+        return path
+    found = (path if path.is_dir() else path.parent) / STATISTICS
+    if not found.is_file():
+        raise ConfigurationError(
+            f"{found}: no such file; `layerlens run` writes it beside its manifest, and what `layerlens optimize` "
+            "writes elsewhere rests on the statistics that it was given"
+        )
+    return found
 
 
 def recorded_settings(manifest: Manifest) -> dict[str, Any]:
@@ -42,3 +85,9 @@ def config_of(manifest: Manifest, overrides: Sequence[str] = (), origin: str = "
         return RunConfig(**settings)
     except ConfigurationError as error:
         raise ConfigurationError(f"the manifest's recorded configuration cannot be used ({error}); give -c") from error
+
+
+def _folder(url: str) -> str:
+    """The folder of a result at a URL: the URL itself, or that of the file that it names."""
+    named = url.endswith((*MANIFEST_ENDINGS, ".safetensors"))
+    return url.rpartition("/")[0] if named else url.rstrip("/")

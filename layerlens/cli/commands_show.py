@@ -1,0 +1,158 @@
+"""``show`` and ``diff``: what a manifest chose, why a layer got its option, and how two choices differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layerlens.cli import output
+from layerlens.cli.errors import guarded
+from layerlens.cli.places import Debug, Json
+
+if TYPE_CHECKING:
+    from layerlens.models import Manifest
+
+UNIFORM = "uniform-lora"
+MORE_LEFT_OUT = 8
+
+Place = Annotated[
+    Path,
+    typer.Argument(metavar="MANIFEST|DIRECTORY", help="A manifest, or the directory with one.", show_default=False),
+]
+
+
+@guarded()
+def show(
+    place: Place,
+    layer: Annotated[
+        str | None,
+        typer.Option("--layer", "-l", help="Explain this layer: its options, the runner-up, what would make it win."),
+    ] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Statistics for --layer; those beside the manifest when not given.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a manifest chose, its use of each budget and its proof; or why one layer got its option."""
+    from layerlens.jobs.recorded import manifest_at
+
+    path = manifest_at(place)
+    if layer is not None:
+        _show_layer(path, layer, statistics or path, json)
+        return
+    from layerlens.manifest import read_document
+
+    manifest, created_at = read_document(path)
+    if json:
+        output.json_result({"manifest": path, "created_at": created_at, **manifest.fields()})
+    else:
+        _show_manifest(manifest, created_at, path)
+
+
+@guarded()
+def diff(
+    first: Annotated[
+        Path, typer.Argument(metavar="FIRST", help="A manifest, or the directory with one.", show_default=False)
+    ],
+    second: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SECOND",
+            help=f"Another; or {UNIFORM}:RANK, or {UNIFORM} for the largest rank that fits the budgets of FIRST.",
+            show_default=False,
+        ),
+    ],
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit with 1 if they differ, as git diff does.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two choices: layers, parameters, FLOPs, memory, latency and score, and what they are of."""
+    from layerlens.jobs.recorded import manifest_at
+    from layerlens.manifest import read_manifest
+    from layerlens.manifest.difference import Difference
+
+    path = manifest_at(first)
+    manifest = read_manifest(path)
+    name, _, rank = str(second).partition(":")
+    other = _uniform(path, manifest, rank) if name == UNIFORM else read_manifest(manifest_at(second))
+    found = Difference.of(manifest, other, (output.short(first), output.short(second)))
+    if json:
+        output.json_result(found.to_dict())
+    else:
+        output.note(str(found))
+    if exit_code and found:
+        raise typer.Exit(1)
+
+
+def _uniform(path: Path, manifest: Manifest, rank: str) -> Manifest:
+    from layerlens.exceptions import ConfigurationError
+    from layerlens.jobs.compared import uniform_manifest
+    from layerlens.jobs.recorded import statistics_at
+    from layerlens.profiling.statistics_file import load_statistics
+
+    if rank and not (rank.isdecimal() and int(rank)):
+        raise ConfigurationError(f"{UNIFORM}:{rank}: the rank must be a whole number above 0, such as {UNIFORM}:8")
+    return uniform_manifest(manifest, *load_statistics(statistics_at(path)), int(rank) if rank else None)
+
+
+def _show_layer(path: Path, layer: str, statistics: Path, json: bool) -> None:
+    from layerlens.jobs.explained import explained, solution_of
+    from layerlens.jobs.recorded import statistics_at
+    from layerlens.manifest import read_manifest
+    from layerlens.profiling.statistics_file import load_statistics
+
+    manifest = read_manifest(path)
+    left_out = manifest.model.left_out or {}
+    if layer in left_out:
+        told = f"{layer} is not offered any option: {left_out[layer]}."
+        output.json_result({"layer": layer, "left_out": left_out[layer]}) if json else output.note(told)
+        return
+    spec, found = load_statistics(statistics_at(statistics))
+    told_of = explained(solution_of(manifest, spec, found), layer)
+    if json:
+        output.json_result(told_of.to_dict())
+    else:
+        output.note(str(told_of))
+
+
+def _show_manifest(manifest: Manifest, created_at: str, path: Path) -> None:
+    from rich.text import Text
+
+    from layerlens.cli.tables import budgets, calibration, certificate, chosen
+
+    console, model = output.console(), manifest.model
+    data = manifest.provenance.statistics or {}
+    facts = [model.name_or_path or "a model that is not named", model.task, model.dtype]
+    facts.append(f"measured on {data['calibration_samples']} samples of {data['source']}" if "source" in data else None)
+    console.print(Text(", ".join(fact for fact in facts if fact)), soft_wrap=True)
+    version = (manifest.provenance.versions or {}).get("layerlens")
+    console.print(Text(f"written {created_at}" + (f" by LayerLens {version}" if version else ""), style="dim"))
+    console.print()
+    for part in (chosen(manifest), budgets(manifest.resources), certificate(manifest), calibration(manifest.predicted)):
+        if part is not None:
+            console.print(part)
+            console.print()
+    for line in _remarks(manifest):
+        output.note(line)
+    layer = next((row.layer for row in manifest.allocations if row.method != "none"), None)
+    if layer is not None:
+        command = output.command("show", output.short(path), "--layer", layer)
+        console.print(Text.assemble("Why a layer got its option: ", (command, "bold")), soft_wrap=True)
+
+
+def _remarks(manifest: Manifest) -> list[str]:
+    """Layers that no method can adapt, and what else the run recorded."""
+    left_out, provenance = manifest.model.left_out or {}, manifest.provenance
+    said = [f"Left out: {layer}: {reason}." for layer, reason in list(left_out.items())[:MORE_LEFT_OUT]]
+    if len(left_out) > MORE_LEFT_OUT:
+        said.append(f"Left out: {len(left_out) - MORE_LEFT_OUT} more layers (--json lists them).")
+    if provenance.memory_mode:
+        said.append(f"Profiled {provenance.memory_mode}: {provenance.memory_mode_why}.")
+    if provenance.proxy_check:
+        said.append(f"Proxy check: {provenance.proxy_check.get('chosen', 'the solver’s choice')} was written.")
+    return said
