@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError, ModelSpecError
 from layerlens.utils.processes import Processes
+
+if TYPE_CHECKING:
+    import torch
 
 
 def placement_arguments(
@@ -20,6 +21,8 @@ def placement_arguments(
     Raises:
         ConfigurationError: accelerate, which places them, is not installed; or a device does not exist.
     """
+    import torch
+
     if device_map is None:
         return {}
     try:
@@ -77,6 +80,8 @@ def offloaded(model: torch.nn.Module) -> bool:
 
 def input_device(model: torch.nn.Module) -> torch.device:
     """Where the model takes its inputs."""
+    import torch
+
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.device.type != "meta":

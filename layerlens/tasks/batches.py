@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
-
-import torch
+from typing import TYPE_CHECKING, Any, overload
 
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.placement import input_device
 from layerlens.integrations.pretrained import PretrainedModel
 
+if TYPE_CHECKING:
+    import torch
+
 MASKS = ("attention_mask", "decoder_attention_mask")
-Inputs = dict[str, torch.Tensor]
+Inputs = dict[str, "torch.Tensor"]
 Features = dict[str, Any]
 """One encoded sample: lists of token ids, an image, or tensors, by the name of the model's argument; and ``labels``."""
 Collate = Callable[[PretrainedModel, Sequence[Features]], tuple[Inputs, Any]]
@@ -108,6 +109,8 @@ class Batches(Sequence[Batch]):
     def __getitem__(self, index: slice) -> Batches: ...
 
     def __getitem__(self, index: int | slice) -> Batch | Batches:
+        import torch
+
         if isinstance(index, slice):
             part = Batches(self.collate, self.pretrained, self.features, batch_size=1)
             part.plan = self.plan[index]
@@ -127,6 +130,8 @@ def _each_tensor(
     Raises:
         ProfilingError: the samples have to change their order, and nobody knows how these targets do.
     """
+    import torch
+
     if isinstance(labels, torch.Tensor):
         return change(labels)
     if hasattr(labels, "each_tensor"):
@@ -152,5 +157,7 @@ def _length(features: Features) -> int:
 
 def _shapes(features: Features) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Names and shapes of a sample that is made of tensors."""
+    import torch
+
     found = [(name, tuple(value.shape)) for name, value in features.items() if isinstance(value, torch.Tensor)]
     return tuple(sorted(found))

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.integrations.pretrained import PretrainedModel
@@ -30,6 +28,8 @@ def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inpu
 
     A token after padding (on the left) is the first of its sample: alone it would be predicted from nothing.
     """
+    import torch
+
     inputs, labels = collate_tokens(pretrained, rows)
     mask = inputs["attention_mask"].bool()
     before = torch.nn.functional.pad(mask[:, :-AHEAD], (AHEAD, 0), value=True)
@@ -50,5 +50,5 @@ TASK = Task(
     class_endings=("LMHeadModel", "DoubleHeadsModel"),
     token_labels=True,
     shift=AHEAD,
-    synthetic_labels=torch.clone,
+    synthetic_labels=lambda ids__bt: ids__bt.clone(),
 )

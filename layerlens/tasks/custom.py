@@ -6,10 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.utils.data import default_collate
+from typing import TYPE_CHECKING, Any
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
@@ -21,6 +18,9 @@ from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.losses import own_loss
 from layerlens.tasks.task import Task
 from layerlens.utils.user_code import REFERENCE, load_function
+
+if TYPE_CHECKING:
+    import torch
 
 FUNCTIONS_ONLY = "data.source: the task custom takes module:function, which returns a data set or batches"
 
@@ -103,6 +103,8 @@ def own_dataset(value: Any, source: str) -> Dataset:
 
 def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:
     """Every sample's inputs as tensors by argument of the model, read once."""
+    import torch
+
     argument = first_argument(pretrained.model)
     found = []
     for number, sample in enumerate(dataset.columns["sample"]):
@@ -117,6 +119,9 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
 
 def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inputs, Any]:
     """Inputs of one shape, those with a point in the model's precision; targets by torch's ``default_collate``."""
+    import torch
+    from torch.utils.data import default_collate
+
     dtype = next(pretrained.model.parameters()).dtype
     stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "labels"}
     inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in stacked.items()}

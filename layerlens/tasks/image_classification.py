@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
@@ -17,6 +16,9 @@ from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.losses import classification_loss
 from layerlens.tasks.metrics import Metrics, Record, finish_classes, joined, record_classes
 from layerlens.tasks.task import Task
+
+if TYPE_CHECKING:
+    import torch
 
 
 def read(table: Table, config: DataConfig) -> Dataset:
@@ -50,6 +52,8 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
 
 def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inputs, torch.Tensor]:
     """Pixels [b, channels, height, width] under the model's own argument, and classes int64 [b]."""
+    import torch
+
     images = pretrained.images
     assert images is not None
     pixels = images.transform([row["image"].open(images.mode) for row in rows])

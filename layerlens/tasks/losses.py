@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ProfilingError
 from layerlens.tasks.batches import Batch
 
-Loss = Callable[[Any, Batch], torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Loss = Callable[[Any, Batch], "torch.Tensor"]
 IGNORED = -100
 """Label of a token that has no loss, as in transformers."""
 
@@ -41,6 +42,8 @@ class BatchLoss:
         Raises:
             ProfilingError: what came back is no number.
         """
+        import torch
+
         loss = self.of_model(model, batch)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             got = f"a tensor {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
@@ -50,6 +53,8 @@ class BatchLoss:
 
 def classification_loss(output: Any, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy of each sample's class; logits [b, classes], labels int64 [b]."""
+    import torch
+
     return torch.nn.functional.cross_entropy(
         logits_of(output), batch.labels, reduction="none", label_smoothing=label_smoothing
     )
@@ -67,6 +72,8 @@ def token_loss(output: Any, batch: Batch, *, label_smoothing: float = 0.0) -> to
     For token classification, masked language models and sequence-to-sequence models. Samples without a labelled token
     have loss 0.
     """
+    import torch
+
     logits__btc = logits_of(output)
     losses__bt = torch.nn.functional.cross_entropy(
         logits__btc.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none",
@@ -77,6 +84,8 @@ def token_loss(output: Any, batch: Batch, *, label_smoothing: float = 0.0) -> to
 
 def causal_loss(output: Any, batch: Batch) -> torch.Tensor:
     """Cross-entropy of each next token, summed over the sample; logits [b, t, vocabulary], labels int64 [b, t]."""
+    import torch
+
     logits__btc, next__bt = logits_of(output)[:, :-1], batch.labels[:, 1:]
     losses__bt = torch.nn.functional.cross_entropy(
         logits__btc.flatten(0, 1), next__bt.flatten(), ignore_index=IGNORED, reduction="none"
@@ -89,6 +98,8 @@ def span_loss(output: Any, batch: Batch) -> torch.Tensor:
 
     No answer begins or ends in padding: the models' own losses count it in, and change with the longest of the batch.
     """
+    import torch
+
     logits__bts = logits_of(output)
     if "attention_mask" in batch.inputs:
         logits__bts = logits__bts.masked_fill(batch.mask[..., None] == 0, float("-inf"))
@@ -104,6 +115,8 @@ def own_loss(function: Callable[[Any, Any], torch.Tensor], name: str) -> Loss:
     """
 
     def loss(output: Any, batch: Batch) -> torch.Tensor:
+        import torch
+
         losses__b = function(output, batch.labels)
         n = len(batch.index)
         if not isinstance(losses__b, torch.Tensor) or losses__b.shape != (n,):
@@ -122,6 +135,8 @@ def logits_of(output: Any) -> torch.Tensor:
 
     Those of an answer's first and last token as [b, t, 2].
     """
+    import torch
+
     if isinstance(output, torch.Tensor):
         logits = output
     elif hasattr(output, "start_logits"):
@@ -133,6 +148,8 @@ def logits_of(output: Any) -> torch.Tensor:
 
 def output_tensors(output: Any) -> list[torch.Tensor]:
     """The logits, or every floating-point tensor of an output without any (a mapping or sequence of tensors)."""
+    import torch
+
     if hasattr(output, "logits") or hasattr(output, "start_logits"):
         return [logits_of(output)]
     if isinstance(output, torch.Tensor):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-import torch
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
@@ -68,5 +67,5 @@ TASK = Task(
     auto_class="AutoModelForMaskedLM",
     class_endings=("WithLMHeadModel",),
     token_labels=True,
-    synthetic_labels=torch.clone,
+    synthetic_labels=lambda ids__bt: ids__bt.clone(),
 )

@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from layerlens.tasks.losses import IGNORED
+
+if TYPE_CHECKING:
+    import torch
 
 TARGETS = "targets"
 """Under this name a batch has the targets that only the task's own loss can read."""
 Record = dict[str, Any]
 Decode = Callable[[Sequence[int]], str]
 """From token ids to text, special tokens left out."""
-Judged = Mapping[str, torch.Tensor]
+Judged = Mapping[str, "torch.Tensor"]
 """The batch that the model was given, its targets included."""
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 import yaml
 
 from layerlens.config import DataConfig
@@ -24,6 +23,9 @@ from layerlens.tasks.metrics import TARGETS, Decode, Judged, Metrics, Record, me
 from layerlens.tasks.task import Task
 from layerlens.utils.places import check_readable
 from layerlens.utils.user_code import REFERENCE
+
+if TYPE_CHECKING:
+    import torch
 
 Objects = tuple[tuple[str, float, float, float, float], ...]
 """Of one image: class name, and x1, y1, x2, y2 in shares of its width and height."""

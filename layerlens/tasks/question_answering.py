@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
@@ -72,6 +71,8 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
 
 def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inputs, Any]:
     """Padding to the longest of the batch; labels [b, 2], moved by what is padded on the left."""
+    import torch
+
     inputs = padded_inputs(pretrained, rows)
     labels = torch.tensor([row["labels"] for row in rows])
     if pretrained.tokenizer.padding_side == "left":

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
@@ -54,12 +53,12 @@ TASK = Task(
     inputs="text",
     read=read,
     encode=encode_labelled,
-    collate=collate_labelled(torch.float32),
+    collate=collate_labelled("float32"),
     loss=regression_loss,
     metrics=Metrics(record, finish, ("pearson",), lower=("mse", "mae")),
     auto_class="AutoModelForSequenceClassification",
     new_head=True,
     head_config={"num_labels": 1, "problem_type": "regression"},
     peft_type="SEQ_CLS",
-    synthetic_labels=lambda ids__bt: torch.zeros(len(ids__bt)),
+    synthetic_labels=lambda ids__bt: ids__bt.new_zeros(len(ids__bt)).float(),
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.table import LABELS, Table
@@ -28,12 +26,12 @@ TASK = Task(
     read=read,
     of_classes=lambda dataset: dataset,
     encode=encode_labelled,
-    collate=collate_labelled(torch.int64),
+    collate=collate_labelled("int64"),
     loss=classification_loss,
     metrics=Metrics(record_classes, finish_classes, ("accuracy",)),
     auto_class="AutoModelForSequenceClassification",
     new_head=True,
     classes=True,
     peft_type="SEQ_CLS",
-    synthetic_labels=lambda ids__bt: torch.zeros(len(ids__bt), dtype=torch.long),
+    synthetic_labels=lambda ids__bt: ids__bt.new_zeros(len(ids__bt)),
 )

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from layerlens.config import DataConfig, ModelConfig
 from layerlens.data.dataset import Dataset
@@ -23,6 +21,9 @@ from layerlens.tasks.batches import Batches, Collate, Features
 from layerlens.tasks.losses import Loss, own_loss
 from layerlens.tasks.metrics import LOSS_ONLY, Metrics
 from layerlens.utils.user_code import load_function
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
@@ -15,6 +13,9 @@ from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Collate, Features, Inputs
 from layerlens.tasks.losses import IGNORED
+
+if TYPE_CHECKING:
+    import torch
 
 
 def read_plain_texts(table: Table, config: DataConfig) -> Dataset:
@@ -33,11 +34,14 @@ def encode_labelled(pretrained: PretrainedModel, dataset: Dataset, config: DataC
     return [one | {"labels": label} for one, label in zip(encoded, dataset.labels, strict=True)]
 
 
-def collate_labelled(label_dtype: torch.dtype) -> Collate:
+def collate_labelled(label_dtype: str) -> Collate:
     """Padding to the longest of the batch; one label, or a fixed number, for each sample."""
 
     def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inputs, Any]:
-        return padded_inputs(pretrained, rows), torch.tensor([row["labels"] for row in rows], dtype=label_dtype)
+        import torch
+
+        labels = torch.tensor([row["labels"] for row in rows], dtype=getattr(torch, label_dtype))
+        return padded_inputs(pretrained, rows), labels
 
     return collate
 
@@ -50,6 +54,8 @@ def collate_tokens(pretrained: PretrainedModel, rows: Sequence[Features]) -> tup
 
 def padded_inputs(pretrained: PretrainedModel, rows: Sequence[Features]) -> Inputs:
     """What the tokenizer made of the rows, padded to the longest, with an attention mask."""
+    import torch
+
     tokenizer = pretrained.tokenizer
     names = [name for name in rows[0] if name != "labels"]
     inputs: Inputs = dict(
@@ -61,6 +67,8 @@ def padded_inputs(pretrained: PretrainedModel, rows: Sequence[Features]) -> Inpu
 
 def padded_labels(rows: Sequence[Features], width: int, side: str) -> torch.Tensor:
     """int64 [b, width], no loss where there is padding."""
+    import torch
+
     labels = torch.full((len(rows), width), IGNORED)
     for row, features in enumerate(rows):
         of_sample = torch.tensor(features["labels"])

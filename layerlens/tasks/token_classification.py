@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
@@ -116,5 +115,5 @@ TASK = Task(
     classes=True,
     peft_type="TOKEN_CLS",
     token_labels=True,
-    synthetic_labels=torch.zeros_like,
+    synthetic_labels=lambda ids__bt: ids__bt.new_zeros(ids__bt.shape),
 )
