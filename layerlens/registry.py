@@ -215,6 +215,7 @@ SOURCES: Registry[Any] = Registry(
         "timm": "layerlens.sources.timm:SOURCE",
         "ultralytics": "layerlens.sources.ultralytics:SOURCE",
         "factory": "layerlens.sources.factory:SOURCE",
+        "object": "layerlens.sources.in_memory:SOURCE",
     },
 )
 """Where a model can come from, by the prefix of its references; an entry is a ``layerlens.sources.ModelSource``."""

@@ -100,7 +100,7 @@ def read_saved_dataset(path: Path) -> Rows:
                 f"directory of one, such as {path / next(iter(loaded))}"
             )
         loaded = loaded[DEFAULT_SPLIT]
-    return _rows_of(loaded)
+    return dataset_rows(loaded)
 
 
 def read_hub_dataset(name: str) -> Rows:
@@ -112,13 +112,13 @@ def read_hub_dataset(name: str) -> Rows:
     dataset, _, split = name.partition(":")
     library = _datasets_library(f"hf:{name}")
     try:
-        return _rows_of(library.load_dataset(dataset, split=split or DEFAULT_SPLIT))
+        return dataset_rows(library.load_dataset(dataset, split=split or DEFAULT_SPLIT))
     except (OSError, ValueError, RuntimeError) as error:  # the library's own errors derive from these
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataNotFoundError(f"data.source: cannot load hf:{name}: {first_line}") from error
 
 
-def _rows_of(dataset: Any) -> Rows:
+def dataset_rows(dataset: Any) -> Rows:
     """Rows with the names of classes, single ones or lists of them, in place of their numbers; images encoded."""
     from datasets import Image
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerlens.config.compatibility import refuse_streaming
 from layerlens.data import Dataset, load_dataset
@@ -27,6 +28,9 @@ from layerlens.models import ModelSpec
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.sources import load_pretrained
 from layerlens.tasks import Batches, Task, make_batches, task_for
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +56,7 @@ class Loaded:
         task: what it is measured for.
         request: what is measured.
         new_head: whether the task head that the model lacks is fitted already.
+        example: what the model takes, without targets, where the inputs of a batch are something else.
     """
 
     pretrained: PretrainedModel
@@ -65,6 +70,7 @@ class Loaded:
     task: Task
     request: StatisticsRequest
     new_head: NewHead = field(default_factory=NewHead)
+    example: Mapping[str, torch.Tensor] | None = None
 
     def batches_of(self, job: Job, samples: Dataset, batch_size: int | None = None) -> Batches:
         """Samples as batches, of ``data.batch_size`` unless given."""

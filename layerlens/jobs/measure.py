@@ -144,8 +144,9 @@ def _measure(job: Job, loaded: Loaded, key: str) -> ModelStatistics | None:
     checkpointed = loaded.plan.mode == CHECKPOINTED
     with checkpointed_activations(pretrained.model) if checkpointed else nullcontext():
         return measure_share(
-            pretrained.model, loaded.spec, loaded.batches, saved=saved, processes=job.processes, **settings
-        )
+            pretrained.model, loaded.spec, loaded.batches, saved=saved, processes=job.processes,
+            example=loaded.example, **settings,
+        )  # fmt: skip
 
 
 def fit_new_head(job: Job, loaded: Loaded, streams: Path | None = None) -> None:

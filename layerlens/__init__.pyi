@@ -1,0 +1,11 @@
+"""The public names with their types; ``__init__.py`` imports each when it is first asked for."""
+
+from layerlens.library.api import choose as choose
+from layerlens.library.api import load as load
+from layerlens.library.api import plan as plan
+from layerlens.library.api import profile as profile
+from layerlens.library.plan import Plan as Plan
+from layerlens.library.plan import Profile as Profile
+
+__version__: str
+__all__ = ["Plan", "Profile", "__version__", "choose", "load", "plan", "profile"]

@@ -1,0 +1,169 @@
+"""The verbs of the library, on the model, data and trainer that a program already has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from layerlens.config import RunConfig
+from layerlens.exceptions import ManifestError
+from layerlens.jobs.choose import choose as choose_stage
+from layerlens.jobs.choose import compare, solve_stage, train_jointly, train_proxies
+from layerlens.jobs.inputs import data_facts
+from layerlens.jobs.job import Job, Warnings
+from layerlens.jobs.measure import fit_new_head, measure
+from layerlens.jobs.result import STATISTICS_FILE
+from layerlens.jobs.solve import make_manifest, run_provenance
+from layerlens.library.plan import Plan, Profile, weak
+from layerlens.library.session import Objects, opened
+from layerlens.library.settings import with_settings
+from layerlens.manifest import read_manifest
+from layerlens.models import ModelFacts
+from layerlens.profiling.statistics_file import load_statistics
+from layerlens.tuning.initialization import measured_factors, read_factors
+from layerlens.utils.progress import Progress, silent
+
+MANIFEST_FILE = "manifest.json"
+
+
+def plan(
+    model: Any,
+    data: Any = None,
+    *,
+    task: str | None = None,
+    loss: Callable[..., Any] | None = None,
+    tokenizer: Any = None,
+    collator: Callable[[list[Any]], Any] | None = None,
+    new_head: bool | Sequence[str] | None = None,
+    progress: Progress = silent,
+    **settings: Any,
+) -> Plan:
+    """Measure a model on a little data and choose, within budgets, what to adapt; the objects are left as they were.
+
+    Args:
+        model: a ``torch.nn.Module`` (of transformers, timm, your own), a trainer with its own data and loss
+            (``transformers.Trainer``, TRL's, sentence-transformers'), or the directory or name of a model.
+        data: a DataLoader, a list or generator of batches, a ``datasets.Dataset``, rows, a map-style data set, or a
+            file's path. Batches are mappings of the model's arguments with the targets under ``labels``, or (inputs,
+            targets). None with a trainer.
+        task: what the model is tuned for; by default what its class has a head for.
+        loss: (output, targets) -> the loss of each sample, [batch], or one number, which is then measured by batches.
+        tokenizer: makes inputs of rows with texts; for images the image processor or a transform.
+        collator: from a list of samples to a batch.
+        new_head: whether the task head is untrained, or names of its modules; found out when None. A new head is fitted
+            while measuring, and is in ``modules_to_save``.
+        progress: told of the long steps.
+        settings: budgets (``max_trainable_params="1M"``, ``max_vram_gb=24``, ``max_flops``, ``max_latency_ms``),
+            ``methods`` (by default LoRA alone, which every trainer and serving engine can use), ``lora_ranks``,
+            ``calibration_samples``, ``max_length``, ``utility_model``, ``seed``, ``threads``, and every other key of
+            the configuration by its name.
+
+    Returns:
+        the plan.
+
+    Raises:
+        LayerLensError: with one line that says what to do: no budget, no layer that can be adapted, no loss or one
+            without a gradient, budgets that allow nothing.
+
+    >>> plan = layerlens.plan(model, loader, max_trainable_params="300k")        # doctest: +SKIP
+    >>> peft_model = get_peft_model(model, plan.lora_config())                   # doctest: +SKIP
+    """
+    objects = Objects(model, data, task, loss, tokenizer, collator, new_head)
+    with opened(objects, settings, budget_needed=True, progress=progress) as (job, loaded):
+        measured = measure(job, loaded)
+        assert measured is not None
+        measured, trainings = train_proxies(job, loaded, measured)
+        decision = choose_stage(job, loaded, measured)
+        decision = compare(job, loaded, measured, decision)
+        decision = train_jointly(job, loaded, measured, decision, trainings)
+        factors = measured_factors(
+            loaded.pretrained.model, decision.manifest.choice, loaded.batches, loaded.task.loss,
+            lambda: fit_new_head(job, loaded),
+        )  # fmt: skip
+        notes = tuple(job.warnings.lines)
+        found = Profile(measured.spec, measured.statistics, measured.model, job.config, notes)
+        kept = weak(loaded.pretrained.model) if not isinstance(model, (str, Path)) else None
+    return Plan(decision.manifest, found, notes, factors, decision.solution, kept)
+
+
+def profile(
+    model: Any,
+    data: Any = None,
+    *,
+    task: str | None = None,
+    loss: Callable[..., Any] | None = None,
+    tokenizer: Any = None,
+    collator: Callable[[list[Any]], Any] | None = None,
+    new_head: bool | Sequence[str] | None = None,
+    progress: Progress = silent,
+    **settings: Any,
+) -> Profile:
+    """Measure a model on a little data, once for any number of choices; arguments as of ``plan``, without budgets.
+
+    >>> statistics = layerlens.profile(model, loader)                            # doctest: +SKIP
+    >>> plans = [layerlens.choose(statistics, max_vram_gb=gb) for gb in (12, 24)]  # doctest: +SKIP
+    """
+    objects = Objects(model, data, task, loss, tokenizer, collator, new_head)
+    with opened(objects, settings, budget_needed=False, progress=progress) as (job, loaded):
+        measured = measure(job, loaded)
+        assert measured is not None
+        return Profile(measured.spec, measured.statistics, measured.model, job.config, tuple(job.warnings.lines))
+
+
+def choose(statistics: Profile | str | Path, model: Any = None, **settings: Any) -> Plan:
+    """Choose within budgets from what was measured, certified as ``plan`` does; the model is not needed.
+
+    Args:
+        statistics: what ``profile`` gave; or a statistics file, or a directory with one, of an earlier run.
+        model: the base model, where the plan is to be applied, saved, or made a LoraConfig without naming it again.
+        settings: budgets, methods and other keys of the section optimization, by their names; ``utility_model``,
+            ``seed`` and ``threads``.
+
+    Raises:
+        InfeasibleError: the budgets allow nothing; the message has the smallest that would do.
+        ConfigurationError: no budget, an unknown argument, or one that is said when measuring.
+        ActivationCacheError: the file cannot be used.
+    """
+    found = statistics if isinstance(statistics, Profile) else _profile_of(Path(statistics))
+    config = with_settings(found.config, settings)
+    job = Job(config, Path.cwd(), Path(), warnings=Warnings(), threads=max(1, config.runtime.threads))
+    solution = solve_stage(job, found.spec, found.statistics)
+    provenance = run_provenance(config, job.threads, data_facts(found.statistics))
+    manifest = make_manifest(found.spec, solution, config.optimization, model=found.model, provenance=provenance)
+    notes = (*found.notes, *job.warnings.lines)
+    return Plan(manifest, replace(found, config=config), notes, None, solution, weak(model))
+
+
+def load(directory: str | Path) -> Plan:
+    """The plan that ``plan.save`` or ``layerlens run`` wrote.
+
+    Args:
+        directory: the directory, or its manifest.json.
+
+    Raises:
+        ManifestError: there is no manifest, or it cannot be read.
+    """
+    path = Path(directory).expanduser()
+    file = path / MANIFEST_FILE if path.is_dir() else path
+    manifest = read_manifest(file)
+    statistics = file.parent / STATISTICS_FILE
+    found = _profile_of(statistics, manifest.provenance.config) if statistics.is_file() else None
+    factors = read_factors(file.parent / "peft", manifest) if manifest.lora.is_measured else None
+    return Plan(manifest, found, (), factors)
+
+
+def _profile_of(path: Path, recorded: Any = None) -> Profile:
+    """What a statistics file holds, with the configuration of the manifest beside it."""
+    file = path / STATISTICS_FILE if path.is_dir() else path
+    spec, statistics = load_statistics(file)
+    if recorded is None:
+        beside = file.parent / MANIFEST_FILE
+        if not beside.is_file():
+            raise ManifestError(
+                f"{beside}: is not there; the configuration that these statistics were made with is in it"
+            )
+        recorded = read_manifest(beside).provenance.config
+    facts = ModelFacts.of(statistics.provenance.get("model", {}))
+    return Profile(spec, statistics, facts, RunConfig.model_validate(recorded))

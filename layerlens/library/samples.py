@@ -1,0 +1,226 @@
+"""A little of a user's data, in any of the forms that a program has it: rows for a task, or batches as they are."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from layerlens.exceptions import DataError
+from layerlens.library.untouched import loader_kept
+
+TOKENS = "input_ids"
+FEWEST_BATCHES = 8
+"""Batches that a loss of whole batches is measured on, where there are so many."""
+Wanted = Callable[[int | None, Any], int]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What was taken of the data.
+
+    Args:
+        rows: mappings of column to value, all that there are; None where there are batches.
+        batches: as the data loader or collator gives them.
+        more: as many batches again, for a new head to be fitted on; none where the data has no more.
+        n_samples: of all the data; None where nobody knows.
+        said: what the data is, for the user.
+        notes: what the user should know.
+    """
+
+    said: str
+    rows: list[dict[str, Any]] | None = None
+    batches: list[Any] = field(default_factory=list)
+    more: list[Any] = field(default_factory=list)
+    n_samples: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def take(
+    data: Any, *, wanted: Wanted, spare: int, batch_size: int, tokenizer: Any = None,
+    collator: Callable[[list[Any]], Any] | None = None, seed: int = 0,
+) -> Taken:  # fmt: skip
+    """Rows, or as many batches as are wanted.
+
+    Args:
+        data: a data loader, list, tuple, iterator or generator of batches; a `datasets.Dataset`, DataFrame or list of
+            rows; a map-style data set of torch.
+        wanted: from the number of samples that there are (None: unknown) and the first batch to the number that is
+            measured.
+        spare: samples beyond those for a new head; 0 where there is none.
+        batch_size: where the data does not come in batches.
+        tokenizer: pads samples that are tokens already, where no collator is given.
+        collator: from a list of samples to a batch.
+        seed: which samples of a map-style data set.
+
+    Raises:
+        DataError: it is empty, exhausted, or of another kind.
+    """
+    kind = type(data).__name__
+    if hasattr(data, "to_dict") and hasattr(data, "columns") and hasattr(data, "iloc"):  # pandas
+        data = data.to_dict("records")
+    if type(data).__module__.partition(".")[0] == "datasets" and isinstance(data, Mapping):
+        raise DataError(f"data: is a {kind} with the splits {', '.join(data)}; give one of them, such as data['train']")
+    if isinstance(data, Mapping) or hasattr(data, "keys"):
+        data = [data] if any(isinstance(value, torch.Tensor) for value in dict(data).values()) else _as_rows(data)
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise DataError(
+            f"data: must be a DataLoader, a datasets.Dataset, rows, a list of batches or a trainer, got {kind}"
+        )
+    if _is_loader(data) or (isinstance(data, Iterator) or not hasattr(data, "__getitem__")):
+        return _from_iterable(data, kind, wanted, spare)
+    return _from_indexed(data, kind, wanted, spare, batch_size, tokenizer, collator, seed)
+
+
+def _is_loader(data: Any) -> bool:
+    return hasattr(data, "dataset") and hasattr(data, "batch_size") and hasattr(data, "__iter__")
+
+
+def _as_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    names = list(columns)
+    lengths = {len(columns[name]) for name in names}
+    if len(lengths) != 1:
+        raise DataError(f"data: the columns {', '.join(names)} have different lengths: {sorted(lengths)}")
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _from_iterable(data: Any, kind: str, wanted: Wanted, spare: int) -> Taken:
+    """From what gives batches one after the other."""
+    total = _length(getattr(data, "dataset", None))
+    once = isinstance(data, Iterator)
+    stream = iter(data)
+    with loader_kept(data) if _is_loader(data) else nullcontext():
+        first = next(stream, None)
+        if first is None:
+            reason = "the iterator is exhausted; make it anew, or give a list" if once else "it has no batches"
+            raise DataError(f"data: {reason}")
+        if isinstance(first, str) or _is_row(first):
+            raise DataError(f"data: this {kind} gives single rows, not batches; give them as a list, or a data set")
+        batches, n, ended = _batches(itertools.chain([first], stream), wanted(total, first))
+        more, _, _ = ([], 0, True) if ended or not spare else _batches(stream, spare)
+    notes = []
+    if once:
+        notes.append(
+            f"data: a {kind} cannot be rewound: {len(batches) + len(more)} batches have been taken from it and are "
+            "gone for whatever uses it next"
+        )
+    of = "" if total is None else f" of {total}"
+    return Taken(f"{n}{of} samples in {len(batches)} batches of a {kind}", None, batches, more, total, tuple(notes))
+
+
+def _from_indexed(
+    data: Any, kind: str, wanted: Wanted, spare: int, batch_size: int, tokenizer: Any,
+    collator: Callable[[list[Any]], Any] | None, seed: int,
+) -> Taken:  # fmt: skip
+    """From samples with numbers, or a list of batches."""
+    total = _length(data)
+    if not total:
+        raise DataError(f"data: this {kind} has no samples")
+    first = data[0]
+    if collator is None and not _is_row(first) and isinstance(data, (list, tuple)):  # of batches
+        return _from_iterable(_Listed(data), kind, wanted, spare)
+    if collator is None and _is_row(first):
+        if TOKENS not in first:
+            return Taken(f"{total} rows of a {kind}", rows=rows_of(data), n_samples=total)
+        collator = padding_collator(tokenizer, first)
+    order = random.Random(seed).sample(range(total), total)
+    collate = collator or torch.utils.data.default_collate
+    n = min(total, wanted(total, _collated(data, order[:batch_size], batch_size, collate)[0]))
+    batches = _collated(data, order[:n], batch_size, collate)
+    more = _collated(data, order[n : n + spare], batch_size, collate)
+    return Taken(f"{n} of {total} samples of a {kind}", None, batches, more, total)
+
+
+class _Listed:
+    """A list of batches as something to go through."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+def rows_of(data: Any) -> list[dict[str, Any]]:
+    """All rows, with the names of classes in place of their numbers where the data set knows them."""
+    from layerlens.data.readers import dataset_rows
+
+    if hasattr(data, "features") and hasattr(data, "cast_column"):
+        return dataset_rows(data)
+    return [dict(row) for row in data]
+
+
+def padding_collator(tokenizer: Any, first: Mapping[str, Any]) -> Callable[[list[Any]], Any]:
+    """What transformers' own trainer pads such samples with.
+
+    Raises:
+        DataError: there is no tokenizer to pad with.
+    """
+    if tokenizer is None:
+        raise DataError("data: the samples are tokens already; give tokenizer= (to pad them) or collator=")
+    from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+    target = first.get("labels", first.get("label"))
+    if target is None:
+        return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    padded = isinstance(target, (list, tuple)) or getattr(target, "ndim", 0) == 1
+    collate = DataCollatorForSeq2Seq(tokenizer) if padded else DataCollatorWithPadding(tokenizer)
+    return lambda samples: collate([_numbers(sample) for sample in samples])
+
+
+def _numbers(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample without its texts, which no collator makes a tensor of."""
+    texts = (str, bytes)
+    return {
+        name: value
+        for name, value in sample.items()
+        if value is not None and not isinstance(value, texts)
+        and not (isinstance(value, (list, tuple)) and value and isinstance(value[0], texts))
+    }  # fmt: skip
+
+
+def _is_row(sample: Any) -> bool:
+    """Whether this is one sample by columns, and not a batch."""
+    return isinstance(sample, Mapping) and not any(isinstance(value, torch.Tensor) for value in sample.values())
+
+
+def _batches(stream: Iterable[Any], wanted: int) -> tuple[list[Any], int, bool]:
+    """Batches with at least ``wanted`` samples together, how many, and whether there are no more."""
+    found: list[Any] = []
+    n = 0
+    for batch in stream:
+        found.append(batch)
+        n += size_of(batch)
+        if n >= wanted:
+            return found, n, False
+    return found, n, True
+
+
+def size_of(batch: Any) -> int:
+    """Samples of a batch: the length of its first tensor."""
+    if isinstance(batch, torch.Tensor):
+        return len(batch) if batch.dim() else 1
+    values = batch.values() if hasattr(batch, "values") else batch if isinstance(batch, (list, tuple)) else ()
+    return next((size_of(value) for value in values if isinstance(value, (torch.Tensor, Mapping, list, tuple))), 1)
+
+
+def _collated(data: Any, indices: list[int], batch_size: int, collate: Callable[[list[Any]], Any]) -> list[Any]:
+    parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    try:
+        return [collate([data[index] for index in part]) for part in parts]
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
+        raise DataError(
+            f"data: its samples do not make a batch ({type(error).__name__}: {error}); give collator="
+        ) from error
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:
+        return None

@@ -1,0 +1,370 @@
+"""A job on a program's own objects: model and data as the stages of a job take them, and the objects untouched."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerlens.config import DataConfig, RunConfig
+from layerlens.data import Dataset, load_dataset
+from layerlens.data.table import Table
+from layerlens.exceptions import ConfigurationError, DataError
+from layerlens.integrations.layers import model_spec
+from layerlens.integrations.placement import input_device
+from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for
+from layerlens.integrations.torch_modules import in_evaluation_mode
+from layerlens.integrations.transformers import longest_sequence
+from layerlens.jobs.inputs import calibration_samples, check_model, split_samples, statistics_request
+from layerlens.jobs.job import Job, Warn, Warnings, unheard
+from layerlens.jobs.load import Loaded, load
+from layerlens.jobs.memory_mode import PLAIN, MemoryPlan
+from layerlens.library import given, samples
+from layerlens.library.labels import in_order_of_outputs
+from layerlens.library.new_head import new_head_of
+from layerlens.library.settings import by_section, configuration
+from layerlens.library.untouched import random_states_kept, untouched
+from layerlens.models import ModelSpec
+from layerlens.profiling.head import fit_head
+from layerlens.registry import TASKS
+from layerlens.sources.factory import first_argument
+from layerlens.tasks import Batch, Batches, Task, make_batches
+from layerlens.tasks.losses import BatchLoss, own_loss
+from layerlens.utils.progress import Progress, silent
+from layerlens.utils.threads import set_threads
+
+IN_MEMORY = MemoryPlan(PLAIN, "the model was given in memory", {})
+UNKNOWN_SIZE = 2**31
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What a program gives.
+
+    Args:
+        model: a module, or a model's directory or name.
+        data: see ``samples.take``; a file's path or a name too.
+        task: what the model is tuned for; guessed when None.
+        loss: (output, targets) -> the loss of each sample, or one for the batch.
+        tokenizer: tokenizer, or image processor or transform.
+        collator: from a list of samples to a batch.
+        new_head: see ``new_head_of``.
+        trainer_loss: (model, batch of a trainer) -> its loss, where ``data`` is a list of a trainer's batches.
+        notes: what is known already that the user should know.
+    """
+
+    model: Any
+    data: Any = None
+    task: str | None = None
+    loss: Callable[..., Any] | None = None
+    tokenizer: Any = None
+    collator: Callable[[list[Any]], Any] | None = None
+    new_head: bool | Sequence[str] | None = None
+    trainer_loss: Callable[[torch.nn.Module, Any], torch.Tensor] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadedObjects(Loaded):
+    """What a program gave, ready to be measured.
+
+    Args:
+        head_batches: for a new head, of data that came as batches.
+        head_loss: of each sample, to fit it with; None where there is none.
+        of_batches: whether the data came as batches, so that there are no samples to make others of.
+        notes: what the user should know.
+    """
+
+    head_batches: tuple[Batch, ...] = ()
+    head_loss: Any = None
+    of_batches: bool = False
+    notes: tuple[str, ...] = ()
+
+    def batches_of(self, job: Job, samples: Dataset, batch_size: int | None = None) -> Batches:
+        """See ``Loaded``; refused where the data came as batches."""
+        if self.of_batches:
+            raise ConfigurationError(
+                "profiling.proxies and optimization.proxy_check train on samples that nothing else is measured on, and "
+                "the data came as batches; give rows with a tokenizer, or leave them out"
+            )
+        return super().batches_of(job, samples, batch_size)
+
+
+@contextmanager
+def opened(
+    objects: Objects, settings: Mapping[str, Any], *, budget_needed: bool, progress: Progress = silent,
+    warn: Warn = unheard,
+) -> Iterator[tuple[Job, Loaded]]:  # fmt: skip
+    """The job and what it measures; afterwards the program's objects are as they were.
+
+    Raises:
+        LayerLensError: with one line that says what to do.
+    """
+    threads = by_section(settings).get("runtime", {}).get("threads") or torch.get_num_threads()
+    warnings = Warnings(warn)
+    if isinstance(objects.model, (str, Path)):
+        with random_states_kept():
+            config = _config_by_name(objects, settings, budget_needed)
+            job = Job(config, Path.cwd(), Path(), progress, warnings, threads=threads)
+            yield job, load(job)
+        return
+    model = given.bare_model(objects.model)
+    new, why_new = new_head_of(model, objects.new_head)
+    with untouched(model, new):
+        set_threads(threads)
+        model.requires_grad_(False)
+        with in_evaluation_mode(model):
+            config, loaded = _loaded(objects, model, new, settings, budget_needed, warnings)
+            job = Job(config, Path.cwd(), Path(), progress, warnings, threads=threads, device=input_device(model))
+            if new:
+                warnings.add(f"new head: {', '.join(new)}: {why_new}; it is trained too, and saved with the adapter")
+            if new and loaded.head_loss is not None and loaded.head_batches:
+                fit_head(model, new, loaded.head_batches, progress, loaded.head_loss)
+                loaded.new_head.fitted = True
+            elif new and loaded.of_batches:
+                loaded.new_head.fitted = True  # there is nothing to fit it on
+                warnings.add(
+                    "new head: it stays as it was initialised while measuring, since no data is left to fit it"
+                )
+            for note in loaded.notes:
+                warnings.add(note)
+            yield job, loaded
+
+
+def _config_by_name(objects: Objects, settings: Mapping[str, Any], budget_needed: bool) -> RunConfig:
+    if not isinstance(objects.data, (str, Path)):
+        raise ConfigurationError(
+            "data: a model that is named is loaded by LayerLens, which then reads the data too; give a file's path or "
+            "a data set's name, or load the model yourself and give it"
+        )
+    model = {"name_or_path": str(objects.model)} | ({"task": objects.task} if objects.task else {})
+    return configuration(settings, model=model, data={"source": str(objects.data)}, budget_needed=budget_needed)
+
+
+def _loaded(
+    objects: Objects, model: torch.nn.Module, new: tuple[str, ...], settings: Mapping[str, Any], budget_needed: bool,
+    warnings: Warnings,
+) -> tuple[RunConfig, LoadedObjects]:  # fmt: skip
+    task, said = given.task_of_model(model, objects.task)
+
+    def config_with(data: Mapping[str, Any], kind: Task | None = task) -> RunConfig:
+        own = {"loss": _function_name(objects.loss)} if kind is None or kind.name == given.CUSTOM else {}
+        facts = {"name_or_path": given.reference_of(model), "task": given.CUSTOM if kind is None else kind.name, **own}
+        facts |= {"dtype": given.dtype_of(model)}
+        return configuration(settings, model=facts, data=data, budget_needed=budget_needed)
+
+    source = objects.data if isinstance(objects.data, (str, Path)) else f"object:{type(objects.data).__name__}"
+    config = config_with({"source": str(source)})
+    pretrained = _pretrained(objects, model, new)
+    if isinstance(objects.data, (str, Path)):
+        kind = _needed(task, model)
+        dataset = load_dataset(config.data, Path.cwd(), kind.name)
+        return _of_rows(objects, config_with, pretrained, kind, said, dataset, warnings)
+    loss: list[given.GivenLoss] = []
+
+    def wanted(total: int | None, first: Any) -> int:
+        batch = given.as_batch(model, first, 0, input_device(model))
+        loss.append(_loss(objects, model, batch, first, task, said))
+        n = calibration_samples(config, total if total is not None else UNKNOWN_SIZE)
+        return max(n, samples.FEWEST_BATCHES * samples.size_of(first)) if loss[0].by_batches else n
+
+    taken = samples.take(
+        objects.data, wanted=wanted, spare=config.model.head_fit_samples if new else 0,
+        batch_size=config.data.batch_size, tokenizer=pretrained.tokenizer, collator=objects.collator,
+        seed=config.runtime.seed,
+    )  # fmt: skip
+    if taken.rows is not None:
+        kind = _needed(task, model)
+        dataset = replace(kind.read(Table(taken.rows, source), config.data), description=taken.said)
+        return _of_rows(objects, config_with, pretrained, kind, said, dataset, warnings)
+    return _of_batches(objects, config_with, pretrained, task, said, taken, loss[0])
+
+
+def _needed(task: Task | None, model: torch.nn.Module) -> Task:
+    if task is None:
+        raise ConfigurationError(
+            f"task: cannot be told from the class {type(model).__name__}; give task=, one of {', '.join(TASKS)}, or "
+            "batches with a loss"
+        )
+    return task
+
+
+def _of_rows(
+    objects: Objects, config_with: Callable[..., RunConfig], pretrained: PretrainedModel, task: Task, said: str,
+    dataset: Dataset, warnings: Warnings,
+) -> tuple[RunConfig, LoadedObjects]:  # fmt: skip
+    """As ``layerlens run`` does with the rows of a file."""
+    config = config_with({"source": f"object:{type(objects.data).__name__}", **_length_limit(pretrained)}, task)
+    if task.inputs in ("text", "words") and pretrained.tokenizer is None:
+        raise DataError(f"tokenizer: is needed to make the model's inputs of the {task.inputs} in these rows")
+    if task.inputs == "image" and pretrained.images is None:
+        raise DataError("tokenizer: give the model's image processor, or a transform from an image to a tensor")
+    check_model(pretrained, config)
+    if task.classes:
+        dataset = in_order_of_outputs(dataset, pretrained.model)
+        pretrained = replace(pretrained, labels=dataset.label_names)
+    if objects.loss is not None:
+        task = replace(task, loss=own_loss(objects.loss, _function_name(objects.loss)))
+    calibration, head_data, held_out = split_samples(dataset, config, warnings)
+    if not pretrained.new_parameters:
+        head_data = head_data.select([])
+    batches = make_batches(
+        task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed
+    )
+    notes = (
+        *objects.notes,
+        f"task: {task.name} ({said})",
+        f"data: {len(calibration)} of {len(dataset)} samples measured",
+    )
+    return config, LoadedObjects(
+        pretrained, dataset, calibration, head_data, held_out, batches, _spec(pretrained, config, batches[0].inputs),
+        IN_MEMORY, task, statistics_request(config), notes=notes,
+    )  # fmt: skip
+
+
+def _of_batches(
+    objects: Objects, config_with: Callable[..., RunConfig], pretrained: PretrainedModel, task: Task | None, said: str,
+    taken: samples.Taken, loss: given.GivenLoss,
+) -> tuple[RunConfig, LoadedObjects]:  # fmt: skip
+    """Batches as the data loader, collator or trainer made them."""
+    model, device = pretrained.model, input_device(pretrained.model)
+    dropped: dict[str, None] = {}
+    batches, head_batches = (_converted(model, raw, device, dropped) for raw in (taken.batches, taken.more))
+    digest = _digest(batches)
+    known = task if task is not None else TASKS[given.CUSTOM]
+    if objects.trainer_loss is not None:
+        batches = [replace(one, inputs=raw) for one, raw in zip(batches, taken.batches, strict=True)]
+    n = len(batches) if loss.by_batches else sum(len(one.index) for one in batches)
+    first = given.in_units(batches)[0] if loss.by_batches else batches[0]
+    run = (lambda: loss.loss.of_model(model, first)) if isinstance(loss.loss, BatchLoss) else None
+    example = given.example_of(model, run) if run else first.inputs
+    length = {"max_length": max(2, example["input_ids"].shape[-1])} if "input_ids" in example else {}
+    config = config_with({"source": f"object:{type(objects.data).__name__}", **length}, task)
+    spec = _spec(pretrained, config, example)
+    names = tuple(getattr(getattr(model, "config", None), "id2label", None) or {}) if known.classes else ()
+    labels = tuple(str(model.config.id2label[name]) for name in names)
+    calibration = Batched({}, (None,) * n, labels, taken.said, digest)
+    notes = [*objects.notes, f"data: {taken.said} measured", f"loss: {loss.said}", *taken.notes]
+    if task is not None:
+        notes.insert(len(objects.notes), f"task: {task.name} ({said})")
+    if dropped:
+        notes.append(f"data: the model does not take {', '.join(dropped)} of the batches, so these are left out")
+    fits = bool(head_batches) and known.new_head and given.has_sample_loss(model, known, head_batches[0])
+    head_loss = known.loss if fits else None
+    return config, LoadedObjects(
+        replace(pretrained, labels=labels), calibration, calibration, calibration.none(), calibration.none(),
+        given.in_units(batches) if loss.by_batches else batches,  # type: ignore[arg-type]
+        spec, IN_MEMORY, replace(known, loss=loss.loss), statistics_request(config), head_batches=tuple(head_batches),
+        head_loss=head_loss, of_batches=True, notes=tuple(notes), example=example,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Batched(Dataset):
+    """Samples that came as batches: how many, and a digest of what they hold."""
+
+    digest: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the tensors of all batches."""
+        return self.digest
+
+    def none(self) -> Batched:
+        """No samples."""
+        return replace(self, labels=())
+
+
+def _loss(
+    objects: Objects, model: torch.nn.Module, batch: Batch, raw: Any, task: Task | None, said: str
+) -> given.GivenLoss:
+    trainer_loss = objects.trainer_loss
+    if trainer_loss is None:
+        return given.loss_for(model, batch, task, objects.loss, said)
+    whole = BatchLoss(lambda model, batch: trainer_loss(model, batch.inputs), "the trainer's loss")
+    return given.GivenLoss(whole, "the trainer's own, of whole batches as it trains on them")
+
+
+def _converted(
+    model: torch.nn.Module, raws: Sequence[Any], device: torch.device, dropped: dict[str, None]
+) -> list[Batch]:
+    """Batches with the inputs that the model takes; names of the others go into ``dropped``."""
+    found, n = [], 0
+    for raw in raws:
+        batch = given.as_batch(model, raw, n, device)
+        n += len(batch.index)
+        extra = given.untaken(model, batch.inputs)
+        dropped.update(dict.fromkeys(extra))
+        found.append(replace(batch, inputs={name: x for name, x in batch.inputs.items() if name not in extra}))
+    return found
+
+
+def _spec(pretrained: PretrainedModel, config: RunConfig, inputs: Mapping[str, torch.Tensor]) -> ModelSpec:
+    return model_spec(
+        pretrained, config.model.reference, adapter_sites=config.profiling.adapter_sites,
+        inputs=None if "input_ids" in inputs else inputs,
+    )  # fmt: skip
+
+
+def _pretrained(objects: Objects, model: torch.nn.Module, new: tuple[str, ...]) -> PretrainedModel:
+    """The model with a copy of its tokenizer, whose settings may then be changed."""
+    processor, reference = objects.tokenizer, given.reference_of(model)
+    if processor is None:
+        return PretrainedModel(model, None, reference, new)
+    if hasattr(processor, "pad") and not hasattr(processor, "image_processor"):
+        tokenizer = copy.deepcopy(processor)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return PretrainedModel(model, tokenizer, reference, new)
+    of_transformers = hasattr(processor, "preprocess") or hasattr(processor, "image_processor")
+
+    def transform(images: Sequence[Any]) -> Any:
+        if of_transformers:
+            return processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return torch.stack([torch.as_tensor(processor(image)) for image in images])
+
+    mode = mode_for(getattr(getattr(model, "config", None), "num_channels", 3))
+    return PretrainedModel(model, None, reference, new, images=ImageInput(transform, first_argument(model), mode))
+
+
+def _length_limit(pretrained: PretrainedModel) -> dict[str, int]:
+    """The longest sequence where the model has fewer positions than the default."""
+    limit = longest_sequence(pretrained.model) if pretrained.tokenizer is not None else None
+    default = DataConfig.model_fields["max_length"].default
+    return {"max_length": limit} if limit is not None and limit < default else {}
+
+
+def _function_name(function: Any) -> str:
+    """A function as a configuration names one."""
+    name = re.sub(r"\W", "_", getattr(function, "__qualname__", type(function).__qualname__))
+    return f"{getattr(function, '__module__', None) or 'object'}:{name.lstrip('0123456789') or 'loss'}"
+
+
+def _digest(batches: Sequence[Batch]) -> str:
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, Mapping):
+            for name in value:
+                digest.update(f"{name}=".encode())
+                add(value[name])
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                add(part)
+        else:
+            digest.update(repr(value).encode())
+
+    for batch in batches:
+        add(batch.inputs)
+        add(batch.labels)
+    return digest.hexdigest()

@@ -1,0 +1,101 @@
+"""A guard around all that is done with a user's objects: they come back as they were, whatever happens in between."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+"""Where torch keeps the hooks of a module."""
+
+
+@contextmanager
+def untouched(model: torch.nn.Module, changed: Iterable[str] = ()) -> Iterator[None]:
+    """While open, anything may be measured on ``model``; afterwards nothing about it differs from before.
+
+    Kept are the mode of every module, its hooks and buffers, every parameter's ``requires_grad`` and ``grad``, the
+    random states of Python, NumPy and torch, and torch's number of threads. Weights are not copied.
+
+    Args:
+        model: the user's.
+        changed: names of parameters whose values are changed meanwhile (a head that is fitted); these are copied.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(random_states_kept())
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.callback(_put_back_modules, [(one, one.training, _hooks_of(one)) for one in model.modules()])
+        parameters = [(one, one.requires_grad, one.grad) for one in model.parameters()]
+        stack.callback(_put_back_parameters, parameters)
+        weights = [(one, one.detach().clone()) for one in map(model.get_parameter, changed)]
+        stack.callback(_put_back_tensors, weights)
+        buffers = [(one, one.detach().clone()) for one in model.buffers() if not one.is_meta]
+        stack.callback(_put_back_tensors, buffers)
+        yield
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """While open, anything may draw random numbers; afterwards Python, NumPy and torch go on as if nobody had."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+@contextmanager
+def loader_kept(loader: Any) -> Iterator[None]:
+    """While open, batches may be taken from a data loader; afterwards it begins where it would have begun.
+
+    A loader that can say where it is (``state_dict``) is set back to there, and so are the generators that its
+    samplers draw from.
+    """
+    parts = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
+    parts.append(getattr(parts[2], "sampler", None))
+    generators = {id(one): one for one in (getattr(part, "generator", None) for part in parts)}
+    states = [(one, one.get_state()) for one in generators.values() if isinstance(one, torch.Generator)]
+    place = loader.state_dict() if hasattr(loader, "load_state_dict") and hasattr(loader, "state_dict") else None
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+        if place is not None:
+            loader.load_state_dict(place)
+
+
+def _hooks_of(module: torch.nn.Module) -> dict[str, dict[Any, Any]]:
+    return {name: dict(getattr(module, name)) for name in HOOKS}
+
+
+def _put_back_modules(modules: list[tuple[torch.nn.Module, bool, dict[str, dict[Any, Any]]]]) -> None:
+    for module, training, hooks in modules:
+        module.training = training
+        for name, before in hooks.items():
+            there = getattr(module, name)
+            if dict(there) != before:
+                there.clear()
+                there.update(before)
+
+
+def _put_back_parameters(parameters: list[tuple[torch.nn.Parameter, bool, torch.Tensor | None]]) -> None:
+    for parameter, required, gradient in parameters:
+        parameter.requires_grad_(required)
+        parameter.grad = gradient
+
+
+def _put_back_tensors(tensors: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, before in tensors:
+            tensor.copy_(before)
