@@ -1,0 +1,165 @@
+"""A double of a trainer: batches are read and losses computed in it, so nothing is written to the trainer itself.
+
+The double shares what is large (model, data set, tokenizer) and has its own of what a loader or a loss writes to: every
+attribute, the lists, dictionaries, counters and plain objects behind them, the accelerator, the arguments. What is one
+for the whole process (accelerate's gradient state) or belongs to the shared objects (the modules beside the model, the
+tokenizers) is noted before and put back after.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+CONTAINERS = (dict, list, set, tuple, collections.defaultdict, collections.OrderedDict, collections.deque)
+LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "peft", "tokenizers", "numpy", "builtins")
+"""Whose objects are shared, except the few that are named here; what a user wrote is copied."""
+OWN = ("TrainerState", "TrainerControl", "Accelerator")
+
+
+class RecordingCollator:
+    """A data collator that notes which samples each batch was made of; otherwise the one it was made from."""
+
+    def __init__(self, collator: Callable[..., Any]) -> None:
+        self.collator = collator
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, rows: Any, *more: Any, **named: Any) -> Any:
+        self.calls.append(tuple(rows) if isinstance(rows, (list, tuple)) else ())
+        return self.collator(rows, *more, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("collator", "calls"):  # not there yet
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+
+@contextmanager
+def double_of(trainer: Any) -> Iterator[Any]:
+    """A trainer that reads the same data with the same loss, in this process and without logging."""
+    double = copy.copy(trainer)
+    own = vars(double)
+    for name, value in vars(trainer).items():
+        of_trainer = isinstance(value, types.MethodType) and value.__self__ is trainer
+        own[name] = types.MethodType(value.__func__, double) if of_trainer else _own(value)
+    args = copy.copy(trainer.args)
+    vars(args).update(
+        dataloader_num_workers=0, dataloader_persistent_workers=False, dataloader_prefetch_factor=None,
+        dataloader_multiprocessing_context=None, _n_gpu=min(trainer.args.n_gpu, 1),
+    )  # fmt: skip
+    own.update(
+        args=args,
+        data_collator=RecordingCollator(_own(trainer.data_collator)),
+        log=lambda *logs, **named: None,
+        current_gradient_accumulation_steps=1,
+    )
+    if not isinstance(trainer.train_dataset, torch.nn.Module) and not hasattr(trainer.train_dataset, "__getitem__"):
+        own["train_dataset"] = copy.copy(trainer.train_dataset)  # an iterable notes how far it was read
+    gradient_state = trainer.accelerator.gradient_state.__dict__
+    before = {name: _own(value) for name, value in gradient_state.items()}
+    tokenizers = [(one, one.padding, one.truncation) for one in _tokenizers(trainer)]
+    with _modules_kept(_modules_beside(trainer)):
+        try:
+            yield double
+        finally:
+            gradient_state.clear()
+            gradient_state.update(before)
+            for tokenizer, padding, truncation in tokenizers:
+                tokenizer.no_padding() if padding is None else tokenizer.enable_padding(**padding)
+                tokenizer.no_truncation() if truncation is None else tokenizer.enable_truncation(**truncation)
+
+
+def _own(value: Any) -> Any:
+    """A value whose changes are nobody else's; what is large is shared."""
+    kind = type(value)
+    if isinstance(value, (torch.nn.Module, type, types.FunctionType)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return value if isinstance(value, torch.nn.Parameter) else value.detach().clone()
+    if kind in CONTAINERS:
+        return _own_container(value)
+    if hasattr(value, "__dict__") and (kind.__module__.partition(".")[0] not in LIBRARIES or kind.__name__ in OWN):
+        try:
+            found = copy.copy(value)
+        except TypeError:  # it holds what cannot be copied: a lock, a file
+            return value
+        if found is not value:
+            vars(found).update({name: _own_container(x) for name, x in vars(value).items() if type(x) in CONTAINERS})
+        return found
+    return value
+
+
+def _own_container(value: Any) -> Any:
+    if isinstance(value, dict):
+        found = copy.copy(value)
+        found.update({key: _own_part(part) for key, part in value.items()})
+        return found
+    parts = [_own_part(part) for part in value]
+    return collections.deque(parts, value.maxlen) if isinstance(value, collections.deque) else type(value)(parts)
+
+
+def _own_part(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+        return value.detach().clone()
+    return _own_container(value) if type(value) in CONTAINERS else value
+
+
+def _modules_beside(trainer: Any) -> list[torch.nn.Module]:
+    """Modules that the trainer has beside its model: losses, a reference model, a teacher."""
+    held = list(vars(trainer).values())
+    held += [part for value in held if isinstance(value, (dict, list, tuple)) for part in _parts(value)]
+    of_model = {id(module) for module in trainer.model.modules()}
+    found = {
+        id(module): module
+        for value in held
+        if isinstance(value, torch.nn.Module)
+        for module in value.modules()
+        if id(module) not in of_model
+    }
+    return list(found.values())
+
+
+def _parts(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else list(value)
+
+
+@contextmanager
+def _modules_kept(modules: list[torch.nn.Module]) -> Iterator[None]:
+    """While open, these modules have weights without gradients; they are as before afterwards."""
+    attributes = [(module, dict(vars(module))) for module in modules]
+    tables = [value for _, own in attributes for value in own.values() if isinstance(value, dict)]
+    before = [value.copy() for value in tables]
+    buffers = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers(recurse=False)]
+    weights = [
+        (weight, weight.requires_grad, weight.grad) for module in modules for weight in module.parameters(recurse=False)
+    ]
+    try:
+        for weight, _, _ in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for module, own in attributes:
+            vars(module).clear()
+            vars(module).update(own)
+        for table, was in zip(tables, before, strict=True):
+            table.clear()
+            table.update(was)
+        for buffer, was in buffers:
+            buffer.detach().copy_(was)
+        for weight, required, gradient in weights:
+            weight.requires_grad_(required)
+            weight.grad = gradient
+
+
+def _tokenizers(trainer: Any) -> list[Any]:
+    """The tokenizers library's objects that the trainer's collation may set padding and truncation of."""
+    holders = [getattr(trainer, "processing_class", None), trainer.data_collator, trainer.model]
+    holders += [getattr(holder, "tokenizer", None) for holder in holders]
+    found = {id(one): one for holder in holders if (one := getattr(holder, "backend_tokenizer", None)) is not None}
+    return list(found.values())

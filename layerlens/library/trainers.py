@@ -1,0 +1,255 @@
+"""The model, batches and loss of a trainer: transformers' ``Trainer``, and TRL's and sentence-transformers' of it.
+
+A trainer brings its own collation, masking, packing, templates and loss. Its batches are read as its training would
+read them, and its loss is ``compute_loss`` as ``training_step`` calls it. All of that happens in a double of the
+trainer (``double.py``), so the trainer itself is not written to.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerlens.exceptions import ConfigurationError, DataError, ProfilingError
+from layerlens.library.double import double_of
+from layerlens.tasks.guess import task_of_class
+
+WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+GENERATING = ("_generate_and_score_completions", "_generate_completions", "generate_rollout_completions")
+"""Methods of trainers whose loss is over texts that the model itself writes during training."""
+
+
+@dataclass(frozen=True)
+class TrainerBatch:
+    """One batch as the trainer's training sees it.
+
+    Args:
+        inputs: what ``compute_loss`` takes, on the trainer's device.
+        n_items: labelled tokens (or samples) of all batches of its optimizer step; None where its loss takes no number.
+        n_steps: batches of its optimizer step.
+        rows: the samples that it was collated from; () where the trainer does not collate with its ``data_collator``.
+    """
+
+    inputs: Mapping[str, Any]
+    n_items: Any
+    n_steps: int
+    rows: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class GivenByTrainer:
+    """What a trainer has.
+
+    Args:
+        model: the module that it trains, without wrappers.
+        batches: some of its training batches.
+        loss: (model, one of the batches) -> scalar with its graph. The mean of it over the batches of an optimizer step
+            is the loss whose gradient that step takes.
+        collate: rows -> a batch of them, by its own collator.
+        processing_class: its tokenizer or processor; None where it has none.
+        task: the name of the task that the model's class is for; None where that is not said.
+        loss_name: the trainer's class, with that of its loss where it has one.
+        why_not_single: why its loss has no part for each sample; "" where that is not known beforehand.
+        notes: what differs from its training, in words.
+    """
+
+    model: torch.nn.Module
+    batches: list[TrainerBatch]
+    loss: Callable[[torch.nn.Module, TrainerBatch], torch.Tensor]
+    collate: Callable[[list[Any]], TrainerBatch]
+    processing_class: Any
+    task: str | None
+    loss_name: str
+    why_not_single: str
+    notes: tuple[str, ...]
+
+
+def is_trainer(thing: Any) -> bool:
+    """Whether this is a ``transformers.Trainer`` or of a class that derives from it; imports nothing."""
+    loaded = sys.modules.get("transformers.trainer")
+    return loaded is not None and isinstance(thing, loaded.Trainer)
+
+
+@contextmanager
+def opened(trainer: Any, n_batches: int, seed: int | None = None) -> Iterator[GivenByTrainer]:
+    """Some training batches of a trainer and its loss; the trainer is as before afterwards, whatever happens.
+
+    Args:
+        trainer: not in the middle of ``train()`` on several processes, and without an adapter.
+        n_batches: at most so many; fewer where an epoch is shorter.
+        seed: of the order of samples; by default that of the trainer, whose training then begins with these batches.
+
+    Raises:
+        ConfigurationError: a trainer that cannot be planned for; says what would work.
+        DataError: no data, none left, or data that can be read once only.
+    """
+    refuse_trainer(trainer)
+    args = trainer.args
+    seed = seed if seed is not None else next(x for x in (args.data_seed, args.seed, 0) if x is not None)
+    with double_of(trainer) as double, random_states_kept():
+        from transformers import set_seed
+
+        set_seed(seed)
+        batches = _batches(double, n_batches)
+        notes = []
+        if len(batches) < n_batches:
+            notes.append(f"an epoch of the trainer has {len(batches)} batches, fewer than the {n_batches} wanted")
+        if args.fp16:
+            notes.append("measured in the weights' own precision, where training computes in float16")
+        model = _without_wrappers(trainer.model)
+        yield GivenByTrainer(
+            model, batches, _loss(double), lambda rows: _collated(double, rows),
+            getattr(trainer, "processing_class", None), task_of_class(type(model).__name__),
+            _loss_name(trainer), _why_not_single(trainer), tuple(notes),
+        )  # fmt: skip
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """While open, random numbers may be drawn; Python's, NumPy's and torch's generators are as before afterwards."""
+    import random
+
+    import numpy as np
+
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def refuse_trainer(trainer: Any) -> None:
+    """Raise ConfigurationError or DataError for a trainer that cannot be planned for, with what would work."""
+    name = type(trainer).__name__
+    if any(hasattr(trainer, method) for method in GENERATING):
+        raise ConfigurationError(
+            f"trainer: the loss of {name} is over texts that the model writes during training, so there is none "
+            "before; plan with an SFTTrainer on the same prompts with good answers, then build this trainer with "
+            "peft_config=plan.lora_config()"
+        )
+    if adapters := _adapters(trainer.model):
+        raise ConfigurationError(
+            f"trainer: the model of this {name} has a PEFT adapter already ({adapters}); build it without peft_config "
+            "and call layerlens.adapt(trainer), or plan on the model before PEFT wraps it"
+        )
+    if trainer.args.world_size > 1:
+        raise ConfigurationError(
+            f"trainer: {name} runs on {trainer.args.world_size} processes; plan in a script of one process, plan.save "
+            "it, and start the training with peft_config=layerlens.load(...).lora_config()"
+        )
+    data = trainer.train_dataset
+    if data is None:
+        raise DataError(
+            f"trainer: this {name} has no train_dataset; build it with one, or give the data: plan(model, data)"
+        )
+    if _read_once(data):
+        raise DataError(
+            f"trainer: its train_dataset ({type(data).__name__}) can be read only once, so what is planned on would be "
+            "missing in training; give it a data set whose iterator starts anew, or plan on a list of batches"
+        )
+
+
+def _adapters(model: torch.nn.Module) -> str:
+    """The adapters that PEFT has put into a model, in words; "" for none."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None or not any(isinstance(module, tuners.BaseTunerLayer) for module in model.modules()):
+        return ""
+    configs = getattr(model, "peft_config", {})
+    return ", ".join(f"{key}: {type(config).__name__}" for key, config in configs.items()) or "put in by injection"
+
+
+def _read_once(data: Any) -> bool:
+    """Whether the data set is an iterator, or hands out one that it holds."""
+    from collections.abc import Iterator as AnIterator
+
+    held = [data, *getattr(data, "__dict__", {}).values()]
+    return not hasattr(data, "__getitem__") and any(isinstance(value, AnIterator) for value in held)
+
+
+def _without_wrappers(model: Any) -> torch.nn.Module:
+    while isinstance(model, WRAPPERS):
+        model = model.module
+    found: torch.nn.Module = model
+    return found
+
+
+def _batches(double: Any, n_batches: int) -> list[TrainerBatch]:
+    """The first batches of an epoch, in groups of an optimizer step."""
+    batches: list[TrainerBatch] = []
+    loader = iter(double.get_train_dataloader())
+    while len(batches) < n_batches:
+        wanted = min(double.args.gradient_accumulation_steps, n_batches - len(batches))
+        pieces, n_items = double.get_batch_samples(loader, wanted, double.args.device)
+        if not pieces:
+            break
+        calls = double.data_collator.calls[
+            len(batches) :
+        ]  # one more where a loader reads ahead, none of its own collation
+        rows = calls[: len(pieces)] if len(calls) >= len(pieces) else [()] * len(pieces)
+        for piece, own in zip(pieces, rows, strict=True):
+            batches.append(TrainerBatch(double._prepare_inputs(piece), n_items, len(pieces), own))
+    if not batches:
+        data = double.train_dataset
+        rows_of = f"{len(data)} rows" if hasattr(data, "__len__") else "its iterator gives none"
+        dropped = ", and dataloader_drop_last" if double.args.dataloader_drop_last else ""
+        raise DataError(
+            f"trainer: its train_dataset ({type(data).__name__}) yields no batch ({rows_of}, "
+            f"{double.args.train_batch_size} for a batch{dropped}); give it more rows, or smaller batches"
+        )
+    return batches
+
+
+def _collated(double: Any, rows: list[Any]) -> TrainerBatch:
+    """These rows as a batch that is an optimizer step of its own."""
+    batch = double.data_collator.collator(rows)
+    n_items = double._get_num_items_in_batch([batch], double.args.device)
+    return TrainerBatch(double._prepare_inputs(batch), n_items, 1, tuple(rows))
+
+
+def _loss(double: Any) -> Callable[[torch.nn.Module, TrainerBatch], torch.Tensor]:
+    """``compute_loss`` as ``training_step`` of the same trainer calls it."""
+    half = double.args.bf16 and double.accelerator.native_amp
+
+    def loss(model: torch.nn.Module, batch: TrainerBatch) -> torch.Tensor:
+        double.current_gradient_accumulation_steps = batch.n_steps
+        with ExitStack() as stack:
+            if half:
+                stack.enter_context(double.accelerator.autocast())
+            inputs = copy.copy(batch.inputs)  # compute_loss takes labels out of them
+            value = double.compute_loss(model, inputs, num_items_in_batch=batch.n_items)
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            got = f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ProfilingError(f"trainer: compute_loss of {type(double).__name__} must return one number, got {got}")
+        return value.reshape(()) * (batch.n_steps if _is_scaled(double, batch) else 1)
+
+    return loss
+
+
+def _is_scaled(double: Any, batch: TrainerBatch) -> bool:
+    """Whether the losses of an optimizer step are added up, since each is a share of it, and not averaged."""
+    said = getattr(double, "loss_is_scaled_for_ga", None)
+    if said is not None:
+        return bool(said)
+    return bool(double.model_accepts_loss_kwargs and batch.n_items is not None) or double.compute_loss_func is not None
+
+
+def _loss_name(trainer: Any) -> str:
+    name, loss = type(trainer).__name__, getattr(trainer, "loss", None)
+    losses = loss.values() if isinstance(loss, dict) else [loss]
+    kinds = dict.fromkeys(type(one).__name__ for one in losses if isinstance(one, torch.nn.Module))
+    return f"{name} with {', '.join(kinds)}" if kinds else name
+
+
+def _why_not_single(trainer: Any) -> str:
+    """What is known of the trainer's loss without computing it."""
+    if getattr(trainer.args, "packing", False):
+        return "packing: a row of the trainer holds parts of several samples"
+    return ""
