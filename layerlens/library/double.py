@@ -59,20 +59,29 @@ def double_of(trainer: Any) -> Iterator[Any]:
         log=lambda *logs, **named: None,
         current_gradient_accumulation_steps=1,
     )
-    if not isinstance(trainer.train_dataset, torch.nn.Module) and not hasattr(trainer.train_dataset, "__getitem__"):
-        own["train_dataset"] = copy.copy(trainer.train_dataset)  # an iterable notes how far it was read
+    if hasattr(trainer.accelerator, "dataloader_config"):  # sentence-transformers sets even_batches in it
+        double.accelerator.dataloader_config = copy.copy(trainer.accelerator.dataloader_config)
     gradient_state = trainer.accelerator.gradient_state.__dict__
     before = {name: _own(value) for name, value in gradient_state.items()}
-    tokenizers = [(one, one.padding, one.truncation) for one in _tokenizers(trainer)]
+    tokenizers = _tokenizers(trainer)
+    backends = [(one, one.padding, one.truncation) for one in {id(x): x for x in map(_backend, tokenizers)}.values()]
+    # a model notes in its configuration for which loss it took its labels, a tokenizer what it has warned of,
+    # and a stream how far it was read
+    noting = (*_configurations(trainer.model), *tokenizers, *_stages(trainer.train_dataset))
+    tables = [table for one in noting for table in _tables(one)]
+    contents = [dict(table) for table in tables]
     with _modules_kept(_modules_beside(trainer)):
         try:
             yield double
         finally:
             gradient_state.clear()
             gradient_state.update(before)
-            for tokenizer, padding, truncation in tokenizers:
-                tokenizer.no_padding() if padding is None else tokenizer.enable_padding(**padding)
-                tokenizer.no_truncation() if truncation is None else tokenizer.enable_truncation(**truncation)
+            for table, was in zip(tables, contents, strict=True):
+                table.clear()
+                table.update(was)
+            for backend, padding, truncation in backends:
+                backend.no_padding() if padding is None else backend.enable_padding(**padding)
+                backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
 
 
 def _own(value: Any) -> Any:
@@ -157,9 +166,33 @@ def _modules_kept(modules: list[torch.nn.Module]) -> Iterator[None]:
             weight.grad = gradient
 
 
+def _configurations(model: torch.nn.Module) -> list[Any]:
+    """The configurations that a model's modules have, each once."""
+    held = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    return list({id(config): config for config in held if hasattr(config, "__dict__")}.values())
+
+
 def _tokenizers(trainer: Any) -> list[Any]:
-    """The tokenizers library's objects that the trainer's collation may set padding and truncation of."""
-    holders = [getattr(trainer, "processing_class", None), trainer.data_collator, trainer.model]
-    holders += [getattr(holder, "tokenizer", None) for holder in holders]
-    found = {id(one): one for holder in holders if (one := getattr(holder, "backend_tokenizer", None)) is not None}
-    return list(found.values())
+    """The tokenizers that the trainer's collation may set padding and truncation of, each once."""
+    held = [getattr(trainer, "processing_class", None), trainer.data_collator, trainer.model]
+    held += [getattr(holder, "tokenizer", None) for holder in held]
+    return list({id(one): one for one in held if _backend(one) is not None}.values())
+
+
+def _backend(tokenizer: Any) -> Any:
+    return getattr(tokenizer, "backend_tokenizer", None)
+
+
+def _stages(data: Any) -> list[Any]:
+    """A data set that is only iterated over, and what ``datasets`` reads its rows through, the last stage first."""
+    found = [data] if hasattr(data, "__dict__") and not hasattr(data, "__len__") else []
+    stage = getattr(data, "_ex_iterable", None)
+    while stage is not None:
+        found.append(stage)
+        stage = getattr(stage, "ex_iterable", None)
+    return found
+
+
+def _tables(thing: Any) -> list[dict[Any, Any]]:
+    """The attributes of an object, and those of them that are dictionaries."""
+    return [vars(thing), *(value for value in vars(thing).values() if type(value) is dict)]

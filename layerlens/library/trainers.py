@@ -171,7 +171,7 @@ def _read_once(data: Any) -> bool:
     from collections.abc import Iterator as AnIterator
 
     held = [data, *getattr(data, "__dict__", {}).values()]
-    return not hasattr(data, "__getitem__") and any(isinstance(value, AnIterator) for value in held)
+    return not hasattr(data, "__len__") and any(isinstance(value, AnIterator) for value in held)
 
 
 def _without_wrappers(model: Any) -> torch.nn.Module:

@@ -54,7 +54,7 @@ def config(**more: Any) -> LlamaConfig:
 def bert_config(**more: Any) -> BertConfig:
     return BertConfig(
         vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64, **more,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **more,
     )  # fmt: skip
 
 
