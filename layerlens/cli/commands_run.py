@@ -10,9 +10,21 @@ import typer
 
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
+from layerlens.cli.flags import (
+    Data,
+    MaxFlops,
+    MaxLatency,
+    MaxParams,
+    MaxVram,
+    Methods,
+    Model,
+    OptionalConfig,
+    TaskOption,
+    all_settings,
+    given_options,
+)
 from layerlens.cli.output import RESOURCE_NAMES, amount, gap
 from layerlens.cli.places import (
-    Config,
     ConfigOption,
     Debug,
     Explain,
@@ -32,6 +44,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from layerlens.config import RunConfig
+    from layerlens.config.loader import Setting
     from layerlens.pipeline import RunResult
     from layerlens.utils.progress import Progress
 
@@ -41,7 +54,15 @@ if TYPE_CHECKING:
 
 @guarded("no result was written; run it again, and statistics that were finished come from the cache")
 def run(
-    config: Config,
+    config: OptionalConfig = None,
+    model: Model = None,
+    data: Data = None,
+    task: TaskOption = None,
+    max_params: MaxParams = None,
+    max_vram: MaxVram = None,
+    max_flops: MaxFlops = None,
+    max_latency: MaxLatency = None,
+    methods: Methods = None,
     directory: Output = None,
     settings: Set = None,
     explain: Explain = False,
@@ -50,8 +71,12 @@ def run(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model on its data, choose what to adapt within the budgets, and write everything."""
-    checked = load(config, settings, directory)
+    """Measure a model on its data, choose what to adapt within the budgets, and write everything.
+
+    What is to be done stands in a configuration file, in options, or in a file of which options replace settings.
+    """
+    options = given_options(model, data, task, methods, max_params, max_vram, max_flops, max_latency)
+    checked = load(config, all_settings(config, options, settings), directory)
     from layerlens.pipeline import run_config
     from layerlens.utils.launch import place_of_this_process
 
@@ -101,7 +126,7 @@ def optimize(
     show_sweep(budget_sweep.partition("=")[0], results, json, quiet)
 
 
-def load(config: Path, settings: Sequence[str] | None, directory: Path | None) -> RunConfig:
+def load(config: Path | None, settings: Sequence[str | Setting] | None, directory: Path | None) -> RunConfig:
     """The checked configuration, with the settings and the output directory of the command line."""
     from layerlens.config import OutputConfig
 

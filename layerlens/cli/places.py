@@ -15,10 +15,11 @@ from layerlens.vocabulary import RESOURCES
 
 if TYPE_CHECKING:
     from layerlens.config import RunConfig
+    from layerlens.config.loader import Setting
 
 
-def read_config(config: Path, settings: Sequence[str] = ()) -> RunConfig:
-    """The configuration in a file or at a URL; there, relative paths start from the URL's folder.
+def read_config(config: Path | None, settings: Sequence[str | Setting] = ()) -> RunConfig:
+    """The configuration in a file, at a URL (relative paths start from the URL's folder there), or of settings alone.
 
     Raises:
         ConfigurationError: see ``load_run_config``.
@@ -28,16 +29,20 @@ def read_config(config: Path, settings: Sequence[str] = ()) -> RunConfig:
     from layerlens.config.yaml_source import MAX_BYTES
     from layerlens.storage import local_or_url, read_text
 
+    if config is None:
+        return parse_run_config("", "options", settings)
     path, url = local_or_url(config)
     if url is None:
         return load_run_config(path, settings)
     return _rebased(parse_run_config(read_text(url, MAX_BYTES), url, settings), url.rpartition("/")[0])
 
 
-def base_dir_of(config: Path) -> Path:
+def base_dir_of(config: Path | None) -> Path:
     """The folder that relative paths of a configuration start from; those of one at a URL are URLs by now."""
     from layerlens.storage import local_or_url
 
+    if config is None:
+        return Path.cwd()
     path, url = local_or_url(config)
     return Path.cwd() if url is not None else path.absolute().parent
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,27 @@ from layerlens.exceptions import ConfigurationError
 _AFTER_FILE = 1 << 30  # overrides come after every line of the file
 
 
-def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+@dataclass(frozen=True)
+class Setting:
+    """A value that replaces one of the file, or stands where there is no file.
+
+    Args:
+        key: dotted, such as ``optimization.max_trainable_params``.
+        value: a text, or texts.
+        said: how the user gave it, for messages: ``--max-params 300k``.
+    """
+
+    key: str
+    value: str | list[str]
+    said: str
+
+
+def load_run_config(path: Path, overrides: Sequence[str | Setting] = ()) -> RunConfig:
     """Read, check and return the configuration in ``path``.
 
     Args:
         path: a YAML file in UTF-8.
-        overrides: ``section.key=value`` settings that replace those of the file; the value is YAML.
+        overrides: ``section.key=value`` (the value is YAML) or ``Setting``: what replaces settings of the file.
 
     Raises:
         ConfigurationError: the file cannot be read, or one line for each problem such as
@@ -42,7 +58,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_run_config(read_text(Path(path)), str(path), overrides)
 
 
-def parse_run_config(text: str, source: str = "config.yaml", overrides: Sequence[str] = ()) -> RunConfig:
+def parse_run_config(text: str, source: str = "config.yaml", overrides: Sequence[str | Setting] = ()) -> RunConfig:
     """The same for YAML that is already at hand; ``source`` is its name in messages."""
     document = read_yaml(text, source)
     if document.data is None and not document.problems and not overrides:
@@ -60,9 +76,11 @@ def parse_run_config(text: str, source: str = "config.yaml", overrides: Sequence
     try:
         config = RunConfig.model_validate(document.data)
     except ValidationError as error:
-        for detail in error.errors(include_url=False):
+        details = error.errors(include_url=False)
+        inside = {detail["loc"][:-1] for detail in details}  # a list whose values are all wrong counts as empty
+        for detail in details:
             problem = _explain(detail, document)
-            if problem.key not in reported:
+            if problem.key not in reported and not (detail["type"] == "too_short" and detail["loc"] in inside):
                 problems.append(problem)
     if problems:
         raise ConfigurationError("\n".join(str(problem) for problem in sorted(problems)))
@@ -95,14 +113,17 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def _override(document: Document, setting: str) -> None:
-    """Set what ``section.key=value`` says."""
-    name, equals, text = setting.partition("=")
-    parts = name.strip().split(".")
-    label = f"--set {setting}"
-    if not equals or not all(parts):
-        raise ConfigurationError(f"{label}: must look like optimization.max_trainable_params=20000")
-    value, place = read_yaml(text, label), Place(_AFTER_FILE, 1, label)
+def _override(document: Document, setting: str | Setting) -> None:
+    """Set what the setting says."""
+    if isinstance(setting, Setting):
+        parts, label, value = setting.key.split("."), setting.said, _as_document(setting)
+    else:
+        name, equals, text = setting.partition("=")
+        parts, label = name.strip().split("."), f"--set {setting}"
+        if not equals or not all(parts):
+            raise ConfigurationError(f"{label}: must look like optimization.max_trainable_params=20000")
+        value = read_yaml(text, label)
+    place = Place(_AFTER_FILE, 1, label)
     level = document.data
     for depth, part in enumerate(parts[:-1], start=1):
         if level.get(part) is None:
@@ -120,6 +141,14 @@ def _override(document: Document, setting: str) -> None:
     document.texts.update({(*location, *inner): text for inner, text in value.texts.items()})
     document.problems = [problem for problem in document.problems if problem.key != dotted(location)]
     document.problems += [Problem(place, dotted(location), problem.message) for problem in value.problems]
+
+
+def _as_document(setting: Setting) -> Document:
+    """The texts of a setting, which are not YAML."""
+    single = isinstance(setting.value, str)
+    texts = {(): setting.value} if single else {(index,): text for index, text in enumerate(setting.value)}
+    place = Place(_AFTER_FILE, 1, setting.said)
+    return Document(setting.value, dict.fromkeys(((), *texts), place), texts)  # type: ignore[arg-type]
 
 
 def _empty_sections(data: dict[str, Any], location: Location = ()) -> None:
