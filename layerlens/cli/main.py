@@ -15,6 +15,7 @@ from layerlens.cli import (
     commands_cache,
     commands_config,
     commands_doctor,
+    commands_estimate,
     commands_evaluate,
     commands_export,
     commands_frontier,
@@ -67,6 +68,7 @@ app.command("optimize")(commands_run.optimize)
 app.command("frontier")(commands_frontier.frontier)
 app.command("show")(commands_show.show)
 app.command("diff")(commands_show.diff)
+app.command("estimate")(commands_estimate.estimate)
 app.command("apply")(commands_export.apply)
 app.command("export")(commands_export.export)
 app.command("train")(commands_train.train)

@@ -9,7 +9,7 @@ import numpy as np
 
 from layerlens.config import LatencyProfile, OptimizationConfig
 from layerlens.methods import Operation
-from layerlens.models import NONE, RESOURCES, CostTable, ModelSpec, ModelStatistics, Option
+from layerlens.models import NONE, RESOURCES, CostTable, Footprint, ModelSpec, ModelStatistics, Option
 from layerlens.registry import METHODS
 
 FLOAT_BYTES = 4
@@ -52,13 +52,16 @@ class Roofline:
 
 
 def cost_table(
-    spec: ModelSpec, statistics: ModelStatistics | None, options: Sequence[Option], config: OptimizationConfig
+    spec: ModelSpec,
+    statistics: ModelStatistics | Footprint | None,
+    options: Sequence[Option],
+    config: OptimizationConfig,
 ) -> CostTable:
     """Costs of every option for one batch of the latency profile.
 
     Args:
         spec: the model.
-        statistics: measured footprint of the frozen model; None when only its parameter count is known.
+        statistics: footprint of the frozen model; None when only its parameter count is known.
         options: the options.
         config: latency profile and optimiser.
 
@@ -94,7 +97,9 @@ def cost_table(
     return CostTable(tuple(options), cost__ro, base_use(spec, statistics, config), source)
 
 
-def base_use(spec: ModelSpec, statistics: ModelStatistics | None, config: OptimizationConfig) -> dict[str, float]:
+def base_use(
+    spec: ModelSpec, statistics: ModelStatistics | Footprint | None, config: OptimizationConfig
+) -> dict[str, float]:
     """What the frozen model needs of each resource before any option.
 
     Parameters and FLOPs budgets limit what options add, so their base is 0. Without measured statistics, FLOPs are

@@ -1,4 +1,5 @@
-"""A transformers model without its weights: built from the configuration on the meta device, its weights left on disk.
+"""A transformers model without its weights: built from the configuration on the meta device, its weights left on disk
+or never looked for.
 
 What no checkpoint holds is there and right: a new task head has the numbers that ``from_pretrained`` would have drawn,
 and buffers such as rotary frequencies and position ids are computed by the model's own initialisation.
@@ -56,6 +57,32 @@ class StreamedWeights:
                 flat = piece.to(tensor.dtype).cpu().contiguous().view(torch.uint8)
                 digest.update(flat.numpy().data)
         return digest.hexdigest()
+
+
+class NoWeights(StreamedWeights):
+    """Of a model that was built from a configuration alone."""
+
+    def fingerprint(self, model: torch.nn.Module, leave_out: Sequence[str] = ()) -> str:
+        return ""
+
+
+def from_configuration(auto_class: Any, config: Any, dtype: torch.dtype) -> tuple[Any, StreamedWeights]:
+    """(model, weights): frozen, on the meta device, with the buffers that its own initialisation computes.
+
+    The caller has seeded torch.
+
+    Args:
+        auto_class: of transformers, the class for the task.
+        config: of transformers.
+        dtype: that the weights would have.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model = auto_class.from_config(config, dtype=dtype)
+    model.tie_weights()
+    _initialize(model, set())
+    return model.eval().requires_grad_(False), NoWeights({})
 
 
 def load_skeleton(

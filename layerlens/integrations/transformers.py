@@ -86,6 +86,28 @@ def without_cache(model: torch.nn.Module) -> Iterator[None]:
             configs[key].use_cache = value
 
 
+@contextmanager
+def full_batches() -> Iterator[None]:
+    """While open, attention takes a mask to hide no token where it could not look: on tensors without data.
+
+    With numbers at hand transformers leaves such masks out, and attention keeps less for the backward pass.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+
+    usual = MASKS["sdpa"]
+
+    def full(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if usual(*args, attention_mask=None, **kwargs) is None:
+            return None
+        return usual(*args, attention_mask=attention_mask, **kwargs)
+
+    MASKS.register("sdpa", full)
+    try:
+        yield
+    finally:
+        MASKS.register("sdpa", usual)
+
+
 def is_dense(module: torch.nn.Module) -> bool:
     """Linear, or transformers' Conv1D (a Linear with a transposed weight)."""
     import torch

@@ -147,7 +147,7 @@ class ExplainedLayer:
     def _scored(self, option: Option) -> ScoredOption:
         return next(one for one in self.options if (one.method, one.rank) == (option.method, option.rank))
 
-    def _table(self) -> tuple[list[str], list[list[str]]]:
+    def _table(self) -> tuple[list[str], list[list[str]], str]:
         heads = ["option", "utility", "score", "net score", "parameters", "FLOPs", "memory", "latency", ""]
         marks = {id(self.chosen): "chosen", id(self.runner_up): "runner-up"}
         rows = [
@@ -159,7 +159,7 @@ class ExplainedLayer:
             ]
             for one in self.options
         ]
-        return heads, rows
+        return heads, rows, "lrrrrrrrl"
 
 
 def explained(solution: Solution, layer: str) -> ExplainedLayer:

@@ -8,8 +8,8 @@ from html import escape
 Rows = Sequence[Sequence[str]]
 
 
-def text_table(heads: Sequence[str], rows: Rows, *, left: int = 1) -> str:
-    """Columns under their heads; the first ``left`` are flush left, the others flush right.
+def text_table(heads: Sequence[str], rows: Rows, sides: str = "l") -> str:
+    """Columns under their heads: flush left where ``sides`` has an ``l`` for them, else flush right.
 
     >>> print(text_table(["layer", "rank"], [["query", "8"], ["key", "16"]]))
     layer  rank
@@ -19,19 +19,18 @@ def text_table(heads: Sequence[str], rows: Rows, *, left: int = 1) -> str:
     widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
     lines = []
     for row in (heads, *rows):
-        cells = [cell.ljust(width) if column < left else cell.rjust(width) for column, (cell, width) in
-                 enumerate(zip(row, widths, strict=True))]  # fmt: skip
-        lines.append("  ".join(cells).rstrip())
+        cells = zip(row, widths, sides.ljust(len(heads), "r"), strict=True)
+        lines.append("  ".join(f"{cell:{'<' if side == 'l' else '>'}{width}}" for cell, width, side in cells).rstrip())
     return "\n".join(lines)
 
 
-def html_table(heads: Sequence[str], rows: Rows, *, left: int = 1, caption: str = "") -> str:
+def html_table(heads: Sequence[str], rows: Rows, sides: str = "l", *, caption: str = "") -> str:
     """The same as a ``<table>``, with everything escaped."""
 
     def line(cells: Sequence[str], tag: str) -> str:
-        sides = ("left" if column < left else "right" for column in range(len(cells)))
         inside = "".join(
-            f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>' for cell, side in zip(cells, sides, strict=True)
+            f'<{tag} style="text-align:{"left" if side == "l" else "right"}">{escape(cell)}</{tag}>'
+            for cell, side in zip(cells, sides.ljust(len(heads), "r"), strict=True)
         )
         return f"<tr>{inside}</tr>"
 

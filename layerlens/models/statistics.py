@@ -143,6 +143,19 @@ class KernelStatistics:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """What a step of the frozen model costs; ``ModelStatistics`` has the same fields.
+
+    Args:
+        activation_bytes: bytes per token (per sample where there are no tokens) kept for the backward pass.
+        forward_flops: FLOPs of one forward pass, per token or sample.
+    """
+
+    activation_bytes: float
+    forward_flops: float
+
+
+@dataclass(frozen=True)
 class ModelStatistics:
     """Statistics of all layers and what a reader needs to trust them.
 

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from layerlens.integrations.transformers import full_batches
 from layerlens.tasks.losses import output_tensors
 
 SAMPLES = 2
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 """Not those that are spread over processes."""
 
 
@@ -26,17 +28,16 @@ def count_saved_bytes(model: torch.nn.Module, run: Callable[[], object]) -> int:
 def saved_tensors_seen(model: torch.nn.Module, run: Callable[[], object], see: Callable[[int], object]) -> None:
     """Call ``run()`` and tell ``see`` the bytes of every storage that autograd keeps, when it is first kept."""
     weights = (*model.parameters(), *model.buffers())
-    seen = {tensor.untyped_storage().data_ptr() for tensor in weights if type(tensor) in PLAIN}
-    alive: list[
-        object
-    ] = []  # a freed storage's address may be used again, so every storage is held until the count is done
+    # Known by the storage itself: those without data have no address.
+    seen = {tensor.untyped_storage()._cdata for tensor in weights if type(tensor) in PLAIN}
+    alive: list[object] = []  # a freed storage's place may be used again, so all are held until the count is done
 
     def pack(tensor: torch.Tensor) -> None:
         if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
             return  # a weight that is elsewhere between passes (on disk, in shards) has another address then
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
             see(storage.nbytes())
             alive.append(storage)
 
@@ -88,6 +89,26 @@ def frozen_footprint(
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**inputs)
     return saved / count, counter.get_total_flops() / count
+
+
+@contextmanager
+def without_data(model: torch.nn.Module) -> Iterator[None]:
+    """While open, what the model on the meta device computes has shapes and sizes, as on a CPU, and no numbers.
+
+    Inputs made inside have none either.
+    """
+    weights = [(module, name, weight) for module in model.modules() for name, weight in module._parameters.items()]
+    twins: dict[int, torch.nn.Parameter] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True), full_batches():
+        try:
+            for module, name, weight in weights:
+                if weight is not None and weight.is_meta:
+                    twin = torch.nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), requires_grad=False)
+                    module._parameters[name] = twins.setdefault(id(weight), twin)
+            yield
+        finally:
+            for module, name, weight in weights:
+                module._parameters[name] = weight
 
 
 def dense_inputs(

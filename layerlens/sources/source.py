@@ -111,6 +111,26 @@ class ModelSource(ABC):
             ModelSpecError: it cannot be had as it is wanted.
         """
 
+    def architectures(self, request: LoadRequest) -> tuple[str, ...]:
+        """Names of the classes that the model was saved from; none where that is not said.
+
+        Raises:
+            ModelNotFoundError: the model cannot be found or read.
+        """
+        return ()
+
+    def without_weights(self, request: LoadRequest) -> PretrainedModel:
+        """The model on the meta device, from its configuration alone: shapes, no numbers, and no tokenizer.
+
+        Raises:
+            ModelNotFoundError: its configuration cannot be found or read.
+            ModelSpecError: it has none that tells its shapes, or cannot be had as it is wanted.
+        """
+        raise ModelSpecError(
+            f"model.name_or_path: {request.reference} is built in memory by {self.built_by}, not from a configuration "
+            "that tells its shapes; give a transformers model's directory or config.json"
+        )
+
     def fits(self, kind: Any) -> bool:
         """Whether its models, where they have a ``default_task``, can be used for this ``layerlens.tasks.Task``."""
         return True

@@ -81,9 +81,8 @@ class TransformersSource(ModelSource):
             except ModelSpecError:
                 raise
             except (OSError, ValueError, KeyError) as error:
-                first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise ModelNotFoundError(
-                    f"model.name_or_path: cannot load {request.reference!r}: {first_line}"
+                    f"model.name_or_path: cannot load {request.reference!r}: {_first_line(error)}"
                 ) from error
         if tokenizer is not None:
             if tokenizer.pad_token is None:  # GPT-2 and Llama have none, and refuse batches without one
@@ -100,6 +99,65 @@ class TransformersSource(ModelSource):
                 "give a language model's checkpoint"
             )
         return PretrainedModel(model, tokenizer, path, new_parameters, tuple(labels), images, streamed)
+
+    def architectures(self, request: LoadRequest) -> tuple[str, ...]:
+        return tuple(getattr(self._configuration(request), "architectures", None) or ())
+
+    def without_weights(self, request: LoadRequest) -> PretrainedModel:
+        import torch
+        import transformers
+
+        from layerlens.integrations.skeleton import from_configuration
+
+        if not request.kind.auto_class:
+            supported = ", ".join(kind.name for kind in TASKS.values() if kind.auto_class)
+            raise ModelSpecError(f"model.task: {request.task!r} is not supported; supported: {supported}")
+        heads = dict(request.kind.head_config)
+        if request.kind.classes and request.labels:
+            heads["num_labels"] = len(request.labels)
+        config = self._configuration(request, heads)
+        if (
+            getattr(config, "pad_token_id", None) is None
+        ):  # classifiers refuse batches without one; its value is no shape
+            config.pad_token_id = 0
+        auto_class = getattr(transformers, request.kind.auto_class)
+        with torch.random.fork_rng(devices=[]), _quiet_transformers():
+            torch.manual_seed(request.seed)
+            try:
+                model, weights = from_configuration(auto_class, config, getattr(torch, request.dtype))
+            except (ValueError, KeyError) as error:
+                raise ModelSpecError(
+                    f"model.task: {request.reference!r} ({config.model_type}) has no model for {request.task}: "
+                    f"{_first_line(error)}"
+                ) from error
+        images = None
+        if (
+            request.kind.inputs == "image"
+            and (Path(self._config_place(request)) / "preprocessor_config.json").is_file()
+        ):
+            images = _image_processor(self._config_place(request), config, True)
+        return PretrainedModel(model, None, self._config_place(request), (), tuple(request.labels), images, weights)
+
+    def _config_place(self, request: LoadRequest) -> str:
+        """The model, or a file that is its configuration."""
+        file = (request.base_dir or Path()) / local_file(request.place).expanduser()
+        return str(file) if file.suffix == ".json" and file.is_file() else self.resolve(request)
+
+    def _configuration(self, request: LoadRequest, settings: dict[str, Any] | None = None) -> Any:
+        from layerlens.integrations.torchvision_import import make_torchvision_importable
+
+        make_torchvision_importable()
+        from transformers import AutoConfig
+
+        path = self._config_place(request)
+        local_only = Path(path).is_file() or _hub_copy_only(path, request.reference)
+        with _quiet_transformers():
+            try:
+                return AutoConfig.from_pretrained(path, local_files_only=local_only, **(settings or {}))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ModelNotFoundError(
+                    f"model.name_or_path: cannot read the configuration of {request.reference!r}: {_first_line(error)}"
+                ) from error
 
 
 class PackageSource(TransformersSource):
@@ -128,6 +186,10 @@ class PackageSource(TransformersSource):
 
 
 TRANSFORMERS, PACKAGE = TransformersSource(), PackageSource()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def is_hub_name(name: str) -> bool:

@@ -1,0 +1,115 @@
+"""A model by its shapes alone: built from its configuration, its layers listed, and its step counted without numbers.
+
+What a run measures of the frozen model beside statistics (activations kept, FLOPs of a forward pass) depends on shapes
+only. It is counted here by the same functions, on tensors without data, on the same kind of batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerlens.exceptions import ConfigurationError, ModelSpecError
+from layerlens.integrations.layers import model_spec
+from layerlens.integrations.pretrained import PretrainedModel, mode_for
+from layerlens.integrations.torch_modules import frozen_without_dropout
+from layerlens.integrations.transformers import blocks_of, longest_sequence, task_heads, without_cache
+from layerlens.models import Footprint, ModelSpec
+from layerlens.profiling.footprint import SAMPLES, frozen_footprint, without_data
+from layerlens.sources import LoadRequest
+
+USUAL_IMAGE = 224
+"""Pixels of an image's side where neither an image processor nor the configuration says it."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model without numbers, and what is counted on it.
+
+    Args:
+        request: what it was built for.
+        model: on the meta device.
+        spec: its layers; without a fingerprint.
+        footprint: of a step of the frozen model, for each token, or each sample where ``spec.per_sample``.
+        counted_length: tokens of the sequences that it was counted on; 0 where there are none.
+    """
+
+    request: LoadRequest
+    model: torch.nn.Module
+    spec: ModelSpec
+    footprint: Footprint
+    counted_length: int
+
+    @property
+    def head_params(self) -> int:
+        """Parameters of a task head that is trained beside what is chosen; 0 where the model's own head stays."""
+        names = task_heads(self.model) if self.request.kind.new_head else ()
+        return sum(x.numel() for name in names for x in self.model.get_submodule(name).parameters())
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the configuration has weights of fewer bits than are counted."""
+        return getattr(getattr(self.model, "config", None), "quantization_config", None) is not None
+
+
+def shapes_of(request: LoadRequest, sequence_length: int, *, adapter_sites: str = "residual") -> Shapes:
+    """Build the model of ``request`` from its configuration and count a step on full batches.
+
+    Args:
+        request: the model, its task and the precision of its weights; weights are not looked for.
+        sequence_length: tokens of the sequences that are counted; not read for models of images.
+        adapter_sites: see ``model_spec``.
+
+    Raises:
+        ModelNotFoundError: the configuration cannot be found or read.
+        ModelSpecError: the model cannot be built from it, not for the task, or not be counted without its weights.
+        ConfigurationError: the model takes no sequences so long.
+    """
+    pretrained = request.source.without_weights(request)
+    model = pretrained.model
+    limit = longest_sequence(model)
+    if request.kind.inputs != "image" and limit is not None and sequence_length > limit:
+        raise ConfigurationError(
+            f"sequence_length: {sequence_length} tokens, but the model has {limit} positions; use at most {limit}"
+        )
+    try:
+        with without_data(model), frozen_without_dropout(model, checkpointing=False), without_cache(model):
+            inputs = _inputs(request, pretrained, sequence_length)
+            per_sample = None if "input_ids" in inputs else inputs
+            spec = model_spec(pretrained, request.reference, adapter_sites=adapter_sites, inputs=per_sample)
+            counted = frozen_footprint(model, next(iter(blocks_of(model)), None), inputs)
+    except (RuntimeError, NotImplementedError) as error:  # what some models do by the values that they see
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelSpecError(
+            f"model.name_or_path: {type(model).__name__} cannot be counted without its weights ({reason}); "
+            "`layerlens run` measures it"
+        ) from error
+    return Shapes(request, model, spec, Footprint(*counted), 0 if spec.per_sample else sequence_length)
+
+
+def _inputs(request: LoadRequest, pretrained: PretrainedModel, sequence_length: int) -> dict[str, torch.Tensor]:
+    """A full batch as a run counts it: token ids, or images of the size that the model takes."""
+    config: Any = getattr(pretrained.model, "config", None)
+    if request.kind.inputs != "image":
+        ids = torch.ones(SAMPLES, sequence_length, dtype=torch.int64)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return inputs | ({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})
+    if pretrained.images is not None:
+        return {pretrained.images.argument: torch.zeros(SAMPLES, *_image_shape(pretrained))}
+    size = getattr(config, "image_size", None) or USUAL_IMAGE
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    return {"pixel_values": torch.zeros(SAMPLES, getattr(config, "num_channels", 3), *sides)}
+
+
+def _image_shape(pretrained: PretrainedModel) -> tuple[int, ...]:
+    """What the model's image processor makes of an image."""
+    from PIL import Image
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    assert pretrained.images is not None
+    config: Any = pretrained.model.config
+    with unset_fake_temporarily():  # it works on numbers
+        blank = Image.new(mode_for(getattr(config, "num_channels", 3)), (USUAL_IMAGE, USUAL_IMAGE))
+        return tuple(pretrained.images.transform([blank]).shape[1:])
