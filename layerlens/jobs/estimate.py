@@ -201,8 +201,9 @@ def estimate_lora(
     request = LoadRequest(model, task or _task_of(model, base_dir), labels, base_dir=base_dir, dtype=dtype)
     settings = OptimizationConfig(max_trainable_params=1, latency_profile=batch.of(LatencyProfile()))
     shapes = shapes_of(request, settings.latency_profile.sequence_length)
-    named = [layer for layer in shapes.spec.layers if LORA in layer.methods and _is_target(layer, targets)]
-    _refuse_unknown(shapes.spec, targets)
+    able = [layer for layer in shapes.spec.layers if LORA in layer.methods]
+    _refuse_unknown(able, targets)
+    named = [layer for layer in able if _is_target(layer, targets)]
     takers = [layer for layer in named if METHODS[LORA].takes_size(layer, rank)]
     left_out = {
         layer.name: f"rank {rank} is no multiple of its {layer.groups} groups" for layer in named if layer not in takers
@@ -211,7 +212,7 @@ def estimate_lora(
         raise ConfigurationError(f"rank: no layer takes rank {rank}; {next(iter(left_out.items()))}")
     options = [Option(layer.name, LORA, rank) for layer in takers]
     where = "" if _everything(targets) else f" ({', '.join(targets)})"
-    choice = f"LoRA {rank} on {len(options)} of {len(shapes.spec.layers)} layers{where}"
+    choice = f"LoRA {rank} on {len(options)} of {len(able)} layers{where}"
     return _estimate(shapes, options, settings, choice, left_out)
 
 
@@ -319,11 +320,10 @@ def _is_target(layer: LayerSpec, targets: Sequence[str]) -> bool:
     return _everything(targets) or any(layer.name == x or layer.name.endswith(f".{x}") for x in targets)
 
 
-def _refuse_unknown(spec: ModelSpec, targets: Sequence[str]) -> None:
-    takers = [layer for layer in spec.layers if LORA in layer.methods]
+def _refuse_unknown(layers: Sequence[LayerSpec], targets: Sequence[str]) -> None:
     for target in targets:
-        if not any(_is_target(layer, (target,)) for layer in takers):
-            known = ", ".join(dict.fromkeys(layer.name.rpartition(".")[2] for layer in takers))
+        if not any(_is_target(layer, (target,)) for layer in layers):
+            known = ", ".join(dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers))
             raise ConfigurationError(f"targets: no layer that takes LoRA is named {target!r}; known: {known}, or {ALL}")
 
 

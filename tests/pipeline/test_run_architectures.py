@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does n
 import tokenizers_of_ones_own as own
 
 from layerlens.cli.main import app
+from layerlens.jobs.estimate import estimate
 from layerlens.manifest import read_manifest
 from layerlens.profiling.statistics_file import load_statistics
 from layerlens.tuning.base_model import load_base
@@ -176,6 +177,17 @@ def test_run_from_a_saved_directory(settings: dict[str, Any], tmp_path: Path, so
     for path, reason in statistics.left_out.items():
         norm_or_bias = path.endswith(NOT_MATRICES) or any(word in reason for word in ELSEWHERE)
         assert norm_or_bias or "relative positions" in reason, (path, reason)
+
+    # The costs follow from the configuration alone: the same without any weights.
+    for weights in (tmp_path / "model").glob("*.safetensors"):
+        weights.unlink()
+    manifest = read_manifest(tmp_path / "out/manifest.json")
+    counted = estimate(manifest, base_dir=tmp_path)
+    assert counted.trainable_params == manifest.trainable_params
+    for ours, recorded in zip(counted.resources, manifest.resources, strict=True):
+        assert ours.resource == recorded.resource
+        for part in ("base", "added", "total"):  # sums of up to 40 float64 numbers, in another order
+            assert getattr(ours, part) == pytest.approx(getattr(recorded, part), rel=1e-14), (ours, recorded)
 
 
 def test_roberta_s_positions_begin_behind_its_padding_token(settings: dict[str, Any], tmp_path: Path, source: str):
