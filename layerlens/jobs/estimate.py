@@ -118,7 +118,7 @@ class Batch:
     def of(self, profile: LatencyProfile) -> LatencyProfile:
         """The profile with what is given; figures of another device are left out."""
         given = {"batch_size": self.size, "sequence_length": self.sequence_length, "device_type": self.device}
-        changed = {name: value for name, value in given.items() if value is not None}
+        changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if changed.get("device_type", profile.device_type) != profile.device_type:
             changed |= dict.fromkeys(("peak_gflops", "memory_bandwidth_gb_s", "op_overhead_us"))
         return LatencyProfile(**{**profile.model_dump(), **changed})
