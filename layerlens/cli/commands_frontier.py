@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerlens.cli import output
-from layerlens.cli.commands_run import do, load
+from layerlens.cli.commands_run import do
 from layerlens.cli.errors import guarded
 from layerlens.cli.output import RESOURCE_NAMES, amount, gap
-from layerlens.cli.places import ConfigOption, Debug, Json, Output, Quiet, Set, Statistics, base_dir_of, budget_of
+from layerlens.cli.places import Debug, Json, Output, Quiet, Set, budget_of
+from layerlens.cli.saved import SavedConfig, SavedStatistics, saved_job
 
 if TYPE_CHECKING:
     from layerlens.pipeline import FrontierResult
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 @guarded("no result was written")
 def frontier(
-    statistics: Statistics,
-    config: ConfigOption,
+    statistics: SavedStatistics,
+    config: SavedConfig = None,
     resource: Annotated[
         str, typer.Option("--resource", "-r", help="trainable_params, flops, vram_gb or latency_ms.")
     ] = "trainable_params",
@@ -33,8 +34,11 @@ def frontier(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Trace the whole budget-to-score curve of one resource, exactly, and certify allocations along it."""
-    checked = load(config, settings, directory)
+    """Trace the whole budget-to-score curve of one resource, exactly, and certify allocations along it.
+
+    Without a configuration file the curve goes beside the statistics.
+    """
+    statistics, checked, base_dir = saved_job(statistics, config, {}, settings, directory)
     from layerlens.pipeline import trace_frontier
 
     result = do(
@@ -42,7 +46,7 @@ def frontier(
             statistics,
             checked,
             resource,
-            base_dir=base_dir_of(config),
+            base_dir=base_dir,
             budgets=[budget_of(resource, text, "--at") for text in at or ()],
             points=points,
             progress=progress,

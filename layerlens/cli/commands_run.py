@@ -25,19 +25,18 @@ from layerlens.cli.flags import (
 )
 from layerlens.cli.output import RESOURCE_NAMES, amount, gap
 from layerlens.cli.places import (
-    ConfigOption,
     Debug,
     Explain,
     Json,
     Output,
     Quiet,
     Set,
-    Statistics,
     absolute,
     base_dir_of,
     budget_of,
     read_config,
 )
+from layerlens.cli.saved import SavedConfig, SavedStatistics, saved_job
 from layerlens.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
@@ -50,6 +49,8 @@ if TYPE_CHECKING:
 
     Result = TypeVar("Result")
     Job = Callable[[Progress, Callable[[str], None]], RunResult]
+
+OPTIMIZED = "optimized"
 
 
 @guarded("no result was written; run it again, and statistics that were finished come from the cache")
@@ -91,8 +92,13 @@ def run(
 
 @guarded("no result was written")
 def optimize(
-    statistics: Statistics,
-    config: ConfigOption,
+    statistics: SavedStatistics,
+    config: SavedConfig = None,
+    max_params: MaxParams = None,
+    max_vram: MaxVram = None,
+    max_flops: MaxFlops = None,
+    max_latency: MaxLatency = None,
+    methods: Methods = None,
     directory: Output = None,
     settings: Set = None,
     explain: Explain = False,
@@ -107,11 +113,14 @@ def optimize(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Choose again from saved statistics, with other budgets; the model is not loaded."""
-    checked = load(config, settings, directory)
-    from layerlens.pipeline import optimize_statistics
+    """Choose again from saved statistics, with other budgets; the model is not loaded.
 
-    base_dir = base_dir_of(config)
+    Options replace settings of the configuration; its other budgets stay. Without a file the result goes to optimized/
+    beside the statistics.
+    """
+    options = given_options(None, None, None, methods, max_params, max_vram, max_flops, max_latency)
+    statistics, checked, base_dir = saved_job(statistics, config, options, settings, directory, OPTIMIZED)
+    from layerlens.pipeline import optimize_statistics
 
     def job_for(wanted: RunConfig) -> Job:
         return lambda progress, warn: optimize_statistics(

@@ -36,6 +36,7 @@ from layerlens.models import (
     Option,
 )
 from layerlens.optimization import build_problem, explain
+from layerlens.profiling.cache import cache_key
 
 TIE = 1e-12
 """Differences in score that are rounding."""
@@ -216,6 +217,12 @@ def solution_of(manifest: Manifest, spec: ModelSpec, statistics: ModelStatistics
         raise ActivationCacheError(
             f"the statistics are of {spec.model_name} ({other[:12]}…), the manifest is of "
             f"{manifest.model.name_or_path} ({own[:12]}…); give the statistics that it was chosen by"
+        )
+    measured, recorded = statistics.provenance.get("identity"), (manifest.provenance.statistics or {}).get("key")
+    if measured and recorded and cache_key(measured) != recorded:
+        raise ActivationCacheError(
+            "the statistics were measured on other data or with other settings than the manifest's; give those that it "
+            "was chosen by"
         )
     config = config_of(manifest)
     utilities, costs = option_tables(spec, statistics, config)

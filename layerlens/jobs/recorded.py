@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from layerlens.config import RunConfig, parse_run_config
+from layerlens.config.loader import Setting
 from layerlens.exceptions import ConfigurationError
 from layerlens.models import Manifest
 from layerlens.storage import joined, local_or_url
@@ -46,13 +47,15 @@ def statistics_at(place: Path) -> Path:
         return place if path.suffix == ".safetensors" else Path(joined(_folder(url), STATISTICS))
     if not path.is_dir() and path.suffix not in MANIFEST_ENDINGS:
         return path
-    found = (path if path.is_dir() else path.parent) / STATISTICS
-    if not found.is_file():
-        raise ConfigurationError(
-            f"{found}: no such file; `layerlens run` writes it beside its manifest, and what `layerlens optimize` "
-            "writes elsewhere rests on the statistics that it was given"
-        )
-    return found
+    folder = path if path.is_dir() else path.parent
+    # `layerlens optimize` writes its manifest to a folder below the statistics.
+    for found in (folder / STATISTICS, *([] if path.is_dir() else [folder.parent / STATISTICS])):
+        if found.is_file():
+            return found
+    raise ConfigurationError(
+        f"{folder / STATISTICS}: no such file; `layerlens run` writes it beside its manifest. Name the file that the "
+        "choice was made by"
+    )
 
 
 def recorded_settings(manifest: Manifest) -> dict[str, Any]:
@@ -67,12 +70,14 @@ def recorded_settings(manifest: Manifest) -> dict[str, Any]:
     return dict(recorded)
 
 
-def config_of(manifest: Manifest, overrides: Sequence[str] = (), origin: str = "provenance.config") -> RunConfig:
+def config_of(
+    manifest: Manifest, overrides: Sequence[str | Setting] = (), origin: str = "provenance.config"
+) -> RunConfig:
     """The configuration of the run that wrote ``manifest``.
 
     Args:
         manifest: what a run wrote.
-        overrides: ``section.key=value`` settings that replace recorded ones; the value is YAML.
+        overrides: ``section.key=value`` (the value is YAML) or ``Setting``: what replaces recorded settings.
         origin: what messages about a setting call the manifest.
 
     Raises:

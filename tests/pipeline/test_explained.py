@@ -125,6 +125,10 @@ def test_statistics_of_something_else(parts):
     manifest, spec, statistics = parts
     with pytest.raises(ActivationCacheError, match="the statistics that it was chosen by"):
         solution_of(manifest, dataclasses.replace(spec, fingerprint="0" * 64), statistics)
+    identity = statistics.provenance["identity"]
+    elsewhere = {"identity": {**identity, "data": {**identity["data"], "source": "other.jsonl"}}}
+    with pytest.raises(ActivationCacheError, match="were measured on other data"):
+        solution_of(manifest, spec, dataclasses.replace(statistics, provenance=elsewhere))
     other = dataclasses.replace(manifest.allocations[0], method="lora", rank=7)
     changed = dataclasses.replace(manifest, allocations=(other, *manifest.allocations[1:]))
     with pytest.raises(ActivationCacheError, match="do not have the option that the manifest chose"):
