@@ -11,8 +11,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layerlens.cli.layer_names import Position, positions
 from layerlens.cli.output import RESOURCE_NAMES, amount, command, gap, scaled, share, short, significant
+from layerlens.manifest.grid import Grid, grid_of
+from layerlens.manifest.layer_names import Position, positions
+from layerlens.manifest.summary import peft_holds
 from layerlens.models import LayerExplanation, Manifest, ManifestRow, Option, Predicted, ResourceUse
 from layerlens.registry import METHODS
 
@@ -34,12 +36,13 @@ def chosen(manifest: Manifest) -> RenderableType:
     adapted = [row for row in manifest.allocations if row.method != "none"]
     if not adapted:
         return Text("No layer is adapted: no option is worth its cost within the budgets.")
-    places = positions([row.layer for row in manifest.allocations])
-    if len(adapted) <= FEW_LAYERS or all(place.block is None for place in places.values()):
+    grid = grid_of(manifest.allocations)
+    if len(adapted) <= FEW_LAYERS or not grid.blocks:
         table: RenderableType = _one_row_each(adapted, len(manifest.allocations) - len(adapted))
     else:
-        table = _blocks_by_roles(manifest.allocations, places)
-    return Group(table, _totals(adapted, len(manifest.allocations)))
+        table = _blocks_by_roles(grid)
+    told = peft_holds(manifest)
+    return Group(table, _totals(adapted, len(manifest.allocations)), *([Text(told)] if told else []))
 
 
 def budgets(resources: Sequence[ResourceUse]) -> RenderableType:
@@ -139,31 +142,16 @@ def _one_row_each(adapted: Sequence[ManifestRow], others: int) -> Table:
     return table
 
 
-def _blocks_by_roles(rows: Sequence[ManifestRow], places: Mapping[str, Position]) -> Group:
-    in_blocks = [row for row in rows if places[row.layer].block is not None]
-    roles = list(dict.fromkeys(places[row.layer].role for row in in_blocks))
-    stacks = {places[row.layer].stack for row in in_blocks}
-    lines: dict[tuple[str, int], dict[str, ManifestRow]] = {}
-    for row in in_blocks:
-        place = places[row.layer]
-        lines.setdefault((place.stack, place.block or 0), {})[place.role] = row
+def _blocks_by_roles(grid: Grid) -> Group:
     letters = "  ".join(f"{method.letter} {method.label} {method.unit}" for method in METHODS.values())
     table = new_table("Chosen", caption=f"{letters}  {_UNCHANGED} unchanged")
     table.add_column("block", justify="right", no_wrap=True)
-    for role in roles:
+    for role in grid.roles:
         table.add_column(Text(role.replace(".", ".\n")), justify="right", min_width=3)
-    groups: list[tuple[str, list[int], list[Text]]] = []
-    for (stack, block), by_role in lines.items():
-        cells = [_cell(by_role.get(role)) for role in roles]
-        if groups and groups[-1][0] == stack and groups[-1][2] == cells:
-            groups[-1][1].append(block)
-        else:
-            groups.append((stack, [block], cells))
-    for stack, blocks, cells in groups:
-        span = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}–{blocks[-1]}"
-        table.add_row(Text(f"{stack} {span}" if len(stacks) > 1 else span), *cells)
-    outside = [row for row in rows if places[row.layer].block is None and row.method != "none"]
-    return Group(table, *([_one_row_each(outside, 0)] if outside else []))
+    several = len(grid.stacks) > 1
+    for blocks in grid.blocks:
+        table.add_row(Text(f"{blocks.stack} {blocks.name}" if several else blocks.name), *map(_cell, blocks.cells))
+    return Group(table, *([_one_row_each(grid.outside, 0)] if grid.outside else []))
 
 
 def _cell(row: ManifestRow | None) -> Text:

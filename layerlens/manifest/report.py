@@ -10,14 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from layerlens.manifest.curves import calibration_section, curves_section, methods_shown
 from layerlens.manifest.figures import solver_progress
 from layerlens.manifest.formats import (
     RESOURCE_NAMES,
-    UNITS,
     in_sentence,
     method_name,
     number,
@@ -28,6 +26,8 @@ from layerlens.manifest.formats import (
 )
 from layerlens.manifest.frontier import frontier_section
 from layerlens.manifest.layers import heat_map, layer_rows
+from layerlens.manifest.page import rendered
+from layerlens.manifest.summary import budget_facts, counts, share_of_model
 from layerlens.models import (
     NONE,
     RESOURCES,
@@ -79,19 +79,12 @@ def write_report(
     Raises:
         OutputError: the file cannot be written.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["breakable"] = _breakable
     curves, written = curves_section(manifest, utilities, costs, statistics), manifest.fields()
-    page = environment.get_template("report.html.j2").render(
+    page = rendered(
+        "report.html.j2",
         model=manifest.model.name_or_path or "",
         summary=_summary(manifest),
-        budgets=[_budget(use) for use in manifest.resources],
+        budgets=[budget_facts(use) for use in manifest.resources],
         heat=heat_map(manifest.allocations),
         certificate=_certificate(manifest),
         calibration=calibration_section(manifest, utilities.calibration),
@@ -112,13 +105,13 @@ def write_report(
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:
-    counts = {method: sum(row.method == method for row in manifest.allocations) for method in METHODS}
+    found = counts(manifest.allocations)
     return {
         "layers": len(manifest.allocations),
-        "adapted": sum(counts.values()),
-        "counts": [(method_name(method), count) for method, count in counts.items() if count],
+        "adapted": sum(found.values()),
+        "counts": [(method_name(method), count) for method, count in found.items()],
         "parameters": number(manifest.trainable_params),
-        "share": _share_of_model(manifest),
+        "share": share_of_model(manifest),
         "tightest": _tightest(manifest.resources),
         "gain": _gain(manifest.predicted),
     }
@@ -139,35 +132,6 @@ def _gain(predicted: Predicted) -> dict[str, str]:
         return {}
     low, high = predicted.gain_interval
     return {"value": number(predicted.gain), "interval": f"{number(low)} to {number(high)}"}
-
-
-def _share_of_model(manifest: Manifest) -> str:
-    total = manifest.model.total_params
-    return percent(manifest.trainable_params / total, digits=2) if total else ""
-
-
-def _budget(use: ResourceUse) -> dict[str, Any]:
-    """Widths of the bar's parts in percent of the budget, and every figure as text."""
-    text = {key: quantity(use.resource, getattr(use, key)) for key in ("base", "added", "total")}
-    entry: dict[str, Any] = {
-        **text,
-        "name": resource_name(use.resource),
-        "source": use.source,
-        "limited": False,
-    }
-    entry["price"] = f"{number(use.multiplier)} score per {UNITS.get(use.resource, 'unit')}" if use.multiplier else ""
-    if use.budget is not None and use.budget > 0:
-        free = use.budget - use.total
-        entry |= {
-            "limited": True,
-            "budget": quantity(use.resource, use.budget),
-            "free": quantity(use.resource, max(free, 0.0)),
-            "used": percent(use.total / use.budget),
-            "base_width": round(100 * min(use.base / use.budget, 1.0), 3),
-            "added_width": round(100 * min(use.added / use.budget, 1.0), 3),
-            "has_base": use.base > 0,
-        }
-    return entry
 
 
 def _certificate(manifest: Manifest) -> dict[str, str]:
@@ -235,11 +199,6 @@ def _measured_on(statistics: ModelStatistics) -> list[tuple[str, str]]:
         ("tokens", number(statistics.n_tokens)),
         ("mean loss of the frozen model", number(statistics.mean_loss)),
     ]
-
-
-def _breakable(name: str) -> Markup:
-    """A module path that may break after its dots, which is where a reader expects it."""
-    return Markup(".<wbr>").join(escape(part) for part in name.split("."))
 
 
 def _flat(values: Any, place: str = "") -> Any:

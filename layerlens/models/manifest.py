@@ -11,7 +11,7 @@ from typing import Any
 
 from layerlens.models.choice import Choice
 from layerlens.models.facts import LoraSettings, ModelFacts, Predicted, Provenance, Section
-from layerlens.models.model_spec import Option
+from layerlens.models.model_spec import LORA, Option
 
 SCHEMA_VERSION = "1.0"
 SECTIONS: dict[str, type[Section]] = {
@@ -117,6 +117,12 @@ class Manifest:
     def trainable_params(self) -> int:
         """Parameters that the choice trains, the task head not counted."""
         return sum(row.cost for row in self.allocations)
+
+    @property
+    def lora_share(self) -> float:
+        """Share of ``trainable_params`` that is LoRA, which is all that PEFT's directory and a LoraConfig hold."""
+        of_lora = sum(row.cost for row in self.allocations if row.method == LORA)
+        return of_lora / self.trainable_params if self.trainable_params else 0.0
 
     def fields(self) -> dict[str, Any]:
         """The manifest by name as its file has it."""

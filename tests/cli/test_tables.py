@@ -9,8 +9,8 @@ from example_manifests import MEASURED, few, manifest, minilm, row
 from rich.console import Console, RenderableType
 
 from layerlens.cli import tables
-from layerlens.cli.layer_names import Position, positions
 from layerlens.cli.output import amount, gap, scaled, share, significant
+from layerlens.manifest.layer_names import Position, positions
 from layerlens.models import CalibrationSummary, Manifest, Predicted, ResourceUse
 
 
@@ -47,7 +47,11 @@ def test_blocks_by_roles() -> None:
     assert lines[3].split() == ["block", "query", "key", "value", "output", "attention", "intermediate", "output"]
     assert lines[5].split() == ["0", "L1", "·", "L1", "A1", "·", "·", "L1"]
     assert lines[8].split() == ["3", "A8", "·", "·", "L8", "P8", "·", "L8"]
-    assert "23 of 42 layers adapted: lora on 14 (39.2 k parameters)" in lines[-2]
+    told = " ".join(" ".join(lines).split())
+    assert "23 of 42 layers adapted: lora on 14 (39.2 k parameters)" in told
+    share = minilm().lora_share
+    assert 0.5 < share < 0.8
+    assert f"LoRA: peft/ holds {100 * share:.0f} % of the chosen parameters; the adapters and prefixes are in" in told
 
 
 def test_equal_neighbours_share_a_line() -> None:

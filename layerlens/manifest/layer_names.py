@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    pass
-
+from typing import NamedTuple
 
 _BLOCK = re.compile(r"(?P<stack>.*?)(?:^|\.)(?P<block>\d+)(?:\.(?P<role>.+))?$")
-
-
 _SAYS_NOTHING = ("dense", "self", "proj", "linear")
 
 

@@ -1,0 +1,103 @@
+"""What a manifest says in a few sentences and figures: for the report, a plan in a program, and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from layerlens.manifest.formats import UNITS, method_name, number, percent, quantity, resource_name
+from layerlens.models import LORA, Manifest, ManifestRow, ResourceUse
+from layerlens.registry import METHODS
+
+
+def share_of_model(manifest: Manifest) -> str:
+    """Trainable parameters in percent of the base model's; "" where these are not known."""
+    total = manifest.model.total_params
+    return percent(manifest.trainable_params / total, digits=2) if total else ""
+
+
+def counts(rows: Sequence[ManifestRow]) -> dict[str, int]:
+    """Adapted layers by method, of methods that the choice has."""
+    found = {method: sum(row.method == method for row in rows) for method in METHODS}
+    return {method: count for method, count in found.items() if count}
+
+
+def peft_holds(manifest: Manifest) -> str:
+    """How much of the choice PEFT's directory holds; "" where it holds all, or nothing is chosen.
+
+    >>> from layerlens.models import ModelFacts
+    >>> def row(method, cost):
+    ...     return ManifestRow(method, method, 4, 0.0, cost, 0.0, 0.0, 0.0, 0.0)
+    >>> found = Manifest(ModelFacts(), (row("lora", 81), row("adapter", 19)), (), 0.0, 0.0, 0.0, "optimal", "", "", "")
+    >>> peft_holds(found)
+    'LoRA: peft/ holds 81 % of the chosen parameters; the adapters are in layerlens_modules.safetensors.'
+    """
+    share, others = manifest.lora_share, [name for name in counts(manifest.allocations) if name != LORA]
+    if not others:
+        return ""
+    names = " and ".join(METHODS[name].plural for name in others)
+    if not share:
+        return f"No LoRA is chosen, so there is no peft/; the {names} are in layerlens_modules.safetensors."
+    held = percent(share, digits=0) if share < 0.995 else "> 99 %"
+    return f"LoRA: peft/ holds {held} of the chosen parameters; the {names} are in layerlens_modules.safetensors."
+
+
+def left_out_lines(manifest: Manifest, most: int = 3) -> list[str]:
+    """Layers that are offered nothing, a line for each reason; of more than ``most`` layers the first ones."""
+    by_reason: dict[str, list[str]] = {}
+    for layer, reason in (manifest.model.left_out or {}).items():
+        by_reason.setdefault(reason, []).append(layer)
+    lines = []
+    for reason, layers in by_reason.items():
+        more = f" and {len(layers) - most} more" if len(layers) > most else ""
+        lines.append(f"Left out: {', '.join(layers[:most])}{more}: {reason}.")
+    return lines
+
+
+def proof(manifest: Manifest) -> str:
+    """How good the choice provably is, as a sentence."""
+    gap = percent(manifest.gap, digits=4)
+    how = f"proved optimal (gap {gap})" if manifest.status == "optimal" else f"proved within {gap} of the optimum"
+    score, bound = f"{manifest.score:.6g}", f"{manifest.upper_bound:.6g}"
+    return f"The choice is {how}: score {score}, and none within the budgets exceeds {bound}."
+
+
+def predicted_gain(manifest: Manifest) -> str:
+    """The predicted gain as a sentence, with what it rests on; "" where a manifest does not say it."""
+    predicted = manifest.predicted
+    if predicted.gain is None:
+        return ""
+    value = f"Predicted gain: {number(predicted.gain)}, {predicted.unit or manifest.utility_unit}"
+    if predicted.gain_interval is not None:
+        low, high = predicted.gain_interval
+        return f"{value} (95 %: {number(low)} to {number(high)}), calibrated by short trainings."
+    return f"{value}; ranks layers, and is not calibrated by training."
+
+
+def budget_facts(use: ResourceUse) -> dict[str, Any]:
+    """A budget as text, with the widths of a bar's parts in percent of it."""
+    text = {key: quantity(use.resource, getattr(use, key)) for key in ("base", "added", "total")}
+    entry: dict[str, Any] = {
+        **text,
+        "name": resource_name(use.resource),
+        "source": use.source,
+        "limited": False,
+        "price": f"{number(use.multiplier)} score per {UNITS.get(use.resource, 'unit')}" if use.multiplier else "",
+    }
+    if use.budget is not None and use.budget > 0:
+        free = use.budget - use.total
+        entry |= {
+            "limited": True,
+            "budget": quantity(use.resource, use.budget),
+            "free": quantity(use.resource, max(free, 0.0)),
+            "used": percent(use.total / use.budget),
+            "base_width": round(100 * min(use.base / use.budget, 1.0), 3),
+            "added_width": round(100 * min(use.added / use.budget, 1.0), 3),
+            "has_base": use.base > 0,
+        }
+    return entry
+
+
+def option_name(row: ManifestRow) -> str:
+    """ "LoRA 8"; "none" of a layer that is left alone."""
+    return f"{method_name(row.method)} {row.rank}" if row.rank else method_name(row.method)
