@@ -24,6 +24,10 @@ OutputHook = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tenso
 """(attention module, query [B, H, T, d_head], output [B, T, H, d_head]) -> output to use instead."""
 
 _NAME = "layerlens_hook|{}"
+_hooks: dict[str, OutputHook] = {}
+"""Name of an attention function -> the hook that its outputs go through now. transformers' table never forgets a
+function, so the functions in it must not hold a hook: that would keep its model in memory.
+"""
 
 
 @contextmanager
@@ -33,8 +37,10 @@ def attention_outputs(model: torch.nn.Module, hook: OutputHook) -> Iterator[None
         id(module.config): module.config for module in model.modules() if hasattr(module, "config")
     }
     originals = {key: config._attn_implementation for key, config in configs.items()}
+    before = dict(_hooks)
     for original in {name for name in originals.values() if name}:
-        _register(original, hook)
+        _register(original)
+        _hooks[original] = hook
     try:
         for key, config in configs.items():
             if originals[key]:
@@ -43,12 +49,15 @@ def attention_outputs(model: torch.nn.Module, hook: OutputHook) -> Iterator[None
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = originals[key]
+        _hooks.clear()
+        _hooks.update(before)
 
 
-def _register(original: str, hook: OutputHook) -> None:
+def _register(original: str) -> None:
     def attention(module: torch.nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         output, weights = attention_function(original, module)(module, query, *args, **kwargs)
-        return hook(module, query, output), weights
+        hook = _hooks.get(original)
+        return output if hook is None else hook(module, query, output), weights
 
     AttentionInterface.register(_NAME.format(original), attention)
     AttentionMaskInterface.register(_NAME.format(original), ALL_MASK_ATTENTION_FUNCTIONS[original])

@@ -87,6 +87,6 @@ def _as_initialised(model: Any, parameters: Sequence[str]) -> bool:
     if any(bool(bias.any()) and not bool((bias == 1).all()) for bias in biases):
         return False
     return bool(weights) and all(
-        abs(float(weight.float().std()) / spread - 1.0) < STANDARD_ERRORS / math.sqrt(2.0 * weight.numel())
+        abs(float(weight.detach().float().std()) / spread - 1.0) < STANDARD_ERRORS / math.sqrt(2.0 * weight.numel())
         for weight in weights
     )

@@ -93,8 +93,8 @@ def _from_iterable(data: Any, kind: str, wanted: Wanted, spare: int) -> Taken:
     """From what gives batches one after the other."""
     total = _length(getattr(data, "dataset", None))
     once = isinstance(data, Iterator)
-    stream = iter(data)
     with loader_kept(data) if _is_loader(data) else nullcontext():
+        stream = iter(data)
         first = next(stream, None)
         if first is None:
             reason = "the iterator is exhausted; make it anew, or give a list" if once else "it has no batches"

@@ -154,14 +154,17 @@ def _loaded(
 ) -> tuple[RunConfig, LoadedObjects]:  # fmt: skip
     task, said = given.task_of_model(model, objects.task)
 
-    def config_with(data: Mapping[str, Any], kind: Task | None = task) -> RunConfig:
+    source = objects.data if isinstance(objects.data, (str, Path)) else f"object:{type(objects.data).__name__}"
+
+    def config_with(length: int | None = None, kind: Task | None = task) -> RunConfig:
         own = {"loss": _function_name(objects.loss)} if kind is None or kind.name == given.CUSTOM else {}
         facts = {"name_or_path": given.reference_of(model), "task": given.CUSTOM if kind is None else kind.name, **own}
         facts |= {"dtype": given.dtype_of(model)}
-        return configuration(settings, model=facts, data=data, budget_needed=budget_needed)
+        return configuration(
+            settings, model=facts, data={"source": str(source)}, length=length, budget_needed=budget_needed
+        )
 
-    source = objects.data if isinstance(objects.data, (str, Path)) else f"object:{type(objects.data).__name__}"
-    config = config_with({"source": str(source)})
+    config = config_with()
     pretrained = _pretrained(objects, model, new)
     if isinstance(objects.data, (str, Path)):
         kind = _needed(task, model)
@@ -201,7 +204,7 @@ def _of_rows(
     dataset: Dataset, warnings: Warnings,
 ) -> tuple[RunConfig, LoadedObjects]:  # fmt: skip
     """As ``layerlens run`` does with the rows of a file."""
-    config = config_with({"source": f"object:{type(objects.data).__name__}", **_length_limit(pretrained)}, task)
+    config = config_with(_length_limit(pretrained), task)
     if task.inputs in ("text", "words") and pretrained.tokenizer is None:
         raise DataError(f"tokenizer: is needed to make the model's inputs of the {task.inputs} in these rows")
     if task.inputs == "image" and pretrained.images is None:
@@ -245,8 +248,7 @@ def _of_batches(
     first = given.in_units(batches)[0] if loss.by_batches else batches[0]
     run = (lambda: loss.loss.of_model(model, first)) if isinstance(loss.loss, BatchLoss) else None
     example = given.example_of(model, run) if run else first.inputs
-    length = {"max_length": max(2, example["input_ids"].shape[-1])} if "input_ids" in example else {}
-    config = config_with({"source": f"object:{type(objects.data).__name__}", **length}, task)
+    config = config_with(max(2, example["input_ids"].shape[-1]) if "input_ids" in example else None, task)
     spec = _spec(pretrained, config, example)
     names = tuple(getattr(getattr(model, "config", None), "id2label", None) or {}) if known.classes else ()
     labels = tuple(str(model.config.id2label[name]) for name in names)
@@ -318,7 +320,7 @@ def _pretrained(objects: Objects, model: torch.nn.Module, new: tuple[str, ...]) 
     processor, reference = objects.tokenizer, given.reference_of(model)
     if processor is None:
         return PretrainedModel(model, None, reference, new)
-    if hasattr(processor, "pad") and not hasattr(processor, "image_processor"):
+    if hasattr(processor, "convert_tokens_to_ids"):
         tokenizer = copy.deepcopy(processor)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -334,11 +336,11 @@ def _pretrained(objects: Objects, model: torch.nn.Module, new: tuple[str, ...]) 
     return PretrainedModel(model, None, reference, new, images=ImageInput(transform, first_argument(model), mode))
 
 
-def _length_limit(pretrained: PretrainedModel) -> dict[str, int]:
-    """The longest sequence where the model has fewer positions than the default."""
+def _length_limit(pretrained: PretrainedModel) -> int | None:
+    """The longest sequence where the model has fewer positions than the default; None where the default does."""
     limit = longest_sequence(pretrained.model) if pretrained.tokenizer is not None else None
     default = DataConfig.model_fields["max_length"].default
-    return {"max_length": limit} if limit is not None and limit < default else {}
+    return limit if limit is not None and limit < default else None
 
 
 def _function_name(function: Any) -> str:

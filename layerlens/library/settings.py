@@ -54,14 +54,17 @@ def by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def configuration(
-    settings: Mapping[str, Any], *, model: Mapping[str, Any], data: Mapping[str, Any], budget_needed: bool = True
-) -> RunConfig:
+    settings: Mapping[str, Any], *, model: Mapping[str, Any], data: Mapping[str, Any], length: int | None = None,
+    budget_needed: bool = True,
+) -> RunConfig:  # fmt: skip
     """The configuration of a job on objects.
 
     Args:
         settings: keyword arguments.
         model: what the model itself says of its section.
         data: the same of the data; a keyword argument of the same name wins.
+        length: tokens of a sequence, for what is measured and for what costs are predicted for, unless settings say it;
+            the configuration's defaults when None.
         budget_needed: refuse settings without a budget.
 
     Raises:
@@ -72,6 +75,9 @@ def configuration(
     budgets = ("max_trainable_params", "max_flops", "max_vram_gb", "latency_target_ms")
     if not budget_needed and not any(name in optimization for name in budgets):
         optimization["max_trainable_params"] = NO_BUDGET
+    if length is not None:
+        data = {**data, "max_length": length}
+        optimization["latency_profile"] = {"sequence_length": length, **dict(optimization.get("latency_profile", {}))}
     given["optimization"] = optimization
     given["model"] = {**given.get("model", {}), **model}
     given["data"] = {**data, **given.get("data", {})}

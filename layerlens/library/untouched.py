@@ -21,8 +21,9 @@ HOOKS = (
 def untouched(model: torch.nn.Module, changed: Iterable[str] = ()) -> Iterator[None]:
     """While open, anything may be measured on ``model``; afterwards nothing about it differs from before.
 
-    Kept are the mode of every module, its hooks and buffers, every parameter's ``requires_grad`` and ``grad``, the
-    random states of Python, NumPy and torch, and torch's number of threads. Weights are not copied.
+    Kept are the mode of every module, its hooks, buffers and configuration (which models of transformers change as they
+    compute a loss), every parameter's ``requires_grad`` and ``grad``, the random states of Python, NumPy and torch, and
+    torch's number of threads. Weights are not copied.
 
     Args:
         model: the user's.
@@ -32,6 +33,9 @@ def untouched(model: torch.nn.Module, changed: Iterable[str] = ()) -> Iterator[N
         stack.enter_context(random_states_kept())
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         stack.callback(_put_back_modules, [(one, one.training, _hooks_of(one)) for one in model.modules()])
+        configs = {id(one.config): one.config for one in model.modules() if hasattr(one, "config")}
+        kept = [(one, dict(vars(one))) for one in configs.values() if hasattr(one, "__dict__")]
+        stack.callback(_put_back_attributes, kept)
         parameters = [(one, one.requires_grad, one.grad) for one in model.parameters()]
         stack.callback(_put_back_parameters, parameters)
         weights = [(one, one.detach().clone()) for one in map(model.get_parameter, changed)]
@@ -87,6 +91,13 @@ def _put_back_modules(modules: list[tuple[torch.nn.Module, bool, dict[str, dict[
             if dict(there) != before:
                 there.clear()
                 there.update(before)
+
+
+def _put_back_attributes(things: list[tuple[Any, dict[str, Any]]]) -> None:
+    for thing, before in things:
+        if vars(thing) != before:
+            vars(thing).clear()
+            vars(thing).update(before)
 
 
 def _put_back_parameters(parameters: list[tuple[torch.nn.Parameter, bool, torch.Tensor | None]]) -> None:

@@ -40,9 +40,10 @@ def measure(
     sequence_length: int,
     threads: int,
     progress: Progress,
-    loss: Loss = classification_loss,
+    loss: Loss | BatchLoss = classification_loss,
     other_modules: Sequence[str] = (),
     saved: SavedPass | None = None,
+    example: Mapping[str, torch.Tensor] | None = None,
 ) -> ModelStatistics:
     """Measure every layer of ``spec`` on ``batches``.
 
@@ -55,9 +56,10 @@ def measure(
         sequence_length: tokens of the sequences for which memory and FLOPs are counted.
         threads: for the kernels; torch's own threads are set by the caller.
         progress: told of every batch.
-        loss: the loss of each sample.
+        loss: the loss of each sample, or of a batch, which then counts as one sample.
         other_modules: modules outside the layers whose weights are measured too (``measurable_modules``).
         saved: where the pass is kept after batches, and taken up again if an earlier one was interrupted.
+        example: what the model takes, for its costs, where that is not the inputs of the first batch.
 
     Raises:
         ProfilingError: a loss or a statistic is not finite, or a layer cannot be measured; names the layer.
@@ -65,6 +67,7 @@ def measure(
     found = measure_share(
         model, spec, batches, request=request, sequence_length=sequence_length, threads=threads, progress=progress,
         loss=loss, other_modules=other_modules, saved=saved, processes=ALONE,
+        example=example,
     )  # fmt: skip
     assert found is not None
     return found
