@@ -11,11 +11,12 @@ import numpy as np
 from layerlens import vocabulary
 from layerlens.config import OptimizationConfig, RunConfig
 from layerlens.exceptions import ConfigurationError
-from layerlens.jobs.job import Job, job_without_model
+from layerlens.jobs.job import job_without_model
 from layerlens.jobs.result import published
 from layerlens.jobs.solve import option_tables
 from layerlens.manifest import write_frontier
-from layerlens.models import RESOURCES, AllocationProblem, FrontierRow
+from layerlens.manifest.frontier import TracedFrontier
+from layerlens.models import RESOURCES, AllocationProblem, FrontierRow, ModelSpec, ModelStatistics
 from layerlens.optimization import Frontier, budget_sweep, build_problem, frontier
 from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics
@@ -68,20 +69,37 @@ def trace_frontier(
         ActivationCacheError: the statistics cannot be used.
         InfeasibleError: the smallest budget allows nothing.
     """
-    if resource not in RESOURCES:
-        raise ConfigurationError(f"unknown resource {resource!r}; known: {', '.join(RESOURCES)}")
+    _refuse_unknown(resource)
     with published(config.output.directory, base_dir) as place:
         job = job_without_model(config, base_dir, place.directory, progress)
-        return place.publish(_trace(job, statistics_path, resource, budgets, points))
+        spec, statistics = load_statistics(statistics_path)
+        found = traced(
+            spec, statistics, config, resource, budgets=budgets, points=points, threads=job.threads, progress=progress
+        )
+        with staged_directory(job.output) as staging:
+            written = write_frontier(staging, found)
+            files = {name: job.output / path.relative_to(staging) for name, path in written.items()}
+        return place.publish(FrontierResult(resource, found.hull, found.rows, files))
 
 
-def _trace(job: Job, statistics_path: Path, resource: str, budgets: Sequence[float], points: int) -> FrontierResult:
-    config = job.config
-    problem = _problem_with_any_budget(statistics_path, config, resource)
-    curve = frontier(problem, resource, threads=job.threads)
+def traced(
+    spec: ModelSpec,
+    statistics: ModelStatistics,
+    config: RunConfig,
+    resource: str,
+    *,
+    budgets: Sequence[float] = (),
+    points: int = 10,
+    threads: int = 1,
+    progress: Progress = silent,
+) -> TracedFrontier:
+    """The frontier of ``resource`` from what was measured; arguments and errors as of ``trace_frontier``."""
+    _refuse_unknown(resource)
+    problem = _problem_with_any_budget(spec, statistics, config, resource)
+    curve = frontier(problem, resource, threads=threads)
     chosen_budgets = [float(budget) for budget in budgets] or _spread(curve, points)
     certified = []
-    with job.progress.stage("Certifying budgets", total=len(chosen_budgets)) as advance:
+    with progress.stage("Certifying budgets", total=len(chosen_budgets)) as advance:
         for budget in chosen_budgets:
             (allocation,) = budget_sweep(
                 problem,
@@ -91,7 +109,7 @@ def _trace(job: Job, statistics_path: Path, resource: str, budgets: Sequence[flo
                 refine_deterministic_time=config.optimization.refine_deterministic_time,
                 gap_tolerance=config.optimization.gap_tolerance,
                 seed=config.runtime.seed,
-                threads=job.threads,
+                threads=threads,
             )
             certified.append(
                 FrontierRow(
@@ -104,16 +122,18 @@ def _trace(job: Job, statistics_path: Path, resource: str, budgets: Sequence[flo
                 )
             )
             advance(1)
-    hull = hull_rows(problem, curve)
-    with staged_directory(job.output) as staging:
-        written = write_frontier(staging, resource, hull, certified)
-        files = {name: job.output / path.relative_to(staging) for name, path in written.items()}
-    return FrontierResult(resource, tuple(hull), tuple(certified), files)
+    return TracedFrontier(resource, tuple(hull_rows(problem, curve)), tuple(certified))
 
 
-def _problem_with_any_budget(statistics_path: Path, config: RunConfig, resource: str) -> AllocationProblem:
+def _refuse_unknown(resource: str) -> None:
+    if resource not in RESOURCES:
+        raise ConfigurationError(f"unknown resource {resource!r}; known: {', '.join(RESOURCES)}")
+
+
+def _problem_with_any_budget(
+    spec: ModelSpec, statistics: ModelStatistics, config: RunConfig, resource: str
+) -> AllocationProblem:
     """The allocation problem with room for every option in ``resource``."""
-    spec, statistics = load_statistics(statistics_path)
     refuse_non_finite(statistics)
     utilities, costs = option_tables(spec, statistics, config)
     everything = costs.base[resource] + float(costs.cost__ro[RESOURCES.index(resource)].sum())

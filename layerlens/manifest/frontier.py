@@ -1,11 +1,14 @@
-"""More and less budget: a traced frontier as CSV and SVG, and the report's section on every limited resource."""
+"""More and less budget: a traced frontier as table, figure, CSV and SVG, and the report's section on every budget."""
 
 from __future__ import annotations
 
+import base64
 import csv
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,113 @@ import numpy as np
 from markupsafe import Markup
 
 from layerlens.manifest.figures import FRONTIER_ROOM, budget_frontier
-from layerlens.manifest.formats import RESOURCE_NAMES, UNITS, in_sentence, percent, quantity, resource_name
+from layerlens.manifest.formats import (
+    RESOURCE_NAMES, UNITS, in_sentence, number, percent, quantity, resource_name,
+)
+from layerlens.manifest.tables import html_table, text_table
 from layerlens.models import FrontierRow, Manifest, ResourceUse
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text
 
 TIMES = ((0.5, "half"), (1.0, "as it is"), (2.0, "double"), (4.0, "four times"))
 MOST_POINTS = 300
 """Points of a hull that are drawn: about one for each pixel of the figure."""
+
+
+@dataclass(frozen=True)
+class TracedFrontier:
+    """What more or less of one budget buys. ``str`` and a notebook show it as a table, ``plot`` as a curve.
+
+    Args:
+        resource: whose budget varies: trainable_params, flops, vram_gb or latency_ms.
+        hull: the exact upper concave hull of score over budget, other budgets left aside.
+        rows: allocations at chosen budgets, all other budgets kept, each with its proved bound.
+        chosen: (use of the resource, score) of the choice that this was traced around, if there is one.
+    """
+
+    resource: str
+    hull: tuple[FrontierRow, ...]
+    rows: tuple[FrontierRow, ...]
+    chosen: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        return "\n".join((*self._heads(), "", text_table(*self._table(), "")) if self.rows else self._heads())
+
+    def _repr_html_(self) -> str:
+        heads = "".join(f"<p>{escape(line)}</p>" for line in self._heads())
+        if not self.rows:
+            return heads
+        picture = base64.b64encode(_as_svg(self)).decode()
+        shown = f'<img alt="Score over budget, as the table has it" src="data:image/svg+xml;base64,{picture}">'
+        return heads + html_table(*self._table(), "") + shown
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {
+            "resource": self.resource,
+            "hull": [dataclasses.asdict(row) for row in self.hull],
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "chosen": None if self.chosen is None else dict(zip(("budget", "score"), self.chosen, strict=True)),
+        }
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw hull, certified allocations with their bounds, and the choice.
+
+        Args:
+            ax: matplotlib Axes; those of a new figure when None.
+
+        Returns:
+            the Axes.
+        """
+        if ax is None:
+            from matplotlib import pyplot
+
+            _, ax = pyplot.subplots(layout="constrained")
+        if self.hull:
+            x, y = [row.budget for row in self.hull], [row.score for row in self.hull]
+            ax.plot(x, y, color="#7a8793", label="exact hull, other budgets aside")
+        ax.errorbar(
+            [row.budget for row in self.rows],
+            [row.score for row in self.rows],
+            yerr=[[0.0] * len(self.rows), [row.upper_bound - row.score for row in self.rows]],
+            fmt="o",
+            color="#0b6bbf",
+            capsize=3,
+            label="certified allocation within all budgets, bar to its bound",
+        )
+        if self.chosen is not None:
+            ax.plot(*([value] for value in self.chosen), "D", color="#c2410c", label="the plan", zorder=3)
+        unit = "" if self.resource == "trainable_params" else f" ({UNITS[self.resource]})"
+        ax.set_xlabel(f"budget: {RESOURCE_NAMES[self.resource].lower()}{unit}")
+        ax.set_ylabel("score")
+        if self.resource in ("trainable_params", "flops") and self.hull and self.hull[-1].budget > 0:
+            ax.set_xscale("symlog", linthresh=max(self.hull[min(1, len(self.hull) - 1)].budget, 1.0))
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False)
+        return ax
+
+    def _heads(self) -> list[str]:
+        name = in_sentence(resource_name(self.resource))
+        if not self.rows:
+            return [f"No option has a gain above its sampling noise, so no budget of {name} buys anything."]
+        said = [f"What a budget of {name} buys, within all other budgets; every score is proved up to its gap."]
+        if self.chosen is not None:
+            used, score = self.chosen
+            said.append(f"The plan uses {quantity(self.resource, used)} and has the score {number(score)}.")
+        return said
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        most = self.hull[-1].score if self.hull else 0.0
+        rows = [
+            [
+                quantity(self.resource, row.budget),
+                number(row.score),
+                percent(row.score / most) if most > 0 else "–",
+                percent(row.gap, digits=4),
+                row.status,
+            ]
+            for row in self.rows
+        ]
+        return ["budget", "score", "of the most", "gap", "status"], rows
 
 
 def frontier_section(manifest: Manifest, hulls: Mapping[str, Sequence[FrontierRow]]) -> list[dict[str, Any]]:
@@ -78,17 +181,15 @@ def _drawn(budgets: np.ndarray, scores: np.ndarray, end: float) -> tuple[list[fl
     return [*x.tolist(), end], [*y.tolist(), last]
 
 
-def write_frontier(
-    directory: Path, resource: str, hull: Sequence[FrontierRow], certified: Sequence[FrontierRow]
-) -> dict[str, Path]:
+def write_frontier(directory: Path, traced: TracedFrontier) -> dict[str, Path]:
     """Write ``frontier.csv`` and ``frontier.svg``; equal inputs give equal bytes.
 
     Returns:
         their paths, under "frontier_csv" and "frontier_svg".
     """
     return {
-        "frontier_csv": atomic_write_text(directory / "frontier.csv", _as_csv([*hull, *certified])),
-        "frontier_svg": atomic_write_bytes(directory / "frontier.svg", _as_svg(resource, hull, certified)),
+        "frontier_csv": atomic_write_text(directory / "frontier.csv", _as_csv([*traced.hull, *traced.rows])),
+        "frontier_svg": atomic_write_bytes(directory / "frontier.svg", _as_svg(traced)),
     }
 
 
@@ -100,35 +201,13 @@ def _as_csv(rows: Sequence[FrontierRow]) -> str:
     return text.getvalue()
 
 
-def _as_svg(resource: str, hull: Sequence[FrontierRow], certified: Sequence[FrontierRow]) -> bytes:
+def _as_svg(traced: TracedFrontier) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "layerlens", "svg.fonttype": "none", "font.size": 10}):
         figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(
-            [row.budget for row in hull],
-            [row.score for row in hull],
-            color="#7a8793",
-            label="exact hull, other budgets aside",
-        )
-        axes.errorbar(
-            [row.budget for row in certified],
-            [row.score for row in certified],
-            yerr=[[0.0] * len(certified), [row.upper_bound - row.score for row in certified]],
-            fmt="o",
-            color="#0b6bbf",
-            capsize=3,
-            label="certified allocation within all budgets, bar to its bound",
-        )
-        unit = "" if resource == "trainable_params" else f" ({UNITS[resource]})"
-        axes.set_xlabel(f"budget: {RESOURCE_NAMES[resource].lower()}{unit}")
-        axes.set_ylabel("score")
-        if resource in ("trainable_params", "flops") and hull[-1].budget > 0:
-            axes.set_xscale("symlog", linthresh=max(hull[min(1, len(hull) - 1)].budget, 1.0))
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        traced.plot(figure.subplots())
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
