@@ -5,7 +5,9 @@ from layerlens.library.api import load as load
 from layerlens.library.api import plan as plan
 from layerlens.library.api import profile as profile
 from layerlens.library.plan import Plan as Plan
-from layerlens.library.plan import Profile as Profile
+from layerlens.library.profile import Profile as Profile
+from layerlens.library.views import diff as diff
+from layerlens.library.views import estimate as estimate
 
 __version__: str
-__all__ = ["Plan", "Profile", "__version__", "choose", "load", "plan", "profile"]
+__all__ = ["Plan", "Profile", "__version__", "choose", "diff", "estimate", "load", "plan", "profile"]

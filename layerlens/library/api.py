@@ -7,25 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from layerlens.config import RunConfig
-from layerlens.exceptions import ManifestError
+from layerlens.exceptions import ActivationCacheError, ConfigurationError
 from layerlens.jobs.choose import choose as choose_stage
 from layerlens.jobs.choose import compare, solve_stage, train_jointly, train_proxies
 from layerlens.jobs.inputs import data_facts
 from layerlens.jobs.job import Job, Warnings
 from layerlens.jobs.measure import fit_new_head, measure
+from layerlens.jobs.recorded import manifest_at
 from layerlens.jobs.result import STATISTICS_FILE
 from layerlens.jobs.solve import make_manifest, run_provenance
-from layerlens.library.plan import Plan, Profile, weak
+from layerlens.library.plan import Plan, weak
+from layerlens.library.profile import Profile
 from layerlens.library.session import Objects, opened
 from layerlens.library.settings import with_settings
 from layerlens.manifest import read_manifest
-from layerlens.models import ModelFacts
-from layerlens.profiling.statistics_file import load_statistics
 from layerlens.tuning.initialization import measured_factors, read_factors
 from layerlens.utils.progress import Progress, silent
-
-MANIFEST_FILE = "manifest.json"
 
 
 def plan(
@@ -102,6 +99,12 @@ def profile(
 ) -> Profile:
     """Measure a model on a little data, once for any number of choices; arguments as of ``plan``, without budgets.
 
+    Returns:
+        what was measured; ``choose`` takes it, and its ``save`` writes it as one file.
+
+    Raises:
+        LayerLensError: with one line that says what to do; see ``plan``.
+
     >>> statistics = layerlens.profile(model, loader)                            # doctest: +SKIP
     >>> plans = [layerlens.choose(statistics, max_vram_gb=gb) for gb in (12, 24)]  # doctest: +SKIP
     """
@@ -116,7 +119,7 @@ def choose(statistics: Profile | str | Path, model: Any = None, **settings: Any)
     """Choose within budgets from what was measured, certified as ``plan`` does; the model is not needed.
 
     Args:
-        statistics: what ``profile`` gave; or a statistics file, or a directory with one, of an earlier run.
+        statistics: what ``profile`` gave, or the file that its ``save`` wrote; or the directory of an earlier run.
         model: the base model, where the plan is to be applied, saved, or made a LoraConfig without naming it again.
         settings: budgets, methods and other keys of the section optimization, by their names; ``utility_model``,
             ``seed`` and ``threads``.
@@ -125,8 +128,11 @@ def choose(statistics: Profile | str | Path, model: Any = None, **settings: Any)
         InfeasibleError: the budgets allow nothing; the message has the smallest that would do.
         ConfigurationError: no budget, an unknown argument, or one that is said when measuring.
         ActivationCacheError: the file cannot be used.
+        ManifestError: nothing says what a file's statistics were measured with.
+
+    >>> plan = layerlens.choose("measured.safetensors", model, max_vram_gb=16)   # doctest: +SKIP
     """
-    found = statistics if isinstance(statistics, Profile) else _profile_of(Path(statistics))
+    found = statistics if isinstance(statistics, Profile) else Profile.load(statistics)
     config = with_settings(found.config, settings)
     job = Job(config, Path.cwd(), Path(), warnings=Warnings(), threads=max(1, config.runtime.threads))
     solution = solve_stage(job, found.spec, found.statistics)
@@ -143,27 +149,18 @@ def load(directory: str | Path) -> Plan:
         directory: the directory, or its manifest.json.
 
     Raises:
-        ManifestError: there is no manifest, or it cannot be read.
+        ConfigurationError: the directory has no manifest.
+        ManifestError: it cannot be read.
+
+    >>> print(layerlens.load("out").ranks)                                       # doctest: +SKIP
     """
-    path = Path(directory).expanduser()
-    file = path / MANIFEST_FILE if path.is_dir() else path
-    manifest = read_manifest(file)
-    statistics = file.parent / STATISTICS_FILE
-    found = _profile_of(statistics, manifest.provenance.config) if statistics.is_file() else None
-    factors = read_factors(file.parent / "peft", manifest) if manifest.lora.is_measured else None
-    return Plan(manifest, found, (), factors)
-
-
-def _profile_of(path: Path, recorded: Any = None) -> Profile:
-    """What a statistics file holds, with the configuration of the manifest beside it."""
-    file = path / STATISTICS_FILE if path.is_dir() else path
-    spec, statistics = load_statistics(file)
-    if recorded is None:
-        beside = file.parent / MANIFEST_FILE
-        if not beside.is_file():
-            raise ManifestError(
-                f"{beside}: is not there; the configuration that these statistics were made with is in it"
-            )
-        recorded = read_manifest(beside).provenance.config
-    facts = ModelFacts.of(statistics.provenance.get("model", {}))
-    return Profile(spec, statistics, facts, RunConfig.model_validate(recorded))
+    path = manifest_at(Path(directory).expanduser())
+    manifest, notes, found = read_manifest(path), (), None
+    statistics = path.parent / STATISTICS_FILE
+    if statistics.is_file():
+        try:
+            found = Profile.load(statistics)
+        except (ConfigurationError, ActivationCacheError) as error:
+            notes = (f"the statistics beside the manifest cannot be used: {error}",)
+    factors = read_factors(path.parent / "peft", manifest) if manifest.lora.is_measured else None
+    return Plan(manifest, found, notes, factors)

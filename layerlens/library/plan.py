@@ -1,62 +1,40 @@
-"""What the verbs of the library give back: ``Profile``, what was measured, and ``Plan``, what was chosen."""
+"""What the verbs of the library give back: a ``Plan``, what was chosen for a model and how good that provably is."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerlens.config import RunConfig
-from layerlens.exceptions import ManifestError
+from layerlens.exceptions import ConfigurationError, ManifestError
 from layerlens.integrations.peft import lora_config
-from layerlens.jobs.choose import Decision, solved
+from layerlens.jobs.choose import Decision
+from layerlens.jobs.explained import ExplainedLayer, explained, solution_of
+from layerlens.jobs.frontier import traced
 from layerlens.jobs.job import Job
 from layerlens.jobs.result import CHOICE_FILES, STATISTICS_FILE
 from layerlens.jobs.solve import Solution
 from layerlens.jobs.write import now, report, writing
 from layerlens.library.given import bare_model
+from layerlens.library.profile import Profile
 from layerlens.library.tables import plan_html, plan_text
 from layerlens.manifest import write_manifest
-from layerlens.models import LORA, Choice, Manifest, ModelFacts, ModelSpec, ModelStatistics
+from layerlens.manifest.files import plain
+from layerlens.manifest.frontier import TracedFrontier
+from layerlens.models import LORA, Choice, Manifest
+from layerlens.models.manifest import SCHEMA_VERSION
 from layerlens.profiling.statistics_file import statistics_to_bytes
 from layerlens.tuning import apply, export_adapter
 from layerlens.utils.atomic import atomic_write_bytes
+from layerlens.vocabulary import RESOURCES
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What was measured of a model on a little data: all that a choice needs, without the model.
-
-    Args:
-        spec: the layers.
-        statistics: of every layer.
-        model: what a manifest records of the model.
-        config: the settings that it was measured with.
-        notes: what the user should know: the task and how it is known, what the loss is of, what was left out.
-    """
-
-    spec: ModelSpec
-    statistics: ModelStatistics
-    model: ModelFacts
-    config: RunConfig
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        measured = (
-            f"{len(self.spec.layers)} layers of {self.spec.model_name} measured: mean loss "
-            f"{self.statistics.mean_loss:.4g} over {self.statistics.n_samples}"
-        )
-        return "\n".join([measured, *(f"- {note}" for note in self.notes)])
-
-    __repr__ = __str__
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,6 +71,12 @@ class Plan:
     def __reduce__(self) -> Any:
         raise TypeError("a Plan is not pickled: it refers to a model; use plan.save(DIRECTORY) and layerlens.load")
 
+    def __copy__(self) -> Plan:
+        return self  # nothing about a plan can be changed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self
+
     @property
     def choice(self) -> Choice:
         """What is put into the model."""
@@ -111,30 +95,70 @@ class Plan:
     @property
     def lora_share(self) -> float:
         """Share of the chosen parameters that is LoRA, which is what a LoraConfig and ``peft/`` hold."""
-        of_lora = sum(row.cost for row in self.manifest.allocations if row.method == LORA)
-        return of_lora / self.trainable_params if self.trainable_params else 0.0
+        return self.manifest.lora_share
 
     @cached_property
     def solution(self) -> Solution:
         """The allocation problem with its costs and utilities, and why each layer got its option.
 
         Raises:
-            ManifestError: there are no statistics, or they and the configuration give another choice than the manifest.
+            ManifestError: there are no statistics beside the manifest.
+            ActivationCacheError: they are not those that the manifest was chosen by.
         """
         if self._solution is not None:
             return self._solution
         profile = self._profile()
-        found = solved(Job(profile.config, Path.cwd(), Path()), profile.spec, profile.statistics)
-        rows = [row.layer for row in self.manifest.allocations if row.rank]
-        entries = found.problem.entries(found.allocation.choice)
-        chosen = [found.utilities.options[int(entry)] for entry in entries]
-        again = [[one.layer, one.method, one.rank] for one in chosen if one.rank]
-        if again != self.choice.rows():
-            raise ManifestError(
-                f"the statistics beside the manifest give another choice than its own ({len(again)} layers instead of "
-                f"{len(rows)}); run layerlens optimize on them"
-            )
-        return found
+        return solution_of(self.manifest, profile.spec, profile.statistics)
+
+    def why(self, layer: str) -> ExplainedLayer:
+        """Why a layer got its option: all its options with their costs, the runner-up, and what would make it win.
+
+        Args:
+            layer: its module path, or an ending of it that no other layer has.
+
+        Returns:
+            what prints, and shows in a notebook, as a table and a few sentences; ``chosen``, ``runner_up``, ``options``
+            and ``reasons`` are the parts.
+
+        Raises:
+            ConfigurationError: there is no such layer (the nearest are named), or none that can be adapted.
+            ManifestError: a manifest was loaded that has no statistics beside it.
+
+        >>> print(plan.why("model.layers.5.self_attn.q_proj"))                   # doctest: +SKIP
+        """
+        left_out = self.manifest.model.left_out or {}
+        if layer in left_out:
+            raise ConfigurationError(f"{layer} is not offered any option: {left_out[layer]}")
+        return explained(self.solution, layer)
+
+    def frontier(
+        self, resource: str = "trainable_params", budgets: Sequence[float | str] = (), points: int = 10
+    ) -> TracedFrontier:
+        """What more or less of one budget would buy, with a proof at each; the model is not needed.
+
+        Args:
+            resource: whose budget varies: trainable_params, flops, vram_gb or latency_ms.
+            budgets: where allocations are certified, in the resource's unit or as text ("300k", "8GB", "20ms"); when
+                empty, ``points`` budgets evenly spread on a logarithmic scale.
+            points: at least 2.
+
+        Returns:
+            ``rows`` (one for each budget, with score, bound and gap), the exact ``hull``, and ``plot()``.
+
+        Raises:
+            ConfigurationError: an unknown resource, or a budget that is none.
+            InfeasibleError: a budget allows nothing.
+            ManifestError: a manifest was loaded that has no statistics beside it.
+
+        >>> plan.frontier("vram_gb", ["12GB", "16GB", "24GB"]).plot()            # doctest: +SKIP
+        """
+        if isinstance(points, bool) or not isinstance(points, int) or points < 2:
+            raise ConfigurationError(f"points: must be a whole number, at least 2, got {points!r}")
+        profile = self._profile()
+        amounts = [_amount(resource, budget) for budget in budgets]
+        found = traced(profile.spec, profile.statistics, profile.config, resource, budgets=amounts, points=points)
+        used = next((use.total for use in self.manifest.resources if use.resource == resource), None)
+        return found if used is None else replace(found, chosen=(used, self.manifest.score))
 
     def lora_config(self, model: torch.nn.Module | None = None, *, method: str | None = None) -> LoraConfig:
         """The LoRA of the choice as an ordinary ``peft.LoraConfig`` for the model, with ranks and alphas by layer.
@@ -206,8 +230,13 @@ class Plan:
         return written.files
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``manifest.json`` holds, apart from its date, and the notes."""
-        return {**self.manifest.fields(), "notes": list(self.notes)}
+        """Everything that the plan says as JSON values: what ``manifest.json`` holds apart from its date, and more.
+
+        Besides the manifest's fields these are ``ranks`` (LoRA rank by layer), ``trainable_params``, ``lora_share`` and
+        ``notes``.
+        """
+        own = {"trainable_params": self.trainable_params, "lora_share": self.lora_share, "notes": self.notes}
+        return dict(plain({"schema_version": SCHEMA_VERSION, **self.manifest.fields(), "ranks": self.ranks, **own}, ""))
 
     def _profile(self) -> Profile:
         if self.profile is None:
@@ -227,3 +256,13 @@ class Plan:
 def weak(model: Any) -> Any:
     """A reference that does not keep the model in memory; None of what is no module."""
     return weakref.ref(model) if hasattr(model, "parameters") else None
+
+
+def _amount(resource: str, budget: float | str) -> float:
+    """A budget as a number in the resource's unit."""
+    if resource not in RESOURCES or not isinstance(budget, str):
+        return budget  # type: ignore[return-value]
+    try:
+        return float(RESOURCES[resource].quantity.parse(budget))
+    except ValueError as error:
+        raise ConfigurationError(f"budgets: {error}, got {budget!r}") from error

@@ -156,19 +156,19 @@ def to_document(manifest: Manifest, created_at: str) -> dict[str, Any]:
     Raises:
         ManifestError: see ``write_manifest``.
     """
-    fields = _plain({"schema_version": SCHEMA_VERSION, "created_at": created_at, **manifest.fields()}, "")
+    fields = plain({"schema_version": SCHEMA_VERSION, "created_at": created_at, **manifest.fields()}, "")
     checked = check_document(fields, "manifest").model_dump(mode="json", exclude_unset=True)
     return checked | {name: {key: checked[name][key] for key in fields[name]} for name in SECTIONS}
 
 
-def _plain(value: Any, place: str) -> Any:
+def plain(value: Any, place: str) -> Any:
     """NumPy scalars and arrays, tuples and paths as JSON values."""
     if isinstance(value, dict):
-        return {str(key): _plain(part, f"{place}.{key}" if place else str(key)) for key, part in value.items()}
+        return {str(key): plain(part, f"{place}.{key}" if place else str(key)) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part, f"{place}[{index}]") for index, part in enumerate(value)]
+        return [plain(part, f"{place}[{index}]") for index, part in enumerate(value)]
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist(), place)
+        return plain(value.tolist(), place)
     if isinstance(value, Path):
         return value.as_posix()
     if value is None or isinstance(value, (str, bool, int, float)):

@@ -17,7 +17,13 @@ from markupsafe import Markup
 
 from layerlens.manifest.figures import FRONTIER_ROOM, budget_frontier
 from layerlens.manifest.formats import (
-    RESOURCE_NAMES, UNITS, in_sentence, number, percent, quantity, resource_name,
+    RESOURCE_NAMES,
+    UNITS,
+    in_sentence,
+    number,
+    percent,
+    quantity,
+    resource_name,
 )
 from layerlens.manifest.tables import html_table, text_table
 from layerlens.models import FrontierRow, Manifest, ResourceUse

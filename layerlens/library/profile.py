@@ -1,0 +1,100 @@
+"""What was measured of a model, apart from the model: all that choices need, in memory and as one file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from layerlens.config import RunConfig
+from layerlens.exceptions import ConfigurationError, ManifestError
+from layerlens.jobs.recorded import config_of, manifest_at
+from layerlens.jobs.result import STATISTICS_FILE
+from layerlens.jobs.solve import recorded_config
+from layerlens.manifest import read_manifest
+from layerlens.models import ModelFacts, ModelSpec, ModelStatistics
+from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
+from layerlens.utils.atomic import atomic_write_bytes
+
+SUFFIX = ".safetensors"
+MADE_WITH = "made_with"
+"""Where the statistics' provenance has the settings that they were measured with."""
+
+
+@dataclass(frozen=True, repr=False)
+class Profile:
+    """What was measured of a model on a little data: all that a choice needs, without the model.
+
+    Args:
+        spec: the layers.
+        statistics: of every layer.
+        model: what a manifest records of the model.
+        config: the settings that it was measured with.
+        notes: what the user should know: the task and how it is known, what the loss is of, what was left out.
+    """
+
+    spec: ModelSpec
+    statistics: ModelStatistics
+    model: ModelFacts
+    config: RunConfig
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        measured = (
+            f"{len(self.spec.layers)} layers of {self.spec.model_name} measured: mean loss "
+            f"{self.statistics.mean_loss:.4g} over {self.statistics.n_samples}"
+        )
+        return "\n".join([measured, *(f"- {note}" for note in self.notes)])
+
+    __repr__ = __str__
+
+    def save(self, path: str | Path) -> Path:
+        """Write what was measured as one file, for ``layerlens.choose`` in another program.
+
+        Args:
+            path: a file that ends in .safetensors; or a directory, for a statistics.safetensors in it.
+
+        Returns:
+            the file. ``layerlens optimize`` reads it too, with a configuration.
+
+        Raises:
+            OutputError: it cannot be written.
+
+        >>> statistics.save("measured.safetensors")                              # doctest: +SKIP
+        >>> plan = layerlens.choose("measured.safetensors", max_vram_gb=16)      # doctest: +SKIP
+        """
+        file = Path(path).expanduser()
+        if file.suffix != SUFFIX:
+            file /= STATISTICS_FILE
+        made_with = {"config": recorded_config(self.config), "notes": list(self.notes)}
+        kept = replace(self.statistics, provenance={**self.statistics.provenance, MADE_WITH: made_with})
+        return atomic_write_bytes(file, statistics_to_bytes(self.spec, kept))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """What ``save`` wrote, or what ``layerlens run`` measured; the file, or the directory with it.
+
+        Raises:
+            ActivationCacheError: the file is missing, or is none of these.
+            ManifestError: it does not say what it was measured with, and neither does a manifest beside it.
+        """
+        file = Path(path).expanduser()
+        file = file / STATISTICS_FILE if file.is_dir() else file
+        spec, statistics = load_statistics(file)
+        provenance = dict(statistics.provenance)
+        made_with = provenance.pop(MADE_WITH, None)
+        notes = tuple(made_with["notes"]) if made_with else ()
+        config = RunConfig.model_validate(made_with["config"]) if made_with else _config_beside(file)
+        facts = ModelFacts.of(provenance.get("model", {}))
+        return cls(spec, replace(statistics, provenance=provenance), facts, config, notes)
+
+
+def _config_beside(file: Path) -> RunConfig:
+    """What the manifest beside the statistics of a run says that they were measured with."""
+    try:
+        manifest = manifest_at(file)
+    except ConfigurationError as error:
+        raise ManifestError(
+            f"{file}: nothing says what it was measured with; give the directory that layerlens run or plan.save "
+            "wrote, or the file of profile.save"
+        ) from error
+    return config_of(read_manifest(manifest))
