@@ -75,6 +75,11 @@ def bare_model(model: Any) -> torch.nn.Module:
             f"model: holds the PEFT adapters {adapters} already, and would be measured with them; give the base model "
             "(model.unload(), or the one from before get_peft_model)"
         )
+    injected = [name for name, one in model.named_modules() if hasattr(one, "base_layer") and hasattr(one, "r")]
+    if injected:
+        raise ModelSpecError(
+            f"model: has adapters inside already ({injected[0]}), and would be measured with them; give the base model"
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelSpecError("model: has weights on the meta device, which hold no values; load its weights first")
     return model

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from layerlens.exceptions import DataError
@@ -83,6 +84,8 @@ def _is_loader(data: Any) -> bool:
 
 def _as_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     names = list(columns)
+    if not names:
+        return []
     lengths = {len(columns[name]) for name in names}
     if len(lengths) != 1:
         raise DataError(f"data: the columns {', '.join(names)} have different lengths: {sorted(lengths)}")
@@ -91,7 +94,7 @@ def _as_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _from_iterable(data: Any, kind: str, wanted: Wanted, spare: int) -> Taken:
     """From what gives batches one after the other."""
-    total = _length(getattr(data, "dataset", None))
+    total = _length(getattr(data, "dataset", None)) if getattr(data, "batch_size", None) else None
     once = isinstance(data, Iterator)
     with loader_kept(data) if _is_loader(data) else nullcontext():
         stream = iter(data)
@@ -152,7 +155,12 @@ def rows_of(data: Any) -> list[dict[str, Any]]:
 
     if hasattr(data, "features") and hasattr(data, "cast_column"):
         return dataset_rows(data)
-    return [dict(row) for row in data]
+    return [{name: _plain(value) for name, value in row.items()} for row in data]
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as Python's."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def padding_collator(tokenizer: Any, first: Mapping[str, Any]) -> Callable[[list[Any]], Any]:

@@ -19,7 +19,6 @@ from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError, ManifestError
 from layerlens.pipeline import run_config
 
-
 HEAD_FIT = 1e-3
 """Two fits of a new head begin from other random numbers and stop within 1e-6 of the gradient (relative utilities)."""
 
