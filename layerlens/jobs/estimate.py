@@ -196,7 +196,7 @@ def estimate_lora(
     """
     if rank < 1:
         raise ConfigurationError(f"rank: must be a whole number above 0, got {rank}")
-    targets = tuple(targets) or (ALL,)
+    targets = tuple(targets.split(",") if isinstance(targets, str) else targets) or (ALL,)
     labels = tuple(map(str, range(classes or 0)))
     request = LoadRequest(model, task or _task_of(model, base_dir), labels, base_dir=base_dir, dtype=dtype)
     settings = OptimizationConfig(max_trainable_params=1, latency_profile=batch.of(LatencyProfile()))

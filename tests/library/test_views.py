@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+from layerlens import diff, estimate
 from layerlens.exceptions import ConfigurationError, ManifestError
 from layerlens.library.plan import Plan
-from layerlens.library.views import diff, estimate
 from layerlens.manifest import write_manifest
 from layerlens.methods import trainable_params
 from layerlens.models import (
@@ -73,6 +73,7 @@ def test_a_choice_and_the_same_uniform_lora_cost_the_same(llama: str):
     chosen = estimate(Plan(made(4, llama)))
     uniform = estimate(llama, rank=4, targets=["q_proj", "v_proj"], batch_size=2, sequence_length=32)
     assert chosen.resources == uniform.resources
+    assert estimate(llama, rank=4, targets="q_proj,v_proj").trainable_params == chosen.trainable_params
     assert chosen.trainable_params == made(4).trainable_params
     assert estimate(made(4), model=llama, batch_size=4).base_flops == 2 * chosen.base_flops
     assert estimate(llama, rank=4).trainable_params > chosen.trainable_params
