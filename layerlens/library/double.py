@@ -41,8 +41,13 @@ class RecordingCollator:
 
 
 @contextmanager
-def double_of(trainer: Any) -> Iterator[Any]:
-    """A trainer that reads the same data with the same loss, in this process and without logging."""
+def double_of(trainer: Any, model: torch.nn.Module) -> Iterator[Any]:
+    """A trainer that reads the same data with the same loss, in this process and without logging.
+
+    Args:
+        trainer: it and all that it holds, ``model`` apart, is as before afterwards.
+        model: what is measured, whose keeping is the caller's.
+    """
     double = copy.copy(trainer)
     own = vars(double)
     for name, value in vars(trainer).items():
@@ -70,7 +75,7 @@ def double_of(trainer: Any) -> Iterator[Any]:
     noting = (*_configurations(trainer.model), *tokenizers, *_stages(trainer.train_dataset))
     tables = [table for one in noting for table in _tables(one)]
     contents = [dict(table) for table in tables]
-    with _modules_kept(_modules_beside(trainer)):
+    with _modules_kept(_modules_beside(trainer, model)):
         try:
             yield double
         finally:
@@ -119,11 +124,11 @@ def _own_part(value: Any) -> Any:
     return _own_container(value) if type(value) in CONTAINERS else value
 
 
-def _modules_beside(trainer: Any) -> list[torch.nn.Module]:
-    """Modules that the trainer has beside its model: losses, a reference model, a teacher."""
+def _modules_beside(trainer: Any, model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules that the trainer has beside the measured one: losses, a reference model, a teacher."""
     held = list(vars(trainer).values())
     held += [part for value in held if isinstance(value, (dict, list, tuple)) for part in _parts(value)]
-    of_model = {id(module) for module in trainer.model.modules()}
+    of_model = {id(module) for module in model.modules()}
     found = {
         id(module): module
         for value in held

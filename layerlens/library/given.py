@@ -297,17 +297,24 @@ def example_of(model: torch.nn.Module, run: Callable[[], object]) -> dict[str, t
     """The tensors that ``model`` is called with when ``run()`` calls it first, by argument, without targets."""
     seen: list[dict[str, torch.Tensor]] = []
 
-    def see(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    forward, own = model.forward, vars(model)
+    before = own.get("forward")
+
+    def see(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
         flat = {**bound, **bound.pop("kwargs", {})} if isinstance(bound.get("kwargs"), dict) else bound
         seen.append({name: value for name, value in flat.items() if isinstance(value, torch.Tensor)})
+        return forward(*args, **kwargs)
 
-    handle = model.register_forward_pre_hook(see, with_kwargs=True)
+    own["forward"] = see  # and no hook: sentence-transformers calls forward itself
     try:
         with torch.no_grad():
             run()
     finally:
-        handle.remove()
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before
     if not seen:
         raise DataError("loss: does not call the model, so nothing can be measured of it")
     return {name: value for name, value in seen[0].items() if name not in (*TARGETS, "num_items_in_batch")}

@@ -26,10 +26,12 @@ from layerlens.jobs.inputs import calibration_samples, check_model, split_sample
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
 from layerlens.jobs.load import Loaded, load
 from layerlens.jobs.memory_mode import PLAIN, MemoryPlan
-from layerlens.library import given, samples
+from layerlens.library import given, samples, trainers
 from layerlens.library.labels import in_order_of_outputs
 from layerlens.library.new_head import new_head_of
 from layerlens.library.settings import by_section, configuration
+from layerlens.library.single_losses import single_losses
+from layerlens.library.trainers import is_trainer
 from layerlens.library.untouched import random_states_kept, untouched
 from layerlens.models import ModelSpec
 from layerlens.profiling.head import fit_head
@@ -57,6 +59,8 @@ class Objects:
         collator: from a list of samples to a batch.
         new_head: see ``new_head_of``.
         trainer_loss: (model, batch of a trainer) -> its loss, where ``data`` is a list of a trainer's batches.
+        trainer_loss_name: what that loss is called.
+        batches_are_samples: whether each of these batches is one sample.
         notes: what is known already that the user should know.
     """
 
@@ -68,6 +72,8 @@ class Objects:
     collator: Callable[[list[Any]], Any] | None = None
     new_head: bool | Sequence[str] | None = None
     trainer_loss: Callable[[torch.nn.Module, Any], torch.Tensor] | None = None
+    trainer_loss_name: str = ""
+    batches_are_samples: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -107,6 +113,11 @@ def opened(
     Raises:
         LayerLensError: with one line that says what to do.
     """
+    if is_trainer(objects.model):
+        more: dict[str, Any] = {"budget_needed": budget_needed, "progress": progress, "warn": warn}
+        with of_trainer(objects, settings, budget_needed) as inside, opened(inside, settings, **more) as found:
+            yield found
+        return
     threads = by_section(settings).get("runtime", {}).get("threads") or torch.get_num_threads()
     warnings = Warnings(warn)
     if isinstance(objects.model, (str, Path)):
@@ -136,6 +147,38 @@ def opened(
             for note in loaded.notes:
                 warnings.add(note)
             yield job, loaded
+
+
+@contextmanager
+def of_trainer(objects: Objects, settings: Mapping[str, Any], budget_needed: bool) -> Iterator[Objects]:
+    """The model, batches and loss of a trainer as objects; it is as before afterwards.
+
+    Raises:
+        ConfigurationError: data or a loss is given beside it, or it cannot be planned for.
+        ProfilingError: a statistic by sample is asked for, and its loss has no part for each sample.
+    """
+    trainer: Any = objects.model
+    for name in ("data", "loss", "tokenizer", "collator"):
+        if getattr(objects, name) is not None:
+            raise ConfigurationError(
+                f"{name}: a {type(trainer).__name__} brings its own; leave it out, or give trainer.model in its place"
+            )
+    config = configuration(
+        settings, model={"name_or_path": "object:trainer", "task": objects.task or "causal-lm"},
+        data={"source": "object:trainer"}, budget_needed=budget_needed,
+    )  # fmt: skip
+    rows = trainer.train_dataset
+    n_samples = calibration_samples(config, len(rows) if hasattr(rows, "__len__") else UNKNOWN_SIZE)
+    n_batches = max(samples.FEWEST_BATCHES, -(-n_samples // trainer.args.train_batch_size))
+    with trainers.opened(trainer, n_batches, by_section(settings).get("runtime", {}).get("seed")) as found:
+        taken = {"model": found.model, "task": objects.task or found.task, "trainer_loss": found.loss}
+        batches, name = found.batches, f"the loss of {found.loss_name}"
+        by_sample = any(one.by_samples for one in statistics_request(config).statistics)
+        if by_sample:
+            batches = single_losses(found, n_samples).batches
+        yield replace(
+            objects, **taken, data=batches, notes=found.notes, trainer_loss_name=name, batches_are_samples=by_sample
+        )
 
 
 def _config_by_name(objects: Objects, settings: Mapping[str, Any], budget_needed: bool) -> RunConfig:
@@ -241,6 +284,8 @@ def _of_batches(
     dropped: dict[str, None] = {}
     batches, head_batches = (_converted(model, raw, device, dropped) for raw in (taken.batches, taken.more))
     digest = _digest(batches)
+    if objects.trainer_loss is not None:
+        dropped.clear()  # the trainer's loss takes them
     known = task if task is not None else TASKS[given.CUSTOM]
     if objects.trainer_loss is not None:
         batches = [replace(one, inputs=raw) for one, raw in zip(batches, taken.batches, strict=True)]
@@ -290,8 +335,11 @@ def _loss(
     trainer_loss = objects.trainer_loss
     if trainer_loss is None:
         return given.loss_for(model, batch, task, objects.loss, said)
-    whole = BatchLoss(lambda model, batch: trainer_loss(model, batch.inputs), "the trainer's loss")
-    return given.GivenLoss(whole, "the trainer's own, of whole batches as it trains on them")
+    whole = BatchLoss(
+        lambda model, batch: trainer_loss(model, batch.inputs), objects.trainer_loss_name, objects.batches_are_samples
+    )
+    what = "single samples" if objects.batches_are_samples else "whole batches"
+    return given.GivenLoss(whole, f"{objects.trainer_loss_name}, of {what} as it trains on them")
 
 
 def _converted(

@@ -76,8 +76,7 @@ def _why_not(given: GivenByTrainer, rows: list[Any]) -> str:
     if size == 0.0:
         return "no gradient reaches the model's weights"
     difference = float((whole - singles).norm()) / size
-    dtype = next(model.parameters()).dtype
-    if difference <= TOLERANCE.get(dtype, 0.05):
+    if difference <= TOLERANCE.get(given.precision, 0.05):
         return ""
     return (
         f"the mean gradient of {len(rows)} samples by themselves differs from that of their batch by "

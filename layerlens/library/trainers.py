@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from layerlens.exceptions import ConfigurationError, DataError, ProfilingError
+from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.library.double import double_of
+from layerlens.library.untouched import random_states_kept
 from layerlens.tasks.guess import task_of_class
 
 WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
@@ -25,9 +27,9 @@ GENERATING = ("_generate_and_score_completions", "_generate_completions", "gener
 """Methods of trainers whose loss is over texts that the model itself writes during training."""
 
 
-@dataclass(frozen=True)
-class TrainerBatch:
-    """One batch as the trainer's training sees it.
+@dataclass(frozen=True, eq=False)
+class TrainerBatch(Mapping[str, Any]):
+    """One batch as the trainer's training sees it; as a mapping it is its inputs.
 
     Args:
         inputs: what ``compute_loss`` takes, on the trainer's device.
@@ -41,13 +43,23 @@ class TrainerBatch:
     n_steps: int
     rows: tuple[Any, ...] = ()
 
+    def __getitem__(self, name: str) -> Any:
+        return self.inputs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inputs.keys())
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
 
 @dataclass(frozen=True)
 class GivenByTrainer:
     """What a trainer has.
 
     Args:
-        model: the module that it trains, without wrappers.
+        model: the module that it trains, without wrappers; of a SentenceTransformer the transformers model in it,
+            which is what PEFT adapts there.
         batches: some of its training batches.
         loss: (model, one of the batches) -> scalar with its graph. The mean of it over the batches of an optimizer step
             is the loss whose gradient that step takes.
@@ -56,6 +68,7 @@ class GivenByTrainer:
         task: the name of the task that the model's class is for; None where that is not said.
         loss_name: the trainer's class, with that of its loss where it has one.
         why_not_single: why its loss has no part for each sample; "" where that is not known beforehand.
+        precision: what its loss is computed in: that of autocast where it trains with it, else of the weights.
         notes: what differs from its training, in words.
     """
 
@@ -67,6 +80,7 @@ class GivenByTrainer:
     task: str | None
     loss_name: str
     why_not_single: str
+    precision: torch.dtype
     notes: tuple[str, ...]
 
 
@@ -92,7 +106,8 @@ def opened(trainer: Any, n_batches: int, seed: int | None = None) -> Iterator[Gi
     refuse_trainer(trainer)
     args = trainer.args
     seed = seed if seed is not None else next(x for x in (args.data_seed, args.seed, 0) if x is not None)
-    with double_of(trainer) as double, random_states_kept():
+    model = _trained(trainer)
+    with double_of(trainer, model) as double, random_states_kept(), in_evaluation_mode(trainer.model):
         from transformers import set_seed
 
         set_seed(seed)
@@ -102,28 +117,12 @@ def opened(trainer: Any, n_batches: int, seed: int | None = None) -> Iterator[Gi
             notes.append(f"an epoch of the trainer has {len(batches)} batches, fewer than the {n_batches} wanted")
         if args.fp16:
             notes.append("measured in the weights' own precision, where training computes in float16")
-        model = _without_wrappers(trainer.model)
         yield GivenByTrainer(
-            model, batches, _loss(double), lambda rows: _collated(double, rows),
-            getattr(trainer, "processing_class", None), task_of_class(type(model).__name__),
-            _loss_name(trainer), _why_not_single(trainer), tuple(notes),
+            model, batches, _loss(double, None if model is _bare(trainer.model) else trainer.model),
+            lambda rows: _collated(double, rows), getattr(trainer, "processing_class", None),
+            task_of_class(type(model).__name__), _loss_name(trainer), _why_not_single(trainer),
+            torch.bfloat16 if _autocasts(double) else next(model.parameters()).dtype, tuple(notes),
         )  # fmt: skip
-
-
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """While open, random numbers may be drawn; Python's, NumPy's and torch's generators are as before afterwards."""
-    import random
-
-    import numpy as np
-
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def refuse_trainer(trainer: Any) -> None:
@@ -174,11 +173,26 @@ def _read_once(data: Any) -> bool:
     return not hasattr(data, "__len__") and any(isinstance(value, AnIterator) for value in held)
 
 
-def _without_wrappers(model: Any) -> torch.nn.Module:
+def _bare(model: Any) -> torch.nn.Module:
     while isinstance(model, WRAPPERS):
         model = model.module
     found: torch.nn.Module = model
     return found
+
+
+def _trained(trainer: Any) -> torch.nn.Module:
+    """The module whose layers can be adapted."""
+    model: Any = _bare(trainer.model)
+    if not hasattr(model, "transformers_model"):  # of a SentenceTransformer
+        found: torch.nn.Module = model
+        return found
+    if model.transformers_model is None:
+        raise ConfigurationError(
+            f"trainer: its {type(model).__name__} has no Transformer module, so there is nothing that PEFT could "
+            "adapt; build it with sentence_transformers' Transformer as its first module"
+        )
+    inner: torch.nn.Module = model.transformers_model
+    return inner
 
 
 def _batches(double: Any, n_batches: int) -> list[TrainerBatch]:
@@ -214,9 +228,9 @@ def _collated(double: Any, rows: list[Any]) -> TrainerBatch:
     return TrainerBatch(double._prepare_inputs(batch), n_items, 1, tuple(rows))
 
 
-def _loss(double: Any) -> Callable[[torch.nn.Module, TrainerBatch], torch.Tensor]:
-    """``compute_loss`` as ``training_step`` of the same trainer calls it."""
-    half = double.args.bf16 and double.accelerator.native_amp
+def _loss(double: Any, whole: torch.nn.Module | None) -> Callable[[torch.nn.Module, TrainerBatch], torch.Tensor]:
+    """``compute_loss`` as ``training_step`` of the same trainer calls it; with ``whole`` where that holds the model."""
+    half = _autocasts(double)
 
     def loss(model: torch.nn.Module, batch: TrainerBatch) -> torch.Tensor:
         double.current_gradient_accumulation_steps = batch.n_steps
@@ -224,13 +238,17 @@ def _loss(double: Any) -> Callable[[torch.nn.Module, TrainerBatch], torch.Tensor
             if half:
                 stack.enter_context(double.accelerator.autocast())
             inputs = copy.copy(batch.inputs)  # compute_loss takes labels out of them
-            value = double.compute_loss(model, inputs, num_items_in_batch=batch.n_items)
+            value = double.compute_loss(whole or model, inputs, num_items_in_batch=batch.n_items)
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             got = f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise ProfilingError(f"trainer: compute_loss of {type(double).__name__} must return one number, got {got}")
         return value.reshape(()) * (batch.n_steps if _is_scaled(double, batch) else 1)
 
     return loss
+
+
+def _autocasts(double: Any) -> bool:
+    return bool(double.args.bf16 and double.accelerator.native_amp)
 
 
 def _is_scaled(double: Any, batch: TrainerBatch) -> bool:

@@ -31,10 +31,12 @@ class BatchLoss:
     Args:
         of_model: (model, batch) -> the loss, a scalar; the batch's inputs are what it reads, whatever that is.
         name: what it is called in messages.
+        of_samples: whether each of its batches is one sample, so that what is measured by batches is by samples.
     """
 
     of_model: Callable[[torch.nn.Module, Batch], torch.Tensor]
     name: str = "the loss"
+    of_samples: bool = False
 
     def checked(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """The loss of a batch, [1].

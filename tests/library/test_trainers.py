@@ -166,11 +166,11 @@ def test_what_a_trainer_is(tmp_path):
 def test_task_and_tokenizer_are_those_of_the_trainer(make):
     trainer = make()
     with opened(trainer, 2) as given:
-        assert given.model is trainer.model
+        assert given.model is getattr(trainer.model, "transformers_model", trainer.model)
         assert given.processing_class is trainer.processing_class
         names = {"BertForSequenceClassification": "sequence-classification", "LlamaForCausalLM": "causal-lm"}
         names["LlamaForSequenceClassification"] = "sequence-classification"
-        assert given.task == names.get(type(trainer.model).__name__)
+        assert given.task == names.get(type(given.model).__name__)
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINERS if name not in ("sft, packed", "sentences")])
@@ -181,7 +181,7 @@ def test_losses_of_single_samples_have_the_mean_of_their_batch(name, tmp_path):
         singles = single_losses(given, 4)
         mean = sum(singles.loss(given.model, batch) for batch in singles.batches) / 4
         whole = given.loss(given.model, given.collate(list(given.batches[0].rows)))
-        assert float(mean) == pytest.approx(float(whole), rel=1e-5)
+        assert float(mean) == pytest.approx(float(whole), rel=2e-2 if trainer.args.bf16 else 1e-5)
         assert len(single_losses(given, 3).batches) == 3
         assert singles.by_labels == (singles.batches[0].n_items is not None)
 
