@@ -164,8 +164,8 @@ def _modules_kept(modules: list[torch.nn.Module]) -> Iterator[None]:
         for table, was in zip(tables, before, strict=True):
             table.clear()
             table.update(was)
-        for buffer, was in buffers:
-            buffer.detach().copy_(was)
+        for buffer, values in buffers:
+            buffer.detach().copy_(values)
         for weight, required, gradient in weights:
             weight.requires_grad_(required)
             weight.grad = gradient

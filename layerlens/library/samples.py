@@ -62,7 +62,7 @@ def take(
     Raises:
         DataError: it is empty, exhausted, or of another kind.
     """
-    kind = type(data).__name__
+    kind = data.kind if isinstance(data, OfTrainer) else type(data).__name__
     if hasattr(data, "to_dict") and hasattr(data, "columns") and hasattr(data, "iloc"):  # pandas
         data = data.to_dict("records")
     if type(data).__module__.partition(".")[0] == "datasets" and isinstance(data, Mapping):
@@ -139,6 +139,26 @@ def _from_indexed(
     return Taken(f"{n} of {total} samples of a {kind}", None, batches, more, total)
 
 
+@dataclass(frozen=True)
+class OfTrainer:
+    """The batches of a trainer as a data loader has them.
+
+    Args:
+        batches: of the trainer.
+        dataset: what they are of.
+        batch_size: samples in each.
+        kind: the trainer's class.
+    """
+
+    batches: Sequence[Any]
+    dataset: Any
+    batch_size: int
+    kind: str
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
 class _Listed:
     """A list of batches as something to go through."""
 
@@ -210,7 +230,9 @@ def _batches(stream: Iterable[Any], wanted: int) -> tuple[list[Any], int, bool]:
 
 
 def size_of(batch: Any) -> int:
-    """Samples of a batch: the length of its first tensor."""
+    """Samples of a batch: the length of its first tensor, or the rows that a trainer made it of."""
+    if rows := getattr(batch, "rows", ()):
+        return len(rows)
     if isinstance(batch, torch.Tensor):
         return len(batch) if batch.dim() else 1
     values = batch.values() if hasattr(batch, "values") else batch if isinstance(batch, (list, tuple)) else ()

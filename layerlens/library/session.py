@@ -167,18 +167,19 @@ def of_trainer(objects: Objects, settings: Mapping[str, Any], budget_needed: boo
         settings, model={"name_or_path": "object:trainer", "task": objects.task or "causal-lm"},
         data={"source": "object:trainer"}, budget_needed=budget_needed,
     )  # fmt: skip
-    rows = trainer.train_dataset
+    rows, size = trainer.train_dataset, trainer.args.train_batch_size
     n_samples = calibration_samples(config, len(rows) if hasattr(rows, "__len__") else UNKNOWN_SIZE)
-    n_batches = max(samples.FEWEST_BATCHES, -(-n_samples // trainer.args.train_batch_size))
+    n_batches = max(samples.FEWEST_BATCHES, -(-n_samples // size))
+    if new_head_of(trainer.model, objects.new_head)[0]:
+        n_batches += -(-config.model.head_fit_samples // size)
     with trainers.opened(trainer, n_batches, by_section(settings).get("runtime", {}).get("seed")) as found:
-        taken = {"model": found.model, "task": objects.task or found.task, "trainer_loss": found.loss}
-        batches, name = found.batches, f"the loss of {found.loss_name}"
         by_sample = any(one.by_samples for one in statistics_request(config).statistics)
-        if by_sample:
-            batches = single_losses(found, n_samples).batches
+        batches = single_losses(found, n_samples).batches if by_sample else found.batches
         yield replace(
-            objects, **taken, data=batches, notes=found.notes, trainer_loss_name=name, batches_are_samples=by_sample
-        )
+            objects, model=found.model, data=samples.OfTrainer(batches, rows, size, type(trainer).__name__),
+            trainer_loss=found.loss, trainer_loss_name=f"the loss of {found.loss_name}", batches_are_samples=by_sample,
+            notes=found.notes,
+        )  # fmt: skip
 
 
 def _config_by_name(objects: Objects, settings: Mapping[str, Any], budget_needed: bool) -> RunConfig:

@@ -20,7 +20,6 @@ from layerlens.exceptions import ConfigurationError, DataError, ProfilingError
 from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.library.double import double_of
 from layerlens.library.untouched import random_states_kept
-from layerlens.tasks.guess import task_of_class
 
 WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 GENERATING = ("_generate_and_score_completions", "_generate_completions", "generate_rollout_completions")
@@ -65,7 +64,6 @@ class GivenByTrainer:
             is the loss whose gradient that step takes.
         collate: rows -> a batch of them, by its own collator.
         processing_class: its tokenizer or processor; None where it has none.
-        task: the name of the task that the model's class is for; None where that is not said.
         loss_name: the trainer's class, with that of its loss where it has one.
         why_not_single: why its loss has no part for each sample; "" where that is not known beforehand.
         precision: what its loss is computed in: that of autocast where it trains with it, else of the weights.
@@ -77,7 +75,6 @@ class GivenByTrainer:
     loss: Callable[[torch.nn.Module, TrainerBatch], torch.Tensor]
     collate: Callable[[list[Any]], TrainerBatch]
     processing_class: Any
-    task: str | None
     loss_name: str
     why_not_single: str
     precision: torch.dtype
@@ -112,16 +109,12 @@ def opened(trainer: Any, n_batches: int, seed: int | None = None) -> Iterator[Gi
 
         set_seed(seed)
         batches = _batches(double, n_batches)
-        notes = []
-        if len(batches) < n_batches:
-            notes.append(f"an epoch of the trainer has {len(batches)} batches, fewer than the {n_batches} wanted")
-        if args.fp16:
-            notes.append("measured in the weights' own precision, where training computes in float16")
+        fp16 = ("measured in the weights' own precision, where training computes in float16",) if args.fp16 else ()
         yield GivenByTrainer(
             model, batches, _loss(double, None if model is _bare(trainer.model) else trainer.model),
             lambda rows: _collated(double, rows), getattr(trainer, "processing_class", None),
-            task_of_class(type(model).__name__), _loss_name(trainer), _why_not_single(trainer),
-            torch.bfloat16 if _autocasts(double) else next(model.parameters()).dtype, tuple(notes),
+            _loss_name(trainer), _why_not_single(trainer),
+            torch.bfloat16 if _autocasts(double) else next(model.parameters()).dtype, fp16,
         )  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def measure_share(
     """
     model = uncompiled(model)
     by_batches = isinstance(loss, BatchLoss)
-    if by_batches and not loss.of_samples:
+    if isinstance(loss, BatchLoss) and not loss.of_samples:
         refuse_by_samples(request, loss.name)
     example = batches[0].inputs if example is None else dict(example)
     before = _samples_before(batches)

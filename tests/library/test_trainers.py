@@ -163,14 +163,11 @@ def test_what_a_trainer_is(tmp_path):
     assert not is_trainer(Trainer)
 
 
-def test_task_and_tokenizer_are_those_of_the_trainer(make):
+def test_model_and_tokenizer_are_those_of_the_trainer(make):
     trainer = make()
     with opened(trainer, 2) as given:
         assert given.model is getattr(trainer.model, "transformers_model", trainer.model)
         assert given.processing_class is trainer.processing_class
-        names = {"BertForSequenceClassification": "sequence-classification", "LlamaForCausalLM": "causal-lm"}
-        names["LlamaForSequenceClassification"] = "sequence-classification"
-        assert given.task == names.get(type(given.model).__name__)
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINERS if name not in ("sft, packed", "sentences")])
