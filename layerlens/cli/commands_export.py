@@ -132,8 +132,16 @@ def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, 
     methods = {row.method for row in manifest.allocations} - {"none"}
     from layerlens.models import LORA
 
-    if methods == {LORA} and peft_directory is not None:
-        standard = []
+    heads, standard, lines = list(manifest.model.heads), [], []
+    if methods == {LORA} and peft_directory is not None and heads and not manifest.lora.is_measured:
+        # With the configuration PEFT trains and saves the head too; from_pretrained would leave it out.
+        imports = ["from peft import PeftConfig, get_peft_model", *imports]
+        lines = [
+            f"config = PeftConfig.from_pretrained({short(peft_directory)!r})",
+            f"config.modules_to_save = {heads}  # the task head, trained and saved with the adapter",
+        ]
+        tuned = "get_peft_model(base, config)"
+    elif methods == {LORA} and peft_directory is not None and not heads:
         imports = ["from peft import PeftModel", *imports]
         tuned = f"PeftModel.from_pretrained(base, {short(peft_directory)!r}, is_trainable=True)"
     else:
@@ -148,7 +156,7 @@ def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, 
             imports += ["", f"manifest = read_manifest(Path({short(path)!r}))"]
             tuned = f"apply(base, manifest, factors=read_factors(Path({peft!r}), manifest))"
     comment = "# Now train `model` as you would any other: Trainer, TRL, or your own loop."
-    return "\n".join([*standard, *imports, "", f"base = {base}", f"model = {tuned}", comment, ""])
+    return "\n".join([*standard, *imports, "", f"base = {base}", *lines, f"model = {tuned}", comment, ""])
 
 
 def _base_model(manifest: Manifest, model: str | None) -> tuple[list[str], str]:

@@ -133,6 +133,38 @@ def _card(choice: Choice, parameters: int, base: str) -> str:
         "pca": " A holds the principal components of each layer's inputs.",
         "gradient_svd": " A holds the right singular vectors of each layer's mean gradient.",
     }[choice.lora.initialization]
+    heads = list(choice.head_modules)
+    if heads:
+        task = task_type(choice.task)
+        with_head = f"config.modules_to_save = {heads}" if task is None else f'config.task_type = "{task}"'
+        loading = f"""
+Train it with PEFT; LayerLens is not needed. The task head ({", ".join(heads)}) is trained too, and PEFT saves it with the
+adapter:
+
+```python
+from peft import PeftConfig, get_peft_model
+
+config = PeftConfig.from_pretrained("peft")
+{with_head}
+model = get_peft_model(base_model, config)
+```
+
+`PeftModel.from_pretrained(base_model, "peft")` loads the LoRA weights alone, as there are no head weights in this
+directory: a head that is new in `base_model` would stay as it is, and would not be saved.
+"""
+        if begin:
+            loading += """Only so does A begin as said above; `layerlens.load(DIRECTORY).apply(base_model)` does both.
+"""
+    else:
+        loading = """
+Load it with PEFT; LayerLens is not needed:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
+```
+"""
     text = f"""---
 library_name: peft
 tags: [lora, layerlens]
@@ -144,15 +176,7 @@ LoRA on {_counted(len(rows), "module")}, rank{"s" if len(ranks) > 1 else ""} {",
 {parameters:,} trainable parameters, \
 {scale}, chosen by LayerLens (manifest.json beside this directory). B is zero: \
 the model computes exactly what it did before, until it is trained.{begin}
-
-Load it with PEFT; LayerLens is not needed:
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
-```
-"""
+{loading}"""
     others = [option.method for option in choice.other_options]
     if others:
         measured = "" if not begin else ' (with `factors=layerlens.tuning.read_factors(Path("peft"), manifest)`)'
@@ -161,22 +185,6 @@ model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
         text += f"""
 The manifest has {counts} as well, which PEFT cannot hold: see {MODULES_FILE} beside this
 directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model{measured}.
-"""
-    heads = list(choice.head_modules)
-    if heads:
-        task = task_type(choice.task)
-        with_head = f"config.modules_to_save = {heads}" if task is None else f'config.task_type = "{task}"'
-        text += f"""
-This trains the LoRA weights alone, as there are no head weights in this directory. To train the task head with them,
-and have PEFT save it, start from the configuration (with B = 0 that is the same starting point):
-
-```python
-from peft import PeftConfig, get_peft_model
-
-config = PeftConfig.from_pretrained("peft")
-{with_head}
-model = get_peft_model(base_model, config)
-```
 """
     return text
 

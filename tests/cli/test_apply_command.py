@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,11 @@ def test_lora_alone_needs_no_layerlens_once_it_is_exported(tmp_path: Path) -> No
     code = python_snippet(plan, path, tmp_path / "peft", "my/model")
     ast.parse(code)
     assert "layerlens" not in code.replace(str(tmp_path), "")
-    assert "PeftModel.from_pretrained(base, " in code
+    heads = list(plan.model.heads)
+    assert heads
+    assert f"config.modules_to_save = {heads}" in code
+    without = python_snippet(replace(plan, model=replace(plan.model, head_modules=None)), path, tmp_path / "peft")
+    assert "PeftModel.from_pretrained(base, " in without
     assert "from_pretrained('my/model', num_labels=3)" in code
     assert "layerlens.tuning" in python_snippet(plan, path, None)
 

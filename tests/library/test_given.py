@@ -222,7 +222,7 @@ def test_a_module_without_a_layer_that_can_be_adapted():
     [
         ([], "this list has no samples"),
         (iter([]), "the iterator is exhausted"),
-        ({}, "this list has no samples"),
+        ({}, "this dict has no samples"),
         (12, "must be a DataLoader"),
         ([["a", "b"]], "without tensors"),
         ({"a": [1, 2], "b": [1]}, "different lengths"),
