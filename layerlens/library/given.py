@@ -12,6 +12,7 @@ import torch
 from layerlens.exceptions import DataError, ModelSpecError
 from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.integrations.weight_matrices import uncompiled
+from layerlens.models.facts import IN_MEMORY
 from layerlens.registry import TASKS
 from layerlens.tasks import Batch, Task
 from layerlens.tasks.guess import task_of_class
@@ -88,7 +89,7 @@ def bare_model(model: Any) -> torch.nn.Module:
 def reference_of(model: Any) -> str:
     """What a manifest calls the model: where transformers loaded it from, else ``object:CLASS``."""
     name = getattr(model, "name_or_path", "") if hasattr(model, "config") else ""
-    return name if isinstance(name, str) and name else f"object:{type(model).__module__}.{type(model).__qualname__}"
+    return name if isinstance(name, str) and name else f"{IN_MEMORY}{type(model).__module__}.{type(model).__qualname__}"
 
 
 def dtype_of(model: torch.nn.Module) -> str:

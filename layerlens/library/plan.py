@@ -48,9 +48,9 @@ class Plan:
         profile: what it was chosen from; None where only a manifest was loaded.
         notes: what the user should know.
 
-    >>> import layerlens                                                         # doctest: +SKIP
-    >>> plan = layerlens.plan(model, data, max_trainable_params="1M")            # doctest: +SKIP
-    >>> trainer = SFTTrainer(model, args, peft_config=plan.lora_config())        # doctest: +SKIP
+    >>> plan = layerlens.plan(model, loader, max_trainable_params="2k")
+    >>> plan.lora_config().r == max(plan.ranks.values())
+    True
     """
 
     manifest: Manifest
@@ -124,7 +124,11 @@ class Plan:
             ConfigurationError: there is no such layer (the nearest are named), or none that can be adapted.
             ManifestError: a manifest was loaded that has no statistics beside it.
 
-        >>> print(plan.why("model.layers.5.self_attn.q_proj"))                   # doctest: +SKIP
+        >>> why = plan.why("model.layers.1.self_attn.v_proj")
+        >>> print(why.reasons[0])  # doctest: +ELLIPSIS
+        model.layers.1.self_attn.v_proj has ...
+        >>> [option.name for option in why.options][:3]
+        ['none', 'LoRA 1', 'LoRA 2']
         """
         left_out = self.manifest.model.left_out or {}
         if layer in left_out:
@@ -150,7 +154,10 @@ class Plan:
             InfeasibleError: a budget allows nothing.
             ManifestError: a manifest was loaded that has no statistics beside it.
 
-        >>> plan.frontier("vram_gb", ["12GB", "16GB", "24GB"]).plot()            # doctest: +SKIP
+        >>> found = plan.frontier(budgets=["1k", "2k"])
+        >>> found.rows[0].score <= found.rows[1].score
+        True
+        >>> axes = found.plot()
         """
         if isinstance(points, bool) or not isinstance(points, int) or points < 2:
             raise ConfigurationError(f"points: must be a whole number, at least 2, got {points!r}")
@@ -187,7 +194,7 @@ class Plan:
                 UserWarning,
                 stacklevel=2,
             )
-        return lora_config(self.choice, self._base(model), base=self.manifest.model.name_or_path)
+        return lora_config(self.choice, self._base(model), base=self.manifest.model.place)
 
     def apply(self, model: torch.nn.Module | None = None) -> torch.nn.Module:
         """The model ready to train: LoRA, adapters and prefixes put in, all else frozen; no output changes by it.

@@ -59,8 +59,9 @@ class Profile:
         Raises:
             OutputError: it cannot be written.
 
-        >>> statistics.save("measured.safetensors")                              # doctest: +SKIP
-        >>> plan = layerlens.choose("measured.safetensors", max_vram_gb=16)      # doctest: +SKIP
+        >>> file = statistics.save("measured.safetensors")
+        >>> layerlens.choose(file, max_trainable_params="1k").trainable_params <= 1000
+        True
         """
         file = Path(path).expanduser()
         if file.suffix != SUFFIX:

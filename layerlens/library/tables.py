@@ -19,6 +19,7 @@ from layerlens.manifest.summary import (
 )
 from layerlens.manifest.tables import text_table
 from layerlens.models import NONE, Manifest, ManifestRow
+from layerlens.models.facts import IN_MEMORY
 from layerlens.registry import METHODS
 from layerlens.vocabulary import RESOURCES
 
@@ -98,7 +99,7 @@ def headline(manifest: Manifest) -> str:
 
 def _called(reference: str) -> str:
     """A model that was given in memory by its class alone."""
-    return reference.rpartition(".")[2] if reference.startswith("object:") else reference
+    return reference.rpartition(".")[2] if reference.startswith(IN_MEMORY) else reference
 
 
 def _budget_table(manifest: Manifest) -> tuple[list[str], list[list[str]]]:

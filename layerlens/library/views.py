@@ -32,7 +32,10 @@ def diff(a: Chosen, b: Chosen) -> Difference:
         ConfigurationError: a directory without a manifest, or something else than a choice.
         ManifestError: a manifest cannot be read.
 
-    >>> print(layerlens.diff("out", plan))                                       # doctest: +SKIP
+    >>> smaller = layerlens.choose(statistics, max_trainable_params=500)
+    >>> found = layerlens.diff(smaller, plan)
+    >>> bool(found), found.only_first
+    (True, ())
     """
     (first, one), (second, two) = _manifest(a, "first"), _manifest(b, "second")
     return Difference.of(first, second, (one, two))
@@ -71,7 +74,9 @@ def estimate(
     Raises:
         LayerLensError: with one line that says what to do: no such model, no layer that takes the rank.
 
-    >>> print(layerlens.estimate("./my-model", rank=8, targets=["q_proj", "v_proj"]))    # doctest: +SKIP
+    >>> model.save_pretrained("my-model")
+    >>> layerlens.estimate("my-model", rank=8, targets=["q_proj", "v_proj"]).trainable_params
+    2048
     """
     if rank is None or isinstance(given, (Plan, Manifest)):
         chosen, name = _manifest(given, "the plan")

@@ -18,6 +18,8 @@ INITIALIZATIONS = ("default", "pca", "gradient_svd")
 """How LoRA's A begins; B is zero with each of them. ``tuning.initialization`` says what they are."""
 
 
+IN_MEMORY = "object:"
+"""How a reference begins that is no place: the class of a model that a program had in memory."""
 Part = TypeVar("Part", bound="Section")
 
 
@@ -94,6 +96,12 @@ class ModelFacts(Section):
     def __post_init__(self) -> None:
         if isinstance(self.head_modules, str) or not all(isinstance(name, str) for name in self.heads):
             raise ManifestError(f"model.head_modules: must be a list of module names, got {self.head_modules!r}")
+
+    @property
+    def place(self) -> str | None:
+        """Where the base model can be loaded from; None where a program had it in memory alone."""
+        name = self.name_or_path
+        return None if name is None or name.startswith(IN_MEMORY) else name
 
     @property
     def heads(self) -> tuple[str, ...]:

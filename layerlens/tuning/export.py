@@ -59,7 +59,7 @@ def export_adapter(
     """
     choice, facts = fitting_choice(model, given, check_fingerprint=False)
     directory = Path(directory)
-    peft_files = _peft_files(choice, model, factors, base or facts.name_or_path)
+    peft_files = _peft_files(choice, model, factors, base or facts.place)
     modules = _modules(choice, model)
     written: dict[str, Path] = {}
     with staged_directory(directory, owned=(PEFT_DIRECTORY, MODULES_FILE)) as staging:
