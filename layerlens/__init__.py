@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "Plan": "layerlens.library.plan",
     "Profile": "layerlens.library.profile",
+    "adapt": "layerlens.library.adapt",
     "choose": "layerlens.library.api",
     "diff": "layerlens.library.views",
     "estimate": "layerlens.library.views",
@@ -22,7 +23,7 @@ _PLACES = {
     "profile": "layerlens.library.api",
 }
 """Where each public name is; imported when it is first asked for."""
-__all__ = ["Plan", "Profile", "__version__", "choose", "diff", "estimate", "load", "plan", "profile"]
+__all__ = ["Plan", "Profile", "__version__", "adapt", "choose", "diff", "estimate", "load", "plan", "profile"]
 
 
 def __getattr__(name: str) -> Any:

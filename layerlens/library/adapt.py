@@ -1,0 +1,136 @@
+"""The chosen LoRA in a trainer that exists: one line between making the trainer and ``trainer.train()``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from layerlens.exceptions import ConfigurationError
+from layerlens.library import api
+from layerlens.library.plan import Plan
+from layerlens.library.trainers import is_trainer, refuse_trainer
+
+PEFT_FLAGS = ("is_peft_model", "_is_peft_model", "is_peft", "_is_peft")
+"""Under which names trainers have kept whether their model is PEFT's."""
+
+
+def adapt(trainer: Any, **settings: Any) -> Plan:
+    """Plan on a trainer's own data and loss, and put the chosen LoRA into its model: train() then trains that.
+
+    Stock PEFT is put in, so ``trainer.save_model`` writes an ordinary adapter directory.
+
+    Args:
+        trainer: ``transformers.Trainer``, TRL's ``SFTTrainer``, ``DPOTrainer``, ``RewardTrainer`` and others that
+            derive from it, or a ``SentenceTransformerTrainer``; before ``train()``, without an optimizer.
+        settings: as of ``layerlens.plan``: budgets and other settings.
+
+    Returns:
+        the plan.
+
+    Raises:
+        ConfigurationError: training has begun, or the trainer cannot hold an adapter any more; it is unchanged.
+        LayerLensError: as of ``layerlens.plan``; the trainer is unchanged.
+
+    >>> plan = layerlens.adapt(trainer, max_trainable_params="1M")               # doctest: +SKIP
+    >>> trainer.train()                                                          # doctest: +SKIP
+    """
+    _refuse(trainer)
+    if settings.get("methods", ["lora"]) not in (["lora"], ("lora",)):
+        raise ConfigurationError(
+            f"methods: a trainer is given LoRA alone, which it can train and save, got {settings['methods']!r}; for "
+            "adapters and prefixes use layerlens.plan and plan.apply(model) before the trainer is made"
+        )
+    plan = api.plan(trainer, **settings)
+    if not plan.ranks:
+        return plan
+    if hasattr(trainer.model, "transformers_model"):  # a SentenceTransformer holds its adapters itself
+        inner = trainer.model.transformers_model
+        trainer.model.add_adapter(plan.lora_config(inner))
+        _input_gradients(trainer, inner)
+        return plan
+    config = plan.lora_config(trainer.model)
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]):  # A is drawn from the trainer's seed, whatever was drawn before
+        torch.manual_seed(trainer.args.seed)
+        model: Any = get_peft_model(trainer.model, config)
+    _put_in(trainer, model)
+    return plan
+
+
+def _refuse(trainer: Any) -> None:
+    """Raise ConfigurationError for a trainer that an adapter can no longer be put into."""
+    if not is_trainer(trainer):
+        raise ConfigurationError(
+            f"trainer: must be a transformers.Trainer or one that derives from it, got {type(trainer).__name__}; for a "
+            "model use layerlens.plan(model, data).lora_config()"
+        )
+    refuse_trainer(trainer)
+    name, args = type(trainer).__name__, trainer.args
+    if trainer.optimizer is not None:
+        raise ConfigurationError(
+            f"trainer: this {name} has an optimizer already, of the model's own weights (training has begun, or it was "
+            "given); call layerlens.adapt before train(), and name the optimizer by optim= or optimizer_cls_and_kwargs"
+        )
+    if getattr(trainer, "model_init", None) is not None:
+        raise ConfigurationError(
+            f"trainer: this {name} makes a new model in train() (model_init), without the adapter; give it the model"
+        )
+    if getattr(args, "sync_ref_model", False):
+        raise ConfigurationError(
+            f"trainer: {name} keeps its reference model up to the trained weights (sync_ref_model), which TRL cannot "
+            "with an adapter; leave it out"
+        )
+    if hasattr(trainer.model, "add_adapter") and hasattr(trainer.model, "transformers_model"):
+        from transformers.integrations.peft import MIN_PEFT_VERSION
+        from transformers.utils.peft_utils import check_peft_version
+
+        try:
+            check_peft_version(min_version=MIN_PEFT_VERSION)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"trainer: a {type(trainer.model).__name__} holds adapters by transformers' add_adapter, which needs "
+                f"PEFT {MIN_PEFT_VERSION} or newer; upgrade it: pip install -U peft"
+            ) from error
+    template = getattr(args, "chat_template_path", None)
+    if template and not str(template).endswith((".jinja", ".j2")):
+        raise ConfigurationError(
+            f"trainer: {name} has taken the chat template of {template}, whose new tokens an adapter must train; use "
+            "peft_config=layerlens.plan(model, ...).lora_config() when it is made, which TRL completes"
+        )
+
+
+def _put_in(trainer: Any, model: Any) -> None:
+    """Make this the trainer's model, and set what it found out about its model when it was made."""
+    trainer.model = trainer.model_wrapped = model
+    trainer.callback_handler.model = model
+    for name in PEFT_FLAGS:
+        if name in vars(trainer):
+            setattr(trainer, name, True)
+    _input_gradients(trainer, model)
+    reference = getattr(trainer, "ref_model", None)
+    if reference is not None and _is_copy(reference, model.get_base_model()):
+        trainer.ref_model = None  # as TRL has it with PEFT: the reference is the model with its adapter off
+
+
+def _input_gradients(trainer: Any, model: Any) -> None:
+    """Checkpointed blocks whose weights are frozen need inputs with gradients."""
+    if any(vars(trainer.args).get(name) for name in ("gradient_checkpointing", "activation_checkpointing")):
+        model.enable_input_require_grads()
+
+
+def _is_copy(reference: torch.nn.Module, model: torch.nn.Module) -> bool:
+    """Whether two models have the same weights, adapters apart."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    own = {}
+    layers = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, weight in model.state_dict().items():
+        layer = next((one for one in layers if name.startswith(f"{one}.")), None)
+        if layer is None:
+            own[name] = weight
+        elif ".base_layer." in name:
+            own[name.replace(".base_layer.", ".")] = weight
+    found = reference.state_dict()
+    return found.keys() == own.keys() and all(torch.equal(found[name], own[name]) for name in own)
