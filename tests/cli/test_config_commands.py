@@ -99,7 +99,7 @@ def test_version(invoke: Invoke) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["no-such-command"], ["schema", "x"], ["run", "config.yaml", "--no-such-option"], ["optimize", "x"]]
+    "arguments", [["no-such-command"], ["schema", "x"], ["run", "config.yaml", "--no-such-option"], ["diff", "x"]]
 )
 def test_wrong_usage(invoke: Invoke, arguments: list[str]) -> None:
     result = invoke(*arguments)
