@@ -138,8 +138,8 @@ def _card(choice: Choice, parameters: int, base: str) -> str:
         task = task_type(choice.task)
         with_head = f"config.modules_to_save = {heads}" if task is None else f'config.task_type = "{task}"'
         loading = f"""
-Train it with PEFT; LayerLens is not needed. The task head ({", ".join(heads)}) is trained too, and PEFT saves it with the
-adapter:
+Train it with PEFT; LayerLens is not needed. The task head ({", ".join(heads)}) is trained too, and PEFT saves it with
+the adapter:
 
 ```python
 from peft import PeftConfig, get_peft_model
