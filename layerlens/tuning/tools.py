@@ -144,6 +144,16 @@ if __name__ == "__main__":
 
 
 def _axolotl(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
+    fields = {"base_model": path, "adapter": "lora", "lora_dropout": 0.0, **axolotl_fields(choice, model)}
+    return {"axolotl.yaml": _yaml(fields, AXOLOTL_TODO)}
+
+
+def axolotl_fields(choice: Choice, model: torch.nn.Module) -> dict[str, Any]:
+    """The LoRA of a choice in the keys of axolotl's configuration.
+
+    Raises:
+        ManifestError: axolotl cannot hold it.
+    """
     config = lora_config(choice, model, train_head=False)
     ranks, patterns = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
     alphas = {**patterns, "lora_alpha": config.lora_alpha}
@@ -156,11 +166,8 @@ def _axolotl(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str
         )
     targets = config.target_modules
     fields: dict[str, Any] = {
-        "base_model": path,
-        "adapter": "lora",
         "lora_r": config.r,
         "lora_alpha": int(config.lora_alpha),
-        "lora_dropout": 0.0,
         "lora_target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
         "lora_rank_pattern": ranks,
         "lora_alpha_pattern": {key: int(alpha) for key, alpha in patterns.items()},
@@ -175,7 +182,7 @@ def _axolotl(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str
             f"{choice.lora.initialization!r}); export with --to peft and set lora_model_dir in axolotl"
         )
     empty = [key for key in ("lora_rank_pattern", "lora_alpha_pattern") if not fields[key]]
-    return {"axolotl.yaml": _yaml({key: value for key, value in fields.items() if key not in empty}, AXOLOTL_TODO)}
+    return {key: value for key, value in fields.items() if key not in empty}
 
 
 def _llama_factory(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:

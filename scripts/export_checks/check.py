@@ -71,7 +71,31 @@ def check_axolotl(directory: Path, export: Path):
     from peft import get_peft_model
 
     model = base_model(directory)
-    return ranks_of(get_peft_model(model, _build_peft_lora_config(model, DictDefault(checked))))
+    made = ranks_of(get_peft_model(model, _build_peft_lora_config(model, DictDefault(checked))))
+    check_axolotl_plugin(directory)
+    return made
+
+
+def check_axolotl_plugin(directory: Path):
+    """The plugin, loaded and called by axolotl's own manager, sets what axolotl's own LoraConfig is made from."""
+    from types import SimpleNamespace
+
+    import axolotl.common.datasets
+    from axolotl.integrations.base import PluginManager
+    from axolotl.loaders.adapter import _build_peft_lora_config
+    from axolotl.utils.dict import DictDefault
+    from datasets import Dataset
+    from peft import get_peft_model
+
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 8, "labels": [[1, 2, 3, 4]] * 8})
+    axolotl.common.datasets.load_datasets = lambda *, cfg: SimpleNamespace(train_dataset=rows)
+    manager = PluginManager.get_instance()
+    manager.register("layerlens.library.axolotl.LayerLensPlugin")
+    assert manager.get_input_args() == ["layerlens.library.axolotl.LayerLensArgs"]
+    cfg = DictDefault({"adapter": "lora", "lora_dropout": 0.0, "layerlens": {"max_trainable_params": "1k"}})
+    model = base_model(directory)
+    manager.pre_lora_load(cfg, model)
+    assert ranks_of(get_peft_model(model, _build_peft_lora_config(model, cfg)))
 
 
 def check_llama_factory(directory: Path, export: Path):
