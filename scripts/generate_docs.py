@@ -20,7 +20,8 @@ from typer.main import get_command
 
 from layerlens.cli.main import app
 from layerlens.config.base import ConfigModel, RegisteredName
-from layerlens.config.schema import alternatives, as_model, default_of, example_config, summary, yaml_value
+from layerlens.config.example import example_config, short_config, yaml_value
+from layerlens.config.schema import alternatives, as_model, default_of, summary
 from layerlens.config.sections import RunConfig
 from layerlens.registry import TASKS
 
@@ -88,7 +89,8 @@ def configuration_page() -> str:
     for name, known in RunConfig.model_fields.items():
         parts += _section(known, (name,))
     parts.append(_tasks())
-    parts.append(f"## Example\n\nWhat `layerlens init` writes:\n\n```yaml\n{example_config()}```\n")
+    parts.append(f"## Example\n\nWhat `layerlens init` writes:\n\n```yaml\n{short_config({})}```\n")
+    parts.append(f"## Every key\n\nWhat `layerlens init --full` writes:\n\n```yaml\n{example_config()}```\n")
     return "\n".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,21 @@ import typer
 
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
-from layerlens.cli.places import Config, Debug, Json, Set
+from layerlens.cli.flags import (
+    KEYS,
+    Data,
+    MaxFlops,
+    MaxLatency,
+    MaxParams,
+    MaxVram,
+    Methods,
+    Model,
+    OptionalConfig,
+    TaskOption,
+    all_settings,
+    given_options,
+)
+from layerlens.cli.places import Debug, Json, Set, base_dir_of
 from layerlens.exceptions import ConfigurationError
 
 DEFAULT_PATH = Path("config.yaml")
@@ -18,37 +33,80 @@ DEFAULT_PATH = Path("config.yaml")
 @guarded()
 def init(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="File to write.")] = DEFAULT_PATH,
-    model: Annotated[
-        str | None, typer.Option(help="Model directory, hub name or package:NAME to start with.", show_default=False)
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="Data source to start with.", show_default=False)] = None,
+    model: Model = None,
+    data: Data = None,
+    task: TaskOption = None,
+    max_params: MaxParams = None,
+    max_vram: MaxVram = None,
+    max_flops: MaxFlops = None,
+    max_latency: MaxLatency = None,
+    methods: Methods = None,
+    full: Annotated[bool, typer.Option("--full", help="Write every key, with what it means and its default.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Write a commented configuration to start from."""
-    from layerlens.config.schema import EXAMPLE_MODEL, EXAMPLE_SOURCE, example_config
+    """Write a configuration to start from: the lines that matter, for this model and this data."""
+    from layerlens.config.example import example_config, settled, short_config
     from layerlens.utils.atomic import atomic_write_text
 
     if path.is_dir():
         path = path / DEFAULT_PATH
     if path.exists() and not force:
         raise ConfigurationError(f"{path} is already there; give another name, or --force to replace it")
-    atomic_write_text(path, example_config(model or EXAMPLE_MODEL, data or EXAMPLE_SOURCE))
+    options = given_options(model, data, task, methods, max_params, max_vram, max_flops, max_latency)
+    values = settled({KEYS[option]: value for option, value in options.items()})
+    comments: dict[str, str] = {}
+    if model is not None and data is not None:
+        from layerlens.tasks.look import fitted
+
+        values, comments = fitted(values, Path.cwd())
+    for key in ("model.name_or_path", "data.source"):
+        values[key] = _from(path.parent, str(values[key]))
+    atomic_write_text(path, example_config(values) if full else short_config(values, comments))
+    for key, why in comments.items():
+        output.note(f"{key}: {values[key]}, {why}" if key != "data.source" else f"Data: {why}")
     output.note(f"Wrote {path}. Set the model, the data and your budgets in it, then: {output.command('run', path)}")
 
 
+def _from(folder: Path, place: str) -> str:
+    """A place that was typed here, as a file in ``folder`` has it; what is not there is a name and stays."""
+    if not Path(place).exists() or Path(place).is_absolute() or folder.absolute() == Path.cwd():
+        return place
+    return os.path.relpath(place, folder)
+
+
 @guarded()
-def validate(config: Config, settings: Set = None, json: Json = False, debug: Debug = False) -> None:
-    """Check a configuration without running it."""
+def validate(
+    config: OptionalConfig = None,
+    model: Model = None,
+    data: Data = None,
+    task: TaskOption = None,
+    max_params: MaxParams = None,
+    max_vram: MaxVram = None,
+    max_flops: MaxFlops = None,
+    max_latency: MaxLatency = None,
+    methods: Methods = None,
+    settings: Set = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a configuration without running it: its keys, the model's config.json and the first rows of the data."""
     from layerlens.cli.places import read_config
-    from layerlens.config.compatibility import refuse_conflicts
+    from layerlens.tasks.look import look
     from layerlens.utils.threads import resolve_threads
 
-    checked = read_config(config, settings or ())
-    refuse_conflicts(checked, "run")
+    options = given_options(model, data, task, methods, max_params, max_vram, max_flops, max_latency)
+    checked = read_config(config, all_settings(config, options, settings))
     resolve_threads(checked.runtime.threads)  # the only setting that this machine may not have
+    checked, guess, found = look(checked, base_dir_of(config))
     if json:
         output.json_result(checked.model_dump(mode="json"))
+        return
+    for line in (str(guess) if guess else "", f"Data: {found}" if found else ""):
+        if line:
+            output.note(line)
+    if config is None:
+        output.note("The options are valid. Run them with: layerlens run, and the same options")
     else:
         from layerlens.storage import shown
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -78,16 +79,27 @@ def run(
     """
     options = given_options(model, data, task, methods, max_params, max_vram, max_flops, max_latency)
     checked = load(config, all_settings(config, options, settings), directory)
+    from layerlens.cli.tables import as_json
+    from layerlens.config.compatibility import refuse_conflicts
     from layerlens.pipeline import run_config
+    from layerlens.tasks.guess import with_task
     from layerlens.utils.launch import place_of_this_process
 
     base_dir = base_dir_of(config)
     others = place_of_this_process().rank > 0  # what torchrun started beside the first process says nothing
     json, quiet = json and not others, quiet or others
+    refuse_conflicts(checked, "run")
+    checked, guess = with_task(checked, base_dir)
+    if guess is not None and not quiet:
+        output.note(str(guess))
     job: Job = lambda progress, warn: run_config(  # noqa: E731 (a def could not be typed in one line)
         checked, base_dir=base_dir, use_cache=not no_cache, progress=progress, warn=warn
     )
-    _show(do(job, quiet), json, quiet, explain)
+    result = do(job, quiet)
+    if json:
+        output.json_result(as_json(result) | ({"guess": asdict(guess)} if guess else {}))
+    else:
+        _show(result, json, quiet, explain)
 
 
 @guarded("no result was written")

@@ -263,6 +263,8 @@ def show(result: RunResult, console: Console, *, explain: bool = False) -> None:
             Text.assemble(f"  {paths[name]:{width}}  ", (FILE_MEANINGS.get(name, name), "dim")), soft_wrap=True
         )
     console.print()
+    if result.data:
+        console.print(Text(f"Data: {result.data}", style="dim"), soft_wrap=True)
     console.print(Text(_time(result), style="dim"), soft_wrap=True)
     console.print(Text.assemble("Next: ", (next_command(result), "bold")), soft_wrap=True)
 
@@ -294,6 +296,7 @@ def as_json(result: RunResult) -> dict[str, Any]:
         "statistics_from_cache": result.statistics_from_cache,
         "seconds": result.seconds,
         "warnings": list(result.warnings),
+        "data": result.data,
     }
 
 

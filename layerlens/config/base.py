@@ -98,6 +98,8 @@ class RegisteredName:
 
     registry: Registry[Any]
     others: tuple[str, ...] = ()
+    optional: bool = False
+    """Whether "" is allowed, for what is found out later."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,9 +110,11 @@ class RegisteredName:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"enum": list(self.names), "type": "string"}
+        return {"enum": [*self.names, *([""] if self.optional else [])], "type": "string"}
 
     def _check(self, name: str) -> str:
+        if self.optional and not name:
+            return name
         if name not in self.others and name not in self.registry:
             *first, last = [repr(known) for known in self.names]
             raise PydanticKnownError("literal_error", {"expected": f"{', '.join(first)} or {last}" if first else last})
@@ -143,5 +147,5 @@ class Amount:
 ChosenMethod = Annotated[str, RegisteredName(METHODS, ("none",))]
 MethodName = Annotated[str, RegisteredName(METHODS)]
 StatisticName = Annotated[str, RegisteredName(STATISTICS)]
-TaskName = Annotated[str, RegisteredName(TASKS)]
+TaskName = Annotated[str, RegisteredName(TASKS, optional=True)]
 UtilityName = Annotated[str, RegisteredName(UTILITY_MODELS)]

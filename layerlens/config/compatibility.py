@@ -106,7 +106,7 @@ def _least_of_a_method_not_offered(section: OptimizationConfig) -> str:
 
 def _no_study(task: str) -> str:
     studied = ", ".join(name for name in TASKS if TASKS[name].study)
-    return _where(not TASKS[task].study, f"model.task: studies are of {studied}, not of {task}")
+    return _where(bool(task) and not TASKS[task].study, f"model.task: studies are of {studied}, not of {task}")
 
 
 CONFLICTS = (

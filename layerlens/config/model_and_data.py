@@ -40,9 +40,10 @@ class ModelConfig(ConfigModel):
         "sample, a tensor [batch]. A sample's loss must not depend on the others in its batch.",
     )
     task: TaskName = Field(
-        default="sequence-classification",
+        default="",
         description="What the model is to be fine-tuned for; docs/configuration.md says of each task what its samples "
-        "are and what it is judged by.",
+        "are and what it is judged by. Not given: guessed from the data's columns and the checkpoint's architecture, "
+        "and said.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
@@ -84,7 +85,7 @@ class ModelConfig(ConfigModel):
     def _one_source_and_its_companions(self) -> ModelConfig:
         if bool(self.name_or_path) == (self.factory is not None):
             raise ValueError("give the model by name_or_path or by factory, one of the two")
-        if (self.task == "custom") != (self.loss is not None):
+        if (self.task == "custom" and self.loss is None) or (self.task not in ("custom", "") and self.loss is not None):
             raise ValueError("task custom and loss belong together: give both or neither")
         if self.device_map is not None and not self.source.of_transformers:
             raise ValueError("device_map is for models of transformers; place a model of your own in its factory")

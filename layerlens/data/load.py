@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import sysconfig
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +55,32 @@ def load_dataset(config: DataConfig, base_dir: Path | None = None, task: str = "
         DataNotFoundError: no such built-in, file or data set.
         DataError: the data cannot be used; the message has the line or the columns it found.
     """
-    kind, source = TASKS[task], config.source
+    kind = TASKS[task]
     if kind.load is not None:
         loaded: Dataset = kind.load(config, base_dir)
         return loaded
-    if source.startswith(BUILT_IN_PREFIX):
-        return _built_in(source, kind)
+    if config.source.startswith(BUILT_IN_PREFIX):
+        return _built_in(config.source, kind)
+    if kind.read_folder is not None and (folder := image_folder_of(config.source, base_dir)):
+        read: Dataset = kind.read_folder(folder, config)
+        return read
+    return as_dataset(source_table(config.source, base_dir), config, kind)
+
+
+def source_table(source: str, base_dir: Path | None = None, limit: int | None = None) -> Table:
+    """The rows of a file, data set or function; no more than ``limit``.
+
+    Raises:
+        DataNotFoundError: no such file or data set.
+        DataError: it cannot be read; the message has the line.
+    """
     if source.startswith(HUB_PREFIX):
-        return _as_dataset(read_hub_dataset(source.removeprefix(HUB_PREFIX)), config, source, kind)
+        return _table(read_hub_dataset(source.removeprefix(HUB_PREFIX), limit), source, limit)
     path = (base_dir or Path()) / local_file(source).expanduser()
     if REFERENCE.fullmatch(source) and not path.exists():
-        return _as_dataset(rows_of_function(source, base_dir), config, source, kind)
+        return _table(rows_of_function(source, base_dir)[:limit], source, limit)
     if path.is_dir():
-        if kind.read_folder is not None and not any((path / name).exists() for name in SAVED_DATASET):
-            read: Dataset = kind.read_folder(path, config)
-            return read
-        return _as_dataset(read_saved_dataset(path), config, str(path), kind)
+        return _table(read_saved_dataset(path, limit), str(path), limit)
     if not path.is_file():
         raise DataNotFoundError(
             f"data.source: no file at {path}; give a {FORMATS} file, a folder of images, a directory that datasets "
@@ -78,10 +89,23 @@ def load_dataset(config: DataConfig, base_dir: Path | None = None, task: str = "
     if path.suffix.lower() not in READERS:
         raise DataError(f"data.source: {path.name} is not {FORMATS}; convert it, or give another file")
     try:
-        rows = READERS[path.suffix.lower()](path)
+        return _table(READERS[path.suffix.lower()](path, limit), str(path), limit)
     except UnicodeDecodeError as error:
         raise DataError(f"data.source: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    return _as_dataset(rows, config, str(path), kind)
+
+
+def image_folder_of(source: str, base_dir: Path | None = None) -> Path | None:
+    """The directory that a source names, where it is not one that ``datasets`` saved; None where it is no directory."""
+    if source.startswith((BUILT_IN_PREFIX, HUB_PREFIX)):
+        return None
+    path = (base_dir or Path()) / local_file(source).expanduser()
+    return path if path.is_dir() and not any((path / name).exists() for name in SAVED_DATASET) else None
+
+
+def _table(rows: Rows, place: str, limit: int | None) -> Table:
+    if not rows:
+        raise DataError(f"data.source: {place} has no samples; give one JSON object or CSV record for each sample")
+    return Table(rows, place, whole=limit is None or len(rows) < limit)
 
 
 def rows_of_function(source: str, base_dir: Path | None) -> Rows:
@@ -97,25 +121,27 @@ def rows_of_function(source: str, base_dir: Path | None) -> Rows:
     return rows
 
 
-def _as_dataset(rows: Rows, config: DataConfig, place: str, task: Any) -> Dataset:
-    if not rows:
-        raise DataError(f"data.source: {place} has no samples; give one JSON object or CSV record for each sample")
-    read: Dataset = task.read(Table(rows, place), config)
-    return replace(read, description=Path(place).name)
+def as_dataset(table: Table, config: DataConfig, task: Any) -> Dataset:
+    """What a task takes from the rows; the description says which columns.
+
+    Raises:
+        DataError: a column is missing, or has something else in it.
+    """
+    read: Dataset = task.read(table, config)
+    return replace(read, description=f"{Path(table.place).name}{table.told()}")
 
 
 def _built_in(source: str, task: Any) -> Dataset:
     if source not in BUILT_IN:
         raise DataNotFoundError(f"data.source: unknown {source!r}; built in: {', '.join(BUILT_IN)}")
-    dataset = BUILT_IN[source]()
-    (column,) = dataset.columns
+    column = BUILT_IN[source].column
     if task.of_classes is None or task.inputs != column:
         fit = [other.name for other in TASKS.values() if other.of_classes is not None and other.inputs == column]
         raise DataError(
             f"data.source: {source} has {column}s with classes, which {task.name} cannot be trained on; use it with "
             f"{' or '.join(fit)}"
         )
-    taken: Dataset = task.of_classes(dataset)
+    taken: Dataset = task.of_classes(BUILT_IN[source].make())
     return taken
 
 
@@ -174,4 +200,15 @@ def digits() -> Dataset:
     return Dataset({"image": images}, tuple(map(int, found.target)), names, "handwritten digits of scikit-learn")
 
 
-BUILT_IN = {f"{BUILT_IN_PREFIX}stdlib-docstrings": stdlib_docstrings, f"{BUILT_IN_PREFIX}digits": digits}
+@dataclass(frozen=True)
+class BuiltIn:
+    """A data set that every machine has: how it is made, and the column that its samples with classes are made of."""
+
+    make: Callable[[], Dataset]
+    column: str
+
+
+BUILT_IN = {
+    f"{BUILT_IN_PREFIX}stdlib-docstrings": BuiltIn(stdlib_docstrings, "text"),
+    f"{BUILT_IN_PREFIX}digits": BuiltIn(digits, "image"),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +14,21 @@ from layerlens.exceptions import DataError, DataNotFoundError
 Rows = list[dict[str, Any]]
 MAX_CSV_FIELD = 2**31 - 1
 DEFAULT_SPLIT = "train"
+FIRST = 1000
+"""Rows that say what a source is like: which column has labels, and which task it is for."""
 
 
-def read_jsonl(path: Path) -> Rows:
-    """One JSON object a line; blank lines are skipped.
+def read_jsonl(path: Path, limit: int | None = None) -> Rows:
+    """One JSON object a line; blank lines are skipped; no more than ``limit``.
 
     Raises:
         DataError: with line and column of what is no JSON object.
     """
-    rows = []
+    rows: Rows = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
+            if len(rows) == limit:
+                break
             if not line.strip():
                 continue
             try:
@@ -40,8 +45,8 @@ def read_jsonl(path: Path) -> Rows:
     return rows
 
 
-def read_csv(path: Path) -> Rows:
-    """Records under a header line.
+def read_csv(path: Path, limit: int | None = None) -> Rows:
+    """Records under a header line, no more than ``limit``.
 
     Raises:
         DataError: with the line of what is no CSV, or the record that has not as many fields as the header.
@@ -50,7 +55,7 @@ def read_csv(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, restkey="", strict=True)
         try:
-            rows = list(reader)
+            rows = list(itertools.islice(reader, limit))
         except csv.Error as error:
             raise DataError(f"data.source: {path}:{reader.line_num}: not CSV: {error}") from error
     for number, row in enumerate(rows, start=2):
@@ -61,26 +66,28 @@ def read_csv(path: Path) -> Rows:
     return rows
 
 
-def read_parquet(path: Path) -> Rows:
-    """Every row of a Parquet file.
+def read_parquet(path: Path, limit: int | None = None) -> Rows:
+    """The rows of a Parquet file, no more than ``limit``.
 
     Raises:
         DataError: it is no Parquet file, or pyarrow is not installed.
     """
     try:
         from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
+        from pyarrow.parquet import ParquetFile, read_table
     except ModuleNotFoundError as error:
         raise DataError(
             f"data.source: {path.name} needs pyarrow; run: pip install 'layerlens[hf]', or convert it to .jsonl"
         ) from error
     try:
-        return read_table(path).to_pylist()
+        if limit is None:
+            return read_table(path).to_pylist()
+        return next((batch.to_pylist() for batch in ParquetFile(path).iter_batches(batch_size=limit)), [])
     except (ArrowException, OSError) as error:
         raise DataError(f"data.source: {path} is not a Parquet file: {str(error).splitlines()[0]}") from error
 
 
-def read_saved_dataset(path: Path) -> Rows:
+def read_saved_dataset(path: Path, limit: int | None = None) -> Rows:
     """A directory that ``datasets`` wrote with ``save_to_disk``; of several splits the one named train.
 
     Raises:
@@ -103,7 +110,7 @@ def read_saved_dataset(path: Path) -> Rows:
     return dataset_rows(loaded)
 
 
-def read_hub_dataset(name: str) -> Rows:
+def read_hub_dataset(name: str, limit: int | None = None) -> Rows:
     """``NAME`` or ``NAME:SPLIT`` from the Hugging Face hub or its local cache.
 
     Raises:
@@ -150,4 +157,8 @@ def _datasets_library(source: str) -> Any:
     return datasets
 
 
-READERS: dict[str, Callable[[Path], Rows]] = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
+READERS: dict[str, Callable[[Path, int | None], Rows]] = {
+    ".jsonl": read_jsonl,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+}

@@ -31,6 +31,7 @@ from layerlens.models import LORA
 from layerlens.profiling.head import fit_head
 from layerlens.sources import load_pretrained
 from layerlens.tasks import TASKS
+from layerlens.tasks.guess import with_task
 from layerlens.utils.atomic import atomic_write_text, check_writable
 from layerlens.utils.observer import observed_stage
 from layerlens.utils.progress import Progress, silent
@@ -77,6 +78,10 @@ def evaluate_config(
     ):
         refuse_conflicts(config, "evaluate")
         check_writable(place.directory)
+        config, guess = with_task(config, base_dir)
+        if guess is not None:
+            warn(str(guess))
+            refuse_conflicts(config, "evaluate")
         threads = set_threads(config.runtime.threads)
         job = Job(config, base_dir, place.directory, progress, Warnings(warn), threads=threads)
         outcome.result = place.publish(_evaluate(job))

@@ -52,6 +52,7 @@ class RunResult:
         measured: predicted against measured figures (see ``jobs.checks``).
         explanations: for each layer (or group that chooses alike) the runner-up and what would make it win.
         warnings: what the user should know, a line each.
+        data: the data, and which of its columns were taken for what; "" where none was read.
     """
 
     manifest: Manifest
@@ -62,6 +63,7 @@ class RunResult:
     measured: dict[str, Any] = field(default_factory=dict)
     explanations: tuple[LayerExplanation, ...] = ()
     warnings: tuple[str, ...] = ()
+    data: str = ""
 
 
 @dataclass

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from layerlens.config import RunConfig
@@ -23,6 +24,7 @@ from layerlens.manifest import write_manifest
 from layerlens.models import ModelFacts
 from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics
+from layerlens.tasks.guess import with_task
 from layerlens.utils.processes import joined
 from layerlens.utils.progress import Progress, silent
 
@@ -60,7 +62,12 @@ def run_config(
             if not processes.first:
                 progress, warn = silent, unheard
             refuse_conflicts(config, "run", processes.size)
+            config, guess = with_task(config, base_dir)
+            if guess is not None:
+                refuse_conflicts(config, "run", processes.size)
             job = job_with_model(config, base_dir, place.directory, progress, warn, processes, use_cache)
+            if guess is not None:
+                job.warnings.add(str(guess))
             result = _run(job)
         outcome.result = place.publish(result)
     return outcome.result
@@ -81,6 +88,7 @@ def _run(job: Job) -> RunResult:
         checked = check(job, loaded, decision, factors)
         report(decision, measured.statistics, checked, written)
     result = result_of(job, decision, written, checked, from_cache=measured.from_cache)
+    result = replace(result, data=loaded.dataset.description)
     job.processes.from_first("result", result)
     return result
 
@@ -122,7 +130,9 @@ def _optimize(job: Job, statistics_path: Path) -> RunResult:
             f"{statistics_path} does not say which model and data it was measured on; use a file that `layerlens run` "
             "wrote"
         )
-    provenance = run_provenance(job.config, job.threads, data_facts(statistics))
+    task = job.config.model.task or facts["model"].get("task") or ""
+    config = job.config.model_copy(update={"model": job.config.model.model_copy(update={"task": task})})
+    provenance = run_provenance(config, job.threads, data_facts(statistics))
     manifest = make_manifest(
         spec, solution, job.config.optimization, model=ModelFacts.of(facts["model"]), provenance=provenance
     )

@@ -83,8 +83,9 @@ class Sweep:
             manifest = read_manifest(self.folder / task.directory / "manifest.json")
         except ManifestError:
             return None
-        made_by = manifest.provenance.config
-        return manifest if made_by == recorded_config(config or self.config_of(task)) else None
+        wanted, made_by = recorded_config(config or self.config_of(task)), manifest.provenance.config
+        wanted["model"]["task"] = wanted["model"]["task"] or manifest.model.task  # what was guessed is recorded
+        return manifest if made_by == wanted else None
 
 
 def open_sweep(path: Path) -> Sweep:

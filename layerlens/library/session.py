@@ -38,6 +38,7 @@ from layerlens.profiling.head import fit_head
 from layerlens.registry import TASKS
 from layerlens.sources.factory import first_argument
 from layerlens.tasks import Batch, Batches, Task, make_batches
+from layerlens.tasks.guess import with_task
 from layerlens.tasks.losses import BatchLoss, own_loss
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
@@ -122,7 +123,9 @@ def opened(
     warnings = Warnings(warn)
     if isinstance(objects.model, (str, Path)):
         with random_states_kept():
-            config = _config_by_name(objects, settings, budget_needed)
+            config, guess = with_task(_config_by_name(objects, settings, budget_needed), Path.cwd())
+            if guess is not None:
+                warnings.add(str(guess))
             job = Job(config, Path.cwd(), Path(), progress, warnings, threads=threads)
             yield job, load(job)
         return

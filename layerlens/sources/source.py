@@ -137,7 +137,7 @@ class ModelSource(ABC):
 
     def why_not_for(self, reference: str, task: str) -> str:
         """Why the model cannot be used for the task of this name; "" where it can."""
-        if not self.default_task or self.fits(TASKS[task]):
+        if not self.default_task or not task or self.fits(TASKS[task]):
             return ""
         return f"model.task: {reference} {self.purpose}; set model.task: {self.default_task}"
 
@@ -158,6 +158,14 @@ class ModelSource(ABC):
             ModelNotFoundError: it cannot be found.
         """
         return request.reference
+
+    def description(self, request: LoadRequest) -> Mapping[str, Any]:
+        """What the model's ``config.json`` says, without its weights; empty where there is none.
+
+        Raises:
+            ModelNotFoundError: the model cannot be found, or the file not be read.
+        """
+        return {}
 
     def snippet(self, request: LoadRequest) -> tuple[list[str], str]:
         """Python imports, and the expression that loads the model without LayerLens."""

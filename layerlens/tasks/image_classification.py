@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
-from layerlens.data.images import image_folder
-from layerlens.data.table import LABELS, Table, class_names
+from layerlens.data.images import SUFFIXES, image_folder
+from layerlens.data.table import IMAGES, Table, class_names
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.losses import classification_loss
 from layerlens.tasks.metrics import Metrics, Record, finish_classes, joined, record_classes
-from layerlens.tasks.task import Task
+from layerlens.tasks.task import Claim, Task
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,19 @@ if TYPE_CHECKING:
 
 def read(table: Table, config: DataConfig) -> Dataset:
     """Images (paths or encoded bytes) and their classes."""
-    labels, names = table.classes(table.find(config.label_column, "label_column", LABELS))
+    labels, names = table.classes(table.find_labels(config))
     return Dataset({"image": table.images(config)}, labels, names, table.place)
+
+
+def claim(table: Table, config: DataConfig) -> Claim | None:
+    """Images (encoded, or names of image files), and their classes."""
+    image = table.named(config.image_column, IMAGES)
+    label = table.labelled(config) or next(iter(table.repeating(config)), None)
+    if image is None or label is None:
+        return None
+    value = table.values(image)[0]
+    known = isinstance(value, (bytes, dict)) or Path(str(value)).suffix.lower() in SUFFIXES or hasattr(value, "shape")
+    return Claim(2, f"images in column {image!r} and classes in {label!r}") if known else None
 
 
 def read_folder(folder: Path, config: DataConfig) -> Dataset:
@@ -72,6 +83,7 @@ TASK = Task(
     description="one class for each image",
     inputs="image",
     read=read,
+    claim=claim,
     read_folder=read_folder,
     of_classes=lambda dataset: dataset,
     encode=encode,

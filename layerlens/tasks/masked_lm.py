@@ -8,16 +8,23 @@ import numpy as np
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
+from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features
 from layerlens.tasks.losses import IGNORED, token_loss
 from layerlens.tasks.metrics import TOKENS
-from layerlens.tasks.task import Task
-from layerlens.tasks.text import collate_tokens, read_plain_texts, tokenized, without_classes
+from layerlens.tasks.task import Claim, Task
+from layerlens.tasks.text import claim_plain_texts, collate_tokens, read_plain_texts, tokenized, without_classes
 
 MASKED, RANDOM = 0.8, 0.1
 """Of the tokens to be found: share that the mask token replaces, and share that a random token does (BERT)."""
+
+
+def claim_unlabelled_texts(table: Table, config: DataConfig) -> Claim | None:
+    """Texts without anything that could be a label: most checkpoints that have this head are tuned for other tasks."""
+    labelled = table.labelled(config) or table.repeating(config)
+    return None if labelled else claim_plain_texts(table, config)
 
 
 def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:
@@ -59,6 +66,7 @@ TASK = Task(
     description="tokens that were masked; no labels either",
     inputs="text",
     read=read_plain_texts,
+    claim=claim_unlabelled_texts,
     of_classes=without_classes,
     encode=encode,
     collate=collate_tokens,

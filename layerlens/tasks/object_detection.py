@@ -165,6 +165,7 @@ TASK = Task(
     description="boxes; `ultralytics:` models with their own loss",
     inputs="image",
     load=load,
+    file_suffixes=(".yaml", ".yml"),
     read=read,
     encode=encode,
     collate=collate,

@@ -18,7 +18,7 @@ from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.losses import span_loss
 from layerlens.tasks.metrics import Decode, Judged, Metrics, Record, mean_loss
-from layerlens.tasks.task import Task
+from layerlens.tasks.task import Claim, Task
 from layerlens.tasks.text import fast_tokenizer, padded_inputs
 
 NAME = "question-answering"
@@ -31,6 +31,14 @@ def read(table: Table, config: DataConfig) -> Dataset:
     contexts = table.texts(table.find(config.pair_column, "pair_column", ("context",)))
     answers = table.answers(table.find(config.label_column, "label_column", ("answers",)), contexts)
     return Dataset({"text": questions, "pair": contexts}, answers, (), table.place)
+
+
+def claim(table: Table, config: DataConfig) -> Claim | None:
+    """Questions, contexts and answers."""
+    question, context = table.named(config.text_column, ("question",)), table.named(config.pair_column, ("context",))
+    answers = table.named(config.label_column, ("answers",))
+    found = question and context and answers and isinstance(table.values(answers)[0], (dict, list))
+    return Claim(3, "questions with contexts and answers") if found else None
 
 
 def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:
@@ -138,6 +146,7 @@ TASK = Task(
     description="where in a context the answer stands, as in SQuAD",
     inputs="text",
     read=read,
+    claim=claim,
     encode=encode,
     collate=collate,
     loss=span_loss,

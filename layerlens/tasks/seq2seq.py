@@ -7,12 +7,13 @@ from typing import Any
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
+from layerlens.data.readers import FIRST
 from layerlens.data.table import Table
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.losses import IGNORED, token_loss
 from layerlens.tasks.metrics import TOKENS
-from layerlens.tasks.task import Task
+from layerlens.tasks.task import Claim, Task
 from layerlens.tasks.text import padded_inputs, padded_labels, tokenized
 
 SOURCES = ("source", "text", "document", "article", "dialogue", "input")
@@ -24,6 +25,15 @@ def read(table: Table, config: DataConfig) -> Dataset:
     source = table.find(config.text_column, "text_column", SOURCES)
     target = table.find(config.label_column, "label_column", TARGETS)
     return Dataset({"text": table.texts(source)}, table.texts(target), (), table.place)
+
+
+def claim(table: Table, config: DataConfig) -> Claim | None:
+    """Two texts, of which the second is another for most samples."""
+    source, target = table.named(config.text_column, SOURCES), table.named(config.label_column, TARGETS)
+    if not source or not target or target in table.repeating(config):
+        return None
+    texts = all(isinstance(value, str) for name in (source, target) for value in table.values(name)[:FIRST])
+    return Claim(2, f"texts in column {source!r} and texts for them in {target!r}") if texts else None
 
 
 def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:
@@ -54,6 +64,7 @@ TASK = Task(
     description="a target text for each source text",
     inputs="text",
     read=read,
+    claim=claim,
     encode=encode,
     collate=collate,
     loss=token_loss,

@@ -27,6 +27,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """Why rows look as if they were for a task.
+
+    Args:
+        columns: how many columns it would read whose names and values are what it expects; of several claims the one
+            with most is right.
+        why: what was found, in a few words.
+    """
+
+    columns: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Task:
     """One task.
 
@@ -36,6 +50,8 @@ class Task:
         inputs: the column of a data set that its samples are made of: "text" or "words" (the model comes with a
             tokenizer), "image" (with an image processor), or another (with either).
         read: from the rows of a source to a data set.
+        claim: (rows, data configuration) -> why the rows look as if they were for it, if they do (see ``Claim``); None
+            for a task that has to be named.
         encode: (model, data set, data configuration, seed) -> one mapping for each sample, its target under "labels".
         collate: (model, some of those) -> ``Batch.inputs`` and ``Batch.labels``.
         loss: of each sample, which must not depend on the others in its batch.
@@ -57,6 +73,7 @@ class Task:
         load: (data configuration, folder that relative paths start from) -> the data set, where its sources are not
             rows.
         read_folder: (folder, data configuration) -> the data set, where a folder of files is one.
+        file_suffixes: of files that only it reads, by ``load``.
         of_classes: what it makes of a built-in data set of samples with classes; None where it can do nothing with it.
         study: whether ``layerlens evaluate`` can stack several trainings of it: targets are a tensor, and inputs and
             logits have one shape.
@@ -82,6 +99,8 @@ class Task:
     synthetic_labels: Callable[[torch.Tensor], torch.Tensor] | None = None
     load: Callable[[DataConfig, Path | None], Dataset] | None = None
     read_folder: Callable[[Path, DataConfig], Dataset] | None = None
+    claim: Callable[[Table, DataConfig], Claim | None] | None = None
+    file_suffixes: tuple[str, ...] = ()
     of_classes: Callable[[Dataset], Dataset] | None = None
     study: bool = True
 

