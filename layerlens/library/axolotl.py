@@ -9,8 +9,8 @@ layerlens:
 ```
 
 Written against axolotl 0.18 and 0.19: ``BasePlugin.pre_lora_load(cfg, model)``, which its ``ModelLoader`` calls with
-the loaded model before ``_build_peft_lora_config(model, cfg)`` reads ``lora_r``, ``lora_alpha``, ``lora_target_modules``,
-``lora_rank_pattern`` and ``lora_alpha_pattern``. Only axolotl imports this module.
+the loaded model before ``_build_peft_lora_config(model, cfg)`` reads ``lora_r``, ``lora_alpha``,
+``lora_target_modules``, ``lora_rank_pattern`` and ``lora_alpha_pattern``. Only axolotl imports this module.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LayerLensArgs(BaseModel):
     layerlens: dict[str, Any] | None = None
 
 
-class LayerLensPlugin(BasePlugin):  # type: ignore[misc]
+class LayerLensPlugin(BasePlugin):
     """Plans on the training data, or takes a plan, and writes it into the configuration."""
 
     def get_input_args(self) -> str:
