@@ -12,7 +12,8 @@ from layerlens.jobs.choose import choose as choose_stage
 from layerlens.jobs.choose import compare, solve_stage, train_jointly, train_proxies
 from layerlens.jobs.inputs import data_facts
 from layerlens.jobs.job import Job, Warnings
-from layerlens.jobs.measure import fit_new_head, measure
+from layerlens.jobs.load import Loaded
+from layerlens.jobs.measure import Measured, fit_new_head, measure
 from layerlens.jobs.recorded import manifest_at
 from layerlens.jobs.result import STATISTICS_FILE
 from layerlens.jobs.solve import make_manifest, run_provenance
@@ -72,8 +73,7 @@ def plan(
     """
     objects = Objects(model, data, task, loss, tokenizer, collator, new_head)
     with opened(objects, settings, budget_needed=True, progress=progress) as (job, loaded):
-        measured = measure(job, loaded)
-        assert measured is not None
+        measured = _measured(job, loaded)
         measured, trainings = train_proxies(job, loaded, measured)
         decision = choose_stage(job, loaded, measured)
         decision = compare(job, loaded, measured, decision)
@@ -114,9 +114,20 @@ def profile(
     """
     objects = Objects(model, data, task, loss, tokenizer, collator, new_head)
     with opened(objects, settings, budget_needed=False, progress=progress) as (job, loaded):
-        measured = measure(job, loaded)
-        assert measured is not None
+        measured = _measured(job, loaded)
         return Profile(measured.spec, measured.statistics, measured.model, job.config, tuple(job.warnings.lines))
+
+
+def _measured(job: Job, loaded: Loaded) -> Measured:
+    """``measure``; a new head is among what is recorded of the model, whatever its task."""
+    measured = measure(job, loaded)
+    assert measured is not None
+    heads = getattr(loaded, "heads", ())
+    if not heads or measured.model.heads == heads:
+        return measured
+    model = replace(measured.model, head_modules=heads)
+    provenance = {**measured.statistics.provenance, "model": model.fields()}
+    return replace(measured, model=model, statistics=replace(measured.statistics, provenance=provenance))
 
 
 def choose(statistics: Profile | str | Path, model: Any = None, **settings: Any) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,38 @@ STANDARD_ERRORS = 4.0
 """How far a standard deviation may be from the one of the initialisation to be taken for it."""
 
 
-def new_head_of(model: torch.nn.Module, wanted: bool | Sequence[str] | None) -> tuple[tuple[str, ...], str]:
-    """Names of the parameters of a task head that no checkpoint has, and how that is known.
+@dataclass(frozen=True)
+class NewHead:
+    """A task head that no checkpoint has.
+
+    Args:
+        parameters: their names; none where there is no such head.
+        modules: the modules that hold them.
+        why: how that is known.
+    """
+
+    parameters: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    why: str = ""
+
+
+def new_head_of(model: torch.nn.Module, task: Any, wanted: bool | Sequence[str] | None) -> NewHead:
+    """The task head that is to be trained whole, because no checkpoint has it.
 
     Known from the checkpoint where the model names one on this machine, else by what its weights look like: biases of
     nothing but zeros, and weights with the standard deviation that the model's configuration initialises them with.
 
     Args:
         model: the user's.
+        task: the ``layerlens.tasks.Task``; None where it is not known. A model whose task needs no head of its own (a
+            language model) has none that is new unless the user says so.
         wanted: True or False where the user knows; or names of modules.
 
     Raises:
         ConfigurationError: a module that the model does not have, or there is no head to be new.
     """
+    if wanted is False or (wanted is None and (task is None or not task.new_head)):
+        return NewHead()
     heads = task_heads(model)
     if isinstance(wanted, (list, tuple)):
         known = dict(model.named_modules())
@@ -41,19 +61,18 @@ def new_head_of(model: torch.nn.Module, wanted: bool | Sequence[str] | None) -> 
     parameters = tuple(
         name for name, _ in model.named_parameters() if name.startswith(tuple(f"{head}." for head in heads if head))
     )
-    if wanted is not None and not (wanted and not parameters):
-        return (parameters if wanted else ()), "given"
+    if wanted and parameters:
+        return NewHead(parameters, heads, "it was said so")
     if wanted:
         raise ConfigurationError(
             "new_head: the model has no task head beside its base; name its modules: ['classifier']"
         )
-    if not parameters:
-        return (), ""
     stored = _stored_names(model)
     if stored is not None:
         new = tuple(name for name in parameters if not any(_same(name, other) for other in stored))
-        return new, "the checkpoint that the model was loaded from lacks it"
-    return (parameters, "it looks as it was initialised") if _as_initialised(model, parameters) else ((), "")
+        return NewHead(new, heads, "the checkpoint that the model was loaded from lacks it") if new else NewHead()
+    as_initialised = bool(parameters) and _as_initialised(model, parameters)
+    return NewHead(parameters, heads, "it looks as it was initialised") if as_initialised else NewHead()
 
 
 def _stored_names(model: Any) -> set[str] | None:

@@ -85,12 +85,14 @@ class LoadedObjects(Loaded):
     Args:
         head_batches: for a new head, of data that came as batches.
         head_loss: of each sample, to fit it with; None where there is none.
+        heads: modules of a head that is new, which the choice trains whole.
         of_batches: whether the data came as batches, so that there are no samples to make others of.
         notes: what the user should know.
     """
 
     head_batches: tuple[Batch, ...] = ()
     head_loss: Any = None
+    heads: tuple[str, ...] = ()
     of_batches: bool = False
     notes: tuple[str, ...] = ()
 
@@ -130,7 +132,8 @@ def opened(
             yield job, load(job)
         return
     model = given.bare_model(objects.model)
-    new, why_new = new_head_of(model, objects.new_head)
+    head = new_head_of(model, given.task_of_model(model, objects.task)[0], objects.new_head)
+    new = head.parameters
     with untouched(model, new):
         set_threads(threads)
         model.requires_grad_(False)
@@ -138,7 +141,9 @@ def opened(
             config, loaded = _loaded(objects, model, new, settings, budget_needed, warnings)
             job = Job(config, Path.cwd(), Path(), progress, warnings, threads=threads, device=input_device(model))
             if new:
-                warnings.add(f"new head: {', '.join(new)}: {why_new}; it is trained too, and saved with the adapter")
+                modules = ", ".join(head.modules)
+                warnings.add(f"new head: {modules}: {head.why}; it is trained too, and saved with the adapter")
+                loaded = replace(loaded, heads=head.modules)
             if new and loaded.head_loss is not None and loaded.head_batches:
                 fit_head(model, new, loaded.head_batches, progress, loaded.head_loss)
                 loaded.new_head.fitted = True
@@ -173,7 +178,8 @@ def of_trainer(objects: Objects, settings: Mapping[str, Any], budget_needed: boo
     rows, size = trainer.train_dataset, trainer.args.train_batch_size
     n_samples = calibration_samples(config, len(rows) if hasattr(rows, "__len__") else UNKNOWN_SIZE)
     n_batches = max(samples.FEWEST_BATCHES, -(-n_samples // size))
-    if new_head_of(trainer.model, objects.new_head)[0]:
+    task = given.task_of_model(trainer.model, objects.task)[0]
+    if new_head_of(trainer.model, task, objects.new_head).parameters:
         n_batches += -(-config.model.head_fit_samples // size)
     with trainers.opened(trainer, n_batches, by_section(settings).get("runtime", {}).get("seed")) as found:
         by_sample = any(one.by_samples for one in statistics_request(config).statistics)

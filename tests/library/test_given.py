@@ -179,6 +179,20 @@ def test_frozen_weights_and_a_base_made_ready_for_quantized_training(
     assert state_of(llama) == before
 
 
+def test_heads_are_what_the_task_or_the_user_says(
+    bert: torch.nn.Module, llama: torch.nn.Module, network: torch.nn.Module, bert_batches: Batches
+):
+    """A language model's own head is no task head, however it looks; any module is one if the user says so."""
+    batches = [{"input_ids": torch.randint(1, 60, (4, 12)), "labels": torch.randint(1, 60, (4, 12))} for _ in range(4)]
+    assert layerlens.plan(llama, batches, max_trainable_params=800).lora_config().modules_to_save is None
+    own = layerlens.plan(network, Pairs(), max_trainable_params=400, new_head=["7"])
+    assert own.lora_config().modules_to_save == ["7"]
+    assert "7" not in own.ranks
+    assert layerlens.plan(bert, bert_batches, max_trainable_params=800, new_head=False).notes
+    with pytest.raises(ConfigurationError, match="no module 'head'"):
+        layerlens.plan(network, Pairs(), max_trainable_params=400, new_head=["head"])
+
+
 def adapted(model: torch.nn.Module) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
