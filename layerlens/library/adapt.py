@@ -32,8 +32,9 @@ def adapt(trainer: Any, **settings: Any) -> Plan:
         ConfigurationError: training has begun, or the trainer cannot hold an adapter any more; it is unchanged.
         LayerLensError: as of ``layerlens.plan``; the trainer is unchanged.
 
-    >>> plan = layerlens.adapt(trainer, max_trainable_params="1M")               # doctest: +SKIP
-    >>> trainer.train()                                                          # doctest: +SKIP
+    >>> plan = layerlens.adapt(trainer, max_trainable_params="2k")
+    >>> sorted(trainer.model.peft_config)  # ready for trainer.train()
+    ['default']
     """
     _refuse(trainer)
     if settings.get("methods", ["lora"]) not in (["lora"], ("lora",)):

@@ -70,6 +70,7 @@ def plan(
     >>> adapted = get_peft_model(model, plan.lora_config())
     >>> adapted.get_nb_trainable_parameters()[0] == plan.trainable_params <= 2000
     True
+    >>> model = adapted.unload()  # the base model again
     """
     objects = Objects(model, data, task, loss, tokenizer, collator, new_head)
     with opened(objects, settings, budget_needed=True, progress=progress) as (job, loaded):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import layerlens
 
@@ -34,17 +34,20 @@ def test_examples_hold(name):
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("layerlens.library.")])
 def test_examples_on_objects_hold(name, tmp_path, monkeypatch):
-    """Those take a model and a data loader for granted, and what was measured and planned on them."""
+    """Those take a model, a data loader and a trainer for granted, and what was measured and planned on them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_attention_heads=4, num_key_value_heads=4, **sizes))
     tokens = torch.randint(1, 60, (16, 8))
-    loader = torch.utils.data.DataLoader([{"input_ids": row, "labels": row} for row in tokens], batch_size=4)
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    loader = torch.utils.data.DataLoader(rows, batch_size=4)
+    arguments = TrainingArguments("trained", per_device_train_batch_size=4, report_to=[], use_cpu=True)
     statistics = layerlens.profile(model, loader)
     plan = layerlens.choose(statistics, model, max_trainable_params="2k")
     known = {"layerlens": layerlens, "model": model, "loader": loader, "statistics": statistics, "plan": plan}
+    known["trainer"] = Trainer(model, arguments, train_dataset=rows)
     failed, tried = doctest.testmod(importlib.import_module(name), extraglobs=known)
     assert failed == 0
     assert tried > 0
