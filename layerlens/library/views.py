@@ -22,7 +22,8 @@ def diff(a: Chosen, b: Chosen) -> Difference:
     """How the choice ``b`` differs from ``a``: layers, parameters, FLOPs, memory, latency, score, and what they are of.
 
     Args:
-        a, b: plans, manifests, or directories or files that have one; of one model or of two.
+        a: a plan, a manifest, or a directory or file that has one.
+        b: another, of the same model or of another.
 
     Returns:
         what prints, and shows in a notebook, as tables. True where anything differs; ``layers``, ``settings`` and
