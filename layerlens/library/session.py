@@ -367,10 +367,14 @@ def _converted(
 
 
 def _spec(pretrained: PretrainedModel, config: RunConfig, inputs: Mapping[str, torch.Tensor]) -> ModelSpec:
-    return model_spec(
+    """The layers without those of a new head, which is trained whole."""
+    spec = model_spec(
         pretrained, config.model.reference, adapter_sites=config.profiling.adapter_sites,
         inputs=None if "input_ids" in inputs else inputs,
     )  # fmt: skip
+    new = pretrained.new_parameters
+    layers = [layer for layer in spec.layers if not any(name.startswith(f"{layer.name}.") for name in new)]
+    return replace(spec, layers=layers)
 
 
 def _pretrained(objects: Objects, model: torch.nn.Module, new: tuple[str, ...]) -> PretrainedModel:

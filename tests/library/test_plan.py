@@ -119,7 +119,7 @@ def test_a_model_by_name_is_a_run_without_files(tiny_bert_dir: Path, reviews_jso
 def test_what_was_trained_comes_back_in_stock_peft(
     bert: torch.nn.Module, bert_batches: list[Any], tmp_path: Path, fresh: bool
 ):
-    """Logits are the same in a process that has never heard of LayerLens, the head included."""
+    """Logits are the same, the head included."""
     bert.save_pretrained(tmp_path / "base")
     plan = layerlens.plan(bert, bert_batches, new_head=fresh, max_trainable_params=800)
     tuned = get_peft_model(bert, plan.lora_config())
@@ -132,7 +132,18 @@ def test_what_was_trained_comes_back_in_stock_peft(
     tuned.eval()
     with torch.no_grad():
         logits = tuned(**bert_batches[0]).logits
-    torch.save((bert_batches[0], logits), tmp_path / "logits.pt")
+    again = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    ).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**bert_batches[0]).logits, logits)
+    if fresh:
+        in_another_process(bert_batches[0], logits, tmp_path)
+
+
+def in_another_process(batch: dict[str, torch.Tensor], logits: torch.Tensor, folder: Path) -> None:
+    """The same in a process in which LayerLens cannot be imported."""
+    torch.save((batch, logits), folder / "logits.pt")
     code = f"""
 import sys, torch
 from layerlens.integrations.torchvision_import import make_torchvision_importable
@@ -142,10 +153,10 @@ for name in [name for name in sys.modules if name.partition('.')[0] == 'layerlen
 sys.modules['layerlens'] = None
 from transformers import AutoModelForSequenceClassification
 from peft import PeftModel
-model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "base")!r})
-batch, logits = torch.load({str(tmp_path / "logits.pt")!r})
-tuned = PeftModel.from_pretrained(model, {str(tmp_path / "adapter")!r}).eval()
 torch.set_num_threads(1)
+model = AutoModelForSequenceClassification.from_pretrained({str(folder / "base")!r})
+batch, logits = torch.load({str(folder / "logits.pt")!r})
+tuned = PeftModel.from_pretrained(model, {str(folder / "adapter")!r}).eval()
 with torch.no_grad():
     assert torch.equal(tuned(**batch).logits, logits)
 """
