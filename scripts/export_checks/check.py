@@ -78,9 +78,8 @@ def check_axolotl(directory: Path, export: Path):
 
 def check_axolotl_plugin(directory: Path):
     """The plugin, loaded and called by axolotl's own manager, sets what axolotl's own LoraConfig is made from."""
-    from types import SimpleNamespace
+    from types import ModuleType, SimpleNamespace
 
-    import axolotl.common.datasets
     from axolotl.integrations.base import PluginManager
     from axolotl.loaders.adapter import _build_peft_lora_config
     from axolotl.utils.dict import DictDefault
@@ -88,7 +87,8 @@ def check_axolotl_plugin(directory: Path):
     from peft import get_peft_model
 
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 8, "labels": [[1, 2, 3, 4]] * 8})
-    axolotl.common.datasets.load_datasets = lambda *, cfg: SimpleNamespace(train_dataset=rows)
+    data = sys.modules["axolotl.common.datasets"] = ModuleType("axolotl.common.datasets")  # its own imports numba
+    data.load_datasets = lambda *, cfg: SimpleNamespace(train_dataset=rows)
     manager = PluginManager.get_instance()
     manager.register("layerlens.library.axolotl.LayerLensPlugin")
     assert manager.get_input_args() == ["layerlens.library.axolotl.LayerLensArgs"]
