@@ -191,7 +191,10 @@ class OptimizationConfig(ConfigModel):
         default_factory=LatencyProfile, description="Device and batch that FLOPs, memory and latency are predicted for."
     )
     methods: tuple[MethodName, ...] = Field(
-        default=("lora", "adapter", "prefix"), min_length=1, description="PEFT methods on offer."
+        default=("lora",),
+        min_length=1,
+        description="PEFT methods on offer: `lora`, which every trainer and serving engine can use, and `adapter` and "
+        "`prefix`, which only LayerLens itself puts into a model (`layerlens.tuning.apply`).",
     )
     lora_ranks: tuple[int, ...] = Field(default=(1, 2, 4, 8, 16, 32), description="LoRA ranks on offer.")
     adapter_sizes: tuple[int, ...] = Field(default=(2, 4, 8, 16, 32), description="Adapter bottleneck widths on offer.")

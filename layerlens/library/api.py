@@ -176,7 +176,8 @@ def load(directory: str | Path) -> Plan:
     True
     """
     path = manifest_at(Path(directory).expanduser())
-    manifest, notes, found = read_manifest(path), (), None
+    manifest, found = read_manifest(path), None
+    notes: tuple[str, ...] = ()
     statistics = path.parent / STATISTICS_FILE
     if statistics.is_file():
         try:

@@ -288,12 +288,6 @@ def _cross_entropy(model: torch.nn.Module, batch: Batch) -> GivenLoss | None:
     )
 
 
-def task_with(loss: GivenLoss, task: Task | None, name: str = "") -> Task:
-    """The task with this loss; the task ``custom`` where none is known, or where the loss is another than its own."""
-    base = task if task is not None else TASKS[CUSTOM]
-    return replace(base, loss=loss.loss)  # type: ignore[arg-type]
-
-
 def example_of(model: torch.nn.Module, run: Callable[[], object]) -> dict[str, torch.Tensor]:
     """The tensors that ``model`` is called with when ``run()`` calls it first, by argument, without targets."""
     seen: list[dict[str, torch.Tensor]] = []

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ def _loaded(
     )  # fmt: skip
     if taken.rows is not None:
         kind = _needed(task, model)
-        dataset = replace(kind.read(Table(taken.rows, source), config.data), description=taken.said)
+        dataset = replace(kind.read(Table(taken.rows, str(source)), config.data), description=taken.said)
         return _of_rows(objects, config_with, pretrained, kind, said, dataset, warnings)
     return _of_batches(objects, config_with, pretrained, task, said, taken, loss[0])
 
@@ -301,12 +302,12 @@ def _of_batches(
         batches = [replace(one, inputs=raw) for one, raw in zip(batches, taken.batches, strict=True)]
     n = len(batches) if loss.by_batches else sum(len(one.index) for one in batches)
     first = given.in_units(batches)[0] if loss.by_batches else batches[0]
-    run = (lambda: loss.loss.of_model(model, first)) if isinstance(loss.loss, BatchLoss) else None
-    example = given.example_of(model, run) if run else first.inputs
+    whole = loss.loss if isinstance(loss.loss, BatchLoss) else None
+    example = first.inputs if whole is None else given.example_of(model, partial(whole.of_model, model, first))
     config = config_with(max(2, example["input_ids"].shape[-1]) if "input_ids" in example else None, task)
     spec = _spec(pretrained, config, example)
-    names = tuple(getattr(getattr(model, "config", None), "id2label", None) or {}) if known.classes else ()
-    labels = tuple(str(model.config.id2label[name]) for name in names)
+    outputs: Any = getattr(getattr(model, "config", None), "id2label", None)
+    labels = tuple(map(str, (outputs or {}).values())) if known.classes else ()
     calibration = Batched({}, (None,) * n, labels, taken.said, digest)
     notes = [*objects.notes, f"data: {taken.said} measured", f"loss: {loss.said}", *taken.notes]
     if task is not None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from layerlens.config import RunConfig
-from layerlens.config.base import nearest_key
+from layerlens.config.base import ConfigModel, nearest_key
 from layerlens.config.model_and_data import DataConfig, ModelConfig
 from layerlens.config.optimization import OptimizationConfig
 from layerlens.config.profiling import ProfilingConfig
@@ -14,7 +14,7 @@ from layerlens.config.sections import RuntimeConfig
 from layerlens.config.training import TrainingConfig
 from layerlens.exceptions import ConfigurationError
 
-SECTIONS = {
+SECTIONS: dict[str, type[ConfigModel]] = {
     "optimization": OptimizationConfig, "profiling": ProfilingConfig, "data": DataConfig, "model": ModelConfig,
     "runtime": RuntimeConfig, "training": TrainingConfig,
 }  # fmt: skip
@@ -81,7 +81,7 @@ def configuration(
     given["optimization"] = optimization
     given["model"] = {**given.get("model", {}), **model}
     given["data"] = {**data, **given.get("data", {})}
-    return RunConfig(**given)
+    return RunConfig(**cast("dict[str, Any]", given))
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:

@@ -15,6 +15,8 @@ HOOKS = (
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
 """Where torch keeps the hooks of a module."""
+Tensors = list[tuple[torch.Tensor, torch.Tensor]]
+"""Tensors and copies of what was in them."""
 
 
 @contextmanager
@@ -38,9 +40,9 @@ def untouched(model: torch.nn.Module, changed: Iterable[str] = ()) -> Iterator[N
         stack.callback(_put_back_attributes, kept)
         parameters = [(one, one.requires_grad, one.grad) for one in model.parameters()]
         stack.callback(_put_back_parameters, parameters)
-        weights = [(one, one.detach().clone()) for one in map(model.get_parameter, changed)]
+        weights: Tensors = [(one, one.detach().clone()) for one in map(model.get_parameter, changed)]
         stack.callback(_put_back_tensors, weights)
-        buffers = [(one, one.detach().clone()) for one in model.buffers() if not one.is_meta]
+        buffers: Tensors = [(one, one.detach().clone()) for one in model.buffers() if not one.is_meta]
         stack.callback(_put_back_tensors, buffers)
         yield
 
@@ -106,7 +108,7 @@ def _put_back_parameters(parameters: list[tuple[torch.nn.Parameter, bool, torch.
         parameter.grad = gradient
 
 
-def _put_back_tensors(tensors: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _put_back_tensors(tensors: Tensors) -> None:
     with torch.no_grad():
         for tensor, before in tensors:
             tensor.copy_(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from layerlens.exceptions import ConfigurationError
 from layerlens.jobs.estimate import ALL, Estimate
@@ -14,7 +15,7 @@ from layerlens.manifest import read_manifest
 from layerlens.manifest.difference import Difference
 from layerlens.models import Manifest
 
-Chosen = Plan | Manifest | str | Path
+Chosen: TypeAlias = Plan | Manifest | str | Path
 """A choice: a plan, a manifest, or the directory or file that has one."""
 
 
@@ -79,6 +80,7 @@ def estimate(
     >>> layerlens.estimate("my-model", rank=8, targets=["q_proj", "v_proj"]).trainable_params
     2048
     """
+    chosen: Manifest | str
     if rank is None or isinstance(given, (Plan, Manifest)):
         chosen, name = _manifest(given, "the plan")
     else:

@@ -75,9 +75,11 @@ class Capture(Taps):
         """
         self.begin(batch, before=before, counted=counted)
         with torch.set_grad_enabled(self.request.backward):
-            whole = isinstance(loss, BatchLoss)
-            loss__b = loss.checked(self.model, batch) if whole else loss(self.model(**batch.inputs), batch)
-        refuse_bad_loss(loss__b.detach(), batch, self.model, "batch" if whole else "sample")
+            if isinstance(loss, BatchLoss):
+                loss__b = loss.checked(self.model, batch)
+            else:
+                loss__b = loss(self.model(**batch.inputs), batch)
+        refuse_bad_loss(loss__b.detach(), batch, self.model, "batch" if self.by_batches else "sample")
         if self.request.backward:
             if not loss__b.requires_grad:
                 raise ProfilingError(NO_GRADIENT)

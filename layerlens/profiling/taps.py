@@ -144,10 +144,10 @@ class Taps:
         methods = [METHODS[name] for name in layer.methods]
         with_output = any(method.reads == OUTPUT for method in methods)
         module = self.model.get_submodule(layer.name)
-        convolves = isinstance(module, torch.nn.Conv2d)
+        convolution = module if isinstance(module, torch.nn.Conv2d) else None
 
         def tokens(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.flatten(2).mT[:, None] if convolves else self._as_tokens(layer.name, tensor)
+            return tensor.flatten(2).mT[:, None] if convolution is not None else self._as_tokens(layer.name, tensor)
 
         def record(
             mask__bt: torch.Tensor | None, gradient: torch.Tensor, h: torch.Tensor, y: torch.Tensor | None = None
@@ -157,7 +157,7 @@ class Taps:
                 if method.reads == OUTPUT and y is not None:
                     z__bgti = tokens(y)
                 else:
-                    z__bgti = conv_patches(module, h, groups=1) if convolves else tokens(h)
+                    z__bgti = tokens(h) if convolution is None else conv_patches(convolution, h, groups=1)
                 # Every layer with an input of its own can take LoRA, so those with the same one find its sums there.
                 leader = self._leaders.get(layer.name, layer.name) if method.name == LORA else layer.name
                 d, z = method.gradient_operands(d__bgto, z__bgti)
@@ -165,10 +165,10 @@ class Taps:
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             self._count_call(layer.name)
-            if not convolves:  # its inputs are patches
+            if convolution is None:  # whose inputs are patches
                 self._follow(layer.name, args[0])
             saved = (args[0].detach(), output.detach()) if with_output else (args[0].detach(),)
-            mask__bt = None if convolves else self._mask_of(output)
+            mask__bt = self._mask_of(output) if convolution is None else None
             return self._tap(output, partial(record, mask__bt), *saved)
 
         return hook
