@@ -176,8 +176,9 @@ def load(directory: str | Path) -> Plan:
     True
     """
     path = manifest_at(Path(directory).expanduser())
-    manifest, found = read_manifest(path), None
+    manifest = read_manifest(path)
     notes: tuple[str, ...] = ()
+    found: Profile | None = None
     statistics = path.parent / STATISTICS_FILE
     if statistics.is_file():
         try:
