@@ -9,6 +9,7 @@ import torch
 from layerlens.exceptions import ConfigurationError
 from layerlens.library import api
 from layerlens.library.plan import Plan
+from layerlens.library.settings import METHODS
 from layerlens.library.trainers import is_trainer, refuse_trainer
 
 PEFT_FLAGS = ("is_peft_model", "_is_peft_model", "is_peft", "_is_peft")
@@ -37,7 +38,7 @@ def adapt(trainer: Any, **settings: Any) -> Plan:
     ['default']
     """
     _refuse(trainer)
-    if settings.get("methods", ["lora"]) not in (["lora"], ("lora",)):
+    if tuple(settings.get("methods", METHODS)) != METHODS:
         raise ConfigurationError(
             f"methods: a trainer is given LoRA alone, which it can train and save, got {settings['methods']!r}; for "
             "adapters and prefixes use layerlens.plan and plan.apply(model) before the trainer is made"

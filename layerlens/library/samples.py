@@ -109,11 +109,12 @@ def _from_iterable(data: Any, kind: str, wanted: Wanted, spare: int) -> Taken:
     notes = []
     if once:
         notes.append(
-            f"data: a {kind} cannot be rewound: {len(batches) + len(more)} batches have been taken from it and are "
-            "gone for whatever uses it next"
+            f"data: a {kind} cannot be rewound: the {len(batches) + len(more)} batches taken from it are gone for "
+            "whatever uses it next"
         )
     of = "" if total is None else f" of {total}"
-    return Taken(f"{n}{of} samples in {len(batches)} batches of a {kind}", None, batches, more, total, tuple(notes))
+    count = "1 batch" if len(batches) == 1 else f"{len(batches)} batches"
+    return Taken(f"{n}{of} samples in {count} of a {kind}", None, batches, more, total, tuple(notes))
 
 
 def _from_indexed(

@@ -13,6 +13,7 @@ from layerlens.config.profiling import ProfilingConfig
 from layerlens.config.sections import RuntimeConfig
 from layerlens.config.training import TrainingConfig
 from layerlens.exceptions import ConfigurationError
+from layerlens.models import LORA
 
 SECTIONS: dict[str, type[ConfigModel]] = {
     "optimization": OptimizationConfig, "profiling": ProfilingConfig, "data": DataConfig, "model": ModelConfig,
@@ -25,7 +26,7 @@ NOT_OFFERED = {
 }  # fmt: skip
 """Keys that the objects themselves say: where the model and the data are, and in which precision."""
 OTHER_NAMES = {"max_latency_ms": "latency_target_ms"}
-METHODS = ("lora",)
+METHODS = (LORA,)
 """On offer unless ``methods`` says otherwise: what every trainer and serving engine can use."""
 NO_BUDGET = 2**62
 """A budget of parameters that nothing reaches, where nothing is chosen yet."""

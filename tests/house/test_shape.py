@@ -23,6 +23,7 @@ FORMATS = {  # file -> what it names
     "layerlens/manifest/schema.py": "the same, in its file",
     "layerlens/manifest/report.py": "the same, in the report",
     "layerlens/tuning/tools.py": "what other trainers' files call it",
+    "layerlens/library/axolotl.py": "the same, in axolotl's",
 }
 
 

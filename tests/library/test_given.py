@@ -84,7 +84,7 @@ def test_keys_that_the_model_does_not_take_are_left_out_and_named(bert: torch.nn
 def test_a_generator_says_what_it_has_lost(bert: torch.nn.Module, bert_batches: Batches):
     stream = iter(bert_batches)
     found = layerlens.profile(bert, stream, calibration_samples=8)
-    assert any("cannot be rewound: 2 batches have been taken" in note for note in found.notes)
+    assert any("cannot be rewound: the 2 batches taken" in note for note in found.notes)
     assert len(list(stream)) == 4
 
 
