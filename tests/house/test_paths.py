@@ -69,7 +69,8 @@ def job(tiny_bert_dir: Path, reviews_jsonl: Path, tmp_path: Path) -> RunConfig:
         "data": {"source": str(reviews_jsonl), "calibration_samples": 24, "max_length": 16, "batch_size": 8},
         "profiling": {"adapter_sites": "all"},
         "optimization": {
-            "max_trainable_params": 1500, "lora_ranks": [1, 2], "adapter_sizes": [1, 2], "prefix_lengths": [2, 4],
+            "max_trainable_params": 1500, "methods": ["lora", "adapter", "prefix"], "lora_ranks": [1, 2],
+            "adapter_sizes": [1, 2], "prefix_lengths": [2, 4],
             "latency_profile": {"batch_size": 2, "sequence_length": 16},
             "constraints": {"min_layers": {"lora": 1, "adapter": 1, "prefix": 1}},
         },

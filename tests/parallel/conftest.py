@@ -72,6 +72,7 @@ def settings(tiny_bert_dir: Path, reviews_jsonl: Path, tmp_path: Path) -> dict[s
         },
         "optimization": {
             "max_trainable_params": 1500,
+            "methods": ["lora", "adapter", "prefix"],
             "latency_profile": {"batch_size": 2, "sequence_length": 16},
             "lora_ranks": [1, 2, 4],
         },

@@ -30,6 +30,7 @@ def _session_settings(tiny_bert_dir: Path, reviews_jsonl: Path) -> dict[str, Any
             "max_vram_gb": 0.1,
             "latency_target_ms": 50,
             "latency_profile": {"batch_size": 2, "sequence_length": 16},
+            "methods": ["lora", "adapter", "prefix"],
             "lora_ranks": [1, 2, 4],
             "adapter_sizes": [1, 2],
             "prefix_lengths": [2, 4],
