@@ -62,7 +62,9 @@ def run_config(
             if not processes.first:
                 progress, warn = silent, unheard
             refuse_conflicts(config, "run", processes.size)
-            config, guess = with_task(config, base_dir)
+            guess = None
+            if not config.model.task:
+                config, guess = with_task(config, base_dir)
             if guess is not None:
                 refuse_conflicts(config, "run", processes.size)
             job = job_with_model(config, base_dir, place.directory, progress, warn, processes, use_cache)

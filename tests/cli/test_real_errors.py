@@ -18,7 +18,12 @@ ROWS = "text,label\n" + "".join(f"some text {index},{'ab'[index % 2]}\n" for ind
         (["output.directory=/proc/layerlens"], 2, "error: cannot write /proc/layerlens: "),
         (["data.source=none.csv"], 4, "error: data.source: no file at "),
         (["data.source=empty.csv"], 4, "error: data.source: "),
-        (["data.source=numbers.csv"], 4, "error: data.label_column: found no usable column in "),
+        (["data.source=numbers.csv"], 2, "error: model.task: cannot be guessed: numbers.csv has x, y"),
+        (
+            ["data.source=numbers.csv", "model.task=sequence-classification"],
+            4,
+            "error: data.label_column: found no usable column in ",
+        ),
         (["data.source=rows.csv", "model.name_or_path=./no-such-model"], 4, "error: model.name_or_path: no model "),
         (["data.source=rows.csv", "model.name_or_path=package:no_such_package"], 4, "error: model.name_or_path: "),
         (["runtime.cache_dir=config.yaml/below"], 2, "error: runtime.cache_dir: cannot use "),

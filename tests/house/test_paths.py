@@ -65,7 +65,9 @@ def _holds(value: Any, wanted: Callable[[Any], bool]) -> bool:
 def job(tiny_bert_dir: Path, reviews_jsonl: Path, tmp_path: Path) -> RunConfig:
     """A configuration whose run has left a manifest with every method in ``tmp_path``/out."""
     settings = {
-        "model": {"name_or_path": str(tiny_bert_dir), "head_fit_samples": 32},
+        "model": {
+            "name_or_path": str(tiny_bert_dir), "task": "sequence-classification", "head_fit_samples": 32,
+        },
         "data": {"source": str(reviews_jsonl), "calibration_samples": 24, "max_length": 16, "batch_size": 8},
         "profiling": {"adapter_sites": "all"},
         "optimization": {
