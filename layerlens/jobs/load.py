@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from layerlens.jobs.memory_mode import (
 from layerlens.models import ModelSpec
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.sources import load_pretrained
-from layerlens.tasks import Batches, Task, make_batches, task_for
+from layerlens.tasks import Batch, Batches, Task, make_batches, task_for
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class Loaded:
     calibration: Dataset
     head_data: Dataset
     held_out: Dataset
-    batches: Batches
+    batches: Sequence[Batch]
     spec: ModelSpec
     plan: MemoryPlan
     task: Task

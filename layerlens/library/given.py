@@ -36,12 +36,15 @@ class GivenLoss:
     Args:
         loss: of samples, or of whole batches.
         said: what it is, for the user.
-        mapped: whether the model computes it, from inputs that hold the targets.
     """
 
     loss: AnyLoss
     said: str
-    mapped: bool = False
+
+    @property
+    def loss_name(self) -> str:
+        """What it is called in messages."""
+        return self.loss.name if isinstance(self.loss, BatchLoss) else self.said
 
     @property
     def by_batches(self) -> bool:
@@ -183,7 +186,7 @@ def loss_for(
     if own is not None:
         return _own(model, batch, own)
     with torch.no_grad():
-        by_model = _models_loss(model, batch)
+        by_model, failure = _models_loss(model, batch)
         if task is not None and batch.labels is not None:
             output = _output(model, batch)
             single = _of_samples(task, output, batch)
@@ -191,13 +194,14 @@ def loss_for(
                 return GivenLoss(task.loss, f"of each sample, as {task.name} has it ({said})")
     if by_model is not None:
         loss = BatchLoss(lambda model, batch: model(**with_targets(model, batch)).loss, "the model's own loss")
-        return GivenLoss(loss, "the model's own, of whole batches: it is not the mean of a known loss of samples", True)
+        return GivenLoss(loss, "the model's own, of whole batches: it is not the mean of a known loss of samples")
     guess = _cross_entropy(model, batch)
     if guess is not None:
         return guess
     raise DataError(
-        "data: there is no loss: the model computes none on these batches, and nothing says which one is meant; give "
-        "loss=function(output, targets), which returns the loss of each sample, or task= with targets under 'labels'"
+        f"data: there is no loss: the model computes none on these batches{failure}, and nothing says which one is "
+        "meant; give loss=function(output, targets), which returns the loss of each sample, or task= with targets "
+        "under 'labels'"
     )
 
 
@@ -234,15 +238,15 @@ def _output(model: torch.nn.Module, batch: Batch) -> Any:
         ) from error
 
 
-def _models_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor | None:
-    """The loss that the model itself computes of a batch; None where it does not."""
+def _models_loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor | None, str]:
+    """The loss that the model itself computes of a batch, None where it does not; and how it failed, if it did."""
     if batch.labels is None or "labels" not in inspect.signature(model.forward).parameters:
-        return None
+        return None, ""
     try:
         loss = getattr(model(**with_targets(model, batch)), "loss", None)
-    except Exception:  # whatever targets these are, the model does not know them; its output alone will tell why
-        return None
-    return loss if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
+    except Exception as error:  # the targets are not what the model's own loss takes, and a task's loss may take them
+        return None, f" (its own fails: {type(error).__name__}: {error})"
+    return (loss if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None), ""
 
 
 def _of_samples(task: Task, output: Any, batch: Batch) -> torch.Tensor | None:

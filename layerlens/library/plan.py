@@ -267,8 +267,10 @@ def weak(model: Any) -> Any:
 
 def _amount(resource: str, budget: float | str) -> float:
     """A budget as a number in the resource's unit."""
-    if resource not in RESOURCES or not isinstance(budget, str):
-        return budget  # type: ignore[return-value]
+    if not isinstance(budget, str):
+        return budget
+    if resource not in RESOURCES:
+        raise ConfigurationError(f"unknown resource {resource!r}; known: {', '.join(RESOURCES)}")
     try:
         return float(RESOURCES[resource].quantity.parse(budget))
     except ValueError as error:

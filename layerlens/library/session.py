@@ -38,7 +38,7 @@ from layerlens.models import ModelSpec
 from layerlens.profiling.head import fit_head
 from layerlens.registry import TASKS
 from layerlens.sources.factory import first_argument
-from layerlens.tasks import Batch, Batches, Task, make_batches
+from layerlens.tasks import Batch, Task, make_batches
 from layerlens.tasks.guess import with_task
 from layerlens.tasks.losses import BatchLoss, own_loss
 from layerlens.utils.progress import Progress, silent
@@ -97,15 +97,6 @@ class LoadedObjects(Loaded):
     of_batches: bool = False
     notes: tuple[str, ...] = ()
 
-    def batches_of(self, job: Job, samples: Dataset, batch_size: int | None = None) -> Batches:
-        """See ``Loaded``; refused where the data came as batches."""
-        if self.of_batches:
-            raise ConfigurationError(
-                "profiling.proxies and optimization.proxy_check train on samples that nothing else is measured on, and "
-                "the data came as batches; give rows with a tokenizer, or leave them out"
-            )
-        return super().batches_of(job, samples, batch_size)
-
 
 @contextmanager
 def opened(
@@ -149,7 +140,6 @@ def opened(
                 fit_head(model, new, loaded.head_batches, progress, loaded.head_loss)
                 loaded.new_head.fitted = True
             elif new and loaded.of_batches:
-                loaded.new_head.fitted = True  # there is nothing to fit it on
                 warnings.add(
                     "new head: it stays as it was initialised while measuring, since no data is left to fit it"
                 )
@@ -295,16 +285,16 @@ def _of_batches(
     dropped: dict[str, None] = {}
     batches, head_batches = (_converted(model, raw, device, dropped) for raw in (taken.batches, taken.more))
     digest = _digest(batches)
-    if objects.trainer_loss is not None:
-        dropped.clear()  # the trainer's loss takes them
     known = task if task is not None else TASKS[given.CUSTOM]
     if objects.trainer_loss is not None:
+        dropped.clear()  # the trainer's loss takes them
         batches = [replace(one, inputs=raw) for one, raw in zip(batches, taken.batches, strict=True)]
     n = len(batches) if loss.by_batches else sum(len(one.index) for one in batches)
     first = given.in_units(batches)[0] if loss.by_batches else batches[0]
     whole = loss.loss if isinstance(loss.loss, BatchLoss) else None
     example = first.inputs if whole is None else given.example_of(model, partial(whole.of_model, model, first))
     config = config_with(max(2, example["input_ids"].shape[-1]) if "input_ids" in example else None, task)
+    _refuse_what_needs_samples(config, loss, of_trainer=objects.trainer_loss is not None)
     spec = _spec(pretrained, config, example)
     outputs: Any = getattr(getattr(model, "config", None), "id2label", None)
     labels = tuple(map(str, (outputs or {}).values())) if known.classes else ()
@@ -318,10 +308,38 @@ def _of_batches(
     head_loss = known.loss if fits else None
     return config, LoadedObjects(
         replace(pretrained, labels=labels), calibration, calibration, calibration.none(), calibration.none(),
-        given.in_units(batches) if loss.by_batches else batches,  # type: ignore[arg-type]
+        given.in_units(batches) if loss.by_batches else batches,
         spec, IN_MEMORY, replace(known, loss=loss.loss), statistics_request(config), head_batches=tuple(head_batches),
         head_loss=head_loss, of_batches=True, notes=tuple(notes), example=example,
     )  # fmt: skip
+
+
+def _refuse_what_needs_samples(config: RunConfig, loss: given.GivenLoss, *, of_trainer: bool) -> None:
+    """Refuse what has to make batches of its own, or to take single samples apart, where the data came as batches.
+
+    Raises:
+        ConfigurationError: names the setting, and what would work.
+    """
+    for name, wanted in (
+        ("proxies", config.profiling.proxies.options),
+        ("proxy_check", config.optimization.proxy_check.steps),
+    ):
+        if wanted:
+            raise ConfigurationError(
+                f"{name}: trains on samples that nothing else is measured on, and the data came as batches; give rows "
+                "with a tokenizer, or leave it out"
+            )
+    start = config.optimization.lora_initialization
+    if of_trainer and start != "default":
+        raise ConfigurationError(
+            f"lora_initialization: {start!r} is not measured on a trainer's batches; leave it out, or give the model and "
+            "batches with a loss of each sample"
+        )
+    if start == "gradient_svd" and loss.by_batches:
+        raise ConfigurationError(
+            f"lora_initialization: {start!r} needs a loss of each sample, and {loss.loss_name} is one number for a "
+            "batch; leave it out, or give a loss of each sample"
+        )
 
 
 @dataclass(frozen=True)

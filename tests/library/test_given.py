@@ -283,6 +283,32 @@ def test_losses_that_cannot_be_measured(bert: torch.nn.Module, bert_batches: Bat
             layerlens.plan(bert, bert_batches, loss=loss, max_trainable_params=500)
 
 
+def test_what_is_measured_by_samples_is_refused_by_name_for_a_loss_of_batches(
+    bert: torch.nn.Module, bert_batches: Batches
+):
+    def mean(output: Any, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(output.logits, labels)
+
+    for settings, message in (
+        (
+            {"lora_initialization": "gradient_svd"},
+            "lora_initialization: 'gradient_svd' needs a loss of each",
+        ),
+        ({"proxies": {"options": 4}}, "proxies: trains on samples.*the data came as batches"),
+        ({"proxy_check": {"steps": 2}}, "proxy_check: trains on samples.*the data came as batches"),
+        ({"utility_model": "signal"}, "fisher need the loss of each sample"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            layerlens.plan(bert, bert_batches, loss=mean, max_trainable_params=500, **settings)
+    assert layerlens.plan(bert, bert_batches, lora_initialization="gradient_svd", max_trainable_params=500).factors
+
+
+def test_why_the_models_own_loss_cannot_be_taken_is_said(bert: torch.nn.Module, bert_batches: Batches):
+    batches = [{**batch, "labels": torch.randn(5, 7)} for batch in bert_batches]
+    with pytest.raises(DataError, match=r"there is no loss.*its own fails: \w+Error"):
+        layerlens.plan(bert, batches, max_trainable_params=500)
+
+
 def test_classes_are_matched_by_name_or_refused_with_both_lists(bert: torch.nn.Module, minilm_path: str):
     from transformers import AutoTokenizer
 

@@ -23,7 +23,7 @@ HEAD_FIT = 1e-3
 """Two fits of a new head begin from other random numbers and stop within 1e-6 of the gradient (relative utilities)."""
 
 
-def same_choice(plan: layerlens.Plan, settings: dict[str, Any], folder: Path, rel: float = 0.0) -> None:
+def assert_same_choice(plan: layerlens.Plan, settings: dict[str, Any], folder: Path, rel: float = 0.0) -> None:
     """A run of the same settings has the same bytes of the choice, and utilities that differ by ``rel``."""
     result = run_config(RunConfig.model_validate(settings), base_dir=folder, use_cache=False)
     ours, theirs = plan.choice, result.manifest.choice
@@ -54,7 +54,7 @@ def test_rows_of_a_classifier_with_a_new_head(tiny_bert_dir: Path, reviews_jsonl
         "optimization": {"max_trainable_params": 1500, "methods": ["lora"], "latency_profile": {"sequence_length": 64}},
         "runtime": {"threads": 1},
     }
-    same_choice(plan, settings, tmp_path, HEAD_FIT)
+    assert_same_choice(plan, settings, tmp_path, HEAD_FIT)
 
 
 def test_rows_of_a_causal_language_model(llama: torch.nn.Module, minilm_path: str, tmp_path: Path):
@@ -74,7 +74,7 @@ def test_rows_of_a_causal_language_model(llama: torch.nn.Module, minilm_path: st
         "optimization": {"max_trainable_params": 2000, "methods": ["lora"], "latency_profile": {"sequence_length": 64}},
         "runtime": {"threads": 1},
     }
-    same_choice(plan, settings, tmp_path)
+    assert_same_choice(plan, settings, tmp_path)
 
 
 def test_images_of_a_vit(tmp_path: Path):
@@ -102,7 +102,7 @@ def test_images_of_a_vit(tmp_path: Path):
         "optimization": {"max_trainable_params": 600, "methods": ["lora"]},
         "runtime": {"threads": 1},
     }
-    same_choice(plan, settings, tmp_path)
+    assert_same_choice(plan, settings, tmp_path)
 
 
 def test_a_model_by_name_is_a_run_without_files(tiny_bert_dir: Path, reviews_jsonl: Path, tmp_path: Path):
