@@ -54,10 +54,16 @@ def estimate(
     from layerlens.jobs.recorded import manifest_at
     from layerlens.manifest import read_manifest
 
-    batch = {"batch_size": batch_size, "sequence_length": sequence_length, "device": device}
     if manifest is not None:
         path = manifest_at(manifest)
-        found = estimated(read_manifest(path), model=model, name=output.short(path), **batch)  # type: ignore[arg-type]
+        found = estimated(
+            read_manifest(path),
+            model=model,
+            name=output.short(path),
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            device=device,
+        )
     else:
         found = estimated(
             model or "",
@@ -66,7 +72,9 @@ def estimate(
             task=task,
             classes=classes,
             dtype=dtype or "float32",
-            **batch,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            device=device,
         )
     if json:
         output.json_result(found.to_dict())

@@ -145,10 +145,10 @@ def _override(document: Document, setting: str | Setting) -> None:
 
 def _as_document(setting: Setting) -> Document:
     """The texts of a setting, which are not YAML."""
-    single = isinstance(setting.value, str)
-    texts = {(): setting.value} if single else {(index,): text for index, text in enumerate(setting.value)}
+    value = setting.value
+    texts: dict[Location, str] = {(): value} if isinstance(value, str) else {(n,): text for n, text in enumerate(value)}
     place = Place(_AFTER_FILE, 1, setting.said)
-    return Document(setting.value, dict.fromkeys(((), *texts), place), texts)  # type: ignore[arg-type]
+    return Document(value, dict.fromkeys(((), *texts), place), texts)
 
 
 def _empty_sections(data: dict[str, Any], location: Location = ()) -> None:

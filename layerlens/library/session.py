@@ -332,8 +332,8 @@ def _refuse_what_needs_samples(config: RunConfig, loss: given.GivenLoss, *, of_t
     start = config.optimization.lora_initialization
     if of_trainer and start != "default":
         raise ConfigurationError(
-            f"lora_initialization: {start!r} is not measured on a trainer's batches; leave it out, or give the model and "
-            "batches with a loss of each sample"
+            f"lora_initialization: {start!r} is not measured on a trainer's batches; leave it out, or give the model "
+            "and batches with a loss of each sample"
         )
     if start == "gradient_svd" and loss.by_batches:
         raise ConfigurationError(
