@@ -153,7 +153,8 @@ model = get_peft_model(base_model, config)
 directory: a head that is new in `base_model` would stay as it is, and would not be saved.
 """
         if begin:
-            loading += """Only so does A begin as said above; `layerlens.load(DIRECTORY).apply(base_model)` does both.
+            loading += """But only loaded in this second way does A begin as said above. With LayerLens,
+`layerlens.load(DIRECTORY).apply(base_model)` gives both: that beginning, and the head.
 """
     else:
         loading = """
