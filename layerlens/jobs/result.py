@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from layerlens.config import RunConfig
+from layerlens.jobs.recorded import STATISTICS
 from layerlens.models import LayerExplanation, Manifest
 from layerlens.models.manifest import RunRecord
 from layerlens.storage import check_publishable, joined, local_or_url, publish
@@ -29,7 +30,7 @@ from layerlens.utils.launch import is_main_process
 from layerlens.utils.observer import RunObserver, observed_stage, observing
 from layerlens.utils.places import default_cache_dir
 
-STATISTICS_FILE, REPORT_FILE, SOLVER_LOG_FILE = "statistics.safetensors", "report.html", "solver_log.jsonl"
+STATISTICS_FILE, REPORT_FILE, SOLVER_LOG_FILE = STATISTICS, "report.html", "solver_log.jsonl"
 CHOICE_FILES = (
     "manifest.json", "manifest.yaml", "peft", "layerlens_modules.safetensors", REPORT_FILE, SOLVER_LOG_FILE,
 )  # fmt: skip
