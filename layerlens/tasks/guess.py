@@ -55,7 +55,11 @@ def guess_task(architectures: Sequence[str], table: Table, config: DataConfig) -
 
     Raises:
         ConfigurationError: none or several tasks would do; names them.
+        DataError: a column that is named is not there.
     """
+    for key, given in config:
+        if key.endswith("_column") and given is not None:
+            table.find(given, key, ())
     place = Path(table.place).name
     claims = {task.name: claim for task in TASKS.values() if task.claim and (claim := task.claim(table, config))}
     fitting = {name: claim for name, claim in claims.items() if possible(TASKS[name], architectures)}

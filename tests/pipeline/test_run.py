@@ -145,9 +145,10 @@ def test_less_data_than_asked_for_is_said(settings, tmp_path):
     result = run(settings, tmp_path, warn=told.append)
     assert told == list(result.warnings)
     told = [line for line in told if not line.startswith("latency")]  # a busy machine is said too
-    assert len(told) == 2
-    assert "data.calibration_samples: asked for 10000" in told[0]
-    assert "model.head_fit_samples" in told[1]
+    assert len(told) == 3
+    assert told[0].startswith("model.task: sequence-classification, guessed from")
+    assert "data.calibration_samples: asked for 10000" in told[1]
+    assert "model.head_fit_samples" in told[2]
 
 
 def test_a_choice_of_nothing_is_said(settings, tmp_path):

@@ -91,5 +91,6 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(config_url: st
     monkeypatch.setattr("layerlens.jobs.load.load_dataset", lambda *_: pytest.fail("work has begun"))
     done = CliRunner().invoke(app, ["run", config_url, "-o", "s3://no-such-bucket/out"])
     assert done.exit_code == 2
-    assert done.output.startswith("error: cannot write s3://no-such-bucket/out: ")
-    assert done.output.count("\n") == 1
+    guess, error = done.output.splitlines()
+    assert guess.startswith("model.task: sequence-classification, guessed from 2 classes")
+    assert error.startswith("error: cannot write s3://no-such-bucket/out: ")
