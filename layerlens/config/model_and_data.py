@@ -39,6 +39,11 @@ class ModelConfig(ConfigModel):
         description="`module:function` for the task `custom`: (model output, targets of the batch) -> loss of each "
         "sample, a tensor [batch]. A sample's loss must not depend on the others in its batch.",
     )
+    dpo_beta: float = Field(
+        default=0.1,
+        gt=0,
+        description="Of preference pairs: how much a change of log-probabilities weighs in DPO's loss.",
+    )
     task: TaskName = Field(
         default="sequence-classification",
         description="What the model is to be fine-tuned for; docs/configuration.md says of each task what its samples "
@@ -123,6 +128,20 @@ class DataConfig(ConfigModel):
         "target text, of token-classification the list of tags, of question-answering the answers "
         '(`{"text": ["..."], "answer_start": [0]}`).',
     )
+    chosen_column: str | None = Field(
+        default=None, description="Of preference pairs the column with the better answer; `chosen` when not given."
+    )
+    rejected_column: str | None = Field(
+        default=None, description="Of preference pairs the column with the worse answer; `rejected` when not given."
+    )
+    prompt_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="How the prompt is written before its answer, with columns in braces, such as "
+        "`Question: {question}\\nAnswer: `. When not given, a question (with its passage, or an instruction with its "
+        "input) is the user's turn in the tokenizer's chat template, or, where there is none, a text with a line break "
+        "at its end; a column `prompt` is taken as it is.",
+    )
     image_column: str | None = Field(
         default=None,
         description="Column with the image, a path (from the table's folder) or encoded bytes; `image` or `img` when "
@@ -138,7 +157,18 @@ class DataConfig(ConfigModel):
         "wanted (as for the utility model `auto`), a fiftieth of the samples that `training` will train on, at least "
         "16 and at most 256, so that measuring stays below a twentieth of the fine-tune.",
     )
-    max_length: int = Field(default=128, ge=2, description="Longest sequence, in tokens; longer texts are truncated.")
+    max_length: int = Field(
+        default=128,
+        ge=2,
+        description="Longest sequence, in tokens. Longer texts of causal-lm are cut into several samples; everything "
+        "else is truncated.",
+    )
+    packing: Literal["none", "bfd", "bfd_split", "wrapped"] = Field(
+        default="none",
+        description="How samples of causal-lm are put together into rows of `max_length` tokens, as TRL's "
+        "`packing_strategy` does it: `bfd` and `bfd_split` keep texts apart (`bfd` truncates those that are longer, "
+        "`bfd_split` cuts them), `wrapped` is one long text that is cut.",
+    )
     max_target_length: int | None = Field(
         default=None, ge=1, description="Longest target text of seq2seq, in tokens; `max_length` when not given."
     )

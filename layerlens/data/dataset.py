@@ -31,17 +31,21 @@ class Dataset:
     Args:
         columns: what the samples are made of, each column as long as ``labels``: ``text`` and, for pairs, ``pair``
             (questions and their contexts too); ``words`` (tuples of words); ``image``; ``sample`` (of a user's own data
-            set).
+            set); of language models also what ``read_language`` says.
         labels: for each sample the index into ``label_names``, a tuple of those (one for each word), a number
             (regression), a text (seq2seq), a tuple of (start, text) answers, or None where a sample is its own target.
         label_names: the classes; none where there are no classes.
         description: one line on where the data comes from, for the report.
+        task: name of the task that the samples turned out to be for, where it is another than the one asked for.
+        notes: what the user should know of the rows that it was read from, a line each.
     """
 
     columns: Mapping[str, tuple[Any, ...]]
     labels: tuple[Any, ...]
     label_names: tuple[str, ...] = ()
     description: str = ""
+    task: str = ""
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -28,6 +28,7 @@ from layerlens.models import ModelSpec
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.sources import load_pretrained
 from layerlens.tasks import Batches, Task, make_batches, task_for
+from layerlens.tasks.encoded import notes_of
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,12 @@ class Loaded:
         """Samples as batches, of ``data.batch_size`` unless given."""
         data, seed = job.config.data, job.config.runtime.seed
         size = batch_size or data.batch_size
-        return make_batches(self.task, self.pretrained, samples, data, batch_size=size, seed=seed)
+        batches = make_batches(
+            self.task, self.pretrained, samples, data, batch_size=size, seed=seed, limit=len(samples)
+        )
+        if self.task.reference is not None and self.pretrained.streamed is None:
+            self.task.reference(self.pretrained.model, self.pretrained, batches.features, size)
+        return batches
 
 
 def load(job: Job) -> Loaded:
@@ -93,12 +99,12 @@ def load(job: Job) -> Loaded:
         if plan is not None:
             return _load(job, dataset, plan, placement=placement)
         refused: dict[str, str] = {}
-        skeleton = None
+        skeleton, unsaid = None, Warnings()
         if reason := config.model.source.why_not_streamable(config.model.reference):
             refused[STREAMED] = reason
         else:
             try:
-                skeleton = _load(job, dataset, MemoryPlan(STREAMED, "", {}), warnings=Warnings())
+                skeleton = _load(job, dataset, MemoryPlan(STREAMED, "", {}), warnings=unsaid)
             except ModelSpecError as error:
                 if error.exit_code != ModelSpecError.exit_code:  # the model is not there, or damaged
                     raise
@@ -111,6 +117,8 @@ def load(job: Job) -> Loaded:
         log.info("%s", plan.told())
         if plan.mode == STREAMED:
             refuse_streaming(config)
+            for line in unsaid.lines:
+                job.warnings.add(line)
         elif skeleton is not None:
             return _load(job, dataset, plan)
         return replace(loaded, plan=plan)
@@ -121,7 +129,7 @@ def _load(
     warnings: Warnings | None = None,
 ) -> Loaded:  # fmt: skip
     config = job.config
-    task = task_for(config.model, job.base_dir)
+    task = task_for(config.model, job.base_dir, dataset)
     pretrained = load_pretrained(
         config.model.reference,
         config.model.task,
@@ -138,10 +146,16 @@ def _load(
         dataset = dataset.with_label_order(pretrained.labels)
     if pretrained.streamed is None and not placed(pretrained.model):
         pretrained.model.to(job.device)
-    calibration, head_data, held_out = split_samples(dataset, config, warnings or job.warnings)
+    heard = warnings or job.warnings
+    calibration, head_data, held_out = split_samples(dataset, config, heard)
     batches = make_batches(
-        task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed
-    )
+        task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed,
+        limit=len(calibration),
+    )  # fmt: skip
+    if task.reference is not None and (config.profiling.proxies.options or config.optimization.proxy_check.steps):
+        task.reference(pretrained.model, pretrained, batches.features, config.data.batch_size)
+    for line in (*dataset.notes, *notes_of(batches.features)):
+        heard.add(line)
     inputs = batches[0].inputs
     spec = model_spec(
         pretrained,

@@ -26,7 +26,7 @@ from layerlens.jobs.solve import versions
 from layerlens.manifest.files import read_document, write_manifest
 from layerlens.models import Manifest
 from layerlens.storage import shown
-from layerlens.tasks import TASKS, task_for
+from layerlens.tasks import Task, task_for
 from layerlens.tasks.metrics import TARGETS
 from layerlens.tuning import apply, read_factors, save
 from layerlens.tuning.base_model import base_reference, load_base
@@ -189,6 +189,7 @@ class Trainee:
     Args:
         manifest: says what the model is, and how many parameters are trained.
         pretrained: the base model, on its device.
+        task: what it is trained for.
         data: training and test samples.
         prepared: the model with what trains in it.
         timed: what inference is timed on.
@@ -197,6 +198,7 @@ class Trainee:
 
     manifest: Manifest
     pretrained: PretrainedModel
+    task: Task
     data: TrainingData
     prepared: Prepared
     timed: dict[str, torch.Tensor]
@@ -245,13 +247,17 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
         dataset = _with_labels(dataset, list(manifest.model.labels or ()))
         pretrained = load_base(manifest, model, job.base_dir)
         check_model(pretrained, config)
-        task = task_for(config.model, job.base_dir)
+        task = task_for(config.model, job.base_dir, dataset)
         data = training_data(dataset, pretrained, task, config, job.warnings.add)
         base = pretrained.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    timed = _timed_batch(data, config, base)
+    timed = _timed_batch(data, config, task, base)
     before_ms = _inference_ms(base, timed) if is_main_process() else None
     prepared = _prepared(job, order, manifest, pretrained, data)
-    return job, Trainee(manifest, pretrained, data, prepared, timed, before_ms)
+    if task.reference is not None:
+        with job.progress.stage("Computing the reference's log-probabilities"):
+            for samples in (data.train, data.evaluation):
+                task.reference(prepared.model, pretrained, samples, config.training.eval_batch_size)
+    return job, Trainee(manifest, pretrained, task, data, prepared, timed, before_ms)
 
 
 def _prepared(job: Job, order: Order, manifest: Manifest, pretrained: PretrainedModel, data: TrainingData) -> Prepared:
@@ -282,7 +288,7 @@ def _fine_tune(job: Job, order: Order, trainee: Trainee) -> TrainingResult:
             trainee.prepared.model,
             trainee.data,
             job.config.training,
-            task=job.config.model.task,
+            task=trainee.task.name,
             checkpoints=job.output / CHECKPOINTS,
             seed=job.config.runtime.seed,
             hooks=trainee.prepared.hooks,
@@ -294,7 +300,7 @@ def _fine_tune(job: Job, order: Order, trainee: Trainee) -> TrainingResult:
 
 def _judge(job: Job, trainee: Trainee, model: torch.nn.Module) -> dict[str, float]:
     size = job.config.training.eval_batch_size
-    task, progress = job.config.model.task, job.progress
+    task, progress = trainee.task.name, job.progress
     return evaluate(model, trainee.data, task, batch_size=size, shared=False, progress=progress)
 
 
@@ -310,11 +316,11 @@ def _with_labels(dataset: Dataset, labels: list[str]) -> Dataset:
     return dataset.with_label_order(labels)
 
 
-def _timed_batch(data: TrainingData, config: RunConfig, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _timed_batch(data: TrainingData, config: RunConfig, task: Task, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What inference is timed on: the first evaluation batch, without labels."""
     samples = data.evaluation if len(data.evaluation) else data.train
     batch = data.collate(samples[: config.training.eval_batch_size])
-    targets = (*TASKS[config.model.task].model_targets, TARGETS)
+    targets = (*task.model_targets, TARGETS)
     inputs = {name: value for name, value in batch.items() if name not in targets}
     return on_device(inputs, next(model.parameters()).device)
 
@@ -334,7 +340,7 @@ def _facts(
     measured = ("train_seconds", "wall_seconds", "tokens_per_second", "peak_memory_gb", "peak_memory_of")
     resumed = training.pop("resumed_from")
     return {
-        "task": config.model.task,
+        "task": trainee.task.name,
         "model": {"name_or_path": manifest.model.name_or_path, "fingerprint": manifest.model.fingerprint},
         "samples": {"train": len(data.train), "evaluation": len(data.evaluation), "fingerprint": data.fingerprint},
         "before": before,

@@ -10,6 +10,7 @@ import numpy as np
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.table import LABELS, Table
+from layerlens.data.text_pairs import with_pair
 from layerlens.tasks.losses import regression_loss
 from layerlens.tasks.metrics import Decode, Judged, Metrics, Record, as_numpy, joined, mean_loss
 from layerlens.tasks.task import Task
@@ -19,7 +20,8 @@ from layerlens.tasks.text import collate_labelled, encode_labelled
 def read(table: Table, config: DataConfig) -> Dataset:
     """Texts or pairs, and a number for each."""
     label_column = table.find(config.label_column, "label_column", (*LABELS, "score"))
-    return Dataset(table.text_columns(config, label_column), table.numbers(label_column), (), table.place)
+    columns = table.text_columns(with_pair(table, config), label_column)
+    return Dataset(columns, table.numbers(label_column), (), table.place)
 
 
 def record(output: Any, batch: Judged, decode: Decode | None) -> Record:

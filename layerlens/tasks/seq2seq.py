@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
+from layerlens.data.language_rows import read_language, recognise
 from layerlens.data.table import Table
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features, Inputs
@@ -19,8 +21,23 @@ SOURCES = ("source", "text", "document", "article", "dialogue", "input")
 TARGETS = ("target", "summary", "highlights", "translation", "output")
 
 
+QUESTIONS = ("instruction", "question and answer", "prompt and completion")
+"""Shapes of rows whose parts make a source and a target."""
+
+
 def read(table: Table, config: DataConfig) -> Dataset:
-    """Source texts and target texts."""
+    """Source texts and target texts: of a known shape with all its parts (an instruction and its input, a passage and
+    the question), else of one column each.
+    """
+    found = recognise(table, config) if config.text_column is None and config.label_column is None else None
+    if found is not None and found.shape.name in QUESTIONS:
+        rows = read_language(table, config)
+        source, target = ("question", "answer") if "question" in rows.columns else ("prompt", "completion")
+        if all(isinstance(text, str) for text in (*rows.columns[source], *rows.columns[target])):
+            systems = rows.columns.get("system", ("",) * len(rows))
+            texts = zip(systems, rows.columns[source], strict=True)
+            sources = tuple("\n\n".join(filter(None, parts)) for parts in texts)
+            return replace(rows, columns={"text": sources}, labels=rows.columns[target])
     source = table.find(config.text_column, "text_column", SOURCES)
     target = table.find(config.label_column, "label_column", TARGETS)
     return Dataset({"text": table.texts(source)}, table.texts(target), (), table.place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.table import LABELS, Table
+from layerlens.data.text_pairs import with_pair
 from layerlens.tasks.losses import classification_loss
 from layerlens.tasks.metrics import Metrics, finish_classes, record_classes
 from layerlens.tasks.task import Task
@@ -14,7 +15,7 @@ from layerlens.tasks.text import collate_labelled, encode_labelled
 def read(table: Table, config: DataConfig) -> Dataset:
     """Texts or pairs, and their classes."""
     label_column = table.find(config.label_column, "label_column", LABELS)
-    columns = table.text_columns(config, label_column)
+    columns = table.text_columns(with_pair(table, config), label_column)
     labels, names = table.classes(label_column)
     return Dataset(columns, labels, names, table.place)
 

@@ -58,11 +58,27 @@ def padded_inputs(pretrained: PretrainedModel, rows: Sequence[Features]) -> Inpu
 
     tokenizer = pretrained.tokenizer
     names = [name for name in rows[0] if name != "labels"]
+    if tokenizer.pad_token is None:  # padding is masked, so any token will do
+        fill = {"input_ids": padding_id(tokenizer), "token_type_ids": tokenizer.pad_token_type_id}
+        width, left = max(len(row["input_ids"]) for row in rows), tokenizer.padding_side == "left"
+        padded: Inputs = {}
+        for name in dict.fromkeys([*names, "attention_mask"]):
+            values = [list(row.get(name, [1] * len(row["input_ids"]))) for row in rows]
+            missing = [[fill.get(name, 0)] * (width - len(one)) for one in values]
+            both = zip(missing, values, strict=True) if left else zip(values, missing, strict=True)
+            padded[name] = torch.tensor([one + other for one, other in both])
+        return padded
     inputs: Inputs = dict(
         tokenizer.pad({name: [row[name] for row in rows] for name in names}, padding=True, return_tensors="pt")
     )
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     return inputs
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills up shorter samples; masked, so any will do where the tokenizer has none."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in known if token is not None), 0)
 
 
 def padded_labels(rows: Sequence[Features], width: int, side: str) -> torch.Tensor:
