@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+from layerlens.data.rows import Reading
 from layerlens.exceptions import DataError
 
 TEST_SHARE = 0.15
@@ -32,12 +33,13 @@ class Dataset:
         columns: what the samples are made of, each column as long as ``labels``: ``text`` and, for pairs, ``pair``
             (questions and their contexts too); ``words`` (tuples of words); ``image``; ``sample`` (of a user's own data
             set); of language models also what ``read_language`` says.
-        labels: for each sample the index into ``label_names``, a tuple of those (one for each word), a number
-            (regression), a text (seq2seq), a tuple of (start, text) answers, or None where a sample is its own target.
+        labels: for each sample the index into ``label_names``, a tuple of those (one for each word, or all classes of
+            the sample), a number (regression), a text (seq2seq), a tuple of (start, text) answers, or None where a
+            sample is its own target.
         label_names: the classes; none where there are no classes.
         description: one line on where the data comes from, for the report.
         task: name of the task that the samples turned out to be for, where it is another than the one asked for.
-        notes: what the user should know of the rows that it was read from, a line each.
+        reading: what was read of its source; None where it comes from none.
     """
 
     columns: Mapping[str, tuple[Any, ...]]
@@ -45,7 +47,7 @@ class Dataset:
     label_names: tuple[str, ...] = ()
     description: str = ""
     task: str = ""
-    notes: tuple[str, ...] = ()
+    reading: Reading | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,6 +63,13 @@ class Dataset:
         return self.columns.get("pair", ())
 
     @property
+    def notes(self) -> list[str]:
+        """What the user should be warned of, a line each: rows of the source that are not among the samples."""
+        if self.reading is None or not self.reading.left_out:
+            return []
+        return [f"data: left out {n} of {self.reading.total:,} rows: {reason}" for n, reason in self.reading.reasons]
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over contents and labels in order."""
         digest = hashlib.sha256()
@@ -72,7 +81,7 @@ class Dataset:
         return digest.hexdigest()
 
     def with_label_order(self, names: Sequence[str]) -> Dataset:
-        """The same samples with the classes numbered in the order of ``names``, which are the same classes."""
+        """The same samples with the classes numbered in the order of ``names``, which has all of them."""
         index = {name: position for position, name in enumerate(names)}
         moved = [index[name] for name in self.label_names]
         labels = tuple(

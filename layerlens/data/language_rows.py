@@ -97,7 +97,7 @@ def recognise(table: Table, config: DataConfig) -> Recognised | None:
         found = {part: next(iter(_there(table, names)), "") for part, names in named}
         if not all(found[part] for part in shape.parts):
             continue
-        if shape is CHAT and not any(map(is_conversation, table.values(found["messages"]))):
+        if shape is CHAT and not any(map(is_conversation, table.peek(found["messages"]))):
             continue
         columns = {part: column for part, column in found.items() if column}
         if len(set(columns.values())) == len(columns):
@@ -109,7 +109,7 @@ def recognise(table: Table, config: DataConfig) -> Recognised | None:
 
 def _named(table: Table, config: DataConfig) -> Recognised:
     column = table.find(config.text_column, "text_column", ())
-    if any(map(is_conversation, table.values(column))):
+    if any(map(is_conversation, table.peek(column))):
         return Recognised(CHAT, {"messages": column})
     if config.label_column is None:
         return Recognised(TEXT, {"text": column})
@@ -139,10 +139,11 @@ def read_language(table: Table, config: DataConfig) -> Dataset:
     if found is None:
         found = Recognised(TEXT, {"text": _text_column(table, config)})
     kept, left_out = [], Counter[str]()
-    for row in _rows_of(table, found.columns):
+    for place, row in enumerate(_rows_of(table, found.columns)):
         try:
             kept.append(_sample(row, found, config))
         except OddRow as odd:
+            table.leave_out(place, f"({odd})")
             left_out[str(odd)] += 1
     if not kept:
         reason = left_out.most_common(1)[0][0]
@@ -150,10 +151,7 @@ def read_language(table: Table, config: DataConfig) -> Dataset:
             f"data.source: {table.place}: no row can be used as {found.shape.name}: {reason}; {_shown(table)}"
         )
     columns = {name: tuple(one[name] for one in kept) for name in dict.fromkeys(name for one in kept for name in one)}
-    notes = [f"data: left out {count} of {len(table.rows)} rows: {reason}" for reason, count in left_out.items()]
-    return Dataset(
-        columns, (None,) * len(kept), (), table.place, task="dpo" if found.shape.of_pairs else "", notes=tuple(notes)
-    )
+    return Dataset(columns, (None,) * len(kept), (), table.place, task="dpo" if found.shape.of_pairs else "")
 
 
 def question_text(row: Mapping[str, Any]) -> str:
@@ -278,7 +276,7 @@ def _text_column(table: Table, config: DataConfig) -> str:
     from layerlens.data.table import TEXTS
 
     named = _there(table, TEXTS)
-    texts = [name for name in table.columns if any(isinstance(value, str) for value in table.values(name))]
+    texts = [name for name in table.columns if any(isinstance(value, str) for value in table.peek(name))]
     found = next(iter([*named, *(texts if len(texts) == 1 else [])]), None)
     if found is None:
         raise DataError(f"data.source: {table.place}: the rows are of no known shape; {_shown(table)}")

@@ -13,16 +13,19 @@ import numpy as np
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
+from layerlens.data.folders import read_folder, shards
+from layerlens.data.hub import read_hub_dataset, read_saved_dataset
 from layerlens.data.images import StoredImage
-from layerlens.data.readers import READERS, Rows, read_hub_dataset, read_saved_dataset
-from layerlens.data.table import Table
+from layerlens.data.read import dataset_of
+from layerlens.data.readers import reader_of
+from layerlens.data.rows import Rows, SourceRows
 from layerlens.exceptions import DataError, DataNotFoundError
 from layerlens.registry import TASKS
 from layerlens.storage import local_file
 from layerlens.utils.user_code import REFERENCE, load_function
 
 HUB_PREFIX, BUILT_IN_PREFIX = "hf:", "builtin:"
-FORMATS = ".jsonl, .csv or .parquet"
+FORMATS = ".jsonl, .json, .csv, .tsv, .parquet or .conll"
 SAVED_DATASET = ("state.json", "dataset_dict.json")
 
 # Packages that CPython 3.10 to 3.13 share and that distributions do not strip (tkinter and idlelib often are).
@@ -60,28 +63,38 @@ def load_dataset(config: DataConfig, base_dir: Path | None = None, task: str = "
         return loaded
     if source.startswith(BUILT_IN_PREFIX):
         return _built_in(source, kind)
+    found = SourceRows(config.max_rows)
     if source.startswith(HUB_PREFIX):
-        return _as_dataset(read_hub_dataset(source.removeprefix(HUB_PREFIX)), config, source, kind)
+        read_hub_dataset(source.removeprefix(HUB_PREFIX), found, base_dir)
+        return _as_dataset(found, config, source, kind)
     path = (base_dir or Path()) / local_file(source).expanduser()
     if REFERENCE.fullmatch(source) and not path.exists():
-        return _as_dataset(rows_of_function(source, base_dir), config, source, kind)
+        return _as_dataset(SourceRows.of(rows_of_function(source, base_dir)), config, source, kind)
+    of_words = kind.inputs == "words"
     if path.is_dir():
-        if kind.read_folder is not None and not any((path / name).exists() for name in SAVED_DATASET):
+        saved = any((path / name).exists() for name in SAVED_DATASET)
+        if kind.read_folder is not None and not saved:
             read: Dataset = kind.read_folder(path, config)
             return read
-        return _as_dataset(read_saved_dataset(path), config, str(path), kind)
+        files = [] if saved else shards(path, of_words)
+        if files:
+            read_folder(path, files, of_words, config, found)
+        else:
+            read_saved_dataset(path, found)
+        return _as_dataset(found, config, str(path), kind)
     if not path.is_file():
         raise DataNotFoundError(
-            f"data.source: no file at {path}; give a {FORMATS} file, a folder of images, a directory that datasets "
-            f"saved, hf:NAME, module:function, or {next(iter(BUILT_IN))}"
+            f"data.source: no file at {path}; give a {FORMATS} file, a folder of them or of images, a directory that "
+            f"datasets saved, hf:NAME, module:function, or {next(iter(BUILT_IN))}"
         )
-    if path.suffix.lower() not in READERS:
+    reader = reader_of(path, of_words)
+    if reader is None:
         raise DataError(f"data.source: {path.name} is not {FORMATS}; convert it, or give another file")
     try:
-        rows = READERS[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"data.source: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    return _as_dataset(rows, config, str(path), kind)
+        reader(path, config, found)
+    except OSError as error:  # of a damaged .gz file
+        raise DataError(f"data.source: cannot read {path}: {error.strerror or error}") from error
+    return _as_dataset(found, config, str(path), kind)
 
 
 def rows_of_function(source: str, base_dir: Path | None) -> Rows:
@@ -97,11 +110,8 @@ def rows_of_function(source: str, base_dir: Path | None) -> Rows:
     return rows
 
 
-def _as_dataset(rows: Rows, config: DataConfig, place: str, task: Any) -> Dataset:
-    if not rows:
-        raise DataError(f"data.source: {place} has no samples; give one JSON object or CSV record for each sample")
-    read: Dataset = task.read(Table(rows, place), config)
-    return replace(read, description=Path(place).name)
+def _as_dataset(found: SourceRows, config: DataConfig, place: str, task: Any) -> Dataset:
+    return replace(dataset_of(found.finished(), place, config, task.read), description=Path(place).name)
 
 
 def _built_in(source: str, task: Any) -> Dataset:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.config.compatibility import refuse_streaming
 from layerlens.data import Dataset, load_dataset
+from layerlens.data.labels import HEAD_ADVICE, in_order_of
 from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.placement import placed, placement_arguments
@@ -140,10 +141,10 @@ def _load(
         weights=config.model.weights,
         placement=placement,
         streamed=plan.mode == STREAMED,
+        new_head=config.model.new_head,
     )
     check_model(pretrained, config)
-    if dataset.label_names:
-        dataset = dataset.with_label_order(pretrained.labels)
+    dataset = in_order_of(dataset, pretrained.labels, advice=HEAD_ADVICE)
     if pretrained.streamed is None and not placed(pretrained.model):
         pretrained.model.to(job.device)
     heard = warnings or job.warnings

@@ -13,8 +13,9 @@ import torch
 
 from layerlens.config import RunConfig
 from layerlens.cost.measure import forward_ms
-from layerlens.data import Dataset, load_dataset
-from layerlens.exceptions import ConfigurationError, DataError, ManifestError
+from layerlens.data import load_dataset
+from layerlens.data.labels import in_order_of
+from layerlens.exceptions import ConfigurationError, ManifestError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.jobs.baseline import baseline_facts, prepare_baseline
@@ -244,7 +245,8 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
         config = config.model_copy(update={"model": config.model.model_copy(update=named)})
         job = replace(job, config=config)
         dataset = load_dataset(config.data, job.base_dir, config.model.task)
-        dataset = _with_labels(dataset, list(manifest.model.labels or ()))
+        advice = "train on data with the manifest's classes, or name them in data.label_names"
+        dataset = in_order_of(dataset, manifest.model.labels or (), of="the manifest", advice=advice)
         pretrained = load_base(manifest, model, job.base_dir)
         check_model(pretrained, config)
         task = task_for(config.model, job.base_dir, dataset)
@@ -302,18 +304,6 @@ def _judge(job: Job, trainee: Trainee, model: torch.nn.Module) -> dict[str, floa
     size = job.config.training.eval_batch_size
     task, progress = trainee.task.name, job.progress
     return evaluate(model, trainee.data, task, batch_size=size, shared=False, progress=progress)
-
-
-def _with_labels(dataset: Dataset, labels: list[str]) -> Dataset:
-    """The data with its classes numbered as the manifest has them."""
-    if not dataset.label_names:
-        return dataset
-    unknown, missing = set(dataset.label_names) - set(labels), set(labels) - set(dataset.label_names)
-    if unknown or missing:
-        told = [f"has {', '.join(sorted(unknown))}, which the manifest has not"] if unknown else []
-        told += [f"lacks {', '.join(sorted(missing))}"] if missing else []
-        raise DataError(f"data.source: the data {' and '.join(told)}; train on data with the manifest's classes")
-    return dataset.with_label_order(labels)
 
 
 def _timed_batch(data: TrainingData, config: RunConfig, task: Task, model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ def read(table: Table, config: DataConfig) -> Dataset:
     """Texts or pairs, and a number for each."""
     label_column = table.find(config.label_column, "label_column", (*LABELS, "score"))
     columns = table.text_columns(with_pair(table, config), label_column)
-    return Dataset(columns, table.numbers(label_column), (), table.place)
+    return Dataset(columns, table.numbers_of(label_column), (), table.place)
 
 
 def record(output: Any, batch: Judged, decode: Decode | None) -> Record:

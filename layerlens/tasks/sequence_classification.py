@@ -1,35 +1,60 @@
-"""Sequence classification: the class of a text or of a pair of texts."""
+"""Sequence classification: the class of a text or of a pair of texts, or all classes that it has (multi-label)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
-from layerlens.data.table import LABELS, Table
+from layerlens.data.table import Table
 from layerlens.data.text_pairs import with_pair
-from layerlens.tasks.losses import classification_loss
-from layerlens.tasks.metrics import Metrics, finish_classes, record_classes
+from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.tasks.batches import Features, Inputs
+from layerlens.tasks.class_targets import (
+    classes_loss,
+    finish_class_targets,
+    label_columns,
+    label_tensor,
+    label_values,
+    read_classes,
+    record_class_targets,
+)
+from layerlens.tasks.metrics import Metrics
 from layerlens.tasks.task import Task
-from layerlens.tasks.text import collate_labelled, encode_labelled
+from layerlens.tasks.text import padded_inputs, tokenized
 
 
 def read(table: Table, config: DataConfig) -> Dataset:
     """Texts or pairs, and their classes."""
-    label_column = table.find(config.label_column, "label_column", LABELS)
-    columns = table.text_columns(with_pair(table, config), label_column)
-    labels, names = table.classes(label_column)
+    label_column = label_columns(table, config)
+    columns = table.text_columns(with_pair(table, config), label_column if isinstance(label_column, str) else None)
+    labels, names = read_classes(table, label_column)
     return Dataset(columns, labels, names, table.place)
+
+
+def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:
+    """Single texts or pairs, with the sample's class, or a 0 or 1 for each class, beside them."""
+    encoded = tokenized(pretrained, dataset, config)
+    return [one | {"labels": label} for one, label in zip(encoded, label_values(dataset), strict=True)]
+
+
+def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inputs, Any]:
+    """Padding to the longest of the batch; labels int64 [b], or float32 [b, classes]."""
+    return padded_inputs(pretrained, rows), label_tensor(rows)
 
 
 TASK = Task(
     name="sequence-classification",
-    description="single texts or sentence pairs",
+    description="single texts or sentence pairs; one class each, or several where labels are lists or columns of 0 and "
+    "1 (multi-label)",
     inputs="text",
     read=read,
     of_classes=lambda dataset: dataset,
-    encode=encode_labelled,
-    collate=collate_labelled("int64"),
-    loss=classification_loss,
-    metrics=Metrics(record_classes, finish_classes, ("accuracy",)),
+    encode=encode,
+    collate=collate,
+    loss=classes_loss,
+    metrics=Metrics(record_class_targets, finish_class_targets, ("f1_micro", "accuracy")),
     auto_class="AutoModelForSequenceClassification",
     new_head=True,
     classes=True,

@@ -1,0 +1,119 @@
+"""The rows of a source, and what reading them told: how many there are, which were left out and why.
+
+A reader asks ``wanted`` for every row that it comes to and ``add``s those that are. Of a source that is larger than may
+be kept, every second row is dropped each time it is full, so that what stays is spread evenly over the whole of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LINE = re.compile(r"\(line [^)]*\) |byte [\d,]+ .*")
+"""What differs between reasons of one kind."""
+Rows = list[dict[str, Any]]
+MOST_BYTES = 2**29
+"""Of a source, as it is stored, that are kept in memory where ``data.max_rows`` says nothing."""
+
+
+@dataclass
+class SourceRows:
+    """What was read of one source.
+
+    Args:
+        max_rows: most rows that are kept; None for as many as ``max_bytes`` hold.
+        max_bytes: most bytes of the stored source whose rows are kept.
+        rows: those kept.
+        numbers: the place of each in the source, counted from 1.
+        left_out: the place of each row that cannot be used, with the reason.
+        notes: what else the user should know, a line each.
+        total: rows of the source.
+    """
+
+    max_rows: int | None = None
+    max_bytes: int = MOST_BYTES
+    rows: Rows = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    left_out: dict[int, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    total: int = 0
+    _step: int = 1
+    _bytes: float = 0.0
+
+    def wanted(self) -> bool:
+        """Count the next row; whether it is one of those to be kept."""
+        self.total += 1
+        return (self.total - 1) % self._step == 0
+
+    def add(self, row: dict[str, Any], n_bytes: int = 0) -> None:
+        """Keep the row that was counted last, which takes so many bytes in the source."""
+        self.rows.append(row)
+        self.numbers.append(self.total)
+        self._bytes += n_bytes
+        full = self._bytes > self.max_bytes if self.max_rows is None else len(self.rows) >= 2 * self.max_rows
+        if full and len(self.rows) > 1:
+            self._step *= 2
+            kept = [place for place, number in enumerate(self.numbers) if (number - 1) % self._step == 0]
+            self._bytes *= len(kept) / len(self.rows)
+            self.rows, self.numbers = [self.rows[place] for place in kept], [self.numbers[place] for place in kept]
+
+    def leave_out(self, reason: str) -> None:
+        """The row that was counted last cannot be used."""
+        self.left_out[self.total] = reason
+
+    def note(self, line: str) -> None:
+        """What the user should know, once."""
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def finished(self) -> SourceRows:
+        """The same with no more than ``max_rows``, and a note where some of the source was not kept."""
+        n = len(self.rows)
+        if self.max_rows is not None and n > self.max_rows:
+            kept = [place * n // self.max_rows for place in range(self.max_rows)]
+            self.rows, self.numbers = [self.rows[place] for place in kept], [self.numbers[place] for place in kept]
+        if len(self.rows) + len(self.left_out) < self.total:
+            limit = f"{self.max_bytes / 2**20:.0f} MB" if self.max_rows is None else f"{self.max_rows:,} rows"
+            self.note(
+                f"{len(self.rows):,} of {self.total:,} rows were read, spread evenly, so that {limit} are in memory "
+                "(data.max_rows)"
+            )
+        return self
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any]]) -> SourceRows:
+        """Rows that are in memory already."""
+        found = [dict(row) for row in rows]
+        return cls(rows=found, numbers=list(range(1, len(found) + 1)), total=len(found))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read to make a data set.
+
+    Args:
+        total: rows of the source.
+        used, unused: names of its columns.
+        left_out: the place of each row that could not be used, with the reason.
+        notes: what else the user should know.
+    """
+
+    total: int
+    used: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    left_out: Mapping[int, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reasons(self) -> list[tuple[int, str]]:
+        """How many rows were left out and why, the most frequent reason first, with the first row that it was found in."""
+        counted: Counter[str] = Counter()
+        first: dict[str, int] = {}
+        for number, reason in sorted(self.left_out.items()):
+            kind = LINE.sub("", reason).partition(", got ")[0]
+            counted[kind] += 1
+            first.setdefault(kind, number)
+        return [(n, f"sample {first[kind]} {self.left_out[first[kind]]}") for kind, n in counted.most_common()]
