@@ -109,7 +109,7 @@ class Reading:
 
     @property
     def reasons(self) -> list[tuple[int, str]]:
-        """How many rows were left out and why, the most frequent reason first, with the first row that it was found in."""
+        """How many rows were left out and why, the most frequent reason first, with the first row that has it."""
         counted: Counter[str] = Counter()
         first: dict[str, int] = {}
         for number, reason in sorted(self.left_out.items()):
