@@ -91,6 +91,7 @@ def statistics_identity(job: Job, loaded: Loaded) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "max_length": config.data.max_length,
         "max_target_length": config.data.max_target_length,
+        "packing": config.data.packing,
         "source_prefix": config.data.source_prefix,
         "mlm_probability": config.data.mlm_probability,
         "batch_size": config.data.batch_size,

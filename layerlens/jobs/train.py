@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from layerlens.cost.measure import forward_ms
 from layerlens.data import load_dataset
 from layerlens.data.labels import in_order_of
 from layerlens.exceptions import ConfigurationError, ManifestError
+from layerlens.integrations.peft import base_of
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.jobs.baseline import baseline_facts, prepare_baseline
@@ -25,11 +27,12 @@ from layerlens.jobs.recorded import config_of, recorded_settings
 from layerlens.jobs.result import observed, published
 from layerlens.jobs.solve import versions
 from layerlens.manifest.files import read_document, write_manifest
+from layerlens.methods import injected_sizes
 from layerlens.models import Manifest
 from layerlens.storage import shown
 from layerlens.tasks import Task, task_for
 from layerlens.tasks.metrics import TARGETS
-from layerlens.tuning import apply, read_factors, save
+from layerlens.tuning import apply, load, read_factors, save
 from layerlens.tuning.base_model import base_reference, load_base
 from layerlens.tuning.baselines import Finished, Prepared
 from layerlens.tuning.directory import ADAPTER_CONFIG
@@ -111,6 +114,7 @@ class Order:
     baseline: str | None
     restart: bool
     keep_checkpoints: bool
+    start: Path | None = None
 
 
 def train_config(manifest: Manifest, overrides: Sequence[str] = (), origin: str = "provenance.config") -> RunConfig:
@@ -145,6 +149,7 @@ def train_manifest(
     baseline: str | None = None,
     restart: bool = False,
     keep_checkpoints: bool = False,
+    start: Path | None = None,
     progress: Progress = silent,
     warn: Warn = unheard,
 ) -> TrainedModel:
@@ -163,13 +168,14 @@ def train_manifest(
             of ``layerlens.tuning.baselines.BASELINES``).
         restart: begin anew, whatever checkpoints are there.
         keep_checkpoints: leave them there when all is done.
+        start: directory of an earlier training of the same manifest, whose weights are gone on with.
         progress: told of the long steps.
         warn: told of what the user should know, a line at a time.
 
     Raises:
         LayerLensError: with one line that says what to do; its class has the exit code.
     """
-    order = Order(Path(path), model, baseline, restart, keep_checkpoints)
+    order = Order(Path(path), model, baseline, restart, keep_checkpoints, start)
     with (
         observed("train", config) as outcome,
         published(output, Path(), TRAINED_FILES, resumes=True) as place,
@@ -269,12 +275,46 @@ def _prepared(job: Job, order: Order, manifest: Manifest, pretrained: Pretrained
             training, seed = job.config.training, job.config.runtime.seed
             seed = seed if training.seed is None else training.seed
             return prepare_baseline(order.baseline, pretrained, manifest, data, job.config, seed)
+        if order.start is not None:
+            return _started(order.start, pretrained, manifest)
         factors = read_factors(order.path.parent / PEFT_DIRECTORY, manifest.choice)
         kept = manifest.trainable_params
         tuned = apply(pretrained.model, manifest, factors=factors)
         return Prepared(tuned, kept, manifest.choice, lambda tuned: Finished(tuned, kept, manifest.choice))
     except ManifestError as error:
         raise type(error)(f"{shown(order.path)}: {error}") from error
+
+
+def _started(start: Path, pretrained: PretrainedModel, manifest: Manifest) -> Prepared:
+    """The base model with the weights of an earlier training in it.
+
+    Raises:
+        ManifestError: they are of another choice than the manifest's.
+    """
+    tuned = load(pretrained.model, start)
+    there = injected_sizes(base_of(tuned))
+    chosen = {option.layer: (option.method, option.rank) for option in manifest.choice.chosen}
+    if there != chosen:
+        differs = next(name for name in (*chosen, *there) if there.get(name) != chosen.get(name))
+        raise ManifestError(
+            f"--from: {start} has {_in_words(there.get(differs))} in {differs} where the manifest has "
+            f"{_in_words(chosen.get(differs))}; give the manifest.json that lies in that directory"
+        )
+    kept = manifest.trainable_params
+    return Prepared(tuned, kept, manifest.choice, lambda tuned: Finished(tuned, kept, manifest.choice))
+
+
+def _in_words(option: tuple[str, int] | None) -> str:
+    return "nothing" if option is None else f"{option[0]} of size {option[1]}"
+
+
+def _weights_digest(start: Path) -> str:
+    """SHA-256 of the weights in a directory that training goes on from."""
+    digest = hashlib.sha256()
+    for name in (ADAPTER_WEIGHTS, MODULES_FILE):
+        if (start / name).is_file():
+            digest.update((start / name).read_bytes())
+    return digest.hexdigest()
 
 
 def _fine_tune(job: Job, order: Order, trainee: Trainee) -> TrainingResult:
@@ -285,6 +325,8 @@ def _fine_tune(job: Job, order: Order, trainee: Trainee) -> TrainingResult:
         "manifest_seed": manifest.choice.seed,
         "method": order.baseline or "manifest",
     }
+    if order.start is not None:
+        identity["start"] = _weights_digest(order.start)
     with observed_stage("train"):
         return fine_tune(
             trainee.prepared.model,

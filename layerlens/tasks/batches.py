@@ -74,6 +74,8 @@ class Batch:
     @property
     def n_tokens(self) -> int:
         """Unpadded tokens; samples where there are no tokens."""
+        if not self.masks and "position_ids" in self.inputs:  # packed
+            return self.inputs["input_ids"].numel()
         return sum(int(mask.sum()) for mask in self.masks) if self.masks else len(self.index)
 
 

@@ -17,6 +17,7 @@ from layerlens.tasks.chat import Chat
 from layerlens.tasks.encoded import Encoded, completion
 from layerlens.tasks.losses import IGNORED, causal_loss
 from layerlens.tasks.metrics import Metrics, finish_tokens, record_tokens
+from layerlens.tasks.packing import collate_packed, pack
 from layerlens.tasks.task import Task
 from layerlens.tasks.text import collate_tokens, without_classes
 
@@ -39,9 +40,12 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
         except OddRow as odd:
             found.left_out[str(odd)] += 1
             continue
-        _take(found, ids, labels, cut=whole)
+        if config.packing == "none":
+            _take(found, ids, labels, cut=whole)
+        else:
+            found.append({"input_ids": ids, "labels": labels})
     found.said |= chat.said
-    return found
+    return found if config.packing == "none" else pack(found, config.packing)
 
 
 def rows_of(dataset: Dataset) -> Iterator[dict[str, Any]]:
@@ -98,6 +102,8 @@ def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inpu
     """
     import torch
 
+    if "position_ids" in rows[0]:
+        return collate_packed(rows)
     inputs, labels = collate_tokens(pretrained, rows)
     mask = inputs["attention_mask"].bool()
     before = torch.nn.functional.pad(mask[:, :-AHEAD], (AHEAD, 0), value=True)

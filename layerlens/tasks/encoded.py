@@ -60,9 +60,10 @@ def tokens_digest(features: Any) -> str:
     """SHA-256 over token ids and labels; "" where samples are something else than tokens."""
     digest = hashlib.sha256()
     for one in features:
-        if not isinstance(one.get("input_ids"), list):
+        if "input_ids" not in one:
             return ""
         for name, value in sorted(one.items()):
+            value = value.tolist() if hasattr(value, "tolist") else value
             if isinstance(value, (list, int, float)):
                 digest.update(f"{name}={value};".encode())
     return digest.hexdigest()

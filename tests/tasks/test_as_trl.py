@@ -130,3 +130,48 @@ def test_pairs_and_their_loss_are_those_of_the_dpo_trainer(tmp_path, rows, templ
         expected = trainer.compute_loss(trainer.model, dict(theirs))
     assert float(losses.mean()) == pytest.approx(float(expected), rel=1e-4)
     assert losses.std() > 1e-3
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_packed_rows_are_those_of_the_sft_trainer(tmp_path, strategy):
+    written_by = tokenizer()
+    rows = [*TEXTS, {"text": "in the end " * 20}]
+    trainer = SFTTrainer(
+        language_model(written_by).model,
+        args=SFTConfig(
+            output_dir=str(tmp_path / "sft"),
+            packing=True,
+            packing_strategy=strategy,
+            shuffle_dataset=False,
+            **ARGUMENTS,
+        ),
+        train_dataset=Rows.from_list(copy.deepcopy(rows)),
+        processing_class=copy.deepcopy(written_by),
+    )
+    pretrained, config = language_model(written_by), DataConfig(source="-", max_length=LIMIT, packing=strategy)
+    pretrained.model.config.use_cache = False  # as while it is measured, and in TRL's compute_loss
+    task = TASKS["causal-lm"]
+    found = task.encode(pretrained, read(tmp_path, rows), config, 0)
+    theirs = list(trainer.train_dataset)
+    assert [list(map(int, one["input_ids"])) for one in found] == [row["input_ids"] for row in theirs]
+    batches = make_batches(task, pretrained, read(tmp_path, rows), config, batch_size=4)
+    losses = torch.zeros(len(found))
+    with torch.no_grad():
+        for batch in batches:
+            losses[batch.index] = task.loss(pretrained.model(**batch.inputs), batch)
+        for number, row in enumerate(theirs):
+            inputs = trainer.data_collator([row])
+            labelled = int((inputs["labels"][:, 1:] != -100).sum())
+            loss = pretrained.model(
+                **{name: inputs[name] for name in ("input_ids", "labels", "position_ids") if name in inputs}
+            ).loss
+            assert float(losses[number]) == pytest.approx(float(loss) * labelled, rel=1e-4)
+    if strategy != "wrapped":  # as each text alone
+        short = [row for row in rows if len(row["text"]) < 30]
+        alone = make_batches(task, pretrained, read(tmp_path, short), DataConfig(source="-"), batch_size=1)
+        with torch.no_grad():
+            whole = sum(float(task.loss(pretrained.model(**one.inputs), one)) for one in alone)
+            packed = make_batches(task, pretrained, read(tmp_path, short), config, batch_size=4)
+            assert sum(float(task.loss(pretrained.model(**one.inputs), one).sum()) for one in packed) == pytest.approx(
+                whole, rel=1e-4
+            )
