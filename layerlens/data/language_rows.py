@@ -138,6 +138,8 @@ def read_language(table: Table, config: DataConfig) -> Dataset:
     found = recognise(table, config)
     if found is None:
         found = Recognised(TEXT, {"text": _text_column(table, config)})
+    if config.prompt_template is not None:
+        table.used.update(dict.fromkeys(_fields(config.prompt_template)))
     kept, left_out = [], Counter[str]()
     for place, row in enumerate(_rows_of(table, found.columns)):
         try:
@@ -260,11 +262,15 @@ def _needed(row: Mapping[str, Any], part: str, columns: Mapping[str, str], *, em
 
 
 def _filled(template: str, row: Mapping[str, Any]) -> str:
-    names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    names = _fields(template)
     for name in names:
         if name not in row:
             raise OddRow(f"no column {name!r}, which data.prompt_template names")
     return template.format(**{name: text_of(row[name]) for name in names})
+
+
+def _fields(template: str) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
 
 
 def _text_column(table: Table, config: DataConfig) -> str:

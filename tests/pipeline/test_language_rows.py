@@ -34,6 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with logits of a trained size."""
     directory = tmp_path_factory.mktemp("llama")
     made = language_model(tokenizer())
+    made.model.lm_head.weight.data.mul_(8.0)
     made.model.save_pretrained(directory)
     made.tokenizer.save_pretrained(directory)
     return directory
@@ -81,7 +82,7 @@ def test_the_answers_decide_what_is_chosen(tmp_path, model):
 
 
 def test_the_end_of_a_text_is_learnt(tmp_path, model):
-    run_config(job(tmp_path, model, TEXTS, max_steps=150, learning_rate=5e-2, keep_best=False), base_dir=tmp_path)
+    run_config(job(tmp_path, model, TEXTS, max_steps=150, learning_rate=2e-2, keep_best=False), base_dir=tmp_path)
     assert train(tmp_path, "c", "tuned").exit_code == 0
     base = load_pretrained(str(model), "causal-lm", [])
     tuned = load(base.model, tmp_path / "tuned", trainable=False).eval()
@@ -95,8 +96,6 @@ def test_from_answers_to_preferences(tmp_path, model):
     """SFT, then DPO: measured and trained pair by pair, and the second training begins where the first has ended."""
     result = run_config(job(tmp_path, model, PAIRS, "pairs"), base_dir=tmp_path)
     assert result.manifest.model.task == "causal-lm"
-    written = json.loads((tmp_path / "out/manifest.json").read_text())
-    assert written["provenance"]["data"]["calibration_samples"] == 12
     job(tmp_path, model, ANSWERED, "answers")
     assert train(tmp_path, "answers", "sft").exit_code == 0
     second = train(tmp_path, "pairs", "dpo", "--from", str(tmp_path / "sft"))

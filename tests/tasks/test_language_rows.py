@@ -159,9 +159,9 @@ def test_an_odd_chat_is_left_out_with_its_reason(tmp_path, row, reason):
     ],
 )
 def test_rows_without_a_part_are_left_out(tmp_path, row, reason):
-    dataset = read(tmp_path, [{"question": "q", "answer": "a"}, row])
-    assert len(dataset) == 1
-    assert dataset.notes == (f"data: left out 1 of 2 rows: {reason}",)
+    dataset = read(tmp_path, [{"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}, row])
+    assert len(dataset) == 2
+    assert dataset.notes == [f"data: left out 1 of 3 rows: sample 3 ({reason})"]
 
 
 def test_answers_that_are_cut_away_are_counted_and_left_out(tmp_path):
