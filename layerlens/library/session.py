@@ -38,7 +38,8 @@ from layerlens.models import ModelSpec
 from layerlens.profiling.head import fit_head
 from layerlens.registry import TASKS
 from layerlens.sources.factory import first_argument
-from layerlens.tasks import Batch, Batches, Task, make_batches
+from layerlens.tasks import Batch, Batches, Task, make_batches, task_for
+from layerlens.tasks.encoded import notes_of
 from layerlens.tasks.losses import BatchLoss, own_loss
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
@@ -259,6 +260,8 @@ def _of_rows(
     if task.inputs == "image" and pretrained.images is None:
         raise DataError("tokenizer: give the model's image processor, or a transform from an image to a tensor")
     check_model(pretrained, config)
+    if dataset.task and dataset.task != task.name:
+        task = task_for(config.model, None, dataset)
     if task.classes:
         names = output_names(getattr(pretrained.model, "config", None))
         dataset = in_order_of(dataset, names, advice=LABELS_ADVICE)
@@ -269,8 +272,11 @@ def _of_rows(
     if not pretrained.new_parameters:
         head_data = head_data.select([])
     batches = make_batches(
-        task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed
-    )
+        task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed,
+        limit=len(calibration),
+    )  # fmt: skip
+    for line in (*dataset.notes, *notes_of(batches.features)):
+        warnings.add(line)
     notes = (
         *objects.notes,
         f"task: {task.name} ({said})",

@@ -19,12 +19,13 @@ class Encoded(list[dict[str, Any]]):
         truncated: rows that were longer and lost their end.
         left_out: rows that cannot be used, by reason.
         said: what else the user should know.
+        made: how many samples there were before these were taken of them; 0 where these are all.
     """
 
     def __init__(self, rows: int, limit: int) -> None:
         super().__init__()
         self.rows, self.limit = rows, limit
-        self.cut = self.truncated = 0
+        self.cut = self.truncated = self.made = 0
         self.left_out: Counter[str] = Counter()
         self.said: dict[str, None] = {}
 
@@ -35,7 +36,9 @@ class Encoded(list[dict[str, Any]]):
         lines += [f"data: left out {n} of {self.rows} rows: {reason}" for reason, n in self.left_out.items()]
         longer = f"of {self.rows} rows are longer than data.max_length ({self.limit} tokens)"
         if self.cut:
-            lines.append(f"data: {self.cut} {longer}; cut into samples, {len(self)} in all, so every token is used")
+            lines.append(f"data: {self.cut} {longer}; they are cut: {self.made or len(self)} samples have all of it")
+        if self.made:
+            lines.append(f"data: {len(self)} of {self.made} samples are taken, spread evenly")
         if self.truncated:
             lines.append(f"data: {self.truncated} {longer} and are truncated; raise it to keep their ends")
         return lines
@@ -44,11 +47,17 @@ class Encoded(list[dict[str, Any]]):
         """At most so many of the samples, spread evenly."""
         if limit is None or limit >= len(self):
             return self
-        chosen = Encoded(self.rows, self.limit)
+        chosen = self.like()
         chosen.extend(self[index * len(self) // limit] for index in range(limit))
-        chosen.cut, chosen.truncated, chosen.left_out = self.cut, self.truncated, self.left_out
-        chosen.said = {**self.said, f"{limit} of {len(self)} samples are taken, spread evenly": None}
+        chosen.made = self.made or len(self)
         return chosen
+
+    def like(self) -> Encoded:
+        """None of the samples, with all that became of the rows."""
+        empty = Encoded(self.rows, self.limit)
+        empty.cut, empty.truncated, empty.made = self.cut, self.truncated, self.made
+        empty.left_out, empty.said = Counter(self.left_out), dict(self.said)
+        return empty
 
 
 def notes_of(features: Any) -> list[str]:

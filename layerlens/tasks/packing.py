@@ -29,8 +29,8 @@ def pack(samples: Encoded, strategy: str) -> Encoded:
         from trl import pack_dataset
     except ImportError as error:
         raise ConfigurationError(
-            f"data.packing: {strategy} is done by TRL, which is not installed ({error.name}); pip install trl, or set "
-            "data.packing: none"
+            f"data.packing: {strategy} is done by TRL, which is not installed ({error.name}); "
+            "pip install 'layerlens[trl]', or set data.packing: none"
         ) from error
     rows = [{"input_ids": one["input_ids"], "labels": one["labels"]} for one in samples]
     packed = Encoded(samples.rows, samples.limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Collate, Features, Inputs
+from layerlens.tasks.encoded import Encoded
 from layerlens.tasks.losses import IGNORED
 
 if TYPE_CHECKING:
@@ -98,6 +100,21 @@ def tokenized(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig)
     texts = [config.source_prefix + text for text in dataset.columns["text"]]
     pairs = list(dataset.columns["pair"]) if "pair" in dataset.columns else None
     return by_sample(pretrained.tokenizer(texts, pairs, truncation=True, max_length=config.max_length))
+
+
+def cut_texts(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig) -> Encoded:
+    """Texts as token ids, those longer than ``data.max_length`` as several samples, each with its special tokens."""
+    tokenizer, found = pretrained.tokenizer, Encoded(len(dataset), config.max_length)
+    if not tokenizer.is_fast:  # such a tokenizer gives the rest of one text only
+        found.extend(tokenized(pretrained, dataset, config))
+        found.truncated = sum(len(one["input_ids"]) == config.max_length for one in found)
+        return found
+    texts = [config.source_prefix + text for text in dataset.columns["text"]]
+    encoded = tokenizer(texts, truncation=True, max_length=config.max_length, return_overflowing_tokens=True)
+    of = encoded.pop("overflow_to_sample_mapping")
+    found.extend(by_sample(encoded))
+    found.cut = sum(n > 1 for n in Counter(of).values())
+    return found
 
 
 def by_sample(encoded: Any) -> list[Features]:

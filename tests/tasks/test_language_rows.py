@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from language_support import MARKED, UNMARKED, language_model, read, tokenizer
+from transformers import AutoTokenizer
 
 from layerlens.config import DataConfig
 from layerlens.exceptions import ConfigurationError, DataError
@@ -123,11 +124,11 @@ def test_long_texts_become_several_samples_that_hold_every_token(tmp_path):
     assert len(pieces) == -(-len(whole) // 32)
     assert written_by.decode(short) == "<s>the end</s>"
     assert found.notes == [
-        f"data: 1 of 2 rows are longer than data.max_length (32 tokens); cut into samples, {len(found)} in all, so "
-        "every token is used"
+        f"data: 1 of 2 rows are longer than data.max_length (32 tokens); they are cut: {len(found)} samples "
+        "have all of it"
     ]
     assert len(found.spread(3)) == 3
-    assert any("3 of" in line for line in found.spread(3).notes)
+    assert found.spread(3).notes[-1] == f"data: 3 of {len(found)} samples are taken, spread evenly"
 
 
 @pytest.mark.parametrize(
@@ -259,3 +260,20 @@ def test_pairs_of_texts_are_known_by_their_columns(tmp_path, row, texts):
     assert (dataset.texts[0], dataset.pairs[0]) == texts
     one = read(tmp_path, [row, {**row, "label": 0}], "sequence-classification", text_column=next(iter(row)))
     assert not one.pairs
+
+
+def test_long_texts_of_masked_models_are_cut_too(tmp_path, minilm_path):
+    written_by = AutoTokenizer.from_pretrained(minilm_path)
+    rows = [{"text": "one two three four five six " * 10}, {"text": "seven"}]
+    pretrained = language_model(written_by)
+    found = TASKS["masked-lm"].encode(
+        pretrained, read(tmp_path, rows, "masked-lm"), DataConfig(source="-", max_length=16), 0
+    )
+    ids = [
+        [label if label != IGNORED else token for token, label in zip(one["input_ids"], one["labels"], strict=True)]
+        for one in found
+    ]
+    whole = written_by(rows[0]["text"], add_special_tokens=False)["input_ids"]
+    assert [token for piece in ids[:-1] for token in piece[1:-1]] == whole
+    assert all(piece[0] == written_by.cls_token_id and len(piece) <= 16 for piece in ids)
+    assert "1 of 2 rows are longer" in found.notes[0]
