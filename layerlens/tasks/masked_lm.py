@@ -21,8 +21,8 @@ MASKED, RANDOM = 0.8, 0.1
 
 
 def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:
-    """Texts (long ones as several samples) in which some tokens have to be found: ``data.mlm_probability`` of those that
-    are not special, at least one; of those 80 % become the mask token, 10 % a random one, 10 % stay.
+    """Texts, long ones as several samples, of which some tokens are to be found: ``data.mlm_probability`` of the tokens
+    that are not special, at least one; of those 80 % become the mask token, 10 % a random one, 10 % stay.
 
     Which they are depends on ``seed`` and on the sample's tokens alone.
 
