@@ -9,7 +9,7 @@ import typer
 
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
-from layerlens.cli.places import Config, Debug, Json, Set
+from layerlens.cli.places import Config, Debug, Json, Set, base_dir_of
 from layerlens.exceptions import ConfigurationError
 
 DEFAULT_PATH = Path("config.yaml")
@@ -38,7 +38,18 @@ def init(
 
 
 @guarded()
-def validate(config: Config, settings: Set = None, json: Json = False, debug: Debug = False) -> None:
+def validate(
+    config: Config,
+    settings: Set = None,
+    show_sample: Annotated[
+        bool,
+        typer.Option(
+            "--show-sample", help="Read the data too, and show what was read and one sample as the model would see it."
+        ),
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Check a configuration without running it."""
     from layerlens.cli.places import read_config
     from layerlens.config.compatibility import refuse_conflicts
@@ -47,6 +58,15 @@ def validate(config: Config, settings: Set = None, json: Json = False, debug: De
     checked = read_config(config, settings or ())
     refuse_conflicts(checked, "run")
     resolve_threads(checked.runtime.threads)  # the only setting that this machine may not have
+    if show_sample:
+        from layerlens.cli.tables import data
+        from layerlens.jobs.load import look
+
+        summary = look(checked, base_dir_of(config))
+        if json:
+            output.json_result({**checked.model_dump(mode="json"), "read": summary.fields()})
+            return
+        output.console().print(data(summary, sample=True))
     if json:
         output.json_result(checked.model_dump(mode="json"))
     else:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerlens.config.compatibility import refuse_streaming
+from layerlens.config import DataConfig, RunConfig
+from layerlens.config.compatibility import refuse_conflicts, refuse_streaming
 from layerlens.data import Dataset, load_dataset
 from layerlens.data.labels import HEAD_ADVICE, in_order_of
 from layerlens.exceptions import ModelSpecError
@@ -26,10 +28,12 @@ from layerlens.jobs.memory_mode import (
     reason_of,
 )
 from layerlens.models import ModelSpec
+from layerlens.models.data_summary import DataSummary
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.sources import load_pretrained
 from layerlens.tasks import Batches, Task, make_batches, task_for
 from layerlens.tasks.encoded import notes_of
+from layerlens.tasks.summary import summarise
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +77,10 @@ class Loaded:
     request: StatisticsRequest
     new_head: NewHead = field(default_factory=NewHead)
     example: Mapping[str, torch.Tensor] | None = None
+
+    def summary(self, config: DataConfig) -> DataSummary:
+        """What was read, and one sample as the model sees it."""
+        return summarise(self.task, self.pretrained, self.dataset, self.calibration, self.batches, config)
 
     def batches_of(self, job: Job, samples: Dataset, batch_size: int | None = None) -> Batches:
         """Samples as batches, of ``data.batch_size`` unless given."""
@@ -166,3 +174,22 @@ def _load(
     )
     request = statistics_request(config)
     return Loaded(pretrained, dataset, calibration, head_data, held_out, batches, spec, plan, task, request)
+
+
+def look(config: RunConfig, base_dir: Path) -> DataSummary:
+    """What a run would read, and one sample as the model would see it; weights stay on disk where they can.
+
+    Raises:
+        LayerLensError: see ``load``.
+    """
+    refuse_conflicts(config, "run")
+    job = Job(config, base_dir, base_dir)
+    dataset = load_dataset(config.data, base_dir, config.model.task)
+    mode = PLAIN if config.model.source.why_not_streamable(config.model.reference) else STREAMED
+    try:
+        loaded = _load(job, dataset, MemoryPlan(mode, "", {}))
+    except ModelSpecError as error:
+        if mode == PLAIN or error.exit_code != ModelSpecError.exit_code:
+            raise
+        loaded = _load(job, dataset, MemoryPlan(PLAIN, "", {}))
+    return loaded.summary(config.data)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.language_rows import read_language, recognise
 from layerlens.data.table import Table
+from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.losses import IGNORED, token_loss
 from layerlens.tasks.metrics import TOKENS
 from layerlens.tasks.task import Task
 from layerlens.tasks.text import padded_inputs, padded_labels, tokenized
+
+if TYPE_CHECKING:
+    import torch
 
 SOURCES = ("source", "text", "document", "article", "dialogue", "input")
 TARGETS = ("target", "summary", "highlights", "translation", "output")
@@ -60,10 +64,29 @@ def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inpu
     width = max(len(row["labels"]) for row in rows)
     width += width == inputs["input_ids"].shape[1]
     labels = padded_labels(rows, width, "right")
-    model: Any = pretrained.model
-    inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    inputs["decoder_input_ids"] = decoder_inputs(pretrained.model, labels)
     inputs["decoder_attention_mask"] = (labels != IGNORED).long()
     return inputs, labels
+
+
+def decoder_inputs(model: Any, labels__bt: torch.Tensor) -> torch.Tensor:
+    """The labels one place to the right, after the token that the decoder starts with: as the model makes them, or, of
+    models that do so inside of ``forward`` alone (M2M100, NLLB), as transformers' ``shift_tokens_right`` has it.
+    """
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        made: torch.Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels__bt)
+        return made
+    config = model.config.get_text_config(decoder=True)
+    start, pad = config.decoder_start_token_id, config.pad_token_id
+    start = model.config.decoder_start_token_id if start is None else start
+    if start is None:
+        raise ConfigurationError(
+            f"model.name_or_path: the configuration of {type(model).__name__} has no decoder_start_token_id; set it in "
+            "config.json to the token that its decoder starts with"
+        )
+    shifted = labels__bt.roll(1, dims=1)
+    shifted[:, 0] = start
+    return shifted.masked_fill(shifted == IGNORED, pad if pad is not None else start)
 
 
 TASK = Task(
