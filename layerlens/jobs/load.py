@@ -16,7 +16,7 @@ from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.placement import placed, placement_arguments
 from layerlens.integrations.pretrained import PretrainedModel
-from layerlens.jobs.inputs import check_model, split_samples, statistics_request
+from layerlens.jobs.inputs import calibration_samples, check_model, split_samples, statistics_request
 from layerlens.jobs.job import Job, Warnings
 from layerlens.jobs.memory_mode import (
     PLAIN,
@@ -159,7 +159,7 @@ def _load(
     calibration, head_data, held_out = split_samples(dataset, config, heard)
     batches = make_batches(
         task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed,
-        limit=len(calibration),
+        limit=max(len(calibration), calibration_samples(config, len(dataset))),
     )  # fmt: skip
     if task.reference is not None and (config.profiling.proxies.options or config.optimization.proxy_check.steps):
         task.reference(pretrained.model, pretrained, batches.features, config.data.batch_size)

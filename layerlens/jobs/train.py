@@ -19,7 +19,7 @@ from layerlens.data.labels import in_order_of
 from layerlens.exceptions import ConfigurationError, ManifestError
 from layerlens.integrations.peft import base_of
 from layerlens.integrations.pretrained import PretrainedModel
-from layerlens.integrations.torch_modules import in_evaluation_mode
+from layerlens.integrations.torch_modules import in_evaluation_mode, without_dropout
 from layerlens.jobs.baseline import baseline_facts, prepare_baseline
 from layerlens.jobs.inputs import check_model
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
@@ -265,6 +265,7 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
         with job.progress.stage("Computing the reference's log-probabilities"):
             for samples in (data.train, data.evaluation):
                 task.reference(prepared.model, pretrained, samples, config.training.eval_batch_size)
+        without_dropout(prepared.model)  # as DPOTrainer trains: else a pair would be compared with its own noise
     return job, Trainee(manifest, pretrained, task, data, prepared, timed, before_ms)
 
 

@@ -74,6 +74,8 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
             "rejected_ids": rejected, "rejected_labels": completion(rejected, start),
         })  # fmt: skip
     found.said |= chat.said
+    if config.packing != "none":
+        found.said["preference pairs are not packed, by LayerLens as by DPOTrainer (data.packing)"] = None
     return found
 
 
@@ -175,6 +177,7 @@ TASK = Task(
     metrics=Metrics(_record, _finish, ("loss",)),
     auto_class="AutoModelForCausalLM",
     model_targets=(),
+    synthetic_labels=lambda ids__bt: ids__bt.clone(),
     reference=add_reference,
     study=False,
 )

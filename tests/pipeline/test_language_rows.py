@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from layerlens.cli.main import app
 from layerlens.config import RunConfig
+from layerlens.exceptions import ConfigurationError
 from layerlens.manifest import read_manifest
 from layerlens.pipeline import run_config
 from layerlens.sources import load_pretrained
@@ -140,3 +141,38 @@ def test_pairs_are_measured_alike_however_the_model_is_held(tmp_path, model, mod
     other = plain.model_copy(update={"profiling": plain.profiling.model_copy(update={"memory_mode": mode})})
     run_config(other, base_dir=tmp_path)
     assert utilities(tmp_path) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("packing", ["bfd_split", "wrapped"])
+def test_packed_texts_are_measured_and_trained(tmp_path, model, packing):
+    texts = [{"text": f"{n} is in the end"} for n in range(60)]
+    config = job(tmp_path, model, [*texts, {"text": "in the end " * 40}], max_steps=4)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"packing": packing})})
+    result = run_config(config, base_dir=tmp_path)
+    assert any("texts are packed into" in line for line in result.warnings)
+    trained = train(tmp_path, "c", "tuned", "--set", f"data.packing={packing}")
+    assert trained.exit_code == 0, trained.stderr
+    facts = json.loads((tmp_path / "tuned/metrics.json").read_text())
+    assert facts["after"]["loss"] != facts["before"]["loss"]
+
+
+def test_packing_of_another_task_is_refused(tmp_path, model):
+    config = job(tmp_path, model, TEXTS)
+    config = config.model_copy(update={
+        "model": config.model.model_copy(update={"task": "masked-lm"}),
+        "data": config.data.model_copy(update={"packing": "bfd"}),
+    })  # fmt: skip
+    with pytest.raises(ConfigurationError, match=r"data\.packing: bfd is for causal-lm, not for masked-lm"):
+        run_config(config, base_dir=tmp_path)
+
+
+def test_proxies_and_a_named_task_take_pairs(tmp_path, model):
+    config = job(tmp_path, model, PAIRS)
+    proxies = config.profiling.proxies.model_copy(update={"options": 2, "steps": 3, "held_out_samples": 8})
+    config = config.model_copy(update={
+        "model": config.model.model_copy(update={"task": "dpo"}),
+        "profiling": config.profiling.model_copy(update={"proxies": proxies}),
+    })  # fmt: skip
+    result = run_config(config, base_dir=tmp_path)
+    assert result.manifest.model.task == "dpo"
+    assert result.manifest.allocations
