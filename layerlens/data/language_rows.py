@@ -213,15 +213,15 @@ def _sample(row: dict[str, Any], found: Recognised, config: DataConfig) -> dict[
 def _pair(row: dict[str, Any], found: Recognised) -> dict[str, Any]:
     columns, prompt = found.columns, row.get("prompt")
     if any(map(is_conversation, (row["chosen"], row["rejected"], prompt))):
-        chosen, rejected = (_turns_of(row, part, "assistant", columns) for part in ("chosen", "rejected"))
+        better, worse = (_turns_of(row, part, "assistant", columns) for part in ("chosen", "rejected"))
         if is_conversation(prompt):
-            asked = conversation(prompt, columns["prompt"], whole=False)
-            return {"prompt": asked, "chosen": chosen, "rejected": rejected}
-        shared = _shared(chosen, rejected)
+            turns = conversation(prompt, columns["prompt"], whole=False)
+            return {"prompt": turns, "chosen": better, "rejected": worse}
+        shared = _shared(better, worse)
         asked = text_of(prompt if prompt is not None else row.get("question"))
         if not shared and asked:  # the answers alone, beside a prompt that is a text
-            return {"prompt": question_turns(asked, text_of(row.get("system"))), "chosen": chosen, "rejected": rejected}
-        return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+            return {"prompt": question_turns(asked, text_of(row.get("system"))), "chosen": better, "rejected": worse}
+        return {"prompt": better[:shared], "chosen": better[shared:], "rejected": worse[shared:]}
     chosen, rejected = (_needed(row, part, columns) for part in ("chosen", "rejected"))
     if chosen == rejected:
         raise OddRow("chosen and rejected are the same")

@@ -263,6 +263,7 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
     prepared = _prepared(job, order, manifest, pretrained, data)
     if task.reference is not None:
         with job.progress.stage("Computing the reference's log-probabilities"):
+            samples: Any
             for samples in (data.train, data.evaluation):
                 task.reference(prepared.model, pretrained, samples, config.training.eval_batch_size)
         without_dropout(prepared.model)  # as DPOTrainer trains: else a pair would be compared with its own noise

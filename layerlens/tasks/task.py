@@ -113,7 +113,8 @@ def task_for(config: ModelConfig, base_dir: Path | None = None, dataset: Dataset
     """
     task: Task = TASKS[(dataset.task if dataset is not None else "") or config.task]
     if task.name == "dpo":
-        return replace(task, loss=partial(task.loss, beta=config.dpo_beta))
+        of_pairs: Any = task.loss
+        return replace(task, loss=partial(of_pairs, beta=config.dpo_beta))
     if config.loss is None:
         return task
     return replace(task, loss=own_loss(load_function(config.loss, "model.loss", base_dir), config.loss))
