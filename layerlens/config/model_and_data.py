@@ -178,7 +178,7 @@ class DataConfig(ConfigModel):
     max_rows: int | None = Field(
         default=None,
         ge=2,
-        description="Most rows that are read, spread evenly over the source. When not given, all, or as many as 512 MB "
+        description="Most rows that are kept, drawn from the whole source. When not given, all, or as many as 512 MB "
         "of the source have.",
     )
     max_image_pixels: int = Field(

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from layerlens.data.rows import Rows, SourceRows
+from layerlens.data.rows import Rows, SourceRows, drawn_places
 from layerlens.exceptions import DataError, DataNotFoundError
 
 DEFAULT_SPLIT = "train"
@@ -87,7 +87,7 @@ def _told(name: str, place: str, split: str, message: str) -> str:
 
 
 def _keep(dataset: Any, found: SourceRows) -> None:
-    """The rows of a data set that are to be kept, spread evenly where they are not all."""
+    """The rows of a data set that are to be kept, drawn where they are not all."""
     found.total = len(dataset)
     stored = int(getattr(getattr(dataset, "data", None), "nbytes", 0) or 0)
     most = found.max_rows
@@ -95,7 +95,7 @@ def _keep(dataset: Any, found: SourceRows) -> None:
         most = max(1, found.total * found.max_bytes // stored)
     places = list(range(found.total))
     if most is not None and most < found.total:
-        places = [place * found.total // most for place in range(most)]
+        places = drawn_places(found.total, most)
         dataset = dataset.select(places)
     found.rows, found.numbers = dataset_rows(dataset), [place + 1 for place in places]
 

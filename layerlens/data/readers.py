@@ -46,10 +46,9 @@ def _add_object(line: Line, found: SourceRows) -> None:
         found.leave_out(f"(line {line.number}) is not text: {line.fault}")
         return
     try:
-        value = object_of(line.text, found)
+        value = object_of(line.text.rstrip(), found)
     except json.JSONDecodeError as error:
-        column = min(error.colno, len(line.text.rstrip()) + 1)
-        found.leave_out(f"(line {line.number}, column {column}) is not JSON: {error.msg}")
+        found.leave_out(f"(line {line.number}, column {error.colno}) is not JSON: {error.msg}")
         return
     except RecursionError:
         found.leave_out(f"(line {line.number}) is not JSON that can be read: it is nested too deep")

@@ -1,11 +1,13 @@
 """The rows of a source, and what reading them told: how many there are, which were left out and why.
 
 A reader asks ``wanted`` for every row that it comes to and ``add``s those that are. Of a source that is larger than may
-be kept, every second row is dropped each time it is full, so that what stays is spread evenly over the whole of it.
+be kept, half of the rows are dropped each time it is full: a draw by their places, the same in every run, since every
+second one might be of one class.
 """
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,6 +17,7 @@ from typing import Any
 LINE = re.compile(r"\(line [^)]*\) |byte [\d,]+ .*")
 """What differs between reasons of one kind."""
 Rows = list[dict[str, Any]]
+MASK = 2**64 - 1
 MOST_BYTES = 2**29
 """Of a source, as it is stored, that are kept in memory where ``data.max_rows`` says nothing."""
 
@@ -46,7 +49,7 @@ class SourceRows:
     def wanted(self) -> bool:
         """Count the next row; whether it is one of those to be kept."""
         self.total += 1
-        return (self.total - 1) % self._step == 0
+        return _drawn(self.total, self._step)
 
     def add(self, row: dict[str, Any], n_bytes: int = 0) -> None:
         """Keep the row that was counted last, which takes so many bytes in the source."""
@@ -56,7 +59,7 @@ class SourceRows:
         full = self._bytes > self.max_bytes if self.max_rows is None else len(self.rows) >= 2 * self.max_rows
         if full and len(self.rows) > 1:
             self._step *= 2
-            kept = [place for place, number in enumerate(self.numbers) if (number - 1) % self._step == 0]
+            kept = [place for place, number in enumerate(self.numbers) if _drawn(number, self._step)]
             self._bytes *= len(kept) / len(self.rows)
             self.rows, self.numbers = [self.rows[place] for place in kept], [self.numbers[place] for place in kept]
 
@@ -73,13 +76,12 @@ class SourceRows:
         """The same with no more than ``max_rows``, and a note where some of the source was not kept."""
         n = len(self.rows)
         if self.max_rows is not None and n > self.max_rows:
-            kept = [place * n // self.max_rows for place in range(self.max_rows)]
+            kept = drawn_places(n, self.max_rows)
             self.rows, self.numbers = [self.rows[place] for place in kept], [self.numbers[place] for place in kept]
         if len(self.rows) + len(self.left_out) < self.total:
             limit = f"{self.max_bytes / 2**20:.0f} MB" if self.max_rows is None else f"{self.max_rows:,} rows"
             self.note(
-                f"{len(self.rows):,} of {self.total:,} rows were read, spread evenly, so that {limit} are in memory "
-                "(data.max_rows)"
+                f"{len(self.rows):,} of {self.total:,} rows were drawn, so that {limit} are in memory (data.max_rows)"
             )
         return self
 
@@ -88,6 +90,24 @@ class SourceRows:
         """Rows that are in memory already."""
         found = [dict(row) for row in rows]
         return cls(rows=found, numbers=list(range(1, len(found) + 1)), total=len(found))
+
+
+def drawn_places(total: int, n: int) -> list[int]:
+    """``n`` of so many places, in their order; the same in every run."""
+    return sorted(random.Random(0).sample(range(total), n))
+
+
+def _drawn(number: int, one_of: int) -> bool:
+    """Whether a row is of the share 1 / ``one_of`` (a power of two) that is kept, which is part of every larger share.
+
+    MurmurHash3's finaliser mixes the bits of its place.
+    """
+    if one_of == 1:
+        return True
+    mixed = number & MASK
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        mixed = ((mixed ^ (mixed >> 33)) * factor) & MASK
+    return (mixed ^ (mixed >> 33)) % one_of == 0
 
 
 @dataclass(frozen=True)

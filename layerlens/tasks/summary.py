@@ -133,11 +133,10 @@ def _shown(task: Task, pretrained: PretrainedModel, samples: Dataset, batches: B
     for name, row in zip(list(found), rows, strict=True):
         own = of_rows[row]
         said = f"loss on the {name}" if batch.rows > 1 else "loss on"
-        if samples.label_names:
-            ids = batch.inputs["input_ids"][row][own != IGNORED]
+        if samples.label_names and "words" in samples.columns:
+            words = samples.columns["words"][int(batch.index[place])]
             tags = [samples.label_names[int(tag)] for tag in own[own != IGNORED]]
-            words = [f"{decode([int(token)]).strip()}/{tag}" for token, tag in zip(ids, tags, strict=True)]
-            found[said] = _short(" ".join(words))
+            found[said] = _short(" ".join(f"{word}/{tag}" for word, tag in zip(words, tags, strict=False)))
         elif task.token_labels or batch.rows > 1:
             counted = own.clone()
             counted[: task.shift] = IGNORED
