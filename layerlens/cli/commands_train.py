@@ -122,16 +122,18 @@ def _configuration(manifest: Path, config: Path | None, settings: list[str] | No
 def _as_json(result: TrainedModel) -> dict[str, Any]:
     from dataclasses import asdict
 
-    return asdict(result)
+    return {**asdict(result), "data": None if result.data is None else result.data.fields()}
 
 
 def _show(result: TrainedModel) -> None:
     from rich.text import Text
 
     from layerlens.cli.output import amount, scaled, significant
-    from layerlens.cli.tables import new_table
+    from layerlens.cli.tables import data, new_table
 
     console, training = output.console(), result.training
+    if result.data is not None:
+        console.print(data(result.data))
     if result.after:
         table = new_table("On the test split")
         table.add_column("")

@@ -14,7 +14,7 @@ import torch
 
 from layerlens.config import RunConfig
 from layerlens.cost.measure import forward_ms
-from layerlens.data import load_dataset
+from layerlens.data import Dataset, load_dataset
 from layerlens.data.labels import in_order_of
 from layerlens.exceptions import ConfigurationError, ManifestError
 from layerlens.integrations.peft import base_of
@@ -29,9 +29,11 @@ from layerlens.jobs.solve import versions
 from layerlens.manifest.files import read_document, write_manifest
 from layerlens.methods import injected_sizes
 from layerlens.models import Manifest
+from layerlens.models.data_summary import DataSummary
 from layerlens.storage import shown
-from layerlens.tasks import Task, task_for
+from layerlens.tasks import Task, make_batches, task_for
 from layerlens.tasks.metrics import TARGETS
+from layerlens.tasks.summary import summarise
 from layerlens.tuning import apply, load, read_factors, save
 from layerlens.tuning.base_model import base_reference, load_base
 from layerlens.tuning.baselines import Finished, Prepared
@@ -53,6 +55,8 @@ METRICS_FILE, CHECKPOINTS = "metrics.json", "checkpoints"
 OWNED = (METRICS_FILE, "manifest.json", "manifest.yaml")
 TRAINED_FILES = (*OWNED, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULES_FILE)
 TIMING_SECONDS = 0.5
+SUMMARISED = 256
+"""Training samples that the figures of the data are of."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class TrainedModel:
         warnings: what the user should know, a line each.
         baseline: its name, note, and parameters trained and kept; empty where the manifest's choice was trained.
         manifest: what was trained; None where it was a baseline.
+        data: what was read, with figures of some of the training samples.
     """
 
     directory: Path
@@ -80,6 +85,7 @@ class TrainedModel:
     warnings: tuple[str, ...] = ()
     baseline: dict[str, Any] = field(default_factory=dict)
     manifest: Manifest | None = None
+    data: DataSummary | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -201,6 +207,7 @@ class Trainee:
         prepared: the model with what trains in it.
         timed: what inference is timed on.
         before_ms: forward time of the base model alone; None in all processes but the first.
+        summary: what was read.
     """
 
     manifest: Manifest
@@ -210,6 +217,7 @@ class Trainee:
     prepared: Prepared
     timed: dict[str, torch.Tensor]
     before_ms: float | None
+    summary: DataSummary
 
 
 def _train(job: Job, order: Order, manifest: Manifest, created_at: str) -> TrainedModel:
@@ -238,6 +246,7 @@ def _train(job: Job, order: Order, manifest: Manifest, created_at: str) -> Train
     return TrainedModel(
         job.output, files, before, result.metrics, inference_ms, result, tuple(job.warnings.lines),
         baseline=facts.get("baseline", {}), manifest=manifest if order.baseline is None else None,
+        data=trainee.summary,
     )  # fmt: skip
 
 
@@ -257,6 +266,7 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
         check_model(pretrained, config)
         task = task_for(config.model, job.base_dir, dataset)
         data = training_data(dataset, pretrained, task, config, job.warnings.add)
+        summary = _summary(task, pretrained, dataset, config)
         base = pretrained.model.to("cuda" if torch.cuda.is_available() else "cpu")
     timed = _timed_batch(data, config, task, base)
     before_ms = _inference_ms(base, timed) if is_main_process() else None
@@ -267,7 +277,17 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
             for samples in (data.train, data.evaluation):
                 task.reference(prepared.model, pretrained, samples, config.training.eval_batch_size)
         without_dropout(prepared.model)  # as DPOTrainer trains: else a pair would be compared with its own noise
-    return job, Trainee(manifest, pretrained, task, data, prepared, timed, before_ms)
+    return job, Trainee(manifest, pretrained, task, data, prepared, timed, before_ms, summary)
+
+
+def _summary(task: Task, pretrained: PretrainedModel, dataset: Dataset, config: RunConfig) -> DataSummary:
+    """What was read; tokens are counted on as many training samples as are looked at."""
+    train, _ = dataset.split_test()
+    some = train.select([place * len(train) // SUMMARISED for place in range(SUMMARISED)] if len(train) > SUMMARISED
+                        else range(len(train)))  # fmt: skip
+    seed, size = config.runtime.seed, config.data.batch_size
+    batches = make_batches(task, pretrained, some, config.data, batch_size=size, seed=seed, limit=SUMMARISED)
+    return summarise(task, pretrained, dataset, some, batches, config.data)
 
 
 def _prepared(job: Job, order: Order, manifest: Manifest, pretrained: PretrainedModel, data: TrainingData) -> Prepared:
