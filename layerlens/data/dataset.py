@@ -11,6 +11,8 @@ from layerlens.data.rows import Reading
 from layerlens.exceptions import DataError
 
 TEST_SHARE = 0.15
+FEWEST = 2
+"""Samples that something can be measured on."""
 
 
 @runtime_checkable
@@ -104,12 +106,12 @@ class Dataset:
             DataError: fewer than 2 samples are left for calibration.
         """
         keyed = []
-        for index, content in enumerate(self.digests()):
-            if not _of_test(content):
+        for index, (content, test) in enumerate(self._digests_and_test()):
+            if not test:
                 keyed.append((hashlib.sha256(f"{seed}:{index}:".encode() + content).digest(), index))
         order = [index for _, index in sorted(keyed)]
         calibration = order[:n_calibration]
-        if len(calibration) < 2:
+        if len(calibration) < FEWEST:
             raise DataError(
                 f"data.source: {len(self)} samples leave {len(calibration)} for calibration after the {TEST_SHARE:.0%} "
                 "test split; give at least 2, better 256 or more"
@@ -118,10 +120,19 @@ class Dataset:
 
     def split_test(self) -> tuple[Dataset, Dataset]:
         """(training, test) samples: the test split that ``split`` leaves alone, and all the others, in their order."""
-        of_test = [_of_test(content) for content in self.digests()]
+        of_test = [test for _, test in self._digests_and_test()]
         parts = ([index for index, test in enumerate(of_test) if test is wanted] for wanted in (False, True))
         train, test = (self.select(part) for part in parts)
         return train, test
+
+    def _digests_and_test(self) -> list[tuple[bytes, bool]]:
+        """Of each sample what it is told apart by, and whether it is of the test split: of none where that would leave
+        fewer than 2, as where all samples are the same.
+        """
+        digests = self.digests()
+        test = [_of_test(content) for content in digests]
+        enough = len(test) - sum(test) >= FEWEST
+        return [(content, one and enough) for content, one in zip(digests, test, strict=True)]
 
     def digests(self) -> list[bytes]:
         """SHA-256 of what each sample is told apart by."""

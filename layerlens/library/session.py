@@ -234,7 +234,7 @@ def _loaded(
     )  # fmt: skip
     if taken.rows is not None:
         kind = _needed(task, model)
-        found = dataset_of(SourceRows.of(taken.rows), source, config.data, kind.read)
+        found = dataset_of(SourceRows.of(taken.rows), str(source), config.data, kind.read)
         dataset = replace(found, description=taken.said)
         return _of_rows(objects, config_with, pretrained, kind, said, dataset, warnings)
     return _of_batches(objects, config_with, pretrained, task, said, taken, loss[0])

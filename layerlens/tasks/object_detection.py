@@ -58,7 +58,7 @@ def load(config: DataConfig, base_dir: Path | None) -> Dataset:
 def read(table: Table, config: DataConfig) -> Dataset:
     """Images, and the objects in them: lists of (class, x1, y1, x2, y2) with places in shares of the image."""
     column = table.find(config.label_column, "label_column", ("objects",))
-    labels: list[Objects] = []
+    labels: list[Any] = []
     for place, objects in enumerate(table.values(column)):
         try:
             labels.append(tuple((str(kind), *map(float, box)) for kind, *box in objects))

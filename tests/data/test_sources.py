@@ -158,3 +158,10 @@ def test_second_sentences_are_part_of_a_sample(tmp_path: Path):
     assert not set(calibration.pairs) & set(head.pairs)
     alone = read(tmp_path, "e.jsonl", content, text_column="a")
     assert alone.fingerprint != dataset.fingerprint
+
+
+def test_samples_that_are_all_the_same_are_not_all_test_data():
+    same = [Dataset({"text": (text,) * 6}, (None,) * 6) for text in ("train", "valid", "x")]
+    sides = [len(dataset.split_test()[0]) for dataset in same]
+    assert sides == [6, 6, 6]  # "train" by itself is of the test split: its digest is below 15 %
+    assert len(same[0].split(4, 0, seed=0)[0]) == 4
