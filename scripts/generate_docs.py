@@ -151,7 +151,7 @@ def _type(annotation: Any) -> str:
         return _listed(arguments[1].names)
     if origin is typing.Literal:
         return _listed(arguments)
-    if origin is tuple:
+    if origin in (tuple, list):
         return f"list of {_type(arguments[0]).replace('number', 'numbers')}"
     if origin is dict:
         return f"mapping to {_type(arguments[1])}"

@@ -87,6 +87,10 @@ def validate(
     max_latency: MaxLatency = None,
     methods: Methods = None,
     settings: Set = None,
+    show_sample: Annotated[
+        bool,
+        typer.Option("--show-sample", help="Read all of the data, and show one sample as the model would see it."),
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -99,12 +103,23 @@ def validate(
     checked = read_config(config, all_settings(config, options, settings))
     resolve_threads(checked.runtime.threads)  # the only setting that this machine may not have
     checked, guess, found = look(checked, base_dir_of(config))
+    summary = None
+    if show_sample:
+        from layerlens.jobs.load import summary_of
+
+        summary = summary_of(checked, base_dir_of(config))
     if json:
-        output.json_result(checked.model_dump(mode="json"))
+        read = {} if summary is None else {"read": summary.fields()}
+        output.json_result(checked.model_dump(mode="json") | read)
         return
-    for line in (str(guess) if guess else "", f"Data: {found}" if found else ""):
-        if line:
-            output.note(line)
+    if guess is not None:
+        output.note(str(guess))
+    if summary is not None:
+        from layerlens.cli.tables import data as data_table
+
+        output.console().print(data_table(summary, sample=True))
+    elif found:
+        output.note(f"Data: {found}")
     if config is None:
         output.note("The options are valid. Run them with: layerlens run, and the same options")
     else:

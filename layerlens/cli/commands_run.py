@@ -32,6 +32,7 @@ from layerlens.cli.places import (
     Output,
     Quiet,
     Set,
+    Verbose,
     absolute,
     base_dir_of,
     budget_of,
@@ -68,6 +69,7 @@ def run(
     directory: Output = None,
     settings: Set = None,
     explain: Explain = False,
+    verbose: Verbose = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure the model anew, and keep nothing.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -99,7 +101,7 @@ def run(
     if json:
         output.json_result(as_json(result) | ({"guess": asdict(guess)} if guess else {}))
     else:
-        _show(result, json, quiet, explain)
+        _show(result, json, quiet, explain, verbose)
 
 
 @guarded("no result was written")
@@ -174,13 +176,13 @@ def do(job: Callable[[Progress, Callable[[str], None]], Result], quiet: bool) ->
         output.state.live = None
 
 
-def _show(result: RunResult, json: bool, quiet: bool, explain: bool) -> None:
+def _show(result: RunResult, json: bool, quiet: bool, explain: bool, verbose: bool = False) -> None:
     from layerlens.cli.tables import as_json, show
 
     if json:
         output.json_result(as_json(result))
     elif not quiet:
-        show(result, output.console(), explain=explain)
+        show(result, output.console(), explain=explain, sample=verbose)
 
 
 def _unheard(_line: str) -> None:

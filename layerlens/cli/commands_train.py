@@ -11,6 +11,7 @@ from layerlens.cli import output
 from layerlens.cli.commands_run import do, load
 from layerlens.cli.errors import guarded
 from layerlens.cli.places import Debug, Json, Quiet, Set, base_dir_of
+from layerlens.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
     from layerlens.config import RunConfig
@@ -47,6 +48,15 @@ def train(
             show_default=False,
         ),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Directory of an earlier training of the same manifest to go on from (SFT, then DPO); what is trained "
+            "starts as it is there.",
+            show_default=False,
+        ),
+    ] = None,
     settings: Set = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew; remove the checkpoints there.")] = False,
     keep_checkpoints: Annotated[
@@ -64,6 +74,10 @@ def train(
     from layerlens.jobs.train import train_manifest
     from layerlens.utils.launch import is_main_process
 
+    if baseline is not None and start is not None:
+        raise ConfigurationError(
+            "--from goes on with the manifest's own choice, and --baseline trains another; give one"
+        )
     if baseline is not None:
         from layerlens.tuning.baselines import known_baseline
 
@@ -80,6 +94,7 @@ def train(
             baseline=baseline,
             restart=restart,
             keep_checkpoints=keep_checkpoints,
+            start=start,
             progress=progress,
             warn=warn,
         ),
@@ -107,16 +122,18 @@ def _configuration(manifest: Path, config: Path | None, settings: list[str] | No
 def _as_json(result: TrainedModel) -> dict[str, Any]:
     from dataclasses import asdict
 
-    return asdict(result)
+    return {**asdict(result), "data": None if result.data is None else result.data.fields()}
 
 
 def _show(result: TrainedModel) -> None:
     from rich.text import Text
 
     from layerlens.cli.output import amount, scaled, significant
-    from layerlens.cli.tables import new_table
+    from layerlens.cli.tables import data, new_table
 
     console, training = output.console(), result.training
+    if result.data is not None:
+        console.print(data(result.data))
     if result.after:
         table = new_table("On the test split")
         table.add_column("")

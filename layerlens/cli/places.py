@@ -124,6 +124,7 @@ Explain = Annotated[
     bool,
     typer.Option("--explain", help="Show for every layer the runner-up and what would make it win."),
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show one sample of the data as the model sees it.")]
 Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON to stdout, and no tables.")]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory for the results, instead of the configuration's.")

@@ -16,6 +16,7 @@ from layerlens.manifest.grid import Grid, grid_of
 from layerlens.manifest.layer_names import Position, positions
 from layerlens.manifest.summary import peft_holds
 from layerlens.models import LayerExplanation, Manifest, ManifestRow, Option, Predicted, ResourceUse
+from layerlens.models.data_summary import DataSummary
 from layerlens.registry import METHODS
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def _option(option: Option) -> str:
     return f"{option.method} {option.rank}" if option.rank else _UNCHANGED
 
 
-def new_table(title: str, caption: str | None = None) -> Table:
+def new_table(title: str, caption: str | None = None, *, show_header: bool = True) -> Table:
     """An empty table in the style of all tables."""
     return Table(
         title=title,
@@ -227,6 +228,7 @@ def new_table(title: str, caption: str | None = None) -> Table:
         title_style="bold",
         caption_style="dim",
         box=box.SIMPLE_HEAD,
+        show_header=show_header,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
@@ -243,10 +245,21 @@ FILE_MEANINGS = {
 }
 
 
-def show(result: RunResult, console: Console, *, explain: bool = False) -> None:
+def data(summary: DataSummary, *, sample: bool = False) -> RenderableType:
+    """What was read, a line for each thing, and with ``sample`` one sample as the model sees it."""
+    table = new_table("Data", show_header=False)
+    table.add_column("", style="dim")
+    table.add_column("", overflow="fold")
+    for name, value in [*summary.facts(), *(summary.shown.items() if sample else ())]:
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def show(result: RunResult, console: Console, *, explain: bool = False, sample: bool = False) -> None:
     """Write the summary of a run for people."""
     manifest = result.manifest
-    parts = [chosen(manifest), budgets(manifest.resources), certificate(manifest)]
+    read = [data(result.data, sample=sample)] if result.data is not None else []
+    parts = [*read, chosen(manifest), budgets(manifest.resources), certificate(manifest)]
     told = calibration(manifest.predicted)
     if told is not None:
         parts.append(told)
@@ -263,8 +276,6 @@ def show(result: RunResult, console: Console, *, explain: bool = False) -> None:
             Text.assemble(f"  {paths[name]:{width}}  ", (FILE_MEANINGS.get(name, name), "dim")), soft_wrap=True
         )
     console.print()
-    if result.data:
-        console.print(Text(f"Data: {result.data}", style="dim"), soft_wrap=True)
     console.print(Text(_time(result), style="dim"), soft_wrap=True)
     console.print(Text.assemble("Next: ", (next_command(result), "bold")), soft_wrap=True)
 
@@ -296,7 +307,7 @@ def as_json(result: RunResult) -> dict[str, Any]:
         "statistics_from_cache": result.statistics_from_cache,
         "seconds": result.seconds,
         "warnings": list(result.warnings),
-        "data": result.data,
+        "data": None if result.data is None else result.data.fields(),
     }
 
 

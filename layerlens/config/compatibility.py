@@ -177,6 +177,13 @@ CONFLICTS = (
         ),
     ),
     Conflict(
+        "packing and another task",
+        lambda x: _where(
+            x.data.packing != "none" and x.model.task != "causal-lm",
+            f"data.packing: {x.data.packing} is for causal-lm, not for {x.model.task}; set it to none",
+        ),
+    ),
+    Conflict(
         "layers of a method that is not on offer",
         lambda x: _least_of_a_method_not_offered(x.optimization),
     ),

@@ -39,6 +39,11 @@ class ModelConfig(ConfigModel):
         description="`module:function` for the task `custom`: (model output, targets of the batch) -> loss of each "
         "sample, a tensor [batch]. A sample's loss must not depend on the others in its batch.",
     )
+    dpo_beta: float = Field(
+        default=0.1,
+        gt=0,
+        description="Of preference pairs: how much a change of log-probabilities weighs in DPO's loss.",
+    )
     task: TaskName = Field(
         default="",
         description="What the model is to be fine-tuned for; docs/configuration.md says of each task what its samples "
@@ -49,6 +54,12 @@ class ModelConfig(ConfigModel):
         default="float32",
         description="Precision of the weights while profiling, and of the base model in later fine-tuning. Sums of "
         "statistics are float32 or wider in any case.",
+    )
+    new_head: bool = Field(
+        default=False,
+        description="Give a checkpoint that has a trained head the classes of the data in place of its own. Its head "
+        "is made anew where their number differs, else it goes on from the trained weights. Without it the data's "
+        "classes must be among the checkpoint's (see `data.label_names`).",
     )
     head_fit_samples: int = Field(
         default=512,
@@ -101,8 +112,10 @@ class DataConfig(ConfigModel):
 
     source: str = Field(
         min_length=1,
-        description="A .jsonl, .csv or .parquet file; a directory that `datasets` saved with save_to_disk; "
-        "`hf:NAME:SPLIT` for a data set of the Hugging Face hub; a folder with a sub-folder of images for each class; "
+        description="A .jsonl, .json, .csv, .tsv or .parquet file (.gz too); a .conll, .bio or .conllu file of words "
+        "with their tags; a folder of such files, of which those of the split train are read; a directory that "
+        "`datasets` saved with save_to_disk; `hf:NAME:SPLIT` or `hf:NAME/CONFIG:SPLIT` for a data set of the Hugging "
+        "Face hub; a folder with a sub-folder of images for each class; "
         "`module:function` of yours, which returns rows (for the task custom: a map-style data set or batches); "
         "`builtin:stdlib-docstrings` (docstrings of the running Python's standard library, labelled by the package "
         "they come from); `builtin:digits` (8 × 8 handwritten digits; needs scikit-learn); for `object-detection` the "
@@ -118,16 +131,56 @@ class DataConfig(ConfigModel):
         default=None,
         description="Column with the second sentence, for tasks on sentence pairs; of question-answering the context.",
     )
-    label_column: str | None = Field(
+    label_column: str | list[str] | None = Field(
         default=None,
-        description="Column with the label; `label`, `labels`, `class` or `target` when not given. Of seq2seq the "
+        description="Column with the label; `label`, `labels`, `class` or `target` when not given. A list of columns "
+        "of 0 and 1, one for each class, where a text has several classes. Of seq2seq the "
         "target text, of token-classification the list of tags, of question-answering the answers "
         '(`{"text": ["..."], "answer_start": [0]}`).',
+    )
+    chosen_column: str | None = Field(
+        default=None, description="Of preference pairs the column with the better answer; `chosen` when not given."
+    )
+    rejected_column: str | None = Field(
+        default=None, description="Of preference pairs the column with the worse answer; `rejected` when not given."
+    )
+    prompt_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="How the prompt is written before its answer, with columns in braces, such as "
+        "`Question: {question}\\nAnswer: `. When not given, a question (with its passage, or an instruction with its "
+        "input) is the user's turn in the tokenizer's chat template, or, where there is none, a text with a line break "
+        "at its end; a column `prompt` is taken as it is.",
     )
     image_column: str | None = Field(
         default=None,
         description="Column with the image, a path (from the table's folder) or encoded bytes; `image` or `img` when "
         "not given.",
+    )
+    label_names: list[str] | dict[str, str] | None = Field(
+        default=None,
+        description="Names of the classes: a list in the order of the labels' numbers, which may have classes that the "
+        "data lacks; or for each label of the data the name of the model's class that it is, such as "
+        "`{neg: NEGATIVE}`.",
+    )
+    encoding: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Encoding of text files, such as cp1252; when not given, by the byte-order mark, UTF-8, or what "
+        "the content looks like, which the run says.",
+    )
+    delimiter: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1,
+        description="What separates the columns of a .csv file; when not given, the most frequent of `,`, `;`, tab and "
+        "`|` in its header.",
+    )
+    max_rows: int | None = Field(
+        default=None,
+        ge=2,
+        description="Most rows that are kept, drawn from the whole source. When not given, all, or as many as 512 MB "
+        "of the source have.",
     )
     max_image_pixels: int = Field(
         default=2**26, ge=1, description="Larger images are refused before they are decoded (decompression bombs)."
@@ -139,7 +192,18 @@ class DataConfig(ConfigModel):
         "wanted (as for the utility model `auto`), a fiftieth of the samples that `training` will train on, at least "
         "16 and at most 256, so that measuring stays below a twentieth of the fine-tune.",
     )
-    max_length: int = Field(default=128, ge=2, description="Longest sequence, in tokens; longer texts are truncated.")
+    max_length: int = Field(
+        default=128,
+        ge=2,
+        description="Longest sequence, in tokens. Longer texts of causal-lm are cut into several samples; everything "
+        "else is truncated.",
+    )
+    packing: Literal["none", "bfd", "bfd_split", "wrapped"] = Field(
+        default="none",
+        description="How samples of causal-lm are put together into rows of `max_length` tokens, as TRL's "
+        "`packing_strategy` does it: `bfd` and `bfd_split` keep texts apart (`bfd` truncates those that are longer, "
+        "`bfd_split` cuts them), `wrapped` is one long text that is cut.",
+    )
     max_target_length: int | None = Field(
         default=None, ge=1, description="Longest target text of seq2seq, in tokens; `max_length` when not given."
     )

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+from layerlens.data.rows import Reading
 from layerlens.exceptions import DataError
 
 TEST_SHARE = 0.15
+FEWEST = 2
+"""Samples that something can be measured on."""
 
 
 @runtime_checkable
@@ -31,17 +34,22 @@ class Dataset:
     Args:
         columns: what the samples are made of, each column as long as ``labels``: ``text`` and, for pairs, ``pair``
             (questions and their contexts too); ``words`` (tuples of words); ``image``; ``sample`` (of a user's own data
-            set).
-        labels: for each sample the index into ``label_names``, a tuple of those (one for each word), a number
-            (regression), a text (seq2seq), a tuple of (start, text) answers, or None where a sample is its own target.
+            set); of language models also what ``read_language`` says.
+        labels: for each sample the index into ``label_names``, a tuple of those (one for each word, or all classes of
+            the sample), a number (regression), a text (seq2seq), a tuple of (start, text) answers, or None where a
+            sample is its own target.
         label_names: the classes; none where there are no classes.
         description: one line on where the data comes from, for the report.
+        task: name of the task that the samples turned out to be for, where it is another than the one asked for.
+        reading: what was read of its source; None where it comes from none.
     """
 
     columns: Mapping[str, tuple[Any, ...]]
     labels: tuple[Any, ...]
     label_names: tuple[str, ...] = ()
     description: str = ""
+    task: str = ""
+    reading: Reading | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,6 +65,13 @@ class Dataset:
         return self.columns.get("pair", ())
 
     @property
+    def notes(self) -> list[str]:
+        """What the user should be warned of, a line each: rows of the source that are not among the samples."""
+        if self.reading is None or not self.reading.left_out:
+            return []
+        return [f"data: left out {n} of {self.reading.total:,} rows: {reason}" for n, reason in self.reading.reasons]
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over contents and labels in order."""
         digest = hashlib.sha256()
@@ -68,7 +83,7 @@ class Dataset:
         return digest.hexdigest()
 
     def with_label_order(self, names: Sequence[str]) -> Dataset:
-        """The same samples with the classes numbered in the order of ``names``, which are the same classes."""
+        """The same samples with the classes numbered in the order of ``names``, which has all of them."""
         index = {name: position for position, name in enumerate(names)}
         moved = [index[name] for name in self.label_names]
         labels = tuple(
@@ -91,12 +106,12 @@ class Dataset:
             DataError: fewer than 2 samples are left for calibration.
         """
         keyed = []
-        for index, content in enumerate(self.digests()):
-            if not _of_test(content):
+        for index, (content, test) in enumerate(self._digests_and_test()):
+            if not test:
                 keyed.append((hashlib.sha256(f"{seed}:{index}:".encode() + content).digest(), index))
         order = [index for _, index in sorted(keyed)]
         calibration = order[:n_calibration]
-        if len(calibration) < 2:
+        if len(calibration) < FEWEST:
             raise DataError(
                 f"data.source: {len(self)} samples leave {len(calibration)} for calibration after the {TEST_SHARE:.0%} "
                 "test split; give at least 2, better 256 or more"
@@ -105,10 +120,19 @@ class Dataset:
 
     def split_test(self) -> tuple[Dataset, Dataset]:
         """(training, test) samples: the test split that ``split`` leaves alone, and all the others, in their order."""
-        of_test = [_of_test(content) for content in self.digests()]
+        of_test = [test for _, test in self._digests_and_test()]
         parts = ([index for index, test in enumerate(of_test) if test is wanted] for wanted in (False, True))
         train, test = (self.select(part) for part in parts)
         return train, test
+
+    def _digests_and_test(self) -> list[tuple[bytes, bool]]:
+        """Of each sample what it is told apart by, and whether it is of the test split: of none where that would leave
+        fewer than 2, as where all samples are the same.
+        """
+        digests = self.digests()
+        test = [_of_test(content) for content in digests]
+        enough = len(test) - sum(test) >= FEWEST
+        return [(content, one and enough) for content, one in zip(digests, test, strict=True)]
 
     def digests(self) -> list[bytes]:
         """SHA-256 of what each sample is told apart by."""

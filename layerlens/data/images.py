@@ -132,5 +132,5 @@ def stored_image(value: Any, place: Path, number: int, max_pixels: int) -> Store
     path = place.parent / Path(value).expanduser()
     check_readable(path, place)
     if not path.is_file():
-        raise DataNotFoundError(f"data.source: {place}: sample {number}: no image file at {path}")
+        raise DataNotFoundError(f"has no image file at {path}")
     return StoredImage(value, path=path, max_pixels=max_pixels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import sysconfig
 from collections.abc import Callable
@@ -14,8 +15,13 @@ import numpy as np
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
+from layerlens.data.folders import read_folder, shards
+from layerlens.data.hub import read_hub_dataset, read_saved_dataset
+from layerlens.data.images import SUFFIXES as IMAGE_SUFFIXES
 from layerlens.data.images import StoredImage
-from layerlens.data.readers import READERS, Rows, read_hub_dataset, read_saved_dataset
+from layerlens.data.read import check_rows, dataset_of
+from layerlens.data.readers import reader_of
+from layerlens.data.rows import FIRST, Enough, Rows, SourceRows
 from layerlens.data.table import Table
 from layerlens.exceptions import DataError, DataNotFoundError
 from layerlens.registry import TASKS
@@ -23,7 +29,7 @@ from layerlens.storage import local_file
 from layerlens.utils.user_code import REFERENCE, load_function
 
 HUB_PREFIX, BUILT_IN_PREFIX = "hf:", "builtin:"
-FORMATS = ".jsonl, .csv or .parquet"
+FORMATS = ".jsonl, .json, .csv, .tsv, .parquet or .conll"
 SAVED_DATASET = ("state.json", "dataset_dict.json")
 
 # Packages that CPython 3.10 to 3.13 share and that distributions do not strip (tkinter and idlelib often are).
@@ -46,10 +52,12 @@ BRIGHTEST = 16
 """scikit-learn's pixels are counts from 0 to 16."""
 
 
-def load_dataset(config: DataConfig, base_dir: Path | None = None, task: str = "sequence-classification") -> Dataset:
+def load_dataset(
+    config: DataConfig, base_dir: Path | None = None, task: str = "sequence-classification", first: int | None = None
+) -> Dataset:
     """The samples that ``config.source`` names, with the targets that ``task`` needs.
 
-    Relative files are looked for below ``base_dir``.
+    Relative files are looked for below ``base_dir``. Where the first rows are enough, ``first`` of them are read.
 
     Raises:
         DataNotFoundError: no such built-in, file or data set.
@@ -64,48 +72,85 @@ def load_dataset(config: DataConfig, base_dir: Path | None = None, task: str = "
     if kind.read_folder is not None and (folder := image_folder_of(config.source, base_dir)):
         read: Dataset = kind.read_folder(folder, config)
         return read
-    return as_dataset(source_table(config.source, base_dir), config, kind)
+    found, place = source_rows(config, base_dir, first, of_words=kind.inputs == "words")
+    return replace(dataset_of(found.finished(), place, config, kind.read), description=Path(place).name)
 
 
-def source_table(source: str, base_dir: Path | None = None, limit: int | None = None) -> Table:
-    """The rows of a file, data set or function; no more than ``limit``.
+def first_rows(config: DataConfig, base_dir: Path | None = None) -> Table:
+    """The first rows of a source whose task is not known yet.
+
+    Raises:
+        DataNotFoundError: no such file or data set.
+        DataError: it cannot be read, or none of the first rows can be used.
+    """
+    found, place = source_rows(config, base_dir, FIRST, of_words=None)
+    check_rows(found, place)
+    return Table(found.rows, place, found.numbers, whole=False)
+
+
+def source_rows(
+    config: DataConfig, base_dir: Path | None, first: int | None, of_words: bool | None
+) -> tuple[SourceRows, str]:
+    """The rows of a file, a folder of files, a data set or a function, and its place.
+
+    Args:
+        config: has the source.
+        base_dir: folder that a relative one is looked for in.
+        first: rows after which reading ends; None for all.
+        of_words: whether the task takes lists of words, which some files are read as; None where that is not known.
 
     Raises:
         DataNotFoundError: no such file or data set.
         DataError: it cannot be read; the message has the line.
     """
+    source, found = config.source, SourceRows(config.max_rows if first is None else None, first=first)
     if source.startswith(HUB_PREFIX):
-        return _table(read_hub_dataset(source.removeprefix(HUB_PREFIX), limit), source, limit)
+        read_hub_dataset(source.removeprefix(HUB_PREFIX), found, base_dir)
+        return found, source
     path = (base_dir or Path()) / local_file(source).expanduser()
     if REFERENCE.fullmatch(source) and not path.exists():
-        return _table(rows_of_function(source, base_dir)[:limit], source, limit)
-    if path.is_dir():
-        return _table(read_saved_dataset(path, limit), str(path), limit)
-    if not path.is_file():
+        return SourceRows.of(rows_of_function(source, base_dir)[:first], first=first), source
+    if not path.is_file() and not path.is_dir():
         raise DataNotFoundError(
-            f"data.source: no file at {path}; give a {FORMATS} file, a folder of images, a directory that datasets "
-            f"saved, hf:NAME, module:function, or {next(iter(BUILT_IN))}"
+            f"data.source: no file at {path}; give a {FORMATS} file, a folder of them or of images, a directory that "
+            f"datasets saved, hf:NAME, module:function, or {next(iter(BUILT_IN))}"
         )
-    if path.suffix.lower() not in READERS:
+    with contextlib.suppress(Enough):
+        _read_place(path, config, found, of_words)
+    return found, str(path)
+
+
+def _read_place(path: Path, config: DataConfig, found: SourceRows, of_words: bool | None) -> None:
+    if path.is_dir():
+        files = [] if is_saved_dataset(path) else shards(path, of_words is not False)
+        if files:
+            read_folder(path, files, of_words is not False, config, found)
+        else:
+            read_saved_dataset(path, found)
+        return
+    reader = reader_of(path, bool(of_words)) or (reader_of(path, True) if of_words is None else None)
+    if reader is None:
         raise DataError(f"data.source: {path.name} is not {FORMATS}; convert it, or give another file")
     try:
-        return _table(READERS[path.suffix.lower()](path, limit), str(path), limit)
-    except UnicodeDecodeError as error:
-        raise DataError(f"data.source: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        reader(path, config, found)
+    except OSError as error:  # of a damaged .gz file
+        raise DataError(f"data.source: cannot read {path}: {error.strerror or error}") from error
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether ``datasets`` wrote this folder with ``save_to_disk``."""
+    return any((folder / name).exists() for name in SAVED_DATASET)
 
 
 def image_folder_of(source: str, base_dir: Path | None = None) -> Path | None:
-    """The directory that a source names, where it is not one that ``datasets`` saved; None where it is no directory."""
+    """The directory that a source names, where it has images, or nothing else that could be read; else None."""
     if source.startswith((BUILT_IN_PREFIX, HUB_PREFIX)):
         return None
     path = (base_dir or Path()) / local_file(source).expanduser()
-    return path if path.is_dir() and not any((path / name).exists() for name in SAVED_DATASET) else None
-
-
-def _table(rows: Rows, place: str, limit: int | None) -> Table:
-    if not rows:
-        raise DataError(f"data.source: {place} has no samples; give one JSON object or CSV record for each sample")
-    return Table(rows, place, whole=limit is None or len(rows) < limit)
+    if not path.is_dir() or is_saved_dataset(path):
+        return None
+    has_images = any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*"))
+    return path if has_images or not shards(path, of_words=True) else None
 
 
 def rows_of_function(source: str, base_dir: Path | None) -> Rows:
@@ -119,16 +164,6 @@ def rows_of_function(source: str, base_dir: Path | None) -> Rows:
     if not all(isinstance(row, dict) for row in rows):
         raise DataError(f"data.source: {source} must return rows (mappings of column to value)")
     return rows
-
-
-def as_dataset(table: Table, config: DataConfig, task: Any) -> Dataset:
-    """What a task takes from the rows; the description says which columns.
-
-    Raises:
-        DataError: a column is missing, or has something else in it.
-    """
-    read: Dataset = task.read(table, config)
-    return replace(read, description=f"{Path(table.place).name}{table.told()}")
 
 
 def _built_in(source: str, task: Any) -> Dataset:

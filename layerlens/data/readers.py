@@ -1,164 +1,242 @@
-"""Rows of a file or data set, each a mapping of column to value, with the place of what cannot be read."""
+"""Rows of a file, by its suffix; what is no row is left out, with its line.
+
+Files are read a line (Parquet: a batch) at a time, and a row that is not kept is not parsed.
+"""
 
 from __future__ import annotations
 
 import csv
-import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerlens.exceptions import DataError, DataNotFoundError
+from layerlens.config import DataConfig
+from layerlens.data.conll import read_conll, read_conllu
+from layerlens.data.json_values import array_items, columns_as_rows, object_of
+from layerlens.data.rows import SourceRows
+from layerlens.data.text_files import Line, encoding_of, lines_of, suffix_of
+from layerlens.exceptions import DataError
 
-Rows = list[dict[str, Any]]
 MAX_CSV_FIELD = 2**31 - 1
-DEFAULT_SPLIT = "train"
-FIRST = 1000
-"""Rows that say what a source is like: which column has labels, and which task it is for."""
+DELIMITERS = (",", ";", "\t", "|")
+NO_NAME = "Unnamed: {}"
+"""As pandas calls a column without a name: ``DataFrame.to_csv`` writes its index as one."""
+BATCH_ROWS = 1024
+
+Reader = Callable[[Path, DataConfig, SourceRows], None]
 
 
-def read_jsonl(path: Path, limit: int | None = None) -> Rows:
-    """One JSON object a line; blank lines are skipped; no more than ``limit``.
+def read_jsonl(path: Path, config: DataConfig, found: SourceRows) -> None:
+    """One JSON object a line; blank lines are skipped. A file with one JSON array is read as that."""
+    encoding, begun = _encoding(path, config, found), False
+    for line in lines_of(path, encoding):
+        if not line.text.strip():
+            continue
+        if not begun and line.text.lstrip().startswith("["):
+            _read_array(path, encoding, found)
+            return
+        begun = True
+        if found.wanted():
+            _add_object(line, found)
+
+
+def _add_object(line: Line, found: SourceRows) -> None:
+    if line.fault:
+        found.leave_out(f"(line {line.number}) is not text: {line.fault}")
+        return
+    try:
+        value = object_of(line.text.rstrip(), found)
+    except json.JSONDecodeError as error:
+        found.leave_out(f"(line {line.number}, column {error.colno}) is not JSON: {error.msg}")
+        return
+    except RecursionError:
+        found.leave_out(f"(line {line.number}) is not JSON that can be read: it is nested too deep")
+        return
+    if isinstance(value, dict):
+        found.add(value, line.n_bytes)
+    else:
+        found.leave_out(f"(line {line.number}) must be a JSON object, got {type(value).__name__}")
+
+
+def read_json(path: Path, config: DataConfig, found: SourceRows) -> None:
+    """An array of objects; an object with such an array in it, or with a list for each column; or JSON lines.
 
     Raises:
-        DataError: with line and column of what is no JSON object.
+        DataError: it is none of these.
     """
-    rows: Rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if len(rows) == limit:
-                break
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"data.source: {path}:{number}:{min(error.colno, len(line.rstrip()) + 1)}: not JSON: {error.msg}"
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"data.source: {path}:{number}: every line must be a JSON object, got {type(row).__name__}"
-                )
-            rows.append(row)
-    return rows
+    encoding = _encoding(path, config, found)
+    start = next((line.text.lstrip() for line in lines_of(path, encoding) if line.text.strip()), "")
+    if start.startswith("["):
+        _read_array(path, encoding, found)
+        return
+    try:
+        json.loads(start)
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Extra data"):
+            raise DataError(f"data.source: {path}: line 1: not JSON: {error.msg}; give one object a line") from error
+        whole = True  # one object over several lines
+    else:
+        rest = (line for line in lines_of(path, encoding) if line.text.strip())
+        next(rest, None)
+        whole = next(rest, None) is None
+    if not whole:
+        read_jsonl(path, config, found)
+        return
+    try:
+        value = json.loads("".join(line.text for line in lines_of(path, encoding)))
+    except (json.JSONDecodeError, RecursionError) as error:
+        place = f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "it"
+        raise DataError(f"data.source: {path}: {place} is not JSON: {error}") from error
+    for row in columns_as_rows(value, path, found):
+        if found.wanted():
+            _add_item(row, found)
 
 
-def read_csv(path: Path, limit: int | None = None) -> Rows:
-    """Records under a header line, no more than ``limit``.
+def _read_array(path: Path, encoding: str, found: SourceRows) -> None:
+    for item, n_bytes in array_items(path, lines_of(path, encoding), found):
+        if found.wanted():
+            _add_item(item, found, n_bytes)
+
+
+def _add_item(item: Any, found: SourceRows, n_bytes: int = 0) -> None:
+    if isinstance(item, dict):
+        found.add(item, n_bytes)
+    else:
+        found.leave_out(f"must be a JSON object, got {type(item).__name__}")
+
+
+def read_csv(path: Path, config: DataConfig, found: SourceRows) -> None:
+    """Records under a header line, whose delimiter is the most frequent one of it unless ``data.delimiter`` says.
 
     Raises:
-        DataError: with the line of what is no CSV, or the record that has not as many fields as the header.
+        DataError: with the line of what is no CSV.
     """
     csv.field_size_limit(MAX_CSV_FIELD)
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, restkey="", strict=True)
-        try:
-            rows = list(itertools.islice(reader, limit))
-        except csv.Error as error:
-            raise DataError(f"data.source: {path}:{reader.line_num}: not CSV: {error}") from error
-    for number, row in enumerate(rows, start=2):
-        if "" in row or None in row.values():
-            raise DataError(
-                f"data.source: {path}: record {number} has not the {len(reader.fieldnames or ())} fields of the header"
-            )
-    return rows
+    encoding = _encoding(path, config, found)
+    faults: dict[int, str] = {}
+    size = [0]
+
+    def texts() -> Iterator[str]:
+        for line in lines_of(path, encoding):
+            if line.fault:
+                faults[line.number] = line.fault
+            size[0] += line.n_bytes
+            yield line.text
+
+    lines = texts()
+    first = next(lines, "")
+    delimiter, skipped = config.delimiter, 0
+    if first.lower().startswith("sep=") and len(first.strip()) == 5:  # Excel's way to say it
+        delimiter, first, skipped = delimiter or first.strip()[-1], next(lines, ""), 1
+    default = "\t" if suffix_of(path) == ".tsv" else ","
+    delimiter = delimiter or delimiter_of(first, default)
+    if delimiter != default:
+        found.note(f"its columns are separated by {delimiter!r}")
+    reader = csv.reader(_chained(first, lines), delimiter=delimiter, strict=True)
+    try:
+        header = unique_names(next(reader, []), found)
+        line = reader.line_num
+        for record in reader:
+            begin, line, n_bytes = line + 1 + skipped, reader.line_num, size[0]
+            size[0] = 0
+            if not record or not found.wanted():
+                continue
+            fault = next((faults[n] for n in range(begin, line + skipped + 1) if n in faults), "") if faults else ""
+            if fault:
+                found.leave_out(f"(line {begin}) is not text: {fault}")
+            elif len(record) != len(header):
+                found.leave_out(f"(line {begin}) has not the {len(header)} fields of the header, but {len(record)}")
+            else:
+                found.add(dict(zip(header, record, strict=True)), n_bytes)
+    except csv.Error as error:
+        raise DataError(
+            f"data.source: {path}:{reader.line_num + skipped}: not CSV with the delimiter {delimiter!r}: {error}"
+        ) from error
 
 
-def read_parquet(path: Path, limit: int | None = None) -> Rows:
-    """The rows of a Parquet file, no more than ``limit``.
+def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def delimiter_of(header: str, default: str = ",") -> str:
+    """The delimiter that a header line has most of, outside of quotes; ``default`` where it has none."""
+    outside = "".join(header.split('"')[::2])
+    return max((default, *DELIMITERS), key=outside.count)
+
+
+def unique_names(header: Sequence[str], found: SourceRows) -> list[str]:
+    """Names of columns as pandas makes them: one without a name is ``Unnamed: 0``, a second ``text`` is ``text.1``."""
+    names: list[str] = []
+    for place, name in enumerate(header):
+        name = name.strip() or NO_NAME.format(place)
+        if name in names:
+            number = 1
+            while f"{name}.{number}" in (*names, *header):
+                number += 1
+            found.note(f"two columns are named {name!r}; the second is {name}.{number} here")
+            name = f"{name}.{number}"
+        names.append(name)
+    return names
+
+
+def read_parquet(path: Path, config: DataConfig, found: SourceRows) -> None:
+    """The rows of a Parquet file.
 
     Raises:
         DataError: it is no Parquet file, or pyarrow is not installed.
     """
     try:
         from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile, read_table
+        from pyarrow.parquet import ParquetFile
     except ModuleNotFoundError as error:
         raise DataError(
             f"data.source: {path.name} needs pyarrow; run: pip install 'layerlens[hf]', or convert it to .jsonl"
         ) from error
     try:
-        if limit is None:
-            return read_table(path).to_pylist()
-        return next((batch.to_pylist() for batch in ParquetFile(path).iter_batches(batch_size=limit)), [])
+        with ParquetFile(path) as file:
+            names = unique_names(file.schema_arrow.names, found)
+            for batch in file.iter_batches(BATCH_ROWS):
+                n_bytes = batch.nbytes // max(1, batch.num_rows)
+                wanted_of = [column.to_pylist() for column in batch.columns]
+                for values in zip(*wanted_of, strict=True):
+                    if found.wanted():
+                        found.add(dict(zip(names, values, strict=True)), n_bytes)
     except (ArrowException, OSError) as error:
         raise DataError(f"data.source: {path} is not a Parquet file: {str(error).splitlines()[0]}") from error
 
 
-def read_saved_dataset(path: Path, limit: int | None = None) -> Rows:
-    """A directory that ``datasets`` wrote with ``save_to_disk``; of several splits the one named train.
+def _conll(read: Callable[[Iterator[Line], SourceRows], None]) -> Reader:
+    def reader(path: Path, config: DataConfig, found: SourceRows) -> None:
+        read(lines_of(path, _encoding(path, config, found)), found)
 
-    Raises:
-        DataError: it is no such directory, or has no split named train.
-    """
-    datasets = _datasets_library(str(path))
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except (FileNotFoundError, ValueError) as error:
-        raise DataError(
-            f"data.source: {path} is a directory, but not one that datasets' save_to_disk wrote; give a file in it"
-        ) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if DEFAULT_SPLIT not in loaded:
-            raise DataError(
-                f"data.source: {path} has the splits {', '.join(loaded)} and none named {DEFAULT_SPLIT!r}; give the "
-                f"directory of one, such as {path / next(iter(loaded))}"
-            )
-        loaded = loaded[DEFAULT_SPLIT]
-    return dataset_rows(loaded)
+    return reader
 
 
-def read_hub_dataset(name: str, limit: int | None = None) -> Rows:
-    """``NAME`` or ``NAME:SPLIT`` from the Hugging Face hub or its local cache.
-
-    Raises:
-        DataNotFoundError: there is no such data set or split, or the hub cannot be reached and nothing is cached.
-    """
-    dataset, _, split = name.partition(":")
-    library = _datasets_library(f"hf:{name}")
-    try:
-        return dataset_rows(library.load_dataset(dataset, split=split or DEFAULT_SPLIT))
-    except (OSError, ValueError, RuntimeError) as error:  # the library's own errors derive from these
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataNotFoundError(f"data.source: cannot load hf:{name}: {first_line}") from error
+def _encoding(path: Path, config: DataConfig, found: SourceRows) -> str:
+    encoding, told = encoding_of(path, config.encoding)
+    if told:
+        found.note(f"{path.name}: {told}")
+    return encoding
 
 
-def dataset_rows(dataset: Any) -> Rows:
-    """Rows with the names of classes, single ones or lists of them, in place of their numbers; images encoded."""
-    from datasets import Image
-
-    images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
-    for name in images:
-        dataset = dataset.cast_column(name, Image(decode=False))
-    rows: Rows = [dict(row) for row in dataset]
-    for name, feature in dataset.features.items():
-        inner = getattr(feature, "feature", None)  # of a list
-        if hasattr(feature, "int2str"):
-            for row in rows:
-                row[name] = _class_name(feature, row[name])
-        elif hasattr(inner, "int2str"):
-            for row in rows:
-                row[name] = [_class_name(inner, value) for value in row[name] or ()]
-    return rows
-
-
-def _class_name(feature: Any, value: Any) -> Any:
-    """The name of class ``value``; what is no class (-1 where the labels are hidden) as it is."""
-    return feature.int2str(value) if isinstance(value, int) and value >= 0 else value
-
-
-def _datasets_library(source: str) -> Any:
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise DataError(f"data.source: {source} needs the datasets library: pip install 'layerlens[hf]'") from error
-    return datasets
-
-
-READERS: dict[str, Callable[[Path, int | None], Rows]] = {
-    ".jsonl": read_jsonl,
-    ".csv": read_csv,
+JSON_LINES, CSV = (".jsonl", ".ndjson", ".jsonlines"), (".csv", ".tsv")
+READERS: dict[str, Reader] = {
+    **dict.fromkeys(JSON_LINES, read_jsonl),
+    ".json": read_json,
+    **dict.fromkeys(CSV, read_csv),
     ".parquet": read_parquet,
+    **dict.fromkeys((".conll", ".bio", ".iob", ".iob2", ".conll2003"), _conll(read_conll)),
+    ".conllu": _conll(read_conllu),
 }
+OF_WORDS: dict[str, Reader] = dict.fromkeys((".txt", ".tsv"), _conll(read_conll))
+"""What files of these suffixes are where a task takes lists of words."""
+
+
+def reader_of(path: Path, of_words: bool) -> Reader | None:
+    """The reader of a file; None where there is none for its suffix."""
+    suffix = suffix_of(path)
+    if suffix == ".parquet" and path.suffix.lower() == ".gz":
+        return None
+    return (OF_WORDS if of_words else {}).get(suffix) or READERS.get(suffix)

@@ -15,6 +15,7 @@ import torch
 from layerlens.config import RunConfig
 from layerlens.config.compatibility import refuse_conflicts
 from layerlens.data import Dataset, load_dataset
+from layerlens.data.labels import HEAD_ADVICE, in_order_of
 from layerlens.evaluation.results import ResultsFile, arm_results
 from layerlens.evaluation.study import Study
 from layerlens.evaluation.study_report import study_markdown, write_gain_plot
@@ -118,11 +119,11 @@ def study_task(job: Job) -> StudyTask:
     kind = TASKS[config.model.task]
     dataset = load_dataset(config.data, base_dir, config.model.task)
     pretrained = load_pretrained(
-        config.model.reference, config.model.task, dataset.label_names, seed=config.runtime.seed, base_dir=base_dir
-    )
+        config.model.reference, config.model.task, dataset.label_names, seed=config.runtime.seed, base_dir=base_dir,
+        new_head=config.model.new_head,
+    )  # fmt: skip
     check_model(pretrained, config)
-    if dataset.label_names:
-        dataset = dataset.with_label_order(pretrained.labels)
+    dataset = in_order_of(dataset, pretrained.labels, advice=HEAD_ADVICE)
     parts = _parts(dataset, job)
     samples = [_samples(pretrained, part, config) for part in parts]
     if pretrained.new_parameters and len(samples[0]):

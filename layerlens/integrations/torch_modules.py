@@ -45,6 +45,15 @@ def usable_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def without_dropout(model: torch.nn.Module) -> None:
+    """Let no dropout module of ``model`` drop anything any more."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
 @contextmanager
 def in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """While open, every module is in evaluation mode; each has its own mode back after."""

@@ -72,6 +72,12 @@ HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_si
 """What attention modules call the width of one head; the first that a module has counts."""
 
 
+def output_names(config: Any) -> list[str]:
+    """The names of a model's classes in the order of its outputs, from its configuration; none where it has none."""
+    own = getattr(config, "id2label", None) or {}
+    return [str(own[index]) for index in sorted(own)]
+
+
 @contextmanager
 def without_cache(model: torch.nn.Module) -> Iterator[None]:
     """While open, decoders keep no keys and values for generation, which some would copy for the backward pass."""

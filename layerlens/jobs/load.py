@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerlens.config.compatibility import refuse_streaming
+from layerlens.config import DataConfig, RunConfig
+from layerlens.config.compatibility import refuse_conflicts, refuse_streaming
 from layerlens.data import Dataset, load_dataset
+from layerlens.data.labels import HEAD_ADVICE, in_order_of
 from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.placement import placed, placement_arguments
 from layerlens.integrations.pretrained import PretrainedModel
-from layerlens.jobs.inputs import check_model, split_samples, statistics_request
+from layerlens.jobs.inputs import calibration_samples, check_model, split_samples, statistics_request
 from layerlens.jobs.job import Job, Warnings
 from layerlens.jobs.memory_mode import (
     PLAIN,
@@ -25,9 +28,12 @@ from layerlens.jobs.memory_mode import (
     reason_of,
 )
 from layerlens.models import ModelSpec
+from layerlens.models.data_summary import DataSummary
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.sources import load_pretrained
 from layerlens.tasks import Batch, Batches, Task, make_batches, task_for
+from layerlens.tasks.encoded import notes_of
+from layerlens.tasks.summary import summarise
 
 if TYPE_CHECKING:
     import torch
@@ -72,11 +78,22 @@ class Loaded:
     new_head: NewHead = field(default_factory=NewHead)
     example: Mapping[str, torch.Tensor] | None = None
 
+    def summary(self, config: DataConfig) -> DataSummary | None:
+        """What was read, and one sample as the model sees it; None where the data came as batches."""
+        if not isinstance(self.batches, Batches):
+            return None
+        return summarise(self.task, self.pretrained, self.dataset, self.calibration, self.batches, config)
+
     def batches_of(self, job: Job, samples: Dataset, batch_size: int | None = None) -> Batches:
         """Samples as batches, of ``data.batch_size`` unless given."""
         data, seed = job.config.data, job.config.runtime.seed
         size = batch_size or data.batch_size
-        return make_batches(self.task, self.pretrained, samples, data, batch_size=size, seed=seed)
+        batches = make_batches(
+            self.task, self.pretrained, samples, data, batch_size=size, seed=seed, limit=len(samples)
+        )
+        if self.task.reference is not None and self.pretrained.streamed is None:
+            self.task.reference(self.pretrained.model, self.pretrained, batches.features, size)
+        return batches
 
 
 def load(job: Job) -> Loaded:
@@ -93,12 +110,12 @@ def load(job: Job) -> Loaded:
         if plan is not None:
             return _load(job, dataset, plan, placement=placement)
         refused: dict[str, str] = {}
-        skeleton = None
+        skeleton, unsaid = None, Warnings()
         if reason := config.model.source.why_not_streamable(config.model.reference):
             refused[STREAMED] = reason
         else:
             try:
-                skeleton = _load(job, dataset, MemoryPlan(STREAMED, "", {}), warnings=Warnings())
+                skeleton = _load(job, dataset, MemoryPlan(STREAMED, "", {}), warnings=unsaid)
             except ModelSpecError as error:
                 if error.exit_code != ModelSpecError.exit_code:  # the model is not there, or damaged
                     raise
@@ -111,6 +128,8 @@ def load(job: Job) -> Loaded:
         log.info("%s", plan.told())
         if plan.mode == STREAMED:
             refuse_streaming(config)
+            for line in unsaid.lines:
+                job.warnings.add(line)
         elif skeleton is not None:
             return _load(job, dataset, plan)
         return replace(loaded, plan=plan)
@@ -121,7 +140,7 @@ def _load(
     warnings: Warnings | None = None,
 ) -> Loaded:  # fmt: skip
     config = job.config
-    task = task_for(config.model, job.base_dir)
+    task = task_for(config.model, job.base_dir, dataset)
     pretrained = load_pretrained(
         config.model.reference,
         config.model.task,
@@ -132,16 +151,22 @@ def _load(
         weights=config.model.weights,
         placement=placement,
         streamed=plan.mode == STREAMED,
+        new_head=config.model.new_head,
     )
     check_model(pretrained, config)
-    if dataset.label_names:
-        dataset = dataset.with_label_order(pretrained.labels)
+    dataset = in_order_of(dataset, pretrained.labels, advice=HEAD_ADVICE)
     if pretrained.streamed is None and not placed(pretrained.model):
         pretrained.model.to(job.device)
-    calibration, head_data, held_out = split_samples(dataset, config, warnings or job.warnings)
+    heard = warnings or job.warnings
+    calibration, head_data, held_out = split_samples(dataset, config, heard)
     batches = make_batches(
-        task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed
-    )
+        task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed,
+        limit=max(len(calibration), calibration_samples(config, len(dataset))),
+    )  # fmt: skip
+    if task.reference is not None and (config.profiling.proxies.options or config.optimization.proxy_check.steps):
+        task.reference(pretrained.model, pretrained, batches.features, config.data.batch_size)
+    for line in (*dataset.notes, *notes_of(batches.features)):
+        heard.add(line)
     inputs = batches[0].inputs
     spec = model_spec(
         pretrained,
@@ -151,3 +176,22 @@ def _load(
     )
     request = statistics_request(config)
     return Loaded(pretrained, dataset, calibration, head_data, held_out, batches, spec, plan, task, request)
+
+
+def summary_of(config: RunConfig, base_dir: Path) -> DataSummary | None:
+    """What a run would read, and one sample as the model would see it; weights stay on disk where they can.
+
+    Raises:
+        LayerLensError: see ``load``.
+    """
+    refuse_conflicts(config, "run")
+    job = Job(config, base_dir, base_dir)
+    dataset = load_dataset(config.data, base_dir, config.model.task)
+    mode = PLAIN if config.model.source.why_not_streamable(config.model.reference) else STREAMED
+    try:
+        loaded = _load(job, dataset, MemoryPlan(mode, "", {}))
+    except ModelSpecError as error:
+        if mode == PLAIN or error.exit_code != ModelSpecError.exit_code:
+            raise
+        loaded = _load(job, dataset, MemoryPlan(PLAIN, "", {}))
+    return loaded.summary(config.data)

@@ -25,9 +25,10 @@ from layerlens.profiling.cache import cache_key
 from layerlens.profiling.head import fit_head, head_state, put_head, streamed_replay
 from layerlens.profiling.measure import measure_share
 from layerlens.profiling.streamed.measure_streamed import measure_streamed
+from layerlens.tasks.encoded import tokens_digest
 from layerlens.utils.atomic import atomic_write_bytes
 
-STATISTICS_VERSION = 6
+STATISTICS_VERSION = 7
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
 HEAD_BATCH_SIZE = 32
 HEAD_FILE = "head.safetensors"
@@ -85,11 +86,12 @@ def statistics_identity(job: Job, loaded: Loaded) -> dict[str, Any]:
     """Everything that the statistics depend on: the key of the sensitivity cache."""
     config, spec = job.config, loaded.spec
     settings = {
-        "task": config.model.task,
+        "task": loaded.task.name,
         "loss": config.model.loss,
         "dtype": config.model.dtype,
         "max_length": config.data.max_length,
         "max_target_length": config.data.max_target_length,
+        "packing": config.data.packing,
         "source_prefix": config.data.source_prefix,
         "mlm_probability": config.data.mlm_probability,
         "batch_size": config.data.batch_size,
@@ -111,6 +113,7 @@ def statistics_identity(job: Job, loaded: Loaded) -> dict[str, Any]:
             "calibration_samples": len(loaded.calibration),
             "head": loaded.head_data.fingerprint,
             "head_samples": len(loaded.head_data),
+            "tokens": tokens_digest(getattr(loaded.batches, "features", ())),
         },
         "settings": settings,
         "versions": versions(),

@@ -108,7 +108,9 @@ def predict_memory(
         max_length: the longest sequence, in tokens.
     """
     model = pretrained.model
-    inputs = dense_inputs(batches[-1].inputs, _longest(batches[-1].inputs), samples=len(batches[-1].index))
+    inputs = dense_inputs(
+        batches[-1].inputs, _longest(batches[-1].inputs), samples=len(batches[-1].index) * batches[-1].rows
+    )
     inputs.pop("attention_mask", None)  # models look into it, which a trace cannot
     twin = _without_data(model)
     weights = sum(x.numel() * x.element_size() for x in model.parameters() if x.is_meta)

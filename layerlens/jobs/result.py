@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from layerlens.config import RunConfig
 from layerlens.jobs.recorded import STATISTICS
 from layerlens.models import LayerExplanation, Manifest
+from layerlens.models.data_summary import DataSummary
 from layerlens.models.manifest import RunRecord
 from layerlens.storage import check_publishable, joined, local_or_url, publish
 from layerlens.telemetry import telemetry_observers
@@ -53,7 +54,7 @@ class RunResult:
         measured: predicted against measured figures (see ``jobs.checks``).
         explanations: for each layer (or group that chooses alike) the runner-up and what would make it win.
         warnings: what the user should know, a line each.
-        data: the data, and which of its columns were taken for what; "" where none was read.
+        data: what was read; None where the choice was made from saved statistics.
     """
 
     manifest: Manifest
@@ -64,7 +65,7 @@ class RunResult:
     measured: dict[str, Any] = field(default_factory=dict)
     explanations: tuple[LayerExplanation, ...] = ()
     warnings: tuple[str, ...] = ()
-    data: str = ""
+    data: DataSummary | None = None
 
 
 @dataclass

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from layerlens.config import RunConfig
@@ -77,6 +76,7 @@ def run_config(
 
 def _run(job: Job) -> RunResult:
     loaded = load(job)
+    data = loaded.summary(job.config.data)
     measured = measure(job, loaded)
     if measured is None:  # this process's share is handed in; process 0 goes on
         result: RunResult = job.processes.from_first("result")
@@ -88,9 +88,8 @@ def _run(job: Job) -> RunResult:
     with writing(job, RUN_FILES) as written:
         factors = export(job, loaded, measured, decision, written)
         checked = check(job, loaded, decision, factors)
-        report(decision, measured.statistics, checked, written)
-    result = result_of(job, decision, written, checked, from_cache=measured.from_cache)
-    result = replace(result, data=loaded.dataset.description)
+        report(decision, measured.statistics, checked, written, data)
+    result = result_of(job, decision, written, checked, from_cache=measured.from_cache, data=data)
     job.processes.from_first("result", result)
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ import torch
 from layerlens.config import RunConfig
 from layerlens.cost.measure import forward_ms
 from layerlens.data import Dataset, load_dataset
-from layerlens.exceptions import ConfigurationError, DataError, ManifestError
+from layerlens.data.labels import in_order_of
+from layerlens.exceptions import ConfigurationError, ManifestError
+from layerlens.integrations.peft import base_of
 from layerlens.integrations.pretrained import PretrainedModel
-from layerlens.integrations.torch_modules import in_evaluation_mode
+from layerlens.integrations.torch_modules import in_evaluation_mode, without_dropout
 from layerlens.jobs.baseline import baseline_facts, prepare_baseline
 from layerlens.jobs.inputs import check_model
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
@@ -24,11 +27,14 @@ from layerlens.jobs.recorded import config_of, recorded_settings
 from layerlens.jobs.result import observed, published
 from layerlens.jobs.solve import versions
 from layerlens.manifest.files import read_document, write_manifest
+from layerlens.methods import injected_sizes
 from layerlens.models import Manifest
+from layerlens.models.data_summary import DataSummary
 from layerlens.storage import shown
-from layerlens.tasks import TASKS, task_for
+from layerlens.tasks import Task, make_batches, task_for
 from layerlens.tasks.metrics import TARGETS
-from layerlens.tuning import apply, read_factors, save
+from layerlens.tasks.summary import summarise
+from layerlens.tuning import apply, load, read_factors, save
 from layerlens.tuning.base_model import base_reference, load_base
 from layerlens.tuning.baselines import Finished, Prepared
 from layerlens.tuning.directory import ADAPTER_CONFIG
@@ -49,6 +55,8 @@ METRICS_FILE, CHECKPOINTS = "metrics.json", "checkpoints"
 OWNED = (METRICS_FILE, "manifest.json", "manifest.yaml")
 TRAINED_FILES = (*OWNED, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULES_FILE)
 TIMING_SECONDS = 0.5
+SUMMARISED = 256
+"""Training samples that the figures of the data are of."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class TrainedModel:
         warnings: what the user should know, a line each.
         baseline: its name, note, and parameters trained and kept; empty where the manifest's choice was trained.
         manifest: what was trained; None where it was a baseline.
+        data: what was read, with figures of some of the training samples.
     """
 
     directory: Path
@@ -76,6 +85,7 @@ class TrainedModel:
     warnings: tuple[str, ...] = ()
     baseline: dict[str, Any] = field(default_factory=dict)
     manifest: Manifest | None = None
+    data: DataSummary | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -110,6 +120,7 @@ class Order:
     baseline: str | None
     restart: bool
     keep_checkpoints: bool
+    start: Path | None = None
 
 
 def train_config(manifest: Manifest, overrides: Sequence[str] = (), origin: str = "provenance.config") -> RunConfig:
@@ -144,6 +155,7 @@ def train_manifest(
     baseline: str | None = None,
     restart: bool = False,
     keep_checkpoints: bool = False,
+    start: Path | None = None,
     progress: Progress = silent,
     warn: Warn = unheard,
 ) -> TrainedModel:
@@ -162,13 +174,14 @@ def train_manifest(
             of ``layerlens.tuning.baselines.BASELINES``).
         restart: begin anew, whatever checkpoints are there.
         keep_checkpoints: leave them there when all is done.
+        start: directory of an earlier training of the same manifest, whose weights are gone on with.
         progress: told of the long steps.
         warn: told of what the user should know, a line at a time.
 
     Raises:
         LayerLensError: with one line that says what to do; its class has the exit code.
     """
-    order = Order(Path(path), model, baseline, restart, keep_checkpoints)
+    order = Order(Path(path), model, baseline, restart, keep_checkpoints, start)
     with (
         observed("train", config) as outcome,
         published(output, Path(), TRAINED_FILES, resumes=True) as place,
@@ -189,18 +202,22 @@ class Trainee:
     Args:
         manifest: says what the model is, and how many parameters are trained.
         pretrained: the base model, on its device.
+        task: what it is trained for.
         data: training and test samples.
         prepared: the model with what trains in it.
         timed: what inference is timed on.
         before_ms: forward time of the base model alone; None in all processes but the first.
+        summary: what was read.
     """
 
     manifest: Manifest
     pretrained: PretrainedModel
+    task: Task
     data: TrainingData
     prepared: Prepared
     timed: dict[str, torch.Tensor]
     before_ms: float | None
+    summary: DataSummary
 
 
 def _train(job: Job, order: Order, manifest: Manifest, created_at: str) -> TrainedModel:
@@ -229,6 +246,7 @@ def _train(job: Job, order: Order, manifest: Manifest, created_at: str) -> Train
     return TrainedModel(
         job.output, files, before, result.metrics, inference_ms, result, tuple(job.warnings.lines),
         baseline=facts.get("baseline", {}), manifest=manifest if order.baseline is None else None,
+        data=trainee.summary,
     )  # fmt: skip
 
 
@@ -242,16 +260,34 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
         config = config.model_copy(update={"model": config.model.model_copy(update=named)})
         job = replace(job, config=config)
         dataset = load_dataset(config.data, job.base_dir, config.model.task)
-        dataset = _with_labels(dataset, list(manifest.model.labels or ()))
+        advice = "train on data with the manifest's classes, or name them in data.label_names"
+        dataset = in_order_of(dataset, manifest.model.labels or (), of="the manifest", advice=advice)
         pretrained = load_base(manifest, model, job.base_dir)
         check_model(pretrained, config)
-        task = task_for(config.model, job.base_dir)
+        task = task_for(config.model, job.base_dir, dataset)
         data = training_data(dataset, pretrained, task, config, job.warnings.add)
+        summary = _summary(task, pretrained, dataset, config)
         base = pretrained.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    timed = _timed_batch(data, config, base)
+    timed = _timed_batch(data, config, task, base)
     before_ms = _inference_ms(base, timed) if is_main_process() else None
     prepared = _prepared(job, order, manifest, pretrained, data)
-    return job, Trainee(manifest, pretrained, data, prepared, timed, before_ms)
+    if task.reference is not None:
+        with job.progress.stage("Computing the reference's log-probabilities"):
+            samples: Any
+            for samples in (data.train, data.evaluation):
+                task.reference(prepared.model, pretrained, samples, config.training.eval_batch_size)
+        without_dropout(prepared.model)  # as DPOTrainer trains: else a pair would be compared with its own noise
+    return job, Trainee(manifest, pretrained, task, data, prepared, timed, before_ms, summary)
+
+
+def _summary(task: Task, pretrained: PretrainedModel, dataset: Dataset, config: RunConfig) -> DataSummary:
+    """What was read; tokens are counted on as many training samples as are looked at."""
+    train, _ = dataset.split_test()
+    some = train.select([place * len(train) // SUMMARISED for place in range(SUMMARISED)] if len(train) > SUMMARISED
+                        else range(len(train)))  # fmt: skip
+    seed, size = config.runtime.seed, config.data.batch_size
+    batches = make_batches(task, pretrained, some, config.data, batch_size=size, seed=seed, limit=SUMMARISED)
+    return summarise(task, pretrained, dataset, some, batches, config.data)
 
 
 def _prepared(job: Job, order: Order, manifest: Manifest, pretrained: PretrainedModel, data: TrainingData) -> Prepared:
@@ -261,12 +297,46 @@ def _prepared(job: Job, order: Order, manifest: Manifest, pretrained: Pretrained
             training, seed = job.config.training, job.config.runtime.seed
             seed = seed if training.seed is None else training.seed
             return prepare_baseline(order.baseline, pretrained, manifest, data, job.config, seed)
+        if order.start is not None:
+            return _started(order.start, pretrained, manifest)
         factors = read_factors(order.path.parent / PEFT_DIRECTORY, manifest.choice)
         kept = manifest.trainable_params
         tuned = apply(pretrained.model, manifest, factors=factors)
         return Prepared(tuned, kept, manifest.choice, lambda tuned: Finished(tuned, kept, manifest.choice))
     except ManifestError as error:
         raise type(error)(f"{shown(order.path)}: {error}") from error
+
+
+def _started(start: Path, pretrained: PretrainedModel, manifest: Manifest) -> Prepared:
+    """The base model with the weights of an earlier training in it.
+
+    Raises:
+        ManifestError: they are of another choice than the manifest's.
+    """
+    tuned = load(pretrained.model, start)
+    there = injected_sizes(base_of(tuned))
+    chosen = {option.layer: (option.method, option.rank) for option in manifest.choice.chosen}
+    if there != chosen:
+        differs = next(name for name in (*chosen, *there) if there.get(name) != chosen.get(name))
+        raise ManifestError(
+            f"--from: {start} has {_in_words(there.get(differs))} in {differs} where the manifest has "
+            f"{_in_words(chosen.get(differs))}; give the manifest.json that lies in that directory"
+        )
+    kept = manifest.trainable_params
+    return Prepared(tuned, kept, manifest.choice, lambda tuned: Finished(tuned, kept, manifest.choice))
+
+
+def _in_words(option: tuple[str, int] | None) -> str:
+    return "nothing" if option is None else f"{option[0]} of size {option[1]}"
+
+
+def _weights_digest(start: Path) -> str:
+    """SHA-256 of the weights in a directory that training goes on from."""
+    digest = hashlib.sha256()
+    for name in (ADAPTER_WEIGHTS, MODULES_FILE):
+        if (start / name).is_file():
+            digest.update((start / name).read_bytes())
+    return digest.hexdigest()
 
 
 def _fine_tune(job: Job, order: Order, trainee: Trainee) -> TrainingResult:
@@ -277,12 +347,14 @@ def _fine_tune(job: Job, order: Order, trainee: Trainee) -> TrainingResult:
         "manifest_seed": manifest.choice.seed,
         "method": order.baseline or "manifest",
     }
+    if order.start is not None:
+        identity["start"] = _weights_digest(order.start)
     with observed_stage("train"):
         return fine_tune(
             trainee.prepared.model,
             trainee.data,
             job.config.training,
-            task=job.config.model.task,
+            task=trainee.task.name,
             checkpoints=job.output / CHECKPOINTS,
             seed=job.config.runtime.seed,
             hooks=trainee.prepared.hooks,
@@ -294,27 +366,15 @@ def _fine_tune(job: Job, order: Order, trainee: Trainee) -> TrainingResult:
 
 def _judge(job: Job, trainee: Trainee, model: torch.nn.Module) -> dict[str, float]:
     size = job.config.training.eval_batch_size
-    task, progress = job.config.model.task, job.progress
+    task, progress = trainee.task.name, job.progress
     return evaluate(model, trainee.data, task, batch_size=size, shared=False, progress=progress)
 
 
-def _with_labels(dataset: Dataset, labels: list[str]) -> Dataset:
-    """The data with its classes numbered as the manifest has them."""
-    if not dataset.label_names:
-        return dataset
-    unknown, missing = set(dataset.label_names) - set(labels), set(labels) - set(dataset.label_names)
-    if unknown or missing:
-        told = [f"has {', '.join(sorted(unknown))}, which the manifest has not"] if unknown else []
-        told += [f"lacks {', '.join(sorted(missing))}"] if missing else []
-        raise DataError(f"data.source: the data {' and '.join(told)}; train on data with the manifest's classes")
-    return dataset.with_label_order(labels)
-
-
-def _timed_batch(data: TrainingData, config: RunConfig, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _timed_batch(data: TrainingData, config: RunConfig, task: Task, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What inference is timed on: the first evaluation batch, without labels."""
     samples = data.evaluation if len(data.evaluation) else data.train
     batch = data.collate(samples[: config.training.eval_batch_size])
-    targets = (*TASKS[config.model.task].model_targets, TARGETS)
+    targets = (*task.model_targets, TARGETS)
     inputs = {name: value for name, value in batch.items() if name not in targets}
     return on_device(inputs, next(model.parameters()).device)
 
@@ -334,7 +394,7 @@ def _facts(
     measured = ("train_seconds", "wall_seconds", "tokens_per_second", "peak_memory_gb", "peak_memory_of")
     resumed = training.pop("resumed_from")
     return {
-        "task": config.model.task,
+        "task": trainee.task.name,
         "model": {"name_or_path": manifest.model.name_or_path, "fingerprint": manifest.model.fingerprint},
         "samples": {"train": len(data.train), "evaluation": len(data.evaluation), "fingerprint": data.fingerprint},
         "before": before,

@@ -18,6 +18,7 @@ from layerlens.jobs.measure import Measured, fit_new_head
 from layerlens.jobs.result import REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.manifest import write_manifest, write_report
 from layerlens.models import ModelStatistics
+from layerlens.models.data_summary import DataSummary
 from layerlens.optimization import frontier
 from layerlens.profiling.statistics_file import statistics_to_bytes
 from layerlens.tuning import export_adapter
@@ -62,7 +63,10 @@ def export(job: Job, loaded: Loaded, measured: Measured, decision: Decision, wri
     return factors
 
 
-def report(decision: Decision, statistics: ModelStatistics, checked: dict[str, Any], written: Writing) -> None:
+def report(
+    decision: Decision, statistics: ModelStatistics, checked: dict[str, Any], written: Writing,
+    data: DataSummary | None = None,
+) -> None:  # fmt: skip
     """Write the report, and the solver's log as JSON lines."""
     solution = decision.solution
     path, problem = written.directory / REPORT_FILE, solution.problem
@@ -75,6 +79,7 @@ def report(decision: Decision, statistics: ModelStatistics, checked: dict[str, A
         measured=checked,
         explanations=solution.explanations,
         events=solution.events,
+        data=data,
         hulls={resource: hull_rows(problem, frontier(problem, resource)) for resource in problem.resources},
     )
     lines = "".join(json.dumps(asdict(event)) + "\n" for event in solution.events)
@@ -83,8 +88,9 @@ def report(decision: Decision, statistics: ModelStatistics, checked: dict[str, A
 
 
 def result_of(
-    job: Job, decision: Decision, written: Writing, checked: dict[str, Any], *, from_cache: bool
-) -> RunResult:
+    job: Job, decision: Decision, written: Writing, checked: dict[str, Any], *, from_cache: bool,
+    data: DataSummary | None = None,
+) -> RunResult:  # fmt: skip
     """What the job hands back."""
     return RunResult(
         decision.manifest,
@@ -95,6 +101,7 @@ def result_of(
         measured=checked,
         explanations=decision.solution.explanations,
         warnings=tuple(job.warnings.lines),
+        data=data,
     )
 
 

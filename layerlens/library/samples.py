@@ -172,7 +172,7 @@ class _Listed:
 
 def rows_of(data: Any) -> list[dict[str, Any]]:
     """All rows, with the names of classes in place of their numbers where the data set knows them."""
-    from layerlens.data.readers import dataset_rows
+    from layerlens.data.hub import dataset_rows
 
     if hasattr(data, "features") and hasattr(data, "cast_column"):
         return dataset_rows(data)

@@ -16,19 +16,20 @@ import torch
 
 from layerlens.config import DataConfig, RunConfig
 from layerlens.data import Dataset, load_dataset
-from layerlens.data.table import Table
+from layerlens.data.labels import in_order_of
+from layerlens.data.read import dataset_of
+from layerlens.data.rows import SourceRows
 from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.placement import input_device
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for
 from layerlens.integrations.torch_modules import in_evaluation_mode
-from layerlens.integrations.transformers import longest_sequence
+from layerlens.integrations.transformers import longest_sequence, output_names
 from layerlens.jobs.inputs import calibration_samples, check_model, split_samples, statistics_request
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
 from layerlens.jobs.load import Loaded, load
 from layerlens.jobs.memory_mode import PLAIN, MemoryPlan
 from layerlens.library import given, samples, trainers
-from layerlens.library.labels import in_order_of_outputs
 from layerlens.library.new_head import new_head_of
 from layerlens.library.settings import by_section, configuration
 from layerlens.library.single_losses import single_losses
@@ -38,13 +39,17 @@ from layerlens.models import ModelSpec
 from layerlens.profiling.head import fit_head
 from layerlens.registry import TASKS
 from layerlens.sources.factory import first_argument
-from layerlens.tasks import Batch, Task, make_batches
+from layerlens.tasks import Batch, Task, make_batches, task_for
+from layerlens.tasks.encoded import notes_of
 from layerlens.tasks.guess import with_task
 from layerlens.tasks.losses import BatchLoss, own_loss
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
 
 IN_MEMORY = MemoryPlan(PLAIN, "the model was given in memory", {})
+LABELS_ADVICE = (
+    "load the model with num_labels, id2label and label2id of the data, or say in data.label_names which is which"
+)
 UNKNOWN_SIZE = 2**31
 
 
@@ -229,7 +234,8 @@ def _loaded(
     )  # fmt: skip
     if taken.rows is not None:
         kind = _needed(task, model)
-        dataset = replace(kind.read(Table(taken.rows, str(source)), config.data), description=taken.said)
+        found = dataset_of(SourceRows.of(taken.rows), str(source), config.data, kind.read)
+        dataset = replace(found, description=taken.said)
         return _of_rows(objects, config_with, pretrained, kind, said, dataset, warnings)
     return _of_batches(objects, config_with, pretrained, task, said, taken, loss[0])
 
@@ -254,8 +260,11 @@ def _of_rows(
     if task.inputs == "image" and pretrained.images is None:
         raise DataError("tokenizer: give the model's image processor, or a transform from an image to a tensor")
     check_model(pretrained, config)
+    if dataset.task and dataset.task != task.name:
+        task = task_for(config.model, None, dataset)
     if task.classes:
-        dataset = in_order_of_outputs(dataset, pretrained.model)
+        names = output_names(getattr(pretrained.model, "config", None))
+        dataset = in_order_of(dataset, names, advice=LABELS_ADVICE)
         pretrained = replace(pretrained, labels=dataset.label_names)
     if objects.loss is not None:
         task = replace(task, loss=own_loss(objects.loss, _function_name(objects.loss)))
@@ -263,8 +272,11 @@ def _of_rows(
     if not pretrained.new_parameters:
         head_data = head_data.select([])
     batches = make_batches(
-        task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed
-    )
+        task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed,
+        limit=len(calibration),
+    )  # fmt: skip
+    for line in (*dataset.notes, *notes_of(batches.features)):
+        warnings.add(line)
     notes = (
         *objects.notes,
         f"task: {task.name} ({said})",

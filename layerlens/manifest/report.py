@@ -41,6 +41,7 @@ from layerlens.models import (
     SolverEvent,
     UtilityTable,
 )
+from layerlens.models.data_summary import DataSummary
 from layerlens.registry import METHODS
 from layerlens.utils.atomic import atomic_write_text
 
@@ -62,6 +63,7 @@ def write_report(
     explanations: Sequence[LayerExplanation] = (),
     events: Sequence[SolverEvent] = (),
     hulls: Mapping[str, Sequence[FrontierRow]] | None = None,
+    data: DataSummary | None = None,
 ) -> None:
     """Write the report to ``path``, atomically; the same arguments give the same bytes.
 
@@ -75,6 +77,7 @@ def write_report(
         explanations: for each layer, or group of layers that choose alike, the runner-up and what would make it win.
         events: the solver's log.
         hulls: resource -> the exact hull of score over its budget, other budgets left aside.
+        data: what was read; None where the choice was made from saved statistics.
 
     Raises:
         OutputError: the file cannot be written.
@@ -97,6 +100,7 @@ def write_report(
         explained=bool(explanations),
         solver=_solver(events),
         measured_on=_measured_on(statistics),
+        data=_data(data),
         provenance=list(_flat({"model": written["model"], "lora": written["lora"], **written["provenance"]})),
         methods=METHODS.values(),
         method_names={name: method_name(name) for name in (NONE, *METHODS)},
@@ -199,6 +203,13 @@ def _measured_on(statistics: ModelStatistics) -> list[tuple[str, str]]:
         ("tokens", number(statistics.n_tokens)),
         ("mean loss of the frozen model", number(statistics.mean_loss)),
     ]
+
+
+def _data(data: DataSummary | None) -> dict[str, Any]:
+    """What was read, line by line, and one sample; empty where nothing was."""
+    if data is None:
+        return {}
+    return {"facts": data.facts(), "shown": list(data.shown.items())}
 
 
 def _flat(values: Any, place: str = "") -> Any:

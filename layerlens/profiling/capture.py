@@ -55,6 +55,7 @@ class Capture(Taps):
         self.sums = PassSums(request, threads, shards)
         self._pending: dict[Key, list[SampleMatrices]] = {}
         self._before = 0
+        self._rows = 1
         self._counted = True
 
     def run(
@@ -88,8 +89,9 @@ class Capture(Taps):
 
     def begin(self, batch: Batch, *, before: int | None = None, counted: bool = True) -> None:
         """A new forward pass, on this batch; see ``run``."""
-        self._before = self._before + self._n_batch if before is None else before
-        self._n_batch, self._counted = len(batch.index), counted
+        self._before = self._before + self._n_batch // self._rows if before is None else before
+        self._rows = 1 if self.by_batches else batch.rows
+        self._n_batch, self._counted = len(batch.index) * self._rows, counted
         self._half__b = batch.index % 2
         masks = () if self.by_batches else batch.masks
         self._masks = {mask.shape[1]: None if bool(mask.all()) else mask for mask in masks}
@@ -162,6 +164,9 @@ class Capture(Taps):
             z__bgti = z__bgti.expand(len(d__bgto), *z__bgti.shape[1:])
         if mask__bt is not None and self.request.input_sums:
             z__bgti = z__bgti * mask__bt[:, None, :, None].to(z__bgti.dtype)
+        if self._rows > 1:
+            d__bgto, z__bgti = self._as_samples(d__bgto), self._as_samples(z__bgti)
+            mask__bt = None if mask__bt is None else mask__bt.reshape(-1, self._rows * mask__bt.shape[1])
         source = leader, key[1]
         matrix = self.sums.matrix(key, (d__bgto.shape[1], d__bgto.shape[3], z__bgti.shape[3]), source)
         if self._counted and (leader == key[0] or key[1] == "weight"):
@@ -171,7 +176,17 @@ class Capture(Taps):
     def collect_lookup(self, key: Key, matrices: SampleMatrices, module: Any) -> None:
         """Take one use of a weight that is looked up."""
         self.sums.matrix(key, matrix_shape(module), key)
+        if self._rows > 1 and matrices.ids__bt is not None and matrices.rows__bti is not None:
+            ids, rows = matrices.ids__bt, matrices.rows__bti
+            matrices = SampleMatrices(
+                ids__bt=ids.reshape(-1, self._rows * ids.shape[1]),
+                rows__bti=rows.reshape(-1, self._rows * rows.shape[1], rows.shape[2]),
+            )
         self._queue(key, matrices)
+
+    def _as_samples(self, rows__rgtk: torch.Tensor) -> torch.Tensor:
+        """The rows of each sample one after the other along its tokens: [b · rows, g, t, k] -> [b, g, rows · t, k]."""
+        return rows__rgtk.unflatten(0, (-1, self._rows)).transpose(1, 2).flatten(2, 3)
 
     def _queue(self, key: Key, matrices: SampleMatrices) -> None:
         """Hold a call until all calls of this forward pass are there: their sum comes before any square."""

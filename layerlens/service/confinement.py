@@ -150,6 +150,8 @@ def _data(source: str, settings: ServiceSettings) -> str:
     if _names_code(source):  # which _refuse_own_code has let pass
         return source
     if source.startswith(HUB_PREFIX):
+        if source.removeprefix(HUB_PREFIX).startswith((".", "/", "~")):
+            raise ConfigurationError(f"{key}: {source!r} is a folder of the server; give it without {HUB_PREFIX}")
         if settings.allow_hub:
             return source
         raise ConfigurationError(f"{key}: this server loads nothing from the hub; its operator may --allow-hub")

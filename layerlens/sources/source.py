@@ -31,6 +31,7 @@ class LoadRequest:
         weights: ``model.weights``, of sources that take them from elsewhere.
         placement: see ``placement_arguments``; of transformers' models alone.
         streamed: leave the weights on disk (see ``load_skeleton``).
+        new_head: whether ``labels`` replace those of a trained head; None where they do unless they are the same.
     """
 
     reference: str
@@ -42,6 +43,7 @@ class LoadRequest:
     weights: str | None = None
     placement: Mapping[str, Any] | None = None
     streamed: bool = False
+    new_head: bool | None = None
 
     @property
     def source(self) -> ModelSource:

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerlens.exceptions import ModelNotFoundError, ModelSpecError
+from layerlens.data.labels import HEAD_ADVICE, UNNAMED, outputs_of, unmatched
+from layerlens.exceptions import DataError, ModelNotFoundError, ModelSpecError
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for
+from layerlens.integrations.transformers import output_names
 from layerlens.registry import TASKS
 from layerlens.sources.source import LoadRequest, ModelSource, Trust
 from layerlens.storage import local_file, url_of
@@ -90,7 +92,7 @@ class TransformersSource(ModelSource):
                 labels, heads = _head_settings(request, path, local_only)
                 model, info, streamed = _load_weights(request, path, heads, local_only)
                 tokenizer, images = _load_processor(request, path, model.config, local_only)
-            except ModelSpecError:
+            except (ModelSpecError, DataError):
                 raise
             except (OSError, ValueError, KeyError) as error:
                 raise ModelNotFoundError(
@@ -263,21 +265,38 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _head_settings(request: LoadRequest, path: str, local_only: bool) -> tuple[Sequence[str], dict[str, Any]]:
     """The classes in the order of the outputs, and what the configuration of the model is to say of its head."""
+    from transformers import AutoConfig
+
     labels, heads = request.labels, dict(request.kind.head_config)
     if request.kind.classes:
-        labels = _labels_in_checkpoint_order(path, labels, local_only)
+        labels = _labels_of_head(request, AutoConfig.from_pretrained(path, local_files_only=local_only))
         heads["id2label"] = dict(enumerate(labels))
         heads["label2id"] = {name: index for index, name in enumerate(labels)}
         heads["num_labels"] = len(labels)
     return labels, heads
 
 
-def _labels_in_checkpoint_order(path: str, labels: Sequence[str], local_only: bool) -> Sequence[str]:
-    """``labels`` in the order of the checkpoint's own head, where that has the same ones; else as they are."""
-    from transformers import AutoConfig
+def _labels_of_head(request: LoadRequest, config: Any) -> Sequence[str]:
+    """The classes in the order of the outputs: the checkpoint's own, where it has a trained head with those of the data
+    among them; else the data's.
 
-    own = getattr(AutoConfig.from_pretrained(path, local_files_only=local_only), "id2label", None) or {}
-    return [own[index] for index in sorted(own)] if sorted(own.values()) == sorted(labels) else labels
+    Raises:
+        DataError: the head is trained and its classes cannot be matched with the data's.
+    """
+    own, labels = output_names(config), list(request.labels)
+    if sorted(own) == sorted(labels):
+        return own
+    endings = request.kind.endings
+    trained = any(str(name).endswith(endings) for name in getattr(config, "architectures", None) or ())
+    if not trained or request.new_head is not False or not own or not labels:
+        return labels
+    if all(map(UNNAMED.fullmatch, own)):
+        if len(own) == len(labels):
+            return labels  # what the outputs mean, nothing says
+        own = [str(index) for index in range(len(own))]
+    if outputs_of(labels, own) is None:
+        raise unmatched(labels, own, of=f"the trained head of {request.reference}", advice=HEAD_ADVICE)
+    return own
 
 
 def _load_weights(

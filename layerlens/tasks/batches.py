@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, overload
 
 from layerlens.exceptions import ProfilingError
@@ -29,16 +29,18 @@ class Batch:
         inputs: what the model takes, each with the samples along its first axis.
         labels: int64 [b] classes, int64 [b, t] labels of tokens, float targets, or what a user's own loss takes.
         index: int64 [b], position of each sample in its data set.
+        rows: how many rows of the inputs make one sample: 2 for pairs, one after the other.
     """
 
     inputs: Inputs
     labels: Any
     index: torch.Tensor
+    rows: int = 1
 
     def to(self, device: torch.device) -> Batch:
         """The same on ``device``; ``index`` stays in main memory."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return Batch(inputs, _each_tensor(self.labels, lambda tensor: tensor.to(device)), self.index)
+        return replace(self, inputs=inputs, labels=_each_tensor(self.labels, lambda tensor: tensor.to(device)))
 
     def halves_apart(self) -> Batch:
         """The same samples, those with an even index first: each half of the calibration set is then one slice."""
@@ -49,8 +51,12 @@ class Batch:
         def ordered(tensor: torch.Tensor) -> torch.Tensor:
             return tensor[order.to(tensor.device)]
 
-        inputs = {name: ordered(tensor) for name, tensor in self.inputs.items()}
-        return Batch(inputs, _each_tensor(self.labels, ordered, order.tolist()), self.index[order])
+        def together(tensor: torch.Tensor) -> torch.Tensor:
+            return ordered(tensor.unflatten(0, (-1, self.rows))).flatten(0, 1) if self.rows > 1 else ordered(tensor)
+
+        inputs = {name: together(tensor) for name, tensor in self.inputs.items()}
+        labels = _each_tensor(self.labels, ordered, order.tolist())
+        return replace(self, inputs=inputs, labels=labels, index=self.index[order])
 
     @property
     def masks(self) -> tuple[torch.Tensor, ...]:
@@ -68,6 +74,8 @@ class Batch:
     @property
     def n_tokens(self) -> int:
         """Unpadded tokens; samples where there are no tokens."""
+        if not self.masks and "position_ids" in self.inputs:  # packed
+            return self.inputs["input_ids"].numel()
         return sum(int(mask.sum()) for mask in self.masks) if self.masks else len(self.index)
 
 
@@ -117,7 +125,8 @@ class Batches(Sequence[Batch]):
             return part
         chosen = self.plan[index]
         inputs, labels = self.collate(self.pretrained, [self.features[sample] for sample in chosen])
-        return Batch(inputs, labels, torch.tensor(chosen)).to(input_device(self.pretrained.model))
+        rows = len(inputs["input_ids"]) // len(chosen) if "input_ids" in inputs else 1
+        return Batch(inputs, labels, torch.tensor(chosen), rows).to(input_device(self.pretrained.model))
 
 
 def _each_tensor(

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerlens.config import DataConfig, RunConfig
-from layerlens.data.load import BUILT_IN, BUILT_IN_PREFIX, image_folder_of, source_table
-from layerlens.data.readers import FIRST
+from layerlens.data.load import BUILT_IN, BUILT_IN_PREFIX, first_rows, image_folder_of
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError
 from layerlens.registry import TASKS
@@ -59,7 +58,8 @@ def guess_task(architectures: Sequence[str], table: Table, config: DataConfig) -
     """
     for key, given in config:
         if key.endswith("_column") and given is not None:
-            table.find(given, key, ())
+            for name in [given] if isinstance(given, str) else given:
+                table.find(name, key, ())
     place = Path(table.place).name
     claims = {task.name: claim for task in TASKS.values() if task.claim and (claim := task.claim(table, config))}
     fitting = {name: claim for name, claim in claims.items() if possible(TASKS[name], architectures)}
@@ -122,7 +122,7 @@ def _guess(config: RunConfig, base_dir: Path | None) -> Guess:
         for task in TASKS.values():
             if task.read_folder is not None:
                 return Guess(task.name, f"the folder {folder.name}")
-    return guess_task(architectures, source_table(source, base_dir, FIRST), config.data)
+    return guess_task(architectures, first_rows(config.data, base_dir), config.data)
 
 
 def possible(task: Any, architectures: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Image classification: one class for each image. An image is opened when its batch is asked for, so any set fits."""
+"""Image classification: one class for each image, or several. An image is opened when its batch is asked for."""
 
 from __future__ import annotations
 
@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.images import SUFFIXES, image_folder
-from layerlens.data.table import IMAGES, Table, class_names
+from layerlens.data.table import IMAGES, Table
+from layerlens.data.values import class_names
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features, Inputs
-from layerlens.tasks.losses import classification_loss
-from layerlens.tasks.metrics import Metrics, Record, finish_classes, joined, record_classes
+from layerlens.tasks.class_targets import (
+    bits_of_classes,
+    classes_loss,
+    finish_with,
+    label_columns,
+    label_tensor,
+    label_values,
+    read_classes,
+    record_class_targets,
+)
+from layerlens.tasks.metrics import Metrics, Record, finish_classes, joined
 from layerlens.tasks.task import Claim, Task
 
 if TYPE_CHECKING:
@@ -23,18 +33,22 @@ if TYPE_CHECKING:
 
 def read(table: Table, config: DataConfig) -> Dataset:
     """Images (paths or encoded bytes) and their classes."""
-    labels, names = table.classes(table.find_labels(config))
+    labels, names = read_classes(table, label_columns(table, config))
     return Dataset({"image": table.images(config)}, labels, names, table.place)
 
 
 def claim(table: Table, config: DataConfig) -> Claim | None:
     """Images (encoded, or names of image files), and their classes."""
     image = table.named(config.image_column, IMAGES)
-    label = table.labelled(config) or next(iter(table.repeating(config)), None)
+    labels = bits_of_classes(table, config) or [table.labelled(config) or "", *table.repeating(config)]
+    label = next(filter(None, labels), None)
     if image is None or label is None:
         return None
-    value = table.values(image)[0]
-    known = isinstance(value, (bytes, dict)) or Path(str(value)).suffix.lower() in SUFFIXES or hasattr(value, "shape")
+    values = [value for value in table.peek(image) if value is not None]
+    known = any(
+        isinstance(value, (bytes, dict)) or Path(str(value)).suffix.lower() in SUFFIXES or hasattr(value, "shape")
+        for value in values
+    )
     return Claim(2, f"images in column {image!r} and classes in {label!r}") if known else None
 
 
@@ -58,18 +72,16 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
             "transform) from the factory, with transform: list of PIL images -> tensor [batch, channels, height, width]"
         )
     images = dataset.columns["image"]
-    return [{"image": image, "labels": label} for image, label in zip(images, dataset.labels, strict=True)]
+    return [{"image": image, "labels": label} for image, label in zip(images, label_values(dataset), strict=True)]
 
 
 def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inputs, torch.Tensor]:
-    """Pixels [b, channels, height, width] under the model's own argument, and classes int64 [b]."""
-    import torch
-
+    """Pixels [b, channels, height, width] by the model's own argument; classes int64 [b], or float32 [b, classes]."""
     images = pretrained.images
     assert images is not None
     pixels = images.transform([row["image"].open(images.mode) for row in rows])
     dtype = next(pretrained.model.parameters()).dtype
-    return {images.argument: pixels.to(dtype)}, torch.tensor([row["labels"] for row in rows])
+    return {images.argument: pixels.to(dtype)}, label_tensor(rows)
 
 
 def finish(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:
@@ -80,7 +92,7 @@ def finish(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]
 
 TASK = Task(
     name="image-classification",
-    description="one class for each image",
+    description="one class for each image, or several (multi-label)",
     inputs="image",
     read=read,
     claim=claim,
@@ -88,8 +100,8 @@ TASK = Task(
     of_classes=lambda dataset: dataset,
     encode=encode,
     collate=collate,
-    loss=classification_loss,
-    metrics=Metrics(record_classes, finish, ("top1",)),
+    loss=classes_loss,
+    metrics=Metrics(record_class_targets, finish_with(finish), ("f1_micro", "top1")),
     auto_class="AutoModelForImageClassification",
     class_endings=("ForImageClassificationWithTeacher",),
     new_head=True,

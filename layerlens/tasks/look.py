@@ -7,8 +7,8 @@ from typing import Any
 
 from layerlens.config import RunConfig
 from layerlens.config.compatibility import refuse_conflicts
-from layerlens.data.load import BUILT_IN_PREFIX, HUB_PREFIX, as_dataset, image_folder_of, source_table
-from layerlens.data.readers import FIRST
+from layerlens.data.load import BUILT_IN_PREFIX, HUB_PREFIX, image_folder_of, load_dataset
+from layerlens.data.rows import FIRST
 from layerlens.exceptions import ConfigurationError, ModelSpecError
 from layerlens.registry import TASKS
 from layerlens.storage import url_of
@@ -70,8 +70,9 @@ def _data(config: RunConfig, base_dir: Path | None, task: Any) -> str:
     if task.read_folder is not None and (folder := image_folder_of(source, base_dir)):
         found = task.read_folder(folder, config.data)
         return f"{found.description}: {len(found)} images of {len(found.label_names)} classes"
-    table = source_table(source, base_dir, FIRST)
-    return str(as_dataset(table, config.data, task).description)
+    found = load_dataset(config.data, base_dir, task.name, FIRST)
+    columns = found.reading.columns if found.reading is not None else ""
+    return f"{found.description} ({columns})" if columns else found.description
 
 
 def fitted(values: dict[str, Any], base_dir: Path) -> tuple[dict[str, Any], dict[str, str]]:

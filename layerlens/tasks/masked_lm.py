@@ -15,7 +15,7 @@ from layerlens.tasks.batches import Features
 from layerlens.tasks.losses import IGNORED, token_loss
 from layerlens.tasks.metrics import TOKENS
 from layerlens.tasks.task import Claim, Task
-from layerlens.tasks.text import claim_plain_texts, collate_tokens, read_plain_texts, tokenized, without_classes
+from layerlens.tasks.text import claim_plain_texts, collate_tokens, cut_texts, read_plain_texts, without_classes
 
 MASKED, RANDOM = 0.8, 0.1
 """Of the tokens to be found: share that the mask token replaces, and share that a random token does (BERT)."""
@@ -28,8 +28,8 @@ def claim_unlabelled_texts(table: Table, config: DataConfig) -> Claim | None:
 
 
 def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:
-    """Texts in which some tokens have to be found: ``data.mlm_probability`` of the tokens that are not special, at
-    least one; of those 80 % become the mask token, 10 % a random one, 10 % stay.
+    """Texts, long ones as several samples, of which some tokens are to be found: ``data.mlm_probability`` of the tokens
+    that are not special, at least one; of those 80 % become the mask token, 10 % a random one, 10 % stay.
 
     Which they are depends on ``seed`` and on the sample's tokens alone.
 
@@ -43,8 +43,9 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
             f"{pretrained.path} has none; use causal-lm"
         )
     special = set(tokenizer.all_special_ids)
-    found = []
-    for one in tokenized(pretrained, dataset, config):
+    pieces = cut_texts(pretrained, dataset, config)
+    found = pieces.like()
+    for one in pieces:
         ids = np.array(one["input_ids"])
         candidates = np.flatnonzero([token not in special for token in one["input_ids"]])
         content = hashlib.sha256(f"{seed}:{one['input_ids']}".encode()).digest()

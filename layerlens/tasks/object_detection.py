@@ -12,6 +12,8 @@ from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.images import SUFFIXES, StoredImage
 from layerlens.data.load import rows_of_function
+from layerlens.data.read import dataset_of
+from layerlens.data.rows import SourceRows
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError, DataError, DataNotFoundError
 from layerlens.integrations.pretrained import PretrainedModel
@@ -47,7 +49,7 @@ def load(config: DataConfig, base_dir: Path | None) -> Dataset:
     """
     path = (base_dir or Path()) / local_file(config.source).expanduser()
     if REFERENCE.fullmatch(config.source) and not path.exists():
-        return read(Table(rows_of_function(config.source, base_dir), config.source), config)
+        return dataset_of(SourceRows.of(rows_of_function(config.source, base_dir)), config.source, config, read)
     if not path.is_file():
         raise DataNotFoundError(f"data.source: no file at {path}; give the YAML file of a YOLO data set")
     return _yolo(path, config.max_image_pixels)
@@ -56,18 +58,19 @@ def load(config: DataConfig, base_dir: Path | None) -> Dataset:
 def read(table: Table, config: DataConfig) -> Dataset:
     """Images, and the objects in them: lists of (class, x1, y1, x2, y2) with places in shares of the image."""
     column = table.find(config.label_column, "label_column", ("objects",))
-    labels = []
-    for number, objects in enumerate(table.values(column), start=1):
+    labels: list[Any] = []
+    for place, objects in enumerate(table.values(column)):
         try:
             labels.append(tuple((str(kind), *map(float, box)) for kind, *box in objects))
             sound = all(len(one) == 5 for one in labels[-1])
         except (TypeError, ValueError):
             sound = False
         if not sound:
-            raise DataError(
-                f"data.source: {table.place}: sample {number} has no objects in column {column!r}; give a list of "
-                "(class, x1, y1, x2, y2), in shares of the image"
-            )
+            labels[place:] = [()]
+            table.leave_out(
+                place, f"has no objects in column {column!r}; give a list of (class, x1, y1, x2, y2), in shares of the "
+                "image",
+            )  # fmt: skip
     return Dataset({"image": table.images(config)}, tuple(labels), (), table.place)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.table import Table
+from layerlens.data.values import answers_of
 from layerlens.exceptions import DataError, TrainingError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features, Inputs
@@ -37,7 +38,7 @@ def claim(table: Table, config: DataConfig) -> Claim | None:
     """Questions, contexts and answers."""
     question, context = table.named(config.text_column, ("question",)), table.named(config.pair_column, ("context",))
     answers = table.named(config.label_column, ("answers",))
-    found = question and context and answers and isinstance(table.values(answers)[0], (dict, list))
+    found = question and context and answers and any(map(answers_of, table.peek(answers)))
     return Claim(3, "questions with contexts and answers") if found else None
 
 

@@ -9,7 +9,9 @@ import numpy as np
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
-from layerlens.data.table import LABELS, Table, is_number
+from layerlens.data.table import LABELS, Table
+from layerlens.data.text_pairs import with_pair
+from layerlens.data.values import is_number, names_of
 from layerlens.tasks.losses import regression_loss
 from layerlens.tasks.metrics import Decode, Judged, Metrics, Record, as_numpy, joined, mean_loss
 from layerlens.tasks.task import Claim, Task
@@ -19,11 +21,13 @@ from layerlens.tasks.text import MANY, claim_labelled_texts, collate_labelled, e
 def read(table: Table, config: DataConfig) -> Dataset:
     """Texts or pairs, and a number for each."""
     label_column = table.find(config.label_column, "label_column", (*LABELS, "score"))
-    return Dataset(table.text_columns(config, label_column), table.numbers(label_column), (), table.place)
+    columns = table.text_columns(with_pair(table, config), label_column)
+    return Dataset(columns, table.numbers_of(label_column), (), table.place)
 
 
 def claim(table: Table, config: DataConfig) -> Claim | None:
     """Texts, each with a number that has a point, or a whole number that no other has."""
+    config = with_pair(table, config)
     column = table.named(config.label_column, (*LABELS, "score"))
     return claim_labelled_texts(table, config.model_copy(update={"label_column": column}), _numbers)
 
@@ -32,8 +36,9 @@ def _numbers(values: list[Any]) -> str:
     """``numbers``; "" where there are other values, or whole numbers that look like classes."""
     if not all(map(is_number, values)):
         return ""
-    points = any("." in str(value) for value in values)
-    return "numbers" if points or len(set(map(str, values))) == len(values) >= MANY else ""
+    names = names_of(values)
+    points = any("." in str(name) for name in names)
+    return "numbers" if points or len(set(names)) == len(values) >= MANY else ""
 
 
 def record(output: Any, batch: Judged, decode: Decode | None) -> Record:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
-from layerlens.data.readers import FIRST
+from layerlens.data.language_rows import read_language, recognise
 from layerlens.data.table import Table
+from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.losses import IGNORED, token_loss
@@ -16,23 +18,46 @@ from layerlens.tasks.metrics import TOKENS
 from layerlens.tasks.task import Claim, Task
 from layerlens.tasks.text import padded_inputs, padded_labels, tokenized
 
+if TYPE_CHECKING:
+    import torch
+
 SOURCES = ("source", "text", "document", "article", "dialogue", "input")
 TARGETS = ("target", "summary", "highlights", "translation", "output")
 
 
+QUESTIONS = ("instruction", "question and answer", "prompt and completion")
+"""Shapes of rows whose parts make a source and a target."""
+
+
 def read(table: Table, config: DataConfig) -> Dataset:
-    """Source texts and target texts."""
+    """Source texts and target texts: of a known shape with all its parts (an instruction and its input, a passage and
+    the question), else of one column each.
+    """
+    found = recognise(table, config) if config.text_column is None and config.label_column is None else None
+    if found is not None and found.shape.name in QUESTIONS:
+        rows = read_language(table, config)
+        source, target = ("question", "answer") if "question" in rows.columns else ("prompt", "completion")
+        if all(isinstance(text, str) for text in (*rows.columns[source], *rows.columns[target])):
+            systems = rows.columns.get("system", ("",) * len(rows))
+            texts = zip(systems, rows.columns[source], strict=True)
+            sources = tuple("\n\n".join(filter(None, parts)) for parts in texts)
+            return replace(rows, columns={"text": sources}, labels=rows.columns[target])
     source = table.find(config.text_column, "text_column", SOURCES)
     target = table.find(config.label_column, "label_column", TARGETS)
     return Dataset({"text": table.texts(source)}, table.texts(target), (), table.place)
 
 
 def claim(table: Table, config: DataConfig) -> Claim | None:
-    """Two texts, of which the second is another for most samples."""
+    """Two texts, of which the second is another for most samples, or rows of a shape that can be made such."""
+    found = recognise(table, config) if config.text_column is None and config.label_column is None else None
+    if found is not None and found.shape.name in QUESTIONS:
+        columns = list(found.columns.values())
+        return Claim(max(2, len(columns)), f"{found.shape.name} in the columns {', '.join(columns)}")
     source, target = table.named(config.text_column, SOURCES), table.named(config.label_column, TARGETS)
     if not source or not target or target in table.repeating(config):
         return None
-    texts = all(isinstance(value, str) for name in (source, target) for value in table.values(name)[:FIRST])
+    values = [value for name in (source, target) for value in table.peek(name) if value is not None]
+    texts = all(isinstance(value, str) for value in values)
     return Claim(2, f"texts in column {source!r} and texts for them in {target!r}") if texts else None
 
 
@@ -53,10 +78,29 @@ def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inpu
     width = max(len(row["labels"]) for row in rows)
     width += width == inputs["input_ids"].shape[1]
     labels = padded_labels(rows, width, "right")
-    model: Any = pretrained.model
-    inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    inputs["decoder_input_ids"] = decoder_inputs(pretrained.model, labels)
     inputs["decoder_attention_mask"] = (labels != IGNORED).long()
     return inputs, labels
+
+
+def decoder_inputs(model: Any, labels__bt: torch.Tensor) -> torch.Tensor:
+    """The labels one place to the right, after the token that the decoder starts with: as the model makes them, or, of
+    models that do so inside of ``forward`` alone (M2M100, NLLB), as transformers' ``shift_tokens_right`` has it.
+    """
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        made: torch.Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels__bt)
+        return made
+    config = model.config.get_text_config(decoder=True)
+    start, pad = config.decoder_start_token_id, config.pad_token_id
+    start = model.config.decoder_start_token_id if start is None else start
+    if start is None:
+        raise ConfigurationError(
+            f"model.name_or_path: the configuration of {type(model).__name__} has no decoder_start_token_id; set it in "
+            "config.json to the token that its decoder starts with"
+        )
+    shifted = labels__bt.roll(1, dims=1)
+    shifted[:, 0] = start
+    return shifted.masked_fill(shifted == IGNORED, pad if pad is not None else start)
 
 
 TASK = Task(

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.config import DataConfig, ModelConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.table import Table
-from layerlens.exceptions import TrainingError
+from layerlens.exceptions import DataError, TrainingError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.registry import TASKS
 from layerlens.tasks.batches import Batches, Collate, Features
+from layerlens.tasks.encoded import Encoded
 from layerlens.tasks.losses import Loss, own_loss
 from layerlens.tasks.metrics import LOSS_ONLY, Metrics
 from layerlens.utils.user_code import load_function
@@ -75,6 +77,8 @@ class Task:
         read_folder: (folder, data configuration) -> the data set, where a folder of files is one.
         file_suffixes: of files that only it reads, by ``load``.
         of_classes: what it makes of a built-in data set of samples with classes; None where it can do nothing with it.
+        reference: (model, pretrained, encoded samples, batch size) -> None: notes in the samples what the loss compares
+            the model with, of the model as it is; None where the loss compares it with nothing.
         study: whether ``layerlens evaluate`` can stack several trainings of it: targets are a tensor, and inputs and
             logits have one shape.
     """
@@ -102,6 +106,7 @@ class Task:
     claim: Callable[[Table, DataConfig], Claim | None] | None = None
     file_suffixes: tuple[str, ...] = ()
     of_classes: Callable[[Dataset], Dataset] | None = None
+    reference: Callable[[torch.nn.Module, PretrainedModel, Sequence[Features], int], None] | None = None
     study: bool = True
 
     @property
@@ -114,13 +119,21 @@ class Task:
         return len(labels) if self.classes else int(self.head_config.get("num_labels", 0))
 
 
-def task_for(config: ModelConfig, base_dir: Path | None = None) -> Task:
+def task_for(config: ModelConfig, base_dir: Path | None = None, dataset: Dataset | None = None) -> Task:
     """The task of a configuration, with the loss that the configuration names where it names one.
+
+    Args:
+        config: names the task.
+        base_dir: folder that relative paths start from.
+        dataset: the samples, which may turn out to be for another task (preference pairs for DPO).
 
     Raises:
         ConfigurationError: the loss cannot be imported.
     """
-    task: Task = TASKS[config.task]
+    task: Task = TASKS[(dataset.task if dataset is not None else "") or config.task]
+    if task.name == "dpo":
+        of_pairs: Any = task.loss
+        return replace(task, loss=partial(of_pairs, beta=config.dpo_beta))
     if config.loss is None:
         return task
     return replace(task, loss=own_loss(load_function(config.loss, "model.loss", base_dir), config.loss))
@@ -146,6 +159,7 @@ def make_batches(
     *,
     batch_size: int,
     seed: int = 0,
+    limit: int | None = None,
 ) -> Batches:
     """The samples of ``dataset`` as the inputs and targets that ``task`` gives the model.
 
@@ -156,10 +170,16 @@ def make_batches(
         config: longest sequences, and what else shapes the inputs.
         batch_size: samples in a batch.
         seed: of what is drawn (which tokens a masked language model has to find).
+        limit: at most so many samples, where long texts are cut into several; spread evenly.
 
     Raises:
-        DataError: a sample cannot be encoded.
+        DataError: a sample cannot be encoded, or none is left.
         ConfigurationError: the tokenizer lacks what the task needs.
     """
     features = task.encode(pretrained, dataset, config, seed)
+    if isinstance(features, Encoded):
+        features = features.spread(limit)
+        if not features and len(dataset):
+            reason = features.left_out.most_common(1)[0][0]
+            raise DataError(f"data.source: none of the {len(dataset)} rows can be used: {reason}")
     return Batches(task.collate, pretrained, features, batch_size=batch_size)

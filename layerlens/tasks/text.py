@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
-from layerlens.data.readers import FIRST
+from layerlens.data.language_rows import recognise
+from layerlens.data.rows import FIRST
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Collate, Features, Inputs
+from layerlens.tasks.encoded import Encoded
 from layerlens.tasks.losses import IGNORED
 from layerlens.tasks.task import Claim
 
@@ -34,6 +37,18 @@ def claim_plain_texts(table: Table, config: DataConfig) -> Claim | None:
     return Claim(1, f"texts in column {column!r}") if column else None
 
 
+def claim_language(table: Table, config: DataConfig, *, pairs: bool) -> Claim | None:
+    """Rows of a shape that language models are trained on, or texts, whatever else there is; or preference pairs."""
+    found = recognise(table, config)
+    if found is None or not found.shape.of_pairs:
+        if pairs:
+            return None
+        if found is None or "text" in found.columns:
+            return claim_plain_texts(table, config)
+    columns = list(dict.fromkeys(found.columns.values()))
+    return Claim(max(2, len(columns)), f"{found.shape.name} in the columns {', '.join(columns)}")
+
+
 def claim_labelled_texts(table: Table, config: DataConfig, told: Callable[[list[Any]], str]) -> Claim | None:
     """Texts with a label each that ``told`` has words for; a label column whose name says nothing counts as none."""
     named = table.labelled(config)
@@ -41,7 +56,7 @@ def claim_labelled_texts(table: Table, config: DataConfig, told: Callable[[list[
     column = named or (repeating[0] if len(repeating) == 1 else None)
     if column is None or table.text_column(config, column) is None:
         return None
-    kind = told(table.values(column)[:FIRST])
+    kind = told([value for value in table.peek(column)[:FIRST] if value is not None and value != ""])
     return Claim(2 if named else 1, f"{kind} in column {column!r}") if kind else None
 
 
@@ -80,11 +95,27 @@ def padded_inputs(pretrained: PretrainedModel, rows: Sequence[Features]) -> Inpu
 
     tokenizer = pretrained.tokenizer
     names = [name for name in rows[0] if name != "labels"]
+    if tokenizer.pad_token is None:  # padding is masked, so any token will do
+        fill = {"input_ids": padding_id(tokenizer), "token_type_ids": tokenizer.pad_token_type_id}
+        width, left = max(len(row["input_ids"]) for row in rows), tokenizer.padding_side == "left"
+        padded: Inputs = {}
+        for name in dict.fromkeys([*names, "attention_mask"]):
+            values = [list(row.get(name, [1] * len(row["input_ids"]))) for row in rows]
+            missing = [[fill.get(name, 0)] * (width - len(one)) for one in values]
+            both = zip(missing, values, strict=True) if left else zip(values, missing, strict=True)
+            padded[name] = torch.tensor([one + other for one, other in both])
+        return padded
     inputs: Inputs = dict(
         tokenizer.pad({name: [row[name] for row in rows] for name in names}, padding=True, return_tensors="pt")
     )
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     return inputs
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills up shorter samples; masked, so any will do where the tokenizer has none."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in known if token is not None), 0)
 
 
 def padded_labels(rows: Sequence[Features], width: int, side: str) -> torch.Tensor:
@@ -104,6 +135,21 @@ def tokenized(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig)
     texts = [config.source_prefix + text for text in dataset.columns["text"]]
     pairs = list(dataset.columns["pair"]) if "pair" in dataset.columns else None
     return by_sample(pretrained.tokenizer(texts, pairs, truncation=True, max_length=config.max_length))
+
+
+def cut_texts(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig) -> Encoded:
+    """Texts as token ids, those longer than ``data.max_length`` as several samples, each with its special tokens."""
+    tokenizer, found = pretrained.tokenizer, Encoded(len(dataset), config.max_length)
+    if not tokenizer.is_fast:  # such a tokenizer gives the rest of one text only
+        found.extend(tokenized(pretrained, dataset, config))
+        found.truncated = sum(len(one["input_ids"]) == config.max_length for one in found)
+        return found
+    texts = [config.source_prefix + text for text in dataset.columns["text"]]
+    encoded = tokenizer(texts, truncation=True, max_length=config.max_length, return_overflowing_tokens=True)
+    of = encoded.pop("overflow_to_sample_mapping")
+    found.extend(by_sample(encoded))
+    found.cut = sum(n > 1 for n in Counter(of).values())
+    return found
 
 
 def by_sample(encoded: Any) -> list[Features]:

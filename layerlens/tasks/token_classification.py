@@ -11,6 +11,7 @@ import numpy as np
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.table import Table
+from layerlens.data.values import as_list
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features
 from layerlens.tasks.losses import IGNORED, token_loss
@@ -42,7 +43,7 @@ def read(table: Table, config: DataConfig) -> Dataset:
 def claim(table: Table, config: DataConfig) -> Claim | None:
     """Lists of words, and lists of tags."""
     words, tags = table.named(config.text_column, WORDS), table.named(config.label_column, TAGS)
-    if not words or not tags or not all(isinstance(table.values(name)[0], (list, tuple)) for name in (words, tags)):
+    if not words or not tags or not all(any(map(as_list, table.peek(name))) for name in (words, tags)):
         return None
     return Claim(2, f"lists of words in column {words!r} and of tags in {tags!r}")
 

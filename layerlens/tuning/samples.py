@@ -15,6 +15,7 @@ from layerlens.exceptions import DataError, TrainingError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.tasks import IGNORED, Batch, Batches, Task, make_batches, task_metrics
+from layerlens.tasks.encoded import Encoded, notes_of, tokens_digest
 from layerlens.tasks.metrics import TARGETS, Decode, Record
 from layerlens.utils.progress import Progress, silent
 
@@ -29,6 +30,11 @@ PADDING: dict[str, Any] = {"labels": IGNORED}
 def model_output(model: Any, batch: Mapping[str, Any]) -> Any:
     """What the model returns for a batch with labels; it has ``loss``."""
     return model(**batch)
+
+
+def packed_output(model: Any, batch: Mapping[str, Any]) -> Any:
+    """The same of packed rows: with a cache, models look from one text of a row into another."""
+    return model(**batch, use_cache=False)
 
 
 @dataclass(frozen=True)
@@ -129,19 +135,42 @@ def training_data(
         warn(f"training.train_samples: asked for {limit}, the data has {len(train)} after the test split")
     if not len(test):
         warn(f"data.source: the test split of {len(dataset)} samples is empty, so nothing is evaluated")
-    fingerprint = f"{train.fingerprint[:16]}-{test.fingerprint[:16]}-{config.data.max_length}"
     tokenizer = pretrained.tokenizer
-    more: dict[str, Any] = {"fingerprint": fingerprint, "labels": dataset.label_names}
+    more: dict[str, Any] = {"labels": dataset.label_names}
     if tokenizer is not None:
         more["decode"] = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
     if not task.model_targets:
         seed = config.runtime.seed
-        first, last = (task.encode(pretrained, p, config.data, seed) if len(p) else [] for p in (train, test))
-        return TrainingData(first, last, **more, join=partial(_join, task, pretrained), output=partial(_output, task))
+        first, last = (
+            make_batches(task, pretrained, part, config.data, batch_size=1, seed=seed, limit=most).features
+            if len(part) else [] for part, most in ((train, limit), (test, config.training.eval_samples))
+        )  # fmt: skip
+        _tell(dataset, first, warn)
+        fingerprint = _fingerprint(train, test, first, config)
+        join, output = partial(_join, task, pretrained), partial(_output, task)
+        return TrainingData(first, last, fingerprint=fingerprint, join=join, output=output, **more)
     if tokenizer is not None:
         pad = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
         more |= {"padding": pad, "left": tokenizer.padding_side == "left"}
-    return TrainingData(_samples(train, pretrained, task, config), _samples(test, pretrained, task, config), **more)
+    samples = _samples(train, pretrained, task, config, limit)
+    features = getattr(getattr(samples, "batches", None), "features", ())
+    _tell(dataset, features, warn)
+    more["fingerprint"] = _fingerprint(train, test, features, config)
+    if len(features) and "position_ids" in features[0]:
+        more["output"] = packed_output
+    return TrainingData(samples, _samples(test, pretrained, task, config, config.training.eval_samples), **more)
+
+
+def _tell(dataset: Dataset, features: Any, warn: Callable[[str], None]) -> None:
+    """What became of the rows of the training samples."""
+    for line in (*dataset.notes, *notes_of(features)):
+        warn(line)
+
+
+def _fingerprint(train: Dataset, test: Dataset, features: Any, config: RunConfig) -> str:
+    """Identity of rows and of the tokens that were made of them."""
+    rows = f"{train.fingerprint[:16]}-{test.fingerprint[:16]}-{config.data.max_length}"
+    return f"{rows}-{tokens_digest(features)[:16]}" if isinstance(features, Encoded) else rows
 
 
 @dataclass(frozen=True)
@@ -161,8 +190,9 @@ def _join(task: Task, pretrained: PretrainedModel, rows: Sequence[Any]) -> dict[
 
 def _output(task: Task, model: Any, batch: Mapping[str, Any]) -> Output:
     inputs = {name: value for name, value in batch.items() if name != TARGETS}
-    n = len(next(iter(inputs.values())))
-    whole = Batch(inputs, batch[TARGETS], torch.arange(n)).to(next(model.parameters()).device)
+    rows = 1 if task.reference is None else 2
+    n = len(next(iter(inputs.values()))) // rows
+    whole = Batch(inputs, batch[TARGETS], torch.arange(n), rows).to(next(model.parameters()).device)
     returned = model(**whole.inputs)
     return Output(task.loss(returned, whole).mean(), n, returned)
 
@@ -224,10 +254,13 @@ def _first(dataset: Dataset, limit: int | None) -> Dataset:
     return dataset.select([index * len(dataset) // limit for index in range(limit)])
 
 
-def _samples(dataset: Dataset, pretrained: PretrainedModel, task: Task, config: RunConfig) -> Sequence[Sample]:
+def _samples(
+    dataset: Dataset, pretrained: PretrainedModel, task: Task, config: RunConfig, limit: int | None
+) -> Sequence[Sample]:
     if not len(dataset):
         return []
-    batches = make_batches(task, pretrained, dataset, config.data, batch_size=1, seed=config.runtime.seed)
+    seed = config.runtime.seed
+    batches = make_batches(task, pretrained, dataset, config.data, batch_size=1, seed=seed, limit=limit)
     return SampleByIndex(batches, task.model_targets)
 
 

@@ -13,7 +13,7 @@ import pytest
 from layerlens.config import DataConfig
 from layerlens.data import Dataset, load_dataset
 from layerlens.data.images import StoredImage
-from layerlens.exceptions import DataError, DataNotFoundError
+from layerlens.exceptions import DataError
 
 Image = pytest.importorskip("PIL.Image")
 TASK = "image-classification"
@@ -114,7 +114,7 @@ def test_tables_name_files_or_hold_bytes(folder: Path):
         assert held.labels == files.labels, source
         assert held.fingerprint == files.fingerprint, source
     (folder / "e.jsonl").write_text('{"image": "nowhere.png", "label": 0}\n{"image": 7, "label": 1}\n')
-    with pytest.raises(DataNotFoundError, match=r"sample 1: no image file at .*nowhere\.png"):
+    with pytest.raises(DataError, match=r"sample 1 has no image file at .*nowhere\.png"):
         read(folder, "e.jsonl")
     (folder / "e.jsonl").write_text('{"image": 7, "label": 0}\n{"image": 7, "label": 1}\n')
     with pytest.raises(DataError, match="sample 1 has no image in column 'image'"):

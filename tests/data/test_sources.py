@@ -42,15 +42,15 @@ def test_the_only_text_column_is_found(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
-        ("d.txt", "x", {}, r"not \.jsonl, \.csv or \.parquet"),
+        ("d.txt", "x", {}, r"d\.txt is not \.jsonl, \.json, \.csv, \.tsv, \.parquet or \.conll"),
         ("d.jsonl", "", {}, "has no samples"),
-        ("d.jsonl", '{"text": "a"\n', {}, r"d\.jsonl:1:\d+: not JSON"),
-        ("d.jsonl", "[1]\n", {}, "must be a JSON object, got list"),
+        ("d.jsonl", '{"text": "a"\n', {}, r"sample 1 \(line 1, column \d+\) is not JSON"),
+        ("d.jsonl", "[1]\n", {}, "must be a JSON object, got int"),
         ("d.jsonl", '{"a": 1, "b": 2}\n', {}, r"data\.label_column: found no usable column in .*, which has a, b"),
         ("d.jsonl", '{"label": "x", "n": 2}\n', {}, r"data\.text_column: found no usable column"),
         ("d.csv", "text,label\na,x\n", {"text_column": "txet"}, "has no column 'txet'.*did you mean 'text'"),
-        ("d.csv", "text,label\na,x\nb\n", {}, "record 3 has not the 2 fields"),
-        ("d.csv", "text,label\na,x,z\n", {}, "record 2 has not the 2 fields"),
+        ("d.csv", "text,label\na,x\nb\n", {}, r"sample 2 \(line 3\) has not the 2 fields of the header, but 1"),
+        ("d.csv", "text,label\na,x,z\n", {}, r"sample 1 \(line 2\) has not the 2 fields of the header, but 3"),
         ("d.jsonl", '{"text": "a", "label": "x"}\n{"text": " ", "label": "y"}\n', {}, "sample 2 has no text"),
         ("d.jsonl", '{"text": "a", "label": 1.5}\n', {}, "sample 1 has no class in column 'label', got 1.5"),
         ("d.jsonl", '{"text": "a", "label": "x"}\n' * 3, {}, "has one class only"),
@@ -138,10 +138,10 @@ def test_unusable_tables_and_directories_are_refused(tmp_path: Path):
 def test_hub_names_that_cannot_be_loaded_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     datasets = pytest.importorskip("datasets")
 
-    def load(name: str, split: str) -> object:
-        if name == "org/known":
+    def load(path: str, name: str | None = None, *, split: str) -> object:
+        if path == "org/known":
             return datasets.Dataset.from_dict({"text": [f"{split} 1", f"{split} 2"], "label": ["x", "y"]})
-        raise FileNotFoundError(f"Couldn't find any data at {name}")
+        raise FileNotFoundError(f"Couldn't find any data at {path}")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert load_dataset(DataConfig(source="hf:org/known:test"), tmp_path).texts == ("test 1", "test 2")
@@ -158,3 +158,10 @@ def test_second_sentences_are_part_of_a_sample(tmp_path: Path):
     assert not set(calibration.pairs) & set(head.pairs)
     alone = read(tmp_path, "e.jsonl", content, text_column="a")
     assert alone.fingerprint != dataset.fingerprint
+
+
+def test_samples_that_are_all_the_same_are_not_all_test_data():
+    same = [Dataset({"text": (text,) * 6}, (None,) * 6) for text in ("train", "valid", "x")]
+    sides = [len(dataset.split_test()[0]) for dataset in same]
+    assert sides == [6, 6, 6]  # "train" by itself is of the test split: its digest is below 15 %
+    assert len(same[0].split(4, 0, seed=0)[0]) == 4

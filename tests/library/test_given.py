@@ -132,8 +132,11 @@ def test_tensors_and_a_loss_of_ones_own(network: torch.nn.Module):
 
 
 def test_the_models_own_loss_is_taken_where_it_is_no_known_one(bert: torch.nn.Module, bert_batches: Batches):
-    bert.config.problem_type = "multi_label_classification"
     batches = [{**batch, "labels": torch.nn.functional.one_hot(batch["labels"], 3).float()} for batch in bert_batches]
+    bert.config.problem_type = "multi_label_classification"
+    several = layerlens.profile(bert, batches, statistics=["fisher"])
+    assert any("of each sample, as sequence-classification has it" in note for note in several.notes)
+    bert.config.problem_type = "regression"  # squared error of numbers that may be classes
     found = layerlens.profile(bert, batches)
     assert any("the model's own, of whole batches" in note for note in found.notes)
     with pytest.raises(ConfigurationError, match="fisher need the loss of each sample"):
@@ -325,7 +328,7 @@ def test_classes_are_matched_by_name_or_refused_with_both_lists(bert: torch.nn.M
     assert energies(facts([0, 1, 2])) == energies(by_name)
     some = facts(["negative", "positive"])  # a class that is missing from the sample keeps its output
     assert some.model.labels == ("Positive", "Neutral", "Negative")
-    with pytest.raises(DataError, match=r"classes \(bad, good\).*outputs \(Positive, Neutral, Negative\)"):
+    with pytest.raises(DataError, match=r"classes \(bad, good\).*of the model \(Positive, Neutral, Negative\)"):
         facts(["good", "bad"])
 
 

@@ -123,7 +123,11 @@ def test_without_a_configuration_it_takes_that_of_the_run(job: Path, tmp_path: P
     ("change", "code", "words"),
     [
         ({"model": {"fingerprint": "ab" * 32}}, 2, "not the weights that the manifest was made for"),
-        ({"model": {"labels": ["good", "evil"]}}, 4, "has bad, which the manifest has not and lacks evil"),
+        (
+            {"model": {"labels": ["good", "evil"]}},
+            4,
+            "classes (bad, good) cannot be matched with the 2 of the manifest",
+        ),
         ({"model": {"task": ""}}, 2, "the manifest has no model.task"),
         ({"model": {"name_or_path": "nowhere/at/all"}}, 4, "no model directory at"),
     ],

@@ -123,12 +123,14 @@ class Outline:
         masks: where its masks are stored.
         calls: for each block, where the arguments beside its activations are.
         shapes: of the front's outputs.
+        rows: of the model's batch for each sample.
     """
 
     index: torch.Tensor
     masks: dict[str, Any]
     calls: list[Any]
     shapes: dict[str, Any]
+    rows: int = 1
 
 
 class ForwardSweep:
@@ -240,7 +242,7 @@ class ForwardSweep:
     def outline_batch(self, number: int) -> Batch:
         """A batch without its inputs and targets: with its masks and the positions of its samples."""
         outline = self.outlines[number]
-        return Batch(self.arguments.read(outline.masks), None, outline.index)
+        return Batch(self.arguments.read(outline.masks), None, outline.index, outline.rows)
 
     def _keep(self, batch: Batch, found: FrontOutput) -> None:
         self.boundaries.append(found.hidden)
@@ -257,7 +259,7 @@ class ForwardSweep:
             which.append(distinct[key])
         stored = self.arguments.append({"masks": masks, "calls": trees})
         calls = [stored["calls"][number] for number in which]
-        self.outlines.append(Outline(batch.index, stored["masks"], calls, found.shapes))
+        self.outlines.append(Outline(batch.index, stored["masks"], calls, found.shapes, batch.rows))
 
 
 def check_arguments(model: torch.nn.Module, calls: Sequence[BlockCall]) -> None:

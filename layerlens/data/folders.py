@@ -1,0 +1,94 @@
+"""A folder of files as one source: the shards of a data set, as the hub and ``datasets`` write them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from layerlens.config import DataConfig
+from layerlens.data.readers import reader_of
+from layerlens.data.rows import SourceRows
+from layerlens.exceptions import DataError
+from layerlens.utils.places import check_readable
+
+SPLIT = re.compile(r"(?:^|[^a-z])(train(?:ing)?|test|dev|eval|valid|validation)(?:[^a-z]|$)")
+TRAIN = "train"
+ASIDE = ("dataset_infos.json", "dataset_info.json", "state.json", "package.json")
+"""Files that lie beside data and are none."""
+MOST_SHOWN = 4
+
+
+def shards(root: Path, of_words: bool) -> list[Path]:
+    """The files below ``root`` that are read, by name: those of the split train where their names tell splits apart.
+
+    Raises:
+        DataError: they are of several kinds, or of several configurations.
+    """
+    _refuse_configurations(root)
+    files = [
+        path
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+        and reader_of(path, of_words) is not None
+        and path.name not in ASIDE
+        and not any(part.startswith((".", "_")) for part in path.relative_to(root).parts)
+    ]
+    kinds = sorted({path.suffix.lower() for path in files})
+    if len(kinds) > 1:
+        raise DataError(
+            f"data.source: the folder {root} has files of several kinds ({', '.join(kinds)}); give the folder or file "
+            "of one"
+        )
+    of_split = {path: _split(path.relative_to(root)) for path in files}
+    if any(of_split.values()):
+        train = [path for path in files if of_split[path] == TRAIN]
+        if not train:
+            splits = sorted(set(filter(None, of_split.values())))
+            raise DataError(
+                f"data.source: the folder {root} has files of the splits {', '.join(splits)} and none of {TRAIN}; give "
+                "the file or folder of one"
+            )
+        files = train
+    return files
+
+
+def read_folder(root: Path, files: list[Path], of_words: bool, config: DataConfig, found: SourceRows) -> None:
+    """The rows of all files, one after the other."""
+    for path in files:
+        check_readable(path, root)
+        reader = reader_of(path, of_words)
+        assert reader is not None
+        reader(path, config, found)
+    shown = [path.relative_to(root).as_posix() for path in files[:MOST_SHOWN]]
+    more = f" and {len(files) - MOST_SHOWN} more" if len(files) > MOST_SHOWN else ""
+    found.note(f"{len(files)} file{'s' if len(files) > 1 else ''} of the folder: {', '.join(shown)}{more}")
+
+
+def _refuse_configurations(root: Path) -> None:
+    """A data set of the hub whose card names several configurations is not one source."""
+    card = root / "README.md"
+    if not card.is_file():
+        return
+    import yaml
+
+    _, opened, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    try:
+        facts = yaml.safe_load(rest.partition("\n---")[0]) if opened else None
+    except yaml.YAMLError:
+        return
+    listed = facts.get("configs") if isinstance(facts, dict) else None
+    names = [str(one["config_name"]) for one in listed or () if isinstance(one, dict) and "config_name" in one]
+    if len(names) > 1:
+        raise DataError(
+            f"data.source: the folder {root} has the configurations {', '.join(names)}; name one, as in "
+            f"hf:{root}/{names[0]}:{TRAIN}"
+        )
+
+
+def _split(path: Path) -> str:
+    """The split that a file's name, or that of a folder it is in, speaks of; "" for none."""
+    for part in reversed(path.parts):
+        named = SPLIT.search(part.lower())
+        if named is not None:
+            return TRAIN if named[1].startswith(TRAIN) else named[1]
+    return ""

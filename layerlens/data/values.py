@@ -1,0 +1,94 @@
+"""What stands in a cell of a table: classes, lists, zeros and ones, answers, however a file writes them."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+WHOLE = re.compile(r"\s*[+-]?\d+(\.0*)?\s*")
+"""A whole number as text: ``1``, or ``1.0`` where pandas had a gap in the column."""
+
+Answers = tuple[tuple[int, str], ...]
+
+
+def class_names(labels: Any) -> tuple[str, ...]:
+    """Every name once: whole numbers first, by their size, then words by the alphabet."""
+    names = set(labels)
+    return tuple(sorted(names, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)))
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """A list, tuple or array as a list, and one that is written as text (``['a', 'b']``), as pandas writes lists into
+    .csv files; None for anything else.
+    """
+    if isinstance(value, str):
+        if not (value.lstrip().startswith("[") and value.rstrip().endswith("]")):
+            return None
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return None
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return list(value) if isinstance(value, (list, tuple)) else None
+
+
+def is_class(value: Any) -> bool:
+    """Whether a value names a class: text, or a whole number."""
+    if isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, (str, int)) and (not isinstance(value, str) or bool(value.strip()))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, or text that is one."""
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def is_bit(value: Any, *more: Any) -> bool:
+    """Whether a value is 0 or 1, false or true, or one of ``more``."""
+    if isinstance(value, str):
+        return value.strip() in ("0", "1", "0.0", "1.0")
+    return value in more or (isinstance(value, (int, float)) and value in (0, 1))
+
+
+def names_of(values: Sequence[Any]) -> list[str | None]:
+    """Classes as names: whole numbers without a point, whether they are numbers or all of them are texts of such."""
+    written = [value for value in values if isinstance(value, str)]
+    whole = bool(written) and all(map(WHOLE.fullmatch, written))
+
+    def name(value: Any) -> str | None:
+        if value is None:
+            return None
+        if isinstance(value, float) or (whole and isinstance(value, str)):
+            return str(int(float(value)))
+        return str(value)
+
+    return [name(value) for value in values]
+
+
+def answers_of(value: Any) -> Answers | None:
+    """The (first character, text) of answers; None where the value has not the form of any."""
+    if isinstance(value, dict):
+        texts, starts = value.get("text"), value.get("answer_start")
+        if not isinstance(texts, (list, tuple)) or not isinstance(starts, (list, tuple)) or len(texts) != len(starts):
+            return None
+        pairs = list(zip(starts, texts, strict=True))
+    elif isinstance(value, (list, tuple)) and all(isinstance(one, dict) for one in value):
+        pairs = [(one.get("answer_start"), one.get("text")) for one in value]
+    else:
+        return None
+    sound = all(isinstance(start, int) and isinstance(text, str) for start, text in pairs)
+    return tuple(pairs) if sound else None
+
+
+def short(value: Any) -> str:
+    """A value for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
