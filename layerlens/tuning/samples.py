@@ -147,7 +147,8 @@ def training_data(
         )  # fmt: skip
         _tell(dataset, first, warn)
         fingerprint = _fingerprint(train, test, first, config)
-        join, output = partial(_join, task, pretrained), partial(_output, task)
+        join = partial(_join, task, pretrained)
+        output = partial(_output, task)
         return TrainingData(first, last, fingerprint=fingerprint, join=join, output=output, **more)
     if tokenizer is not None:
         pad = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
