@@ -154,7 +154,7 @@ def training_data(
         pad = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
         more |= {"padding": pad, "left": tokenizer.padding_side == "left"}
     samples = _samples(train, pretrained, task, config, limit)
-    features = getattr(getattr(samples, "batches", None), "features", ())
+    features: Any = getattr(getattr(samples, "batches", None), "features", ())
     _tell(dataset, features, warn)
     more["fingerprint"] = _fingerprint(train, test, features, config)
     if len(features) and "position_ids" in features[0]:
