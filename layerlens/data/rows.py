@@ -1,9 +1,8 @@
 """The rows of a source, and what reading them told: how many there are, which were left out and why.
 
-A reader asks ``wanted`` for every row that it comes to and ``add``s those that are; where the first rows
-are enough, the last of them ends it by ``Enough``. Of a source that is larger than may be kept, half of the rows are
-dropped each time it is full: a draw by their places, the same in every run, since every second one might be of one
-class.
+A reader asks ``wanted`` for every row that it comes to and ``add``s those that are; where the first rows are enough,
+the last of them ends it by ``Enough``. Of a source that is larger than may be kept, half of the rows are dropped each
+time it is full: a draw by their places, the same in every run, since every second one might be of one class.
 """
 
 from __future__ import annotations

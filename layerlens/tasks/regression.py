@@ -11,7 +11,7 @@ from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.table import LABELS, Table
 from layerlens.data.text_pairs import with_pair
-from layerlens.data.values import is_number, names_of
+from layerlens.data.values import is_number
 from layerlens.tasks.losses import regression_loss
 from layerlens.tasks.metrics import Decode, Judged, Metrics, Record, as_numpy, joined, mean_loss
 from layerlens.tasks.task import Claim, Task
@@ -36,9 +36,9 @@ def _numbers(values: list[Any]) -> str:
     """``numbers``; "" where there are other values, or whole numbers that look like classes."""
     if not all(map(is_number, values)):
         return ""
-    names = names_of(values)
-    points = any("." in str(name) for name in names)
-    return "numbers" if points or len(set(names)) == len(values) >= MANY else ""
+    numbers = [float(value) for value in values]
+    fractions = any(not number.is_integer() for number in numbers)
+    return "numbers" if fractions or len(set(numbers)) == len(values) >= MANY else ""
 
 
 def record(output: Any, batch: Judged, decode: Decode | None) -> Record:

@@ -40,11 +40,10 @@ def claim_plain_texts(table: Table, config: DataConfig) -> Claim | None:
 def claim_language(table: Table, config: DataConfig, *, pairs: bool) -> Claim | None:
     """Rows of a shape that language models are trained on, or texts, whatever else there is; or preference pairs."""
     found = recognise(table, config)
-    if found is None or not found.shape.of_pairs:
-        if pairs:
-            return None
-        if found is None or "text" in found.columns:
-            return claim_plain_texts(table, config)
+    if pairs != (found is not None and found.shape.of_pairs):
+        return None
+    if found is None or "text" in found.columns:
+        return claim_plain_texts(table, config)
     columns = list(dict.fromkeys(found.columns.values()))
     return Claim(max(2, len(columns)), f"{found.shape.name} in the columns {', '.join(columns)}")
 

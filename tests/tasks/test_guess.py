@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from layerlens.config import DataConfig
-from layerlens.data.load import as_dataset
+from layerlens.data.read import dataset_of
+from layerlens.data.rows import SourceRows
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.registry import TASKS
@@ -52,6 +53,7 @@ ENCODER, LLAMA, T5, VIT, ROBERTA = (
     "BertModel", "LlamaForCausalLM", "T5ForConditionalGeneration", "ViTForImageClassification", "RobertaForMaskedLM"
 )  # fmt: skip
 SENTENCES = [f"so {how} a film {number}" for number in range(12) for how in ("good", "bad")]
+CHAT = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "Ada"}]
 SQUAD = {"question": "who?", "context": "Ada", "answers": {"text": ["Ada"], "answer_start": [0]}, "title": "Ada"}
 
 
@@ -81,6 +83,20 @@ def rows(**columns: Any) -> list[dict[str, Any]]:
         (ENCODER, rows(tokens=[["a", "b"]] * 8, ner_tags=[["O", "B-X"]] * 8), "token-classification"),
         (ENCODER, [SQUAD] * 8, "question-answering"),
         (VIT, rows(image=["a.png", "b.png"] * 8, label=["cat", "dog"] * 8), "image-classification"),
+        (LLAMA, rows(messages=[CHAT] * 8), "causal-lm"),
+        ("", rows(conversations=[CHAT] * 8), "causal-lm"),
+        (LLAMA, rows(instruction=SENTENCES, input=[""] * 24, output=SENTENCES), "causal-lm"),
+        (T5, rows(instruction=SENTENCES, input=[""] * 24, output=SENTENCES), "seq2seq"),
+        (LLAMA, rows(question=SENTENCES, answer=["yes", "no"] * 12), "causal-lm"),
+        (LLAMA, rows(prompt=SENTENCES, chosen=SENTENCES, rejected=SENTENCES[::-1]), "dpo"),
+        ("", rows(chosen=[CHAT] * 8, rejected=[CHAT] * 8), "dpo"),
+        (ENCODER, rows(question=SENTENCES, passage=SENTENCES, label=[True, False] * 12), "sequence-classification"),
+        (ENCODER, rows(premise=SENTENCES, hypothesis=SENTENCES, label=[0, 1] * 12), "sequence-classification"),
+        (ENCODER, rows(text=SENTENCES, labels=[["a"], ["a", "b"]] * 12), "sequence-classification"),
+        (ENCODER, rows(text=SENTENCES, toxic=[0, 1] * 12, rude=[1, 1] * 12), "sequence-classification"),
+        (ENCODER, rows(text=SENTENCES, label=["1.0", None, "0.0"] * 8), "sequence-classification"),
+        (ENCODER, [{"id": 0}, *rows(text=SENTENCES, label=["a", "b"] * 12)], "sequence-classification"),
+        (VIT, rows(image=[b"jpeg", None] * 8, cat=[0, 1] * 8, dog=[1, 0] * 8), "image-classification"),
     ],
 )
 def test_columns_and_classes_say_the_task(architecture: str, data: list[dict[str, Any]], task: str) -> None:
@@ -110,8 +126,16 @@ def test_a_column_that_is_named_counts_and_one_that_was_not_read_is_said() -> No
     config = DataConfig(source="rows.csv", label_column="c")
     table = Table(data, "rows.csv")
     assert guess_task([ENCODER], table, config).task == "sequence-classification"
-    assert as_dataset(table, config, TASKS["sequence-classification"]).description == (
-        "rows.csv (label from 'c', text from 'a'; not read: b)"
-    )
+    read = TASKS["sequence-classification"].read
+    reading = dataset_of(SourceRows.of(data), "rows.csv", config, read).reading
+    assert reading is not None
+    assert reading.columns == "text from 'a', label from 'c'; not read: b"
     with pytest.raises(DataError, match=r"several columns that may be labels: b, c; name one in data.label_column"):
-        as_dataset(Table(data, "rows.csv"), DataConfig(source="rows.csv"), TASKS["sequence-classification"])
+        dataset_of(SourceRows.of(data), "rows.csv", DataConfig(source="rows.csv"), read)
+
+
+def test_a_column_that_is_named_and_not_there_is_said_before_anything_is_guessed() -> None:
+    for column in ("text_column", "label_column"):
+        config = DataConfig(source="rows.csv", **{column: "txt"})
+        with pytest.raises(DataError, match=rf"data\.{column}: rows.csv has no column 'txt'.*did you mean 'text'"):
+            guess_task([ENCODER], Table(rows(text=SENTENCES), "rows.csv"), config)
