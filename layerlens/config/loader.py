@@ -26,6 +26,9 @@ from layerlens.config.yaml_source import (
 )
 from layerlens.exceptions import ConfigurationError
 
+UNION = "union"
+"""The type of an error that stands for those of all types that a value may be of."""
+
 _AFTER_FILE = 1 << 30  # overrides come after every line of the file
 
 
@@ -77,6 +80,7 @@ def parse_run_config(text: str, source: str = "config.yaml", overrides: Sequence
         config = RunConfig.model_validate(document.data)
     except ValidationError as error:
         details = error.errors(include_url=False)
+        details = _joined_branches(details, document)
         inside = {detail["loc"][:-1] for detail in details}  # a list whose values are all wrong counts as empty
         for detail in details:
             problem = _explain(detail, document)
@@ -183,6 +187,37 @@ def _settle_scalars(document: Document) -> Iterator[Problem]:
             holder[location[-1]] = text
 
 
+def _joined_branches(details: Sequence[ErrorDetails], document: Document) -> list[ErrorDetails]:
+    """pydantic's errors with one for each value that may be of several types, where it has one for each of the types.
+
+    Of a mapping or a list those errors stay that are of its own type.
+    """
+    found: list[ErrorDetails] = []
+    by_place: dict[Location, list[ErrorDetails]] = {}
+    for detail in details:
+        location = detail["loc"]
+        of_union = [n for n in range(1, len(location)) if _is_union(annotation_at(location[:n]))]
+        if of_union:
+            by_place.setdefault(location[: of_union[0]], []).append(detail)
+        else:
+            found.append(detail)
+    for location, branches in by_place.items():
+        value = document.value(location)
+        tag = "list[" if isinstance(value, list) else "dict[" if isinstance(value, dict) else ""
+        own = [one for one in branches if tag and str(one["loc"][len(location)]).startswith(tag)]
+        n = len(location)
+        if own:
+            found += [{**one, "loc": (*location, *one["loc"][n + 1 :])} for one in own]
+            continue
+        wanted = " or ".join(dict.fromkeys(must_be(one).removeprefix("must be ") for one in branches))
+        found.append({**branches[0], "loc": location, "msg": f"Input should be {wanted}", "type": UNION})
+    return found
+
+
+def _is_union(annotation: Any) -> bool:
+    return sum(kind is not type(None) for kind in alternatives(annotation)) > 1
+
+
 def _explain(detail: ErrorDetails, document: Document) -> Problem:
     """One of pydantic's errors in the words of someone who writes YAML."""
     location = tuple(part for part in detail["loc"] if part != "[key]")  # pydantic's mark for a key that is wrong
@@ -195,7 +230,7 @@ def _explain(detail: ErrorDetails, document: Document) -> Problem:
         return Problem(place, dotted(location), detail["msg"].removeprefix("Value error, "))
     came = _kind(document, location, detail["input"]) if location == detail["loc"] else repr(detail["input"])
     message = f"{must_be(detail)}, got {came}"
-    if kind == "string_type" and location in document.texts:
+    if (kind == "string_type" or (kind == UNION and " text" in message)) and location in document.texts:
         message += "; put it in quotes if text is meant"
     return Problem(place, dotted(location), message + nearest_choice(detail))
 
@@ -204,12 +239,12 @@ def _unknown_key(location: Location) -> str:
     key = str(location[-1])
     section = as_model(annotation_at(location[:-1]))
     known = list(section.model_fields) if section is not None else []
-    nearest = nearest_key(key, known)
-    if nearest:
-        return f"unknown key, did you mean {nearest!r}?"
     elsewhere = sections_with(key)
     if elsewhere:
         return f"unknown key here, did you mean {elsewhere[0]!r}?"
+    nearest = nearest_key(key, known)
+    if nearest:
+        return f"unknown key, did you mean {nearest!r}?"
     return f"unknown key; known here: {', '.join(known)}"
 
 

@@ -45,18 +45,23 @@ def annotation_at(location: Location) -> Any:
     """The type annotation of the value at ``location`` of a RunConfig; None where there is no such key."""
     annotation: Any = RunConfig
     for part in location:
-        annotation = next((kind for kind in alternatives(annotation) if kind is not type(None)), None)
+        annotation = next((kind for kind in alternatives(annotation) if _has_parts(kind)), None)
         section = as_model(annotation)
         if section is not None:
             known = section.model_fields.get(str(part))
             annotation = known.annotation if known is not None else None
         elif typing.get_origin(annotation) is dict:
             annotation = typing.get_args(annotation)[1]
-        elif typing.get_origin(annotation) is tuple:
+        elif typing.get_origin(annotation) in (tuple, list):
             annotation = typing.get_args(annotation)[0]
         else:
             return None
     return annotation
+
+
+def _has_parts(kind: Any) -> bool:
+    """Whether a value of this type has keys or places of its own."""
+    return as_model(kind) is not None or typing.get_origin(kind) in (dict, tuple, list)
 
 
 def sections_with(key: str) -> list[str]:

@@ -79,6 +79,16 @@ class Document:
     texts: dict[Location, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
+    def value(self, location: Location) -> Any:
+        """What stands at ``location``; None where there is nothing."""
+        value = self.data
+        for part in location:
+            try:
+                value = value[part]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return value
+
     def place(self, location: Location) -> Place:
         """Where ``location`` is written, or the nearest value around it."""
         while location not in self.places and location:

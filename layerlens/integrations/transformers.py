@@ -6,7 +6,7 @@ Nothing else in the package knows how such a model is built inside.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -195,6 +195,30 @@ def task_heads(model: torch.nn.Module) -> tuple[str, ...]:
     return tuple(
         name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())
     )
+
+
+def new_modules(model: torch.nn.Module, new_parameters: Sequence[str]) -> tuple[str, ...]:
+    """Names of the modules that are trained whole: the task head, and what else the checkpoint lacks whole, such as the
+    pooler of a BERT that was saved from masked language modelling.
+    """
+    heads = task_heads(model)
+    inside = tuple(f"{head}." for head in heads)
+    new = set(new_parameters)
+    found: dict[str, None] = dict.fromkeys(heads)
+    for name in new_parameters:
+        if name.startswith(inside):
+            continue
+        path = name.rpartition(".")[0]
+        while path and _only(model, path.rpartition(".")[0], new):
+            path = path.rpartition(".")[0]
+        if path and _only(model, path, new):
+            found[path] = None
+    return tuple(found)
+
+
+def _only(model: torch.nn.Module, path: str, names: Collection[str]) -> bool:
+    """Whether all parameters of the module at ``path`` are among ``names``."""
+    return bool(path) and all(f"{path}.{name}" in names for name, _ in model.get_submodule(path).named_parameters())
 
 
 def timm_head(model: Any) -> str:

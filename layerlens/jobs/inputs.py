@@ -11,7 +11,7 @@ from layerlens.data.dataset import TEST_SHARE
 from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.placement import offloaded
 from layerlens.integrations.pretrained import PretrainedModel
-from layerlens.integrations.transformers import longest_sequence, task_heads
+from layerlens.integrations.transformers import longest_sequence, new_modules
 from layerlens.jobs.job import Warnings
 from layerlens.models import ModelFacts, ModelSpec, ModelStatistics
 from layerlens.profiling.cache import cache_key
@@ -141,7 +141,7 @@ def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset
         dtype=config.model.dtype,
         num_labels=task.n_outputs(dataset.label_names),
         labels=tuple(dataset.label_names),
-        head_modules=tuple(task_heads(pretrained.model)) if task.new_head else (),
+        head_modules=new_modules(pretrained.model, pretrained.new_parameters) if task.new_head else (),
         model_type=str(getattr(getattr(pretrained.model, "config", None), "model_type", "")),
         weights=config.model.weights,
         loss=config.model.loss,

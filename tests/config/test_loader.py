@@ -76,9 +76,25 @@ def test_the_line_of_the_design() -> None:
         (
             "data",
             "label_column: 7",
-            "4:17: data.label_column: must be text, got 7; put it in quotes if text is meant",
+            "4:17: data.label_column: must be text or a list, got 7; put it in quotes if text is meant",
         ),
-        ("data", "label_column: [a]", "4:17: data.label_column: must be text, got a list"),
+        (
+            "data",
+            "label_column: [a, 7]",
+            "4:21: data.label_column[1]: must be text, got 7; put it in quotes if text is meant",
+        ),
+        ("data", "label_column: {a: b}", "4:17: data.label_column: must be text or a list, got a mapping"),
+        ("data", "image_column: [a]", "4:17: data.image_column: must be text, got a list"),
+        (
+            "data",
+            "label_names: 3",
+            "4:16: data.label_names: must be a list or a mapping such as {name: 0.5}, got 3",
+        ),
+        (
+            "data",
+            "label_names: {a: 3}",
+            "4:20: data.label_names.a: must be text, got 3; put it in quotes if text is meant",
+        ),
         ("data", "batch_size:", "4:3: data.batch_size: must be a whole number, got nothing"),
         ("data", "source: x", "5:3: data.source: duplicate key, first set in line 4; remove one of them"),
         ("data", "text_column: !x a", "4:16: data.text_column: tag '!x' is not allowed; write the plain value"),
