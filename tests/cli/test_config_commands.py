@@ -21,7 +21,7 @@ def test_init_writes_a_valid_file_and_keeps_what_is_there(invoke: Invoke, tmp_pa
     assert (config.model.task, config.data.source) == ("sequence-classification", "../rows.csv")
     assert config.optimization.max_trainable_params == 7000
     assert "then: layerlens run new/my.yaml" in result.stderr
-    assert "Data: rows.csv (label from 'sentiment', text from 'review')" in result.stderr
+    assert "Data: rows.csv (text from 'review', label from 'sentiment')" in result.stderr
     assert invoke("validate", "new/my.yaml").exit_code == 0
 
     assert invoke("init", "full.yaml", *given, "--full").exit_code == 0

@@ -40,6 +40,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "model.name_or_path": "ultralytics:yolo11n.pt", "model.task": "object-detection", "model.dtype": "bfloat16"
     },
     "detection by another model": {"model.task": "object-detection"},
+    "packing and another task": {"data.packing": "bfd", "model.task": "masked-lm"},
     "layers of a method that is not on offer": {
         "optimization.methods": ["lora"], "optimization.constraints.min_layers": {"prefix": 1}
     },
