@@ -50,6 +50,8 @@ IN_MEMORY = MemoryPlan(PLAIN, "the model was given in memory", {})
 LABELS_ADVICE = (
     "load the model with num_labels, id2label and label2id of the data, or say in data.label_names which is which"
 )
+TOLD = {"columns": "columns ", "tokens": "tokens ", "classes": "classes ", "note": ""}
+"""Of what is known of the data, what the other notes do not say."""
 UNKNOWN_SIZE = 2**31
 
 
@@ -282,10 +284,13 @@ def _of_rows(
         f"task: {task.name} ({said})",
         f"data: {len(calibration)} of {len(dataset)} samples measured",
     )
-    return config, LoadedObjects(
+    loaded = LoadedObjects(
         pretrained, dataset, calibration, head_data, held_out, batches, _spec(pretrained, config, batches[0].inputs),
-        IN_MEMORY, task, statistics_request(config), notes=notes,
+        IN_MEMORY, task, statistics_request(config),
     )  # fmt: skip
+    read = loaded.summary(config.data)
+    facts = [] if read is None else [f"data: {TOLD[name]}{said}" for name, said in read.facts() if name in TOLD]
+    return config, replace(loaded, notes=(*notes, *facts))
 
 
 def _of_batches(
