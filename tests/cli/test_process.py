@@ -35,6 +35,8 @@ sys.argv = ["layerlens", "run", "config.yaml"]
 main()
 """
 
+MOST_TRIALS = 10
+
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
@@ -55,14 +57,18 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "app()\n"
     )
     seconds, of_typer = [], []
-    for _ in range(3):  # the least of three
+    quick = False
+    for _ in range(MOST_TRIALS):  # the least of several: other load makes any one of them dearer
         elapsed, done = _processor_seconds(code)
         seconds.append(elapsed)
         of_typer.append(_processor_seconds(bare)[0])
+        # Caches that other programs fill make every import dearer: then what Typer alone needs is the measure.
+        quick = min(seconds) < max(0.5, 1.75 * min(of_typer))
+        if quick:
+            break
     assert done.stderr.strip() == "[]"
     assert "validate" in done.stdout
-    # Caches that other programs fill make every import dearer: then what Typer alone needs is the measure.
-    assert min(seconds) < max(0.5, 1.75 * min(of_typer))
+    assert quick, (seconds, of_typer)
 
 
 def _processor_seconds(code: str) -> tuple[float, subprocess.CompletedProcess[str]]:
