@@ -140,6 +140,7 @@ def read_language(table: Table, config: DataConfig) -> Dataset:
         found = Recognised(TEXT, {"text": _text_column(table, config)})
     if config.prompt_template is not None:
         table.used.update(dict.fromkeys(_fields(config.prompt_template)))
+    table.parts.update((column, part) for part, column in found.columns.items())
     kept, left_out = [], Counter[str]()
     for place, row in enumerate(_rows_of(table, found.columns)):
         try:

@@ -13,7 +13,7 @@ import mlflow.models
 import mlflow.pyfunc
 
 
-class AdaptedModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
+class AdaptedModel(mlflow.pyfunc.PythonModel):
     """The base model with its adapter."""
 
     def load_context(self, context: Any) -> None:

