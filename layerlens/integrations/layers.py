@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from layerlens.exceptions import ModelSpecError
+from layerlens.integrations.experts import other_weights, rewritten_by_peft, why_router
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import (
     HEAD_WIDTHS,
@@ -55,7 +56,9 @@ def model_spec(
     blocks = blocks_of(model)
     modules = dict(model.named_modules())
     of_block = _transformer_layers(modules, blocks) if blocks else _other_layers(model, modules)
-    left_out = {path: reason for path in of_block if (reason := why_no_lora(path, modules[path]))}
+    reasons = {path: why_router(path, modules) or why_no_lora(path, modules[path]) for path in of_block}
+    left_out = {path: reason for path, reason in reasons.items() if reason}
+    left_out |= rewritten_by_peft(model, [path for path in of_block if path not in left_out])
     positions: dict[str, tuple[int, int]] = {}
     if inputs is not None:
         positions = _count_positions(model, [path for path in of_block if path not in left_out], inputs)
@@ -81,11 +84,12 @@ def model_spec(
             width = getattr(config, "hidden_size", None) or dense_shape(module)[1]
             layer = _dense_layer(path, module, width, block, positions.get(path))
         layers += _with_methods(layer, module, adapter_sites)
+    left_out |= other_weights(modules, blocks, of_block)
     if not layers:
-        reasons = "; ".join(f"{path}: {reason}" for path, reason in list(left_out.items())[:3])
+        some = "; ".join(f"{path}: {reason}" for path, reason in list(left_out.items())[:3])
         raise ModelSpecError(
             f"model.name_or_path: found no layer in {type(model).__name__} that can take LoRA (Linear, Conv1D, Conv2d)"
-            + (f"; {reasons}" if reasons else "")
+            + (f"; {some}" if some else "")
         )
     return ModelSpec(
         model_name=name_or_path,
