@@ -11,7 +11,7 @@ import typer
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
 from layerlens.cli.output import short
-from layerlens.cli.places import Debug, Json
+from layerlens.cli.places import Debug, Json, TrustRemoteCode
 from layerlens.exceptions import ManifestError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def export(
     lora_part: Annotated[
         bool, typer.Option("--lora-part", help="Leave adapters and prefixes out instead of refusing them.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -56,7 +57,10 @@ def export(
     target = directory or manifest.parent / tool.value
     with output_directory(target) as local:
         try:
-            files = export_for(tool.value, plan, model, local, lora_part=lora_part, measured=manifest.parent / "peft")
+            files = export_for(
+                tool.value, plan, model, local, lora_part=lora_part, measured=manifest.parent / "peft",
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
         except ManifestError as error:
             raise type(error)(f"{output.short(manifest)}: {error}") from error
     files = published_files(files, local, target)
@@ -80,6 +84,7 @@ def apply(
         Path | None,
         typer.Option("--output", "-o", help="Inject the plan into the model, and write its adapter directory here."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -94,7 +99,9 @@ def apply(
 
         with output_directory(directory) as local:
             try:
-                files = apply_to_directory(plan, model, local, manifest.parent / "peft")
+                files = apply_to_directory(
+                    plan, model, local, manifest.parent / "peft", trust_remote_code=trust_remote_code
+                )
             except ManifestError as error:
                 raise type(error)(f"{output.short(manifest)}: {error}") from error
         files = published_files(files, local, directory)

@@ -132,11 +132,12 @@ def evaluate_costs(
     profile: DeviceProfile,
     batch_size: int,
     sequence_length: int,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Comparison]:
     """Load the manifest's base model and ``compare_costs``."""
     with progress.stage("Loading model"):
-        pretrained = load_base(manifest, model, base_dir)
+        pretrained = load_base(manifest, model, base_dir, trust_remote_code=trust_remote_code)
     choice, _ = fitting_choice(pretrained.model, manifest)
     factors = read_factors(measured_factors, choice)
     return compare_costs(

@@ -152,6 +152,8 @@ def _load(
         placement=placement,
         streamed=plan.mode == STREAMED,
         new_head=config.model.new_head,
+        trust_remote_code=config.model.trust_remote_code,
+        quantization=config.model.quantization,
     )
     check_model(pretrained, config)
     dataset = in_order_of(dataset, pretrained.labels, advice=HEAD_ADVICE)

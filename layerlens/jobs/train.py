@@ -136,6 +136,12 @@ def train_config(manifest: Manifest, overrides: Sequence[str] = (), origin: str 
         "model.loss": recorded.get("model", {}).get("loss"),
         "data.source": recorded.get("data", {}).get("source"),
     }
+    said = any(str(one).startswith("model.trust_remote_code=") for one in overrides)
+    if recorded.get("model", {}).get("trust_remote_code") and not said:
+        raise ConfigurationError(
+            "model.trust_remote_code: the manifest's run ran Python code of the checkpoint; if you trust it, say so: "
+            "--set model.trust_remote_code=true"
+        )
     for key, value in named.items():
         if isinstance(value, str) and REFERENCE.fullmatch(value) and not value.startswith("builtin:"):
             raise ConfigurationError(
@@ -165,8 +171,8 @@ def train_manifest(
 
     Args:
         path: the manifest, a file or a URL.
-        config: data, training and runtime. Of its model section only the code that may run is read (``factory`` and
-            ``loss``), since the manifest names the model.
+        config: data, training and runtime. Of its model section only the code that may run is read (``factory``,
+            ``loss`` and ``trust_remote_code``), since the manifest names the model.
         base_dir: folder that relative paths in the configuration start from.
         output: directory or URL for the result; other files in it stay.
         model: base model to load, if not the one that the manifest names.
@@ -262,7 +268,7 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
         dataset = load_dataset(config.data, job.base_dir, config.model.task)
         advice = "train on data with the manifest's classes, or name them in data.label_names"
         dataset = in_order_of(dataset, manifest.model.labels or (), of="the manifest", advice=advice)
-        pretrained = load_base(manifest, model, job.base_dir)
+        pretrained = load_base(manifest, model, job.base_dir, trust_remote_code=config.model.trust_remote_code)
         check_model(pretrained, config)
         task = task_for(config.model, job.base_dir, dataset)
         data = training_data(dataset, pretrained, task, config, job.warnings.add)

@@ -140,6 +140,9 @@ class ModelEntry(_OpenPart):
     left_out: dict[str, str] | None = Field(
         default=None, description="Layers that no method can adapt, each with its reason."
     )
+    quantization: dict[str, Any] | None = Field(
+        default=None, description="How the weights were quantized as they were loaded, in the words of transformers."
+    )
 
 
 class LoraEntry(_OpenPart):

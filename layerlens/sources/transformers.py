@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from layerlens.data.labels import HEAD_ADVICE, UNNAMED, outputs_of, unmatched
 from layerlens.exceptions import DataError, ModelNotFoundError, ModelSpecError
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for
+from layerlens.integrations.quantized import quantization_arguments
 from layerlens.integrations.transformers import output_names
 from layerlens.registry import TASKS
 from layerlens.sources.source import LoadRequest, ModelSource, Trust
@@ -89,12 +90,14 @@ class TransformersSource(ModelSource):
         with torch.random.fork_rng(devices=[]), _quiet_transformers():
             torch.manual_seed(request.seed)
             try:
-                labels, heads = _head_settings(request, path, local_only)
-                model, info, streamed = _load_weights(request, path, heads, local_only)
-                tokenizer, images = _load_processor(request, path, model.config, local_only)
+                told = {"local_files_only": local_only, "trust_remote_code": request.trust_remote_code}
+                labels, heads = _head_settings(request, path, told)
+                model, info, streamed = _load_weights(request, path, heads, told)
+                tokenizer, images = _load_processor(request, path, model.config, told)
             except (ModelSpecError, DataError):
                 raise
             except (OSError, ValueError, KeyError) as error:
+                _refuse_code(error, request)
                 raise ModelNotFoundError(
                     f"model.name_or_path: cannot load {request.reference!r}: {_first_line(error)}"
                 ) from error
@@ -138,8 +141,11 @@ class TransformersSource(ModelSource):
         with torch.random.fork_rng(devices=[]), _quiet_transformers():
             torch.manual_seed(request.seed)
             try:
-                model, weights = from_configuration(auto_class, config, getattr(torch, request.dtype))
+                model, weights = from_configuration(
+                    auto_class, config, getattr(torch, request.dtype), trust_remote_code=request.trust_remote_code
+                )
             except (ValueError, KeyError) as error:
+                _refuse_code(error, request)
                 raise ModelSpecError(
                     f"model.task: {request.reference!r} ({config.model_type}) has no model for {request.task}: "
                     f"{_first_line(error)}"
@@ -149,7 +155,8 @@ class TransformersSource(ModelSource):
             request.kind.inputs == "image"
             and (Path(self._config_place(request)) / "preprocessor_config.json").is_file()
         ):
-            images = _image_processor(self._config_place(request), config, True)
+            told = {"local_files_only": True, "trust_remote_code": request.trust_remote_code}
+            images = _image_processor(self._config_place(request), config, told)
         return PretrainedModel(model, None, self._config_place(request), (), tuple(request.labels), images, weights)
 
     def _config_place(self, request: LoadRequest) -> str:
@@ -167,8 +174,11 @@ class TransformersSource(ModelSource):
         local_only = Path(path).is_file() or _hub_copy_only(path, request.reference)
         with _quiet_transformers():
             try:
-                return AutoConfig.from_pretrained(path, local_files_only=local_only, **(settings or {}))
+                return AutoConfig.from_pretrained(
+                    path, local_files_only=local_only, trust_remote_code=request.trust_remote_code, **(settings or {})
+                )
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                _refuse_code(error, request)
                 raise ModelNotFoundError(
                     f"model.name_or_path: cannot read the configuration of {request.reference!r}: {_first_line(error)}"
                 ) from error
@@ -204,6 +214,17 @@ TRANSFORMERS, PACKAGE = TransformersSource(), PackageSource()
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _refuse_code(error: Exception, request: LoadRequest) -> None:
+    """Raise ModelSpecError where transformers did not load the model because that would run code of its folder."""
+    if request.trust_remote_code or "trust_remote_code=True" not in str(error):
+        return
+    raise ModelSpecError(
+        f"model.trust_remote_code: {request.reference!r} comes with Python code of its own (auto_map in config.json), "
+        "which is not run unasked; if you trust it, set model.trust_remote_code: true, or --trust-remote-code where a "
+        "command starts from a manifest"
+    ) from error
 
 
 def is_hub_name(name: str) -> bool:
@@ -263,13 +284,16 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _head_settings(request: LoadRequest, path: str, local_only: bool) -> tuple[Sequence[str], dict[str, Any]]:
-    """The classes in the order of the outputs, and what the configuration of the model is to say of its head."""
+def _head_settings(request: LoadRequest, path: str, told: dict[str, Any]) -> tuple[Sequence[str], dict[str, Any]]:
+    """The classes in the order of the outputs, and what the configuration of the model is to say of its head.
+
+    ``told`` is what every ``from_pretrained`` is told.
+    """
     from transformers import AutoConfig
 
     labels, heads = request.labels, dict(request.kind.head_config)
     if request.kind.classes:
-        labels = _labels_of_head(request, AutoConfig.from_pretrained(path, local_files_only=local_only))
+        labels = _labels_of_head(request, AutoConfig.from_pretrained(path, **told))
         heads["id2label"] = dict(enumerate(labels))
         heads["label2id"] = {name: index for index, name in enumerate(labels)}
         heads["num_labels"] = len(labels)
@@ -300,7 +324,7 @@ def _labels_of_head(request: LoadRequest, config: Any) -> Sequence[str]:
 
 
 def _load_weights(
-    request: LoadRequest, path: str, heads: dict[str, Any], local_only: bool
+    request: LoadRequest, path: str, heads: dict[str, Any], told: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], StreamedWeights | None]:
     """The model, transformers' loading info, and where the weights are if they stay on disk."""
     import torch
@@ -310,14 +334,18 @@ def _load_weights(
     if request.streamed:
         from layerlens.integrations.skeleton import load_skeleton
 
-        return load_skeleton(auto_class, _local_folder(path, local_only), heads, dtype)
+        return load_skeleton(
+            auto_class, _local_folder(path, told["local_files_only"]), heads, dtype,
+            trust_remote_code=request.trust_remote_code,
+        )  # fmt: skip
     model, info = auto_class.from_pretrained(
         path,
         **heads,
         dtype=dtype,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
-        local_files_only=local_only,
+        **told,
+        **quantization_arguments(request.quantization),
         **(request.placement or {}),
     )
     return model, info, None
@@ -332,22 +360,24 @@ def _local_folder(path: str, local_only: bool) -> Path:
     return Path(snapshot_download(path, allow_patterns=STREAMED_FILES, local_files_only=local_only))
 
 
-def _load_processor(request: LoadRequest, path: str, config: Any, local_only: bool) -> tuple[Any, ImageInput | None]:
+def _load_processor(
+    request: LoadRequest, path: str, config: Any, told: dict[str, Any]
+) -> tuple[Any, ImageInput | None]:
     """The tokenizer that was saved with the model, or of a model of images its image processor."""
     from transformers import AutoTokenizer
 
     if request.kind.inputs == "image":
-        return None, _image_processor(path, config, local_only)
+        return None, _image_processor(path, config, told)
     spaced = request.kind.inputs == "words" and getattr(config, "model_type", "") in SPACE_BEFORE_WORDS
     settings = {"add_prefix_space": True} if spaced else {}
-    return AutoTokenizer.from_pretrained(path, local_files_only=local_only, **settings), None
+    return AutoTokenizer.from_pretrained(path, **told, **settings), None
 
 
-def _image_processor(path: str, config: Any, local_only: bool) -> ImageInput:
+def _image_processor(path: str, config: Any, told: dict[str, Any]) -> ImageInput:
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(path, local_files_only=local_only)
+        processor = AutoImageProcessor.from_pretrained(path, **told)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelNotFoundError(
             f"model.name_or_path: {path} has no usable image processor ({str(error).strip().splitlines()[0]}); save "

@@ -99,7 +99,7 @@ def with_task(config: RunConfig, base_dir: Path | None = None) -> tuple[RunConfi
 
 def model_description(config: RunConfig, base_dir: Path | None) -> dict[str, Any]:
     """The checkpoint's ``config.json``; empty where there is none to be read without loading the model."""
-    request = LoadRequest(config.model.reference, weights=config.model.weights, base_dir=base_dir)
+    request = LoadRequest(config.model.reference, weights=config.model.weights, base_dir=base_dir)  # no code is run
     return dict(request.source.description(request))
 
 

@@ -44,13 +44,16 @@ def base_reference(manifest: Manifest, model: str | None) -> str:
     return reference
 
 
-def load_base(manifest: Manifest, model: str | None = None, base_dir: Path | None = None) -> PretrainedModel:
+def load_base(
+    manifest: Manifest, model: str | None = None, base_dir: Path | None = None, *, trust_remote_code: bool = False
+) -> PretrainedModel:
     """The manifest's base model with its tokenizer or image processor, as it was profiled.
 
     Args:
         manifest: names the model, its task, its classes and the seed of a new head.
         model: name or path to load instead.
         base_dir: folder that relative paths start from.
+        trust_remote_code: whether Python code beside the weights may run; a manifest cannot say so.
 
     Raises:
         ManifestError: see ``base_reference``.
@@ -66,6 +69,8 @@ def load_base(manifest: Manifest, model: str | None = None, base_dir: Path | Non
         base_dir=base_dir,
         dtype=facts.dtype or "float32",
         weights=facts.weights,
+        trust_remote_code=trust_remote_code,
+        quantization=facts.quantization,
     )
 
 

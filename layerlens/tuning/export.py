@@ -75,8 +75,9 @@ def export_adapter(
 
 
 def apply_to_directory(
-    manifest: Manifest, model: str | None, output: Path, measured: Path | None = None
-) -> dict[str, Path]:
+    manifest: Manifest, model: str | None, output: Path, measured: Path | None = None, *,
+    trust_remote_code: bool = False,
+) -> dict[str, Path]:  # fmt: skip
     """Load the manifest's base model and write its zero-step adapter below ``output``.
 
     Args:
@@ -84,6 +85,7 @@ def apply_to_directory(
         model: name or path of the base model; the one that the manifest names when None.
         output: directory, created if it is not there.
         measured: the run's peft directory, which has LoRA's first A where the initialisation comes from data.
+        trust_remote_code: whether Python code beside the base model's weights may run.
 
     Returns:
         See ``export_adapter``.
@@ -93,7 +95,7 @@ def apply_to_directory(
         ModelNotFoundError: the model cannot be found or read.
         OutputError: the directory cannot be written.
     """
-    base = load_base(manifest, model).model
+    base = load_base(manifest, model, trust_remote_code=trust_remote_code).model
     check_weights(base, manifest.model)
     factors = read_factors(measured or Path(PEFT_DIRECTORY), manifest)
     return export_adapter(manifest, base, output, factors)

@@ -48,8 +48,9 @@ class Tool:
 
 
 def export_for(
-    tool: str, manifest: Manifest, model: str | None, output: Path, *, lora_part: bool = False, measured: Path
-) -> dict[str, Path]:
+    tool: str, manifest: Manifest, model: str | None, output: Path, *, lora_part: bool = False, measured: Path,
+    trust_remote_code: bool = False,
+) -> dict[str, Path]:  # fmt: skip
     """Write below ``output`` what ``tool`` trains the manifest from.
 
     Args:
@@ -59,6 +60,7 @@ def export_for(
         output: directory, created if it is not there; other files in it stay.
         lora_part: leave adapters and prefixes out instead of refusing them.
         measured: the run's peft directory, which has LoRA's first A where the initialisation comes from data.
+        trust_remote_code: whether Python code beside the base model's weights may run.
 
     Returns:
         The path of each file or directory written, by its name.
@@ -76,7 +78,8 @@ def export_for(
             f"{wanted.name} trains {', '.join(wanted.tasks)}, and the manifest is for {task}; use --to peft with your "
             "own loop or Trainer, or `layerlens train`"
         )
-    name, base = base_reference(manifest, model), load_base(manifest, model).model
+    name = base_reference(manifest, model)
+    base = load_base(manifest, model, trust_remote_code=trust_remote_code).model
     check_names(base, chosen)
     check_weights(base, manifest.model)
     check_costs(base, manifest, chosen.chosen)
