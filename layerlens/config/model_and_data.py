@@ -127,11 +127,11 @@ class DataConfig(ConfigModel):
 
     source: str = Field(
         min_length=1,
-        description="A .jsonl, .json, .csv, .tsv or .parquet file (.gz too); a .conll, .bio or .conllu file of words "
-        "with their tags; a folder of such files, of which those of the split train are read; a directory that "
-        "`datasets` saved with save_to_disk; `hf:NAME:SPLIT` or `hf:NAME/CONFIG:SPLIT` for a data set of the Hugging "
-        "Face hub; a folder with a sub-folder of images for each class; "
-        "`module:function` of yours, which returns rows (for the task custom: a map-style data set or batches); "
+        description="A .jsonl, .json, .csv, .tsv or .parquet file (.gz too); a .txt file with a text in each "
+        "line; a .conll, .bio or .conllu file of words with their tags; a folder of such files, of which those of the "
+        "split train are read; a directory that `datasets` saved with save_to_disk; `hf:NAME:SPLIT` or "
+        "`hf:NAME/CONFIG:SPLIT` for a data set of the Hugging Face hub; a folder with a sub-folder of images for each "
+        "class; `module:function` of yours, which returns rows (for the task custom: a map-style data set or batches); "
         "`builtin:stdlib-docstrings` (docstrings of the running Python's standard library, labelled by the package "
         "they come from); `builtin:digits` (8 × 8 handwritten digits; needs scikit-learn); for `object-detection` the "
         "YAML file of a YOLO data set.",

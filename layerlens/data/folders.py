@@ -15,6 +15,8 @@ SPLIT = re.compile(r"(?:^|[^a-z])(train(?:ing)?|test|dev|eval|valid|validation)(
 TRAIN = "train"
 ASIDE = ("dataset_infos.json", "dataset_info.json", "state.json", "package.json")
 """Files that lie beside data and are none."""
+NOTES = ".txt"
+"""Files of this suffix are data where there are no others, else licences and notes."""
 MOST_SHOWN = 4
 
 
@@ -33,6 +35,8 @@ def shards(root: Path, of_words: bool) -> list[Path]:
         and path.name not in ASIDE
         and not any(part.startswith((".", "_")) for part in path.relative_to(root).parts)
     ]
+    if any(path.suffix.lower() != NOTES for path in files):
+        files = [path for path in files if path.suffix.lower() != NOTES]
     kinds = sorted({path.suffix.lower() for path in files})
     if len(kinds) > 1:
         raise DataError(

@@ -21,7 +21,9 @@ from layerlens.exceptions import DataError
 
 Names = tuple[str, ...]
 SHOWN_CHARACTERS = 300
-ANSWERS = ("answer", "answers", "response", "output", "completion", "solution", "target")
+ANSWERS = (
+    "solution", "answer", "answers", "response", "output", "completion", "canonical_solution", "target", "targets",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ SHAPES = (
           {"input": ("input", "context"), **SYSTEM}),
     Shape("question and answer", {"question": ("question", "query", "problem"), "answer": ANSWERS},
           {"context": ("passage", "context"), **SYSTEM}),
-    Shape("input and output", {"question": ("input", "source"), "answer": ("output", "target")}, SYSTEM),
+    Shape("input and output", {"question": ("input", "inputs", "source"), "answer": ("output", "target", "targets")},
+          SYSTEM),
 )  # fmt: skip
 TEXT = Shape("text", {"text": ()})
 

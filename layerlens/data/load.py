@@ -29,7 +29,7 @@ from layerlens.storage import local_file
 from layerlens.utils.user_code import REFERENCE, load_function
 
 HUB_PREFIX, BUILT_IN_PREFIX = "hf:", "builtin:"
-FORMATS = ".jsonl, .json, .csv, .tsv, .parquet or .conll"
+FORMATS = ".jsonl, .json, .csv, .tsv, .parquet, .txt or .conll"
 SAVED_DATASET = ("state.json", "dataset_dict.json")
 
 # Packages that CPython 3.10 to 3.13 share and that distributions do not strip (tkinter and idlelib often are).

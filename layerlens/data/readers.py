@@ -207,6 +207,18 @@ def read_parquet(path: Path, config: DataConfig, found: SourceRows) -> None:
         raise DataError(f"data.source: {path} is not a Parquet file: {str(error).splitlines()[0]}") from error
 
 
+def read_text(path: Path, config: DataConfig, found: SourceRows) -> None:
+    """Plain text: every line that is not blank is one, as ``datasets``' ``text`` has it."""
+    found.note(f"{path.name}: each line is a text")
+    for line in lines_of(path, _encoding(path, config, found)):
+        if not line.text.strip() or not found.wanted():
+            continue
+        if line.fault:
+            found.leave_out(f"(line {line.number}) is not text: {line.fault}")
+        else:
+            found.add({"text": line.text.rstrip("\r\n")}, line.n_bytes)
+
+
 def _conll(read: Callable[[Iterator[Line], SourceRows], None]) -> Reader:
     def reader(path: Path, config: DataConfig, found: SourceRows) -> None:
         read(lines_of(path, _encoding(path, config, found)), found)
@@ -229,6 +241,7 @@ READERS: dict[str, Reader] = {
     ".parquet": read_parquet,
     **dict.fromkeys((".conll", ".bio", ".iob", ".iob2", ".conll2003"), _conll(read_conll)),
     ".conllu": _conll(read_conllu),
+    ".txt": read_text,
 }
 OF_WORDS: dict[str, Reader] = dict.fromkeys((".txt", ".tsv"), _conll(read_conll))
 """What files of these suffixes are where a task takes lists of words."""

@@ -25,6 +25,7 @@ from layerlens.data.values import (
     is_class,
     is_number,
     names_of,
+    separator_of,
     short,
 )
 from layerlens.exceptions import DataError, DataNotFoundError
@@ -249,16 +250,22 @@ class Table:
             )
 
     def is_multi_label(self, column: str) -> bool:
-        """Whether most of what stands in a column is lists."""
-        return 2 * sum(as_list(row.get(column)) is not None for row in self.rows) > len(self.rows)
+        """Whether most of what stands in a column is lists, or texts with a separator between classes."""
+        values = self.peek(column)
+        listed = 2 * sum(as_list(value) is not None for value in values) > len(values)
+        return listed or separator_of(values) is not None
 
     def label_sets(self, column: str) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
-        """The classes of each sample, and all of their names: from lists of names, or from one 0 or 1 for each class.
+        """The classes of each sample, and all of their names: from lists of names, from texts such as ``cat;dog``, or
+        from one 0 or 1 for each class.
 
-        A list of nothing but 0 and 1, as long as all others, is of the second kind; its classes are 0, 1, 2 ...
+        A list of nothing but 0 and 1, as long as all others, is of the last kind; its classes are 0, 1, 2 ...
         """
         values = self.values(column)
-        lists = [as_list(value) for value in values]
+        separator = separator_of(values)
+        if separator is not None:
+            self.notes.append(f"{separator!r} separates the classes of a sample in column {column!r}")
+        lists = [as_list(value, separator) for value in values]
         sound = [one for one in lists if one is not None]
         width = len(sound[0]) if sound else 0
         if width > 1 and all(len(one) == width and all(map(is_bit, one)) for one in sound):

@@ -11,6 +11,9 @@ from typing import Any
 WHOLE = re.compile(r"\s*[+-]?\d+(\.0*)?\s*")
 """A whole number as text: ``1``, or ``1.0`` where pandas had a gap in the column."""
 
+SEPARATORS = (";", "|")
+"""What stands between several classes in one text. A comma does not: names of classes have it."""
+
 Answers = tuple[tuple[int, str], ...]
 
 
@@ -20,11 +23,19 @@ def class_names(labels: Any) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)))
 
 
-def as_list(value: Any) -> list[Any] | None:
+def separator_of(values: Sequence[Any]) -> str | None:
+    """The ``;`` or ``|`` between several classes in one text; None where a text has one class at most."""
+    texts = [value for value in values if isinstance(value, str) and as_list(value) is None]
+    return next((one for one in SEPARATORS if any(one in text for text in texts)), None)
+
+
+def as_list(value: Any, separator: str | None = None) -> list[Any] | None:
     """A list, tuple or array as a list, and one that is written as text (``['a', 'b']``), as pandas writes lists into
-    .csv files; None for anything else.
+    .csv files, or as the parts between separators; None for anything else.
     """
     if isinstance(value, str):
+        if separator is not None and not value.lstrip().startswith("["):
+            return [part.strip() for part in value.split(separator) if part.strip()]
         if not (value.lstrip().startswith("[") and value.rstrip().endswith("]")):
             return None
         try:

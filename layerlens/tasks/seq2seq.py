@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,10 @@ from layerlens.tasks.text import padded_inputs, padded_labels, tokenized
 if TYPE_CHECKING:
     import torch
 
-SOURCES = ("source", "text", "document", "article", "dialogue", "input")
-TARGETS = ("target", "summary", "highlights", "translation", "output")
-
+SOURCES = ("source", "text", "document", "article", "dialogue", "input", "inputs")
+TARGETS = ("target", "summary", "highlights", "translation", "output", "targets")
+LANGUAGE = re.compile(r"(?!id$)[a-z]{2,3}([-_][A-Za-z]{2,4})*")
+"""A language's code, such as ``en``, ``de_DE`` or ``fra_Latn``."""
 
 QUESTIONS = ("instruction", "question and answer", "prompt and completion")
 """Shapes of rows whose parts make a source and a target."""
@@ -42,9 +44,26 @@ def read(table: Table, config: DataConfig) -> Dataset:
             texts = zip(systems, rows.columns[source], strict=True)
             sources = tuple("\n\n".join(filter(None, parts)) for parts in texts)
             return replace(rows, columns={"text": sources}, labels=rows.columns[target])
-    source = table.find(config.text_column, "text_column", SOURCES)
-    target = table.find(config.label_column, "label_column", TARGETS)
+    pair = _languages(table, config)
+    if pair:
+        table.notes.append(
+            f"translated from {pair[0]} to {pair[1]}; for the other way set data.text_column: {pair[1]} and "
+            f"data.label_column: {pair[0]}"
+        )
+    source = table.find(config.text_column, "text_column", (*pair[:1], *SOURCES))
+    target = table.find(config.label_column, "label_column", (*pair[1:], *TARGETS))
     return Dataset({"text": table.texts(source)}, table.texts(target), (), table.place)
+
+
+def _languages(table: Table, config: DataConfig) -> list[str]:
+    """The two columns that are one text in two languages, those of a mapping ``translation`` or named by languages."""
+    if config.text_column is not None or config.label_column is not None:
+        return []
+    inside = [name for name in table.columns if name.startswith("translation.")]
+    named = [name for name in table.columns if LANGUAGE.fullmatch(name)]
+    pair = inside or named
+    texts = all(isinstance(value, str) for name in pair for value in table.peek(name) if value is not None)
+    return pair if len(pair) == 2 and texts else []
 
 
 def claim(table: Table, config: DataConfig) -> Claim | None:
@@ -53,6 +72,8 @@ def claim(table: Table, config: DataConfig) -> Claim | None:
     if found is not None and found.shape.name in QUESTIONS:
         columns = list(found.columns.values())
         return Claim(max(2, len(columns)), f"{found.shape.name} in the columns {', '.join(columns)}")
+    if pair := _languages(table, config):
+        return Claim(2, f"texts in {pair[0]} and {pair[1]}")
     source, target = table.named(config.text_column, SOURCES), table.named(config.label_column, TARGETS)
     if not source or not target or target in table.repeating(config):
         return None

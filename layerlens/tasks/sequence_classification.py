@@ -9,7 +9,7 @@ from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.table import Table
 from layerlens.data.text_pairs import with_pair
-from layerlens.data.values import as_list, is_class, is_number, names_of
+from layerlens.data.values import as_list, is_class, is_number, names_of, separator_of
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.class_targets import (
@@ -48,7 +48,7 @@ def claim(table: Table, config: DataConfig) -> Claim | None:
 def _classes(values: list[Any]) -> str:
     """``2 classes (neg, pos)``; "" where there are other values, numbers with a point, or a number for each sample."""
     lists = [as_list(value) for value in values]
-    if 2 * sum(one is not None for one in lists) > len(lists):
+    if 2 * sum(one is not None for one in lists) > len(lists) or separator_of(values) is not None:
         return "lists of classes"
     if not all(map(is_class, values)):
         return ""

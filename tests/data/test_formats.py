@@ -247,3 +247,24 @@ def test_json_that_is_no_rows_is_refused(tmp_path: Path, content: str, message: 
     (tmp_path / "d.json").write_text(content)
     with pytest.raises(DataError, match=message):
         load(tmp_path / "d.json", "masked-lm")
+
+
+def test_every_line_of_plain_text_is_a_text(tmp_path: Path):
+    (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbfOne day.\r\n\r\n  It rained.\n\xff\xfe\nThen not.")
+    dataset = load(tmp_path / "d.txt", "causal-lm")
+    assert dataset.texts == ("One day.", "  It rained.", "Then not.")
+    assert dataset.reading is not None
+    assert "each line is a text" in dataset.reading.notes[0]
+    assert [reason for _, reason in dataset.reading.reasons] == [
+        "sample 3 (line 4) is not text: byte 28 of the file (0xff) is not UTF-8"
+    ]
+
+
+def test_notes_beside_the_data_of_a_folder_are_not_data(tmp_path: Path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "LICENSE.txt").write_text("free\n")
+    (folder / "a.txt").write_text("one\n")
+    assert load(folder, "causal-lm").texts == ("free", "one")
+    (folder / "train.jsonl").write_text('{"text": "a text"}\n{"text": "another"}\n')
+    assert load(folder, "causal-lm").texts == ("a text", "another")
