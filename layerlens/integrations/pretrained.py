@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from layerlens.integrations.transformers import new_modules
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +38,11 @@ class PretrainedModel:
         model: in evaluation mode, every parameter frozen.
         tokenizer: the tokenizer saved with it; None for models of images.
         path: local directory or hub name it was loaded from.
-        new_parameters: names of parameters that the checkpoint does not have (a new task head).
+        new_parameters: names of parameters that the checkpoint does not have and that are trained (a new task head).
         labels: the classes in the order of the model's outputs: the checkpoint's own order where it knows them all.
         images: how images become its inputs; None for models of texts.
         streamed: where the weights are, of a model on the meta device; None for a model that has them.
+        drawn: names of other parameters that the checkpoint does not have; they stay as they were drawn.
     """
 
     model: torch.nn.Module
@@ -49,6 +52,7 @@ class PretrainedModel:
     labels: tuple[str, ...] = ()
     images: ImageInput | None = None
     streamed: StreamedWeights | None = None
+    drawn: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -61,13 +65,27 @@ class PretrainedModel:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of its weights without new ones, wherever they are; the same for both ways of loading a model."""
+        heads = new_modules(self.model, self.new_parameters) if self.new_parameters else ()
+        leave_out = not_of_checkpoint(self.model, heads, self.drawn)
         if self.streamed is not None:
-            return self.streamed.fingerprint(self.model, self.new_parameters)
-        return weights_fingerprint(self.model, self.new_parameters)
+            return self.streamed.fingerprint(self.model, leave_out)
+        return weights_fingerprint(self.model, leave_out)
 
 
-def weights_fingerprint(model: torch.nn.Module, leave_out: Sequence[str] = ()) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the weights, without the parameters in ``leave_out``."""
+def not_of_checkpoint(model: torch.nn.Module, heads: Sequence[str], drawn: Sequence[str] = ()) -> set[str]:
+    """Names in the model's state that say nothing of which checkpoint it was loaded from.
+
+    Args:
+        model: as it was loaded.
+        heads: modules that are trained whole because some of their parameters are new.
+        drawn: other new parameters.
+    """
+    inside = tuple(f"{head}." for head in heads)
+    return {name for name in model.state_dict() if name.startswith(inside)} | set(drawn)
+
+
+def weights_fingerprint(model: torch.nn.Module, leave_out: Collection[str] = ()) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the weights, without those in ``leave_out``."""
     import torch
 
     from layerlens.integrations.placement import present

@@ -8,7 +8,7 @@ and buffers such as rotary frequencies and position ids are computed by the mode
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class StreamedWeights:
         """
         read_tensor(self.places[self.aliases[name]], out)
 
-    def fingerprint(self, model: torch.nn.Module, leave_out: Sequence[str] = ()) -> str:
+    def fingerprint(self, model: torch.nn.Module, leave_out: Collection[str] = ()) -> str:
         """What ``weights_fingerprint`` says of the loaded model, from the files, some megabytes at a time."""
         import torch
 
@@ -62,7 +62,7 @@ class StreamedWeights:
 class NoWeights(StreamedWeights):
     """Of a model that was built from a configuration alone."""
 
-    def fingerprint(self, model: torch.nn.Module, leave_out: Sequence[str] = ()) -> str:
+    def fingerprint(self, model: torch.nn.Module, leave_out: Collection[str] = ()) -> str:
         return ""
 
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from layerlens.exceptions import ProfilingError
+from layerlens.exceptions import ModelSpecError, ProfilingError
 
 if TYPE_CHECKING:
     import torch
@@ -178,8 +178,26 @@ def longest_sequence(model: torch.nn.Module) -> int | None:
         table = name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
         if table and module.padding_idx is not None:
             return int(module.num_embeddings) - int(module.padding_idx) - 1
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = getattr(text_config(model), "max_position_embeddings", None)
     return None if limit is None else int(limit)
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the model, of several towers that of the one that reads tokens; None where it has none."""
+    config = getattr(model, "config", None)
+    try:
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # an encoder and a decoder, each with a configuration of its own
+        return config
+
+
+def embedding_rows(model: Any) -> int | None:
+    """How many tokens the model has embeddings for; None where it has no one table of them."""
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return None
+    return None if rows is None else int(rows)
 
 
 def task_heads(model: torch.nn.Module) -> tuple[str, ...]:
@@ -198,15 +216,16 @@ def task_heads(model: torch.nn.Module) -> tuple[str, ...]:
 
 
 def new_modules(model: torch.nn.Module, new_parameters: Sequence[str]) -> tuple[str, ...]:
-    """Names of the modules that are trained whole: the task head, and what else the checkpoint lacks whole, such as the
-    pooler of a BERT that was saved from masked language modelling.
+    """Names of the modules that are trained whole: the task head, and what else above the blocks the checkpoint lacks
+    whole, such as the pooler of a BERT that was saved from masked language modelling.
     """
     heads = task_heads(model)
     inside = tuple(f"{head}." for head in heads)
     new = set(new_parameters)
     found: dict[str, None] = dict.fromkeys(heads)
+    below = _below_blocks(model)
     for name in new_parameters:
-        if name.startswith(inside):
+        if name.startswith(inside) or name in below:
             continue
         path = name.rpartition(".")[0]
         while path and _only(model, path.rpartition(".")[0], new):
@@ -214,6 +233,35 @@ def new_modules(model: torch.nn.Module, new_parameters: Sequence[str]) -> tuple[
         if path and _only(model, path, new):
             found[path] = None
     return tuple(found)
+
+
+def _below_blocks(model: torch.nn.Module) -> set[str]:
+    """Parameters that come before the first block, which what the blocks put out depends on: embeddings."""
+    blocks = blocks_of(model)[:1]
+    names = [name for name, _ in model.named_parameters()]
+    first = next((index for index, name in enumerate(names) if name.startswith(tuple(f"{x}." for x in blocks))), 0)
+    return set(names[:first])
+
+
+def trained_and_drawn(model: torch.nn.Module, lacking: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The parameters that a checkpoint lacks: those of modules that are trained whole, and the others.
+
+    Raises:
+        ModelSpecError: one of the others is in a transformer block.
+    """
+    inside = tuple(f"{module}." for module in new_modules(model, lacking)) if lacking else ()
+    new = tuple(name for name in lacking if name.startswith(inside))
+    drawn = tuple(name for name in lacking if name not in new)
+    if in_blocks := [name for name in drawn if name.startswith(tuple(f"{block}." for block in blocks_of(model)))]:
+        raise ModelSpecError(f"model.name_or_path: {_lacks(in_blocks)}")
+    return new, drawn
+
+
+def _lacks(names: Sequence[str]) -> str:
+    return (
+        f"the checkpoint lacks {len(names)} parameters of the transformer blocks ({names[0]} ...); it is not a "
+        "checkpoint of this architecture"
+    )
 
 
 def _only(model: torch.nn.Module, path: str, names: Collection[str]) -> bool:
@@ -236,10 +284,7 @@ def frozen_part(model: torch.nn.Module, new_parameters: Sequence[str]) -> tuple[
     base, blocks = getattr(model, "base_model_prefix", ""), blocks_of(model)
     inside = [name for name in new_parameters if name.startswith(tuple(f"{block}." for block in blocks))]
     if inside:
-        raise ProfilingError(
-            f"the checkpoint lacks {len(inside)} parameters of the transformer blocks ({inside[0]} ...); it is not a "
-            "checkpoint of this architecture"
-        )
+        raise ProfilingError(_lacks(inside))
     in_base = any(name.startswith(f"{base}.") for name in new_parameters)
     return blocks if in_base or not hasattr(model, base) else (base,)
 

@@ -147,6 +147,7 @@ def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset
         loss=config.model.loss,
         left_out=dict(spec.left_out) or None,
         quantization=config.model.quantization,
+        new_parameters=pretrained.drawn or None,
     )
 
 

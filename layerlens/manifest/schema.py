@@ -143,6 +143,10 @@ class ModelEntry(_OpenPart):
     quantization: dict[str, Any] | None = Field(
         default=None, description="How the weights were quantized as they were loaded, in the words of transformers."
     )
+    new_parameters: list[Text] | None = Field(
+        default=None,
+        description="Parameters outside head_modules that the checkpoint lacks; they stay as they are drawn.",
+    )
 
 
 class LoraEntry(_OpenPart):

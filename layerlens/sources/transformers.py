@@ -6,15 +6,16 @@ import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.data.labels import HEAD_ADVICE, UNNAMED, outputs_of, unmatched
 from layerlens.exceptions import DataError, ModelNotFoundError, ModelSpecError
+from layerlens.integrations.auto_classes import auto_class_for, model_class
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for
 from layerlens.integrations.quantized import quantization_arguments
-from layerlens.integrations.transformers import output_names
+from layerlens.integrations.transformers import output_names, trained_and_drawn
 from layerlens.registry import TASKS
 from layerlens.sources.source import LoadRequest, ModelSource, Trust
 from layerlens.storage import local_file, url_of
@@ -70,12 +71,19 @@ class TransformersSource(ModelSource):
         if kind is None or not kind.auto_class:
             return super().snippet(request)
         imports, path = self._path_in_snippet(request)
-        labels, name = kind.n_outputs(request.labels), kind.auto_class
+        labels, name = kind.n_outputs(request.labels), self._auto_class(request)
         count = f", num_labels={labels}" if labels else ""
         return [*imports, f"from transformers import {name}"], f"{name}.from_pretrained({path}{count})"
 
     def _path_in_snippet(self, request: LoadRequest) -> tuple[list[str], str]:
         return [], repr(request.place)
+
+    def _auto_class(self, request: LoadRequest) -> str:
+        """The name of the class that loads the model; the task's own where its configuration cannot be read."""
+        said: Mapping[str, Any] = {}
+        with suppress(ModelNotFoundError):
+            said = self.description(request)
+        return auto_class_for(request.kind.auto_class, said.get("model_type", ""), said.get("architectures"))
 
     def load(self, request: LoadRequest) -> PretrainedModel:
         import torch
@@ -108,21 +116,21 @@ class TransformersSource(ModelSource):
                 model.config.pad_token_id = tokenizer.pad_token_id
         model.eval().requires_grad_(False)
         mismatched = (entry[0] for entry in info["mismatched_keys"])
-        new_parameters = tuple(sorted({*info["missing_keys"], *mismatched}))
-        finish_placement(model, new_parameters)
-        if new_parameters and not request.kind.new_head:
+        lacking = tuple(sorted({*info["missing_keys"], *mismatched}))
+        finish_placement(model, lacking)
+        if lacking and not request.kind.new_head:
             raise ModelSpecError(
-                f"model.task: {request.reference!r} has no weights for {new_parameters[0]} and cannot predict tokens; "
+                f"model.task: {request.reference!r} has no weights for {lacking[0]} and cannot predict tokens; "
                 "give a language model's checkpoint"
             )
-        return PretrainedModel(model, tokenizer, path, new_parameters, tuple(labels), images, streamed)
+        new, drawn = trained_and_drawn(model, lacking)
+        return PretrainedModel(model, tokenizer, path, new, tuple(labels), images, streamed, drawn)
 
     def architectures(self, request: LoadRequest) -> tuple[str, ...]:
         return tuple(getattr(self._configuration(request), "architectures", None) or ())
 
     def without_weights(self, request: LoadRequest) -> PretrainedModel:
         import torch
-        import transformers
 
         from layerlens.integrations.skeleton import from_configuration
 
@@ -137,7 +145,7 @@ class TransformersSource(ModelSource):
             getattr(config, "pad_token_id", None) is None
         ):  # classifiers refuse batches without one; its value is no shape
             config.pad_token_id = 0
-        auto_class = getattr(transformers, request.kind.auto_class)
+        auto_class = model_class(request.kind.auto_class, config)
         with torch.random.fork_rng(devices=[]), _quiet_transformers():
             torch.manual_seed(request.seed)
             try:
@@ -328,9 +336,10 @@ def _load_weights(
 ) -> tuple[Any, dict[str, Any], StreamedWeights | None]:
     """The model, transformers' loading info, and where the weights are if they stay on disk."""
     import torch
-    import transformers
+    from transformers import AutoConfig
 
-    auto_class, dtype = getattr(transformers, request.kind.auto_class), getattr(torch, request.dtype)
+    config = AutoConfig.from_pretrained(path, **told)
+    auto_class, dtype = model_class(request.kind.auto_class, config), getattr(torch, request.dtype)
     if request.streamed:
         from layerlens.integrations.skeleton import load_skeleton
 

@@ -22,6 +22,7 @@ from layerlens.tasks.batches import Batches, Collate, Features
 from layerlens.tasks.encoded import Encoded
 from layerlens.tasks.losses import Loss, own_loss
 from layerlens.tasks.metrics import LOSS_ONLY, Metrics
+from layerlens.tasks.token_ids import check_token_ids
 from layerlens.utils.user_code import load_function
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def make_batches(
 
     Raises:
         DataError: a sample cannot be encoded, or none is left.
-        ConfigurationError: the tokenizer lacks what the task needs.
+        ConfigurationError: the tokenizer lacks what the task needs, or has tokens that the model lacks.
     """
     features = task.encode(pretrained, dataset, config, seed)
     if isinstance(features, Encoded):
@@ -182,4 +183,5 @@ def make_batches(
         if not features and len(dataset):
             reason = features.left_out.most_common(1)[0][0]
             raise DataError(f"data.source: none of the {len(dataset)} rows can be used: {reason}")
+    check_token_ids(pretrained, features)
     return Batches(task.collate, pretrained, features, batch_size=batch_size)

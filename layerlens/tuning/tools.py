@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.auto_classes import auto_class_of
 from layerlens.integrations.peft import lora_config
 from layerlens.integrations.transformers import blocks_of, role_of
 from layerlens.models import Choice, Manifest, Option
@@ -116,6 +117,7 @@ def _peft(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
 
 def _trl(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
     """A script, since the options of TRL's command line have no rank for each layer."""
+    auto = auto_class_of(model)
     script = f'''"""Trains the LoRA that LayerLens chose with TRL: python train_trl.py DATASET [OUTPUT]."""
 
 import sys
@@ -123,7 +125,7 @@ from pathlib import Path
 
 from datasets import load_dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 BASE = {path!r}
@@ -132,7 +134,7 @@ PEFT = Path(__file__).parent / {PEFT_DIRECTORY!r}
 
 def trainer(train_dataset, output_dir="trl-output", **arguments):
     """A trainer on the chosen LoRA; `arguments` are SFTConfig's."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), str(PEFT), is_trainable=True)
+    model = PeftModel.from_pretrained({auto}.from_pretrained(BASE), str(PEFT), is_trainable=True)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
