@@ -150,6 +150,10 @@ METHODS: Registry[Any] = Registry(
         "lora": "layerlens.methods.lora:METHOD",
         "adapter": "layerlens.methods.adapter:METHOD",
         "prefix": "layerlens.methods.prefix:METHOD",
+        "dora": "layerlens.methods.dora:METHOD",
+        "ia3": "layerlens.methods.ia3:METHOD",
+        "bitfit": "layerlens.methods.bitfit:METHOD",
+        "ln_tuning": "layerlens.methods.ln_tuning:METHOD",
     },
 )
 """How a layer can be adapted; an entry is a ``layerlens.methods.Method``."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from layerlens.config.optimization import OptimizationConfig
 from layerlens.config.sections import RunConfig
 from layerlens.exceptions import ConfigurationError, LayerLensError, ModelSpecError
-from layerlens.registry import STATISTICS, TASKS
+from layerlens.models.choice import ONE_KIND
+from layerlens.registry import METHODS, STATISTICS, TASKS
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ def _unstreamable(config: RunConfig) -> Iterator[str]:
     start = config.optimization.lora_initialization
     if start != "default":
         yield f"optimization.lora_initialization: {start} is measured on the model in memory, {end}"
+    for name in config.optimization.methods:
+        if METHODS[name].starts_from_weights:
+            yield f"optimization.methods: {name} begins from the weights of the model in memory, {end}"
     for name in config.profiling.statistics:
         if STATISTICS[name].module_values is not None:
             yield f"profiling.statistics: {name} is measured on the whole model in memory, {end}"
@@ -102,6 +106,17 @@ def _least_of_a_method_not_offered(section: OptimizationConfig) -> str:
                 "optimization.methods"
             )
     return ""
+
+
+def _two_of_peft(section: OptimizationConfig) -> str:
+    names = [name for name in section.methods if METHODS[name].wraps]
+    if len(names) < 2:
+        return ""
+    alone = [name for name in section.methods if name not in names]
+    return (
+        f"optimization.methods: {' and '.join(names)} cannot be in one choice, since {ONE_KIND}; keep one of them"
+        + (f" beside {' and '.join(alone)}" if alone else "")
+    )
 
 
 def _no_study(task: str) -> str:
@@ -213,6 +228,7 @@ CONFLICTS = (
         ),
         processes=lambda n: n > 1,
     ),
+    Conflict("two methods of PEFT", lambda x: _two_of_peft(x.optimization)),
     Conflict("a study of a task without one", lambda x: _no_study(x.model.task), job="evaluate"),
     Conflict(
         "a study without a budget",

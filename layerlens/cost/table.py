@@ -48,7 +48,7 @@ class Roofline:
     def operation_ms(self, operation: Operation, tokens: int) -> float:
         """Milliseconds for one operation on a batch of ``tokens``."""
         n_bytes = FLOAT_BYTES * (operation.elements * tokens + operation.weights)
-        return self.time_ms(operation.flops * tokens, n_bytes)
+        return self.time_ms(operation.flops * tokens + operation.call_flops, n_bytes)
 
 
 def cost_table(
@@ -83,7 +83,7 @@ def cost_table(
         kept = method.kept_elements(layer, option.rank) * tokens
         cost__ro[:, column] = (
             params,
-            tokens * sum(step.flops for step in steps),
+            sum(tokens * step.flops + step.call_flops for step in steps),
             1e-9 * (bytes_per_parameter * params + FLOAT_BYTES * kept),
             sum(roofline.operation_ms(step, tokens) for step in steps),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.experts import other_weights, rewritten_by_peft, why_router
+from layerlens.integrations.norms import norm_layer, norm_layers
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import (
     HEAD_WIDTHS,
@@ -36,6 +37,7 @@ def model_spec(
     *,
     adapter_sites: str = "residual",
     inputs: Mapping[str, torch.Tensor] | None = None,
+    methods: Collection[str] = (),
 ) -> ModelSpec:
     """The layers of a model in forward order.
 
@@ -48,6 +50,7 @@ def model_spec(
         adapter_sites: "residual" or "all": where adapters are considered.
         inputs: one batch of inputs, needed where the inputs are no tokens: layers then have positions of their own
             (patches, pixels), which one forward pass counts.
+        methods: what is on offer: a method that is measured on request only is taken where it is named here.
 
     Raises:
         ModelSpecError: the model has no layer that can take LoRA.
@@ -59,6 +62,9 @@ def model_spec(
     reasons = {path: why_router(path, modules) or why_no_lora(path, modules[path]) for path in of_block}
     left_out = {path: reason for path, reason in reasons.items() if reason}
     left_out |= rewritten_by_peft(model, [path for path in of_block if path not in left_out])
+    norms = norm_layers(model, modules, blocks, methods)
+    if norms:
+        of_block = {path: (of_block | norms)[path] for path in modules if path in of_block or path in norms}
     positions: dict[str, tuple[int, int]] = {}
     if inputs is not None:
         positions = _count_positions(model, [path for path in of_block if path not in left_out], inputs)
@@ -75,15 +81,17 @@ def model_spec(
             done.add(attention)
             if takes_prefix(modules[attention]):
                 layer = _attention_layer(attention, modules[attention], config, block, positions.get(path))
-                layers += _with_methods(layer, modules[attention], adapter_sites)
+                layers += _with_methods(layer, modules[attention], adapter_sites, methods)
         if path in left_out:
             continue
         if isinstance(module, torch.nn.Conv2d):
             layer = _conv_layer(path, module, block, positions.get(path))
+        elif path in norms:
+            layer = norm_layer(path, module, block, positions.get(path))
         else:
             width = getattr(config, "hidden_size", None) or dense_shape(module)[1]
             layer = _dense_layer(path, module, width, block, positions.get(path))
-        layers += _with_methods(layer, module, adapter_sites)
+        layers += _with_methods(layer, module, adapter_sites, methods)
     left_out |= other_weights(modules, blocks, of_block)
     if not layers:
         some = "; ".join(f"{path}: {reason}" for path, reason in list(left_out.items())[:3])
@@ -173,7 +181,7 @@ def _count_positions(
 
     def count(path: str) -> Any:
         def hook(module: Any, args: Any, output: torch.Tensor) -> None:
-            n_out = module.out_channels if isinstance(module, torch.nn.Conv2d) else dense_shape(module)[1]
+            n_out = module.out_channels if isinstance(module, torch.nn.Conv2d) else output.shape[-1]
             found[path] = (max(1, output.numel() // (n * n_out)), max(1, args[0].numel() // n))
 
         return hook
@@ -193,9 +201,10 @@ def _text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else None
 
 
-def _with_methods(layer: LayerSpec, module: Any, adapter_sites: str) -> list[LayerSpec]:
+def _with_methods(layer: LayerSpec, module: Any, adapter_sites: str, on_offer: Collection[str]) -> list[LayerSpec]:
     """The layer with the methods that it can take; nothing where it can take none."""
-    methods = tuple(name for name in METHODS if METHODS[name].takes(layer, module, adapter_sites))
+    measured = [name for name in METHODS if name in on_offer or not METHODS[name].on_request]
+    methods = tuple(name for name in measured if METHODS[name].takes(layer, module, adapter_sites))
     return [replace(layer, methods=methods)] if methods else []
 
 

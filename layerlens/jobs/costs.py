@@ -82,7 +82,7 @@ def compare_costs(
     """
     model, chosen = pretrained.model, choice.chosen
     batch = synthetic_batch(model, choice.task, batch_size, sequence_length)
-    spec = model_spec(pretrained, "", adapter_sites="all")
+    spec = model_spec(pretrained, "", adapter_sites="all", methods={option.method for option in chosen})
     layers = {layer.name: layer for layer in spec.layers}
     with progress.stage("Predicting and measuring", total=4) as advance:
         model.train()  # with dropout, attention goes another way
@@ -94,7 +94,7 @@ def compare_costs(
             raise ManifestError(f"{unknown[0]}: costs are predicted for layers of transformer blocks only")
         tokens = batch_size * sequence_length
         steps = [METHODS[one.method].operations(layers[one.layer], one.rank) for one in chosen]
-        added = sum(step.flops for of_layer in steps for step in of_layer)
+        added = sum(tokens * step.flops + step.call_flops for of_layer in steps for step in of_layer)
         parameters = choice.trainable_params(spec)
         trained = {name: tensor for name, tensor in tuned.named_parameters() if tensor.requires_grad}
         trace = trace_step(tuned, batch)
@@ -116,7 +116,7 @@ def compare_costs(
     own = sum(tensor.numel() for name, tensor in trained.items() if any(mark in name for mark in marks))
     return {
         "trainable_params": Comparison(parameters, own),
-        "flops": Comparison(base_flops + tokens * added, counter.get_total_flops()),
+        "flops": Comparison(base_flops + added, counter.get_total_flops()),
         "step_memory_gb": Comparison(1e-9 * (resident + trace.peak_bytes), 1e-9 * (resident + measured_peak)),
         "step_memory_above_weights_gb": Comparison(1e-9 * trace.peak_bytes, 1e-9 * measured_peak),
         "step_ms": Comparison(step_ms, measured_ms),

@@ -177,6 +177,7 @@ def _load(
         config.model.reference,
         adapter_sites=config.profiling.adapter_sites,
         inputs=None if "input_ids" in inputs else inputs,
+        methods=config.optimization.methods,
     )
     request = statistics_request(config)
     return Loaded(pretrained, dataset, calibration, head_data, held_out, batches, spec, plan, task, request)

@@ -406,7 +406,7 @@ def _spec(pretrained: PretrainedModel, config: RunConfig, inputs: Mapping[str, t
     """The layers without those of a new head, which is trained whole."""
     spec = model_spec(
         pretrained, config.model.reference, adapter_sites=config.profiling.adapter_sites,
-        inputs=None if "input_ids" in inputs else inputs,
+        inputs=None if "input_ids" in inputs else inputs, methods=config.optimization.methods,
     )  # fmt: skip
     new = pretrained.new_parameters
     layers = [layer for layer in spec.layers if not any(name.startswith(f"{layer.name}.") for name in new)]

@@ -152,20 +152,17 @@ class Taps:
         def record(
             mask__bt: torch.Tensor | None, gradient: torch.Tensor, h: torch.Tensor, y: torch.Tensor | None = None
         ) -> None:
-            d__bgto = tokens(gradient)
+            d__bgto, y__bgto = tokens(gradient), None if y is None else tokens(y)
+            h__bgti = tokens(h) if convolution is None else conv_patches(convolution, h, groups=1)
             for method in methods:
-                if method.reads == OUTPUT and y is not None:
-                    z__bgti = tokens(y)
-                else:
-                    z__bgti = tokens(h) if convolution is None else conv_patches(convolution, h, groups=1)
                 # Every layer with an input of its own can take LoRA, so those with the same one find its sums there.
                 leader = self._leaders.get(layer.name, layer.name) if method.name == LORA else layer.name
-                d, z = method.gradient_operands(d__bgto, z__bgti)
+                d, z = method.layer_operands(layer, module, d__bgto, h__bgti, y__bgto)
                 self.collect((layer.name, method.name), d, z, mask__bt, leader)
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             self._count_call(layer.name)
-            if convolution is None:  # whose inputs are patches
+            if convolution is None and LORA in layer.methods:  # inputs of a convolution are patches
                 self._follow(layer.name, args[0])
             saved = (args[0].detach(), output.detach()) if with_output else (args[0].detach(),)
             mask__bt = self._mask_of(output) if convolution is None else None

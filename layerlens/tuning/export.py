@@ -1,9 +1,10 @@
 """The zero-step adapter directory: what any PEFT trainer starts from, without LayerLens and without changing a logit.
 
-``peft/`` holds the LoRA rows in PEFT's own files, ``layerlens_modules.safetensors`` the adapters and prefixes, which
-PEFT does not have. ``peft/`` has no weights of the task head on purpose: the head of a freshly loaded base model is
-random, so any head written here would change its logits, and PEFT refuses a file that lacks the head when its
-configuration trains one (a KeyError in 0.21). The README beside the files says how to train the head too.
+``peft/`` holds the LoRA rows (or those of another method of PEFT) in PEFT's own files,
+``layerlens_modules.safetensors`` the adapters and prefixes, which PEFT does not have. ``peft/`` has no weights of the
+task head on purpose: the head of a freshly loaded base model is random, so any head written here would change its
+logits, and PEFT refuses a file that lacks the head when its configuration trains one (a KeyError in 0.21). The README
+beside the files says how to train the head too.
 """
 
 from __future__ import annotations
@@ -12,12 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerlens.integrations.peft import (
-    adapter_config_json,
-    lora_config,
-    task_type,
-    zero_step_tensors,
-)
+from layerlens.integrations.peft import adapter_config_json, task_type
 from layerlens.models import Choice, Manifest
 from layerlens.registry import METHODS
 from layerlens.tuning.base_model import check_weights, fitting_choice, load_base
@@ -106,12 +102,13 @@ def _peft_files(
 ) -> dict[str, bytes]:
     from safetensors.torch import save
 
-    if not choice.lora_options:
+    if not choice.peft_method:
         return {}
-    tensors = zero_step_tensors(choice, model, factors)
+    method = METHODS[choice.peft_method]
+    tensors = method.tensors(choice, model, factors)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     return {
-        "adapter_config.json": adapter_config_json(lora_config(choice, model, train_head=False, base=base)).encode(),
+        "adapter_config.json": adapter_config_json(method.config(choice, model, train_head=False, base=base)).encode(),
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
         "README.md": _card(choice, parameters, base or "the base model").encode(),
     }
@@ -125,16 +122,13 @@ def _modules(choice: Choice, model: torch.nn.Module) -> dict[str, tuple[str, tor
 
 
 def _card(choice: Choice, parameters: int, base: str) -> str:
-    rows, alpha_over_r = choice.lora_options, choice.lora.alpha_over_r or 0.0
-    ranks = sorted({row.rank for row in rows})
-    scale = f"alpha/r = {alpha_over_r:g}"
-    if choice.lora.use_rslora:
-        scale = f"scaled by alpha/√r (rsLoRA) with alpha = {alpha_over_r * ranks[-1]:g}"
+    rows, label = choice.peft_options, METHODS[choice.peft_method].label
     begin = {
         "default": "",
         "pca": " A holds the principal components of each layer's inputs.",
         "gradient_svd": " A holds the right singular vectors of each layer's mean gradient.",
-    }[choice.lora.initialization]
+    }[choice.lora.initialization if choice.lora_options else "default"]
+    start = "B is zero: the" if choice.lora_options else "The"
     heads = list(choice.head_modules)
     if heads:
         task = task_type(choice.task)
@@ -151,7 +145,7 @@ config = PeftConfig.from_pretrained("peft")
 model = get_peft_model(base_model, config)
 ```
 
-`PeftModel.from_pretrained(base_model, "peft")` loads the LoRA weights alone, as there are no head weights in this
+`PeftModel.from_pretrained(base_model, "peft")` loads the {label} weights alone, as there are no head weights in this
 directory: a head that is new in `base_model` would stay as it is, and would not be saved.
 """
         if begin:
@@ -170,15 +164,14 @@ model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
 """
     text = f"""---
 library_name: peft
-tags: [lora, layerlens]
+tags: [{label.lower().replace(" ", "-")}, layerlens]
 ---
 
-# Zero-step LoRA adapter for {base}
+# Zero-step {label} adapter for {base}
 
-LoRA on {_counted(len(rows), "module")}, rank{"s" if len(ranks) > 1 else ""} {", ".join(map(str, ranks))}, \
-{parameters:,} trainable parameters, \
-{scale}, chosen by LayerLens (manifest.json beside this directory). B is zero: \
-the model computes exactly what it did before, until it is trained.{begin}
+{label} on {_counted(len(rows), "module")}, {_ranks(choice)}{parameters:,} trainable parameters, \
+{_scale(choice)}chosen by LayerLens (manifest.json beside this directory). {start} model \
+computes exactly what it did before, until it is trained.{begin}
 {loading}"""
     others = [option.method for option in choice.other_options]
     if others:
@@ -190,6 +183,20 @@ The manifest has {counts} as well, which PEFT cannot hold: see {MODULES_FILE} be
 directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model{measured}.
 """
     return text
+
+
+def _ranks(choice: Choice) -> str:
+    ranks = sorted({row.rank for row in choice.lora_options})
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}, " if ranks else ""
+
+
+def _scale(choice: Choice) -> str:
+    if not choice.lora_options:
+        return ""
+    alpha_over_r, largest = choice.lora.alpha_over_r or 0.0, max(row.rank for row in choice.lora_options)
+    if choice.lora.use_rslora:
+        return f"scaled by alpha/√r (rsLoRA) with alpha = {alpha_over_r * largest:g}, "
+    return f"alpha/r = {alpha_over_r:g}, "
 
 
 def _counted(count: int, one: str, many: str | None = None) -> str:

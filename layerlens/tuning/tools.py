@@ -16,7 +16,7 @@ from layerlens.exceptions import ManifestError
 from layerlens.integrations.auto_classes import auto_class_of
 from layerlens.integrations.peft import lora_config
 from layerlens.integrations.transformers import blocks_of, role_of
-from layerlens.models import Choice, Manifest, Option
+from layerlens.models import LORA, Choice, Manifest, Option
 from layerlens.sources import LoadRequest
 from layerlens.tuning.base_model import base_reference, check_costs, check_names, check_weights, load_base
 from layerlens.tuning.export import PEFT_DIRECTORY, export_adapter
@@ -106,7 +106,13 @@ def _lora_part(choice: Choice, tool: str, lora_part: bool) -> Choice:
             f"{tool} holds LoRA only, and the manifest has {' and '.join(counted)}; train it with `layerlens train`, "
             "export its LoRA with --lora-part, or choose again with optimization.methods: [lora]"
         )
-    if not choice.lora_options:
+    kind = choice.peft_method
+    if kind not in ("", LORA) and tool not in ANY_PEFT:
+        raise ManifestError(
+            f"{tool} trains LoRA, and the manifest has {kind}; export with --to peft or --to trl, or use "
+            "`layerlens train`"
+        )
+    if not kind:
         raise ManifestError(f"the manifest has no LoRA layer, so there is nothing for {tool} to train")
     return choice.only(option for option in choice.options if option not in others)
 
@@ -265,6 +271,8 @@ AXOLOTL_TODO = "Add your datasets, batch size and learning rate, then: axolotl t
 LLAMA_FACTORY_TODO = (
     "Add dataset, template and learning rate, then, from this directory: llamafactory-cli train llama_factory.yaml"
 )
+ANY_PEFT = ("PEFT", "TRL")
+"""What can begin from a directory of any method of PEFT."""
 TOOLS = {
     "peft": Tool("PEFT", None, True, _peft),
     "trl": Tool("TRL", (CAUSAL_LM,), True, _trl),

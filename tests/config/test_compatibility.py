@@ -44,6 +44,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "layers of a method that is not on offer": {
         "optimization.methods": ["lora"], "optimization.constraints.min_layers": {"prefix": 1}
     },
+    "two methods of PEFT": {"optimization.methods": ["lora", "dora"]},
     "a study of a task without one": {"model.task": "seq2seq"},
     "a study without a budget": {"optimization.max_trainable_params": None, "optimization.max_flops": 1e9},
 }  # fmt: skip
@@ -51,6 +52,7 @@ OTHERS: list[dict[str, Any]] = [
     {**STREAMED, "optimization.proxy_check.steps": 4},
     {**STREAMED, "optimization.lora_initialization": "gradient_svd"},
     {**STREAMED, "profiling.statistics": ["flops"]},
+    {**STREAMED, "optimization.methods": ["ln_tuning"]},
     {"profiling.memory_mode": "checkpointed", **PLACED},
 ]
 """Further ways into rows that have several."""
