@@ -139,6 +139,14 @@ CONFLICTS = (
         lambda x: next(_unstreamable(x), "") if x.profiling.memory_mode == "streamed" else "",
     ),
     Conflict(
+        "streaming and quantization",
+        lambda x: _where(
+            x.profiling.memory_mode == "streamed" and x.model.quantization is not None,
+            "model.quantization: weights that are streamed from disk are used as they lie there; set "
+            "profiling.memory_mode: plain or checkpointed, or give a checkpoint without it",
+        ),
+    ),
+    Conflict(
         "a memory limit and device_map",
         lambda x: _where(
             x.profiling.limits_memory is not None and x.model.device_map is not None,
@@ -148,6 +156,12 @@ CONFLICTS = (
     _with_sharding(
         "sharding and device_map",
         lambda x: _where(x.model.device_map is not None, "cannot be joined with model.device_map; give one of the two"),
+    ),
+    _with_sharding(
+        "sharding and quantization",
+        lambda x: _where(
+            x.model.quantization is not None, "cannot spread quantized weights; leave model.quantization out"
+        ),
     ),
     _with_sharding(
         "sharding and a source that is not spread",

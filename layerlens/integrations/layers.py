@@ -13,6 +13,7 @@ from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.experts import other_weights, rewritten_by_peft, why_router
 from layerlens.integrations.norms import norm_layer, norm_layers
 from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.integrations.quantized import parameter_count, weight_bytes
 from layerlens.integrations.transformers import (
     HEAD_WIDTHS,
     RESIDUAL_WRITERS,
@@ -101,9 +102,9 @@ def model_spec(
         )
     return ModelSpec(
         model_name=name_or_path,
-        total_params=sum(parameter.numel() for parameter in model.parameters()),
+        total_params=parameter_count(model),
         layers=layers,
-        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        weight_bytes=weight_bytes(model),
         fingerprint=pretrained.fingerprint,
         per_sample=inputs is not None,
         left_out=left_out,

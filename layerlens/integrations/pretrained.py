@@ -89,9 +89,10 @@ def weights_fingerprint(model: torch.nn.Module, leave_out: Collection[str] = ())
     import torch
 
     from layerlens.integrations.placement import present
+    from layerlens.integrations.quantized import stable_state
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(stable_state(model).items()):
         if name not in leave_out:
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
             flat = present(model, name, tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8)

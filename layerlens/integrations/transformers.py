@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ModelSpecError, ProfilingError
+from layerlens.integrations.quantized import is_quantized
 
 if TYPE_CHECKING:
     import torch
@@ -115,11 +116,11 @@ def full_batches() -> Iterator[None]:
 
 
 def is_dense(module: torch.nn.Module) -> bool:
-    """Linear, or transformers' Conv1D (a Linear with a transposed weight)."""
+    """Linear, quantized or not, or transformers' Conv1D (a Linear with a transposed weight)."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, (torch.nn.Linear, Conv1D))
+    return isinstance(module, (torch.nn.Linear, Conv1D)) or is_quantized(module)
 
 
 def dense_shape(module: Any) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from layerlens.exceptions import ProfilingError
+from layerlens.integrations.quantized import is_quantized
 from layerlens.models import ModelSpec
 
 RELATIVE_BIASES = ("relative_attention_bias",)
@@ -20,7 +21,7 @@ def matrix_shape(module: Any) -> tuple[int, int, int]:
     if isinstance(module, torch.nn.Conv2d):
         patch = module.kernel_size[0] * module.kernel_size[1]
         return module.groups, module.out_channels // module.groups, module.in_channels // module.groups * patch
-    if isinstance(module, torch.nn.Linear):
+    if isinstance(module, torch.nn.Linear) or is_quantized(module):
         return 1, module.out_features, module.in_features
     return 1, module.nf, module.nx  # transformers' Conv1D, a Linear with a transposed weight
 
@@ -84,6 +85,8 @@ def why_not_measurable(name: str, module: torch.nn.Module) -> str:
         if module.scale_grad_by_freq or module.max_norm is not None:
             return "embeddings with max_norm or scale_grad_by_freq are not measured"
         return _overridden(module, torch.nn.Embedding)
+    if is_quantized(module):
+        return ""  # which unpacks its weight and multiplies with it
     if isinstance(module, torch.nn.Linear):
         return _overridden(module, torch.nn.Linear)
     if isinstance(module, Conv1D):

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from layerlens.cost.device import DeviceProfile, calibrate, load_profile, profile_path, save_profile
 from layerlens.cost.measure import peak_bytes, time_ms, training_step
 from layerlens.cost.trace import trace_step
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.flops import FlopCounter
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import Choice, Manifest
@@ -107,7 +107,7 @@ def compare_costs(
         step()  # the optimiser's state is there from the second step on
         measured_peak = peak_bytes(step)
         advance(1)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounter(tuned) as counter, torch.no_grad():
             tuned(**batch)
         advance(1)
         measured_ms = time_ms(step, seconds=seconds, cpu_time=cpu_time)

@@ -88,7 +88,7 @@ class LoRA(PeftMethod):
                     f"{name.removesuffix('.base_layer')} is a convolution of {module.groups} groups, whose LoRA PEFT "
                     "cannot add to the weight"
                 )
-        return ""
+        return super().why_not_mergeable(model)
 
 
 METHOD = LoRA()

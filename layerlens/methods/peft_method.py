@@ -127,10 +127,19 @@ class PeftMethod(Method):
             _unload(model, base)
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
-        """What was trained in the precision of the weights, and the trained task head in place."""
+        """What was trained in the precision of the weights, and the trained task head in place.
+
+        Warns of what rounding takes where the weights are quantized.
+        """
+        from layerlens.integrations.quantized_merge import merge_with_cost
+
         tuned: Any = model
-        merged: torch.nn.Module = tuned.merge_and_unload()
-        return merged
+        return merge_with_cost(tuned, tuned.merge_and_unload)
+
+    def why_not_mergeable(self, model: torch.nn.Module) -> str:
+        from layerlens.integrations.quantized_merge import why_not_merged
+
+        return why_not_merged(model)
 
     def _wrapped(
         self, model: torch.nn.Module, config: Any, sizes: Mapping[str, int], tensors: Mapping[str, torch.Tensor]

@@ -12,6 +12,7 @@ import torch
 
 from layerlens.exceptions import ConfigurationError, ProfilingError
 from layerlens.integrations.placement import input_device, sharded
+from layerlens.integrations.quantized import parameter_count, quantized_layers, weight_count
 from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
@@ -269,14 +270,17 @@ def left_out_of(model: torch.nn.Module, covered: dict[str, str]) -> tuple[dict[s
 
     Each tied parameter is under the name that the model gives it.
     """
-    have = {id(model.get_parameter(name)) for name in covered}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    have = {id(parameters[name]) for name in covered if name in parameters}
+    packed = {name for name in quantized_layers(model) if f"{name}.weight" in covered}
     left_out = {}
     for name, parameter in model.named_parameters():
         if id(parameter) not in have:
             path, _, part = name.rpartition(".")
+            if path in packed and part != "bias":
+                continue
             module = model.get_submodule(path)
             reason = why_not_measurable(path, module) if part == "weight" else f"not a weight matrix ({part})"
             left_out[name] = reason or "not asked for, or no gradient reaches it"
-    total = sum(parameter.numel() for parameter in model.parameters())
-    missing = sum(model.get_parameter(name).numel() for name in left_out)
-    return left_out, 1.0 - missing / total
+    counts = [weight_count(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in left_out]
+    return left_out, 1.0 - sum(counts) / parameter_count(model)

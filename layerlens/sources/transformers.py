@@ -14,7 +14,7 @@ from layerlens.data.labels import HEAD_ADVICE, UNNAMED, outputs_of, unmatched
 from layerlens.exceptions import DataError, ModelNotFoundError, ModelSpecError
 from layerlens.integrations.auto_classes import auto_class_for, model_class
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for
-from layerlens.integrations.quantized import quantization_arguments
+from layerlens.integrations.quantized import keep_weights, quantization_arguments
 from layerlens.integrations.transformers import output_names, trained_and_drawn
 from layerlens.registry import TASKS
 from layerlens.sources.source import LoadRequest, ModelSource, Trust
@@ -114,6 +114,7 @@ class TransformersSource(ModelSource):
                 tokenizer.pad_token = tokenizer.eos_token
             if getattr(model.config, "pad_token_id", None) is None:
                 model.config.pad_token_id = tokenizer.pad_token_id
+        keep_weights(model)
         model.eval().requires_grad_(False)
         mismatched = (entry[0] for entry in info["mismatched_keys"])
         lacking = tuple(sorted({*info["missing_keys"], *mismatched}))

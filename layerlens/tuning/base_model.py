@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.pretrained import PretrainedModel, not_of_checkpoint, weights_fingerprint
+from layerlens.integrations.quantized import parameter_count
 from layerlens.integrations.torch_modules import find_module
 from layerlens.models import Choice, Manifest, ModelFacts, Option, choice_of
 from layerlens.registry import METHODS, TASKS
@@ -135,7 +136,7 @@ def check_weights(model: torch.nn.Module, facts: ModelFacts, source: str = "the 
     expected = facts.fingerprint
     if not expected:
         return
-    counted, total = facts.total_params, sum(parameter.numel() for parameter in model.parameters())
+    counted, total = facts.total_params, parameter_count(model)
     if counted and counted != total:
         raise ManifestError(f"{source} was made for a model of {counted:,} parameters, this one has {total:,}")
     new = not_of_checkpoint(model, facts.heads, facts.new_parameters or ())

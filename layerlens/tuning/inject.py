@@ -166,7 +166,8 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
 def merge(model: torch.nn.Module) -> torch.nn.Module:
     """The base model with LoRA added into its weights, and the trained task head in place: as fast as before.
 
-    Logits agree with those of ``model`` up to the rounding of W + (alpha/r)·B·A in the precision of W.
+    Logits agree with those of ``model`` up to the rounding of W + (alpha/r)·B·A in the precision of W. Quantized
+    weights are rounded coarsely; a warning says how much of what was trained that takes.
 
     Args:
         model: what ``apply`` or ``load`` returned; it must not be used afterwards.

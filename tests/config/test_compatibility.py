@@ -19,6 +19,7 @@ from layerlens.pipeline import run_config
 
 ROOT = Path(__file__).parents[2]
 PROXIES = {"profiling.proxies.options": 4}
+FOUR_BITS = {"model.quantization": {"load_in_4bit": True}}
 STREAMED = {"profiling.memory_mode": "streamed"}
 SHARDED = {"distributed.sharding": "fsdp"}
 PLACED = {"model.device_map": "auto"}
@@ -27,6 +28,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         **STREAMED, "model.name_or_path": "timm:resnet18", "model.task": "image-classification"
     },
     "streaming and what needs the model in memory": {**STREAMED, **PROXIES},
+    "streaming and quantization": {**STREAMED, **FOUR_BITS},
+    "sharding and quantization": {**SHARDED, **FOUR_BITS},
     "a memory limit and device_map": {"profiling.max_memory_gb": 1.0, **PLACED},
     "sharding and device_map": {**SHARDED, **PLACED},
     "sharding and a source that is not spread": {
