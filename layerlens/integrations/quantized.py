@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,15 @@ def quantization_arguments(asked: Mapping[str, Any] | None) -> dict[str, Any]:
             f"model.quantization: transformers cannot use {dict(asked)} ({' '.join(str(error).split())}); give what "
             "its quantization configurations take, such as {load_in_4bit: true}"
         ) from error
+
+
+def sparing(asked: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """A quantization configuration of transformers by which these modules stay as they are."""
+    method = str(asked.get("quant_method", ""))
+    key = "skip_modules" if method == "hqq" else "modules_to_not_convert"
+    if "bitsandbytes" in method or asked.get("load_in_4bit") or asked.get("load_in_8bit"):
+        key = "llm_int8_skip_modules"
+    return {**asked, key: list(dict.fromkeys([*(asked.get(key) or ()), *modules]))}
 
 
 def is_quantized(module: Any) -> bool:

@@ -26,7 +26,7 @@ def why_not_merged(model: torch.nn.Module) -> str:
 
 
 def merge_with_cost(model: torch.nn.Module, merge: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """What ``merge()`` gives; warns of the share of what was trained that rounding took, where there is quantization."""
+    """What ``merge()`` gives; where there is quantization, warns of how much of what was trained rounding takes."""
     layers = _adapted(model)
     wanted = {name: _trained_outputs(layer) for name, layer in layers.items()}
     if not layers:
@@ -39,8 +39,8 @@ def merge_with_cost(model: torch.nn.Module, merge: Callable[[], torch.nn.Module]
     warnings.warn(
         f"merging rounds {len(lost)} quantized layers again, and their outputs then miss what was trained by "
         f"{sorted(lost.values())[len(lost) // 2]:.0%} of its size (median; {lost[worst]:.0%} in {worst}). To merge "
-        "without this loss, load the adapter onto the base model in 16 bits (check_fingerprint=False), merge there, and "
-        "quantize the result",
+        "without this loss, load the adapter onto the base model in 16 bits (check_fingerprint=False), merge there, "
+        "and quantize the result",
         stacklevel=2,
     )
     return merged

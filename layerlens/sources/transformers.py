@@ -14,8 +14,8 @@ from layerlens.data.labels import HEAD_ADVICE, UNNAMED, outputs_of, unmatched
 from layerlens.exceptions import DataError, ModelNotFoundError, ModelSpecError
 from layerlens.integrations.auto_classes import auto_class_for, model_class
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for
-from layerlens.integrations.quantized import keep_weights, quantization_arguments
-from layerlens.integrations.transformers import output_names, trained_and_drawn
+from layerlens.integrations.quantized import is_quantized, keep_weights, quantization_arguments, sparing
+from layerlens.integrations.transformers import output_names, task_heads, trained_and_drawn
 from layerlens.registry import TASKS
 from layerlens.sources.source import LoadRequest, ModelSource, Trust
 from layerlens.storage import local_file, url_of
@@ -348,17 +348,35 @@ def _load_weights(
             auto_class, _local_folder(path, told["local_files_only"]), heads, dtype,
             trust_remote_code=request.trust_remote_code,
         )  # fmt: skip
-    model, info = auto_class.from_pretrained(
-        path,
-        **heads,
-        dtype=dtype,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **told,
-        **quantization_arguments(request.quantization),
-        **(request.placement or {}),
-    )
+
+    def load(quantization: Mapping[str, Any] | None, **more: Any) -> tuple[Any, dict[str, Any]]:
+        loaded: tuple[Any, dict[str, Any]] = auto_class.from_pretrained(
+            path, **more, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **told,
+            **quantization_arguments(quantization), **(request.placement or {}),
+        )  # fmt: skip
+        return loaded
+
+    asked = request.quantization
+    if asked is not None and request.kind.new_head:
+        with torch.device("meta"):
+            asked = sparing(
+                asked, task_heads(auto_class.from_config(config, trust_remote_code=told["trust_remote_code"]))
+            )
+    model, info = load(asked, **heads)
+    if new := _quantized_unmade(model, info):
+        if asked is None:
+            config = AutoConfig.from_pretrained(path, **heads, **told)
+            config.quantization_config = sparing(config.quantization_config, new)
+            model, info = load(None, config=config)
+        else:
+            model, info = load(sparing(asked, new), **heads)
     return model, info, None
+
+
+def _quantized_unmade(model: Any, info: Mapping[str, Any]) -> list[str]:
+    """Modules that the checkpoint lacks and that would be quantized before they have a weight."""
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in sorted(info["missing_keys"]))
+    return [path for path in paths if is_quantized(model.get_submodule(path))]
 
 
 def _local_folder(path: str, local_only: bool) -> Path:

@@ -17,7 +17,7 @@ from layerlens.jobs.train import train_manifest
 from layerlens.manifest import read_manifest
 from layerlens.pipeline import run_config
 from layerlens.sources import load_pretrained
-from layerlens.tuning import apply, load, merge
+from layerlens.tuning import apply, load, merge, save
 from layerlens.tuning.base_model import load_base
 
 FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -58,9 +58,9 @@ def test_measured_trained_saved_and_loaded_with_equal_logits(
     )
     assert trained.training.steps == 3
     tuned = load(load_base(manifest).model, tmp_path / "trained")
-    again = load(load_base(manifest).model, tmp_path / "trained")
-    assert torch.equal(logits(tuned), logits(again))
     assert not torch.equal(logits(tuned), logits(load_base(manifest).model))
+    save(tuned, tmp_path / "again")
+    assert torch.equal(logits(load(load_base(manifest).model, tmp_path / "again")), logits(tuned))
 
 
 def test_a_checkpoint_that_was_saved_in_four_bits(settings: dict[str, Any], tiny_bert_dir: Path, tmp_path: Path):
@@ -74,12 +74,12 @@ def test_a_checkpoint_that_was_saved_in_four_bits(settings: dict[str, Any], tiny
     config = configured(settings, None, name_or_path=str(tmp_path / "saved"))
     result = run_config(config, base_dir=tmp_path)
     assert any(option.method == "lora" for option in result.manifest.choice.chosen)
-    config.profiling.memory_mode = "streamed"
+    settings["profiling"]["memory_mode"] = "streamed"
     with pytest.raises(ModelSpecError, match="quantised weights cannot be streamed"):
-        run_config(config, base_dir=tmp_path)
+        run_config(RunConfig.model_validate(settings), base_dir=tmp_path)
 
 
-def test_merging_says_what_it_costs(settings: dict[str, Any], tmp_path: Path):
+def test_what_was_trained_is_saved_and_loaded_and_merging_says_what_it_costs(settings: dict[str, Any], tmp_path: Path):
     settings["optimization"]["methods"] = ["lora"]
     result = run_config(configured(settings, FOUR_BITS), base_dir=tmp_path)
     tuned = apply(load_base(result.manifest).model, result.manifest)
@@ -87,6 +87,8 @@ def test_merging_says_what_it_costs(settings: dict[str, Any], tmp_path: Path):
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+    save(tuned, tmp_path / "tuned")
+    assert torch.equal(logits(load(load_base(result.manifest).model, tmp_path / "tuned")), logits(tuned))
     with pytest.warns(UserWarning, match=r"merging rounds \d+ quantized layers again.* by \d+% of its size"):
         merged = merge(tuned)
     assert not any("lora" in name for name, _ in merged.named_modules())
