@@ -7,9 +7,8 @@ import gzip
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from layerlens.exceptions import DataError
 
@@ -28,8 +27,7 @@ ENOUGH_LINES, ENOUGH_BYTES = 3, 8
 """Lines that are not UTF-8, and bytes beyond ASCII in them, from which another encoding is looked for."""
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One line of a file.
 
     Args:

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerlens.integrations.peft import adapter_config_json, task_type
+from layerlens.integrations.peft import adapter_config_json
 from layerlens.models import Choice, Manifest
 from layerlens.registry import METHODS
 from layerlens.tuning.base_model import check_weights, fitting_choice, load_base
+from layerlens.tuning.card import zero_step_card
 from layerlens.tuning.initialization import read_factors
 from layerlens.tuning.storage import MODULES_FILE, modules_bytes
 from layerlens.utils.atomic import staged_directory
@@ -110,7 +111,7 @@ def _peft_files(
     return {
         "adapter_config.json": adapter_config_json(method.config(choice, model, train_head=False, base=base)).encode(),
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
-        "README.md": _card(choice, parameters, base or "the base model").encode(),
+        "README.md": zero_step_card(choice, parameters, base or "the base model").encode(),
     }
 
 
@@ -119,85 +120,3 @@ def _modules(choice: Choice, model: torch.nn.Module) -> dict[str, tuple[str, tor
         option.layer: (option.method, METHODS[option.method].new_module(model, option, choice.seed))
         for option in choice.other_options
     }
-
-
-def _card(choice: Choice, parameters: int, base: str) -> str:
-    rows, label = choice.peft_options, METHODS[choice.peft_method].label
-    begin = {
-        "default": "",
-        "pca": " A holds the principal components of each layer's inputs.",
-        "gradient_svd": " A holds the right singular vectors of each layer's mean gradient.",
-    }[choice.lora.initialization if choice.lora_options else "default"]
-    start = "B is zero: the" if choice.lora_options else "The"
-    heads = list(choice.head_modules)
-    if heads:
-        task = task_type(choice.task)
-        with_head = f"config.modules_to_save = {heads}" if task is None else f'config.task_type = "{task}"'
-        loading = f"""
-Train it with PEFT; LayerLens is not needed. The task head ({", ".join(heads)}) is trained too, and PEFT saves it with
-the adapter:
-
-```python
-from peft import PeftConfig, get_peft_model
-
-config = PeftConfig.from_pretrained("peft")
-{with_head}
-model = get_peft_model(base_model, config)
-```
-
-`PeftModel.from_pretrained(base_model, "peft")` loads the {label} weights alone, as there are no head weights in this
-directory: a head that is new in `base_model` would stay as it is, and would not be saved.
-"""
-        if begin:
-            loading += """But only loaded in this second way does A begin as said above. With LayerLens,
-`layerlens.load(DIRECTORY).apply(base_model)` gives both: that beginning, and the head.
-"""
-    else:
-        loading = """
-Load it with PEFT; LayerLens is not needed:
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
-```
-"""
-    text = f"""---
-library_name: peft
-tags: [{label.lower().replace(" ", "-")}, layerlens]
----
-
-# Zero-step {label} adapter for {base}
-
-{label} on {_counted(len(rows), "module")}, {_ranks(choice)}{parameters:,} trainable parameters, \
-{_scale(choice)}chosen by LayerLens (manifest.json beside this directory). {start} model \
-computes exactly what it did before, until it is trained.{begin}
-{loading}"""
-    others = [option.method for option in choice.other_options]
-    if others:
-        measured = "" if not begin else ' (with `factors=layerlens.tuning.read_factors(Path("peft"), manifest)`)'
-        kinds = [METHODS[name] for name in dict.fromkeys(others)]
-        counts = " and ".join(_counted(others.count(kind.name), kind.label, kind.plural) for kind in kinds)
-        text += f"""
-The manifest has {counts} as well, which PEFT cannot hold: see {MODULES_FILE} beside this
-directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model{measured}.
-"""
-    return text
-
-
-def _ranks(choice: Choice) -> str:
-    ranks = sorted({row.rank for row in choice.lora_options})
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}, " if ranks else ""
-
-
-def _scale(choice: Choice) -> str:
-    if not choice.lora_options:
-        return ""
-    alpha_over_r, largest = choice.lora.alpha_over_r or 0.0, max(row.rank for row in choice.lora_options)
-    if choice.lora.use_rslora:
-        return f"scaled by alpha/√r (rsLoRA) with alpha = {alpha_over_r * largest:g}, "
-    return f"alpha/r = {alpha_over_r:g}, "
-
-
-def _counted(count: int, one: str, many: str | None = None) -> str:
-    return f"{count} {one if count == 1 else many or one + 's'}"

@@ -124,7 +124,11 @@ def _peft(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
 def _trl(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
     """A script, since the options of TRL's command line have no rank for each layer."""
     auto = auto_class_of(model)
-    script = f'''"""Trains the LoRA that LayerLens chose with TRL: python train_trl.py DATASET [OUTPUT]."""
+    script = f'''"""Trains the LoRA that LayerLens chose with TRL: python train_trl.py DATA [OUTPUT].
+
+DATA is a .json, .jsonl, .csv, .parquet or .txt file, a folder of such files, or a data set of the hub.
+Needs TRL 1.0 or newer.
+"""
 
 import sys
 from pathlib import Path
@@ -136,6 +140,15 @@ from trl import SFTConfig, SFTTrainer
 
 BASE = {path!r}
 PEFT = Path(__file__).parent / {PEFT_DIRECTORY!r}
+KINDS = {{".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}}
+
+
+def data_set(source):
+    """The rows of a file, a folder, or a data set of the hub."""
+    kind = KINDS.get(Path(source).suffix.lower())
+    if kind is not None and Path(source).is_file():
+        return load_dataset(kind, data_files=source, split="train")
+    return load_dataset(source, split="train")
 
 
 def trainer(train_dataset, output_dir="trl-output", **arguments):
@@ -149,7 +162,7 @@ def trainer(train_dataset, output_dir="trl-output", **arguments):
 
 
 if __name__ == "__main__":
-    trainer(load_dataset(sys.argv[1], split="train"), *sys.argv[2:3]).train()
+    trainer(data_set(sys.argv[1]), *sys.argv[2:3]).train()
 '''
     return {"train_trl.py": script}
 
@@ -267,7 +280,10 @@ def _yaml(fields: dict[str, Any], remaining: str) -> str:
     return f"# The LoRA that LayerLens chose. {remaining}\n{text}"
 
 
-AXOLOTL_TODO = "Add your datasets, batch size and learning rate, then: axolotl train axolotl.yaml"
+AXOLOTL_TODO = (
+    "Needs axolotl 0.18 or newer, for the ranks by layer. Add your datasets, batch size and learning rate, then: "
+    "axolotl train axolotl.yaml"
+)
 LLAMA_FACTORY_TODO = (
     "Add dataset, template and learning rate, then, from this directory: llamafactory-cli train llama_factory.yaml"
 )
