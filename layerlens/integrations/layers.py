@@ -12,6 +12,7 @@ import torch
 from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.experts import other_weights, rewritten_by_peft, why_router
 from layerlens.integrations.norms import norm_layer, norm_layers
+from layerlens.integrations.peft_refusals import refused_by_peft
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.quantized import parameter_count, weight_bytes
 from layerlens.integrations.transformers import (
@@ -63,6 +64,7 @@ def model_spec(
     reasons = {path: why_router(path, modules) or why_no_lora(path, modules[path]) for path in of_block}
     left_out = {path: reason for path, reason in reasons.items() if reason}
     left_out |= rewritten_by_peft(model, [path for path in of_block if path not in left_out])
+    left_out |= refused_by_peft(model, [path for path in of_block if path not in left_out])
     norms = norm_layers(model, modules, blocks, methods)
     if norms:
         of_block = {path: (of_block | norms)[path] for path in modules if path in of_block or path in norms}
@@ -72,6 +74,7 @@ def model_spec(
         unseen = [path for path in of_block if path not in left_out and path not in positions]
         left_out |= dict.fromkeys(unseen, "the model does not call it as a module")
     config = _text_config(model)
+    writers = _residual_writers(of_block, modules, getattr(config, "hidden_size", None))
     layers: list[LayerSpec] = []
     done: set[str] = set()
     for path, block in of_block.items():
@@ -91,7 +94,7 @@ def model_spec(
             layer = norm_layer(path, module, block, positions.get(path))
         else:
             width = getattr(config, "hidden_size", None) or dense_shape(module)[1]
-            layer = _dense_layer(path, module, width, block, positions.get(path))
+            layer = _dense_layer(path, module, width, block, positions.get(path), writes_residual=path in writers)
         layers += _with_methods(layer, module, adapter_sites, methods)
     left_out |= other_weights(modules, blocks, of_block)
     if not layers:
@@ -197,6 +200,24 @@ def _count_positions(
     return found
 
 
+def _residual_writers(
+    of_block: Mapping[str, int | None], modules: Mapping[str, torch.nn.Module], width: int | None
+) -> set[str]:
+    """Layers whose outputs are added to the residual stream: by their roles; where no role in the module around them
+    says so, the last layer of a block there that is as wide as the stream and no query, key, value or part of a gate.
+    """
+    writers = {path for path in of_block if role_of(path) in RESIDUAL_WRITERS and is_dense(modules[path])}
+    named = {path.rpartition(".")[0] for path in writers}
+    last: dict[str, str] = {}
+    for path, block in of_block.items():
+        around, module = path.rpartition(".")[0], modules[path]
+        if block is None or around in named or role_of(path) or not is_dense(module):
+            continue
+        if dense_shape(module)[1] == width:
+            last[around] = path
+    return writers | set(last.values())
+
+
 def _text_config(model: Any) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else None
@@ -210,14 +231,15 @@ def _with_methods(layer: LayerSpec, module: Any, adapter_sites: str, on_offer: C
 
 
 def _dense_layer(
-    path: str, module: Any, hidden_size: int, block: int | None, places: tuple[int, int] | None
-) -> LayerSpec:
+    path: str, module: Any, hidden_size: int, block: int | None, places: tuple[int, int] | None, *,
+    writes_residual: bool,
+) -> LayerSpec:  # fmt: skip
     n_in, n_out = dense_shape(module)
     role = role_of(path)
     positions, elements = places or (0, 0)
     return LayerSpec(
         name=path, hidden_size=hidden_size, layer_type="linear", n_in=n_in, n_out=n_out, block=block,
-        role=role, writes_residual=role in RESIDUAL_WRITERS, positions=positions, input_elements=elements,
+        role=role, writes_residual=writes_residual, positions=positions, input_elements=elements,
     )  # fmt: skip
 
 

@@ -23,6 +23,11 @@ from layerlens.models import ModelSpec, Option
 from layerlens.models.model_spec import NONE
 
 COUNT_ROW = "layers_without_{}"
+FUSED = {
+    "query": "query_key_value", "key": "query_key_value", "value": "query_key_value",
+    "ffn_gate": "ffn_gate_up", "ffn_up": "ffn_gate_up",
+}  # fmt: skip
+"""Roles that some models have in one layer -> the role of that layer."""
 JOIN = " + "
 """Between the names of layers that choose alike, in the name of their group."""
 
@@ -35,6 +40,13 @@ def matching(spec: ModelSpec, pattern: str, field: str) -> list[str]:
     """
     found = [layer.name for layer in spec.layers if layer.role == pattern or fnmatchcase(layer.name, pattern)]
     if not found:
+        whole = next((layer for layer in spec.layers if layer.role and layer.role == FUSED.get(pattern)), None)
+        if whole is not None:
+            parts = [role for role, fused in FUSED.items() if fused == whole.role]
+            raise ConfigurationError(
+                f"{field}: {', '.join(parts[:-1])} and {parts[-1]} are one layer in this model ({whole.name}), which "
+                f"always chooses alike; call it {whole.role!r}"
+            )
         known = [*dict.fromkeys(layer.role for layer in spec.layers if layer.role), *(x.name for x in spec.layers)]
         near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
         raise ConfigurationError(f"{field}: no layer is called {pattern!r}; nearest: {', '.join(near)}")
