@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ class Capture(Taps):
         refuse_bad_loss(loss__b.detach(), batch, self.model, "batch" if self.by_batches else "sample")
         if self.request.backward:
             if not loss__b.requires_grad:
-                raise ProfilingError(NO_GRADIENT)
+                raise ProfilingError(none_measured(self.unmeasured_layers()) or NO_GRADIENT)
             self.backward(loss__b.sum() * self.loss_scale)
         return loss__b.detach()
 
@@ -243,6 +243,12 @@ class Capture(Taps):
     def _flush(self, key: Key) -> None:
         matrices = join_calls(self._pending.pop(key))
         self.sums.accumulators[key].add(matrices, self._half__b, self._before, counted=self._counted)
+
+
+def none_measured(unmeasured: Mapping[str, str]) -> str:
+    """The first reasons why layers could not be measured, where none could; "" without any."""
+    reasons = [f"{name}: {reason}" for name, reason in list(unmeasured.items())[:3]]
+    return f"none of the layers could be measured; {'; '.join(reasons)}" if reasons else ""
 
 
 def refuse_bad_loss(loss__b: torch.Tensor, batch: Batch, model: torch.nn.Module, of: str = "sample") -> None:

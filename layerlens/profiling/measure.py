@@ -18,7 +18,7 @@ from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
 from layerlens.models import FactorSketch, ModelSpec, ModelStatistics, ModuleCosts
 from layerlens.profiling.accumulators import LayerRows, SumShards
-from layerlens.profiling.capture import Capture
+from layerlens.profiling.capture import Capture, none_measured
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
 from layerlens.profiling.pass_sums import BatchRecord, Key, Ledger
 from layerlens.profiling.request import StatisticsRequest
@@ -191,8 +191,7 @@ def refuse_by_samples(request: StatisticsRequest, loss: str) -> None:
 def refuse_nothing_measured(statistics: ModelStatistics, spec: ModelSpec) -> None:
     """Raise ProfilingError where a model has layers and none of them could be measured; shows the first reasons."""
     if spec.layers and not statistics.layers:
-        reasons = [f"{name}: {reason}" for name, reason in list(statistics.unmeasured.items())[:3]]
-        raise ProfilingError(f"none of the {len(spec.layers)} layers could be measured; {'; '.join(reasons)}")
+        raise ProfilingError(none_measured(statistics.unmeasured))
 
 
 def _share(processes: Processes, n_batches: int) -> range:
