@@ -134,6 +134,7 @@ TASKS: Registry[Any] = Registry(
         "question-answering": "layerlens.tasks.question_answering:TASK",
         "causal-lm": "layerlens.tasks.causal_lm:TASK",
         "dpo": "layerlens.tasks.dpo:TASK",
+        "image-text": "layerlens.tasks.image_text:TASK",
         "masked-lm": "layerlens.tasks.masked_lm:TASK",
         "seq2seq": "layerlens.tasks.seq2seq:TASK",
         "image-classification": "layerlens.tasks.image_classification:TASK",

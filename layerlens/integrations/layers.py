@@ -114,6 +114,11 @@ def model_spec(
     )
 
 
+def of_tokens_alone(inputs: Mapping[str, Any]) -> bool:
+    """Whether the inputs are tokens and nothing else, so that every layer has as many positions as there are tokens."""
+    return "input_ids" in inputs and not any(name.startswith("pixel") for name in inputs)
+
+
 def why_no_lora(name: str, module: Any) -> str:
     """Why Hugging Face PEFT's LoRA does not fit a Linear, Conv1D or Conv2d; "" where it does.
 
