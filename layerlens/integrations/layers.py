@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from layerlens.exceptions import ModelSpecError
+from layerlens.integrations.asked_layers import layers_asked_for
 from layerlens.integrations.experts import other_weights, rewritten_by_peft, why_router
 from layerlens.integrations.norms import norm_layer, norm_layers
 from layerlens.integrations.peft_refusals import refused_by_peft
@@ -40,11 +41,13 @@ def model_spec(
     adapter_sites: str = "residual",
     inputs: Mapping[str, torch.Tensor] | None = None,
     methods: Collection[str] = (),
+    only: Sequence[str] = (),
 ) -> ModelSpec:
     """The layers of a model in forward order.
 
     Where there are transformer blocks: every Linear, Conv1D and Conv2d in them, and every attention block that takes
-    prefixes. Else every Linear and Conv2d that is not the task head's.
+    prefixes. Else every Linear and Conv2d that is not the task head's. With ``only``, those of these that it names, and
+    what it names outside the blocks (``lm_head``).
 
     Args:
         pretrained: the model.
@@ -53,16 +56,20 @@ def model_spec(
         inputs: one batch of inputs, needed where the inputs are no tokens: layers then have positions of their own
             (patches, pixels), which one forward pass counts.
         methods: what is on offer: a method that is measured on request only is taken where it is named here.
+        only: patterns for the names of layers, or for what follows a dot in them; empty for all.
 
     Raises:
-        ModelSpecError: the model has no layer that can take LoRA.
+        ModelSpecError: the model has no layer that can take LoRA, or none that ``only`` names.
     """
     model = pretrained.model
     blocks = blocks_of(model)
     modules = dict(model.named_modules())
     of_block = _transformer_layers(modules, blocks) if blocks else _other_layers(model, modules)
+    asked = layers_asked_for(model, of_block, only, streamed=pretrained.streamed is not None) if only else None
+    of_block = of_block if asked is None else asked.of_block
     reasons = {path: why_router(path, modules) or why_no_lora(path, modules[path]) for path in of_block}
     left_out = {path: reason for path, reason in reasons.items() if reason}
+    left_out |= {} if asked is None else asked.left_out
     left_out |= rewritten_by_peft(model, [path for path in of_block if path not in left_out])
     left_out |= refused_by_peft(model, [path for path in of_block if path not in left_out])
     norms = norm_layers(model, modules, blocks, methods)
@@ -84,7 +91,8 @@ def model_spec(
         if config is not None and is_query and attention not in done:
             done.add(attention)
             if takes_prefix(modules[attention]):
-                layer = _attention_layer(attention, modules[attention], config, block, positions.get(path))
+                own = _config_around(modules, attention, config)
+                layer = _attention_layer(attention, modules[attention], own, block, positions.get(path))
                 layers += _with_methods(layer, modules[attention], adapter_sites, methods)
         if path in left_out:
             continue
@@ -93,7 +101,7 @@ def model_spec(
         elif path in norms:
             layer = norm_layer(path, module, block, positions.get(path))
         else:
-            width = getattr(config, "hidden_size", None) or dense_shape(module)[1]
+            width = getattr(_config_around(modules, path, config), "hidden_size", None) or dense_shape(module)[1]
             layer = _dense_layer(path, module, width, block, positions.get(path), writes_residual=path in writers)
         layers += _with_methods(layer, module, adapter_sites, methods)
     left_out |= other_weights(modules, blocks, of_block)
@@ -221,6 +229,16 @@ def _residual_writers(
         if dense_shape(module)[1] == width:
             last[around] = path
     return writers | set(last.values())
+
+
+def _config_around(modules: Mapping[str, torch.nn.Module], path: str, default: Any) -> Any:
+    """The configuration of the tower that a module is in: the innermost one around it that says how wide it is."""
+    while path:
+        config: Any = getattr(modules[path], "config", None)
+        if getattr(config, "hidden_size", None) and getattr(config, "num_attention_heads", None):
+            return config
+        path = path.rpartition(".")[0]
+    return default
 
 
 def _text_config(model: Any) -> Any:

@@ -177,6 +177,7 @@ def _load(
         config.model.reference,
         adapter_sites=config.profiling.adapter_sites,
         inputs=None if of_tokens_alone(inputs) else inputs,
+        only=config.profiling.layers,
         methods=config.optimization.methods,
     )
     request = statistics_request(config)

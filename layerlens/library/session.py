@@ -407,6 +407,7 @@ def _spec(pretrained: PretrainedModel, config: RunConfig, inputs: Mapping[str, t
     spec = model_spec(
         pretrained, config.model.reference, adapter_sites=config.profiling.adapter_sites,
         inputs=None if of_tokens_alone(inputs) else inputs, methods=config.optimization.methods,
+        only=config.profiling.layers,
     )  # fmt: skip
     new = pretrained.new_parameters
     layers = [layer for layer in spec.layers if not any(name.startswith(f"{layer.name}.") for name in new)]
