@@ -99,7 +99,7 @@ def model_spec(
         if isinstance(module, torch.nn.Conv2d):
             layer = _conv_layer(path, module, block, positions.get(path))
         elif path in norms:
-            layer = norm_layer(path, module, block, positions.get(path))
+            layer = norm_layer(path, module, block, positions.get(path), config)
         else:
             width = getattr(_config_around(modules, path, config), "hidden_size", None) or dense_shape(module)[1]
             layer = _dense_layer(path, module, width, block, positions.get(path), writes_residual=path in writers)
