@@ -80,7 +80,7 @@ def cost_table(
         steps = method.operations(layer, option.rank)
         params = method.trainable_params(layer, option.rank)
         tokens = profile.batch_size * (layer.positions or profile.sequence_length)
-        kept = method.kept_elements(layer, option.rank) * tokens
+        kept = method.kept_elements(layer, option.rank) * tokens + method.kept_once(layer, option.rank)
         cost__ro[:, column] = (
             params,
             sum(tokens * step.flops + step.call_flops for step in steps),

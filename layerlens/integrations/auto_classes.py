@@ -23,7 +23,7 @@ def auto_class_for(auto_class: str, model_type: str, architectures: Sequence[str
         auto_class: of the task.
         model_type, architectures: what the checkpoint's configuration says.
     """
-    if auto_class != TEXT:
+    if auto_class not in (TEXT, *TOWERS):
         return auto_class
     tables = {TEXT: _classes("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", model_type)}
     tables |= {name: _classes(table, model_type) for name, table in TOWERS.items()}
@@ -46,6 +46,11 @@ def model_class(auto_class: str, config: Any) -> Any:
 def auto_class_of(model: Any) -> str:
     """The name of the class that loads a language model in memory again from its checkpoint."""
     return auto_class_for(TEXT, getattr(model.config, "model_type", ""), [type(model).__name__])
+
+
+def has_towers(auto_class: str, config: Any) -> bool:
+    """Whether the model of a task is a language model that may have towers for other inputs than text."""
+    return auto_class in (TEXT, *TOWERS) and any(_classes(table, config.model_type) for table in TOWERS.values())
 
 
 def _classes(table: str, model_type: str) -> set[str]:

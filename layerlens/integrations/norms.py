@@ -47,11 +47,15 @@ def norm_layers(
     return found
 
 
-def norm_layer(path: str, module: Any, block: int | None, places: tuple[int, int] | None) -> LayerSpec:
-    """A norm as a layer: n_in features, n_out parameters."""
+def norm_layer(
+    path: str, module: Any, block: int | None, places: tuple[int, int] | None, config: Any = None
+) -> LayerSpec:
+    """A norm as a layer: n_in features, n_out parameters; num_heads where it is called on heads, which are narrower."""
     sizes = [parameter.numel() for parameter in module.parameters()]
     positions, elements = places or (0, 0)
+    narrow = sizes[0] < (getattr(config, "hidden_size", None) or 0)
+    heads = int(getattr(config, "num_attention_heads", None) or 1) if narrow else 1
     return LayerSpec(
         name=path, hidden_size=sizes[0], layer_type=NORM, n_in=sizes[0], n_out=sum(sizes), block=block,
-        positions=positions, input_elements=elements,
+        positions=positions, input_elements=elements, num_heads=heads,
     )  # fmt: skip

@@ -42,6 +42,7 @@ class PretrainedModel:
         labels: the classes in the order of the model's outputs: the checkpoint's own order where it knows them all.
         images: how images become its inputs; None for models of texts.
         streamed: where the weights are, of a model on the meta device; None for a model that has them.
+        processor: of transformers, how chats with images become its inputs; None for a model of one kind of input.
         drawn: names of other parameters that the checkpoint does not have; they stay as they were drawn.
     """
 
@@ -53,6 +54,7 @@ class PretrainedModel:
     images: ImageInput | None = None
     streamed: StreamedWeights | None = None
     drawn: tuple[str, ...] = ()
+    processor: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +100,16 @@ def weights_fingerprint(model: torch.nn.Module, leave_out: Collection[str] = ())
             flat = present(model, name, tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(flat.numpy().data)
     return digest.hexdigest()
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer in a processor, or the tokenizer itself: with a padding token and the processor's chat template."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.pad_token is None:  # GPT-2 and Llama have none, and refuse batches without one
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = getattr(processor, "chat_template", None)
+    return tokenizer
 
 
 def mode_for(channels: int) -> str:

@@ -13,7 +13,7 @@ from layerlens.config.compatibility import refuse_conflicts, refuse_streaming
 from layerlens.data import Dataset, load_dataset
 from layerlens.data.labels import HEAD_ADVICE, in_order_of
 from layerlens.exceptions import ModelSpecError
-from layerlens.integrations.layers import model_spec
+from layerlens.integrations.layers import model_spec, of_tokens_alone
 from layerlens.integrations.placement import placed, placement_arguments
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.jobs.inputs import calibration_samples, check_model, split_samples, statistics_request
@@ -176,7 +176,8 @@ def _load(
         pretrained,
         config.model.reference,
         adapter_sites=config.profiling.adapter_sites,
-        inputs=None if "input_ids" in inputs else inputs,
+        inputs=None if of_tokens_alone(inputs) else inputs,
+        only=config.profiling.layers,
         methods=config.optimization.methods,
     )
     request = statistics_request(config)

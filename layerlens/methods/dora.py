@@ -59,6 +59,10 @@ class DoRA(LoRA):
         """LoRA's, y − b and B A h, which the gradient of m needs."""
         return super().kept_elements(layer, size) + 2 * layer.n_out
 
+    def kept_once(self, layer: LayerSpec, size: int) -> float:
+        """m/‖·‖ with one taken off and without, and ‖·‖."""
+        return 3 * layer.n_out
+
     def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:
         return 1, layer.n_out, 1
 

@@ -48,7 +48,11 @@ class IA3(PeftMethod):
         return [Operation(0, 2 * width, width)]
 
     def kept_elements(self, layer: LayerSpec, size: int) -> float:
-        """What is scaled; of the input also its product, where nothing else keeps it."""
+        """What is scaled."""
+        return self.trainable_params(layer, size)
+
+    def kept_once(self, layer: LayerSpec, size: int) -> float:
+        """The factors, which PEFT copies."""
         return self.trainable_params(layer, size)
 
     def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:

@@ -44,8 +44,8 @@ class LNTuning(PeftMethod):
         return []
 
     def kept_elements(self, layer: LayerSpec, size: int) -> float:
-        """Its normalised input."""
-        return layer.n_in
+        """Its normalised input; a norm of heads has one of each."""
+        return layer.n_in * layer.num_heads
 
     def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:
         return 1, layer.n_out, 1

@@ -105,6 +105,10 @@ class Method(ABC):
     def kept_elements(self, layer: LayerSpec, size: int) -> float:
         """Elements per token that its backward pass needs and that the frozen model may not keep: an upper bound."""
 
+    def kept_once(self, layer: LayerSpec, size: int) -> float:
+        """Elements that it keeps for each call of the layer, however many tokens it has; none unless redefined."""
+        return 0.0
+
     def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:
         """(groups, outputs, inputs) of the gradient matrix M = Σ_t d_t z_tᵀ that it can move."""
         return 1, layer.n_out, layer.n_out if self.reads == OUTPUT else layer.n_in

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 NONE, LORA, ADAPTER, PREFIX, DORA = "none", "lora", "adapter", "prefix", "dora"
 LORA_KINDS = (LORA, DORA)
@@ -83,6 +84,13 @@ class ModelSpec:
     fingerprint: str = ""
     per_sample: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
+
+    def without(self, unmeasured: Mapping[str, str]) -> ModelSpec:
+        """The model with some layers, given with the reason, left out."""
+        if not unmeasured:
+            return self
+        layers = [layer for layer in self.layers if layer.name not in unmeasured]
+        return replace(self, layers=layers, left_out={**self.left_out, **unmeasured})
 
     def __post_init__(self) -> None:
         if self.weight_bytes == 0:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.data.labels import HEAD_ADVICE, UNNAMED, outputs_of, unmatched
 from layerlens.exceptions import DataError, ModelNotFoundError, ModelSpecError
-from layerlens.integrations.auto_classes import auto_class_for, model_class
-from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for
+from layerlens.integrations.auto_classes import auto_class_for, has_towers, model_class
+from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for, tokenizer_of
 from layerlens.integrations.quantized import is_quantized, keep_weights, quantization_arguments, sparing
 from layerlens.integrations.transformers import output_names, task_heads, trained_and_drawn
 from layerlens.registry import TASKS
@@ -101,7 +101,7 @@ class TransformersSource(ModelSource):
                 told = {"local_files_only": local_only, "trust_remote_code": request.trust_remote_code}
                 labels, heads = _head_settings(request, path, told)
                 model, info, streamed = _load_weights(request, path, heads, told)
-                tokenizer, images = _load_processor(request, path, model.config, told)
+                tokenizer, images, processor = _load_processor(request, path, model.config, told)
             except (ModelSpecError, DataError):
                 raise
             except (OSError, ValueError, KeyError) as error:
@@ -109,11 +109,8 @@ class TransformersSource(ModelSource):
                 raise ModelNotFoundError(
                     f"model.name_or_path: cannot load {request.reference!r}: {_first_line(error)}"
                 ) from error
-        if tokenizer is not None:
-            if tokenizer.pad_token is None:  # GPT-2 and Llama have none, and refuse batches without one
-                tokenizer.pad_token = tokenizer.eos_token
-            if getattr(model.config, "pad_token_id", None) is None:
-                model.config.pad_token_id = tokenizer.pad_token_id
+        if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
         keep_weights(model)
         model.eval().requires_grad_(False)
         mismatched = (entry[0] for entry in info["mismatched_keys"])
@@ -125,7 +122,7 @@ class TransformersSource(ModelSource):
                 "give a language model's checkpoint"
             )
         new, drawn = trained_and_drawn(model, lacking)
-        return PretrainedModel(model, tokenizer, path, new, tuple(labels), images, streamed, drawn)
+        return PretrainedModel(model, tokenizer, path, new, tuple(labels), images, streamed, drawn, processor)
 
     def architectures(self, request: LoadRequest) -> tuple[str, ...]:
         return tuple(getattr(self._configuration(request), "architectures", None) or ())
@@ -390,15 +387,20 @@ def _local_folder(path: str, local_only: bool) -> Path:
 
 def _load_processor(
     request: LoadRequest, path: str, config: Any, told: dict[str, Any]
-) -> tuple[Any, ImageInput | None]:
-    """The tokenizer that was saved with the model, or of a model of images its image processor."""
-    from transformers import AutoTokenizer
+) -> tuple[Any, ImageInput | None, Any]:
+    """(tokenizer, images, processor): what was saved with the model of these three, as the task has use for."""
+    from transformers import AutoProcessor, AutoTokenizer
 
     if request.kind.inputs == "image":
-        return None, _image_processor(path, config, told)
+        return None, _image_processor(path, config, told), None
+    if has_towers(request.kind.auto_class, config):
+        with suppress(OSError, ValueError, KeyError, ImportError, TypeError):
+            processor = AutoProcessor.from_pretrained(path, **told)
+            if hasattr(processor, "image_processor") and getattr(processor, "tokenizer", None) is not None:
+                return tokenizer_of(processor), None, processor
     spaced = request.kind.inputs == "words" and getattr(config, "model_type", "") in SPACE_BEFORE_WORDS
     settings = {"add_prefix_space": True} if spaced else {}
-    return AutoTokenizer.from_pretrained(path, **told, **settings), None
+    return tokenizer_of(AutoTokenizer.from_pretrained(path, **told, **settings)), None, None
 
 
 def _image_processor(path: str, config: Any, told: dict[str, Any]) -> ImageInput:

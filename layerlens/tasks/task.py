@@ -82,6 +82,7 @@ class Task:
             the model with, of the model as it is; None where the loss compares it with nothing.
         study: whether ``layerlens evaluate`` can stack several trainings of it: targets are a tensor, and inputs and
             logits have one shape.
+        alone: whether each sample is measured in a batch of its own, as its inputs have no axis of samples.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Task:
     of_classes: Callable[[Dataset], Dataset] | None = None
     reference: Callable[[torch.nn.Module, PretrainedModel, Sequence[Features], int], None] | None = None
     study: bool = True
+    alone: bool = False
 
     @property
     def endings(self) -> tuple[str, ...]:
@@ -126,7 +128,7 @@ def task_for(config: ModelConfig, base_dir: Path | None = None, dataset: Dataset
     Args:
         config: names the task.
         base_dir: folder that relative paths start from.
-        dataset: the samples, which may turn out to be for another task (preference pairs for DPO).
+        dataset: the samples, which may turn out to be for another task (preference pairs for DPO, chats about images).
 
     Raises:
         ConfigurationError: the loss cannot be imported.
@@ -184,4 +186,4 @@ def make_batches(
             reason = features.left_out.most_common(1)[0][0]
             raise DataError(f"data.source: none of the {len(dataset)} rows can be used: {reason}")
     check_token_ids(pretrained, features)
-    return Batches(task.collate, pretrained, features, batch_size=batch_size)
+    return Batches(task.collate, pretrained, features, batch_size=1 if task.alone else batch_size)

@@ -29,9 +29,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "streaming and what needs the model in memory": {**STREAMED, **PROXIES},
     "streaming and quantization": {**STREAMED, **FOUR_BITS},
-    "sharding and quantization": {**SHARDED, **FOUR_BITS},
     "a memory limit and device_map": {"profiling.max_memory_gb": 1.0, **PLACED},
     "sharding and device_map": {**SHARDED, **PLACED},
+    "sharding and quantization": {**SHARDED, **FOUR_BITS},
     "sharding and a source that is not spread": {
         **SHARDED, "model.name_or_path": "ultralytics:yolo11n.pt", "model.task": "object-detection"
     },
