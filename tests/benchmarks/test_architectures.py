@@ -1,0 +1,47 @@
+"""Tiny models of odd architectures through a whole job, and the page of all that were tried."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # benchmarks are no package that is installed
+
+from benchmarks.architectures import CELLS, PAGE, RESULTS, RIGHT, cells_of, page  # noqa: E402
+from benchmarks.tiny_models import Architecture, build  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "left_out", "reason"),
+    [
+        ("opt", "causal-lm", "", ""),  # flattened tokens
+        ("deberta-v2", "masked-lm", "", ""),  # rows that all samples share
+        ("jamba", "causal-lm", "mamba.dt_proj", "no gradient reaches it"),
+        ("mamba2", "causal-lm", "mixer.out_proj", "refuses it"),
+        ("bart", "sequence-classification", "", ""),
+    ],
+)
+def test_a_tiny_model_goes_through_a_whole_job(name: str, task: str, left_out: str, reason: str, tmp_path: Path):
+    one = Architecture(name, task)
+    build(one, tmp_path / "model")
+    found = cells_of(one, tmp_path)
+    assert {cell: found[cell] for cell in CELLS} == dict.fromkeys(CELLS, RIGHT)
+    if left_out:
+        reasons = [
+            why for why, layers in found["left_out"].items() if any(layer.endswith(left_out) for layer in layers)
+        ]
+        assert len(reasons) == 1
+        assert reason in reasons[0]
+
+
+def test_the_page_is_that_of_the_results_and_nothing_in_it_is_unexpected():
+    results = json.loads(RESULTS.read_text())
+    assert PAGE.read_text() == page(results)
+    assert len(results) >= 80
+    cells = [row[cell] for row in results.values() for cell in CELLS]
+    assert not [cell for cell in cells if cell != RIGHT and not cell.startswith("left out: ")]
+    assert sum(cell == RIGHT for cell in cells) > 0.9 * len(cells)
