@@ -81,7 +81,7 @@ def model_spec(
         unseen = [path for path in of_block if path not in left_out and path not in positions]
         left_out |= dict.fromkeys(unseen, "the model does not call it as a module")
     config = _text_config(model)
-    writers = _residual_writers(of_block, modules, getattr(config, "hidden_size", None))
+    writers = _residual_writers(of_block, modules, config)
     layers: list[LayerSpec] = []
     done: set[str] = set()
     for path, block in of_block.items():
@@ -214,7 +214,7 @@ def _count_positions(
 
 
 def _residual_writers(
-    of_block: Mapping[str, int | None], modules: Mapping[str, torch.nn.Module], width: int | None
+    of_block: Mapping[str, int | None], modules: Mapping[str, torch.nn.Module], config: Any
 ) -> set[str]:
     """Layers whose outputs are added to the residual stream: by their roles; where no role in the module around them
     says so, the last layer of a block there that is as wide as the stream and no query, key, value or part of a gate.
@@ -226,7 +226,7 @@ def _residual_writers(
         around, module = path.rpartition(".")[0], modules[path]
         if block is None or around in named or role_of(path) or not is_dense(module):
             continue
-        if dense_shape(module)[1] == width:
+        if dense_shape(module)[1] == getattr(_config_around(modules, path, config), "hidden_size", None):
             last[around] = path
     return writers | set(last.values())
 

@@ -9,13 +9,14 @@ Quantized layers are Linear ones in the copy; whether PEFT adapts their kind is 
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from layerlens.integrations.peft import injected_ranks, lora_shape, target_modules
+from layerlens.integrations.peft import injected_ranks, target_modules
 from layerlens.integrations.quantized import is_quantized, quantized_layers
 from layerlens.integrations.transformers import dense_shape
 
@@ -79,8 +80,8 @@ def _asked(twin: torch.nn.Module, paths: Sequence[str]) -> tuple[str, list[str]]
 
     if not paths:
         return "", []
-    groups = {path: lora_shape(twin.get_submodule(path))[2] for path in paths}
-    ranks = {f"^{path.replace('.', chr(92) + '.')}": n for path, n in groups.items() if n > 1}
+    groups = {path: getattr(twin.get_submodule(path), "groups", 1) for path in paths}
+    ranks = {f"^{re.escape(path)}": n for path, n in groups.items() if n > 1}
     config = LoraConfig(
         target_modules=target_modules(twin, list(paths)), r=1, rank_pattern=ranks,
         fan_in_fan_out=any(hasattr(twin.get_submodule(path), "nf") for path in paths),
