@@ -114,16 +114,21 @@ def without_data(model: torch.nn.Module) -> Iterator[None]:
 def dense_inputs(
     batch_inputs: dict[str, torch.Tensor], sequence_length: int, *, samples: int = SAMPLES
 ) -> dict[str, torch.Tensor]:
-    """A full batch (no padding) of ``samples`` × ``sequence_length`` tokens, repeating the tokens of a real one.
+    """A full batch (no padding) of ``samples`` × ``sequence_length`` tokens, repeating those of a real sample.
 
+    All rows are alike and end as the sample does: BART's and T5's classifiers read the last end of a text, of which every
+    sample must have as many.
     Other inputs than tokens (images) are those of the batch's samples, over and over.
     """
     if "input_ids" not in batch_inputs:
         n = len(next(iter(batch_inputs.values())))
         return {name: tensor[torch.arange(samples) % n] for name, tensor in batch_inputs.items()}
-    ids = batch_inputs["input_ids"].reshape(-1)
-    n_tokens = samples * sequence_length
-    full = ids.repeat(-(-n_tokens // ids.numel()))[:n_tokens].reshape(samples, sequence_length)
+    ids = batch_inputs["input_ids"][0].reshape(-1)
+    if "attention_mask" in batch_inputs and batch_inputs["attention_mask"][0].shape == ids.shape:
+        ids = ids[batch_inputs["attention_mask"][0] != 0]
+    row = ids.repeat(-(-sequence_length // ids.numel()))[:sequence_length].clone()
+    row[-1] = ids[-1]
+    full = row.repeat(samples, 1)
     inputs = {"input_ids": full, "attention_mask": torch.ones_like(full)}
     return inputs | ({"decoder_input_ids": full} if "decoder_input_ids" in batch_inputs else {})
 

@@ -16,6 +16,7 @@ from layerlens.exceptions import ConfigurationError, InfeasibleError
 from layerlens.methods import enumerate_options, trainable_params
 from layerlens.models import CostTable, LayerSpec, ModelSpec, Option, UtilityTable
 from layerlens.optimization import build_problem, solve
+from layerlens.optimization.constraints import layers_alike
 
 SPEC = ModelSpec(
     "m",
@@ -183,3 +184,15 @@ def test_a_conflict_names_the_smallest_change_of_each_limit():
     assert "lower optimization.constraints.min_layers.lora to 3 (got 6)" in message
     assert chosen(min_layers={"lora": 6}, budget=96)
     assert chosen(min_layers={"lora": 3}, budget=50)
+
+
+@pytest.mark.parametrize(("asked", "role"), [("query", "query_key_value"), ("ffn_up", "ffn_gate_up")])
+def test_a_part_of_a_fused_layer_is_told_which_layer_has_it(asked: str, role: str):
+    fused = [
+        LayerSpec(f"block.0.{name}", 8, "linear", methods=("lora",), block=0, role=name) for name in (role, "other")
+    ]
+    config = OptimizationConfig(constraints={"choose_alike": [[asked, "other"]]})
+    with pytest.raises(
+        ConfigurationError, match=rf"are one layer in this model \(block\.0\.{role}\).*call it '{role}'"
+    ):
+        layers_alike(ModelSpec("m", 1000, fused), config)
