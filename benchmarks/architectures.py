@@ -8,9 +8,9 @@ Each is a tiny model with random weights (``tiny_models``). What is asked of it:
 
 - run: ``layerlens run`` ends with a choice; what could not be measured or adapted is left out with its reason;
 - PEFT: stock ``PeftModel.from_pretrained`` loads the adapter directory, and every chosen layer has its rank;
-- step 0: the loaded model puts out exactly what the base model does. Where that is not so bit by bit, the base model is run
-  again with 0 added to the outputs of the chosen layers, as PEFT adds its 0: that moves them into memory of their own, where
-  later products (Mamba's) add up in another order;
+- step 0: the loaded model puts out exactly what the base model does. Where that is not so bit by bit, the base model is
+  run again with 0 added to the outputs of the chosen layers, as PEFT adds its 0: that moves them into memory of their
+  own, where later products (Mamba's) add up in another order;
 - 3 steps: three steps of AdamW on the loaded model change every B, and the loss stays finite.
 
 A refusal in one sentence is "left out: ...". Anything else that goes wrong is "unexpected", and the exit status 1.
