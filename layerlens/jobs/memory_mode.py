@@ -17,6 +17,7 @@ import torch
 from layerlens.config import ProfilingConfig, RunConfig
 from layerlens.cost.trace import trace_step
 from layerlens.exceptions import ConfigurationError, LayerLensError
+from layerlens.integrations.expert_products import plain_products
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, without_cache
@@ -199,7 +200,7 @@ def _traced_bytes(model: Any, spec: ModelSpec, inputs: dict[str, torch.Tensor]) 
 
         handles.append(model.get_submodule(layer.name).register_forward_hook(hook))
     try:
-        with frozen_without_dropout(model, checkpointing=True), without_cache(model):
+        with frozen_without_dropout(model, checkpointing=True), without_cache(model), plain_products(model):
             return trace_step(model, inputs, _loss).peak_bytes
     finally:
         for handle in handles:

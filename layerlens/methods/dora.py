@@ -36,7 +36,7 @@ class DoRA(LoRA):
     on_request = starts_from_weights = True
 
     def takes(self, layer: LayerSpec, module: Any, adapter_sites: str) -> bool:
-        return layer.layer_type == LINEAR
+        return layer.layer_type == LINEAR and not layer.by_parameter
 
     def trainable_params(self, layer: LayerSpec, size: int) -> int:
         return super().trainable_params(layer, size) + layer.n_out

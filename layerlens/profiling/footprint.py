@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from layerlens.integrations.expert_products import plain_products
 from layerlens.integrations.flops import FlopCounter
 from layerlens.integrations.transformers import full_batches
 from layerlens.tasks.losses import output_tensors
@@ -84,10 +85,11 @@ def frozen_footprint(
     touches the lowest layers needs, and an upper bound for every other.
     """
     count = samples_in(inputs)
-    with opened_at(model, first_block, inputs) as run:
-        saved = count_saved_bytes(model, run)
-    with torch.no_grad(), FlopCounter(model) as counter:
-        model(**inputs)
+    with plain_products(model):  # torch counts no FLOPs of grouped ones
+        with opened_at(model, first_block, inputs) as run:
+            saved = count_saved_bytes(model, run)
+        with torch.no_grad(), FlopCounter(model) as counter:
+            model(**inputs)
     return saved / count, counter.get_total_flops() / count
 
 
