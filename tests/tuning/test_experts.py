@@ -111,7 +111,7 @@ def test_experts_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
     base = fresh("mixtral")
     export_adapter(everywhere(base)[1], base, tmp_path)
     other = hf.MixtralForCausalLM(hf.MixtralConfig(**SMALL | {"num_experts": 3, "num_local_experts": 3}))
-    with pytest.raises(ManifestError, match=r"experts.gate_up_proj: lora_A.* does not fit 3 experts of 16 → 48"):
+    with pytest.raises(ManifestError, match=r"experts.down_proj: lora_A.* does not fit 3 experts of 24 → 16"):
         load(other, tmp_path)
 
 
