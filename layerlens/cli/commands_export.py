@@ -174,5 +174,7 @@ def _base_model(manifest: Manifest, model: str | None) -> tuple[list[str], str]:
     name = model or facts.name_or_path
     if not name:
         return [], "...  # your model: the one that was measured"
-    request = LoadRequest(name, facts.task or "", facts.labels or (), weights=facts.weights)
+    request = LoadRequest(
+        name, facts.task or "", facts.labels or (), weights=facts.weights, quantization=facts.quantization
+    )
     return request.source.snippet(request)

@@ -43,8 +43,9 @@ def layers_asked_for(
         ModelSpecError: a pattern names no layer, or one that cannot be measured while the weights stay on disk.
     """
     modules = dict(model.named_modules())
+    stacked = [path for path in of_block if path not in modules]  # parameters of experts
     for pattern in patterns:
-        if not any(_names(pattern, path) for path in modules if path):
+        if not any(_names(pattern, path) for path in (*modules, *stacked) if path):
             near = difflib.get_close_matches(pattern, list(modules), n=3, cutoff=0.4) or list(of_block)[:3]
             raise ModelSpecError(f"{FIELD}: the model has no module {pattern!r}; nearest: {', '.join(near)}")
     found: dict[str, int | None] = {}
@@ -61,6 +62,14 @@ def layers_asked_for(
             left_out[path] = reason
         else:
             found[path] = None
+    for path in stacked:
+        if any(_names(pattern, path) for pattern in patterns):
+            found[path] = of_block[path]
+        else:
+            left_out[path] = f"{FIELD} does not name it"
+    place = {path: number for number, path in enumerate(of_block)}
+    if stacked and all(path in place for path in found):
+        found = dict(sorted(found.items(), key=lambda one: place[one[0]]))
     if streamed and (outside := [path for path in found if path not in of_block]):
         raise ModelSpecError(f"{FIELD}: {outside[0]} is outside the blocks, which alone are measured from disk")
     if not found:

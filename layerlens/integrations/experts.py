@@ -7,6 +7,7 @@ of their own class. No Linear shows them, and nothing here may pass over them in
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from layerlens.integrations.transformers import is_dense
@@ -17,6 +18,63 @@ if TYPE_CHECKING:
 ROUTERS = ("gate", "router")
 """What blocks with experts call the module that says which experts a token goes to."""
 EXPERTS = "experts"
+
+BASE_LAYER = ".base_layer"
+"""What PEFT calls the module that it has put one of its own around."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One weight of all experts of a block.
+
+    Args:
+        module: the experts.
+        name: the parameter's name in it.
+        experts, n_in, n_out: matrices, and the shape of each.
+        columns, rows: of PEFT's A [rank · experts, columns] and B [rows, rank · experts]: inputs and outputs, or the
+            other way round where PEFT does not know how the parameter is stored.
+    """
+
+    module: torch.nn.Module
+    name: str
+    experts: int
+    n_in: int
+    n_out: int
+    columns: int
+    rows: int
+
+
+def stacks_of(path: str, module: Any) -> dict[str, Stack]:
+    """Layer name -> stacked weight of an experts module that statistics and PEFT can take; empty for all others."""
+    from layerlens.integrations.expert_products import is_transposed, weight_names
+
+    found = {}
+    for name in weight_names(module):
+        weight = getattr(module, name, None)
+        if weight is None or weight.dim() != 3 or not weight.is_floating_point() or weight.element_size() < 2:
+            continue
+        count, first, second = weight.shape
+        n_in, n_out = (first, second) if is_transposed(module) else (second, first)
+        columns, rows = (first, second) if getattr(module, "is_transposed", False) else (second, first)
+        found[f"{path}.{name}"] = Stack(module, name, count, n_in, n_out, columns, rows)
+    return found
+
+
+def stack_at(model: torch.nn.Module, layer: str) -> Stack | None:
+    """The stacked weight that the layer is; None where it is no such weight."""
+    path, _, name = layer.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return stacks_of(path, module).get(layer) if name in module._parameters else None
+
+
+def experts_per_token(config: Any, experts: int) -> int:
+    """Through how many experts a token goes; all of them where the configuration does not say it."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k")
+    given = next((value for name in names if isinstance(value := getattr(config, name, None), int)), experts)
+    return min(given, experts)
 
 
 def other_weights(
@@ -36,7 +94,7 @@ def other_weights(
         if isinstance(module, torch.nn.Embedding):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and f"{path}.{name}" not in layers:
                 found[f"{path}.{name}"] = _described(path, module, name, parameter)
     return found
 
@@ -45,9 +103,10 @@ def _described(path: str, module: torch.nn.Module, name: str, parameter: torch.T
     kind, size = type(module).__name__, _size(parameter)
     if "router" in kind.lower() or path.rpartition(".")[2] in ROUTERS:
         return f"a router ({size}), and a choice leaves routers alone"
+    if "expert" in f"{kind}{path}".lower() and "bias" not in name:
+        return f"the experts of a block in one parameter of {kind} ({size}), whose products are not seen"
     if "expert" in f"{kind}{path}".lower():
-        what = "the experts of a block in one parameter" if parameter.dim() > 2 else "a bias for each expert"
-        return f"{what} ({size})"
+        return f"a bias for each expert ({size})"
     return f"a parameter of {kind} ({size}), not the weight of a Linear, Conv1D or Conv2d"
 
 

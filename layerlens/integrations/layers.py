@@ -11,7 +11,14 @@ import torch
 
 from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.asked_layers import layers_asked_for
-from layerlens.integrations.experts import other_weights, rewritten_by_peft, why_router
+from layerlens.integrations.experts import (
+    Stack,
+    experts_per_token,
+    other_weights,
+    rewritten_by_peft,
+    stacks_of,
+    why_router,
+)
 from layerlens.integrations.norms import norm_layer, norm_layers
 from layerlens.integrations.peft_refusals import refused_by_peft
 from layerlens.integrations.pretrained import PretrainedModel
@@ -64,27 +71,39 @@ def model_spec(
     model = pretrained.model
     blocks = blocks_of(model)
     modules = dict(model.named_modules())
-    of_block = _transformer_layers(modules, blocks) if blocks else _other_layers(model, modules)
+    # Tokens of images are counted for each module, which stacked experts are not.
+    stacks = {} if inputs is not None else {k: v for path in modules for k, v in stacks_of(path, modules[path]).items()}
+    of_block = _transformer_layers(modules, blocks, stacks) if blocks else _other_layers(model, modules)
     asked = layers_asked_for(model, of_block, only, streamed=pretrained.streamed is not None) if only else None
     of_block = of_block if asked is None else asked.of_block
-    reasons = {path: why_router(path, modules) or why_no_lora(path, modules[path]) for path in of_block}
+    dense = [path for path in of_block if path not in stacks]
+    reasons = {path: why_router(path, modules) or why_no_lora(path, modules[path]) for path in dense}
     left_out = {path: reason for path, reason in reasons.items() if reason}
     left_out |= {} if asked is None else asked.left_out
-    left_out |= rewritten_by_peft(model, [path for path in of_block if path not in left_out])
-    left_out |= refused_by_peft(model, [path for path in of_block if path not in left_out])
+    by_parameter = rewritten_by_peft(model, [path for path in dense if path not in left_out])
+    left_out |= {path: reason for path, reason in by_parameter.items() if not _is_formed(modules[path])}
+    usual = [path for path in dense if path not in left_out and path not in by_parameter]
+    left_out |= refused_by_peft(model, usual)
     norms = norm_layers(model, modules, blocks, methods)
     if norms:
-        of_block = {path: (of_block | norms)[path] for path in modules if path in of_block or path in norms}
+        place = {path: number for number, path in enumerate(modules)}
+        both = (of_block | norms).items()
+        of_block = dict(sorted(both, key=lambda one: place[one[0].rpartition(".")[0] if one[0] in stacks else one[0]]))
     positions: dict[str, tuple[int, int]] = {}
     if inputs is not None:
         positions = _count_positions(model, [path for path in of_block if path not in left_out], inputs)
         unseen = [path for path in of_block if path not in left_out and path not in positions]
         left_out |= dict.fromkeys(unseen, "the model does not call it as a module")
     config = _text_config(model)
-    writers = _residual_writers(of_block, modules, config)
+    outside = {path: block for path, block in of_block.items() if path not in stacks}
+    writers = _residual_writers(outside, modules, config)
     layers: list[LayerSpec] = []
     done: set[str] = set()
     for path, block in of_block.items():
+        if path in stacks:
+            layer = _experts_layer(path, stacks[path], config, block)
+            layers += _with_methods(layer, stacks[path].module, adapter_sites, methods)
+            continue
         module = modules[path]
         attention = path.rpartition(".")[0]
         is_query = role_of(path) in ("query", "query_key_value") and is_dense(module)
@@ -103,6 +122,7 @@ def model_spec(
         else:
             width = getattr(_config_around(modules, path, config), "hidden_size", None) or dense_shape(module)[1]
             layer = _dense_layer(path, module, width, block, positions.get(path), writes_residual=path in writers)
+            layer = replace(layer, by_parameter=path in by_parameter)
         layers += _with_methods(layer, module, adapter_sites, methods)
     left_out |= other_weights(modules, blocks, of_block)
     if not layers:
@@ -145,12 +165,19 @@ def why_no_lora(name: str, module: Any) -> str:
     return why_not_measurable(name, module)
 
 
-def _transformer_layers(modules: Mapping[str, torch.nn.Module], blocks: tuple[str, ...]) -> dict[str, int | None]:
-    """Path -> block of every Linear, Conv1D and Conv2d of the blocks."""
+def _transformer_layers(
+    modules: Mapping[str, torch.nn.Module], blocks: tuple[str, ...], stacks: Mapping[str, Stack]
+) -> dict[str, int | None]:
+    """Path -> block of every Linear, Conv1D and Conv2d of the blocks, and of their stacked experts."""
     found: dict[str, int | None] = {}
+    of_module: dict[str, list[str]] = {}
+    for name in stacks:
+        of_module.setdefault(name.rpartition(".")[0], []).append(name)
     for index, block in enumerate(blocks):
         inside = f"{block}."
-        found |= {path: index for path, module in modules.items() if path.startswith(inside) and _is_layer(module)}
+        for path, module in modules.items():
+            if path.startswith(inside):
+                found |= dict.fromkeys([path] if _is_layer(module) else of_module.get(path, []), index)
     return found
 
 
@@ -264,6 +291,21 @@ def _dense_layer(
         name=path, hidden_size=hidden_size, layer_type="linear", n_in=n_in, n_out=n_out, block=block,
         role=role, writes_residual=writes_residual, positions=positions, input_elements=elements,
     )  # fmt: skip
+
+
+def _experts_layer(path: str, stack: Stack, config: Any, block: int | None) -> LayerSpec:
+    role = "ffn_down" if stack.name == "down_proj" else "ffn_up"
+    width = getattr(config, "hidden_size", None) or stack.n_out
+    return LayerSpec(
+        name=path, hidden_size=width, layer_type="experts", n_in=stack.n_in, n_out=stack.n_out, block=block, role=role,
+        experts=stack.experts, experts_per_token=experts_per_token(config, stack.experts), by_parameter=True,
+    )  # fmt: skip
+
+
+def _is_formed(module: Any) -> bool:
+    """Whether W + ΔW can be formed of a Linear: its weight is stored as the numbers that it is."""
+    weight = module.weight
+    return bool(weight.is_floating_point() and weight.dim() == 2 and weight.element_size() > 1)
 
 
 def _conv_layer(path: str, module: torch.nn.Conv2d, block: int | None, places: tuple[int, int] | None) -> LayerSpec:

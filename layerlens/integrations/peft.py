@@ -12,6 +12,10 @@ How PEFT matches names decides what is written here:
 ignores ``alpha_pattern`` (vLLM does) then still scales every layer right, and one that reserves memory for ``r`` rows
 reserves enough.
 
+What is no module, the stacked experts of a block, goes into ``target_parameters``. So do dense layers whose names PEFT
+would rewrite into those of routed experts (``experts.rewritten_by_peft``): told the layer's ``.weight``, it adapts the
+layer itself, with the same tensors. PEFT nests its modules around a module, the last of its parameters outermost.
+
 With ``lora.use_rslora`` a layer is scaled by alpha/√r instead (Kalajdzievski 2023, arXiv:2312.03732). There alpha is
 the constant, alpha_over_r times the largest rank, so ``r`` and ``lora_alpha`` are the same as without, and there is no
 ``alpha_pattern``.
@@ -23,10 +27,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.experts import BASE_LAYER, Stack, rewritten_by_peft, stack_at
 from layerlens.integrations.torch_modules import find_module
 from layerlens.integrations.transformers import dense_shape, is_dense
 from layerlens.models import DORA, Choice, Option
@@ -68,9 +73,12 @@ def lora_config(
         raise ManifestError("no layer is to have LoRA, so there is nothing for PEFT to configure")
     modules = [lora_module(model, option) for option in choice.lora_options]
     scale, largest, rslora = float(choice.lora.alpha_over_r or 0.0), max(ranks.values()), choice.lora.use_rslora
-    lowered = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank < largest}
+    parameters = _parameters(model, ranks)
+    names = {parameters.get(layer, layer): rank for layer, rank in ranks.items()}
+    lowered = {f"^{re.escape(name)}": rank for name, rank in names.items() if rank < largest}
     return LoraConfig(
-        **shared_fields(choice, model, list(ranks), train_head=train_head, base=base),
+        **shared_fields(choice, model, [x for x in ranks if x not in parameters], train_head=train_head, base=base),
+        target_parameters=sorted(parameters.values()) or None,
         r=largest,
         lora_alpha=_alpha(scale, largest),
         rank_pattern=dict(sorted(lowered.items())),
@@ -107,8 +115,9 @@ def zero_step_tensors(
 
     Returns:
         float32 ``base_model.model.<layer>.lora_A.weight`` [r, n_in] and ``....lora_B.weight`` [n_out, r], zero; of a
-        convolution [r, channels, height, width] and [n_out, r, 1, 1]; of DoRA ``....lora_magnitude_vector`` [n_out],
-        the norms of the weight's rows. By default A is uniform in ±1/√n_in as PEFT
+        convolution [r, channels, height, width] and [n_out, r, 1, 1], of stacked experts as many rows of A and columns
+        of B for each (``Stack``); of DoRA ``....lora_magnitude_vector`` [n_out], the norms of the weight's rows. By
+        default A is uniform in ±1/√n_in as PEFT
         initialises it (Kaiming with a = √5), and depends only on the choice's seed and the layer's name.
 
     Raises:
@@ -119,20 +128,21 @@ def zero_step_tensors(
             f"lora.initialization: {choice.lora.initialization!r} begins from what was measured on data; give the "
             "factors (layerlens.tuning.read_factors of the run's peft directory, or initial_factors of your batches)"
         )
+    places = peft_places(model, choice.lora_ranks())
     tensors = {}
     for row in choice.lora_options:
-        module = lora_module(model, row)
-        n_in, n_out, groups = lora_shape(module)
-        if choice.lora.is_measured:
-            a = _given_factor(row, n_in, factors or {})
+        site = lora_module(model, row)
+        of_a, of_b = tensor_shapes(site, row.rank)
+        width = math.prod(of_a[1:])
+        if choice.lora.is_measured and not isinstance(site, Stack):
+            a = _given_factor(row, width, factors or {})
         else:
-            a = default_factor(row, n_in, choice.seed)
-        kernel = tuple(getattr(module, "kernel_size", ()))
-        key = BASE_PREFIX + row.layer
-        tensors[f"{key}.lora_A.weight"] = a.reshape(row.rank, -1, *kernel) if kernel else a
-        tensors[f"{key}.lora_B.weight"] = a.new_zeros(n_out, row.rank // groups, *(1 for _ in kernel))
+            a = default_factor(Option(row.layer, row.method, of_a[0]), width, choice.seed)
+        key = BASE_PREFIX + places[row.layer]
+        tensors[f"{key}.lora_A.weight"] = a.reshape(of_a)
+        tensors[f"{key}.lora_B.weight"] = a.new_zeros(of_b)
         if row.method == DORA:
-            tensors[f"{key}.lora_magnitude_vector"] = row_norms(module)
+            tensors[f"{key}.lora_magnitude_vector"] = row_norms(site)
     return tensors
 
 
@@ -177,7 +187,7 @@ def injected_ranks(model: Any, *, dora: bool | None = None) -> dict[str, int]:
         if isinstance(layer, LoraLayer) and layer.active_adapters:
             adapter = layer.active_adapters[0]
             if dora is None or (adapter in layer.lora_magnitude_vector) == dora:
-                found[name] = layer.r[adapter]
+                found[layer_of(name, layer)] = layer.r[adapter]
     return found
 
 
@@ -198,17 +208,45 @@ def row_norms(module: Any) -> torch.Tensor:
     return norms
 
 
+def layer_of(path: str, layer: Any) -> str:
+    """The layer that a module of PEFT's at ``path`` adapts."""
+    path = path.replace(BASE_LAYER, "")
+    name = getattr(layer, "parameter_name", None) or "weight"
+    return path if name == "weight" else f"{path}.{name}"
+
+
+def peft_places(model: torch.nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Layer -> path of the module that PEFT puts in for it, where these layers have LoRA."""
+    stacks = {layer: stack for layer in layers if (stack := stack_at(model, layer)) is not None}
+    places = {layer: layer for layer in layers}
+    for layer, stack in stacks.items():
+        path = layer.rpartition(".")[0]
+        own = [name for name, _ in stack.module.named_parameters(recurse=False) if f"{path}.{name}" in stacks]
+        places[layer] = path + BASE_LAYER * (len(own) - 1 - own.index(stack.name))
+    return places
+
+
+def _parameters(model: torch.nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Layer -> name of the parameter that PEFT is told, of the layers that it adapts by their parameters."""
+    stacks = [layer for layer in layers if stack_at(model, layer) is not None]
+    rewritten = rewritten_by_peft(model, [layer for layer in layers if layer not in stacks])
+    return {layer: layer for layer in stacks} | {layer: f"{layer}.weight" for layer in rewritten}
+
+
 def name_seed(seed: int, name: str) -> int:
     """A seed for one layer: it does not depend on which other layers were chosen, nor on their order."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
-def lora_module(model: torch.nn.Module, row: Option) -> torch.nn.Module:
-    """The module that gets the LoRA of ``row``.
+def lora_module(model: torch.nn.Module, row: Option) -> torch.nn.Module | Stack:
+    """The module, or the stacked weight, that gets the LoRA of ``row``.
 
     Raises:
         ManifestError: there is no such module, it cannot take LoRA, or not of this rank.
     """
+    stack = stack_at(model, row.layer)
+    if stack is not None:
+        return stack
     module = find_module(model, row.layer)
     if reason := why_not_adaptable(row.layer, module):
         raise ManifestError(f"{row.layer}: {reason}")
@@ -241,10 +279,22 @@ def lora_shape(module: Any) -> tuple[int, int, int]:
     """(n_in, n_out, groups): A is [r, n_in], B is [n_out, r / groups]; of a convolution n_in is a patch."""
     import torch
 
+    if isinstance(module, Stack):
+        return module.n_in, module.n_out, 1
     if isinstance(module, torch.nn.Conv2d):
         patch = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
         return patch, module.out_channels, module.groups
     return (*dense_shape(module), 1)
+
+
+def tensor_shapes(site: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of PEFT's A and B on a module or a stacked weight."""
+    if isinstance(site, Stack):
+        return (rank * site.experts, site.columns), (site.rows, rank * site.experts)
+    n_in, n_out, groups = lora_shape(site)
+    kernel = tuple(getattr(site, "kernel_size", ()))
+    first = (rank, site.in_channels, *kernel) if kernel else (rank, n_in)
+    return first, (n_out, rank // groups, *(1 for _ in kernel))
 
 
 def target_modules(model: torch.nn.Module, names: list[str]) -> list[str] | str:

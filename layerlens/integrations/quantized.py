@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -147,12 +148,32 @@ def weights_kept(model: torch.nn.Module) -> Iterator[None]:
 
 
 def keep_weights(model: torch.nn.Module) -> None:
-    """Let no layer of the model repack its weights any more; those that have done so unpack them."""
+    """Let no layer of the model repack its weights any more; those that have done so unpack them.
+
+    What bitsandbytes logs in every call of every layer is logged once.
+    """
+    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.nn.modules"):
+        logger = logging.getLogger(name)
+        if _Once not in map(type, logger.filters):
+            logger.addFilter(_Once())
     for module in model.modules():
         if hasattr(module, CPU_PACKING):
             if _is_repacked(module):
                 module.state_dict()  # in which bitsandbytes unpacks
             setattr(module, CPU_PACKING, False)
+
+
+class _Once(logging.Filter):
+    """Lets each message pass once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = record.getMessage() not in self._seen
+        self._seen.add(record.getMessage())
+        return new
 
 
 def _is_packed_part(parameter: torch.Tensor | None) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ModelNotFoundError, ModelSpecError
 from layerlens.integrations.safetensors_files import TensorPlace, checkpoint_tensors, pieces, read_tensor
+from layerlens.integrations.transformers import blocks_of
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +124,12 @@ def load_skeleton(
         )
     with torch.device("meta"):
         model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    towers = {path.rpartition(".")[0] for path in blocks_of(model)}
+    if len(towers) > 1:
+        raise ModelSpecError(
+            f"model.name_or_path: {type(model).__name__} has {len(towers)} stacks of blocks; only single stacks can be "
+            f"streamed: {PLAIN} or checkpointed"
+        )
     if dtype != torch.float32 and model._get_dtype_plan(dtype):
         raise ModelSpecError(f"model.dtype: {config.model_type} keeps some weights in float32; {PLAIN}")
     model.tie_weights()

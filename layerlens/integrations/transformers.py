@@ -85,6 +85,7 @@ ROLES = {
     "mlp.Wo": "ffn_down",
     "attn.qkv": "query_key_value",
     "attn.proj": "attention_output",
+    "projection_layer": "attention_output",
     "pwconv1": "ffn_up",
     "pwconv2": "ffn_down",
 }

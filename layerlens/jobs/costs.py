@@ -12,6 +12,7 @@ from layerlens.cost.device import DeviceProfile, calibrate, load_profile, profil
 from layerlens.cost.measure import peak_bytes, time_ms, training_step
 from layerlens.cost.trace import trace_step
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.expert_products import plain_products
 from layerlens.integrations.flops import FlopCounter
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
@@ -84,7 +85,8 @@ def compare_costs(
     batch = synthetic_batch(model, choice.task, batch_size, sequence_length)
     spec = model_spec(pretrained, "", adapter_sites="all", methods={option.method for option in chosen})
     layers = {layer.name: layer for layer in spec.layers}
-    with progress.stage("Predicting and measuring", total=4) as advance:
+    # torch counts no FLOPs of the grouped products of experts, and cannot trace them.
+    with plain_products(model), progress.stage("Predicting and measuring", total=4) as advance:
         model.train()  # with dropout, attention goes another way
         with torch.no_grad():
             base_flops = trace_step(model, batch).flops

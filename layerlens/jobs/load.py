@@ -111,7 +111,10 @@ def load(job: Job) -> Loaded:
             return _load(job, dataset, plan, placement=placement)
         refused: dict[str, str] = {}
         skeleton, unsaid = None, Warnings()
-        if reason := config.model.source.why_not_streamable(config.model.reference):
+        reason = config.model.source.why_not_streamable(config.model.reference)
+        if config.model.quantization is not None:
+            reason = "model.quantization: weights are streamed as they lie on disk"
+        if reason:
             refused[STREAMED] = reason
         else:
             try:

@@ -17,9 +17,11 @@ import torch
 from layerlens.config import ProfilingConfig, RunConfig
 from layerlens.cost.trace import trace_step
 from layerlens.exceptions import ConfigurationError, LayerLensError
+from layerlens.integrations.expert_products import plain_products
 from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.integrations.quantized import quantized_layers
 from layerlens.integrations.torch_modules import frozen_without_dropout
-from layerlens.integrations.transformers import blocks_of, without_cache
+from layerlens.integrations.transformers import blocks_of, dense_shape, without_cache
 from layerlens.methods import OUTPUT
 from layerlens.models import LayerSpec, ModelSpec, Provenance
 from layerlens.profiling.footprint import dense_inputs
@@ -176,9 +178,16 @@ class _Keep(torch.autograd.Function):
 
 
 def _without_data(model: torch.nn.Module) -> Any:
-    """A copy whose weights are one number each, repeated: shapes without memory."""
+    """A copy whose weights are one number each, repeated: shapes without memory. Quantized layers are Linear ones."""
     memo: dict[int, Any] = {}
+    for layer in quantized_layers(model).values():
+        linear = torch.nn.Linear(*dense_shape(layer), bias=False, device="meta")
+        linear.weight = torch.nn.Parameter(torch.zeros(()).expand(linear.weight.shape), requires_grad=False)
+        memo[id(layer)] = linear
+    packed = {id(parameter) for layer in quantized_layers(model).values() for parameter in layer.parameters()}
     for parameter in model.parameters():
+        if id(parameter) in packed:
+            continue
         twin = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
         memo[id(parameter)] = torch.nn.Parameter(twin, requires_grad=False)
     return copy.deepcopy(model, memo).eval()
@@ -199,7 +208,7 @@ def _traced_bytes(model: Any, spec: ModelSpec, inputs: dict[str, torch.Tensor]) 
 
         handles.append(model.get_submodule(layer.name).register_forward_hook(hook))
     try:
-        with frozen_without_dropout(model, checkpointing=True), without_cache(model):
+        with frozen_without_dropout(model, checkpointing=True), without_cache(model), plain_products(model):
             return trace_step(model, inputs, _loss).peak_bytes
     finally:
         for handle in handles:

@@ -91,8 +91,8 @@ def _input_gradient(module: Any, d__bgto: Any, h__bgti: Any) -> Any:
 
     with torch.enable_grad():
         h = h__bgti.expand(len(d__bgto), *h__bgti.shape[1:]).detach().requires_grad_(True)
-        output = module.forward(h)  # past its hooks
-        (gradient,) = torch.autograd.grad(output, h, d__bgto.to(output.dtype))
+        output = module.forward(h.flatten(0, 1))  # past its hooks; 8-bit kernels take no more axes
+        (gradient,) = torch.autograd.grad(output, h, d__bgto.flatten(0, 1).to(output.dtype))
     return gradient
 
 

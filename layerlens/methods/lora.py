@@ -1,7 +1,11 @@
-"""LoRA: W + (alpha/r)·B·A on a Linear, Conv1D or Conv2d (Hu et al. 2022, arXiv:2106.09685), by Hugging Face PEFT."""
+"""LoRA: W + (alpha/r)·B·A on a Linear, Conv1D, Conv2d or on every expert of a stacked weight, by Hugging Face PEFT.
+
+Hu et al. 2022, arXiv:2106.09685.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +13,7 @@ from layerlens.integrations.peft import base_of
 from layerlens.methods.method import Operation
 from layerlens.methods.peft_method import PeftMethod
 from layerlens.models import LORA, Choice, LayerSpec, Option
-from layerlens.models.model_spec import CONV, LINEAR
+from layerlens.models.model_spec import CONV, EXPERTS, LINEAR
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class LoRA(PeftMethod):
-    """r(n_in + n_out / groups) parameters, groups of a convolution being 1 in a Linear; B = 0 at the start."""
+    """r(n_in + n_out / groups) parameters, groups of a convolution being 1 in a Linear; B = 0 at the start.
+
+    Experts each have as many. What PEFT adapts by its parameter is formed whole, W + (alpha/r)·B·A, in every call.
+    """
 
     name, label, plural, unit, letter = LORA, "LoRA", "LoRA layers", "rank", "L"
     style, colours, marker = "cyan", ("#0a6ebd", "#58a6ff"), "o"
@@ -26,16 +33,18 @@ class LoRA(PeftMethod):
     peft_type, peft_config = "LORA", "LoraConfig"
 
     def takes(self, layer: LayerSpec, module: Any, adapter_sites: str) -> bool:
-        return layer.layer_type in (LINEAR, CONV)
+        return layer.layer_type in (LINEAR, CONV, EXPERTS)
 
     def takes_size(self, layer: LayerSpec, size: int) -> bool:
         return size % layer.groups == 0
 
     def trainable_params(self, layer: LayerSpec, size: int) -> int:
-        return size * (layer.n_in + layer.n_out // layer.groups)
+        return layer.experts * size * (layer.n_in + layer.n_out // layer.groups)
 
     def operations(self, layer: LayerSpec, size: int) -> list[Operation]:
         """A x, B (A x), times alpha/r, plus the frozen output; B of a convolution has its groups."""
+        if layer.by_parameter:
+            return [Operation(0, 0, _formed(layer) * 2 + self.trainable_params(layer, size), 2 * size * _formed(layer))]
         n_in, n_out, in_group = layer.n_in, layer.n_out, size // layer.groups
         return [
             Operation(2 * n_in * size, layer.inputs_per_position + size, n_in * size),
@@ -46,7 +55,13 @@ class LoRA(PeftMethod):
 
     def kept_elements(self, layer: LayerSpec, size: int) -> float:
         """Its input h (shared by q, k and v where all are adapted, which this counts each time) and A h."""
+        if layer.by_parameter:
+            return layer.experts_per_token * layer.n_in
         return layer.inputs_per_position + size
+
+    def kept_once(self, layer: LayerSpec, size: int) -> float:
+        """W + ΔW, which the gradient of its input needs."""
+        return _formed(layer) if layer.by_parameter else 0.0
 
     def why_not(self, name: str, module: Any) -> str:
         from layerlens.integrations.peft import why_not_adaptable
@@ -62,10 +77,12 @@ class LoRA(PeftMethod):
         return injected_ranks(model, dora=False)
 
     def params_in(self, model: torch.nn.Module, option: Option) -> tuple[int, str]:
-        from layerlens.integrations.peft import lora_module, lora_shape
+        from layerlens.integrations.peft import lora_module, lora_shape, tensor_shapes
 
-        n_in, n_out, groups = lora_shape(lora_module(model, option))
-        return option.rank * (n_in + n_out // groups), f"LoRA rank {option.rank} on this {n_in} → {n_out} module"
+        site = lora_module(model, option)
+        n_in, n_out, _ = lora_shape(site)
+        count = sum(math.prod(shape) for shape in tensor_shapes(site, option.rank))
+        return count, f"LoRA rank {option.rank} on this {n_in} → {n_out} module"
 
     def config(
         self, choice: Choice, model: torch.nn.Module, *, train_head: bool = True, base: str | None = None
@@ -89,6 +106,11 @@ class LoRA(PeftMethod):
                     "cannot add to the weight"
                 )
         return super().why_not_mergeable(model)
+
+
+def _formed(layer: LayerSpec) -> int:
+    """Elements of its weight, of all experts."""
+    return layer.experts * layer.n_in * layer.n_out
 
 
 METHOD = LoRA()

@@ -110,8 +110,8 @@ class Method(ABC):
         return 0.0
 
     def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:
-        """(groups, outputs, inputs) of the gradient matrix M = Σ_t d_t z_tᵀ that it can move."""
-        return 1, layer.n_out, layer.n_out if self.reads == OUTPUT else layer.n_in
+        """(groups or experts, outputs, inputs) of the gradient matrix M = Σ_t d_t z_tᵀ that it can move."""
+        return layer.experts, layer.n_out, layer.n_out if self.reads == OUTPUT else layer.n_in
 
     def gradient_operands(self, d__bgto: Any, z__bgti: Any) -> tuple[Any, Any]:
         """(d, z) of that matrix, from the output gradients and what it reads; as they are unless redefined.
@@ -142,7 +142,7 @@ class Method(ABC):
 
     def directions(self, layer: LayerSpec, size: int) -> int:
         """Singular directions of the matrix that this size can move."""
-        return size
+        return size * layer.experts
 
     @abstractmethod
     def params_in(self, model: torch.nn.Module, option: Option) -> tuple[int, str]:

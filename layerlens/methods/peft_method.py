@@ -153,6 +153,8 @@ class PeftMethod(Method):
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*base layer has no bias.*")  # merging says so too
             warnings.filterwarnings("ignore", message="Unsupported layer type.*")  # of norms: the copy is the norm
+            # It looks for the ranks of parameters among modules.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern", category=RuntimeWarning)
             tuned = get_peft_model(model, config)  # draws weights of its own, which are replaced below
         if self.sizes_in(tuned) != sizes:
             missed = sorted(sizes.keys() - self.sizes_in(tuned).keys()) or sorted(sizes)

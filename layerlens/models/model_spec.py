@@ -9,6 +9,7 @@ NONE, LORA, ADAPTER, PREFIX, DORA = "none", "lora", "adapter", "prefix", "dora"
 LORA_KINDS = (LORA, DORA)
 """The methods that a LoraConfig holds, one or the other."""
 TRANSFORMER, LINEAR, ATTENTION, CONV, NORM = "transformer", "linear", "attention", "conv", "norm"
+EXPERTS = "experts"
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,12 @@ class LayerSpec:
     """One layer: the unit that gets exactly one option.
 
     Args:
-        name: unique name; a module path such as ``bert.encoder.layer.0.attention.self.query``.
+        name: unique name; a module path such as ``bert.encoder.layer.0.attention.self.query``, of experts a parameter's
+            such as ``model.layers.0.mlp.experts.down_proj``.
         hidden_size: width of the residual stream.
         layer_type: ``"linear"`` (one Linear or Conv1D), ``"conv"`` (one Conv2d), ``"attention"`` (one attention block,
-            for prefixes), ``"norm"`` (one LayerNorm or RMSNorm, whose n_out is the number of its parameters) or
+            for prefixes), ``"norm"`` (one LayerNorm or RMSNorm, whose n_out is the number of its parameters),
+            ``"experts"`` (one weight of all experts of a block, stacked in one parameter) or
             ``"transformer"`` (a whole block, taken as one hidden_size × hidden_size map, as in the origin's API).
         n_in: input features; ``hidden_size`` unless given. Of a convolution, all input channels times the kernel's
             pixels, also where it has groups: that is what its LoRA reads.
@@ -34,6 +37,9 @@ class LayerSpec:
         groups: of a convolution; LoRA ranks are multiples of it (PEFT).
         positions: output positions (patches, pixels) of one sample; 0 where they are the tokens of a sequence.
         input_elements: elements of its input for one sample; 0 for n_in at every position.
+        experts: matrices [n_out, n_in] in its parameter; LoRA gives each of them A and B of the rank.
+        experts_per_token: through how many of them a token goes.
+        by_parameter: PEFT adapts the parameter itself (``target_parameters``), so that every call forms W + ΔW.
     """
 
     name: str
@@ -50,12 +56,20 @@ class LayerSpec:
     groups: int = 1
     positions: int = 0
     input_elements: int = 0
+    experts: int = 1
+    experts_per_token: int = 1
+    by_parameter: bool = False
 
     def __post_init__(self) -> None:
         for field_name in ("n_in", "n_out", "d_kv"):
             if getattr(self, field_name) == 0:
                 object.__setattr__(self, field_name, self.hidden_size)
         object.__setattr__(self, "methods", tuple(self.methods))
+
+    @property
+    def module(self) -> str:
+        """Path of the module that computes it."""
+        return self.name.rpartition(".")[0] if self.layer_type == EXPERTS else self.name
 
     @property
     def inputs_per_position(self) -> float:

@@ -16,6 +16,8 @@ NUMBER, NOT_NEGATIVE, SPECTRUM, FACTOR, SKETCH = (
     {"kind": kind} for kind in ("number", "not negative", "spectrum", "factor", "sketch")
 )
 """What kinds of fields MethodStatistics has: how they are kept in a file, and what can be true of them."""
+EXPERT_TOKENS = "experts.tokens"
+"""In ``extra`` of stacked experts: float64 [experts], the calibration tokens that went to each of them."""
 
 
 def _nothing() -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from layerlens.profiling.projections import Projection, worth_sketching
@@ -18,6 +19,7 @@ from layerlens.profiling.sums import InputBatch, MatrixBatch, Place, Shape, Sum
 from layerlens.utils.processes import Processes
 
 Value = TypeVar("Value")
+TOKENS_OF = "tokens of group "
 
 
 class SumShards:
@@ -87,16 +89,35 @@ class InputAccumulator(Totals):
         self.projection = projection
 
     @property
-    def n_tokens(self) -> int:
-        """Unpadded tokens; counted where anything is summed."""
-        return int(self.numbers.get("tokens", 0))
+    def n_tokens(self) -> float:
+        """Unpadded tokens, for each group; counted where anything is summed."""
+        return self.numbers.get("tokens", 0.0)
 
-    def add(self, z__bgti: torch.Tensor, mask__bt: torch.Tensor | None) -> None:
-        """Add the inputs of one call, zero where ``mask__bt`` is 0."""
+    @property
+    def tokens__g(self) -> np.ndarray | None:
+        """Tokens of each group, where groups have tokens of their own (experts); else None."""
+        counts = [self.numbers[name] for name in self.numbers if name.startswith(TOKENS_OF)]
+        return np.array(counts) if counts else None
+
+    def mean(self, totals__gkk: torch.Tensor) -> torch.Tensor:
+        """Totals of each group over its tokens; 0 where it has none."""
+        counts = self.tokens__g
+        if counts is None:
+            return totals__gkk / self.n_tokens
+        return totals__gkk / torch.from_numpy(counts).to(totals__gkk).clamp_min(1.0)[:, None, None]
+
+    def add(self, z__bgti: torch.Tensor, mask__bt: torch.Tensor | None, counts__bg: torch.Tensor | None = None) -> None:
+        """Add the inputs of one call, zero where ``mask__bt`` is 0 or beyond ``counts__bg``."""
+        if counts__bg is not None:
+            for group, tokens in enumerate(counts__bg.sum(dim=0).tolist()):
+                self.count(f"{TOKENS_OF}{group}", tokens)
         if not self.sums:
             return
         b, g, t, _ = z__bgti.shape
-        self.count("tokens", b * t if mask__bt is None else int(mask__bt.sum()))
+        if counts__bg is None:
+            self.count("tokens", b * t if mask__bt is None else int(mask__bt.sum()))
+        else:
+            self.count("tokens", int(counts__bg.sum()) / g)
         batch = InputBatch(z__bgti, self.threads, self.projection if g == 1 else None)
         place = Place((g, z__bgti.shape[-1], z__bgti.shape[-1]), "")
         for name, declared in self.sums.items():

@@ -12,6 +12,7 @@ from layerlens import kernels
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.weight_matrices import matrix_shape
 from layerlens.models import LORA, LayerStatistics, MethodStatistics, ModelSpec
+from layerlens.models.model_spec import EXPERTS
 from layerlens.profiling.accumulators import SumShards
 from layerlens.profiling.pass_sums import Key, PassSums
 from layerlens.profiling.request import StatisticsRequest
@@ -171,20 +172,24 @@ class Capture(Taps):
     def unmeasured_weights(self) -> dict[str, str]:
         """Parameters without statistics that the pass itself has found a reason for."""
         weights = {key[0] for key in self._weight_keys.values()}
-        of_layers = {f"{name}.weight": reason for name, reason in self.unmeasured_layers().items()}
+        stacked = {x.name for x in self.spec.layers if x.layer_type == EXPERTS}
+        missing = self.unmeasured_layers().items()
+        of_layers = {name if name in stacked else f"{name}.weight": reason for name, reason in missing}
         return of_layers | {name: reason for name, reason in self.unmeasured.items() if name in weights}
 
     def covered_weights(self) -> dict[str, str]:
         """Parameter name of every module with statistics -> the parameter its statistics are under."""
         known = {key for key in self.sums.accumulators if key[0] not in self.unmeasured}
         covered = {f"{name}.weight": key[0] for name, key in self._weight_keys.items() if key in known}
-        layers = [layer.name for layer in self.spec.layers if (layer.name, LORA) in known and layer.groups == 1]
-        return covered | {f"{name}.weight": f"{name}.weight" for name in layers}
+        layers = [layer for layer in self.spec.layers if (layer.name, LORA) in known and layer.groups == 1]
+        names = [x.name if x.layer_type == EXPERTS else f"{x.name}.weight" for x in layers]
+        return covered | {name: name for name in names}
 
     def collect(
-        self, key: Key, d__bgto: torch.Tensor, z__bgti: torch.Tensor, mask__bt: torch.Tensor | None, leader: str
-    ) -> None:
-        """Take one call of a multiplying module; ``leader`` is the layer that its inputs are summed for."""
+        self, key: Key, d__bgto: torch.Tensor, z__bgti: torch.Tensor, mask__bt: torch.Tensor | None, leader: str,
+        counts__bg: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Take one call of a multiplying module; see ``Taps.collect``."""
         if mask__bt is not None:
             mask__bt = mask__bt.to(d__bgto.device)  # layers may be on several devices
             d__bgto = d__bgto * mask__bt[:, None, :, None].to(d__bgto.dtype)
@@ -205,7 +210,7 @@ class Capture(Taps):
         source = leader, key[1]
         matrix = self.sums.matrix(key, (d__bgto.shape[1], d__bgto.shape[3], z__bgti.shape[3]), source)
         if self._counted and (leader == key[0] or key[1] in (LORA, "weight")) and self._is_first(key, leader):
-            matrix.inputs.add(z__bgti, mask__bt)
+            matrix.inputs.add(z__bgti, mask__bt, counts__bg)
         self._queue(key, SampleMatrices(d__bgto, z__bgti))
 
     def _is_first(self, key: Key, leader: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from layerlens.integrations.expert_products import plain_products
 from layerlens.integrations.flops import FlopCounter
 from layerlens.integrations.transformers import full_batches
 from layerlens.tasks.losses import output_tensors
@@ -84,10 +85,11 @@ def frozen_footprint(
     touches the lowest layers needs, and an upper bound for every other.
     """
     count = samples_in(inputs)
-    with opened_at(model, first_block, inputs) as run:
-        saved = count_saved_bytes(model, run)
-    with torch.no_grad(), FlopCounter(model) as counter:
-        model(**inputs)
+    with plain_products(model):  # torch counts no FLOPs of grouped ones
+        with opened_at(model, first_block, inputs) as run:
+            saved = count_saved_bytes(model, run)
+        with torch.no_grad(), FlopCounter(model) as counter:
+            model(**inputs)
     return saved / count, counter.get_total_flops() / count
 
 
@@ -116,8 +118,9 @@ def dense_inputs(
 ) -> dict[str, torch.Tensor]:
     """A full batch (no padding) of ``samples`` × ``sequence_length`` tokens, repeating those of a real sample.
 
-    All rows are alike and end as the sample does: BART's and T5's classifiers read the last end of a text, of which every
-    sample must have as many.
+    All rows are alike and end as the sample does: BART's and T5's classifiers read the last end of a text, and want as
+    many of them in every sample.
+
     Other inputs than tokens (images) are those of the batch's samples, over and over.
     """
     if "input_ids" not in batch_inputs:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from layerlens.models import LayerSpec, MethodStatistics
+from layerlens.models.statistics import EXPERT_TOKENS
 from layerlens.profiling.accumulators import InputAccumulator, LayerRows, MatrixAccumulator, SumShards
 from layerlens.profiling.projections import Projection
 from layerlens.profiling.request import StatisticsRequest
@@ -112,6 +113,8 @@ class PassSums:
         for statistic in self.request.statistics:
             values |= statistic.named(statistic.result(matrix))
         matrix.forget()
+        if matrix.inputs.tokens__g is not None:
+            values[EXPERT_TOKENS] = matrix.inputs.tokens__g
         return MethodStatistics.of(values)
 
     def parts(self, layers: Iterable[LayerSpec]) -> dict[str, dict[Key, np.ndarray]]:

@@ -18,9 +18,12 @@ import torch
 
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.attention import attention_outputs
+from layerlens.integrations.expert_products import Routing, plain_products
 from layerlens.integrations.weight_matrices import conv_patches
 from layerlens.methods import OUTPUT
 from layerlens.models import LORA, LayerSpec, ModelSpec
+from layerlens.models.model_spec import EXPERTS
+from layerlens.profiling.expert_rows import by_expert
 from layerlens.profiling.pass_sums import Key
 from layerlens.profiling.sample_matrices import SampleMatrices
 from layerlens.registry import METHODS
@@ -102,9 +105,13 @@ class Taps:
         self._weight_keys = self._tied_weights()
 
     def collect(
-        self, key: Key, d__bgto: torch.Tensor, z__bgti: torch.Tensor, mask__bt: torch.Tensor | None, leader: str
-    ) -> None:
-        """Take one call of a multiplying module; ``leader`` is the layer that its inputs are summed for."""
+        self, key: Key, d__bgto: torch.Tensor, z__bgti: torch.Tensor, mask__bt: torch.Tensor | None, leader: str,
+        counts__bg: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Take one call of a multiplying module; ``leader`` is the layer that its inputs are summed for.
+
+        ``counts__bg`` says how many tokens of each group are no padding, where groups have tokens of their own.
+        """
         raise NotImplementedError
 
     def collect_lookup(self, key: Key, matrices: SampleMatrices, module: Any) -> None:
@@ -142,11 +149,14 @@ class Taps:
         """Put the taps on the model; they are gone afterwards, whatever happens."""
         with ExitStack() as stack:
             attentions: dict[int, LayerSpec] = {}
+            experts: dict[tuple[int, str], LayerSpec] = {}
             for layer in self.spec.layers:
                 if layer.name in self.unmeasured:
                     continue
-                module = self.model.get_submodule(layer.name)
-                if layer.layer_type == "attention":
+                module = self.model.get_submodule(layer.module)
+                if layer.layer_type == EXPERTS:
+                    experts[id(module), layer.name.rpartition(".")[2]] = layer
+                elif layer.layer_type == "attention":
                     attentions[id(module)] = layer
                 else:
                     stack.callback(module.register_forward_hook(self._dense_hook(layer)).remove)
@@ -166,8 +176,16 @@ class Taps:
                 layer = attentions.get(id(module))
                 return output if layer is None else self._tap_attention(layer, query, output)
 
+            def on_experts(
+                module: torch.nn.Module, name: str, rows: torch.Tensor, output: torch.Tensor, routing: Routing
+            ) -> torch.Tensor:
+                layer = experts.get((id(module), name))
+                return output if layer is None else self._tap_experts(layer, rows, output, routing)
+
             if attentions:
                 stack.enter_context(attention_outputs(self.model, on_attention))
+            if experts:
+                stack.enter_context(plain_products(self.model, on_experts))
             yield
 
     def _dense_hook(self, layer: LayerSpec) -> Hook:
@@ -254,6 +272,28 @@ class Taps:
                 self.collect((layer.name, method.name), d, z, mask__bt, layer.name)
 
         return self._tap(layer.name, output, record, query.detach())
+
+    def _tap_experts(
+        self, layer: LayerSpec, rows: torch.Tensor, output: torch.Tensor, routing: Routing
+    ) -> torch.Tensor:
+        self._count_call(layer.name)
+        batch = 1 if self.by_batches else self._n_batch  # the samples of a batch that counts as one need not be told
+        length = routing.n_tokens // batch
+        if length * batch != routing.n_tokens:
+            self.leave_out(layer.name, f"gets {routing.n_tokens} tokens of {batch} samples, not as many of each")
+        if layer.name in self.unmeasured:
+            return output
+        masks = [mask for mask in self._masks.values() if mask is not None and mask.numel() == routing.n_tokens]
+        mask = next(iter(masks), None) if self.by_batches else self._masks.get(length)
+
+        def record(gradient: torch.Tensor, z: torch.Tensor) -> None:
+            if layer.name in self.unmeasured:
+                return
+            mask__n = None if mask is None else mask.flatten()
+            d__bgto, z__bgti, counts__bg = by_expert(gradient, z, routing, batch, mask__n)
+            self.collect((layer.name, LORA), d__bgto, z__bgti, None, layer.name, counts__bg)
+
+        return self._tap(layer.name, output, record, rows.detach())
 
     def _tap(self, name: str, output: torch.Tensor, record: Recorder, *saved: torch.Tensor) -> torch.Tensor:
         if not self._with_backward:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerlens.integrations.expert_products import of_interface
 from layerlens.models import ModelSpec
-from layerlens.models.model_spec import ATTENTION
+from layerlens.models.model_spec import ATTENTION, EXPERTS
 from layerlens.profiling.taps import Taps
 from layerlens.tasks import Batch
 from layerlens.tasks.losses import output_tensors
@@ -77,7 +78,9 @@ def tried(model: torch.nn.Module, spec: ModelSpec, other_modules: Sequence[str],
     if any(not isinstance(x, torch.Tensor) or x.dim() < 1 or len(x) != rows for x in batch.inputs.values()):
         return Trial(frozenset())  # inputs without an axis of samples: nothing can be exchanged
     pair = batch.taken(torch.tensor([0, len(batch.index) - 1]))
-    layers = [layer.name for layer in spec.layers if layer.layer_type != ATTENTION]
+    experts = {layer.name: layer.module for layer in spec.layers if layer.layer_type == EXPERTS}
+    layers = [layer.name for layer in spec.layers if layer.layer_type not in (ATTENTION, EXPERTS)]
+    layers += [path for path in experts.values() if of_interface(model.get_submodule(path))]
     seen = _Seen(model, dict.fromkeys([*layers, *other_modules]))
     plain = seen.run(pair)
     n = 2 * pair.rows
@@ -91,6 +94,8 @@ def tried(model: torch.nn.Module, spec: ModelSpec, other_modules: Sequence[str],
                 traced.add(name)
             else:
                 unmeasured[name] = UNKNOWN
+    unmeasured |= {name: UNKNOWN for name, path in experts.items() if path in unmeasured}
+    unmeasured = {name: reason for name, reason in unmeasured.items() if name not in experts.values()}
     shared = tuple(name for name, calls in seen.shapes.items() if any(output[0] == 1 for _, output in calls))
     expanded = shared if shared and not _same_when_expanded(model, spec, other_modules, pair, plain) else ()
     return Trial(frozenset(traced), unmeasured, expanded)

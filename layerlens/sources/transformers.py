@@ -73,7 +73,11 @@ class TransformersSource(ModelSource):
         imports, path = self._path_in_snippet(request)
         labels, name = kind.n_outputs(request.labels), self._auto_class(request)
         count = f", num_labels={labels}" if labels else ""
-        return [*imports, f"from transformers import {name}"], f"{name}.from_pretrained({path}{count})"
+        imports = [*imports, f"from transformers import {name}"]
+        if request.quantization:
+            imports.append("from transformers.quantizers.auto import AutoQuantizationConfig")
+            count += f", quantization_config=AutoQuantizationConfig.from_dict({dict(request.quantization)!r})"
+        return imports, f"{name}.from_pretrained({path}{count})"
 
     def _path_in_snippet(self, request: LoadRequest) -> tuple[list[str], str]:
         return [], repr(request.place)
@@ -106,9 +110,13 @@ class TransformersSource(ModelSource):
                 raise
             except (OSError, ValueError, KeyError) as error:
                 _refuse_code(error, request)
+                _refuse_quantized(error, request, self)
                 raise ModelNotFoundError(
                     f"model.name_or_path: cannot load {request.reference!r}: {_first_line(error)}"
                 ) from error
+            except (ImportError, RuntimeError, TypeError, AttributeError) as error:
+                _refuse_quantized(error, request, self)
+                raise
         if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         keep_weights(model)
@@ -231,6 +239,17 @@ def _refuse_code(error: Exception, request: LoadRequest) -> None:
         "which is not run unasked; if you trust it, set model.trust_remote_code: true, or --trust-remote-code where a "
         "command starts from a manifest"
     ) from error
+
+
+def _refuse_quantized(error: Exception, request: LoadRequest, source: TransformersSource) -> None:
+    """Raise ModelSpecError where quantized weights could not be loaded: by a package that lacks, or without a GPU."""
+    asked = request.quantization or source.description(request).get("quantization_config")
+    if asked:
+        key = "model.quantization" if request.quantization else "model.name_or_path"
+        raise ModelSpecError(
+            f"{key}: {request.reference!r} cannot be loaded with the quantization {dict(asked)}: "
+            f"{' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
 
 
 def is_hub_name(name: str) -> bool:

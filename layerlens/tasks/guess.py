@@ -6,7 +6,7 @@ tasks that the data would do for, and rules out those whose head it lacks and th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from layerlens.config import DataConfig, RunConfig
 from layerlens.data.load import BUILT_IN, BUILT_IN_PREFIX, first_rows, image_folder_of
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError
+from layerlens.integrations.auto_classes import TEXT, TOWERS
 from layerlens.registry import TASKS
 from layerlens.sources import LoadRequest
 from layerlens.storage import url_of
@@ -106,6 +107,16 @@ def model_description(config: RunConfig, base_dir: Path | None) -> dict[str, Any
     return dict(request.source.description(request))
 
 
+def architectures_of(description: Mapping[str, Any]) -> list[str]:
+    """The classes in a ``config.json``; of a language model with other towers as one of texts is called, since its own
+    class has the ending of encoder-decoders.
+    """
+    names = [str(name) for name in description.get("architectures") or ()]
+    if not TOWER_CONFIGS & description.keys():
+        return names
+    return [name.replace("ForConditionalGeneration", "ForCausalLM") for name in names]
+
+
 def _guess(config: RunConfig, base_dir: Path | None) -> Guess:
     model, source = config.model, config.data.source
     if model.loss is not None:
@@ -116,10 +127,7 @@ def _guess(config: RunConfig, base_dir: Path | None) -> Guess:
     for task in TASKS.values():
         if suffix and suffix in task.file_suffixes:
             return Guess(task.name, f"data in a {suffix} file")
-    described = model_description(config, base_dir)
-    architectures = [str(name) for name in described.get("architectures") or ()]
-    if TOWER_CONFIGS & described.keys():  # a language model, though its class has the ending of encoder-decoders
-        architectures = [name.replace("ForConditionalGeneration", "ForCausalLM") for name in architectures]
+    architectures = architectures_of(model_description(config, base_dir))
     if source.startswith(BUILT_IN_PREFIX) and source in BUILT_IN:
         for task in TASKS.values():
             if task.classes and task.of_classes is not None and task.inputs == BUILT_IN[source].column:
@@ -134,7 +142,8 @@ def _guess(config: RunConfig, base_dir: Path | None) -> Guess:
 def possible(task: Any, architectures: Sequence[str]) -> bool:
     """Whether such a checkpoint can be loaded for the task: it has the head, or that is fitted, on the same inputs."""
     of_model = [TASKS[name] for name in map(task_of_class, architectures) if name]
-    if any(task.auto_class and task.auto_class == other.auto_class for other in of_model):
+    known = {other.auto_class for other in of_model if other.auto_class}
+    if task.auto_class in known or (task.auto_class in TOWERS and TEXT in known):
         return True
     images = {other.inputs == "image" for other in of_model}
     return not architectures or (task.new_head and images in (set(), {task.inputs == "image"}))

@@ -12,7 +12,7 @@ from layerlens.data.rows import FIRST
 from layerlens.exceptions import ConfigurationError, ModelSpecError
 from layerlens.registry import TASKS
 from layerlens.storage import url_of
-from layerlens.tasks.guess import Guess, model_description, possible, with_task
+from layerlens.tasks.guess import Guess, architectures_of, model_description, possible, with_task
 from layerlens.utils.user_code import REFERENCE
 
 LENGTHS = {
@@ -37,7 +37,7 @@ def look(config: RunConfig, base_dir: Path | None = None) -> tuple[RunConfig, Gu
     config, guess = with_task(config, base_dir)
     refuse_conflicts(config, "run")
     task = TASKS[config.model.task]
-    architectures = [str(name) for name in description.get("architectures") or ()]
+    architectures = architectures_of(description)
     if not possible(task, architectures):
         raise ModelSpecError(
             f"model.task: {config.model.reference!r} is a {' or '.join(architectures)}, which has no head for "

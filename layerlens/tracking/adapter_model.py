@@ -24,8 +24,9 @@ class AdaptedModel(mlflow.pyfunc.PythonModel):
             from layerlens.tuning import load
 
             base = load_pretrained(
-                facts["name_or_path"], facts["task"], facts["labels"], seed=facts["seed"], dtype=facts["dtype"]
-            )
+                facts["name_or_path"], facts["task"], facts["labels"], seed=facts["seed"], dtype=facts["dtype"],
+                quantization=facts.get("quantization"),
+            )  # fmt: skip
             self.tokenizer, self.model = base.tokenizer, load(base.model, directory, trainable=False).eval()
             return
         import importlib
@@ -36,9 +37,15 @@ class AdaptedModel(mlflow.pyfunc.PythonModel):
         name = facts["name_or_path"]
         if facts["package"]:  # what the model's source said when the adapter was stored
             name = importlib.import_module(facts["package"]).get_model_path()
-        heads = {"num_labels": facts["num_labels"]} if facts["num_labels"] else {}
-        plain = getattr(transformers, facts["auto_class"]).from_pretrained(name, dtype=facts["dtype"], **heads)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        heads: dict[str, Any] = {"num_labels": facts["num_labels"]} if facts["num_labels"] else {}
+        if facts.get("quantization"):
+            from transformers.quantizers.auto import AutoQuantizationConfig
+
+            heads["quantization_config"] = AutoQuantizationConfig.from_dict(facts["quantization"])
+        plain = getattr(transformers, facts["auto_class"]).from_pretrained(
+            name, dtype=facts["dtype"], trust_remote_code=False, **heads
+        )
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         self.model = PeftModel.from_pretrained(plain, str(directory)).eval()
 
     def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[list[float]]:

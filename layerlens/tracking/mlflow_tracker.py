@@ -123,6 +123,7 @@ class MlflowTracker:
                 "num_labels": kind.n_outputs(labels),
                 "dtype": manifest.model.dtype or "float32",
                 "seed": manifest.choice.seed,
+                "quantization": dict(manifest.model.quantization or {}) or None,
             }
             mlflow.pyfunc.save_model(
                 str(saved),

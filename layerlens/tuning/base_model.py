@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.experts import stack_at
 from layerlens.integrations.pretrained import PretrainedModel, not_of_checkpoint, weights_fingerprint
 from layerlens.integrations.quantized import parameter_count
 from layerlens.integrations.torch_modules import find_module
@@ -101,7 +102,8 @@ def check_names(model: torch.nn.Module, choice: Choice) -> None:
         ManifestError: with the nearest known names; or a layer is part of the task head, which is trained anyway.
     """
     for name in (*choice.head_modules, *(option.layer for option in choice.options)):
-        find_module(model, name)
+        if stack_at(model, name) is None:
+            find_module(model, name)
     inside = tuple(name + "." for name in choice.head_modules)
     for option in choice.chosen:
         if option.layer in choice.head_modules or option.layer.startswith(inside):

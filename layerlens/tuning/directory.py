@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
-from layerlens.integrations.peft import BASE_PREFIX, base_of, lora_shape, why_not_adaptable
+from layerlens.integrations.experts import Stack, stack_at
+from layerlens.integrations.peft import (
+    BASE_PREFIX,
+    base_of,
+    lora_shape,
+    peft_places,
+    tensor_shapes,
+    why_not_adaptable,
+)
 from layerlens.integrations.torch_modules import find_module
 from layerlens.methods import injected_sizes
 from layerlens.models import ModelFacts
@@ -114,6 +122,8 @@ def _with_peft(base: torch.nn.Module, directory: Path, facts: ModelFacts, traina
         with warnings.catch_warnings():
             # PEFT 0.21 still reads a name of gradient checkpointing that transformers 5.23 has renamed.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            # It looks for the ranks of parameters among modules, too.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern", category=RuntimeWarning)
             model: torch.nn.Module = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -144,13 +154,19 @@ def _check_peft_files(base: torch.nn.Module, directory: Path) -> None:
     if kind != LORA_TYPE:
         _check_vectors(path, base, known, kind, shapes)
         return
+    stacked = [name for name in config.get("target_parameters") or () if stack_at(base, name) is not None]
+    layers = {place: layer for layer, place in peft_places(base, stacked).items()}
     for key, shape in shapes.items():
         name = key.removeprefix(BASE_PREFIX)
         layer, mark, part = name.partition(".lora_")
         if not mark:
             _check_tensor(path, known, name, shape)
             continue
-        module = find_module(base, layer)
+        layer = layers.get(layer, layer)
+        module = stack_at(base, layer) or find_module(base, layer)
+        if isinstance(module, Stack):
+            _check_stack(path, layer, module, part, shape)
+            continue
         if reason := why_not_adaptable(layer, module):
             raise ManifestError(f"{path}: {layer}: {reason}")
         n_in, n_out, _ = lora_shape(module)
@@ -193,6 +209,17 @@ def _check_vectors(
             name = f"{method.holder}{end}"
             if fitting.get(name) != shape:
                 raise ManifestError(f"{path}: {layer}: {name} is {shape}, where this model has {fitting.get(name)}")
+
+
+def _check_stack(path: Path, layer: str, stack: Stack, part: str, shape: tuple[int, ...]) -> None:
+    """A or B of stacked experts."""
+    side = 0 if part.startswith("A") else 1
+    rank = shape[side] // stack.experts if len(shape) == 2 else 0
+    if rank < 1 or shape != tensor_shapes(stack, rank)[side]:
+        raise ManifestError(
+            f"{path}: {layer}: lora_{part} is {shape}, which does not fit {stack.experts} experts of "
+            f"{stack.n_in} → {stack.n_out}; it was made for a model of another shape"
+        )
 
 
 def _check_tensor(path: Path, known: dict[str, tuple[int, ...]], name: str, shape: tuple[int, ...]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.experts import stack_at
 from layerlens.integrations.gradients import CalibrationBatch, layer_moments
 from layerlens.integrations.peft import BASE_PREFIX, default_factor, lora_shape, why_not_adaptable
 from layerlens.integrations.torch_modules import find_module
@@ -44,7 +45,8 @@ def initial_factors(
         batches: gone through once, or several times where all matrices together are too large for memory.
 
     Returns:
-        float32 [r, n_in] with orthonormal rows, by layer; empty for the default initialisation. Directions that the
+        float32 [r, n_in] with orthonormal rows, by layer; empty for the default initialisation, and none for stacked
+        experts, which begin from PEFT's own. Directions that the
         data leaves open (a rank above that of the matrix) are filled from the default initialisation, made orthogonal.
 
     Raises:
@@ -58,7 +60,8 @@ def initial_factors(
     if not batches:
         raise ManifestError(f"lora.initialization: {kind!r} needs at least one batch to measure on")
     factors = {}
-    for rows in _groups(model, choice.lora_options, kind):
+    single = [row for row in choice.lora_options if stack_at(model, row.layer) is None]
+    for rows in _groups(model, single, kind):
         names, pca = [row.layer for row in rows], kind == "pca"
         measured = layer_moments(model, names, batches, covariances=pca, gradients=not pca)
         for row in rows:
@@ -110,10 +113,9 @@ def read_factors(peft_directory: Path, given: Choice | Manifest) -> dict[str, to
     path = local_file(peft_directory) / ADAPTER_WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
-            return {
-                row.layer: file.get_tensor(f"{BASE_PREFIX}{row.layer}.lora_A.weight").flatten(1)
-                for row in choice.lora_options
-            }
+            keys = {row.layer: f"{BASE_PREFIX}{row.layer}.lora_A.weight" for row in choice.lora_options}
+            there = set(file.keys())  # stacked experts, which begin from PEFT's own, have other names
+            return {layer: file.get_tensor(key).flatten(1) for layer, key in keys.items() if key in there}
     except (SafetensorError, OSError) as error:
         raise ManifestError(
             f"lora.initialization: {kind!r} begins from factors that the run measured and wrote to {path}, which "

@@ -196,6 +196,8 @@ def axolotl_fields(choice: Choice, model: torch.nn.Module) -> dict[str, Any]:
         "lora_rank_pattern": ranks,
         "lora_alpha_pattern": {key: int(alpha) for key, alpha in patterns.items()},
     }
+    if config.target_parameters:
+        fields["lora_target_parameters"] = config.target_parameters
     if config.fan_in_fan_out:
         fields["lora_fan_in_fan_out"] = True
     if config.use_rslora:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import layerlens
+from layerlens.cli.commands_export import python_snippet
 from layerlens.config import RunConfig
-from layerlens.exceptions import ManifestError, ModelSpecError
+from layerlens.exceptions import ConfigurationError, ManifestError, ModelSpecError
 from layerlens.integrations.pretrained import weights_fingerprint
 from layerlens.integrations.quantized import quantized_layers
 from layerlens.jobs.train import train_manifest
@@ -113,6 +114,35 @@ def test_a_model_in_memory_stays_as_it_was(tiny_bert_dir: Path):
     from peft import get_peft_model
 
     assert torch.equal(logits(get_peft_model(model, plan.lora_config())), before[1])
+
+
+def test_a_memory_limit_is_held_against_the_quantized_model(settings: dict[str, Any], tmp_path: Path):
+    settings["profiling"] |= {"max_memory_gb": 64.0}
+    result = run_config(configured(settings, FOUR_BITS), base_dir=tmp_path)
+    assert result.manifest.provenance.memory_mode == "plain"
+    settings["profiling"]["max_memory_gb"] = 0.001
+    with pytest.raises(ConfigurationError, match=r"streamed is not possible: model\.quantization"):
+        run_config(configured(settings, FOUR_BITS), base_dir=tmp_path)
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "bitfit", "ln_tuning", "prefix"])
+def test_other_methods_change_nothing_at_the_start(settings: dict[str, Any], tmp_path: Path, method: str):
+    settings["optimization"]["methods"] = [method]
+    result = run_config(configured(settings, FOUR_BITS), base_dir=tmp_path)
+    assert {option.method for option in result.manifest.choice.chosen} == {method}
+    assert result.measured["step_zero_max_abs_delta"] == 0.0
+
+
+def test_the_code_that_loads_the_base_model_quantizes_it(settings: dict[str, Any], tmp_path: Path):
+    manifest = run_config(configured(settings, EIGHT_BITS), base_dir=tmp_path).manifest
+    snippet = python_snippet(manifest, tmp_path / "out" / "manifest.json", None)
+    assert "quantization_config=AutoQuantizationConfig.from_dict({'load_in_8bit': True})" in snippet
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has FP8")
+def test_a_quantization_that_cannot_be_here_is_one_line(settings: dict[str, Any], tmp_path: Path):
+    with pytest.raises(ModelSpecError, match=r"model\.quantization: .* cannot be loaded with the quantization .*fp8"):
+        run_config(configured(settings, {"quant_method": "fp8"}), base_dir=tmp_path)
 
 
 def test_a_measured_beginning(settings: dict[str, Any], tmp_path: Path):

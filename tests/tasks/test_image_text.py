@@ -14,7 +14,7 @@ from language_support import language_model, tokenizer
 from layerlens.config import DataConfig, RunConfig
 from layerlens.data import load_dataset
 from layerlens.data.dataset import Dataset
-from layerlens.exceptions import ConfigurationError, DataError
+from layerlens.exceptions import ConfigurationError, DataError, ModelSpecError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.jobs.train import train_manifest
 from layerlens.manifest import read_manifest
@@ -154,3 +154,18 @@ def test_the_whole_job_and_stock_peft(llava_dir: Path, rows_jsonl: Path, tmp_pat
         base = AutoModelForImageTextToText.from_pretrained(llava_dir)
         tuned = PeftModel.from_pretrained(base, str(folder))
         assert {name for name in chosen if hasattr(tuned.get_base_model().get_submodule(name), "lora_A")} == set(chosen)
+
+
+def test_it_is_known_before_the_model_is_loaded(llava_dir: Path, rows_jsonl: Path):
+    from layerlens.tasks.guess import with_task
+    from layerlens.tasks.look import look
+
+    given: dict[str, Any] = {"data": {"source": str(rows_jsonl)}, "optimization": {"max_vram_gb": 1}}
+    for named in ("", "causal-lm", "image-text"):
+        config = RunConfig(model={"name_or_path": str(llava_dir), "task": named}, **given)
+        assert look(config)[0].model.task == with_task(config)[0].model.task == (named or "causal-lm")
+
+
+def test_two_stacks_of_blocks_are_not_streamed(llava_dir: Path):
+    with pytest.raises(ModelSpecError, match="LlavaForConditionalGeneration has 2 stacks of blocks"):
+        load_pretrained(str(llava_dir), "causal-lm", [], streamed=True)

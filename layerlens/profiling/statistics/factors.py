@@ -56,8 +56,8 @@ def exact_factors(matrix: MatrixAccumulator) -> tuple[torch.Tensor, torch.Tensor
     """(A, S), float64; None for what is only looked up."""
     if OUTPUT_FACTOR.name not in matrix.totals:
         return None
-    inputs = whole_gram(matrix.inputs.totals[INPUT_FACTOR.name])
-    return inputs / matrix.inputs.n_tokens, whole_gram(matrix.totals[OUTPUT_FACTOR.name]) / sum(matrix.n_samples)
+    inputs = matrix.inputs.mean(whole_gram(matrix.inputs.totals[INPUT_FACTOR.name]))
+    return inputs, whole_gram(matrix.totals[OUTPUT_FACTOR.name]) / sum(matrix.n_samples)
 
 
 def _single(factor: torch.Tensor) -> np.ndarray:
@@ -69,7 +69,7 @@ def _factors(matrix: MatrixAccumulator) -> dict[str, Any]:
         return {}
     inputs, outputs = matrix.inputs, matrix.totals[OUTPUT_FACTOR.name]
     # One array for all layers that share it: the statistics file keeps it once.
-    a = inputs.once("A", lambda: _single(whole_gram(inputs.totals[INPUT_FACTOR.name]) / inputs.n_tokens))
+    a = inputs.once("A", lambda: _single(inputs.mean(whole_gram(inputs.totals[INPUT_FACTOR.name]))))
     return {"input_factor": a, "output_factor": _single(whole_gram(outputs) / sum(matrix.n_samples))}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from layerlens.integrations.expert_products import plain_products
 from layerlens.integrations.flops import FlopCounter
 from layerlens.profiling.footprint import opened_at, samples_in, saved_tensors_seen
 from layerlens.profiling.statistics import Statistic
@@ -35,7 +36,11 @@ def _activation_bytes(
         for name in set(running):
             kept[name] += size
 
-    with _entered(model, enter, lambda name: running.pop()), opened_at(model, first_block, inputs) as run:
+    with (
+        plain_products(model),
+        _entered(model, enter, lambda name: running.pop()),
+        opened_at(model, first_block, inputs) as run,
+    ):
         saved_tensors_seen(model, run, seen)
     count = samples_in(inputs)
     return {name: size / count for name, size in kept.items()}
@@ -44,7 +49,7 @@ def _activation_bytes(
 def _forward_flops(
     model: torch.nn.Module, first_block: str | None, inputs: dict[str, torch.Tensor]
 ) -> dict[str, float]:
-    with torch.no_grad(), FlopCounter(model) as counter:
+    with torch.no_grad(), plain_products(model), FlopCounter(model) as counter:
         model(**inputs)
     root = type(model).__name__ + "."
     counts = {name: sum(of.values()) for name, of in counter.get_flop_counts().items()}

@@ -110,7 +110,7 @@ def spectrum_from(
     return spectrum, float(np.sqrt(np.mean(errors)))
 
 
-def factor_from(total__ik: torch.Tensor, squares: float, signs__ik: torch.Tensor, count: int) -> FactorSketch:
+def factor_from(total__ik: torch.Tensor, squares: float, signs__ik: torch.Tensor, count: float) -> FactorSketch:
     """The Nyström approximation of A / count, of trace ``squares`` / count, by its eigenvalues and vectors."""
     total, omega = total__ik.double() / count, signs__ik[:, : total__ik.shape[1]].double()
     # Shifted by some rounding errors of the sum, so that rounding leaves no eigenvalue below 0.

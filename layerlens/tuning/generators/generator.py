@@ -180,9 +180,11 @@ def _make_parameters(base: Any) -> None:
 
 
 def _lora_layers(model: Any) -> dict[str, Any]:
+    """By name, without stacked experts: they are more than one matrix, and are trained as they are."""
     from peft.tuners.lora import LoraLayer
 
-    return {name: layer for name, layer in base_of(model).named_modules() if isinstance(layer, LoraLayer)}
+    layers = {name: layer for name, layer in base_of(model).named_modules() if isinstance(layer, LoraLayer)}
+    return {name: layer for name, layer in layers.items() if getattr(layer, "num_experts", 1) == 1}
 
 
 def _columns(part: Any) -> int:
