@@ -89,7 +89,7 @@ def _asked(twin: torch.nn.Module, paths: Sequence[str]) -> tuple[str, list[str]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            tuned: Any = get_peft_model(copy.deepcopy(twin), config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+            tuned: Any = get_peft_model(copy.deepcopy(twin), config, low_cpu_mem_usage=True)
         except Exception as error:  # whatever it says, it would say again after the choice
             return f"PEFT {_version()} refuses it: {_first_sentence(error)}", []
     return "", sorted(set(paths) - set(injected_ranks(tuned)))

@@ -13,6 +13,7 @@ import numpy as np
 from layerlens import __version__
 from layerlens.config import OptimizationConfig, RunConfig
 from layerlens.cost import cost_table
+from layerlens.exceptions import ConfigurationError
 from layerlens.methods import enumerate_options
 from layerlens.models import (
     RESOURCES,
@@ -35,6 +36,7 @@ from layerlens.models import (
     UtilityTable,
 )
 from layerlens.optimization import build_problem, explain, solve
+from layerlens.registry import METHODS
 from layerlens.utility import calibrated_table, model_for
 
 RECORDED_PACKAGES = ("numpy", "torch", "transformers", "peft", "ortools")
@@ -63,8 +65,15 @@ def option_tables(
     """Utility and costs of every option on offer; by another utility model than the configuration's where one is given.
 
     Raises:
-        ConfigurationError: the utility model needs what was not measured.
+        ConfigurationError: the utility model needs what was not measured, or a method was not measured.
     """
+    measured = {method for layer in spec.layers for method in layer.methods}
+    for name in config.optimization.methods:
+        if METHODS[name].on_request and name not in measured:
+            raise ConfigurationError(
+                f"optimization.methods: no layer has statistics for {name}, measured where methods names it and "
+                "the model has layers for it; run `layerlens run` with it, or leave it out"
+            )
     options = enumerate_options(spec, config.optimization.ranks())
     model = model_for(utility_model or config.profiling.utility_model, spec, config.optimization.max_trainable_params)
     utilities = calibrated_table(

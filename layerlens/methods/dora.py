@@ -36,7 +36,7 @@ class DoRA(LoRA):
     on_request = starts_from_weights = True
 
     def takes(self, layer: LayerSpec, module: Any, adapter_sites: str) -> bool:
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         # PEFT (0.21) loses the scales of bitsandbytes' 8 bits as it unpacks them on the CPU.
         lost = type(weight).__name__ == "Int8Params" and weight.device.type == "cpu"
         return layer.layer_type == LINEAR and not layer.by_parameter and not lost

@@ -96,7 +96,7 @@ class PeftMethod(Method):
         Raises:
             ManifestError: an unknown module, one that cannot take the method, or weights that are not in memory.
         """
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for option in choice.of_method(self.name):
             made = self.layer_tensors(option.layer, self.module_of(model, option))
             if self.starts_from_weights and any(tensor.is_meta for tensor in made.values()):

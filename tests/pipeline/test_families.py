@@ -13,7 +13,7 @@ from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError
 from layerlens.jobs.train import train_manifest
 from layerlens.manifest import read_manifest
-from layerlens.pipeline import run_config
+from layerlens.pipeline import optimize_statistics, run_config
 from layerlens.tuning.base_model import load_base
 
 TYPES = {"dora": "LORA", "ia3": "IA3", "bitfit": "BEFT", "ln_tuning": "LN_TUNING"}
@@ -72,3 +72,8 @@ def test_one_of_peft_goes_with_what_layerlens_puts_in_itself(settings: dict[str,
 def test_two_of_peft_are_refused_before_anything_is_loaded(settings: dict[str, Any], tmp_path):
     with pytest.raises(ConfigurationError, match=r"lora and ia3 cannot be in one choice.*one kind of adapter"):
         run_config(job(settings, "lora", "ia3", "adapter"), base_dir=tmp_path)
+
+
+def test_statistics_without_it_are_refused_and_say_what_would_do(settings: dict[str, Any], saved_statistics, tmp_path):
+    with pytest.raises(ConfigurationError, match="no layer has statistics for bitfit"):
+        optimize_statistics(saved_statistics, job(settings, "bitfit"), base_dir=tmp_path)
