@@ -28,7 +28,7 @@ class ClassItself:
     def __init__(self, model_class: Any) -> None:
         self.model_class = model_class
 
-    def from_config(self, config: Any, dtype: torch.dtype) -> Any:
+    def from_config(self, config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
         return self.model_class._from_config(config, dtype=dtype)
 
 
