@@ -12,7 +12,7 @@ from layerlens.cli import output
 from layerlens.cli.errors import guarded
 from layerlens.cli.output import short
 from layerlens.cli.places import Debug, Json
-from layerlens.exceptions import ManifestError
+from layerlens.exceptions import ConfigurationError, ManifestError
 
 if TYPE_CHECKING:
     from layerlens.models import Manifest
@@ -28,12 +28,32 @@ class ToolName(str, Enum):
     adapterhub = "adapterhub"
 
 
+class EngineName(str, Enum):
+    """The serving engines on offer; ``layerlens.engines`` knows how each reads an adapter."""
+
+    peft = "peft"
+    vllm = "vllm"
+    vllm_legacy = "vllm-legacy"
+    sglang = "sglang"
+    tensorrt_llm = "tensorrt-llm"
+    llama_cpp = "llama.cpp"
+    ollama = "ollama"
+    lorax = "lorax"
+    any = "any"
+
+
 @guarded("the output directory is as it was")
 def export(
-    manifest: Annotated[
-        Path, typer.Argument(metavar="MANIFEST", help="manifest.json or manifest.yaml of a run.", show_default=False)
+    place: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MANIFEST",
+            help="A run's manifest.json or manifest.yaml; with --serve also its directory, or a trained directory.",
+            show_default=False,
+        ),
     ],
-    tool: Annotated[ToolName, typer.Option("--to", help="The trainer that will read it.")],
+    tool: Annotated[ToolName | None, typer.Option("--to", help="The trainer that will read it.")] = None,
+    engine: Annotated[EngineName | None, typer.Option("--serve", help="The engine that will serve it.")] = None,
     directory: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for the files; one beside the manifest.")
     ] = None,
@@ -46,25 +66,45 @@ def export(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write what another trainer starts from; refuses, by name, what that trainer cannot hold."""
-    from layerlens.manifest import read_manifest
-
-    plan = read_manifest(manifest)
+    """Write what a trainer starts from (--to) or an engine serves (--serve); refuses, by name, what it cannot hold."""
     from layerlens.cli.places import output_directory, published_files
-    from layerlens.tuning.tools import export_for
 
-    target = directory or manifest.parent / tool.value
+    if (tool is None) == (engine is None):
+        raise ConfigurationError("say --to TRAINER or --serve ENGINE, one of them")
+    beside, name = place if place.is_dir() else place.parent, tool.value if tool else f"serve-{engine.value}"
+    target = directory or beside / name
+    plan = manifest_in(place)
     with output_directory(target) as local:
         try:
-            files = export_for(tool.value, plan, model, local, lora_part=lora_part, measured=manifest.parent / "peft")
+            if engine is not None:
+                from layerlens.tuning.serving import export_served
+
+                files = export_served(engine.value, place, plan, model, local, lora_part=lora_part)
+            elif plan is None:
+                raise ManifestError("has no manifest; trainers start from the manifest of a run")
+            else:
+                from layerlens.tuning.tools import export_for
+
+                files = export_for(name, plan, model, local, lora_part=lora_part, measured=beside / "peft")
         except ManifestError as error:
-            raise type(error)(f"{output.short(manifest)}: {error}") from error
+            raise type(error)(f"{output.short(place)}: {error}") from error
     files = published_files(files, local, target)
     if json:
-        output.json_result({"tool": tool.value, "directory": target, "files": files})
+        what = {"tool": name} if tool else {"engine": engine.value}
+        output.json_result({**what, "directory": target, "files": files})
         return
     for path in files.values():
         output.note(f"Wrote {output.short(path)}")
+
+
+def manifest_in(place: Path) -> Manifest | None:
+    """The manifest in a file, or in a directory that has one; None for a directory without."""
+    from layerlens.manifest import read_manifest
+
+    if not place.is_dir():
+        return read_manifest(place)
+    found = next((path for path in (place / "manifest.json", place / "manifest.yaml") if path.is_file()), None)
+    return None if found is None else read_manifest(found)
 
 
 @guarded("the output directory is as it was")
