@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 
 class ToolName(str, Enum):
-    """The trainers on offer; ``layerlens.tuning.tools`` knows what each can hold."""
+    """The trainers on offer, of which ``layerlens.tuning.tools`` knows what each can hold, and llama.cpp's file."""
 
     peft = "peft"
     trl = "trl"
     axolotl = "axolotl"
     llama_factory = "llama-factory"
     adapterhub = "adapterhub"
+    gguf = "gguf"
 
 
 class EngineName(str, Enum):
@@ -48,12 +49,15 @@ def export(
         Path,
         typer.Argument(
             metavar="MANIFEST",
-            help="A run's manifest.json or manifest.yaml; with --serve also its directory, or a trained directory.",
+            help="A run's manifest; with --serve, --merge and --to gguf also its directory, or a trained directory.",
             show_default=False,
         ),
     ],
-    tool: Annotated[ToolName | None, typer.Option("--to", help="The trainer that will read it.")] = None,
+    tool: Annotated[ToolName | None, typer.Option("--to", help="The trainer that will read it, or gguf.")] = None,
     engine: Annotated[EngineName | None, typer.Option("--serve", help="The engine that will serve it.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write one checkpoint, with the LoRA added into the model's weights.")
+    ] = False,
     directory: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for the files; one beside the manifest.")
     ] = None,
@@ -66,13 +70,17 @@ def export(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write what a trainer starts from (--to) or an engine serves (--serve); refuses, by name, what it cannot hold."""
+    """Write what a trainer starts from, what an engine serves, or a merged model; refuses, by name, what does not fit."""
     from layerlens.cli.places import output_directory, published_files
 
-    if (tool is None) == (engine is None):
-        raise ConfigurationError("say --to TRAINER or --serve ENGINE, one of them")
-    beside, name = place if place.is_dir() else place.parent, tool.value if tool else f"serve-{engine.value}"
-    target = directory or beside / name
+    if (tool, engine, merge) in [(None, None, False)] or (engine and (tool or merge)):
+        raise ConfigurationError("say one of --to TRAINER, --to gguf, --serve ENGINE and --merge")
+    if merge and tool not in (None, ToolName.gguf):
+        raise ConfigurationError(f"--merge goes with --to gguf or alone, got --to {tool.value}")
+    if merge and lora_part:
+        raise ConfigurationError("--merge takes everything up, and --lora-part would leave some out; say one of them")
+    beside = place if place.is_dir() else place.parent
+    target = directory or beside / (f"serve-{engine.value}" if engine else tool.value if tool else "merged")
     plan = manifest_in(place)
     with output_directory(target) as local:
         try:
@@ -80,17 +88,25 @@ def export(
                 from layerlens.tuning.serving import export_served
 
                 files = export_served(engine.value, place, plan, model, local, lora_part=lora_part)
+            elif tool is ToolName.gguf:
+                from layerlens.tuning.gguf import export_gguf
+
+                files = export_gguf(place, plan, model, local, merged=merge, lora_part=lora_part)
+            elif tool is None:
+                from layerlens.tuning.merged import export_merged
+
+                files = export_merged(place, plan, model, local)
             elif plan is None:
                 raise ManifestError("has no manifest; trainers start from the manifest of a run")
             else:
                 from layerlens.tuning.tools import export_for
 
-                files = export_for(name, plan, model, local, lora_part=lora_part, measured=beside / "peft")
+                files = export_for(tool.value, plan, model, local, lora_part=lora_part, measured=beside / "peft")
         except ManifestError as error:
             raise type(error)(f"{output.short(place)}: {error}") from error
     files = published_files(files, local, target)
     if json:
-        what = {"tool": name} if tool else {"engine": engine.value}
+        what = {"engine": engine.value} if engine else {"tool": tool.value if tool else "merge"}
         output.json_result({**what, "directory": target, "files": files})
         return
     for path in files.values():

@@ -190,7 +190,7 @@ def test_damaged_directories_are_refused(tmp_path: Path, base: Path) -> None:
 
 
 def test_one_of_to_and_serve_is_to_be_said(tmp_path: Path) -> None:
-    assert "--to TRAINER or --serve ENGINE" in " ".join(export(tmp_path).output.split())
+    assert "--serve ENGINE and --merge" in " ".join(export(tmp_path).output.split())
     assert export(tmp_path, "--serve", "any", "--to", "peft").exit_code == 2
 
 
