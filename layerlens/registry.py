@@ -42,11 +42,15 @@ class Registry(Generic[Item]):
         kind: what an entry is, as messages call it: "task".
         group: entry points of this group add to the table.
         built_in: name -> "module:OBJECT", in the order in which names are listed.
+        left_out: name -> why it is not in the table though one may look for it, and what would work.
     """
 
-    def __init__(self, kind: str, group: str, built_in: Mapping[str, str]) -> None:
+    def __init__(
+        self, kind: str, group: str, built_in: Mapping[str, str], left_out: Mapping[str, str] | None = None
+    ) -> None:
         self.kind = kind
         self.group = group
+        self.left_out = dict(left_out or {})
         self._places = dict(built_in)
         self._items: dict[str, Item] = {}
         self._points: dict[str, metadata.EntryPoint] | None = None
@@ -98,6 +102,8 @@ class Registry(Generic[Item]):
 
     def unknown(self, name: str) -> ConfigurationError:
         """The error for a name that is not in the table, to raise or to reword."""
+        if reason := self.left_out.get(name):
+            return ConfigurationError(f"{self.kind}: {name!r} is left out: {reason}")
         nearest = nearest_name(name, self.names())
         hint = f", did you mean {nearest!r}?" if nearest else ";"
         return ConfigurationError(f"{self.kind}: {name!r} is not known{hint} known: {', '.join(self)}")
@@ -134,6 +140,7 @@ TASKS: Registry[Any] = Registry(
         "question-answering": "layerlens.tasks.question_answering:TASK",
         "causal-lm": "layerlens.tasks.causal_lm:TASK",
         "dpo": "layerlens.tasks.dpo:TASK",
+        "image-text": "layerlens.tasks.image_text:TASK",
         "masked-lm": "layerlens.tasks.masked_lm:TASK",
         "seq2seq": "layerlens.tasks.seq2seq:TASK",
         "image-classification": "layerlens.tasks.image_classification:TASK",
@@ -150,6 +157,22 @@ METHODS: Registry[Any] = Registry(
         "lora": "layerlens.methods.lora:METHOD",
         "adapter": "layerlens.methods.adapter:METHOD",
         "prefix": "layerlens.methods.prefix:METHOD",
+        "dora": "layerlens.methods.dora:METHOD",
+        "ia3": "layerlens.methods.ia3:METHOD",
+        "bitfit": "layerlens.methods.bitfit:METHOD",
+        "ln_tuning": "layerlens.methods.ln_tuning:METHOD",
+    },
+    left_out={
+        "rslora": "it is a scale of LoRA; set optimization.use_rslora: true",
+        "beft": "its name here is bitfit",
+        "adalora": "it cuts ranks while it trains; `layerlens train --baseline adalora` does",
+        "prompt_tuning": "its virtual tokens stand before the first layer, so no layer can have it alone",
+        "p_tuning": "its virtual tokens stand before the first layer, so no layer can have it alone",
+        "prefix_tuning": "PEFT gives all layers one length; prefix has one for each layer",
+        "adaption_prompt": "PEFT gives the last layers one length; prefix has one for each layer",
+        "vera": "its layers share their projections, so what one of them costs depends on the others",
+        "vblora": "its layers share a bank of vectors, so what one of them costs depends on the others",
+        "xlora": "it mixes whole adapters by a gate for the model, so no layer can have it alone",
     },
 )
 """How a layer can be adapted; an entry is a ``layerlens.methods.Method``."""

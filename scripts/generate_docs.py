@@ -154,7 +154,7 @@ def _type(annotation: Any) -> str:
     if origin in (tuple, list):
         return f"list of {_type(arguments[0]).replace('number', 'numbers')}"
     if origin is dict:
-        return f"mapping to {_type(arguments[1])}"
+        return "mapping" if arguments[1] is Any else f"mapping to {_type(arguments[1])}"
     return {str: "text", int: "whole number", float: "number", bool: "true or false"}[kind]
 
 

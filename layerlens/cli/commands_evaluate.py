@@ -13,7 +13,7 @@ import typer
 from layerlens.cli import output
 from layerlens.cli.commands_run import do, load
 from layerlens.cli.errors import guarded
-from layerlens.cli.places import Debug, Json, Output, Quiet, Set, base_dir_of
+from layerlens.cli.places import Debug, Json, Output, Quiet, Set, TrustRemoteCode, base_dir_of
 from layerlens.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def evaluate(
     recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Measure the device again first.")] = False,
     threads: Threads = 0,
     cache_dir: CacheDir = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -97,6 +98,7 @@ def evaluate(
             profile=profile,
             batch_size=sizes[0],
             sequence_length=sizes[1],
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
 

@@ -11,7 +11,7 @@ import typer
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
 from layerlens.cli.output import short
-from layerlens.cli.places import Debug, Json
+from layerlens.cli.places import Debug, Json, TrustRemoteCode
 from layerlens.exceptions import ConfigurationError, ManifestError
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def export(
     lora_part: Annotated[
         bool, typer.Option("--lora-part", help="Leave adapters and prefixes out instead of refusing them.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -95,13 +96,16 @@ def export(
             elif tool is None:
                 from layerlens.tuning.merged import export_merged
 
-                files = export_merged(place, plan, model, local)
+                files = export_merged(place, plan, model, local, trust_remote_code=trust_remote_code)
             elif plan is None:
                 raise ManifestError("has no manifest; trainers start from the manifest of a run")
             else:
                 from layerlens.tuning.tools import export_for
 
-                files = export_for(tool.value, plan, model, local, lora_part=lora_part, measured=beside / "peft")
+                files = export_for(
+                    tool.value, plan, model, local, lora_part=lora_part, measured=beside / "peft",
+                    trust_remote_code=trust_remote_code,
+                )  # fmt: skip
         except ManifestError as error:
             raise type(error)(f"{output.short(place)}: {error}") from error
     files = published_files(files, local, target)
@@ -136,6 +140,7 @@ def apply(
         Path | None,
         typer.Option("--output", "-o", help="Inject the plan into the model, and write its adapter directory here."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -150,7 +155,9 @@ def apply(
 
         with output_directory(directory) as local:
             try:
-                files = apply_to_directory(plan, model, local, manifest.parent / "peft")
+                files = apply_to_directory(
+                    plan, model, local, manifest.parent / "peft", trust_remote_code=trust_remote_code
+                )
             except ManifestError as error:
                 raise type(error)(f"{output.short(manifest)}: {error}") from error
         files = published_files(files, local, directory)

@@ -126,6 +126,9 @@ Explain = Annotated[
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show one sample of the data as the model sees it.")]
 Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON to stdout, and no tables.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that lies beside the base model's weights.")
+]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory for the results, instead of the configuration's.")
 ]

@@ -116,6 +116,8 @@ class RegisteredName:
         if self.optional and not name:
             return name
         if name not in self.others and name not in self.registry:
+            if reason := self.registry.left_out.get(name):
+                raise ValueError(f"{name!r} is left out: {reason}")
             *first, last = [repr(known) for known in self.names]
             raise PydanticKnownError("literal_error", {"expected": f"{', '.join(first)} or {last}" if first else last})
         return name

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from layerlens.config.optimization import OptimizationConfig
 from layerlens.config.sections import RunConfig
 from layerlens.exceptions import ConfigurationError, LayerLensError, ModelSpecError
-from layerlens.registry import STATISTICS, TASKS
+from layerlens.models.choice import ONE_KIND
+from layerlens.registry import METHODS, STATISTICS, TASKS
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ def _unstreamable(config: RunConfig) -> Iterator[str]:
     start = config.optimization.lora_initialization
     if start != "default":
         yield f"optimization.lora_initialization: {start} is measured on the model in memory, {end}"
+    for name in config.optimization.methods:
+        if METHODS[name].starts_from_weights:
+            yield f"optimization.methods: {name} begins from the weights of the model in memory, {end}"
     for name in config.profiling.statistics:
         if STATISTICS[name].module_values is not None:
             yield f"profiling.statistics: {name} is measured on the whole model in memory, {end}"
@@ -104,6 +108,17 @@ def _least_of_a_method_not_offered(section: OptimizationConfig) -> str:
     return ""
 
 
+def _two_of_peft(section: OptimizationConfig) -> str:
+    names = [name for name in section.methods if METHODS[name].wraps]
+    if len(names) < 2:
+        return ""
+    alone = [name for name in section.methods if name not in names]
+    return (
+        f"optimization.methods: {' and '.join(names)} cannot be in one choice, since {ONE_KIND}; keep one of them"
+        + (f" beside {' and '.join(alone)}" if alone else "")
+    )
+
+
 def _no_study(task: str) -> str:
     studied = ", ".join(name for name in TASKS if TASKS[name].study)
     return _where(bool(task) and not TASKS[task].study, f"model.task: studies are of {studied}, not of {task}")
@@ -124,6 +139,14 @@ CONFLICTS = (
         lambda x: next(_unstreamable(x), "") if x.profiling.memory_mode == "streamed" else "",
     ),
     Conflict(
+        "streaming and quantization",
+        lambda x: _where(
+            x.profiling.memory_mode == "streamed" and x.model.quantization is not None,
+            "model.quantization: weights that are streamed from disk are used as they lie there; set "
+            "profiling.memory_mode: plain or checkpointed, or give a checkpoint without it",
+        ),
+    ),
+    Conflict(
         "a memory limit and device_map",
         lambda x: _where(
             x.profiling.limits_memory is not None and x.model.device_map is not None,
@@ -133,6 +156,12 @@ CONFLICTS = (
     _with_sharding(
         "sharding and device_map",
         lambda x: _where(x.model.device_map is not None, "cannot be joined with model.device_map; give one of the two"),
+    ),
+    _with_sharding(
+        "sharding and quantization",
+        lambda x: _where(
+            x.model.quantization is not None, "cannot spread quantized weights; leave model.quantization out"
+        ),
     ),
     _with_sharding(
         "sharding and a source that is not spread",
@@ -213,6 +242,7 @@ CONFLICTS = (
         ),
         processes=lambda n: n > 1,
     ),
+    Conflict("two methods of PEFT", lambda x: _two_of_peft(x.optimization)),
     Conflict("a study of a task without one", lambda x: _no_study(x.model.task), job="evaluate"),
     Conflict(
         "a study without a budget",

@@ -50,6 +50,18 @@ class ModelConfig(ConfigModel):
         "are and what it is judged by. Not given: guessed from the data's columns and the checkpoint's architecture, "
         "and said.",
     )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Whether Python code that lies beside a checkpoint's weights (`auto_map` in its config.json) may "
+        "run. Without it such a checkpoint is refused, and nobody is asked.",
+    )
+    quantization: dict[str, Any] | None = Field(
+        default=None,
+        min_length=1,
+        description="Load the weights in fewer bits (QLoRA); handed to transformers as it is: "
+        "`{load_in_4bit: true, bnb_4bit_quant_type: nf4}`, or with `quant_method` any other method of transformers. "
+        "Not needed for checkpoints that are quantized already.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
         description="Precision of the weights while profiling, and of the base model in later fine-tuning. Sums of "
@@ -100,6 +112,9 @@ class ModelConfig(ConfigModel):
             raise ValueError("task custom and loss belong together: give both or neither")
         if self.device_map is not None and not self.source.of_transformers:
             raise ValueError("device_map is for models of transformers; place a model of your own in its factory")
+        for name in ("trust_remote_code", "quantization"):
+            if getattr(self, name) and not self.source.of_transformers:
+                raise ValueError(f"{name} is for checkpoints of transformers; {self.reference} is none")
         if self.device_map is None and (self.max_memory or self.offload_folder):
             raise ValueError("max_memory and offload_folder belong to device_map; give it too, such as auto")
         if self.weights is not None and not self.source.takes_weights:

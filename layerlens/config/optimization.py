@@ -193,10 +193,11 @@ class OptimizationConfig(ConfigModel):
     methods: tuple[MethodName, ...] = Field(
         default=("lora",),
         min_length=1,
-        description="PEFT methods on offer: `lora`, which every trainer and serving engine can use, and `adapter` and "
-        "`prefix`, which only LayerLens itself puts into a model (`layerlens.tuning.apply`).",
+        description="PEFT methods on offer: `lora`, which every trainer and serving engine can use, or one other of "
+        "Hugging Face PEFT's (`dora`, `ia3`, `bitfit`, `ln_tuning`), since an adapter directory holds one kind; and "
+        "`adapter` and `prefix`, which only LayerLens itself puts into a model (`layerlens.tuning.apply`).",
     )
-    lora_ranks: tuple[int, ...] = Field(default=(1, 2, 4, 8, 16, 32), description="LoRA ranks on offer.")
+    lora_ranks: tuple[int, ...] = Field(default=(1, 2, 4, 8, 16, 32), description="LoRA and DoRA ranks on offer.")
     adapter_sizes: tuple[int, ...] = Field(default=(2, 4, 8, 16, 32), description="Adapter bottleneck widths on offer.")
     prefix_lengths: tuple[int, ...] = Field(
         default=(2, 4, 8, 16),

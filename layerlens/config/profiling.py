@@ -79,6 +79,13 @@ class ProfilingConfig(ConfigModel):
         "are kept in memory: samples × tokens × (inputs + outputs of every layer) × 4 bytes. Beyond, it comes from "
         "random projections of 4 kB a sample, and its error is told.",
     )
+    layers: tuple[str, ...] = Field(
+        default=(),
+        exclude_if=lambda layers: not layers,
+        description="Only these layers are measured and offered: patterns for their names, or for what follows a dot "
+        "in them, with `*` and `?`. `[language_model.*]` is the tower that reads text; `[layers.*, lm_head]` has the "
+        "output layer beside the blocks. When not given: all layers of the blocks.",
+    )
     all_weights: bool = Field(
         default=False,
         description="Measure the weights outside the layers too (embeddings, convolutions, heads), and list what is "

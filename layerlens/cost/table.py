@@ -48,7 +48,7 @@ class Roofline:
     def operation_ms(self, operation: Operation, tokens: int) -> float:
         """Milliseconds for one operation on a batch of ``tokens``."""
         n_bytes = FLOAT_BYTES * (operation.elements * tokens + operation.weights)
-        return self.time_ms(operation.flops * tokens, n_bytes)
+        return self.time_ms(operation.flops * tokens + operation.call_flops, n_bytes)
 
 
 def cost_table(
@@ -80,10 +80,10 @@ def cost_table(
         steps = method.operations(layer, option.rank)
         params = method.trainable_params(layer, option.rank)
         tokens = profile.batch_size * (layer.positions or profile.sequence_length)
-        kept = method.kept_elements(layer, option.rank) * tokens
+        kept = method.kept_elements(layer, option.rank) * tokens + method.kept_once(layer, option.rank)
         cost__ro[:, column] = (
             params,
-            tokens * sum(step.flops for step in steps),
+            sum(tokens * step.flops + step.call_flops for step in steps),
             1e-9 * (bytes_per_parameter * params + FLOAT_BYTES * kept),
             sum(roofline.operation_ms(step, tokens) for step in steps),
         )

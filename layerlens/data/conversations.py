@@ -28,7 +28,7 @@ class OddRow(Exception):
 
 def is_conversation(value: Any) -> bool:
     """Whether a value is a list of turns, also as JSON text."""
-    turns = _turns(value)
+    turns = turns_of(value)
     return (
         isinstance(turns, (list, tuple))
         and bool(turns)
@@ -48,7 +48,7 @@ def conversation(value: Any, column: str, *, whole: bool = True) -> list[Turn]:
     Raises:
         OddRow: it is not one.
     """
-    turns = _turns(value)
+    turns = turns_of(value)
     if not isinstance(turns, (list, tuple)) or not turns:
         raise OddRow(f"no turns in column {column!r}")
     found = [_turn(turn, column) for turn in turns]
@@ -56,6 +56,12 @@ def conversation(value: Any, column: str, *, whole: bool = True) -> list[Turn]:
         roles = ", ".join(dict.fromkeys(turn["role"] for turn in found))
         raise OddRow(f"no turn of the assistant in column {column!r} (only {roles})")
     return found
+
+
+def question_turns(question: str, system: str = "") -> list[Turn]:
+    """A question as the turns of a chat."""
+    turns = [{"role": "system", "content": system}] if system else []
+    return [*turns, {"role": "user", "content": question}]
 
 
 def _turn(turn: Any, column: str) -> Turn:
@@ -72,7 +78,8 @@ def _turn(turn: Any, column: str) -> Turn:
     return {"role": name, "content": content, **{key: part for key, part in given.items() if part is not None}}
 
 
-def _turns(value: Any) -> Any:
+def turns_of(value: Any) -> Any:
+    """The list that a value is, also as JSON text; any other value as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return list(value) if hasattr(value, "tolist") else value
     try:

@@ -149,13 +149,17 @@ class Dataset:
 
 
 def _identity(value: Any) -> bytes:
+    if isinstance(value, tuple):
+        return b"\0".join(map(_identity, value))
     return value.identity.encode() if isinstance(value, Stored) else _content(value)
 
 
 def _content(value: Any) -> bytes:
     if isinstance(value, Stored):
         return value.content()
-    return "\0".join(value).encode() if isinstance(value, tuple) else str(value).encode()
+    if isinstance(value, tuple):
+        return b"\0".join(map(_content, value))
+    return str(value).encode()
 
 
 def _of_test(content: bytes) -> bool:

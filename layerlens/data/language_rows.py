@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layerlens.config import DataConfig
-from layerlens.data.conversations import OddRow, Turn, conversation, is_conversation
+from layerlens.data.conversations import OddRow, Turn, conversation, is_conversation, question_turns
 from layerlens.data.dataset import Dataset
+from layerlens.data.image_turns import Images
 from layerlens.data.table import Table
 from layerlens.exceptions import DataError
 
@@ -128,12 +129,14 @@ def _there(table: Table, names: Sequence[str]) -> list[str]:
     return [by_name[name] for name in names if name in by_name]
 
 
-def read_language(table: Table, config: DataConfig) -> Dataset:
+def read_language(table: Table, config: DataConfig, *, images: bool = False) -> Dataset:
     """Rows of any known shape, or plain texts, as what a causal language model is trained on.
 
     The columns of the data set say what it is: ``text``; ``messages`` (with ``tools``); ``prompt`` and ``completion``
     (texts one after the other, or conversations); ``question`` and ``answer`` (texts, which the tokenizer's chat
     template joins where there is one); pairs have ``chosen`` and ``rejected`` in place of the answer.
+
+    With ``images``, rows that have some become ``messages`` and ``images``, for the task "image-text".
 
     Raises:
         DataError: nothing fits; the message has the columns, a row, and the keys to set.
@@ -144,10 +147,13 @@ def read_language(table: Table, config: DataConfig) -> Dataset:
     if config.prompt_template is not None:
         table.used.update(dict.fromkeys(_fields(config.prompt_template)))
     table.parts.update((column, part) for part, column in found.columns.items())
+    of_turns = not found.shape.of_pairs and ("text" not in found.columns or config.image_column is not None)
+    seen = Images(table, config) if images and of_turns else None
     kept, left_out = [], Counter[str]()
     for place, row in enumerate(_rows_of(table, found.columns)):
         try:
-            kept.append(_sample(row, found, config))
+            sample = _sample(row, found, config)
+            kept.append(sample if seen is None else seen.into(sample, place))
         except OddRow as odd:
             table.leave_out(place, f"({odd})")
             left_out[str(odd)] += 1
@@ -157,19 +163,14 @@ def read_language(table: Table, config: DataConfig) -> Dataset:
             f"data.source: {table.place}: no row can be used as {found.shape.name}: {reason}; {_shown(table)}"
         )
     columns = {name: tuple(one[name] for one in kept) for name in dict.fromkeys(name for one in kept for name in one)}
-    return Dataset(columns, (None,) * len(kept), (), table.place, task="dpo" if found.shape.of_pairs else "")
+    task = "dpo" if found.shape.of_pairs else "image-text" if "images" in columns else ""
+    return Dataset(columns, (None,) * len(kept), (), table.place, task=task)
 
 
 def question_text(row: Mapping[str, Any]) -> str:
     """The parts of a question in one text: what is to be read first, then the question, then its input."""
     parts = [row.get(name) for name in ("context", "question", "input")]
     return "\n\n".join(part for part in map(text_of, parts) if part)
-
-
-def question_turns(question: str, system: str = "") -> list[Turn]:
-    """A question as the turns of a chat."""
-    turns = [{"role": "system", "content": system}] if system else []
-    return [*turns, {"role": "user", "content": question}]
 
 
 def text_of(value: Any) -> str:

@@ -120,7 +120,8 @@ def study_task(job: Job) -> StudyTask:
     dataset = load_dataset(config.data, base_dir, config.model.task)
     pretrained = load_pretrained(
         config.model.reference, config.model.task, dataset.label_names, seed=config.runtime.seed, base_dir=base_dir,
-        new_head=config.model.new_head,
+        new_head=config.model.new_head, trust_remote_code=config.model.trust_remote_code,
+        quantization=config.model.quantization,
     )  # fmt: skip
     check_model(pretrained, config)
     dataset = in_order_of(dataset, pretrained.labels, advice=HEAD_ADVICE)

@@ -5,12 +5,13 @@ Initialisations of LoRA (``tuning.initialization``) and published rank rules (EV
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.quantized import device_of, is_quantized
 from layerlens.integrations.torch_modules import find_module, frozen_without_dropout
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def layer_moments(
         stack.enter_context(nullcontext() if gradients else torch.no_grad())
         for name, seen in inputs.items():
             stack.callback(modules[name].register_forward_pre_hook(seen).remove)
-        weights = [module.weight.requires_grad_(gradients) for module in modules.values()]
+        weights = [stack.enter_context(_weight(module, gradients)) for module in modules.values()]
         for batch in batches:
             for seen in inputs.values():
                 seen.mask = batch.inputs.get("attention_mask")
@@ -92,6 +93,26 @@ def layer_moments(
         )
         for name, module in modules.items()
     }
+
+
+@contextmanager
+def _weight(module: Any, gradients: bool) -> Iterator[torch.Tensor]:
+    """What the layer's gradient is taken of: its weight, or where that is quantized a zero that is added to it."""
+    import torch
+
+    if not is_quantized(module):
+        yield module.weight.requires_grad_(gradients)
+        return
+    change = torch.zeros(module.out_features, module.in_features, device=device_of(module), requires_grad=gradients)
+
+    def add(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + torch.nn.functional.linear(args[0].float(), change).to(output.dtype)
+
+    handle = module.register_forward_hook(add)
+    try:
+        yield change
+    finally:
+        handle.remove()
 
 
 class _InputSums:

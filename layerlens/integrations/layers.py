@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from layerlens.exceptions import ModelSpecError
+from layerlens.integrations.asked_layers import layers_asked_for
+from layerlens.integrations.experts import other_weights, rewritten_by_peft, why_router
+from layerlens.integrations.norms import norm_layer, norm_layers
+from layerlens.integrations.peft_refusals import refused_by_peft
 from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.integrations.quantized import parameter_count, weight_bytes
 from layerlens.integrations.transformers import (
     HEAD_WIDTHS,
     RESIDUAL_WRITERS,
@@ -35,11 +40,14 @@ def model_spec(
     *,
     adapter_sites: str = "residual",
     inputs: Mapping[str, torch.Tensor] | None = None,
+    methods: Collection[str] = (),
+    only: Sequence[str] = (),
 ) -> ModelSpec:
     """The layers of a model in forward order.
 
     Where there are transformer blocks: every Linear, Conv1D and Conv2d in them, and every attention block that takes
-    prefixes. Else every Linear and Conv2d that is not the task head's.
+    prefixes. Else every Linear and Conv2d that is not the task head's. With ``only``, those of these that it names, and
+    what it names outside the blocks (``lm_head``).
 
     Args:
         pretrained: the model.
@@ -47,21 +55,33 @@ def model_spec(
         adapter_sites: "residual" or "all": where adapters are considered.
         inputs: one batch of inputs, needed where the inputs are no tokens: layers then have positions of their own
             (patches, pixels), which one forward pass counts.
+        methods: what is on offer: a method that is measured on request only is taken where it is named here.
+        only: patterns for the names of layers, or for what follows a dot in them; empty for all.
 
     Raises:
-        ModelSpecError: the model has no layer that can take LoRA.
+        ModelSpecError: the model has no layer that can take LoRA, or none that ``only`` names.
     """
     model = pretrained.model
     blocks = blocks_of(model)
     modules = dict(model.named_modules())
     of_block = _transformer_layers(modules, blocks) if blocks else _other_layers(model, modules)
-    left_out = {path: reason for path in of_block if (reason := why_no_lora(path, modules[path]))}
+    asked = layers_asked_for(model, of_block, only, streamed=pretrained.streamed is not None) if only else None
+    of_block = of_block if asked is None else asked.of_block
+    reasons = {path: why_router(path, modules) or why_no_lora(path, modules[path]) for path in of_block}
+    left_out = {path: reason for path, reason in reasons.items() if reason}
+    left_out |= {} if asked is None else asked.left_out
+    left_out |= rewritten_by_peft(model, [path for path in of_block if path not in left_out])
+    left_out |= refused_by_peft(model, [path for path in of_block if path not in left_out])
+    norms = norm_layers(model, modules, blocks, methods)
+    if norms:
+        of_block = {path: (of_block | norms)[path] for path in modules if path in of_block or path in norms}
     positions: dict[str, tuple[int, int]] = {}
     if inputs is not None:
         positions = _count_positions(model, [path for path in of_block if path not in left_out], inputs)
         unseen = [path for path in of_block if path not in left_out and path not in positions]
         left_out |= dict.fromkeys(unseen, "the model does not call it as a module")
     config = _text_config(model)
+    writers = _residual_writers(of_block, modules, getattr(config, "hidden_size", None))
     layers: list[LayerSpec] = []
     done: set[str] = set()
     for path, block in of_block.items():
@@ -71,31 +91,40 @@ def model_spec(
         if config is not None and is_query and attention not in done:
             done.add(attention)
             if takes_prefix(modules[attention]):
-                layer = _attention_layer(attention, modules[attention], config, block, positions.get(path))
-                layers += _with_methods(layer, modules[attention], adapter_sites)
+                own = _config_around(modules, attention, config)
+                layer = _attention_layer(attention, modules[attention], own, block, positions.get(path))
+                layers += _with_methods(layer, modules[attention], adapter_sites, methods)
         if path in left_out:
             continue
         if isinstance(module, torch.nn.Conv2d):
             layer = _conv_layer(path, module, block, positions.get(path))
+        elif path in norms:
+            layer = norm_layer(path, module, block, positions.get(path), config)
         else:
-            width = getattr(config, "hidden_size", None) or dense_shape(module)[1]
-            layer = _dense_layer(path, module, width, block, positions.get(path))
-        layers += _with_methods(layer, module, adapter_sites)
+            width = getattr(_config_around(modules, path, config), "hidden_size", None) or dense_shape(module)[1]
+            layer = _dense_layer(path, module, width, block, positions.get(path), writes_residual=path in writers)
+        layers += _with_methods(layer, module, adapter_sites, methods)
+    left_out |= other_weights(modules, blocks, of_block)
     if not layers:
-        reasons = "; ".join(f"{path}: {reason}" for path, reason in list(left_out.items())[:3])
+        some = "; ".join(f"{path}: {reason}" for path, reason in list(left_out.items())[:3])
         raise ModelSpecError(
             f"model.name_or_path: found no layer in {type(model).__name__} that can take LoRA (Linear, Conv1D, Conv2d)"
-            + (f"; {reasons}" if reasons else "")
+            + (f"; {some}" if some else "")
         )
     return ModelSpec(
         model_name=name_or_path,
-        total_params=sum(parameter.numel() for parameter in model.parameters()),
+        total_params=parameter_count(model),
         layers=layers,
-        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        weight_bytes=weight_bytes(model),
         fingerprint=pretrained.fingerprint,
         per_sample=inputs is not None,
         left_out=left_out,
     )
+
+
+def of_tokens_alone(inputs: Mapping[str, Any]) -> bool:
+    """Whether the inputs are tokens and nothing else, so that every layer has as many positions as there are tokens."""
+    return "input_ids" in inputs and not any(name.startswith("pixel") for name in inputs)
 
 
 def why_no_lora(name: str, module: Any) -> str:
@@ -169,7 +198,7 @@ def _count_positions(
 
     def count(path: str) -> Any:
         def hook(module: Any, args: Any, output: torch.Tensor) -> None:
-            n_out = module.out_channels if isinstance(module, torch.nn.Conv2d) else dense_shape(module)[1]
+            n_out = module.out_channels if isinstance(module, torch.nn.Conv2d) else output.shape[-1]
             found[path] = (max(1, output.numel() // (n * n_out)), max(1, args[0].numel() // n))
 
         return hook
@@ -184,26 +213,56 @@ def _count_positions(
     return found
 
 
+def _residual_writers(
+    of_block: Mapping[str, int | None], modules: Mapping[str, torch.nn.Module], width: int | None
+) -> set[str]:
+    """Layers whose outputs are added to the residual stream: by their roles; where no role in the module around them
+    says so, the last layer of a block there that is as wide as the stream and no query, key, value or part of a gate.
+    """
+    writers = {path for path in of_block if role_of(path) in RESIDUAL_WRITERS and is_dense(modules[path])}
+    named = {path.rpartition(".")[0] for path in writers}
+    last: dict[str, str] = {}
+    for path, block in of_block.items():
+        around, module = path.rpartition(".")[0], modules[path]
+        if block is None or around in named or role_of(path) or not is_dense(module):
+            continue
+        if dense_shape(module)[1] == width:
+            last[around] = path
+    return writers | set(last.values())
+
+
+def _config_around(modules: Mapping[str, torch.nn.Module], path: str, default: Any) -> Any:
+    """The configuration of the tower that a module is in: the innermost one around it that says how wide it is."""
+    while path:
+        config: Any = getattr(modules[path], "config", None)
+        if getattr(config, "hidden_size", None) and getattr(config, "num_attention_heads", None):
+            return config
+        path = path.rpartition(".")[0]
+    return default
+
+
 def _text_config(model: Any) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else None
 
 
-def _with_methods(layer: LayerSpec, module: Any, adapter_sites: str) -> list[LayerSpec]:
+def _with_methods(layer: LayerSpec, module: Any, adapter_sites: str, on_offer: Collection[str]) -> list[LayerSpec]:
     """The layer with the methods that it can take; nothing where it can take none."""
-    methods = tuple(name for name in METHODS if METHODS[name].takes(layer, module, adapter_sites))
+    measured = [name for name in METHODS if name in on_offer or not METHODS[name].on_request]
+    methods = tuple(name for name in measured if METHODS[name].takes(layer, module, adapter_sites))
     return [replace(layer, methods=methods)] if methods else []
 
 
 def _dense_layer(
-    path: str, module: Any, hidden_size: int, block: int | None, places: tuple[int, int] | None
-) -> LayerSpec:
+    path: str, module: Any, hidden_size: int, block: int | None, places: tuple[int, int] | None, *,
+    writes_residual: bool,
+) -> LayerSpec:  # fmt: skip
     n_in, n_out = dense_shape(module)
     role = role_of(path)
     positions, elements = places or (0, 0)
     return LayerSpec(
         name=path, hidden_size=hidden_size, layer_type="linear", n_in=n_in, n_out=n_out, block=block,
-        role=role, writes_residual=role in RESIDUAL_WRITERS, positions=positions, input_elements=elements,
+        role=role, writes_residual=writes_residual, positions=positions, input_elements=elements,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.torch_modules import find_module
 from layerlens.integrations.transformers import dense_shape, is_dense
-from layerlens.models import Choice, Option
+from layerlens.models import DORA, Choice, Option
 from layerlens.registry import TASKS
 
 if TYPE_CHECKING:
@@ -73,19 +73,29 @@ def lora_config(
     scale, largest, rslora = float(choice.lora.alpha_over_r or 0.0), max(ranks.values()), choice.lora.use_rslora
     lowered = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank < largest}
     return LoraConfig(
-        base_model_name_or_path=base,
-        task_type=task_type(choice.task) if train_head else None,
-        modules_to_save=list(choice.head_modules) or None if train_head else None,
-        target_modules=target_modules(model, list(ranks)),
+        **shared_fields(choice, model, list(ranks), train_head=train_head, base=base),
         r=largest,
         lora_alpha=_alpha(scale, largest),
         rank_pattern=dict(sorted(lowered.items())),
         alpha_pattern={} if rslora else {key: _alpha(scale, rank) for key, rank in sorted(lowered.items())},
         use_rslora=rslora,
+        use_dora=any(option.method == DORA for option in choice.lora_options),
         lora_dropout=0.0,
         bias="none",
         fan_in_fan_out=any(hasattr(module, "nf") for module in modules),  # transformers' Conv1D
     )
+
+
+def shared_fields(
+    choice: Choice, model: torch.nn.Module, names: list[str], *, train_head: bool, base: str | None
+) -> dict[str, Any]:
+    """What every PEFT configuration has: the base model, the task and its head, and the layers by ``names``."""
+    return {
+        "base_model_name_or_path": base,
+        "task_type": task_type(choice.task) if train_head else None,
+        "modules_to_save": list(choice.head_modules) or None if train_head else None,
+        "target_modules": target_modules(model, names),
+    }
 
 
 def zero_step_tensors(
@@ -100,7 +110,8 @@ def zero_step_tensors(
 
     Returns:
         float32 ``base_model.model.<layer>.lora_A.weight`` [r, n_in] and ``....lora_B.weight`` [n_out, r], zero; of a
-        convolution [r, channels, height, width] and [n_out, r, 1, 1]. By default A is uniform in ±1/√n_in as PEFT
+        convolution [r, channels, height, width] and [n_out, r, 1, 1]; of DoRA ``....lora_magnitude_vector`` [n_out],
+        the norms of the weight's rows. By default A is uniform in ±1/√n_in as PEFT
         initialises it (Kaiming with a = √5), and depends only on the choice's seed and the layer's name.
 
     Raises:
@@ -123,6 +134,8 @@ def zero_step_tensors(
         key = BASE_PREFIX + row.layer
         tensors[f"{key}.lora_A.weight"] = a.reshape(row.rank, -1, *kernel) if kernel else a
         tensors[f"{key}.lora_B.weight"] = a.new_zeros(n_out, row.rank // groups, *(1 for _ in kernel))
+        if row.method == DORA:
+            tensors[f"{key}.lora_magnitude_vector"] = row_norms(module)
     return tensors
 
 
@@ -155,16 +168,37 @@ def base_of(model: Any) -> torch.nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def injected_ranks(model: Any) -> dict[str, int]:
-    """Rank of every LoRA layer that PEFT put into ``model``, by the layer's name in the base model."""
+def injected_ranks(model: Any, *, dora: bool | None = None) -> dict[str, int]:
+    """Rank of every LoRA layer that PEFT put into ``model``, by the layer's name in the base model.
+
+    ``dora`` restricts them to those with trained magnitudes (True) or without (False).
+    """
     from peft.tuners.lora import LoraLayer
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {
-        name: layer.r[layer.active_adapters[0]]
-        for name, layer in base.named_modules()
-        if isinstance(layer, LoraLayer) and layer.active_adapters
-    }
+    found = {}
+    for name, layer in base_of(model).named_modules():
+        if isinstance(layer, LoraLayer) and layer.active_adapters:
+            adapter = layer.active_adapters[0]
+            if dora is None or (adapter in layer.lora_magnitude_vector) == dora:
+                found[name] = layer.r[adapter]
+    return found
+
+
+def row_norms(module: Any) -> torch.Tensor:
+    """‖w‖ of every output's row of a Linear or Conv1D, [n_out], at least float32, with the bits that PEFT divides by.
+
+    PEFT's forward pass computes it in the adapter's precision, from a sum with B·A in the layout that this zero has.
+    (What PEFT itself begins with has the weight's precision, so stock DoRA changes the outputs of a bfloat16 model.)
+    """
+    import torch
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight = dequantize_module_weight(module).detach()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = weight.T if hasattr(module, "nf") else weight
+    weight = weight + weight.new_zeros(weight.shape[1], weight.shape[0]).T
+    norms: torch.Tensor = torch.linalg.norm(weight, dim=1)
+    return norms
 
 
 def name_seed(seed: int, name: str) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from layerlens.integrations.transformers import new_modules
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +38,12 @@ class PretrainedModel:
         model: in evaluation mode, every parameter frozen.
         tokenizer: the tokenizer saved with it; None for models of images.
         path: local directory or hub name it was loaded from.
-        new_parameters: names of parameters that the checkpoint does not have (a new task head).
+        new_parameters: names of parameters that the checkpoint does not have and that are trained (a new task head).
         labels: the classes in the order of the model's outputs: the checkpoint's own order where it knows them all.
         images: how images become its inputs; None for models of texts.
         streamed: where the weights are, of a model on the meta device; None for a model that has them.
+        processor: of transformers, how chats with images become its inputs; None for a model of one kind of input.
+        drawn: names of other parameters that the checkpoint does not have; they stay as they were drawn.
     """
 
     model: torch.nn.Module
@@ -49,6 +53,8 @@ class PretrainedModel:
     labels: tuple[str, ...] = ()
     images: ImageInput | None = None
     streamed: StreamedWeights | None = None
+    drawn: tuple[str, ...] = ()
+    processor: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -61,24 +67,49 @@ class PretrainedModel:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of its weights without new ones, wherever they are; the same for both ways of loading a model."""
+        heads = new_modules(self.model, self.new_parameters) if self.new_parameters else ()
+        leave_out = not_of_checkpoint(self.model, heads, self.drawn)
         if self.streamed is not None:
-            return self.streamed.fingerprint(self.model, self.new_parameters)
-        return weights_fingerprint(self.model, self.new_parameters)
+            return self.streamed.fingerprint(self.model, leave_out)
+        return weights_fingerprint(self.model, leave_out)
 
 
-def weights_fingerprint(model: torch.nn.Module, leave_out: Sequence[str] = ()) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the weights, without the parameters in ``leave_out``."""
+def not_of_checkpoint(model: torch.nn.Module, heads: Sequence[str], drawn: Sequence[str] = ()) -> set[str]:
+    """Names in the model's state that say nothing of which checkpoint it was loaded from.
+
+    Args:
+        model: as it was loaded.
+        heads: modules that are trained whole because some of their parameters are new.
+        drawn: other new parameters.
+    """
+    inside = tuple(f"{head}." for head in heads)
+    return {name for name in model.state_dict() if name.startswith(inside)} | set(drawn)
+
+
+def weights_fingerprint(model: torch.nn.Module, leave_out: Collection[str] = ()) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the weights, without those in ``leave_out``."""
     import torch
 
     from layerlens.integrations.placement import present
+    from layerlens.integrations.quantized import stable_state
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(stable_state(model).items()):
         if name not in leave_out:
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
             flat = present(model, name, tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(flat.numpy().data)
     return digest.hexdigest()
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer in a processor, or the tokenizer itself: with a padding token and the processor's chat template."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.pad_token is None:  # GPT-2 and Llama have none, and refuse batches without one
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = getattr(processor, "chat_template", None)
+    return tokenizer
 
 
 def mode_for(channels: int) -> str:

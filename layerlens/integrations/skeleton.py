@@ -8,7 +8,7 @@ and buffers such as rotary frequencies and position ids are computed by the mode
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class StreamedWeights:
         """
         read_tensor(self.places[self.aliases[name]], out)
 
-    def fingerprint(self, model: torch.nn.Module, leave_out: Sequence[str] = ()) -> str:
+    def fingerprint(self, model: torch.nn.Module, leave_out: Collection[str] = ()) -> str:
         """What ``weights_fingerprint`` says of the loaded model, from the files, some megabytes at a time."""
         import torch
 
@@ -62,11 +62,13 @@ class StreamedWeights:
 class NoWeights(StreamedWeights):
     """Of a model that was built from a configuration alone."""
 
-    def fingerprint(self, model: torch.nn.Module, leave_out: Sequence[str] = ()) -> str:
+    def fingerprint(self, model: torch.nn.Module, leave_out: Collection[str] = ()) -> str:
         return ""
 
 
-def from_configuration(auto_class: Any, config: Any, dtype: torch.dtype) -> tuple[Any, StreamedWeights]:
+def from_configuration(
+    auto_class: Any, config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> tuple[Any, StreamedWeights]:
     """(model, weights): frozen, on the meta device, with the buffers that its own initialisation computes.
 
     The caller has seeded torch.
@@ -75,19 +77,21 @@ def from_configuration(auto_class: Any, config: Any, dtype: torch.dtype) -> tupl
         auto_class: of transformers, the class for the task.
         config: of transformers.
         dtype: that the weights would have.
+        trust_remote_code: whether code beside the weights may run.
     """
     import torch
 
     with torch.device("meta"):
-        model = auto_class.from_config(config, dtype=dtype)
+        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     _initialize(model, set())
     return model.eval().requires_grad_(False), NoWeights({})
 
 
 def load_skeleton(
-    auto_class: Any, directory: Path, settings: Mapping[str, Any], dtype: torch.dtype
-) -> tuple[Any, dict[str, Any], StreamedWeights]:
+    auto_class: Any, directory: Path, settings: Mapping[str, Any], dtype: torch.dtype, *,
+    trust_remote_code: bool = False,
+) -> tuple[Any, dict[str, Any], StreamedWeights]:  # fmt: skip
     """(model, loading info, weights): what ``from_pretrained`` gives, with the weights left on disk.
 
     The caller has seeded torch: new parameters are drawn in the order in which ``from_pretrained`` draws them.
@@ -97,6 +101,7 @@ def load_skeleton(
         directory: of the checkpoint.
         settings: changes to its configuration.
         dtype: that the weights are to have.
+        trust_remote_code: whether code beside the weights may run.
 
     Raises:
         ModelNotFoundError: see ``checkpoint_tensors``.
@@ -106,7 +111,9 @@ def load_skeleton(
     from transformers import AutoConfig
 
     places = checkpoint_tensors(directory)
-    config = AutoConfig.from_pretrained(directory, **settings, local_files_only=True)
+    config = AutoConfig.from_pretrained(
+        directory, **settings, local_files_only=True, trust_remote_code=trust_remote_code
+    )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelSpecError(f"model.name_or_path: quantised weights cannot be streamed; {PLAIN}")
     if getattr(config, "is_encoder_decoder", False):
@@ -115,7 +122,7 @@ def load_skeleton(
             f"encoder puts out; only single stacks can be streamed: {PLAIN} or checkpointed"
         )
     with torch.device("meta"):
-        model = auto_class.from_config(config, dtype=dtype)
+        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if dtype != torch.float32 and model._get_dtype_plan(dtype):
         raise ModelSpecError(f"model.dtype: {config.model_type} keeps some weights in float32; {PLAIN}")
     model.tie_weights()

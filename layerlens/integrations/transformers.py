@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from layerlens.exceptions import ProfilingError
+from layerlens.exceptions import ModelSpecError, ProfilingError
+from layerlens.integrations.quantized import is_quantized
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,6 @@ ROLES = {
     "down_proj": "ffn_down",
     "fc1": "ffn_up",
     "fc2": "ffn_down",
-    "attn.c_attn": "query_key_value",
     "attn.c_proj": "attention_output",
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
@@ -58,7 +58,28 @@ ROLES = {
     "DenseReluDense.wi_0": "ffn_gate",
     "DenseReluDense.wi_1": "ffn_up",
     "DenseReluDense.wo": "ffn_down",
-    "attn.Wqkv": "query_key_value",
+    "query_proj": "query",
+    "key_proj": "key",
+    "value_proj": "value",
+    "attention.query": "query",
+    "attention.key": "key",
+    "attention.value": "value",
+    "attention.dense": "attention_output",
+    "self_attention.dense": "attention_output",
+    "self_attn.dense": "attention_output",
+    "qkv_proj": "query_key_value",
+    "query_key_value": "query_key_value",
+    "gate_up_proj": "ffn_gate_up",
+    "dense_h_to_4h": "ffn_up",
+    "dense_4h_to_h": "ffn_down",
+    "mlp.fc_in": "ffn_up",
+    "mlp.fc_out": "ffn_down",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w3": "ffn_up",
+    "feed_forward.w2": "ffn_down",
+    "ffn_output": "ffn_down",
+    "c_attn": "query_key_value",
+    "Wqkv": "query_key_value",
     "attn.Wo": "attention_output",
     "mlp.Wi": "ffn_up",
     "mlp.Wo": "ffn_down",
@@ -115,11 +136,11 @@ def full_batches() -> Iterator[None]:
 
 
 def is_dense(module: torch.nn.Module) -> bool:
-    """Linear, or transformers' Conv1D (a Linear with a transposed weight)."""
+    """Linear, quantized or not, or transformers' Conv1D (a Linear with a transposed weight)."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, (torch.nn.Linear, Conv1D))
+    return isinstance(module, (torch.nn.Linear, Conv1D)) or is_quantized(module)
 
 
 def dense_shape(module: Any) -> tuple[int, int]:
@@ -178,8 +199,26 @@ def longest_sequence(model: torch.nn.Module) -> int | None:
         table = name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
         if table and module.padding_idx is not None:
             return int(module.num_embeddings) - int(module.padding_idx) - 1
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = getattr(text_config(model), "max_position_embeddings", None)
     return None if limit is None else int(limit)
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the model, of several towers that of the one that reads tokens; None where it has none."""
+    config = getattr(model, "config", None)
+    try:
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # an encoder and a decoder, each with a configuration of its own
+        return config
+
+
+def embedding_rows(model: Any) -> int | None:
+    """How many tokens the model has embeddings for; None where it has no one table of them."""
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return None
+    return None if rows is None else int(rows)
 
 
 def task_heads(model: torch.nn.Module) -> tuple[str, ...]:
@@ -198,15 +237,16 @@ def task_heads(model: torch.nn.Module) -> tuple[str, ...]:
 
 
 def new_modules(model: torch.nn.Module, new_parameters: Sequence[str]) -> tuple[str, ...]:
-    """Names of the modules that are trained whole: the task head, and what else the checkpoint lacks whole, such as the
-    pooler of a BERT that was saved from masked language modelling.
+    """Names of the modules that are trained whole: the task head, and what else above the blocks the checkpoint lacks
+    whole, such as the pooler of a BERT that was saved from masked language modelling.
     """
     heads = task_heads(model)
     inside = tuple(f"{head}." for head in heads)
     new = set(new_parameters)
     found: dict[str, None] = dict.fromkeys(heads)
+    below = _below_blocks(model)
     for name in new_parameters:
-        if name.startswith(inside):
+        if name.startswith(inside) or name in below:
             continue
         path = name.rpartition(".")[0]
         while path and _only(model, path.rpartition(".")[0], new):
@@ -214,6 +254,35 @@ def new_modules(model: torch.nn.Module, new_parameters: Sequence[str]) -> tuple[
         if path and _only(model, path, new):
             found[path] = None
     return tuple(found)
+
+
+def _below_blocks(model: torch.nn.Module) -> set[str]:
+    """Parameters that come before the first block, which what the blocks put out depends on: embeddings."""
+    blocks = blocks_of(model)[:1]
+    names = [name for name, _ in model.named_parameters()]
+    first = next((index for index, name in enumerate(names) if name.startswith(tuple(f"{x}." for x in blocks))), 0)
+    return set(names[:first])
+
+
+def trained_and_drawn(model: torch.nn.Module, lacking: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The parameters that a checkpoint lacks: those of modules that are trained whole, and the others.
+
+    Raises:
+        ModelSpecError: one of the others is in a transformer block.
+    """
+    inside = tuple(f"{module}." for module in new_modules(model, lacking)) if lacking else ()
+    new = tuple(name for name in lacking if name.startswith(inside))
+    drawn = tuple(name for name in lacking if name not in new)
+    if in_blocks := [name for name in drawn if name.startswith(tuple(f"{block}." for block in blocks_of(model)))]:
+        raise ModelSpecError(f"model.name_or_path: {_lacks(in_blocks)}")
+    return new, drawn
+
+
+def _lacks(names: Sequence[str]) -> str:
+    return (
+        f"the checkpoint lacks {len(names)} parameters of the transformer blocks ({names[0]} ...); it is not a "
+        "checkpoint of this architecture"
+    )
 
 
 def _only(model: torch.nn.Module, path: str, names: Collection[str]) -> bool:
@@ -236,10 +305,7 @@ def frozen_part(model: torch.nn.Module, new_parameters: Sequence[str]) -> tuple[
     base, blocks = getattr(model, "base_model_prefix", ""), blocks_of(model)
     inside = [name for name in new_parameters if name.startswith(tuple(f"{block}." for block in blocks))]
     if inside:
-        raise ProfilingError(
-            f"the checkpoint lacks {len(inside)} parameters of the transformer blocks ({inside[0]} ...); it is not a "
-            "checkpoint of this architecture"
-        )
+        raise ProfilingError(_lacks(inside))
     in_base = any(name.startswith(f"{base}.") for name in new_parameters)
     return blocks if in_base or not hasattr(model, base) else (base,)
 

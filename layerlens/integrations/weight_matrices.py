@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
 
 from layerlens.exceptions import ProfilingError
+from layerlens.integrations.quantized import is_quantized
 from layerlens.models import ModelSpec
 
 RELATIVE_BIASES = ("relative_attention_bias",)
@@ -20,7 +23,7 @@ def matrix_shape(module: Any) -> tuple[int, int, int]:
     if isinstance(module, torch.nn.Conv2d):
         patch = module.kernel_size[0] * module.kernel_size[1]
         return module.groups, module.out_channels // module.groups, module.in_channels // module.groups * patch
-    if isinstance(module, torch.nn.Linear):
+    if isinstance(module, torch.nn.Linear) or is_quantized(module):
         return 1, module.out_features, module.in_features
     return 1, module.nf, module.nx  # transformers' Conv1D, a Linear with a transposed weight
 
@@ -84,6 +87,8 @@ def why_not_measurable(name: str, module: torch.nn.Module) -> str:
         if module.scale_grad_by_freq or module.max_norm is not None:
             return "embeddings with max_norm or scale_grad_by_freq are not measured"
         return _overridden(module, torch.nn.Embedding)
+    if is_quantized(module):
+        return ""  # which unpacks its weight and multiplies with it
     if isinstance(module, torch.nn.Linear):
         return _overridden(module, torch.nn.Linear)
     if isinstance(module, Conv1D):
@@ -92,6 +97,27 @@ def why_not_measurable(name: str, module: torch.nn.Module) -> str:
 
 
 def _overridden(module: torch.nn.Module, base: type[torch.nn.Module]) -> str:
-    if type(module).forward is base.forward:
+    if type(module).forward is base.forward or (base is torch.nn.Linear and _multiplies(module)):
         return ""
     return f"{type(module).__name__} computes something else than {base.__name__}"
+
+
+def _multiplies(module: torch.nn.Module) -> bool:
+    """Whether a Linear with a forward pass of its own (Falcon has one) multiplies as a Linear does: tried on a few."""
+    small = copy.copy(module)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 3, generator=generator)
+    bias = None if getattr(module, "bias", None) is None else torch.randn(5, generator=generator)
+    small._parameters = {
+        "weight": torch.nn.Parameter(weight, requires_grad=False),
+        "bias": None if bias is None else torch.nn.Parameter(bias, requires_grad=False),
+    }
+    small._forward_hooks = OrderedDict()
+    small._forward_pre_hooks = OrderedDict()
+    small.in_features, small.out_features = 3, 5
+    x = torch.randn(2, 4, 3, generator=generator)
+    try:
+        with torch.no_grad():
+            return torch.allclose(type(module).forward(small, x), torch.nn.functional.linear(x, weight, bias))
+    except Exception:  # it needs more than its weight and bias
+        return False

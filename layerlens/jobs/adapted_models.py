@@ -73,6 +73,8 @@ def _parts(folder: Path) -> tuple[Path | None, Path | None]:
 def _with_peft(model: Any, peft: Path | None, folder: Path, *, merge: bool) -> Any:
     from peft import PeftModel
 
+    from layerlens.integrations.quantized_merge import merge_with_cost
+
     assert peft is not None
     if (folder / MANIFEST_FILE).is_file():
         _check(model, folder)
@@ -83,7 +85,7 @@ def _with_peft(model: Any, peft: Path | None, folder: Path, *, merge: bool) -> A
             f"{peft}: does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
     tuned.requires_grad_(False).eval()
-    return tuned.merge_and_unload() if merge else tuned.get_base_model()
+    return merge_with_cost(tuned, tuned.merge_and_unload) if merge else tuned.get_base_model()
 
 
 def _check(model: Any, folder: Path) -> None:

@@ -36,7 +36,12 @@ def prepare_baseline(
     """
     request = BaselineRequest(
         model=pretrained.model,
-        spec=model_spec(pretrained, manifest.model.name_or_path or "", adapter_sites=config.profiling.adapter_sites),
+        spec=model_spec(
+            pretrained,
+            manifest.model.name_or_path or "",
+            adapter_sites=config.profiling.adapter_sites,
+            only=config.profiling.layers,
+        ),
         facts=manifest.model,
         budget=manifest.trainable_params,
         batches=FirstEpoch(data, config.training.batch_size, seed, next(pretrained.model.parameters()).device),

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from layerlens.config import OptimizationConfig
 from layerlens.cost import OPTIMIZER_STATE
 from layerlens.cost.measure import forward_ms
+from layerlens.integrations.flops import FlopCounter
 from layerlens.integrations.placement import offloaded, sharded
+from layerlens.integrations.quantized import weight_bytes
 from layerlens.integrations.transformers import without_cache
 from layerlens.jobs.choose import Decision
 from layerlens.jobs.job import Job, Warnings
@@ -113,7 +114,7 @@ def _logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Te
 
 
 def _forward_flops(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounter(model) as counter:
         model(**inputs)
     return int(counter.get_total_flops())
 
@@ -129,13 +130,12 @@ def _step_memory(
     for head in heads:
         model.get_submodule(head).requires_grad_(False)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with without_cache(model):  # as trainers have it
         kept = count_saved_bytes(
             model, lambda: torch.cat([part.flatten() for part in output_tensors(model(**inputs))]).sum()
         )
     state_bytes = 4 * (1 + OPTIMIZER_STATE[config.optimizer]) * trained
-    return 1e-9 * (weight_bytes + kept + state_bytes), trained
+    return 1e-9 * (weight_bytes(model) + kept + state_bytes), trained
 
 
 def _warn_of_overrun(manifest: Manifest, measured: dict[str, Any], warnings: Warnings) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from layerlens.cost.device import DeviceProfile, calibrate, load_profile, profile_path, save_profile
 from layerlens.cost.measure import peak_bytes, time_ms, training_step
 from layerlens.cost.trace import trace_step
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.flops import FlopCounter
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import Choice, Manifest
@@ -82,7 +82,7 @@ def compare_costs(
     """
     model, chosen = pretrained.model, choice.chosen
     batch = synthetic_batch(model, choice.task, batch_size, sequence_length)
-    spec = model_spec(pretrained, "", adapter_sites="all")
+    spec = model_spec(pretrained, "", adapter_sites="all", methods={option.method for option in chosen})
     layers = {layer.name: layer for layer in spec.layers}
     with progress.stage("Predicting and measuring", total=4) as advance:
         model.train()  # with dropout, attention goes another way
@@ -94,7 +94,7 @@ def compare_costs(
             raise ManifestError(f"{unknown[0]}: costs are predicted for layers of transformer blocks only")
         tokens = batch_size * sequence_length
         steps = [METHODS[one.method].operations(layers[one.layer], one.rank) for one in chosen]
-        added = sum(step.flops for of_layer in steps for step in of_layer)
+        added = sum(tokens * step.flops + step.call_flops for of_layer in steps for step in of_layer)
         parameters = choice.trainable_params(spec)
         trained = {name: tensor for name, tensor in tuned.named_parameters() if tensor.requires_grad}
         trace = trace_step(tuned, batch)
@@ -107,7 +107,7 @@ def compare_costs(
         step()  # the optimiser's state is there from the second step on
         measured_peak = peak_bytes(step)
         advance(1)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounter(tuned) as counter, torch.no_grad():
             tuned(**batch)
         advance(1)
         measured_ms = time_ms(step, seconds=seconds, cpu_time=cpu_time)
@@ -116,7 +116,7 @@ def compare_costs(
     own = sum(tensor.numel() for name, tensor in trained.items() if any(mark in name for mark in marks))
     return {
         "trainable_params": Comparison(parameters, own),
-        "flops": Comparison(base_flops + tokens * added, counter.get_total_flops()),
+        "flops": Comparison(base_flops + added, counter.get_total_flops()),
         "step_memory_gb": Comparison(1e-9 * (resident + trace.peak_bytes), 1e-9 * (resident + measured_peak)),
         "step_memory_above_weights_gb": Comparison(1e-9 * trace.peak_bytes, 1e-9 * measured_peak),
         "step_ms": Comparison(step_ms, measured_ms),
@@ -132,11 +132,12 @@ def evaluate_costs(
     profile: DeviceProfile,
     batch_size: int,
     sequence_length: int,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Comparison]:
     """Load the manifest's base model and ``compare_costs``."""
     with progress.stage("Loading model"):
-        pretrained = load_base(manifest, model, base_dir)
+        pretrained = load_base(manifest, model, base_dir, trust_remote_code=trust_remote_code)
     choice, _ = fitting_choice(pretrained.model, manifest)
     factors = read_factors(measured_factors, choice)
     return compare_costs(

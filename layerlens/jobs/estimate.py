@@ -249,7 +249,8 @@ def estimate_manifest(
     settings = config.optimization.model_copy(update={"latency_profile": profile})
     longer = profile.sequence_length != recorded.sequence_length
     counted = profile.sequence_length if longer else config.data.max_length
-    shapes = shapes_of(request, counted, adapter_sites=config.profiling.adapter_sites)
+    sites, methods = config.profiling.adapter_sites, config.optimization.methods
+    shapes = shapes_of(request, counted, adapter_sites=sites, methods=methods)
     _refuse_other_shape(manifest, shapes.spec)
     options = [Option(row.layer, row.method, row.rank) for row in manifest.allocations if row.method != NONE]
     choice = f"{len(options)} of {len(manifest.allocations)} layers as in {name}"

@@ -146,6 +146,8 @@ def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset
         weights=config.model.weights,
         loss=config.model.loss,
         left_out=dict(spec.left_out) or None,
+        quantization=config.model.quantization,
+        new_parameters=pretrained.drawn or None,
     )
 
 

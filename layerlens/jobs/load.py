@@ -13,7 +13,7 @@ from layerlens.config.compatibility import refuse_conflicts, refuse_streaming
 from layerlens.data import Dataset, load_dataset
 from layerlens.data.labels import HEAD_ADVICE, in_order_of
 from layerlens.exceptions import ModelSpecError
-from layerlens.integrations.layers import model_spec
+from layerlens.integrations.layers import model_spec, of_tokens_alone
 from layerlens.integrations.placement import placed, placement_arguments
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.jobs.inputs import calibration_samples, check_model, split_samples, statistics_request
@@ -152,12 +152,16 @@ def _load(
         placement=placement,
         streamed=plan.mode == STREAMED,
         new_head=config.model.new_head,
+        trust_remote_code=config.model.trust_remote_code,
+        quantization=config.model.quantization,
     )
     check_model(pretrained, config)
     dataset = in_order_of(dataset, pretrained.labels, advice=HEAD_ADVICE)
     if pretrained.streamed is None and not placed(pretrained.model):
         pretrained.model.to(job.device)
     heard = warnings or job.warnings
+    for name in pretrained.drawn:
+        heard.add(f"model: the checkpoint lacks {name}, which is not trained; it stays as it is drawn from the seed")
     calibration, head_data, held_out = split_samples(dataset, config, heard)
     batches = make_batches(
         task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed,
@@ -172,7 +176,9 @@ def _load(
         pretrained,
         config.model.reference,
         adapter_sites=config.profiling.adapter_sites,
-        inputs=None if "input_ids" in inputs else inputs,
+        inputs=None if of_tokens_alone(inputs) else inputs,
+        only=config.profiling.layers,
+        methods=config.optimization.methods,
     )
     request = statistics_request(config)
     return Loaded(pretrained, dataset, calibration, head_data, held_out, batches, spec, plan, task, request)

@@ -72,14 +72,15 @@ def measure(job: Job, loaded: Loaded) -> Measured | None:
             _let_go(loaded.pretrained.model)
             return None
         assert statistics is not None
-        model = model_facts(loaded.pretrained, job.config, loaded.dataset, loaded.spec)
+        spec = loaded.spec.without(statistics.unmeasured)
+        model = model_facts(loaded.pretrained, job.config, loaded.dataset, spec)
         provenance: dict[str, Any] = {"identity": identity, "model": model.fields()}
         if not processes.alone:
             provenance["processes"] = processes.size
         statistics = replace(statistics, provenance=provenance)
         if cache and cached is None:
-            cache.put(key, loaded.spec, statistics)
-    return Measured(loaded.spec, statistics, identity, model, from_cache=cached is not None)
+            cache.put(key, spec, statistics)
+    return Measured(spec, statistics, identity, model, from_cache=cached is not None)
 
 
 def statistics_identity(job: Job, loaded: Loaded) -> dict[str, Any]:

@@ -6,6 +6,7 @@ only. It is counted here by the same functions, on tensors without data, on the 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +55,15 @@ class Shapes:
         return getattr(getattr(self.model, "config", None), "quantization_config", None) is not None
 
 
-def shapes_of(request: LoadRequest, sequence_length: int, *, adapter_sites: str = "residual") -> Shapes:
+def shapes_of(
+    request: LoadRequest, sequence_length: int, *, adapter_sites: str = "residual", methods: Collection[str] = ()
+) -> Shapes:
     """Build the model of ``request`` from its configuration and count a step on full batches.
 
     Args:
         request: the model, its task and the precision of its weights; weights are not looked for.
         sequence_length: tokens of the sequences that are counted; not read for models of images.
-        adapter_sites: see ``model_spec``.
+        adapter_sites, methods: see ``model_spec``.
 
     Raises:
         ModelNotFoundError: the configuration cannot be found or read.
@@ -78,7 +81,9 @@ def shapes_of(request: LoadRequest, sequence_length: int, *, adapter_sites: str 
         with without_data(model), frozen_without_dropout(model, checkpointing=False), without_cache(model):
             inputs = _inputs(request, pretrained, sequence_length)
             per_sample = None if "input_ids" in inputs else inputs
-            spec = model_spec(pretrained, request.reference, adapter_sites=adapter_sites, inputs=per_sample)
+            spec = model_spec(
+                pretrained, request.reference, adapter_sites=adapter_sites, inputs=per_sample, methods=methods
+            )
             counted = frozen_footprint(model, next(iter(blocks_of(model)), None), inputs)
     except (RuntimeError, NotImplementedError) as error:  # what some models do by the values that they see
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -37,7 +37,8 @@ from layerlens.tasks.summary import summarise
 from layerlens.tuning import apply, load, read_factors, save
 from layerlens.tuning.base_model import base_reference, load_base
 from layerlens.tuning.baselines import Finished, Prepared
-from layerlens.tuning.directory import ADAPTER_CONFIG
+from layerlens.tuning.card import is_own_card, tuned_card
+from layerlens.tuning.directory import ADAPTER_CONFIG, CARD
 from layerlens.tuning.export import PEFT_DIRECTORY
 from layerlens.tuning.fine_tune import TrainingResult
 from layerlens.tuning.initialization import ADAPTER_WEIGHTS
@@ -136,6 +137,12 @@ def train_config(manifest: Manifest, overrides: Sequence[str] = (), origin: str 
         "model.loss": recorded.get("model", {}).get("loss"),
         "data.source": recorded.get("data", {}).get("source"),
     }
+    said = any(str(one).startswith("model.trust_remote_code=") for one in overrides)
+    if recorded.get("model", {}).get("trust_remote_code") and not said:
+        raise ConfigurationError(
+            "model.trust_remote_code: the manifest's run ran Python code of the checkpoint; if you trust it, say so: "
+            "--set model.trust_remote_code=true"
+        )
     for key, value in named.items():
         if isinstance(value, str) and REFERENCE.fullmatch(value) and not value.startswith("builtin:"):
             raise ConfigurationError(
@@ -165,8 +172,8 @@ def train_manifest(
 
     Args:
         path: the manifest, a file or a URL.
-        config: data, training and runtime. Of its model section only the code that may run is read (``factory`` and
-            ``loss``), since the manifest names the model.
+        config: data, training and runtime. Of its model section only the code that may run is read (``factory``,
+            ``loss`` and ``trust_remote_code``), since the manifest names the model.
         base_dir: folder that relative paths in the configuration start from.
         output: directory or URL for the result; other files in it stay.
         model: base model to load, if not the one that the manifest names.
@@ -239,6 +246,11 @@ def _train(job: Job, order: Order, manifest: Manifest, created_at: str) -> Train
         files = save(finished.model, staging)
         if order.baseline is None:
             files |= write_manifest(manifest, staging, created_at=created_at)
+        if not is_own_card(job.output / CARD):
+            files.pop(CARD, None)
+            (staging / CARD).unlink(missing_ok=True)
+        elif order.baseline is None:
+            files[CARD] = atomic_write_text(staging / CARD, _card(job, trainee, before, result))
         files["metrics"] = atomic_write_text(staging / METRICS_FILE, json.dumps(facts, indent=2) + "\n")
         files = {name: job.output / file.relative_to(staging) for name, file in files.items()}
     if not order.keep_checkpoints:
@@ -262,7 +274,7 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
         dataset = load_dataset(config.data, job.base_dir, config.model.task)
         advice = "train on data with the manifest's classes, or name them in data.label_names"
         dataset = in_order_of(dataset, manifest.model.labels or (), of="the manifest", advice=advice)
-        pretrained = load_base(manifest, model, job.base_dir)
+        pretrained = load_base(manifest, model, job.base_dir, trust_remote_code=config.model.trust_remote_code)
         check_model(pretrained, config)
         task = task_for(config.model, job.base_dir, dataset)
         data = training_data(dataset, pretrained, task, config, job.warnings.add)
@@ -377,6 +389,21 @@ def _timed_batch(data: TrainingData, config: RunConfig, task: Task, model: torch
     targets = (*task.model_targets, TARGETS)
     inputs = {name: value for name, value in batch.items() if name not in targets}
     return on_device(inputs, next(model.parameters()).device)
+
+
+def _card(job: Job, trainee: Trainee, before: dict[str, float], result: TrainingResult) -> str:
+    """README.md of the directory, in place of PEFT's empty one."""
+    choice, data, training = trainee.manifest.choice, trainee.data, job.config.training
+    facts = {
+        "steps": f"{result.steps}, the weights of step {result.best_step} are kept" if result.steps else "0",
+        "learning rate": f"{training.learning_rate:g}",
+        "batch size": training.batch_size,
+    }
+    return tuned_card(
+        choice, trainee.manifest.model.place or "the base model",
+        data=f"{trainee.summary.source}: {len(data.train):,} training and {len(data.evaluation):,} test samples",
+        before=before, after=result.metrics, training=facts,
+    )  # fmt: skip
 
 
 def _inference_ms(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from layerlens.exceptions import ConfigurationError
-from layerlens.integrations.transformers import blocks_of, new_modules, task_heads
+from layerlens.integrations.transformers import blocks_of, new_modules, task_heads, trained_and_drawn
 
 STANDARD_ERRORS = 4.0
 """How far a standard deviation may be from the one of the initialisation to be taken for it."""
@@ -75,7 +75,11 @@ def new_head_of(model: torch.nn.Module, task: Any, wanted: bool | Sequence[str] 
         blocks = tuple(f"{block}." for block in blocks_of(model))
         others = [name for name, _ in model.named_parameters() if not name.startswith(blocks)]
         new += tuple(name for name in others if name not in new and not any(_same(name, other) for other in stored))
-        return NewHead(new, new_modules(model, new), "the checkpoint that the model was loaded from lacks it")
+        return NewHead(
+            trained_and_drawn(model, new)[0],
+            new_modules(model, new),
+            "the checkpoint that the model was loaded from lacks it",
+        )
     as_initialised = bool(parameters) and _as_initialised(model, parameters)
     return NewHead(parameters, heads, "it looks as it was initialised") if as_initialised else NewHead()
 

@@ -20,9 +20,9 @@ from layerlens.data.labels import in_order_of
 from layerlens.data.read import dataset_of
 from layerlens.data.rows import SourceRows
 from layerlens.exceptions import ConfigurationError, DataError
-from layerlens.integrations.layers import model_spec
+from layerlens.integrations.layers import model_spec, of_tokens_alone
 from layerlens.integrations.placement import input_device
-from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for
+from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for, tokenizer_of
 from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.integrations.transformers import longest_sequence, output_names
 from layerlens.jobs.inputs import calibration_samples, check_model, split_samples, statistics_request
@@ -406,7 +406,8 @@ def _spec(pretrained: PretrainedModel, config: RunConfig, inputs: Mapping[str, t
     """The layers without those of a new head, which is trained whole."""
     spec = model_spec(
         pretrained, config.model.reference, adapter_sites=config.profiling.adapter_sites,
-        inputs=None if "input_ids" in inputs else inputs,
+        inputs=None if of_tokens_alone(inputs) else inputs, methods=config.optimization.methods,
+        only=config.profiling.layers,
     )  # fmt: skip
     new = pretrained.new_parameters
     layers = [layer for layer in spec.layers if not any(name.startswith(f"{layer.name}.") for name in new)]
@@ -418,11 +419,11 @@ def _pretrained(objects: Objects, model: torch.nn.Module, new: tuple[str, ...]) 
     processor, reference = objects.tokenizer, given.reference_of(model)
     if processor is None:
         return PretrainedModel(model, None, reference, new)
+    if hasattr(processor, "tokenizer") and hasattr(processor, "apply_chat_template"):
+        whole = copy.deepcopy(processor)
+        return PretrainedModel(model, tokenizer_of(whole), reference, new, processor=whole)
     if hasattr(processor, "convert_tokens_to_ids"):
-        tokenizer = copy.deepcopy(processor)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return PretrainedModel(model, tokenizer, reference, new)
+        return PretrainedModel(model, tokenizer_of(copy.deepcopy(processor)), reference, new)
     of_transformers = hasattr(processor, "preprocess") or hasattr(processor, "image_processor")
 
     def transform(images: Sequence[Any]) -> Any:

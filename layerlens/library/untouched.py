@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from layerlens.integrations.quantized import weights_kept
+
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
@@ -34,6 +36,7 @@ def untouched(model: torch.nn.Module, changed: Iterable[str] = ()) -> Iterator[N
     with ExitStack() as stack:
         stack.enter_context(random_states_kept())
         stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.enter_context(weights_kept(model))
         stack.callback(_put_back_modules, [(one, one.training, _hooks_of(one)) for one in model.modules()])
         configs = {id(one.config): one.config for one in model.modules() if hasattr(one, "config")}
         kept = [(one, dict(vars(one))) for one in configs.values() if hasattr(one, "__dict__")]

@@ -25,7 +25,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from layerlens.config.base import ChosenMethod, must_be, nearest_choice, nearest_key
 from layerlens.exceptions import ManifestError
-from layerlens.models import LORA, RESOURCES
+from layerlens.models import LORA_KINDS, RESOURCES
 from layerlens.models.manifest import SCHEMA_VERSION
 
 SCHEMA_ID = f"urn:layerlens:manifest:{SCHEMA_VERSION}"
@@ -139,6 +139,13 @@ class ModelEntry(_OpenPart):
     loss: Text | None = Field(default=None, description="Code of the loss that the configuration named.")
     left_out: dict[str, str] | None = Field(
         default=None, description="Layers that no method can adapt, each with its reason."
+    )
+    quantization: dict[str, Any] | None = Field(
+        default=None, description="How the weights were quantized as they were loaded, in the words of transformers."
+    )
+    new_parameters: list[Text] | None = Field(
+        default=None,
+        description="Parameters outside head_modules that the checkpoint lacks; they stay as they are drawn.",
     )
 
 
@@ -255,7 +262,7 @@ class ManifestDocument(_Part):
         methods = {row.method for row in self.allocations} - {"none"}
         if methods and self.provenance.seed is None:
             raise PydanticCustomError("seed", "provenance.seed: is missing; the new weights are drawn with it")
-        if LORA in methods and self.lora.alpha_over_r is None:
+        if methods.intersection(LORA_KINDS) and self.lora.alpha_over_r is None:
             raise PydanticCustomError("scale", "lora.alpha_over_r: is missing; LoRA layers are scaled with it")
         return self
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from layerlens.manifest.formats import UNITS, method_name, number, percent, quantity, resource_name
-from layerlens.models import LORA, Manifest, ManifestRow, ResourceUse
+from layerlens.models import Manifest, ManifestRow, ResourceUse
 from layerlens.registry import METHODS
 
 
@@ -32,14 +32,16 @@ def peft_holds(manifest: Manifest) -> str:
     >>> peft_holds(found)
     'LoRA: peft/ holds 81 % of the chosen parameters; the adapters are in layerlens_modules.safetensors.'
     """
-    share, others = manifest.lora_share, [name for name in counts(manifest.allocations) if name != LORA]
+    share, found = manifest.peft_share, counts(manifest.allocations)
+    others = [name for name in found if not METHODS[name].wraps]
     if not others:
         return ""
     names = " and ".join(METHODS[name].plural for name in others)
     if not share:
         return f"No LoRA is chosen, so there is no peft/; the {names} are in layerlens_modules.safetensors."
     held = percent(share, digits=0) if share < 0.995 else "> 99 %"
-    return f"LoRA: peft/ holds {held} of the chosen parameters; the {names} are in layerlens_modules.safetensors."
+    label = next(METHODS[name].label for name in found if METHODS[name].wraps)
+    return f"{label}: peft/ holds {held} of the chosen parameters; the {names} are in layerlens_modules.safetensors."
 
 
 def left_out_lines(manifest: Manifest, most: int = 3) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerlens.integrations.peft import base_of, name_seed
+from layerlens.integrations.quantized import device_of
 from layerlens.integrations.torch_modules import find_module
 from layerlens.methods.method import Method
 from layerlens.models import Choice, Option
@@ -116,7 +117,7 @@ class AddedModule(Method):
         return self.build(model, target, option.layer, option.rank, name_seed(seed, option.layer))
 
     def _add_child(self, target: torch.nn.Module, added: torch.nn.Module) -> None:
-        target.add_module(self.child, added.to(next(target.parameters()).device))
+        target.add_module(self.child, added.to(device_of(target)))
 
 
 def added_methods() -> dict[str, AddedModule]:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import base_of
-from layerlens.methods.method import Method, Operation
+from layerlens.methods.method import Operation
+from layerlens.methods.peft_method import PeftMethod
 from layerlens.models import LORA, Choice, LayerSpec, Option
 from layerlens.models.model_spec import CONV, LINEAR
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftConfig
 
 
-class LoRA(Method):
+class LoRA(PeftMethod):
     """r(n_in + n_out / groups) parameters, groups of a convolution being 1 in a Linear; B = 0 at the start."""
 
     name, label, plural, unit, letter = LORA, "LoRA", "LoRA layers", "rank", "L"
     style, colours, marker = "cyan", ("#0a6ebd", "#58a6ff"), "o"
     sizes_key = "lora_ranks"
     parameter_mark = ".lora_"
-    wraps = mergeable = True
+    peft_type, peft_config = "LORA", "LoraConfig"
 
     def takes(self, layer: LayerSpec, module: Any, adapter_sites: str) -> bool:
         return layer.layer_type in (LINEAR, CONV)
@@ -48,31 +48,38 @@ class LoRA(Method):
         """Its input h (shared by q, k and v where all are adapted, which this counts each time) and A h."""
         return layer.inputs_per_position + size
 
+    def why_not(self, name: str, module: Any) -> str:
+        from layerlens.integrations.peft import why_not_adaptable
+
+        return why_not_adaptable(name, module)
+
+    def layer_tensors(self, name: str, module: Any) -> dict[str, torch.Tensor]:
+        raise NotImplementedError("LoRA's tensors depend on its rank")
+
+    def sizes_in(self, model: torch.nn.Module) -> dict[str, int]:
+        from layerlens.integrations.peft import injected_ranks
+
+        return injected_ranks(model, dora=False)
+
     def params_in(self, model: torch.nn.Module, option: Option) -> tuple[int, str]:
         from layerlens.integrations.peft import lora_module, lora_shape
 
         n_in, n_out, groups = lora_shape(lora_module(model, option))
         return option.rank * (n_in + n_out // groups), f"LoRA rank {option.rank} on this {n_in} → {n_out} module"
 
-    def prepare(
-        self, model: torch.nn.Module, choice: Choice, factors: Mapping[str, torch.Tensor] | None = None
-    ) -> Callable[[torch.nn.Module], torch.nn.Module]:
-        from layerlens.integrations.peft import lora_config, zero_step_tensors
+    def config(
+        self, choice: Choice, model: torch.nn.Module, *, train_head: bool = True, base: str | None = None
+    ) -> PeftConfig:
+        from layerlens.integrations.peft import lora_config
 
-        tensors = zero_step_tensors(choice, model, factors)
-        config = lora_config(choice, model)
-        config.base_model_name_or_path = None  # PEFT fills in where this very model came from
-        return lambda frozen: _wrapped(frozen, config, choice.lora_ranks(), tensors)
+        return lora_config(choice, model, train_head=train_head, base=base)
 
-    def sizes_in(self, model: torch.nn.Module) -> dict[str, int]:
-        from layerlens.integrations.peft import injected_ranks
+    def tensors(
+        self, choice: Choice, model: torch.nn.Module, factors: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        from layerlens.integrations.peft import zero_step_tensors
 
-        return injected_ranks(model)
-
-    def remove(self, model: torch.nn.Module) -> None:
-        base = base_of(model)
-        if base is not model:
-            _unload(model, base)
+        return zero_step_tensors(choice, model, factors)
 
     def why_not_mergeable(self, model: torch.nn.Module) -> str:
         for name, module in base_of(model).named_modules():
@@ -81,59 +88,7 @@ class LoRA(Method):
                     f"{name.removesuffix('.base_layer')} is a convolution of {module.groups} groups, whose LoRA PEFT "
                     "cannot add to the weight"
                 )
-        return ""
-
-    def merge(self, model: torch.nn.Module) -> torch.nn.Module:
-        """W + (alpha/r)·B·A in the precision of W, and the trained task head in place."""
-        tuned: Any = model
-        merged: torch.nn.Module = tuned.merge_and_unload()
-        return merged
-
-
-def _wrapped(
-    model: torch.nn.Module, config: Any, ranks: Mapping[str, int], tensors: Mapping[str, torch.Tensor]
-) -> torch.nn.Module:
-    """A PEFT model around ``model`` whose LoRA has these ranks and starts from ``tensors``."""
-    import torch
-    from peft import get_peft_model
-
-    from layerlens.integrations.peft import injected_ranks
-
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # PEFT 0.21 still reads a name of gradient checkpointing that transformers 5.23 has renamed.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        tuned = get_peft_model(model, config)  # draws weights of its own, which are replaced below
-    if injected_ranks(tuned) != ranks:
-        missed = sorted(ranks.keys() - injected_ranks(tuned).keys()) or sorted(ranks)
-        raise ManifestError(
-            f"PEFT did not give these layers their rank: {', '.join(missed)}; are they in the task head?"
-        )
-    layers = dict(tuned.named_modules())
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            layer, _, part = key.removesuffix(".weight").rpartition(".")
-            getattr(layers[layer], part)["default"].weight.copy_(tensor)
-    return tuned
-
-
-def _unload(model: Any, base: torch.nn.Module) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
-    for name, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer) and module.merged:
-            raise ManifestError(
-                f"{name}: LoRA is merged into the weight, and taking it out again would leave rounding errors; load "
-                "the base model again"
-            )
-    originals = {
-        name: module.original_module
-        for name, module in base.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    }
-    model.unload()
-    for name, original in originals.items():
-        base.set_submodule(name, original)
+        return super().why_not_mergeable(model)
 
 
 METHOD = LoRA()

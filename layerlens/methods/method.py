@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError, ModelSpecError
-from layerlens.models import NONE, Choice, LayerSpec, ModelSpec, Option
+from layerlens.models import NONE, Choice, LayerSpec, MethodStatistics, ModelSpec, Option
 from layerlens.models.model_spec import LINEAR
 from layerlens.registry import METHODS
 
@@ -27,12 +27,14 @@ class Operation:
         flops: matrix-product FLOPs per token (2 per multiply-add); element-wise work is memory traffic, not FLOPs, as
             in ``torch.utils.flop_counter``.
         elements: elements read and written per token.
-        weights: parameters read once for each call.
+        weights: elements read and written once for each call.
+        call_flops: matrix-product FLOPs of each call, however many tokens it has.
     """
 
     flops: float
     elements: float
     weights: int = 0
+    call_flops: float = 0.0
 
 
 class Method(ABC):
@@ -52,6 +54,8 @@ class Method(ABC):
         reads: ``INPUT``, ``OUTPUT`` or ``QUERY``: what the gradient matrix that it can move takes as its input.
         absorbs_input_scale: a trained weight before anything else makes up for any scale of what it reads, so that its
             gradient energy is compared at the scale of LoRA's input.
+        on_request: measured and offered only where ``optimization.methods`` names it.
+        starts_from_weights: its first values are made from the base model's weights, not from their shapes alone.
         wraps: ``prepare`` gives a model around the base model, which trains a copy of the task head.
         mergeable: what was trained can be added into the weights of the base model.
     """
@@ -69,6 +73,8 @@ class Method(ABC):
     parameter_mark: str
     reads: str = INPUT
     absorbs_input_scale: bool = False
+    on_request: bool = False
+    starts_from_weights: bool = False
     wraps: bool = False
     mergeable: bool = False
 
@@ -99,6 +105,10 @@ class Method(ABC):
     def kept_elements(self, layer: LayerSpec, size: int) -> float:
         """Elements per token that its backward pass needs and that the frozen model may not keep: an upper bound."""
 
+    def kept_once(self, layer: LayerSpec, size: int) -> float:
+        """Elements that it keeps for each call of the layer, however many tokens it has; none unless redefined."""
+        return 0.0
+
     def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:
         """(groups, outputs, inputs) of the gradient matrix M = Σ_t d_t z_tᵀ that it can move."""
         return 1, layer.n_out, layer.n_out if self.reads == OUTPUT else layer.n_in
@@ -109,6 +119,26 @@ class Method(ABC):
         Both tensors are [batch, groups, tokens, features]: one group, or one for each head where it reads queries.
         """
         return d__bgto, z__bgti
+
+    def layer_operands(self, layer: LayerSpec, module: Any, d__bgto: Any, h__bgti: Any, y: Any) -> tuple[Any, Any]:
+        """(d, z) of one call of a layer's module, from its output gradients, input and output.
+
+        Redefined where the gradient needs the module itself. The output is None where no method of the layer reads it.
+        """
+        return self.gradient_operands(d__bgto, y if self.reads == OUTPUT else h__bgti)
+
+    def energy(self, layer: LayerSpec, size: int, measured: Mapping[str, MethodStatistics], name: str) -> float:
+        """Gradient energy for each unit of size in the space of its own parameters, in LoRA's units.
+
+        ``measured`` has the layer's statistics by method, ``name`` is "energy" or "signal". The factor that any LoRA
+        has in that space is left out: of B at the start it is E‖M Aᵀ‖²(alpha/r)² = rank · ‖M‖² · (alpha/r)²/(3 n_in).
+        """
+        value: float = getattr(measured[self.name], name)
+        return value
+
+    def whitened_values(self, layer: LayerSpec, size: int, measured: Mapping[str, MethodStatistics]) -> Any:
+        """The squared singular values of the whitened matrix that this size can move, as an array."""
+        return measured[self.name].spectrum[: self.directions(layer, size)]
 
     def directions(self, layer: LayerSpec, size: int) -> int:
         """Singular directions of the matrix that this size can move."""
@@ -160,6 +190,17 @@ class Method(ABC):
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
         """``model`` with what was trained in its weights; called where ``mergeable`` and nothing speaks against it."""
         raise NotImplementedError(f"{self.name} cannot be merged")
+
+
+def sums_over_tokens(d__bgto: Any, factors__bgto: Any = None) -> tuple[Any, Any]:
+    """(d ∘ factors, 1): operands of a matrix with one column, the gradient of a vector that acts feature by feature."""
+    import torch
+
+    wide = torch.promote_types(d__bgto.dtype, torch.float32)
+    product = d__bgto.to(wide)
+    if factors__bgto is not None:
+        product = product * factors__bgto.to(wide)
+    return product, torch.ones(*product.shape[:-1], 1, dtype=wide, device=product.device)
 
 
 def method_of(name: str) -> Method:

@@ -5,7 +5,7 @@ from layerlens.models.choice import Choice
 from layerlens.models.detection import Box, Detection, LabelledImage
 from layerlens.models.facts import CalibrationSummary, LoraSettings, ModelFacts, Predicted, Provenance
 from layerlens.models.manifest import Manifest, ManifestRow, ResourceUse, choice_of
-from layerlens.models.model_spec import ADAPTER, LORA, NONE, PREFIX, LayerSpec, ModelSpec, Option
+from layerlens.models.model_spec import ADAPTER, DORA, LORA, LORA_KINDS, NONE, PREFIX, LayerSpec, ModelSpec, Option
 from layerlens.models.statistics import (
     Calibration,
     FactorSketch,
@@ -23,7 +23,9 @@ from layerlens.models.tables import RESOURCES, CostTable, UtilityTable
 
 __all__ = [
     "ADAPTER",
+    "DORA",
     "LORA",
+    "LORA_KINDS",
     "NONE",
     "PREFIX",
     "RESOURCES",

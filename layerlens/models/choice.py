@@ -8,8 +8,10 @@ from typing import Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.models.facts import LoraSettings
-from layerlens.models.model_spec import LORA, NONE, ModelSpec, Option
+from layerlens.models.model_spec import LORA_KINDS, NONE, ModelSpec, Option
 from layerlens.registry import METHODS
+
+ONE_KIND = "one PEFT adapter directory holds one kind of adapter (its peft_type, and one use_dora for all layers)"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Choice:
     task: str = ""
 
     def __post_init__(self) -> None:
-        if self.lora.alpha_over_r is None and self.of_method(LORA):
+        if self.lora.alpha_over_r is None and self.lora_options:
             raise ManifestError("lora.alpha_over_r: is missing; LoRA layers are scaled with it")
 
     @classmethod
@@ -46,20 +48,37 @@ class Choice:
 
     @property
     def lora_options(self) -> tuple[Option, ...]:
+        """The options that a LoraConfig holds: LoRA or DoRA."""
+        return tuple(option for option in self.options if option.method in LORA_KINDS)
+
+    @property
+    def peft_options(self) -> tuple[Option, ...]:
         """The options that PEFT puts in."""
-        return self.of_method(LORA)
+        return tuple(option for option in self.chosen if METHODS[option.method].wraps)
+
+    @property
+    def peft_method(self) -> str:
+        """The method of ``peft_options``; "" where there are none.
+
+        Raises:
+            ManifestError: there are several, which no PEFT adapter holds.
+        """
+        names = sorted({option.method for option in self.peft_options})
+        if len(names) > 1:
+            raise ManifestError(f"a choice cannot have {' and '.join(names)}: {ONE_KIND}")
+        return names[0] if names else ""
 
     @property
     def other_options(self) -> tuple[Option, ...]:
         """The options that PEFT does not have, which are modules of our own."""
-        return tuple(option for option in self.chosen if option.method != LORA)
+        return tuple(option for option in self.chosen if not METHODS[option.method].wraps)
 
     def of_method(self, method: str) -> tuple[Option, ...]:
         """The options of one method."""
         return tuple(option for option in self.options if option.method == method)
 
     def lora_ranks(self) -> dict[str, int]:
-        """LoRA rank by layer."""
+        """LoRA or DoRA rank by layer."""
         return {option.layer: option.rank for option in self.lora_options}
 
     def trainable_params(self, spec: ModelSpec) -> int:

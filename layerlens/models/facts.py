@@ -75,6 +75,8 @@ class ModelFacts(Section):
         weights: the file of weights that the configuration named.
         loss: the user's own loss that it named.
         left_out: layers that no method can adapt, each with its reason.
+        quantization: what the configuration said of weights in fewer bits; None where they are loaded as saved.
+        new_parameters: parameters outside the head modules that the checkpoint lacks; they stay as they are drawn.
 
     Raises:
         ManifestError: ``head_modules`` is not a list of names.
@@ -92,6 +94,8 @@ class ModelFacts(Section):
     weights: str | None = None
     loss: str | None = None
     left_out: Mapping[str, str] | None = None
+    quantization: Mapping[str, Any] | None = None
+    new_parameters: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.head_modules, str) or not all(isinstance(name, str) for name in self.heads):

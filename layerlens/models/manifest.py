@@ -11,7 +11,8 @@ from typing import Any
 
 from layerlens.models.choice import Choice
 from layerlens.models.facts import LoraSettings, ModelFacts, Predicted, Provenance, Section
-from layerlens.models.model_spec import LORA, Option
+from layerlens.models.model_spec import LORA_KINDS, Option
+from layerlens.registry import METHODS
 
 SCHEMA_VERSION = "1.0"
 SECTIONS: dict[str, type[Section]] = {
@@ -120,9 +121,15 @@ class Manifest:
 
     @property
     def lora_share(self) -> float:
-        """Share of ``trainable_params`` that is LoRA, which is all that PEFT's directory and a LoraConfig hold."""
-        of_lora = sum(row.cost for row in self.allocations if row.method == LORA)
+        """Share of ``trainable_params`` that is LoRA or DoRA, which is all that a LoraConfig holds."""
+        of_lora = sum(row.cost for row in self.allocations if row.method in LORA_KINDS)
         return of_lora / self.trainable_params if self.trainable_params else 0.0
+
+    @property
+    def peft_share(self) -> float:
+        """Share of ``trainable_params`` that PEFT's directory holds."""
+        held = sum(row.cost for row in self.allocations if row.method in METHODS and METHODS[row.method].wraps)
+        return held / self.trainable_params if self.trainable_params else 0.0
 
     def fields(self) -> dict[str, Any]:
         """The manifest by name as its file has it."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-NONE, LORA, ADAPTER, PREFIX = "none", "lora", "adapter", "prefix"
-TRANSFORMER, LINEAR, ATTENTION, CONV = "transformer", "linear", "attention", "conv"
+NONE, LORA, ADAPTER, PREFIX, DORA = "none", "lora", "adapter", "prefix", "dora"
+LORA_KINDS = (LORA, DORA)
+"""The methods that a LoraConfig holds, one or the other."""
+TRANSFORMER, LINEAR, ATTENTION, CONV, NORM = "transformer", "linear", "attention", "conv", "norm"
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,8 @@ class LayerSpec:
         name: unique name; a module path such as ``bert.encoder.layer.0.attention.self.query``.
         hidden_size: width of the residual stream.
         layer_type: ``"linear"`` (one Linear or Conv1D), ``"conv"`` (one Conv2d), ``"attention"`` (one attention block,
-            for prefixes) or ``"transformer"`` (a whole block, taken as one hidden_size × hidden_size map, as in the
-            origin's API).
+            for prefixes), ``"norm"`` (one LayerNorm or RMSNorm, whose n_out is the number of its parameters) or
+            ``"transformer"`` (a whole block, taken as one hidden_size × hidden_size map, as in the origin's API).
         n_in: input features; ``hidden_size`` unless given. Of a convolution, all input channels times the kernel's
             pixels, also where it has groups: that is what its LoRA reads.
         n_out: output features; ``hidden_size`` unless given.
@@ -81,6 +84,13 @@ class ModelSpec:
     fingerprint: str = ""
     per_sample: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
+
+    def without(self, unmeasured: Mapping[str, str]) -> ModelSpec:
+        """The model with some layers, given with the reason, left out."""
+        if not unmeasured:
+            return self
+        layers = [layer for layer in self.layers if layer.name not in unmeasured]
+        return replace(self, layers=layers, left_out={**self.left_out, **unmeasured})
 
     def __post_init__(self) -> None:
         if self.weight_bytes == 0:

@@ -171,6 +171,8 @@ class ModelStatistics:
         other_weights: statistics of weights that are no layers of ``spec`` (embeddings, convolutions, heads), by
             parameter name; empty where they were not asked for.
         left_out: parameters without statistics, by name, with the reason.
+        unmeasured: layers of the model as it was loaded that could not be measured, with the reason; they are no layers
+            of ``spec``.
         coverage: share of the model's parameters that have statistics.
         modules: costs of every module, by name; empty where they were not asked for.
         proxies: gains of single options by real training, None where none were trained.
@@ -187,6 +189,7 @@ class ModelStatistics:
     kernel: KernelStatistics | None = None
     other_weights: dict[str, MethodStatistics] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    unmeasured: dict[str, str] = field(default_factory=dict)
     coverage: float = 0.0
     modules: dict[str, ModuleCosts] = field(default_factory=dict)
     proxies: ProxyStudy | None = None

@@ -23,18 +23,30 @@ from layerlens.models import ModelSpec, Option
 from layerlens.models.model_spec import NONE
 
 COUNT_ROW = "layers_without_{}"
+FUSED = {
+    "query": "query_key_value", "key": "query_key_value", "value": "query_key_value",
+    "ffn_gate": "ffn_gate_up", "ffn_up": "ffn_gate_up",
+}  # fmt: skip
+"""Roles that some models have in one layer -> the role of that layer."""
 JOIN = " + "
 """Between the names of layers that choose alike, in the name of their group."""
 
 
 def matching(spec: ModelSpec, pattern: str, field: str) -> list[str]:
-    """Names of the layers that ``pattern`` (a pattern for names, or a role) means.
+    """Names of the layers that ``pattern`` (a pattern for names, or a role) means; none where all of them are left out.
 
     Raises:
         ConfigurationError: there is none; shows the nearest names and roles.
     """
     found = [layer.name for layer in spec.layers if layer.role == pattern or fnmatchcase(layer.name, pattern)]
-    if not found:
+    if not found and not any(fnmatchcase(name, pattern) for name in spec.left_out):
+        whole = next((layer for layer in spec.layers if layer.role and layer.role == FUSED.get(pattern)), None)
+        if whole is not None:
+            parts = [role for role, fused in FUSED.items() if fused == whole.role]
+            raise ConfigurationError(
+                f"{field}: {', '.join(parts[:-1])} and {parts[-1]} are one layer in this model ({whole.name}), which "
+                f"always chooses alike; call it {whole.role!r}"
+            )
         known = [*dict.fromkeys(layer.role for layer in spec.layers if layer.role), *(x.name for x in spec.layers)]
         near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
         raise ConfigurationError(f"{field}: no layer is called {pattern!r}; nearest: {', '.join(near)}")
@@ -53,6 +65,9 @@ def allowed_options(spec: ModelSpec, options: Sequence[Option], config: Optimiza
     for number, rule in enumerate(config.constraints.rules):
         field = f"optimization.constraints.rules[{number}]"
         named = set(matching(spec, rule.layers, f"{field}.layers"))
+        if rule.require and not named:
+            name, why = next(one for one in spec.left_out.items() if fnmatchcase(one[0], rule.layers))
+            raise ConfigurationError(f"{field}: requires {name}, which is left out: {why}")
         concerned = np.array([option.layer in named for option in options])
         allowed &= ~concerned | np.array([_fits(option, rule) for option in options])
         left = {option.layer for option, is_left in zip(options, allowed, strict=True) if is_left}

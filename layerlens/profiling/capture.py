@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ NO_GRADIENT = (
     "the loss does not depend on any layer of the model (it has no gradient): it must come from the model's output, "
     "computed without torch.no_grad(), detach(), item() or argmax"
 )
+NOT_REACHED = "no gradient reaches it: the loss does not depend on it, or its weight is read without calling it"
 Tensors = torch.Tensor | Sequence[torch.Tensor]
 
 FP16_LOSS_SCALE = 2.0**10
@@ -53,10 +55,26 @@ class Capture(Taps):
         super().__init__(model, spec, other_modules, backward=request.backward, by_batches=by_batches)
         self.request = request
         self.sums = PassSums(request, threads, shards)
+        self.unmeasured = self.sums.unmeasured
         self._pending: dict[Key, list[SampleMatrices]] = {}
         self._before = 0
         self._rows = 1
         self._counted = True
+        self._recorded: Counter[str] = Counter()
+        self._added: Counter[str] = Counter()
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Measure a layer, or a parameter, no further.
+
+        Raises:
+            ProfilingError: some statistic adds up over layers as they come, and has this one in it already.
+        """
+        measured_before = any(key[0] == name for key in self.sums.accumulators)
+        if self.sums.rows.done and measured_before:
+            raise ProfilingError(f"{name}: {reason}; leave statistics that add up over layers (ntk) out")
+        super().leave_out(name, reason)
+        for key in [key for key in self._pending if key[0] == name]:
+            del self._pending[key]
 
     def run(
         self, batch: Batch, loss: Loss | BatchLoss, *, before: int | None = None, counted: bool = True
@@ -83,9 +101,16 @@ class Capture(Taps):
         refuse_bad_loss(loss__b.detach(), batch, self.model, "batch" if self.by_batches else "sample")
         if self.request.backward:
             if not loss__b.requires_grad:
-                raise ProfilingError(NO_GRADIENT)
+                raise ProfilingError(none_measured(self.unmeasured_layers()) or NO_GRADIENT)
             self.backward(loss__b.sum() * self.loss_scale)
         return loss__b.detach()
+
+    def run_parts(self, batch: Batch, loss: Loss | BatchLoss, before: int, *, one_by_one: bool = False) -> torch.Tensor:
+        """``run``, sample by sample where samples of a batch cannot be told apart."""
+        if not one_by_one:
+            return self.run(batch, loss, before=before)
+        each = [batch.taken(torch.tensor([place])) for place in range(len(batch.index))]
+        return torch.cat([self.run(one, loss, before=before + place) for place, one in enumerate(each)])
 
     def begin(self, batch: Batch, *, before: int | None = None, counted: bool = True) -> None:
         """A new forward pass, on this batch; see ``run``."""
@@ -96,6 +121,7 @@ class Capture(Taps):
         masks = () if self.by_batches else batch.masks
         self._masks = {mask.shape[1]: None if bool(mask.all()) else mask for mask in masks}
         self._calls.clear()
+        self._read.clear()
         self._last_input = None
         self.sums.rows.begin(self._before)
         half_precision = any(parameter.dtype == torch.float16 for parameter in self.model.parameters())
@@ -106,7 +132,9 @@ class Capture(Taps):
 
         ``loss_scale`` is what the loss is multiplied by before, and divided out of everything that is collected.
         """
-        self._last_input = None
+        self.settle_leaders()
+        self._recorded.clear()
+        self._added.clear()
         self._in_backward = True
         try:
             torch.autograd.backward(outputs, gradients)
@@ -118,30 +146,37 @@ class Capture(Taps):
             self._pending.clear()
 
     def result(self) -> tuple[LayerStatistics, ...]:
-        """Statistics of every layer, in the order of the model.
-
-        Raises:
-            ProfilingError: a layer was never reached by the backward pass, so there is nothing to say about it.
-        """
+        """Statistics of the layers that could be measured, in the model's order; ``unmeasured`` has the others."""
         layers = self.spec.layers
         if not self.request.backward:
             return tuple(LayerStatistics(x.name, {method: MethodStatistics() for method in x.methods}) for x in layers)
         for layer in layers:
             if any((layer.name, method) not in self.sums.accumulators for method in layer.methods):
-                raise ProfilingError(f"{layer.name}: no gradient reached this layer; the loss does not depend on it")
+                self.unmeasured.setdefault(layer.name, NOT_REACHED)
         return tuple(
             LayerStatistics(x.name, {method: self.sums.result((x.name, method)) for method in x.methods})
             for x in layers
+            if x.name not in self.unmeasured
         )
 
     def other_weights(self) -> dict[str, MethodStatistics]:
         """Statistics of the other modules' weights that a gradient reached, by parameter name."""
-        keys = dict.fromkeys(self._weight_keys.values())
+        keys = [key for key in dict.fromkeys(self._weight_keys.values()) if key[0] not in self.unmeasured]
         return {key[0]: self.sums.result(key) for key in keys if key in self.sums.accumulators}
+
+    def unmeasured_layers(self) -> dict[str, str]:
+        """Layers of the model without statistics, with the reason, in the order of the model; once all is measured."""
+        return {x.name: self.unmeasured[x.name] for x in self.spec.layers if x.name in self.unmeasured}
+
+    def unmeasured_weights(self) -> dict[str, str]:
+        """Parameters without statistics that the pass itself has found a reason for."""
+        weights = {key[0] for key in self._weight_keys.values()}
+        of_layers = {f"{name}.weight": reason for name, reason in self.unmeasured_layers().items()}
+        return of_layers | {name: reason for name, reason in self.unmeasured.items() if name in weights}
 
     def covered_weights(self) -> dict[str, str]:
         """Parameter name of every module with statistics -> the parameter its statistics are under."""
-        known = self.sums.accumulators
+        known = {key for key in self.sums.accumulators if key[0] not in self.unmeasured}
         covered = {f"{name}.weight": key[0] for name, key in self._weight_keys.items() if key in known}
         layers = [layer.name for layer in self.spec.layers if (layer.name, LORA) in known and layer.groups == 1]
         return covered | {f"{name}.weight": f"{name}.weight" for name in layers}
@@ -169,9 +204,19 @@ class Capture(Taps):
             mask__bt = None if mask__bt is None else mask__bt.reshape(-1, self._rows * mask__bt.shape[1])
         source = leader, key[1]
         matrix = self.sums.matrix(key, (d__bgto.shape[1], d__bgto.shape[3], z__bgti.shape[3]), source)
-        if self._counted and (leader == key[0] or key[1] == "weight"):
+        if self._counted and (leader == key[0] or key[1] in (LORA, "weight")) and self._is_first(key, leader):
             matrix.inputs.add(z__bgti, mask__bt)
         self._queue(key, SampleMatrices(d__bgto, z__bgti))
+
+    def _is_first(self, key: Key, leader: str) -> bool:
+        """Whether the inputs of this call are not added up yet by another layer that reads the same."""
+        if key[1] != LORA:
+            return True
+        self._recorded[key[0]] += 1
+        if self._recorded[key[0]] <= self._added[leader]:
+            return False
+        self._added[leader] += 1
+        return True
 
     def collect_lookup(self, key: Key, matrices: SampleMatrices, module: Any) -> None:
         """Take one use of a weight that is looked up."""
@@ -198,6 +243,12 @@ class Capture(Taps):
     def _flush(self, key: Key) -> None:
         matrices = join_calls(self._pending.pop(key))
         self.sums.accumulators[key].add(matrices, self._half__b, self._before, counted=self._counted)
+
+
+def none_measured(unmeasured: Mapping[str, str]) -> str:
+    """The first reasons why layers could not be measured, where none could; "" without any."""
+    reasons = [f"{name}: {reason}" for name, reason in list(unmeasured.items())[:3]]
+    return f"none of the layers could be measured; {'; '.join(reasons)}" if reasons else ""
 
 
 def refuse_bad_loss(loss__b: torch.Tensor, batch: Batch, model: torch.nn.Module, of: str = "sample") -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from layerlens.integrations.flops import FlopCounter
 from layerlens.integrations.transformers import full_batches
 from layerlens.tasks.losses import output_tensors
 
@@ -86,7 +86,7 @@ def frozen_footprint(
     count = samples_in(inputs)
     with opened_at(model, first_block, inputs) as run:
         saved = count_saved_bytes(model, run)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounter(model) as counter:
         model(**inputs)
     return saved / count, counter.get_total_flops() / count
 

@@ -12,17 +12,19 @@ import torch
 
 from layerlens.exceptions import ConfigurationError, ProfilingError
 from layerlens.integrations.placement import input_device, sharded
+from layerlens.integrations.quantized import parameter_count, quantized_layers, weight_count
 from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
 from layerlens.models import FactorSketch, ModelSpec, ModelStatistics, ModuleCosts
 from layerlens.profiling.accumulators import LayerRows, SumShards
-from layerlens.profiling.capture import Capture
+from layerlens.profiling.capture import Capture, none_measured
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
 from layerlens.profiling.pass_sums import BatchRecord, Key, Ledger
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.saved_pass import SavedPass, gather
 from layerlens.profiling.statistics import ModelSums, Statistic
+from layerlens.profiling.trial import Trial, tried
 from layerlens.registry import STATISTICS
 from layerlens.tasks import Batch, Batches, Loss
 from layerlens.tasks.batches import Inputs
@@ -110,6 +112,8 @@ def measure_share(
     with frozen_without_dropout(model, checkpointing=True), without_cache(model):
         shards = SumShards(processes) if sharded(model) else None
         capture = Capture(model, spec, request, threads, other_modules, shards, by_batches)
+        trial = tried(model, spec, other_modules, batches) if request.backward and not by_batches else Trial()
+        one_by_one = trial.apply_to(capture, sharded=sharded(model))
         sums, device = capture.sums, input_device(model)
         share = _share(processes, len(batches))
         with progress.stage("Measuring gradients", total=len(share)) as advance, capture.open():
@@ -120,7 +124,7 @@ def measure_share(
             rounds = max(processes.everyone("batches left", len(left))) if sharded(model) else 0
             for number in left:  # each is made once, and not kept
                 batch = batches[number].halves_apart()
-                ledger.take(sums, number, batch, capture.run(batch, loss, before=before[number]))
+                ledger.take(sums, number, batch, capture.run_parts(batch, loss, before[number], one_by_one=one_by_one))
                 if saved:
                     saved.after_batch(sums, ledger)
                 processes.check()
@@ -148,11 +152,13 @@ def measure_share(
         activation_bytes=activation_bytes,
         forward_flops=forward_flops,
         other_weights=others,
-        left_out=left_out,
+        left_out=left_out | capture.unmeasured_weights(),
+        unmeasured=capture.unmeasured_layers(),
         coverage=coverage,
         modules=modules,
         **of_model,
     )
+    refuse_nothing_measured(statistics, spec)
     refuse_non_finite(statistics)
     return statistics
 
@@ -180,6 +186,12 @@ def refuse_by_samples(request: StatisticsRequest, loss: str) -> None:
             f"profiling.statistics: {', '.join(asked)} need the loss of each sample, and {loss} is one number for a "
             "batch that its samples share; leave them out and choose a utility model without them, such as auto"
         )
+
+
+def refuse_nothing_measured(statistics: ModelStatistics, spec: ModelSpec) -> None:
+    """Raise ProfilingError where a model has layers and none of them could be measured; shows the first reasons."""
+    if spec.layers and not statistics.layers:
+        raise ProfilingError(none_measured(statistics.unmeasured))
 
 
 def _share(processes: Processes, n_batches: int) -> range:
@@ -269,14 +281,17 @@ def left_out_of(model: torch.nn.Module, covered: dict[str, str]) -> tuple[dict[s
 
     Each tied parameter is under the name that the model gives it.
     """
-    have = {id(model.get_parameter(name)) for name in covered}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    have = {id(parameters[name]) for name in covered if name in parameters}
+    packed = {name for name in quantized_layers(model) if f"{name}.weight" in covered}
     left_out = {}
     for name, parameter in model.named_parameters():
         if id(parameter) not in have:
             path, _, part = name.rpartition(".")
+            if path in packed and part != "bias":
+                continue
             module = model.get_submodule(path)
             reason = why_not_measurable(path, module) if part == "weight" else f"not a weight matrix ({part})"
             left_out[name] = reason or "not asked for, or no gradient reaches it"
-    total = sum(parameter.numel() for parameter in model.parameters())
-    missing = sum(model.get_parameter(name).numel() for name in left_out)
-    return left_out, 1.0 - missing / total
+    counts = [weight_count(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in left_out]
+    return left_out, 1.0 - sum(counts) / parameter_count(model)

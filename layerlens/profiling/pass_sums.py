@@ -47,6 +47,7 @@ class PassTensors:
         totals: tensors that are added up; each on the device of its accumulator, and its own memory.
         rows: tensors of single samples.
         shards: over how many processes totals are spread; 1 where they are whole.
+        unmeasured: layers and parameters that cannot be measured, with the reason.
     """
 
     inputs: list[Key] = field(default_factory=list)
@@ -54,6 +55,7 @@ class PassTensors:
     totals: dict[Name, torch.Tensor] = field(default_factory=dict)
     rows: dict[Name, torch.Tensor] = field(default_factory=dict)
     shards: int = 1
+    unmeasured: dict[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +79,7 @@ class PassSums:
         self.accumulators: dict[Key, MatrixAccumulator] = {}
         self.inputs: dict[Key, InputAccumulator] = {}
         self.rows = LayerRows()
+        self.unmeasured: dict[str, str] = {}
 
     @property
     def n_shards(self) -> int:
@@ -114,7 +117,8 @@ class PassSums:
     def parts(self, layers: Iterable[LayerSpec]) -> dict[str, dict[Key, np.ndarray]]:
         """Statistic -> matrix -> what it has to say about a statistic of the model, in the order of the layers."""
         found: dict[str, dict[Key, np.ndarray]] = {}
-        keys = [(layer.name, method) for layer in layers for method in layer.methods]
+        measured = [layer for layer in layers if layer.name not in self.unmeasured]
+        keys = [(layer.name, method) for layer in measured for method in layer.methods]
         for statistic in self.request.statistics:
             if statistic.part is not None:
                 parts = {key: statistic.part(self.accumulators[key]) for key in keys if key in self.accumulators}
@@ -123,7 +127,7 @@ class PassSums:
 
     def tensors(self) -> PassTensors:
         """The accumulators' own tensors, not copies."""
-        found = PassTensors(inputs=list(self.inputs), shards=self.n_shards)
+        found = PassTensors(inputs=list(self.inputs), shards=self.n_shards, unmeasured=dict(self.unmeasured))
         source_of = {id(inputs): key for key, inputs in self.inputs.items()}
         for key, one in self.accumulators.items():
             found.matrices.append(Matrix(key, one.place.shape, source_of[id(one.inputs)]))
@@ -152,6 +156,7 @@ class PassSums:
     def add(self, other: PassTensors, device: torch.device) -> None:
         """Add another's totals and rows, copied to the device."""
         self.add_empty(other.inputs, other.matrices)
+        self.unmeasured |= other.unmeasured
         for name, tensor in other.totals.items():
             # Copied to an address as torch allocates it: BLAS may sum in another order where memory is aligned
             # otherwise.

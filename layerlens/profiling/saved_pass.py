@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from layerlens.profiling.pass_sums import BatchRecord, Key, Ledger, Matrix, PassSums, PassTensors
 from layerlens.utils.processes import ALONE, Processes
 
-FORMAT = "layerlens-pass-4"
+FORMAT = "layerlens-pass-5"
 TEXT = "text"
 SHARE_OF_TIME = 0.05
 MAX_BYTES = 2**31
@@ -142,7 +142,7 @@ def gather(sums: PassSums, ledger: Ledger, processes: Processes, device: torch.d
                 whole = sums.shards.whole(accumulator.totals.pop(one.name), matrix.shape)
                 if whole is not None:
                     accumulator.totals[one.name] = whole
-    rest = PassTensors(mine.inputs, mine.matrices, {}, mine.rows)
+    rest = PassTensors(mine.inputs, mine.matrices, {}, mine.rows, unmeasured=mine.unmeasured)
     for data in processes.bytes_to_first(b"" if processes.first else pass_to_bytes(rest, ledger))[1:]:
         other = pass_from_bytes(data)
         assert other is not None
@@ -165,6 +165,7 @@ def pass_to_bytes(state: PassTensors, ledger: Ledger) -> bytes:
         "inputs": state.inputs,
         "matrices": [[one.key, one.shape, one.source] for one in state.matrices],
         "names": list(ledger.names),
+        "unmeasured": state.unmeasured,
         "tokens": {number: record.n_tokens for number, record in ledger.records.items()},
     }
     tensors[TEXT] = torch.frombuffer(bytearray(json.dumps(text).encode()), dtype=torch.uint8)
@@ -191,6 +192,7 @@ def _tensors_of(tensors: dict[str, torch.Tensor], text: dict[str, Any]) -> PassT
         totals={name[1:]: tensor for name, tensor in named.items() if name[0] == "total"},
         rows={name[1:]: tensor for name, tensor in named.items() if name[0] == "row"},
         shards=text["shards"],
+        unmeasured=text["unmeasured"],
     )
 
 

@@ -78,7 +78,8 @@ def statistics_to_bytes(spec: ModelSpec, statistics: ModelStatistics) -> bytes:
 GRAM, MODEL = "kernel|gram", "model"
 _KERNEL_FIELDS = ("trace", "effective_rank", "target_alignment", "relative_error")
 _MODEL_FIELDS = (
-    "n_samples", "n_tokens", "mean_loss", "activation_bytes", "forward_flops", "provenance", "left_out", "coverage",
+    "n_samples", "n_tokens", "mean_loss", "activation_bytes", "forward_flops", "provenance", "left_out", "unmeasured",
+    "coverage",
 )  # fmt: skip
 
 

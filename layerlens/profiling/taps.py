@@ -34,24 +34,33 @@ class _Tap(torch.autograd.Function):
 
     ``anchor`` is a scalar that requires a gradient, so that the backward pass comes by although all weights are frozen.
     An output with a batch dimension of 1 that the model broadcasts (position embeddings) is expanded to ``batch``
-    samples, so that its gradient comes back for each sample.
+    samples, so that its gradient comes back for each sample. Any other output is the same memory in a tensor of its
+    own, which the model may change in place: autograd forbids that on a view.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, anchor: torch.Tensor, batch: int, recorder: Recorder, *saved: torch.Tensor
-    ) -> Any:
+        ctx: Any, output: torch.Tensor, anchor: torch.Tensor, batch: int, recorders: tuple[Recorder, Recorder],
+        *saved: torch.Tensor,
+    ) -> Any:  # fmt: skip
         ctx.save_for_backward(*saved)
-        ctx.recorder = recorder
+        ctx.n_saved, (ctx.recorder, ctx.lost) = len(saved), recorders
         ctx.broadcast = output.dim() > 1 and output.shape[0] == 1 and batch > 1
-        return output.expand(batch, *output.shape[1:]) if ctx.broadcast else output.view_as(output)
+        if ctx.broadcast:
+            return output.expand(batch, *output.shape[1:])
+        with torch.no_grad():
+            return torch.empty(0, dtype=output.dtype, device=output.device).set_(output.detach())
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        saved = ctx.saved_tensors
-        ctx.recorder(gradients[0], *saved)
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError:  # the model has changed the input since, which a frozen Linear does not mind
+            ctx.lost()
+        else:
+            ctx.recorder(gradients[0], *saved)
         passed_on = gradients[0].sum(dim=0, keepdim=True) if ctx.broadcast else gradients[0]
-        return passed_on, None, None, None, *([None] * len(saved))
+        return passed_on, None, None, None, *([None] * ctx.n_saved)
 
 
 class Taps:
@@ -79,10 +88,14 @@ class Taps:
         self._with_backward = backward
         self.by_batches = by_batches
         self._anchor = torch.zeros((), requires_grad=True)
+        self.unmeasured: dict[str, str] = {}
+        self.traced: frozenset[str] | None = None
         self._calls: Counter[str] = Counter()
         self._users: dict[Key, set[str]] = {}
         self._leaders: dict[str, str] = {}
-        self._last_input: tuple[str, torch.Tensor] | None = None
+        self._last_input: torch.Tensor | None = None
+        self._n_inputs = 0
+        self._read: dict[str, list[int]] = {}
         self._in_backward = False
         self._n_batch = 0
         self._masks: dict[Any, torch.Tensor | None] = {}
@@ -97,6 +110,19 @@ class Taps:
     def collect_lookup(self, key: Key, matrices: SampleMatrices, module: Any) -> None:
         """Take one use of a weight that is looked up."""
         raise NotImplementedError
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Measure a layer, or a parameter, no further; ``unmeasured`` has it then."""
+        self.unmeasured.setdefault(name, reason)
+
+    def leave_out_module(self, name: str, reason: str) -> None:
+        """``leave_out`` of a layer, or of the weight of another module."""
+        key = self._weight_keys.get(name)
+        self.leave_out(name if key is None else key[0], reason)
+
+    def expect(self, n_batch: int) -> None:
+        """A forward pass of so many rows, whose activations nobody collects."""
+        self._n_batch = n_batch
 
     def uses(self, key: Key) -> int:
         """How often a layer, or a weight, was called in this forward pass."""
@@ -117,6 +143,8 @@ class Taps:
         with ExitStack() as stack:
             attentions: dict[int, LayerSpec] = {}
             for layer in self.spec.layers:
+                if layer.name in self.unmeasured:
+                    continue
                 module = self.model.get_submodule(layer.name)
                 if layer.layer_type == "attention":
                     attentions[id(module)] = layer
@@ -126,6 +154,8 @@ class Taps:
                 if getattr(module, "gradient_checkpointing", False) and self._with_backward:
                     stack.callback(module.register_forward_pre_hook(_open_graph).remove)
             for name in self.other_modules:
+                if self._weight_keys[name][0] in self.unmeasured:
+                    continue
                 module = self.model.get_submodule(name)
                 stack.callback(module.register_forward_hook(self._weight_hook(name, module)).remove)
             for module in self.model.modules() if self.by_batches else ():
@@ -152,24 +182,28 @@ class Taps:
         def record(
             mask__bt: torch.Tensor | None, gradient: torch.Tensor, h: torch.Tensor, y: torch.Tensor | None = None
         ) -> None:
-            d__bgto = tokens(gradient)
+            if layer.name in self.unmeasured:
+                return
+            try:
+                d__bgto, y__bgto = tokens(gradient), None if y is None else tokens(y)
+                h__bgti = tokens(h) if convolution is None else conv_patches(convolution, h, groups=1)
+            except ProfilingError as error:
+                self.leave_out(layer.name, str(error))
+                return
             for method in methods:
-                if method.reads == OUTPUT and y is not None:
-                    z__bgti = tokens(y)
-                else:
-                    z__bgti = tokens(h) if convolution is None else conv_patches(convolution, h, groups=1)
                 # Every layer with an input of its own can take LoRA, so those with the same one find its sums there.
                 leader = self._leaders.get(layer.name, layer.name) if method.name == LORA else layer.name
-                d, z = method.gradient_operands(d__bgto, z__bgti)
+                d, z = method.layer_operands(layer, module, d__bgto, h__bgti, y__bgto)
                 self.collect((layer.name, method.name), d, z, mask__bt, leader)
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             self._count_call(layer.name)
-            if convolution is None:  # whose inputs are patches
+            if convolution is None and LORA in layer.methods:  # inputs of a convolution are patches
                 self._follow(layer.name, args[0])
-            saved = (args[0].detach(), output.detach()) if with_output else (args[0].detach(),)
+            # The model may change its output in place, so what is kept of it is a copy.
+            saved = (args[0].detach(), output.detach().clone()) if with_output else (args[0].detach(),)
             mask__bt = self._mask_of(output) if convolution is None else None
-            return self._tap(output, partial(record, mask__bt), *saved)
+            return self._tap(layer.name, output, partial(record, mask__bt), *saved)
 
         return hook
 
@@ -179,9 +213,12 @@ class Taps:
         self._users.setdefault(key, set()).add(name)
 
         def record(mask__bt: torch.Tensor | None, gradient: torch.Tensor, saved: torch.Tensor) -> None:
+            if key[0] in self.unmeasured:
+                return
             if isinstance(module, torch.nn.Embedding):
-                if saved.shape[0] not in (1, len(gradient)):
-                    raise ProfilingError(f"{name}: is looked up with {list(saved.shape)} indices, not for each sample")
+                if saved.shape[0] not in (1, len(gradient)) or gradient.dim() < 2:
+                    self.leave_out(key[0], f"is looked up with {list(saved.shape)} indices, not for each sample")
+                    return
                 ids__bt = saved.expand(len(gradient), *saved.shape[1:]).flatten(1)
                 rows__bti = gradient.flatten(1, -2) * (1.0 / self.loss_scale)
                 if module.padding_idx is not None:
@@ -192,13 +229,17 @@ class Taps:
                 d__bgto = gradient.reshape(len(gradient), module.groups, -1, gradient[0, 0].numel()).mT
                 z__bgti = conv_patches(module, saved)
             else:
-                d__bgto, z__bgti = self._as_tokens(name, gradient), self._as_tokens(name, saved)
+                try:
+                    d__bgto, z__bgti = self._as_tokens(name, gradient), self._as_tokens(name, saved)
+                except ProfilingError as error:
+                    self.leave_out(key[0], str(error))
+                    return
             self.collect(key, d__bgto, z__bgti, mask__bt, f"{name}|weight")
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             self._count_call(name)
             mask__bt = None if isinstance(module, torch.nn.Conv2d) else self._mask_of(output)
-            return self._tap(output, partial(record, mask__bt), args[0].detach())
+            return self._tap(key[0], output, partial(record, mask__bt), args[0].detach())
 
         return hook
 
@@ -212,33 +253,39 @@ class Taps:
                 d, z = method.gradient_operands(gradient__btgo.transpose(1, 2), query__bgti)
                 self.collect((layer.name, method.name), d, z, mask__bt, layer.name)
 
-        return self._tap(output, record, query.detach())
+        return self._tap(layer.name, output, record, query.detach())
 
-    def _tap(self, output: torch.Tensor, record: Recorder, *saved: torch.Tensor) -> torch.Tensor:
+    def _tap(self, name: str, output: torch.Tensor, record: Recorder, *saved: torch.Tensor) -> torch.Tensor:
         if not self._with_backward:
             return output
-        return _Tap.apply(output, self._anchor, self._n_batch, record, *saved)
+        batch = 1 if self.by_batches else self._n_batch  # a batch that is one sample has no samples to tell apart
+        lost = partial(self.leave_out, name, "its input is changed in place after it was read")
+        return _Tap.apply(output, self._anchor, batch, (record, lost), *saved)
 
     def _count_call(self, name: str) -> None:
         if not self._in_backward:  # checkpointing runs forward passes again inside the backward pass
             self._calls[name] += 1
 
     def _follow(self, name: str, h: torch.Tensor) -> None:
-        """Let a layer that gets the very input of the layer before it (query, key, value) share that one's input sums.
-
-        Raises:
-            ProfilingError: a layer that shared an input with another no longer does.
-        """
+        """Note which input a layer reads; one right after another may read the very same (query, key, value)."""
         if self._in_backward:
             return
-        previous, self._last_input = self._last_input, (name, h)
-        same = previous is not None and previous[1] is h
-        leader = self._leaders.get(previous[0], previous[0]) if previous and same else name
-        if self._leaders.setdefault(name, leader) != leader:
-            raise ProfilingError(
-                f"{name}: has the same input as {self._leaders[name]} in some forward passes and not in others; its "
-                "inputs cannot be measured"
-            )
+        if self._last_input is not h:
+            self._n_inputs += 1
+        self._last_input = h
+        self._read.setdefault(name, []).append(self._n_inputs)
+
+    def settle_leaders(self) -> None:
+        """After a forward pass: let layers that read the very same inputs, call by call, share the sums of these."""
+        first: dict[tuple[int, ...], str] = {}
+        for name, read in self._read.items():
+            leader = first.setdefault(tuple(read), name)
+            if self._leaders.setdefault(name, leader) != leader:
+                self.leave_out(
+                    name, f"has the same input as {self._leaders[name]} in some forward passes and not in others"
+                )
+        self._read.clear()
+        self._last_input = None
 
     def _see_mask(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the mask [b, t] that a model inside the model is called with, for activations [b, t, k]."""
@@ -247,22 +294,30 @@ class Taps:
             self._masks[tuple(given.shape)] = None if bool(given.all()) else given
 
     def _mask_of(self, output: torch.Tensor) -> torch.Tensor | None:
-        """The mask [b, t] of an output [b, t, k], where there is padding."""
-        if output.dim() != 3:
-            return None
-        return self._masks.get(tuple(output.shape[:2]) if self.by_batches else output.shape[1])
+        """The mask [b, t] of an output [b, t, k], or [b · t, k], where there is padding."""
+        if self.by_batches:
+            return self._masks.get(tuple(output.shape[:2])) if output.dim() == 3 else None
+        if output.dim() == 3:
+            return self._masks.get(output.shape[1]) if len(output) == self._n_batch else None
+        return self._masks.get(len(output) // self._n_batch) if output.dim() == 2 else None
 
     def _as_tokens(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """[b, ..., k] as [b, 1, t, k]."""
+        """[b, ..., k] as [b, 1, t, k], and so [b · t, k] where every row is known to be of the sample at its place.
+
+        Raises:
+            ProfilingError: the samples of the rows are not known.
+        """
         batch = self._n_batch
         if self.by_batches:
             return tensor.reshape(len(tensor) if tensor.dim() > 1 else 1, 1, -1, tensor.shape[-1])
-        if tensor.dim() < 2 or tensor.shape[0] not in (1, batch):
-            raise ProfilingError(
-                f"{name}: expected activations [batch, ..., features] of {batch} samples, got {list(tensor.shape)}; "
-                "this layer cannot be measured sample by sample"
-            )
-        return tensor.reshape(len(tensor), 1, -1, tensor.shape[-1])
+        n = len(tensor) if tensor.dim() > 1 else 0
+        if n in (1, batch):
+            return tensor.reshape(n, 1, -1, tensor.shape[-1])
+        if n and n % batch == 0 and (batch == 1 or self.traced is None or name in self.traced):
+            return tensor.reshape(batch, 1, -1, tensor.shape[-1])
+        raise ProfilingError(
+            f"gets activations {list(tensor.shape)} of {batch} samples, and which row is of which sample is not known"
+        )
 
 
 def _open_graph(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

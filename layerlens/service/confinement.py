@@ -95,6 +95,8 @@ def confined_path(key: str, place: str, settings: ServiceSettings) -> str:
 
 def _refuse_own_code(config: RunConfig, settings: ServiceSettings) -> None:
     """Functions that a configuration names (``module:function``) are code, which the operator must have allowed."""
+    if config.model.trust_remote_code:
+        raise ConfigurationError("model.trust_remote_code: this server runs no code of models; leave it out")
     asked = {"model.factory": config.model.factory, "model.loss": config.model.loss}
     if _names_code(config.data.source):
         asked["data.source"] = config.data.source

@@ -31,6 +31,8 @@ class LoadRequest:
         weights: ``model.weights``, of sources that take them from elsewhere.
         placement: see ``placement_arguments``; of transformers' models alone.
         streamed: leave the weights on disk (see ``load_skeleton``).
+        trust_remote_code: whether Python code beside the weights may run; of transformers' models alone.
+        quantization: what transformers makes a quantization configuration of; None for the weights as they are saved.
         new_head: whether ``labels`` replace those of a trained head; None where they do unless they are the same.
     """
 
@@ -44,6 +46,8 @@ class LoadRequest:
     placement: Mapping[str, Any] | None = None
     streamed: bool = False
     new_head: bool | None = None
+    trust_remote_code: bool = False
+    quantization: Mapping[str, Any] | None = None
 
     @property
     def source(self) -> ModelSource:

@@ -6,14 +6,16 @@ import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.data.labels import HEAD_ADVICE, UNNAMED, outputs_of, unmatched
 from layerlens.exceptions import DataError, ModelNotFoundError, ModelSpecError
-from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for
-from layerlens.integrations.transformers import output_names
+from layerlens.integrations.auto_classes import auto_class_for, has_towers, model_class
+from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for, tokenizer_of
+from layerlens.integrations.quantized import is_quantized, keep_weights, quantization_arguments, sparing
+from layerlens.integrations.transformers import output_names, task_heads, trained_and_drawn
 from layerlens.registry import TASKS
 from layerlens.sources.source import LoadRequest, ModelSource, Trust
 from layerlens.storage import local_file, url_of
@@ -69,12 +71,19 @@ class TransformersSource(ModelSource):
         if kind is None or not kind.auto_class:
             return super().snippet(request)
         imports, path = self._path_in_snippet(request)
-        labels, name = kind.n_outputs(request.labels), kind.auto_class
+        labels, name = kind.n_outputs(request.labels), self._auto_class(request)
         count = f", num_labels={labels}" if labels else ""
         return [*imports, f"from transformers import {name}"], f"{name}.from_pretrained({path}{count})"
 
     def _path_in_snippet(self, request: LoadRequest) -> tuple[list[str], str]:
         return [], repr(request.place)
+
+    def _auto_class(self, request: LoadRequest) -> str:
+        """The name of the class that loads the model; the task's own where its configuration cannot be read."""
+        said: Mapping[str, Any] = {}
+        with suppress(ModelNotFoundError):
+            said = self.description(request)
+        return auto_class_for(request.kind.auto_class, said.get("model_type", ""), said.get("architectures"))
 
     def load(self, request: LoadRequest) -> PretrainedModel:
         import torch
@@ -89,37 +98,37 @@ class TransformersSource(ModelSource):
         with torch.random.fork_rng(devices=[]), _quiet_transformers():
             torch.manual_seed(request.seed)
             try:
-                labels, heads = _head_settings(request, path, local_only)
-                model, info, streamed = _load_weights(request, path, heads, local_only)
-                tokenizer, images = _load_processor(request, path, model.config, local_only)
+                told = {"local_files_only": local_only, "trust_remote_code": request.trust_remote_code}
+                labels, heads = _head_settings(request, path, told)
+                model, info, streamed = _load_weights(request, path, heads, told)
+                tokenizer, images, processor = _load_processor(request, path, model.config, told)
             except (ModelSpecError, DataError):
                 raise
             except (OSError, ValueError, KeyError) as error:
+                _refuse_code(error, request)
                 raise ModelNotFoundError(
                     f"model.name_or_path: cannot load {request.reference!r}: {_first_line(error)}"
                 ) from error
-        if tokenizer is not None:
-            if tokenizer.pad_token is None:  # GPT-2 and Llama have none, and refuse batches without one
-                tokenizer.pad_token = tokenizer.eos_token
-            if getattr(model.config, "pad_token_id", None) is None:
-                model.config.pad_token_id = tokenizer.pad_token_id
+        if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        keep_weights(model)
         model.eval().requires_grad_(False)
         mismatched = (entry[0] for entry in info["mismatched_keys"])
-        new_parameters = tuple(sorted({*info["missing_keys"], *mismatched}))
-        finish_placement(model, new_parameters)
-        if new_parameters and not request.kind.new_head:
+        lacking = tuple(sorted({*info["missing_keys"], *mismatched}))
+        finish_placement(model, lacking)
+        if lacking and not request.kind.new_head:
             raise ModelSpecError(
-                f"model.task: {request.reference!r} has no weights for {new_parameters[0]} and cannot predict tokens; "
+                f"model.task: {request.reference!r} has no weights for {lacking[0]} and cannot predict tokens; "
                 "give a language model's checkpoint"
             )
-        return PretrainedModel(model, tokenizer, path, new_parameters, tuple(labels), images, streamed)
+        new, drawn = trained_and_drawn(model, lacking)
+        return PretrainedModel(model, tokenizer, path, new, tuple(labels), images, streamed, drawn, processor)
 
     def architectures(self, request: LoadRequest) -> tuple[str, ...]:
         return tuple(getattr(self._configuration(request), "architectures", None) or ())
 
     def without_weights(self, request: LoadRequest) -> PretrainedModel:
         import torch
-        import transformers
 
         from layerlens.integrations.skeleton import from_configuration
 
@@ -134,12 +143,15 @@ class TransformersSource(ModelSource):
             getattr(config, "pad_token_id", None) is None
         ):  # classifiers refuse batches without one; its value is no shape
             config.pad_token_id = 0
-        auto_class = getattr(transformers, request.kind.auto_class)
+        auto_class = model_class(request.kind.auto_class, config)
         with torch.random.fork_rng(devices=[]), _quiet_transformers():
             torch.manual_seed(request.seed)
             try:
-                model, weights = from_configuration(auto_class, config, getattr(torch, request.dtype))
+                model, weights = from_configuration(
+                    auto_class, config, getattr(torch, request.dtype), trust_remote_code=request.trust_remote_code
+                )
             except (ValueError, KeyError) as error:
+                _refuse_code(error, request)
                 raise ModelSpecError(
                     f"model.task: {request.reference!r} ({config.model_type}) has no model for {request.task}: "
                     f"{_first_line(error)}"
@@ -149,7 +161,8 @@ class TransformersSource(ModelSource):
             request.kind.inputs == "image"
             and (Path(self._config_place(request)) / "preprocessor_config.json").is_file()
         ):
-            images = _image_processor(self._config_place(request), config, True)
+            told = {"local_files_only": True, "trust_remote_code": request.trust_remote_code}
+            images = _image_processor(self._config_place(request), config, told)
         return PretrainedModel(model, None, self._config_place(request), (), tuple(request.labels), images, weights)
 
     def _config_place(self, request: LoadRequest) -> str:
@@ -167,8 +180,11 @@ class TransformersSource(ModelSource):
         local_only = Path(path).is_file() or _hub_copy_only(path, request.reference)
         with _quiet_transformers():
             try:
-                return AutoConfig.from_pretrained(path, local_files_only=local_only, **(settings or {}))
+                return AutoConfig.from_pretrained(
+                    path, local_files_only=local_only, trust_remote_code=request.trust_remote_code, **(settings or {})
+                )
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                _refuse_code(error, request)
                 raise ModelNotFoundError(
                     f"model.name_or_path: cannot read the configuration of {request.reference!r}: {_first_line(error)}"
                 ) from error
@@ -204,6 +220,17 @@ TRANSFORMERS, PACKAGE = TransformersSource(), PackageSource()
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _refuse_code(error: Exception, request: LoadRequest) -> None:
+    """Raise ModelSpecError where transformers did not load the model because that would run code of its folder."""
+    if request.trust_remote_code or "trust_remote_code=True" not in str(error):
+        return
+    raise ModelSpecError(
+        f"model.trust_remote_code: {request.reference!r} comes with Python code of its own (auto_map in config.json), "
+        "which is not run unasked; if you trust it, set model.trust_remote_code: true, or --trust-remote-code where a "
+        "command starts from a manifest"
+    ) from error
 
 
 def is_hub_name(name: str) -> bool:
@@ -263,13 +290,16 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _head_settings(request: LoadRequest, path: str, local_only: bool) -> tuple[Sequence[str], dict[str, Any]]:
-    """The classes in the order of the outputs, and what the configuration of the model is to say of its head."""
+def _head_settings(request: LoadRequest, path: str, told: dict[str, Any]) -> tuple[Sequence[str], dict[str, Any]]:
+    """The classes in the order of the outputs, and what the configuration of the model is to say of its head.
+
+    ``told`` is what every ``from_pretrained`` is told.
+    """
     from transformers import AutoConfig
 
     labels, heads = request.labels, dict(request.kind.head_config)
     if request.kind.classes:
-        labels = _labels_of_head(request, AutoConfig.from_pretrained(path, local_files_only=local_only))
+        labels = _labels_of_head(request, AutoConfig.from_pretrained(path, **told))
         heads["id2label"] = dict(enumerate(labels))
         heads["label2id"] = {name: index for index, name in enumerate(labels)}
         heads["num_labels"] = len(labels)
@@ -300,27 +330,50 @@ def _labels_of_head(request: LoadRequest, config: Any) -> Sequence[str]:
 
 
 def _load_weights(
-    request: LoadRequest, path: str, heads: dict[str, Any], local_only: bool
+    request: LoadRequest, path: str, heads: dict[str, Any], told: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], StreamedWeights | None]:
     """The model, transformers' loading info, and where the weights are if they stay on disk."""
     import torch
-    import transformers
+    from transformers import AutoConfig
 
-    auto_class, dtype = getattr(transformers, request.kind.auto_class), getattr(torch, request.dtype)
+    config = AutoConfig.from_pretrained(path, **told)
+    auto_class, dtype = model_class(request.kind.auto_class, config), getattr(torch, request.dtype)
     if request.streamed:
         from layerlens.integrations.skeleton import load_skeleton
 
-        return load_skeleton(auto_class, _local_folder(path, local_only), heads, dtype)
-    model, info = auto_class.from_pretrained(
-        path,
-        **heads,
-        dtype=dtype,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        local_files_only=local_only,
-        **(request.placement or {}),
-    )
+        return load_skeleton(
+            auto_class, _local_folder(path, told["local_files_only"]), heads, dtype,
+            trust_remote_code=request.trust_remote_code,
+        )  # fmt: skip
+
+    def load(quantization: Mapping[str, Any] | None, **more: Any) -> tuple[Any, dict[str, Any]]:
+        loaded: tuple[Any, dict[str, Any]] = auto_class.from_pretrained(
+            path, **more, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **told,
+            **quantization_arguments(quantization), **(request.placement or {}),
+        )  # fmt: skip
+        return loaded
+
+    asked = request.quantization
+    if asked is not None and request.kind.new_head:
+        with torch.device("meta"):
+            asked = sparing(
+                asked, task_heads(auto_class.from_config(config, trust_remote_code=told["trust_remote_code"]))
+            )
+    model, info = load(asked, **heads)
+    if new := _quantized_unmade(model, info):
+        if asked is None:
+            config = AutoConfig.from_pretrained(path, **heads, **told)
+            config.quantization_config = sparing(config.quantization_config, new)
+            model, info = load(None, config=config)
+        else:
+            model, info = load(sparing(asked, new), **heads)
     return model, info, None
+
+
+def _quantized_unmade(model: Any, info: Mapping[str, Any]) -> list[str]:
+    """Modules that the checkpoint lacks and that would be quantized before they have a weight."""
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in sorted(info["missing_keys"]))
+    return [path for path in paths if is_quantized(model.get_submodule(path))]
 
 
 def _local_folder(path: str, local_only: bool) -> Path:
@@ -332,22 +385,29 @@ def _local_folder(path: str, local_only: bool) -> Path:
     return Path(snapshot_download(path, allow_patterns=STREAMED_FILES, local_files_only=local_only))
 
 
-def _load_processor(request: LoadRequest, path: str, config: Any, local_only: bool) -> tuple[Any, ImageInput | None]:
-    """The tokenizer that was saved with the model, or of a model of images its image processor."""
-    from transformers import AutoTokenizer
+def _load_processor(
+    request: LoadRequest, path: str, config: Any, told: dict[str, Any]
+) -> tuple[Any, ImageInput | None, Any]:
+    """(tokenizer, images, processor): what was saved with the model of these three, as the task has use for."""
+    from transformers import AutoProcessor, AutoTokenizer
 
     if request.kind.inputs == "image":
-        return None, _image_processor(path, config, local_only)
+        return None, _image_processor(path, config, told), None
+    if has_towers(request.kind.auto_class, config):
+        with suppress(OSError, ValueError, KeyError, ImportError, TypeError):
+            processor = AutoProcessor.from_pretrained(path, **told)
+            if hasattr(processor, "image_processor") and getattr(processor, "tokenizer", None) is not None:
+                return tokenizer_of(processor), None, processor
     spaced = request.kind.inputs == "words" and getattr(config, "model_type", "") in SPACE_BEFORE_WORDS
     settings = {"add_prefix_space": True} if spaced else {}
-    return AutoTokenizer.from_pretrained(path, local_files_only=local_only, **settings), None
+    return tokenizer_of(AutoTokenizer.from_pretrained(path, **told, **settings)), None, None
 
 
-def _image_processor(path: str, config: Any, local_only: bool) -> ImageInput:
+def _image_processor(path: str, config: Any, told: dict[str, Any]) -> ImageInput:
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(path, local_files_only=local_only)
+        processor = AutoImageProcessor.from_pretrained(path, **told)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelNotFoundError(
             f"model.name_or_path: {path} has no usable image processor ({str(error).strip().splitlines()[0]}); save "

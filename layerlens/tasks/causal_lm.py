@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from layerlens.config import DataConfig
-from layerlens.data.conversations import OddRow
+from layerlens.data.conversations import OddRow, question_turns
 from layerlens.data.dataset import Dataset
-from layerlens.data.language_rows import question_turns, read_language
+from layerlens.data.language_rows import read_language
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.chat import Chat
@@ -115,7 +115,7 @@ TASK = Task(
     description="next tokens: of texts all of them, of prompts and questions those of the answer, of chats those of "
     "the assistant; preference pairs are trained as `dpo`",
     inputs="text",
-    read=read_language,
+    read=partial(read_language, images=True),
     claim=partial(claim_language, pairs=False),
     of_classes=without_classes,
     encode=encode,

@@ -19,6 +19,9 @@ from layerlens.registry import TASKS
 from layerlens.sources import LoadRequest
 from layerlens.storage import url_of
 
+TOWER_CONFIGS = {"vision_config", "audio_config"}
+"""What the ``config.json`` of a language model with other towers has beside the one of its text."""
+
 
 @dataclass(frozen=True)
 class Guess:
@@ -99,7 +102,7 @@ def with_task(config: RunConfig, base_dir: Path | None = None) -> tuple[RunConfi
 
 def model_description(config: RunConfig, base_dir: Path | None) -> dict[str, Any]:
     """The checkpoint's ``config.json``; empty where there is none to be read without loading the model."""
-    request = LoadRequest(config.model.reference, weights=config.model.weights, base_dir=base_dir)
+    request = LoadRequest(config.model.reference, weights=config.model.weights, base_dir=base_dir)  # no code is run
     return dict(request.source.description(request))
 
 
@@ -113,7 +116,10 @@ def _guess(config: RunConfig, base_dir: Path | None) -> Guess:
     for task in TASKS.values():
         if suffix and suffix in task.file_suffixes:
             return Guess(task.name, f"data in a {suffix} file")
-    architectures = [str(name) for name in model_description(config, base_dir).get("architectures") or ()]
+    described = model_description(config, base_dir)
+    architectures = [str(name) for name in described.get("architectures") or ()]
+    if TOWER_CONFIGS & described.keys():  # a language model, though its class has the ending of encoder-decoders
+        architectures = [name.replace("ForConditionalGeneration", "ForCausalLM") for name in architectures]
     if source.startswith(BUILT_IN_PREFIX) and source in BUILT_IN:
         for task in TASKS.values():
             if task.classes and task.of_classes is not None and task.inputs == BUILT_IN[source].column:

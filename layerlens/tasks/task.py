@@ -22,6 +22,7 @@ from layerlens.tasks.batches import Batches, Collate, Features
 from layerlens.tasks.encoded import Encoded
 from layerlens.tasks.losses import Loss, own_loss
 from layerlens.tasks.metrics import LOSS_ONLY, Metrics
+from layerlens.tasks.token_ids import check_token_ids
 from layerlens.utils.user_code import load_function
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Task:
             the model with, of the model as it is; None where the loss compares it with nothing.
         study: whether ``layerlens evaluate`` can stack several trainings of it: targets are a tensor, and inputs and
             logits have one shape.
+        alone: whether each sample is measured in a batch of its own, as its inputs have no axis of samples.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Task:
     of_classes: Callable[[Dataset], Dataset] | None = None
     reference: Callable[[torch.nn.Module, PretrainedModel, Sequence[Features], int], None] | None = None
     study: bool = True
+    alone: bool = False
 
     @property
     def endings(self) -> tuple[str, ...]:
@@ -125,7 +128,7 @@ def task_for(config: ModelConfig, base_dir: Path | None = None, dataset: Dataset
     Args:
         config: names the task.
         base_dir: folder that relative paths start from.
-        dataset: the samples, which may turn out to be for another task (preference pairs for DPO).
+        dataset: the samples, which may turn out to be for another task (preference pairs for DPO, chats about images).
 
     Raises:
         ConfigurationError: the loss cannot be imported.
@@ -174,7 +177,7 @@ def make_batches(
 
     Raises:
         DataError: a sample cannot be encoded, or none is left.
-        ConfigurationError: the tokenizer lacks what the task needs.
+        ConfigurationError: the tokenizer lacks what the task needs, or has tokens that the model lacks.
     """
     features = task.encode(pretrained, dataset, config, seed)
     if isinstance(features, Encoded):
@@ -182,4 +185,5 @@ def make_batches(
         if not features and len(dataset):
             reason = features.left_out.most_common(1)[0][0]
             raise DataError(f"data.source: none of the {len(dataset)} rows can be used: {reason}")
-    return Batches(task.collate, pretrained, features, batch_size=batch_size)
+    check_token_ids(pretrained, features)
+    return Batches(task.collate, pretrained, features, batch_size=1 if task.alone else batch_size)

@@ -21,6 +21,7 @@ from mlflow.tracking import MlflowClient
 from layerlens import __version__
 from layerlens.config import TrackingConfig
 from layerlens.exceptions import TrackingError
+from layerlens.integrations.auto_classes import auto_class_for
 from layerlens.models import Manifest
 from layerlens.registry import TASKS
 from layerlens.sources import LoadRequest
@@ -118,7 +119,7 @@ class MlflowTracker:
                 "package": "" if needs_layerlens else request.source.trust(request).package,
                 "task": task,
                 "labels": labels,
-                "auto_class": kind.auto_class,
+                "auto_class": auto_class_for(kind.auto_class, manifest.model.model_type or ""),
                 "num_labels": kind.n_outputs(labels),
                 "dtype": manifest.model.dtype or "float32",
                 "seed": manifest.choice.seed,

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerlens.exceptions import ManifestError
-from layerlens.integrations.pretrained import PretrainedModel, weights_fingerprint
+from layerlens.integrations.pretrained import PretrainedModel, not_of_checkpoint, weights_fingerprint
+from layerlens.integrations.quantized import parameter_count
 from layerlens.integrations.torch_modules import find_module
 from layerlens.models import Choice, Manifest, ModelFacts, Option, choice_of
 from layerlens.registry import METHODS, TASKS
@@ -44,13 +45,16 @@ def base_reference(manifest: Manifest, model: str | None) -> str:
     return reference
 
 
-def load_base(manifest: Manifest, model: str | None = None, base_dir: Path | None = None) -> PretrainedModel:
+def load_base(
+    manifest: Manifest, model: str | None = None, base_dir: Path | None = None, *, trust_remote_code: bool = False
+) -> PretrainedModel:
     """The manifest's base model with its tokenizer or image processor, as it was profiled.
 
     Args:
         manifest: names the model, its task, its classes and the seed of a new head.
         model: name or path to load instead.
         base_dir: folder that relative paths start from.
+        trust_remote_code: whether Python code beside the weights may run; a manifest cannot say so.
 
     Raises:
         ManifestError: see ``base_reference``.
@@ -66,6 +70,8 @@ def load_base(manifest: Manifest, model: str | None = None, base_dir: Path | Non
         base_dir=base_dir,
         dtype=facts.dtype or "float32",
         weights=facts.weights,
+        trust_remote_code=trust_remote_code,
+        quantization=facts.quantization,
     )
 
 
@@ -121,7 +127,7 @@ def check_costs(model: torch.nn.Module, manifest: Manifest, options: Sequence[Op
 def check_weights(model: torch.nn.Module, facts: ModelFacts, source: str = "the manifest") -> None:
     """Refuse a model whose weights are not those that ``facts`` describes.
 
-    The task head is left out when it was new then: it is random in every freshly loaded model. Facts without a
+    Modules with new parameters are left out: these are random in every freshly loaded model. Facts without a
     fingerprint (written without the model at hand) fit any weights.
 
     Raises:
@@ -130,14 +136,14 @@ def check_weights(model: torch.nn.Module, facts: ModelFacts, source: str = "the 
     expected = facts.fingerprint
     if not expected:
         return
-    counted, total = facts.total_params, sum(parameter.numel() for parameter in model.parameters())
+    counted, total = facts.total_params, parameter_count(model)
     if counted and counted != total:
         raise ManifestError(f"{source} was made for a model of {counted:,} parameters, this one has {total:,}")
-    heads = tuple(name + "." for name in facts.heads)
-    head_parameters = [name for name in model.state_dict() if heads and name.startswith(heads)]
-    if expected not in (weights_fingerprint(model, head_parameters), weights_fingerprint(model)):
+    new = not_of_checkpoint(model, facts.heads, facts.new_parameters or ())
+    found = weights_fingerprint(model, new)
+    if expected not in (found, weights_fingerprint(model)):
         raise ManifestError(
-            f"these are not the weights that {source} was made for: fingerprint "
-            f"{weights_fingerprint(model, head_parameters)[:12]}… instead of {expected[:12]}…; load "
+            f"these are not the weights that {source} was made for: fingerprint {found[:12]}… instead of "
+            f"{expected[:12]}…; load "
             f"{facts.name_or_path!r} in the precision it was profiled in, or profile this model"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from layerlens.integrations.peft import BASE_PREFIX, base_of, lora_shape, why_no
 from layerlens.integrations.torch_modules import find_module
 from layerlens.methods import injected_sizes
 from layerlens.models import ModelFacts
+from layerlens.registry import METHODS
 from layerlens.tuning.generators.generator import ordinary_lora
 from layerlens.tuning.initialization import ADAPTER_WEIGHTS
 from layerlens.tuning.inject import before_of, keep_statistics, note_before
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 ADAPTER_CONFIG, CARD = "adapter_config.json", "README.md"
+LORA_TYPE = "LORA"
 EXPORTED = "peft"  # where a run puts the PEFT files, beside its manifest
 
 
@@ -137,9 +140,10 @@ def _check_peft_files(base: torch.nn.Module, directory: Path) -> None:
         raise ManifestError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:
         raise ManifestError(f"{path}: is damaged or cut short ({error})") from error
-    if kind != "LORA":
-        return
     known = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
+    if kind != LORA_TYPE:
+        _check_vectors(path, base, known, kind, shapes)
+        return
     for key, shape in shapes.items():
         name = key.removeprefix(BASE_PREFIX)
         layer, mark, part = name.partition(".lora_")
@@ -153,12 +157,42 @@ def _check_peft_files(base: torch.nn.Module, directory: Path) -> None:
         count = 1
         for size in shape:
             count *= size
+        if part == "magnitude_vector":
+            if count != n_out:
+                raise ManifestError(f"{path}: {layer}: {key} is {shape}, which does not fit {n_out} outputs")
+            continue
         width = n_in if part.startswith("A") else n_out
         if count % width or (shape[0] != n_out if part.startswith("B") else count // shape[0] != n_in):
             raise ManifestError(
                 f"{path}: {layer}: lora_{part} is {shape}, which does not fit this {n_in} → {n_out} "
                 f"{type(module).__name__}; it was made for a model of another shape"
             )
+
+
+def _check_vectors(
+    path: Path,
+    base: torch.nn.Module,
+    known: dict[str, tuple[int, ...]],
+    kind: str,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """The tensors of another method of PEFT that LayerLens has; of any other kind nothing is known here."""
+    methods: list[Any] = [METHODS[name] for name in METHODS if getattr(METHODS[name], "peft_type", "") == kind]
+    for method in methods:
+        mark = f".{method.holder}"
+        for key, shape in shapes.items():
+            layer, found, end = key.removeprefix(BASE_PREFIX).partition(mark)
+            if not found:
+                _check_tensor(path, known, layer, shape)
+                continue
+            module = find_module(base, layer)
+            reason = method.why_not(layer, module)
+            if reason:
+                raise ManifestError(f"{path}: {layer}: {reason}")
+            fitting = {name: tuple(tensor.shape) for name, tensor in method.layer_tensors(layer, module).items()}
+            name = f"{method.holder}{end}"
+            if fitting.get(name) != shape:
+                raise ManifestError(f"{path}: {layer}: {name} is {shape}, where this model has {fitting.get(name)}")
 
 
 def _check_tensor(path: Path, known: dict[str, tuple[int, ...]], name: str, shape: tuple[int, ...]) -> None:

@@ -44,7 +44,7 @@ def apply(
             precision, or after further training.
 
     Returns:
-        A PEFT model around ``model`` if there is a LoRA row, else ``model`` itself.
+        A PEFT model around ``model`` if there is a row of LoRA or another method of PEFT, else ``model`` itself.
 
     Raises:
         ManifestError: the choice does not fit; the model is then unchanged.
@@ -52,9 +52,10 @@ def apply(
     if injected_sizes(model):
         raise ManifestError("the model already has LoRA layers, adapters or prefixes; load the base model afresh")
     choice, known = fitting_choice(model, given, check_fingerprint=check_fingerprint)
+    wrapped = bool(choice.peft_method)
     methods = [METHODS[name] for name in METHODS if choice.of_method(name)]
+    methods.sort(key=lambda method: not method.wraps)  # PEFT freezes all that is there before it
     put_in = [method.prepare(model, choice, factors) for method in methods]
-    wrapped = any(method.wraps for method in methods)
     names = choice.head_modules
     heads = [find_module(model, name) for name in names]
 
@@ -165,7 +166,8 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
 def merge(model: torch.nn.Module) -> torch.nn.Module:
     """The base model with LoRA added into its weights, and the trained task head in place: as fast as before.
 
-    Logits agree with those of ``model`` up to the rounding of W + (alpha/r)·B·A in the precision of W.
+    Logits agree with those of ``model`` up to the rounding of W + (alpha/r)·B·A in the precision of W. Quantized
+    weights are rounded coarsely; a warning says how much of what was trained that takes.
 
     Args:
         model: what ``apply`` or ``load`` returned; it must not be used afterwards.

@@ -18,7 +18,9 @@ from layerlens.utils.atomic import staged_directory
 SHARD = "5GB"
 
 
-def export_merged(place: Path, manifest: Manifest | None, model: str | None, output: Path) -> dict[str, Path]:
+def export_merged(
+    place: Path, manifest: Manifest | None, model: str | None, output: Path, *, trust_remote_code: bool = False
+) -> dict[str, Path]:
     """Write the base model with the LoRA of ``place`` added into its weights, and the trained task head in place.
 
     Args:
@@ -26,6 +28,7 @@ def export_merged(place: Path, manifest: Manifest | None, model: str | None, out
         manifest: the one that is there, if there is one.
         model: name or path of the base model, if it is not where the adapter says.
         output: directory, created if it is not there; the weights of an earlier export in it are replaced.
+        trust_remote_code: whether Python code beside the base model's weights may run.
 
     Returns:
         The path of each file, by its name: safetensors of at most 5 GB, config.json, the generation configuration of a
@@ -37,7 +40,7 @@ def export_merged(place: Path, manifest: Manifest | None, model: str | None, out
         OutputError: the directory cannot be written.
     """
     with origin_of(place, manifest, model) as origin:
-        pretrained = _base(origin, model)
+        pretrained = _base(origin, model, trust_remote_code)
         base: Any = pretrained.model
         if not hasattr(base, "save_pretrained"):
             raise ManifestError(
@@ -55,12 +58,12 @@ def export_merged(place: Path, manifest: Manifest | None, model: str | None, out
     return {name: output / name for name in names}
 
 
-def _base(origin: Origin, model: str | None) -> PretrainedModel:
+def _base(origin: Origin, model: str | None, trust_remote_code: bool) -> PretrainedModel:
     if origin.manifest is None:
         if not origin.base:
             raise ManifestError("nothing here says which base model it is; say --model MODEL")
-        return load_pretrained(origin.base, origin.task, ())
-    pretrained = load_base(origin.manifest, model)
+        return load_pretrained(origin.base, origin.task, (), trust_remote_code=trust_remote_code)
+    pretrained = load_base(origin.manifest, model, trust_remote_code=trust_remote_code)
     check_weights(pretrained.model, origin.manifest.model)
     return pretrained
 

@@ -195,7 +195,11 @@ def _output(task: Task, model: Any, batch: Mapping[str, Any]) -> Output:
     n = len(next(iter(inputs.values()))) // rows
     whole = Batch(inputs, batch[TARGETS], torch.arange(n), rows).to(next(model.parameters()).device)
     returned = model(**whole.inputs)
-    return Output(task.loss(returned, whole).mean(), n, returned)
+    loss__b = task.loss(returned, whole)
+    if task.token_labels:  # a mean over tokens, as models compute it of texts
+        items = int((whole.labels[:, task.shift :] != IGNORED).sum())
+        return Output(loss__b.sum() / max(1, items), items, returned)
+    return Output(loss__b.mean(), n, returned)
 
 
 def evaluate(

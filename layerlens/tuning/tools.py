@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.auto_classes import auto_class_of
 from layerlens.integrations.peft import lora_config
 from layerlens.integrations.transformers import blocks_of, role_of
-from layerlens.models import Choice, Manifest, Option
+from layerlens.models import LORA, Choice, Manifest, Option
 from layerlens.sources import LoadRequest
 from layerlens.tuning.base_model import base_reference, check_costs, check_names, check_weights, load_base
 from layerlens.tuning.export import PEFT_DIRECTORY, export_adapter
@@ -48,8 +49,9 @@ class Tool:
 
 
 def export_for(
-    tool: str, manifest: Manifest, model: str | None, output: Path, *, lora_part: bool = False, measured: Path
-) -> dict[str, Path]:
+    tool: str, manifest: Manifest, model: str | None, output: Path, *, lora_part: bool = False, measured: Path,
+    trust_remote_code: bool = False,
+) -> dict[str, Path]:  # fmt: skip
     """Write below ``output`` what ``tool`` trains the manifest from.
 
     Args:
@@ -59,6 +61,7 @@ def export_for(
         output: directory, created if it is not there; other files in it stay.
         lora_part: leave adapters and prefixes out instead of refusing them.
         measured: the run's peft directory, which has LoRA's first A where the initialisation comes from data.
+        trust_remote_code: whether Python code beside the base model's weights may run.
 
     Returns:
         The path of each file or directory written, by its name.
@@ -76,7 +79,8 @@ def export_for(
             f"{wanted.name} trains {', '.join(wanted.tasks)}, and the manifest is for {task}; use --to peft with your "
             "own loop or Trainer, or `layerlens train`"
         )
-    name, base = base_reference(manifest, model), load_base(manifest, model).model
+    name = base_reference(manifest, model)
+    base = load_base(manifest, model, trust_remote_code=trust_remote_code).model
     check_names(base, chosen)
     check_weights(base, manifest.model)
     check_costs(base, manifest, chosen.chosen)
@@ -102,7 +106,13 @@ def _lora_part(choice: Choice, tool: str, lora_part: bool) -> Choice:
             f"{tool} holds LoRA only, and the manifest has {' and '.join(counted)}; train it with `layerlens train`, "
             "export its LoRA with --lora-part, or choose again with optimization.methods: [lora]"
         )
-    if not choice.lora_options:
+    kind = choice.peft_method
+    if kind not in ("", LORA) and tool not in ANY_PEFT:
+        raise ManifestError(
+            f"{tool} trains LoRA, and the manifest has {kind}; export with --to peft or --to trl, or use "
+            "`layerlens train`"
+        )
+    if not kind:
         raise ManifestError(f"the manifest has no LoRA layer, so there is nothing for {tool} to train")
     return choice.only(option for option in choice.options if option not in others)
 
@@ -113,23 +123,37 @@ def _peft(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
 
 def _trl(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
     """A script, since the options of TRL's command line have no rank for each layer."""
-    script = f'''"""Trains the LoRA that LayerLens chose with TRL: python train_trl.py DATASET [OUTPUT]."""
+    auto = auto_class_of(model)
+    script = f'''"""Trains the LoRA that LayerLens chose with TRL: python train_trl.py DATA [OUTPUT].
+
+DATA is a .json, .jsonl, .csv, .parquet or .txt file, a folder of such files, or a data set of the hub.
+Needs TRL 1.0 or newer.
+"""
 
 import sys
 from pathlib import Path
 
 from datasets import load_dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 BASE = {path!r}
 PEFT = Path(__file__).parent / {PEFT_DIRECTORY!r}
+KINDS = {{".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}}
+
+
+def data_set(source):
+    """The rows of a file, a folder, or a data set of the hub."""
+    kind = KINDS.get(Path(source).suffix.lower())
+    if kind is not None and Path(source).is_file():
+        return load_dataset(kind, data_files=source, split="train")
+    return load_dataset(source, split="train")
 
 
 def trainer(train_dataset, output_dir="trl-output", **arguments):
     """A trainer on the chosen LoRA; `arguments` are SFTConfig's."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), str(PEFT), is_trainable=True)
+    model = PeftModel.from_pretrained({auto}.from_pretrained(BASE), str(PEFT), is_trainable=True)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -138,7 +162,7 @@ def trainer(train_dataset, output_dir="trl-output", **arguments):
 
 
 if __name__ == "__main__":
-    trainer(load_dataset(sys.argv[1], split="train"), *sys.argv[2:3]).train()
+    trainer(data_set(sys.argv[1]), *sys.argv[2:3]).train()
 '''
     return {"train_trl.py": script}
 
@@ -256,10 +280,15 @@ def _yaml(fields: dict[str, Any], remaining: str) -> str:
     return f"# The LoRA that LayerLens chose. {remaining}\n{text}"
 
 
-AXOLOTL_TODO = "Add your datasets, batch size and learning rate, then: axolotl train axolotl.yaml"
+AXOLOTL_TODO = (
+    "Needs axolotl 0.18 or newer, for the ranks by layer. Add your datasets, batch size and learning rate, then: "
+    "axolotl train axolotl.yaml"
+)
 LLAMA_FACTORY_TODO = (
     "Add dataset, template and learning rate, then, from this directory: llamafactory-cli train llama_factory.yaml"
 )
+ANY_PEFT = ("PEFT", "TRL")
+"""What can begin from a directory of any method of PEFT."""
 TOOLS = {
     "peft": Tool("PEFT", None, True, _peft),
     "trl": Tool("TRL", (CAUSAL_LM,), True, _trl),

@@ -40,6 +40,8 @@ from layerlens.utils.memory import PeakMemory
 from layerlens.utils.progress import Advance
 
 SHOWN_SAMPLES = 8
+PEFT_FLAG = "_hf_peft_config_loaded"
+"""By which transformers knows a model that has adapters inside."""
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Recorder:
 def run(job: FineTune, find_checkpoint: Callable[[Path], Path | None]) -> TrainingResult:
     """Train, or go on, and leave the model with the best weights; see ``training.fine_tune``."""
     memory, started = PeakMemory(), time.perf_counter()
-    with _Quiet():
+    with _Quiet(), _known_to_be_adapted(job.model):
         trainer = _Trainer(job, training_arguments(job))
     _wait(trainer)  # the first process has looked after the directory
     checkpoint = find_checkpoint(job.checkpoints)
@@ -102,6 +104,28 @@ def run(job: FineTune, find_checkpoint: Callable[[Path], Path | None]) -> Traini
         stopped_early=recorder.stopped_early,
         job=job.identity,
     )
+
+
+@contextmanager
+def _known_to_be_adapted(model: Any) -> Iterator[None]:
+    """While open, Trainer takes a quantized model with adapters or prefixes of ours as one with PEFT's.
+
+    Raises:
+        TrainingError: a model of this quantization cannot be trained.
+    """
+    quantized = getattr(model, "is_quantized", False) and not hasattr(model, "peft_config")
+    before = getattr(model, PEFT_FLAG, False)
+    if quantized:
+        setattr(model, PEFT_FLAG, True)
+    try:
+        yield
+    except ValueError as error:
+        if not getattr(model, "is_quantized", False):
+            raise
+        raise TrainingError(f"the quantized base model cannot be trained: {' '.join(str(error).split())}") from error
+    finally:
+        if quantized:
+            setattr(model, PEFT_FLAG, before)
 
 
 class _Trainer(Trainer):

@@ -31,13 +31,14 @@ def uniform(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Opti
 
 
 def root_law(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option], energy_name: str) -> np.ndarray:
-    """√(energy · scale) · √rank, the energy being this field of ``MethodStatistics``, taken as 0 where it is below."""
+    """√(energy · scale) · √rank, the energy (``Method.energy``) from this field of ``MethodStatistics``, at least 0."""
     scale = input_scales(spec, statistics)
-    by_layer = statistics.by_name()
+    by_layer, layers = statistics.by_name(), {layer.name: layer for layer in spec.layers}
     utility = np.zeros(len(options))
     for index, option in enumerate(options):
         if option.method != NONE:
-            energy: float = getattr(by_layer[option.layer].by_method[option.method], energy_name)
+            measured = by_layer[option.layer].by_method
+            energy = METHODS[option.method].energy(layers[option.layer], option.rank, measured, energy_name)
             factor = scale[option.layer, option.method]
             utility[index] = np.sqrt(max(0.0, energy) * factor) * np.sqrt(option.rank)
     return utility

@@ -23,9 +23,9 @@ def whitened(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Opt
     utility = np.zeros(len(options))
     for index, option in enumerate(options):
         if option.method != NONE:
-            values = np.maximum(by_layer[option.layer].by_method[option.method].spectrum, 0.0)
-            directions = METHODS[option.method].directions(layers[option.layer], option.rank)
-            utility[index] = 0.5 * float(values[:directions].sum())
+            method, measured = METHODS[option.method], by_layer[option.layer].by_method
+            values = method.whitened_values(layers[option.layer], option.rank, measured)
+            utility[index] = 0.5 * float(np.maximum(values, 0.0).sum())
     return utility
 
 

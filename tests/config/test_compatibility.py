@@ -19,6 +19,7 @@ from layerlens.pipeline import run_config
 
 ROOT = Path(__file__).parents[2]
 PROXIES = {"profiling.proxies.options": 4}
+FOUR_BITS = {"model.quantization": {"load_in_4bit": True}}
 STREAMED = {"profiling.memory_mode": "streamed"}
 SHARDED = {"distributed.sharding": "fsdp"}
 PLACED = {"model.device_map": "auto"}
@@ -27,8 +28,10 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         **STREAMED, "model.name_or_path": "timm:resnet18", "model.task": "image-classification"
     },
     "streaming and what needs the model in memory": {**STREAMED, **PROXIES},
+    "streaming and quantization": {**STREAMED, **FOUR_BITS},
     "a memory limit and device_map": {"profiling.max_memory_gb": 1.0, **PLACED},
     "sharding and device_map": {**SHARDED, **PLACED},
+    "sharding and quantization": {**SHARDED, **FOUR_BITS},
     "sharding and a source that is not spread": {
         **SHARDED, "model.name_or_path": "ultralytics:yolo11n.pt", "model.task": "object-detection"
     },
@@ -44,6 +47,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "layers of a method that is not on offer": {
         "optimization.methods": ["lora"], "optimization.constraints.min_layers": {"prefix": 1}
     },
+    "two methods of PEFT": {"optimization.methods": ["lora", "dora"]},
     "a study of a task without one": {"model.task": "seq2seq"},
     "a study without a budget": {"optimization.max_trainable_params": None, "optimization.max_flops": 1e9},
 }  # fmt: skip
@@ -51,6 +55,7 @@ OTHERS: list[dict[str, Any]] = [
     {**STREAMED, "optimization.proxy_check.steps": 4},
     {**STREAMED, "optimization.lora_initialization": "gradient_svd"},
     {**STREAMED, "profiling.statistics": ["flops"]},
+    {**STREAMED, "optimization.methods": ["ln_tuning"]},
     {"profiling.memory_mode": "checkpointed", **PLACED},
 ]
 """Further ways into rows that have several."""

@@ -107,8 +107,14 @@ def test_the_line_of_the_design() -> None:
         (
             "optimization",
             "method_penalties: {loar: 1}",
-            "6:28: optimization.method_penalties.loar: must be 'lora', 'adapter' or 'prefix', got 'loar'; "
-            "did you mean 'lora'?",
+            "6:28: optimization.method_penalties.loar: must be 'lora', 'adapter', 'prefix', 'dora', 'ia3', 'bitfit' or "
+            "'ln_tuning', got 'loar'; did you mean 'lora'?",
+        ),
+        (
+            "optimization",
+            "methods: [lora, vera]",
+            "6:19: optimization.methods[1]: 'vera' is left out: its layers share their projections, so what one of "
+            "them costs depends on the others",
         ),
     ],
 )

@@ -136,7 +136,7 @@ WRONG = [
     (("created_at",), "yesterday", "created_at: .*ISO 8601"),
     (("created_at",), "2026-01-31T12:00:00+01:00", "created_at: .*UTC"),
     (("created_at",), "2026-13-31T12:00:00Z", "created_at: .*month"),
-    (("allocations", 0, "method"), "dora", r"allocations\[0\].method: .*'lora'.* got 'dora'"),
+    (("allocations", 0, "method"), "loha", r"allocations\[0\].method: .*'lora'.* got 'loha'"),
     (("allocations", 0, "rank"), 0, r"allocations\[0\]: rank 0 does not fit method 'lora'"),
     (("allocations", 1, "rank"), 3, r"allocations\[1\]: rank 3 does not fit method 'none'"),
     (("allocations", 0, "rank"), -1, r"allocations\[0\].rank"),

@@ -239,19 +239,24 @@ def test_nan_weights_are_refused_by_sample():
         profile(model, [joined(samples())])
 
 
-def test_a_layer_that_the_loss_does_not_reach_is_refused_by_name():
+def test_a_layer_that_the_loss_does_not_reach_is_left_out_by_name():
     model = bert().eval().requires_grad_(False)
     spec = spec_of(model)
     cut = model.bert.encoder.layer[1]
     original = cut.forward
     cut.forward = lambda hidden, *args, **kwargs: original(hidden.detach(), *args, **kwargs)
-    with pytest.raises(ProfilingError, match=r"bert\.encoder\.layer\.0\..*no gradient reached"):
-        measure(
-            model,
-            spec,
-            [joined(samples())],
-            request=StatisticsRequest.of(SIGNAL),
-            sequence_length=8,
-            threads=1,
-            progress=silent,
-        )
+    statistics = measure(
+        model,
+        spec,
+        [joined(samples())],
+        request=StatisticsRequest.of(SIGNAL),
+        sequence_length=8,
+        threads=1,
+        progress=silent,
+    )
+    unreached = [layer.name for layer in spec.layers if ".layer.0." in layer.name]
+    assert list(statistics.unmeasured) == unreached
+    assert all("no gradient reaches it" in reason for reason in statistics.unmeasured.values())
+    left = spec.without(statistics.unmeasured)
+    assert [layer.name for layer in left.layers] == [layer.layer for layer in statistics.layers]
+    assert left.left_out == statistics.unmeasured

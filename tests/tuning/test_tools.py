@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,29 @@ def test_llama_factory_goes_on_from_the_directory(plan: Any, base: Path, tmp_pat
     assert fields["model_name_or_path"] == str(base)
     assert (tmp_path / fields["adapter_name_or_path"] / "adapter_config.json").is_file()
     assert fields["create_new_adapter"] is False
+
+
+def test_the_script_for_trl_reads_files_folders_and_the_hub(plan: Any, tmp_path: Path, monkeypatch):
+    from layerlens.integrations.torchvision_import import make_torchvision_importable
+
+    make_torchvision_importable()
+    export_for("trl", plan(VARIED), None, tmp_path / "out", measured=tmp_path)
+    script = runpy.run_path(str(tmp_path / "out/train_trl.py"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "a.csv").write_text("text\none\ntwo\n")
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    for place in (folder / "a.jsonl", tmp_path / "a.csv", tmp_path / "a.txt", folder):
+        assert script["data_set"](str(place))["text"][:] == ["one", "two"]
+
+
+def test_files_say_which_version_they_need(plan: Any, tmp_path: Path):
+    needs = {"trl": ("train_trl.py", "TRL 1.0"), "axolotl": ("axolotl.yaml", "axolotl 0.18")}
+    for tool, (name, version) in needs.items():
+        files = export_for(tool, plan(VARIED), None, tmp_path / tool, measured=tmp_path)
+        assert f"Needs {version} or newer" in files[name].read_text()
 
 
 def test_adapterhub_configuration(plan: Any, tmp_path: Path):

@@ -165,9 +165,8 @@ def test_folders_without_an_adapter(config, plates: Path, tmp_path: Path):
 
 def test_the_tiny_language_model_words_findings(language_model_dir: Path):
     loaded = load_pretrained(str(language_model_dir), "causal-lm", [])
-    # 0.52 and 0.67 with two seeds, 0.28 with the kernels of another instruction set: the last bits decide where so short
-    # a training ends. A guess is right once in 81; of some 20 findings two or more are then right once in 40 times, ten
-    # times the chance once in a thousand.
+    # 0.52 and 0.67 with two seeds, 0.28 with the kernels of another instruction set: the last bits decide where so
+    # short a training ends. A guess is right once in 81; ten times that, of some 20 findings, once in 500 trials.
     assert share_of_right_findings(LocalModel(loaded.model, loaded.tokenizer, "tiny")) >= 10 / 81
 
 

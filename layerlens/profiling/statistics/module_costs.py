@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from layerlens.integrations.flops import FlopCounter
 from layerlens.profiling.footprint import opened_at, samples_in, saved_tensors_seen
 from layerlens.profiling.statistics import Statistic
 
@@ -44,7 +44,7 @@ def _activation_bytes(
 def _forward_flops(
     model: torch.nn.Module, first_block: str | None, inputs: dict[str, torch.Tensor]
 ) -> dict[str, float]:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounter(model) as counter:
         model(**inputs)
     root = type(model).__name__ + "."
     counts = {name: sum(of.values()) for name, of in counter.get_flop_counts().items()}

@@ -349,6 +349,7 @@ class _Pass:
             forward_flops=0.0,
             provenance={"covered": capture.covered_weights()},
             other_weights=capture.other_weights(),
+            unmeasured=capture.unmeasured_layers(),
             extra={"\t".join((statistic, *key)): x for statistic, of in parts.items() for key, x in of.items()} or None,
         )
         self.found[name] = part
@@ -363,11 +364,13 @@ class _Pass:
         others: dict[str, MethodStatistics] = {}
         covered: dict[str, str] = {}
         parts: dict[str, np.ndarray | float] = {}
+        unmeasured: dict[str, str] = {}
         for part in self.found.values():
             by_name |= part.by_name()
             others |= part.other_weights
             covered |= part.provenance["covered"]
             parts |= part.extra or {}
+            unmeasured |= part.unmeasured
         if not self.request.backward:
             empty = [LayerStatistics(x.name, {m: MethodStatistics() for m in x.methods}) for x in self.spec.layers]
             by_name = {layer.layer: layer for layer in empty}
@@ -375,14 +378,15 @@ class _Pass:
         sweep.residency.close()  # what is left out is found by which parameters are the same, on the skeleton
         left_out, coverage = left_out_of(model, covered)
         return ModelStatistics(
-            layers=tuple(by_name[layer.name] for layer in self.spec.layers),
+            layers=tuple(by_name[layer.name] for layer in self.spec.layers if layer.name in by_name),
             n_samples=self.n_samples,
             n_tokens=sum(record.n_tokens for record in self.batches),
             mean_loss=float(torch.cat(losses).double().mean()),
             activation_bytes=activation_bytes,
             forward_flops=forward_flops,
             other_weights=others,
-            left_out=left_out,
+            left_out=left_out | {f"{name}.weight": reason for name, reason in unmeasured.items()},
+            unmeasured=unmeasured,
             coverage=coverage,
             **of_model,
         )

@@ -1,0 +1,87 @@
+"""The layers that a configuration asks for: one tower of several, or what is outside the blocks (``lm_head``)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+
+from layerlens.exceptions import ModelSpecError
+from layerlens.integrations.transformers import is_dense
+
+FIELD = "profiling.layers"
+
+
+@dataclass(frozen=True)
+class AskedLayers:
+    """What is asked for.
+
+    Args:
+        of_block: path -> block, in the order of the model; None outside the blocks.
+        left_out: path -> why it is not among them.
+    """
+
+    of_block: dict[str, int | None]
+    left_out: dict[str, str]
+
+
+def layers_asked_for(
+    model: torch.nn.Module, of_block: Mapping[str, int | None], patterns: Sequence[str], *, streamed: bool = False
+) -> AskedLayers:
+    """The layers that the patterns name.
+
+    Args:
+        model: has them.
+        of_block: path -> block of the layers that are offered where nothing is asked for.
+        patterns: for whole names, or for what follows a dot in them, with ``*`` and ``?``.
+        streamed: whether the model's weights stay on disk, where only the blocks are measured.
+
+    Raises:
+        ModelSpecError: a pattern names no layer, or one that cannot be measured while the weights stay on disk.
+    """
+    modules = dict(model.named_modules())
+    for pattern in patterns:
+        if not any(_names(pattern, path) for path in modules if path):
+            near = difflib.get_close_matches(pattern, list(modules), n=3, cutoff=0.4) or list(of_block)[:3]
+            raise ModelSpecError(f"{FIELD}: the model has no module {pattern!r}; nearest: {', '.join(near)}")
+    found: dict[str, int | None] = {}
+    left_out: dict[str, str] = {}
+    for path, module in modules.items():
+        wanted = path in of_block or is_dense(module) or isinstance(module, torch.nn.Embedding)
+        if not path or not wanted:
+            continue
+        if not any(_names(pattern, path) for pattern in patterns):
+            left_out |= {path: f"{FIELD} does not name it"} if path in of_block else {}
+        elif path in of_block:
+            found[path] = of_block[path]
+        elif reason := _why_not_outside(path, modules):
+            left_out[path] = reason
+        else:
+            found[path] = None
+    if streamed and (outside := [path for path in found if path not in of_block]):
+        raise ModelSpecError(f"{FIELD}: {outside[0]} is outside the blocks, which alone are measured from disk")
+    if not found:
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in left_out.items() if path not in of_block)
+        raise ModelSpecError(f"{FIELD}: names no layer that can be adapted{'; ' if reasons else ''}{reasons}")
+    return AskedLayers(found, left_out)
+
+
+def _names(pattern: str, path: str) -> bool:
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
+
+
+def _why_not_outside(path: str, modules: Mapping[str, torch.nn.Module]) -> str:
+    """Why a module outside the blocks is no layer; "" where it is one."""
+    module = modules[path]
+    if isinstance(module, torch.nn.Embedding):
+        return "LoRA on embeddings is not measured"
+    weight = getattr(module, "weight", None)
+    tied = next((name for name, one in modules.items() if one is not module and _weight_is(one, weight)), None)
+    return f"its weight is tied to {tied}, which merging an adapter would change too" if tied else ""
+
+
+def _weight_is(module: torch.nn.Module, weight: object) -> bool:
+    return weight is not None and getattr(module, "weight", None) is weight

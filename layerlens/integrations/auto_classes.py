@@ -1,0 +1,60 @@
+"""Which class of transformers loads a checkpoint for a task: the task's own, or that of a model with several towers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+TEXT = "AutoModelForCausalLM"
+TOWERS = {
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+}
+"""Where transformers has language models with towers for images, sound or video, and its table of their classes."""
+
+
+def auto_class_for(auto_class: str, model_type: str, architectures: Sequence[str] | None = None) -> str:
+    """The name of the class that loads a model of this type where its task asks for ``auto_class``.
+
+    A language model with other towers is loaded whole, as the class that it was saved from, so that its layers have
+    the names of its checkpoint.
+
+    Args:
+        auto_class: of the task.
+        model_type, architectures: what the checkpoint's configuration says.
+    """
+    if auto_class not in (TEXT, *TOWERS):
+        return auto_class
+    tables = {TEXT: _classes("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", model_type)}
+    tables |= {name: _classes(table, model_type) for name, table in TOWERS.items()}
+    saved = set(architectures or ())
+    return next(
+        (name for name, known in tables.items() if saved & known), next((x for x in tables if tables[x]), auto_class)
+    )
+
+
+def model_class(auto_class: str, config: Any) -> Any:
+    """The class itself, for a configuration of transformers."""
+    import transformers
+
+    if auto_class in (getattr(config, "auto_map", None) or {}):  # code beside the weights says it
+        return getattr(transformers, auto_class)
+    name = auto_class_for(auto_class, config.model_type, getattr(config, "architectures", None))
+    return getattr(transformers, name)
+
+
+def auto_class_of(model: Any) -> str:
+    """The name of the class that loads a language model in memory again from its checkpoint."""
+    return auto_class_for(TEXT, getattr(model.config, "model_type", ""), [type(model).__name__])
+
+
+def has_towers(auto_class: str, config: Any) -> bool:
+    """Whether the model of a task is a language model that may have towers for other inputs than text."""
+    return auto_class in (TEXT, *TOWERS) and any(_classes(table, config.model_type) for table in TOWERS.values())
+
+
+def _classes(table: str, model_type: str) -> set[str]:
+    from transformers.models.auto import modeling_auto
+
+    found = getattr(modeling_auto, table, {}).get(model_type, ())
+    return {found} if isinstance(found, str) else set(found)

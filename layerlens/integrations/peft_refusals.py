@@ -1,0 +1,122 @@
+"""What PEFT would refuse, asked of PEFT itself before anything is chosen: LoRA put into a copy without weights.
+
+PEFT knows modules that it cannot adapt in some models (Mamba's ``out_proj``, whose weight fused kernels read without
+calling the module), and which they are changes from version to version; so there is no list of them here.
+
+Quantized layers are Linear ones in the copy; whether PEFT adapts their kind is asked of one that is really there.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from layerlens.integrations.peft import injected_ranks, lora_shape, target_modules
+from layerlens.integrations.quantized import is_quantized, quantized_layers
+from layerlens.integrations.transformers import dense_shape
+
+
+def refused_by_peft(model: torch.nn.Module, paths: Sequence[str]) -> dict[str, str]:
+    """Path -> why PEFT would not put LoRA there, of the layers at ``paths``; the model is not changed.
+
+    Layers are asked about together; where PEFT refuses, one for each kind (the end of its path, and its class).
+    """
+    found = _refused_kinds(model, [path for path in paths if is_quantized(model.get_submodule(path))])
+    paths = [path for path in paths if path not in found]
+    twin = _without_weights(model)
+    if twin is None or not paths:
+        return found
+    refusal, without = _asked(twin, paths)
+    if refusal:
+        kinds: dict[tuple[str, type], list[str]] = {}
+        for path in paths:
+            kinds.setdefault((path.rpartition(".")[2], type(model.get_submodule(path))), []).append(path)
+        for alike in kinds.values():
+            reason, _ = _asked(twin, alike[:1])
+            found |= dict.fromkeys(alike, reason) if reason else {}
+        _, without = _asked(twin, [path for path in paths if path not in found])
+    return found | dict.fromkeys(without, f"PEFT {_version()} puts no LoRA there")
+
+
+def _refused_kinds(model: Any, paths: Sequence[str]) -> dict[str, str]:
+    """Path -> why PEFT adapts no layer that is quantized like this one."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    reasons: dict[tuple[type, type], str] = {}
+    found: dict[str, str] = {}
+    for path in paths:
+        layer = model.get_submodule(path)
+        kind = type(layer), type(layer._parameters.get("weight"))
+        if kind not in reasons:
+            flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+            holder: Any = torch.nn.Sequential(layer)
+            holder.config, holder.is_loaded_in_4bit, holder.is_loaded_in_8bit = (
+                getattr(model, "config", None),
+                True,
+                True,
+            )
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    inject_adapter_in_model(LoraConfig(target_modules=["0"], r=1), holder)
+                reasons[kind] = ""
+            except Exception as error:
+                reasons[kind] = f"PEFT {_version()} refuses {type(layer).__name__}: {_first_sentence(error)}"
+            for parameter, required in flags:
+                parameter.requires_grad_(required)
+        if reasons[kind]:
+            found[path] = reasons[kind]
+    return found
+
+
+def _asked(twin: torch.nn.Module, paths: Sequence[str]) -> tuple[str, list[str]]:
+    """(why PEFT refuses these layers, or "", those that it takes and passes over)."""
+    from peft import LoraConfig, get_peft_model
+
+    if not paths:
+        return "", []
+    groups = {path: lora_shape(twin.get_submodule(path))[2] for path in paths}
+    ranks = {f"^{path.replace('.', chr(92) + '.')}": n for path, n in groups.items() if n > 1}
+    config = LoraConfig(
+        target_modules=target_modules(twin, list(paths)), r=1, rank_pattern=ranks,
+        fan_in_fan_out=any(hasattr(twin.get_submodule(path), "nf") for path in paths),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tuned: Any = get_peft_model(copy.deepcopy(twin), config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+        except Exception as error:  # whatever it says, it would say again after the choice
+            return f"PEFT {_version()} refuses it: {_first_sentence(error)}", []
+    return "", sorted(set(paths) - set(injected_ranks(tuned)))
+
+
+def _without_weights(model: torch.nn.Module) -> torch.nn.Module | None:
+    """A copy on the meta device that never holds the weights; None of a model that cannot be copied."""
+    try:
+        layers = list(quantized_layers(model).values())
+        memo: dict[int, Any] = {id(layer): torch.nn.Linear(*dense_shape(layer), device="meta") for layer in layers}
+        packed = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) in packed:
+                continue
+            empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+            parameter = isinstance(tensor, torch.nn.Parameter)
+            memo[id(tensor)] = torch.nn.Parameter(empty, requires_grad=False) if parameter else empty
+        return copy.deepcopy(model, memo)
+    except Exception:  # a user's own model: PEFT is asked when the choice is put into it
+        return None
+
+
+def _first_sentence(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0].partition("] ")
+    return (text[2] or text[0]).partition(". ")[0].strip(" .") or type(error).__name__
+
+
+def _version() -> str:
+    from peft import __version__
+
+    return str(__version__)

@@ -1,0 +1,215 @@
+"""README.md of an adapter directory: what the adapter is, how it is loaded, and what it takes to serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerlens.integrations.peft import task_type
+from layerlens.models import Choice
+from layerlens.registry import METHODS
+from layerlens.tuning.storage import MODULES_FILE
+
+OWN_CARD = ", layerlens]"
+OF_PEFT = "### Framework versions\n\n- PEFT"
+"""What stands in a card that was written here, and in PEFT's empty one."""
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether a README may be replaced: it is not there, or nobody but this program and PEFT wrote it."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else OF_PEFT
+    return any(line.startswith("tags: [") and line.endswith(OWN_CARD) for line in text.splitlines()) or OF_PEFT in text
+
+
+def _tags(choice: Choice) -> str:
+    kind = METHODS[choice.peft_method].label.lower().replace(" ", "-") if choice.peft_method else "peft"
+    return f"tags: [{kind}{OWN_CARD}"
+
+
+def zero_step_card(choice: Choice, parameters: int, base: str) -> str:
+    """Of ``peft/`` as a run writes it: what it is, and how PEFT trains it.
+
+    Args:
+        choice: PEFT puts some of it in.
+        parameters: numbers in the adapter's file.
+        base: name or path of the base model.
+    """
+    rows, label = choice.peft_options, METHODS[choice.peft_method].label
+    begin = {
+        "default": "",
+        "pca": " A holds the principal components of each layer's inputs.",
+        "gradient_svd": " A holds the right singular vectors of each layer's mean gradient.",
+    }[choice.lora.initialization if choice.lora_options else "default"]
+    start = "B is zero: the" if choice.lora_options else "The"
+    heads = list(choice.head_modules)
+    if heads:
+        task = task_type(choice.task)
+        with_head = f"config.modules_to_save = {heads}" if task is None else f'config.task_type = "{task}"'
+        loading = f"""
+Train it with PEFT; LayerLens is not needed. The task head ({", ".join(heads)}) is trained too, and PEFT saves it with
+the adapter:
+
+```python
+from peft import PeftConfig, get_peft_model
+
+config = PeftConfig.from_pretrained("peft")
+{with_head}
+model = get_peft_model(base_model, config)
+```
+
+`PeftModel.from_pretrained(base_model, "peft")` loads the {label} weights alone, as there are no head weights in this
+directory: a head that is new in `base_model` would stay as it is, and would not be saved.
+"""
+        if begin:
+            loading += """But only loaded in this second way does A begin as said above. With LayerLens,
+`layerlens.load(DIRECTORY).apply(base_model)` gives both: that beginning, and the head.
+"""
+    else:
+        loading = """
+Load it with PEFT; LayerLens is not needed:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
+```
+"""
+    text = f"""---
+library_name: peft
+{_tags(choice)}
+---
+
+# Zero-step {label} adapter for {base}
+
+{label} on {_counted(len(rows), "module")}, {_ranks(choice)}{parameters:,} trainable parameters, \
+{_scale(choice)}chosen by LayerLens (manifest.json beside this directory). {start} model \
+computes exactly what it did before, until it is trained.{begin}
+{loading}"""
+    others = [option.method for option in choice.other_options]
+    if others:
+        measured = "" if not begin else ' (with `factors=layerlens.tuning.read_factors(Path("peft"), manifest)`)'
+        kinds = [METHODS[name] for name in dict.fromkeys(others)]
+        counts = " and ".join(_counted(others.count(kind.name), kind.label, kind.plural) for kind in kinds)
+        text += f"""
+The manifest has {counts} as well, which PEFT cannot hold: see {MODULES_FILE} beside this
+directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model{measured}.
+"""
+    return text
+
+
+def _ranks(choice: Choice) -> str:
+    ranks = sorted({row.rank for row in choice.lora_options})
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}, " if ranks else ""
+
+
+def _scale(choice: Choice) -> str:
+    if not choice.lora_options:
+        return ""
+    alpha_over_r, largest = choice.lora.alpha_over_r or 0.0, max(row.rank for row in choice.lora_options)
+    if choice.lora.use_rslora:
+        return f"scaled by alpha/√r (rsLoRA) with alpha = {alpha_over_r * largest:g}, "
+    return f"alpha/r = {alpha_over_r:g}, "
+
+
+def tuned_card(
+    choice: Choice, base: str, *, data: str, before: Mapping[str, float], after: Mapping[str, float],
+    training: Mapping[str, Any],
+) -> str:  # fmt: skip
+    """Of a directory that ``layerlens train`` wrote: what was trained on what, with what result, and what to do next.
+
+    Args:
+        choice: what was trained.
+        base: name or path of the base model.
+        data: the source of the samples, and how many there were.
+        before, after: metrics of the test split.
+        training: settings of the training by name, and what they were.
+    """
+    heads = ", ".join(choice.head_modules)
+    rows = [f"| task | {choice.task} |", f"| data | {data} |", f"| trained | {_trained(choice)} |"]
+    rows += [f"| {name} | {value} |" for name, value in training.items()]
+    text = f"""---
+library_name: peft
+base_model: {base}
+{_tags(choice)}
+---
+
+# Adapter for {base}
+
+| | |
+|---|---|
+{chr(10).join(rows)}
+"""
+    if after:
+        text += "\n| metric of the test split | before | after |\n|---|---|---|\n"
+        text += "".join(f"| {name} | {before.get(name, float('nan')):.4g} | {after[name]:.4g} |\n" for name in after)
+    if choice.other_options:
+        return (
+            text
+            + f"""
+Load it with LayerLens, since PEFT does not have what is in {MODULES_FILE}:
+
+```python
+from pathlib import Path
+
+import layerlens.tuning
+
+model = layerlens.tuning.load(base_model, Path("this directory"))
+```
+"""
+        )
+    if not choice.peft_options:
+        return text
+    head = f" The task head ({heads}) is in the adapter, and replaces that of the base model." if heads else ""
+    return (
+        text
+        + f"""
+Load it with PEFT; LayerLens is not needed.{head}
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this directory")
+merged = model.merge_and_unload()  # an ordinary model, as every serving engine takes it
+```
+{_serving(choice)}"""
+    )
+
+
+def _trained(choice: Choice) -> str:
+    """``LoRA on 12 modules, ranks 1 to 8, alpha/r = 2; the head classifier``."""
+    said = []
+    if choice.peft_options:
+        on = f"{METHODS[choice.peft_method].label} on {_counted(len(choice.peft_options), 'module')}"
+        said.append(f"{on}, {_ranks(choice)}{_scale(choice)}".strip().rstrip(","))
+    said += _others(choice)
+    if choice.head_modules:
+        said.append(f"the head {', '.join(choice.head_modules)}")
+    return "; ".join(said) or "nothing"
+
+
+def _others(choice: Choice) -> list[str]:
+    others = [option.method for option in choice.other_options]
+    kinds = [METHODS[name] for name in dict.fromkeys(others)]
+    return [_counted(others.count(kind.name), kind.label, kind.plural) for kind in kinds]
+
+
+def _serving(choice: Choice) -> str:
+    """What an engine has to be told, or cannot do, to serve the adapter unmerged."""
+    if choice.head_modules:
+        return "\nServing engines take no head from an adapter: merge it, as above, and serve the merged model.\n"
+    if not choice.lora_options:
+        return "\nFew serving engines take this kind of adapter: merge it, as above, and serve the merged model.\n"
+    largest = max(row.rank for row in choice.lora_options)
+    text = f"\nTo serve it unmerged, an engine has to hold rank {largest} (vLLM: `--max-lora-rank` of at least that)"
+    mixed = len({row.rank for row in choice.lora_options}) > 1
+    if mixed and choice.lora.use_rslora:
+        text += (
+            "; vLLM before 0.33 and others scale all layers by the largest rank, which is wrong for rsLoRA with "
+            "several ranks: merge it there"
+        )
+    return text + ".\n"
+
+
+def _counted(count: int, one: str, many: str | None = None) -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
