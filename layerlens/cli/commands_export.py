@@ -71,7 +71,7 @@ def export(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write what a trainer starts from, what an engine serves, or a merged model; refuses, by name, what does not fit."""
+    """Write what a trainer starts from, what an engine serves, or a merged model; refuses by name what does not fit."""
     from layerlens.cli.places import output_directory, published_files
 
     if (tool, engine, merge) in [(None, None, False)] or (engine and (tool or merge)):
