@@ -230,6 +230,23 @@ RANK_RULES: Registry[Any] = Registry(
 )
 """Published ways to give ranks to layers; an entry is a ``layerlens.rank_rules.RankRule``."""
 
+ENGINES: Registry[Any] = Registry(
+    "serving engine",
+    "layerlens.engines",
+    {
+        "peft": "layerlens.engines:PEFT",
+        "vllm": "layerlens.engines:VLLM",
+        "vllm-legacy": "layerlens.engines:VLLM_LEGACY",
+        "sglang": "layerlens.engines:SGLANG",
+        "tensorrt-llm": "layerlens.engines:TENSORRT_LLM",
+        "llama.cpp": "layerlens.engines:LLAMA_CPP",
+        "ollama": "layerlens.engines:OLLAMA",
+        "lorax": "layerlens.engines:LORAX",
+        "any": "layerlens.engines:ANY",
+    },
+)
+"""What serves a tuned model; an entry is a ``layerlens.engines.Engine``."""
+
 SOURCES: Registry[Any] = Registry(
     "model source",
     "layerlens.sources",

@@ -12,28 +12,52 @@ from layerlens.cli import output
 from layerlens.cli.errors import guarded
 from layerlens.cli.output import short
 from layerlens.cli.places import Debug, Json, TrustRemoteCode
-from layerlens.exceptions import ManifestError
+from layerlens.exceptions import ConfigurationError, ManifestError
 
 if TYPE_CHECKING:
     from layerlens.models import Manifest
 
 
 class ToolName(str, Enum):
-    """The trainers on offer; ``layerlens.tuning.tools`` knows what each can hold."""
+    """The trainers on offer, of which ``layerlens.tuning.tools`` knows what each can hold, and llama.cpp's file."""
 
     peft = "peft"
     trl = "trl"
     axolotl = "axolotl"
     llama_factory = "llama-factory"
     adapterhub = "adapterhub"
+    gguf = "gguf"
+
+
+class EngineName(str, Enum):
+    """The serving engines on offer; ``layerlens.engines`` knows how each reads an adapter."""
+
+    peft = "peft"
+    vllm = "vllm"
+    vllm_legacy = "vllm-legacy"
+    sglang = "sglang"
+    tensorrt_llm = "tensorrt-llm"
+    llama_cpp = "llama.cpp"
+    ollama = "ollama"
+    lorax = "lorax"
+    any = "any"
 
 
 @guarded("the output directory is as it was")
 def export(
-    manifest: Annotated[
-        Path, typer.Argument(metavar="MANIFEST", help="manifest.json or manifest.yaml of a run.", show_default=False)
+    place: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MANIFEST",
+            help="A run's manifest; with --serve, --merge and --to gguf also its directory, or a trained directory.",
+            show_default=False,
+        ),
     ],
-    tool: Annotated[ToolName, typer.Option("--to", help="The trainer that will read it.")],
+    tool: Annotated[ToolName | None, typer.Option("--to", help="The trainer that will read it, or gguf.")] = None,
+    engine: Annotated[EngineName | None, typer.Option("--serve", help="The engine that will serve it.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write one checkpoint, with the LoRA added into the model's weights.")
+    ] = False,
     directory: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for the files; one beside the manifest.")
     ] = None,
@@ -47,28 +71,60 @@ def export(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write what another trainer starts from; refuses, by name, what that trainer cannot hold."""
-    from layerlens.manifest import read_manifest
-
-    plan = read_manifest(manifest)
+    """Write what a trainer starts from, what an engine serves, or a merged model; refuses by name what does not fit."""
     from layerlens.cli.places import output_directory, published_files
-    from layerlens.tuning.tools import export_for
 
-    target = directory or manifest.parent / tool.value
+    if (tool, engine, merge) in [(None, None, False)] or (engine and (tool or merge)):
+        raise ConfigurationError("say one of --to TRAINER, --to gguf, --serve ENGINE and --merge")
+    if merge and tool not in (None, ToolName.gguf):
+        raise ConfigurationError(f"--merge goes with --to gguf or alone, got --to {tool.value}")
+    if merge and lora_part:
+        raise ConfigurationError("--merge takes everything up, and --lora-part would leave some out; say one of them")
+    beside = place if place.is_dir() else place.parent
+    target = directory or beside / (f"serve-{engine.value}" if engine else tool.value if tool else "merged")
+    plan = manifest_in(place)
     with output_directory(target) as local:
         try:
-            files = export_for(
-                tool.value, plan, model, local, lora_part=lora_part, measured=manifest.parent / "peft",
-                trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+            if engine is not None:
+                from layerlens.tuning.serving import export_served
+
+                files = export_served(engine.value, place, plan, model, local, lora_part=lora_part)
+            elif tool is ToolName.gguf:
+                from layerlens.tuning.gguf import export_gguf
+
+                files = export_gguf(place, plan, model, local, merged=merge, lora_part=lora_part)
+            elif tool is None:
+                from layerlens.tuning.merged import export_merged
+
+                files = export_merged(place, plan, model, local, trust_remote_code=trust_remote_code)
+            elif plan is None:
+                raise ManifestError("has no manifest; trainers start from the manifest of a run")
+            else:
+                from layerlens.tuning.tools import export_for
+
+                files = export_for(
+                    tool.value, plan, model, local, lora_part=lora_part, measured=beside / "peft",
+                    trust_remote_code=trust_remote_code,
+                )  # fmt: skip
         except ManifestError as error:
-            raise type(error)(f"{output.short(manifest)}: {error}") from error
+            raise type(error)(f"{output.short(place)}: {error}") from error
     files = published_files(files, local, target)
     if json:
-        output.json_result({"tool": tool.value, "directory": target, "files": files})
+        what = {"engine": engine.value} if engine else {"tool": tool.value if tool else "merge"}
+        output.json_result({**what, "directory": target, "files": files})
         return
     for path in files.values():
         output.note(f"Wrote {output.short(path)}")
+
+
+def manifest_in(place: Path) -> Manifest | None:
+    """The manifest in a file, or in a directory that has one; None for a directory without."""
+    from layerlens.manifest import read_manifest
+
+    if not place.is_dir():
+        return read_manifest(place)
+    found = next((path for path in (place / "manifest.json", place / "manifest.yaml") if path.is_file()), None)
+    return None if found is None else read_manifest(found)
 
 
 @guarded("the output directory is as it was")

@@ -14,7 +14,7 @@ from layerlens.config.optimization import OptimizationConfig
 from layerlens.config.sections import RunConfig
 from layerlens.exceptions import ConfigurationError, LayerLensError, ModelSpecError
 from layerlens.models.choice import ONE_KIND
-from layerlens.registry import METHODS, STATISTICS, TASKS
+from layerlens.registry import ENGINES, METHODS, STATISTICS, TASKS
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,17 @@ CONFLICTS = (
         lambda x: _where(
             x.data.packing != "none" and x.model.task not in ("causal-lm", ""),
             f"data.packing: {x.data.packing} is for causal-lm, not for {x.model.task}; set it to none",
+        ),
+    ),
+    Conflict(
+        "serving and a task head",
+        lambda x: _where(
+            x.optimization.serve_with is not None
+            and not ENGINES[x.optimization.serve_with].holds_all
+            and bool(x.model.task)
+            and TASKS[x.model.task].new_head,
+            f"optimization.serve_with: {x.optimization.serve_with} holds no task head, and {x.model.task} trains one; "
+            "leave it out, and serve what `layerlens export --merge` writes",
         ),
     ),
     Conflict(

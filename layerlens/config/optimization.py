@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from layerlens.config.base import Amount, ConfigModel, MethodName, RegisteredName
 from layerlens.quantities import COUNT, MEMORY, TIME
-from layerlens.registry import METHODS, UTILITY_MODELS
+from layerlens.registry import ENGINES, METHODS, UTILITY_MODELS
 
 UNIFORM_LORA = "uniform-lora"
 CandidateName = Annotated[str, RegisteredName(UTILITY_MODELS, others=(UNIFORM_LORA,))]
@@ -211,6 +211,13 @@ class OptimizationConfig(ConfigModel):
     constraints: ConstraintConfig = Field(
         default_factory=ConstraintConfig, description="What the choice must keep beyond the four budgets."
     )
+    serve_with: str | None = Field(
+        default=None,
+        exclude_if=lambda engine: engine is None,
+        description="Choose what this serving engine holds without padding (`vllm`, `sglang`, `any` ..., as in "
+        "`layerlens export --serve`): ranks that it allows, one rank where it holds one, and all or none of the "
+        "projections that it computes together.",
+    )
     alpha_over_r: float = Field(default=2.0, gt=0, description="LoRA scale alpha/r, one constant for the whole model.")
     use_rslora: bool = Field(
         default=False,
@@ -293,6 +300,22 @@ class OptimizationConfig(ConfigModel):
             )
         if not any(self.ranks().values()):
             raise ValueError("no option on offer; give sizes for at least one of the methods")
+        return self
+
+    @model_validator(mode="after")
+    def _servable(self) -> OptimizationConfig:
+        if self.serve_with is None:
+            return self
+        if self.serve_with not in ENGINES:
+            raise ValueError(f"serve_with: {ENGINES.unknown(self.serve_with)}")
+        engine, others = ENGINES[self.serve_with], [name for name in self.methods if name != "lora"]
+        if others:
+            raise ValueError(f"serve_with: {engine.title} holds LoRA alone, not {others[0]}; set methods: [lora]")
+        if not any(engine.allows(rank) for rank in self.lora_ranks):
+            raise ValueError(
+                f"serve_with: {engine.title} holds none of lora_ranks {', '.join(map(str, self.lora_ranks))}; it holds "
+                f"{', '.join(map(str, engine.ranks))}"
+            )
         return self
 
     def ranks(self) -> dict[str, tuple[int, ...]]:

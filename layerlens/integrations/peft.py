@@ -9,8 +9,10 @@ How PEFT matches names decides what is written here:
   anchored on both sides, escaped, and fits exactly one module: the order does not matter.
 
 ``r`` and ``lora_alpha`` hold the largest rank and patterns only lower it; alpha/r is the same everywhere. A tool that
-ignores ``alpha_pattern`` (vLLM does) then still scales every layer right, and one that reserves memory for ``r`` rows
-reserves enough.
+reads neither pattern and scales the file by lora_alpha/r (vLLM before 0.33) then scales every layer right, and one that
+reserves memory for ``r`` rows reserves enough. One that divides lora_alpha by each tensor's own rank (TensorRT-LLM,
+llama.cpp) scales layers of lower rank too strongly, and SGLang asserts that every layer has the rank ``r``: for those
+``layerlens export --serve`` writes a directory of one rank (``layerlens.engines``).
 
 What is no module, the stacked experts of a block, goes into ``target_parameters``. So do dense layers whose names PEFT
 would rewrite into those of routed experts (``experts.rewritten_by_peft``): told the layer's ``.weight``, it adapts the
@@ -18,7 +20,8 @@ layer itself, with the same tensors. PEFT nests its modules around a module, the
 
 With ``lora.use_rslora`` a layer is scaled by alpha/√r instead (Kalajdzievski 2023, arXiv:2312.03732). There alpha is
 the constant, alpha_over_r times the largest rank, so ``r`` and ``lora_alpha`` are the same as without, and there is no
-``alpha_pattern``.
+``alpha_pattern``. PEFT, vLLM since 0.33 and TensorRT-LLM read the layer's own rank then, and scale right; vLLM before
+0.33 and LoRAX take √ of the largest for all, SGLang and llama.cpp do not read rsLoRA at all.
 """
 
 from __future__ import annotations

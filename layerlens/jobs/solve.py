@@ -13,7 +13,7 @@ import numpy as np
 from layerlens import __version__
 from layerlens.config import OptimizationConfig, RunConfig
 from layerlens.cost import cost_table
-from layerlens.exceptions import ConfigurationError
+from layerlens.exceptions import ConfigurationError, InfeasibleError, LayerLensError
 from layerlens.methods import enumerate_options
 from layerlens.models import (
     RESOURCES,
@@ -37,6 +37,7 @@ from layerlens.models import (
 )
 from layerlens.optimization import build_problem, explain, solve
 from layerlens.registry import METHODS
+from layerlens.optimization.constraints import one_rank_each
 from layerlens.utility import calibrated_table, model_for
 
 RECORDED_PACKAGES = ("numpy", "torch", "transformers", "peft", "ortools")
@@ -97,18 +98,34 @@ def find_allocation(
     Raises:
         InfeasibleError: the budgets allow nothing; the message has the smallest that would do.
     """
-    problem = build_problem(spec, utilities, costs, config)
     events: list[SolverEvent] = []
-    allocation = solve(
-        problem,
-        refine=config.refine,
-        refine_deterministic_time=config.refine_deterministic_time,
-        gap_tolerance=config.gap_tolerance,
-        seed=seed,
-        threads=threads,
-        progress=progress,
-        log=events.append,
-    )
+    solved: list[tuple[AllocationProblem, Allocation]] = []
+    refused: LayerLensError | None = None
+    for each in one_rank_each(config):
+        try:
+            problem = build_problem(spec, utilities, costs, each)
+            allocation = solve(
+                problem,
+                refine=config.refine,
+                refine_deterministic_time=config.refine_deterministic_time,
+                gap_tolerance=config.gap_tolerance,
+                seed=seed,
+                threads=threads,
+                progress=progress,
+                log=events.append,
+            )
+        except (InfeasibleError, ConfigurationError) as error:  # with this rank alone
+            refused = refused or error
+        else:
+            solved.append((problem, allocation))
+    if not solved:
+        assert refused is not None
+        raise refused
+    problem, allocation = max(solved, key=lambda pair: pair[1].value)
+    if len(solved) > 1:  # no rank has an answer above the largest bound
+        allocation = replace(allocation, upper_bound=max(each.upper_bound for _, each in solved))
+        proved = allocation.gap <= config.gap_tolerance
+        allocation = replace(allocation, status="optimal" if proved else "feasible")
     return Solution(utilities, costs, problem, allocation, tuple(explain(problem, allocation)), tuple(events))
 
 

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from layerlens.engines import read_otherwise
 from layerlens.jobs.choose import Decision
 from layerlens.jobs.frontier import hull_rows
 from layerlens.jobs.job import Job
@@ -17,7 +18,7 @@ from layerlens.jobs.load import Loaded
 from layerlens.jobs.measure import Measured, fit_new_head
 from layerlens.jobs.result import REPORT_FILE, SOLVER_LOG_FILE, STATISTICS_FILE, RunResult
 from layerlens.manifest import write_manifest, write_report
-from layerlens.models import ModelStatistics
+from layerlens.models import Choice, ModelStatistics
 from layerlens.models.data_summary import DataSummary
 from layerlens.optimization import frontier
 from layerlens.profiling.statistics_file import statistics_to_bytes
@@ -57,10 +58,23 @@ def export(job: Job, loaded: Loaded, measured: Measured, decision: Decision, wri
         )
         written.files |= write_manifest(manifest, written.directory, created_at=now())
         written.files |= export_adapter(manifest, model, written.directory, factors)
+        _tell_of_serving(job, manifest.choice)
         written.files["statistics"] = atomic_write_bytes(
             written.directory / STATISTICS_FILE, statistics_to_bytes(measured.spec, measured.statistics)
         )
     return factors
+
+
+def _tell_of_serving(job: Job, choice: Choice) -> None:
+    """rsLoRA of several ranks is the one case in which even an engine of one scale for the file is wrong."""
+    if not choice.lora.use_rslora or choice.head_modules:
+        return
+    wrong = read_otherwise(choice.lora.alpha_over_r or 1.0, choice.lora_ranks(), rslora=True)
+    if wrong:
+        job.warnings.add(
+            f"optimization.use_rslora: {', '.join(wrong)} scale layers of lower rank in peft/ otherwise than PEFT; "
+            "give them what `layerlens export --serve ENGINE` writes after training"
+        )
 
 
 def report(

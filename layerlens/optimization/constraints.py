@@ -5,22 +5,26 @@
   costs.
 - "At least k layers with method m" is a budget of n − k on a resource that every other option of a layer uses once.
 - A resource of the user is one more row of costs.
+- ``serve_with`` takes ranks away, lets fused projections choose alike, and where the engine holds one rank for all
+  layers the problem is solved once for each.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
 
 from layerlens.config import OptimizationConfig
 from layerlens.config.optimization import LayerRule
+from layerlens.engines import Engine
 from layerlens.exceptions import ConfigurationError
 from layerlens.methods import trainable_params
-from layerlens.models import ModelSpec, Option
+from layerlens.models import LayerSpec, ModelSpec, Option
 from layerlens.models.model_spec import NONE
+from layerlens.registry import ENGINES
 
 COUNT_ROW = "layers_without_{}"
 FUSED = {
@@ -60,6 +64,9 @@ def allowed_options(spec: ModelSpec, options: Sequence[Option], config: Optimiza
         ConfigurationError: a rule names no layer, or leaves a layer without any option.
     """
     allowed = np.ones(len(options), dtype=bool)
+    if config.serve_with:
+        allows = ENGINES[config.serve_with].allows
+        allowed &= np.array([option.method == NONE or allows(option.rank) for option in options])
     if config.constraints.max_rank is not None:
         allowed &= np.array([option.rank <= config.constraints.max_rank for option in options])
     for number, rule in enumerate(config.constraints.rules):
@@ -108,10 +115,37 @@ def layers_alike(spec: ModelSpec, config: OptimizationConfig) -> list[list[str]]
         first_of_block: dict[int | None, str] = {}
         for name in (name for pattern in entry for name in matching(spec, pattern, field)):
             leader[find(name)] = find(first_of_block.setdefault(block[name], name))
+    first: dict[str, str] = {}
+    for layer in spec.layers if config.serve_with else ():
+        for key in _served_together(ENGINES[config.serve_with or ""], layer):
+            leader[find(layer.name)] = find(first.setdefault(key, layer.name))
     groups: dict[str, list[str]] = {}
     for layer in spec.layers:
         groups.setdefault(find(layer.name), []).append(layer.name)
     return list(groups.values())
+
+
+def _served_together(engine: Engine, layer: LayerSpec) -> Iterator[str]:
+    """Keys that a layer shares with those that ``engine`` wants with it: fused ones, and its like in all blocks."""
+    parent, _, last = layer.name.rpartition(".")
+    for group in engine.groups:
+        if last in group:
+            yield f"{parent}.{'+'.join(group)}"
+    if engine.every_block and layer.block is not None:
+        yield "*" + layer.name.replace(f".{layer.block}.", ".*.", 1)
+
+
+def one_rank_each(config: OptimizationConfig) -> list[OptimizationConfig]:
+    """The problems of which the best answer counts: one for each rank where the engine holds one rank, else one."""
+    engine: Engine | None = ENGINES[config.serve_with] if config.serve_with else None
+    if engine is None or engine.as_peft:
+        return [config]
+    found = []
+    for rank in filter(engine.allows, config.lora_ranks):
+        rule = LayerRule(layers="*", ranks=(rank,))
+        constraints = config.constraints.model_copy(update={"rules": (*config.constraints.rules, rule)})
+        found.append(config.model_copy(update={"constraints": constraints}))
+    return found
 
 
 def grouped_options(

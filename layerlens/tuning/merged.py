@@ -1,0 +1,79 @@
+"""``layerlens export --merge``: one checkpoint with the LoRA in its weights, which plain transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from layerlens.exceptions import ManifestError
+from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.models import Manifest
+from layerlens.sources import load_pretrained
+from layerlens.tuning.base_model import check_weights, load_base
+from layerlens.tuning.directory import load
+from layerlens.tuning.inject import merge
+from layerlens.tuning.serving import Origin, origin_of
+from layerlens.utils.atomic import staged_directory
+
+SHARD = "5GB"
+
+
+def export_merged(
+    place: Path, manifest: Manifest | None, model: str | None, output: Path, *, trust_remote_code: bool = False
+) -> dict[str, Path]:
+    """Write the base model with the LoRA of ``place`` added into its weights, and the trained task head in place.
+
+    Args:
+        place: a trained directory, a run's directory, or its manifest's file.
+        manifest: the one that is there, if there is one.
+        model: name or path of the base model, if it is not where the adapter says.
+        output: directory, created if it is not there; the weights of an earlier export in it are replaced.
+        trust_remote_code: whether Python code beside the base model's weights may run.
+
+    Returns:
+        The path of each file, by its name: safetensors of at most 5 GB, config.json, the generation configuration of a
+        model that generates, tokenizer or image processor.
+
+    Raises:
+        ManifestError: adapters or prefixes, which no weight can take up, or it is no transformers model.
+        ModelNotFoundError: the base model cannot be found or read.
+        OutputError: the directory cannot be written.
+    """
+    with origin_of(place, manifest, model) as origin:
+        pretrained = _base(origin, model, trust_remote_code)
+        base: Any = pretrained.model
+        if not hasattr(base, "save_pretrained"):
+            raise ManifestError(
+                f"{type(base).__name__} is no transformers model, and has no checkpoint of a known form; merge it with "
+                "layerlens.tuning.merge and save its state_dict"
+            )
+        folder = place if place.is_dir() else place.parent
+        whole = folder if origin.directory in (folder, folder / "peft") else origin.directory
+        merged: Any = merge(load(base, whole, check_fingerprint=False))
+        old = [path.name for path in output.glob("model*.safetensors*")] if output.is_dir() else []
+        with staged_directory(output, owned=old) as staging:
+            merged.save_pretrained(staging, max_shard_size=SHARD)
+            _save_processor(pretrained, staging)
+            names = sorted(path.name for path in staging.iterdir())
+    return {name: output / name for name in names}
+
+
+def _base(origin: Origin, model: str | None, trust_remote_code: bool) -> PretrainedModel:
+    if origin.manifest is None:
+        if not origin.base:
+            raise ManifestError("nothing here says which base model it is; say --model MODEL")
+        return load_pretrained(origin.base, origin.task, (), trust_remote_code=trust_remote_code)
+    pretrained = load_base(origin.manifest, model, trust_remote_code=trust_remote_code)
+    check_weights(pretrained.model, origin.manifest.model)
+    return pretrained
+
+
+def _save_processor(pretrained: PretrainedModel, directory: Path) -> None:
+    """As it is on disk: what loading adds to a tokenizer (padding by the end of text) is not saved."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    path = pretrained.path
+    if pretrained.tokenizer is not None:
+        AutoTokenizer.from_pretrained(path, local_files_only=True).save_pretrained(directory)
+    elif (Path(path) / "preprocessor_config.json").is_file():
+        AutoImageProcessor.from_pretrained(path, local_files_only=True).save_pretrained(directory)
