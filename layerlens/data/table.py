@@ -264,7 +264,7 @@ class Table:
         values = self.values(column)
         separator = separator_of(values)
         if separator is not None:
-            self.notes.append(f"{separator!r} separates the classes of a sample in column {column!r}")
+            self.notes.append(f"multi-label: {separator!r} separates the classes of a sample in column {column!r}")
         lists = [as_list(value, separator) for value in values]
         sound = [one for one in lists if one is not None]
         width = len(sound[0]) if sound else 0

@@ -14,6 +14,9 @@ WHOLE = re.compile(r"\s*[+-]?\d+(\.0*)?\s*")
 SEPARATORS = (";", "|")
 """What stands between several classes in one text. A comma does not: names of classes have it."""
 
+NO_CLASS = ("none", "nan", "null", "-")
+"""What stands alone where a sample that may have several classes has none."""
+
 Answers = tuple[tuple[int, str], ...]
 
 
@@ -35,7 +38,8 @@ def as_list(value: Any, separator: str | None = None) -> list[Any] | None:
     """
     if isinstance(value, str):
         if separator is not None and not value.lstrip().startswith("["):
-            return [part.strip() for part in value.split(separator) if part.strip()]
+            parts = [part.strip() for part in value.split(separator) if part.strip()]
+            return [] if len(parts) == 1 and parts[0].lower() in NO_CLASS else parts
         if not (value.lstrip().startswith("[") and value.rstrip().endswith("]")):
             return None
         try:

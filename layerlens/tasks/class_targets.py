@@ -31,7 +31,7 @@ def label_columns(table: Table, config: DataConfig) -> str | list[str]:
     """
     bits = bits_of_classes(table, config)
     if bits and config.label_column is None:
-        table.notes.append(f"the columns of 0 and 1 are classes: {', '.join(bits)} (data.label_column)")
+        table.notes.append(f"multi-label: the columns of 0 and 1 are classes: {', '.join(bits)} (data.label_column)")
     return bits or table.find_labels(config)
 
 

@@ -63,7 +63,7 @@ def test_code_goes_on_from_its_prompt() -> None:
 
 @pytest.mark.parametrize("separator", [";", "|", "; "])
 def test_classes_in_one_text_are_several(separator: str) -> None:
-    rows = [{"text": "a film", "genres": one} for one in ("drama", f"drama{separator}crime", "crime", "") * 2]
+    rows = [{"text": "a film", "genres": one} for one in ("drama", f"drama{separator}crime", "crime", "none") * 2]
     config = DataConfig(source="rows.csv", label_column="genres")
     dataset = dataset_of(SourceRows.of(rows), "rows.csv", config, TASKS["sequence-classification"].read)
     assert dataset.label_names == ("crime", "drama")
