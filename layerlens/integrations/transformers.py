@@ -206,7 +206,7 @@ def longest_sequence(model: torch.nn.Module) -> int | None:
 
 def text_config(model: Any) -> Any:
     """The configuration of the model, of several towers that of the one that reads tokens; None where it has none."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     try:
         return config.get_text_config() if hasattr(config, "get_text_config") else config
     except ValueError:  # an encoder and a decoder, each with a configuration of its own

@@ -36,8 +36,8 @@ from layerlens.models import (
     UtilityTable,
 )
 from layerlens.optimization import build_problem, explain, solve
-from layerlens.registry import METHODS
 from layerlens.optimization.constraints import one_rank_each
+from layerlens.registry import METHODS
 from layerlens.utility import calibrated_table, model_for
 
 RECORDED_PACKAGES = ("numpy", "torch", "transformers", "peft", "ortools")

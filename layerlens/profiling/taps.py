@@ -52,7 +52,8 @@ class _Tap(torch.autograd.Function):
         if ctx.broadcast:
             return output.expand(batch, *output.shape[1:])
         with torch.no_grad():
-            return torch.empty(0, dtype=output.dtype, device=output.device).set_(output.detach())
+            same_memory: Any = torch.empty(0, dtype=output.dtype, device=output.device)
+            return same_memory.set_(output.detach())
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
