@@ -227,7 +227,7 @@ def missing_modules(
             if last in group:
                 wanted |= {f"{parent}.{name}": None for name in group}
     if engine.every_block:
-        inside: dict[str, list[str]] = {}
+        inside: dict[str, None] = {}
         for layer in (*adapter.a, *wanted):
             block = next((block for block in blocks if layer.startswith(block + ".")), None)
             if block is not None:
