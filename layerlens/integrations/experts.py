@@ -140,7 +140,7 @@ def rewritten_by_peft(model: Any, paths: Iterable[str]) -> dict[str, str]:
     by_end: dict[str, list[str]] = {}
     for path in paths:
         by_end.setdefault(path.rpartition(".")[2], []).append(path)
-    found = {}
+    found: dict[str, str] = {}
     for end, same in by_end.items():
         config = LoraConfig(target_modules=[same[0]])
         try:

@@ -26,6 +26,13 @@ def refused_by_peft(model: torch.nn.Module, paths: Sequence[str]) -> dict[str, s
 
     Layers are asked about together; where PEFT refuses, one for each kind (the end of its path, and its class).
     """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():  # torch crashes where a model is copied while tensors without data are made
+        return _refused(model, paths)
+
+
+def _refused(model: torch.nn.Module, paths: Sequence[str]) -> dict[str, str]:
     found = _refused_kinds(model, [path for path in paths if is_quantized(model.get_submodule(path))])
     paths = [path for path in paths if path not in found]
     twin = _without_weights(model)

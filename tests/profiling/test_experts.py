@@ -6,6 +6,7 @@ products, so 1e-9 leaves four decimal digits.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from brute_force import pieces, profile, sample_gradients
 from layerlens.integrations.expert_products import plain_products
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.jobs.estimate import Batch as LatencyBatch
+from layerlens.jobs.estimate import estimate_lora
 from layerlens.models import ModelSpec
 from layerlens.models.statistics import EXPERT_TOKENS
 from layerlens.profiling.footprint import frozen_footprint
@@ -145,3 +148,13 @@ def test_flops_are_those_of_the_experts_that_a_token_goes_to() -> None:
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     attention = 2 * 2 * T * 16 * SMALL["num_hidden_layers"]  # q·k and p·v over all T positions
     assert flops == pytest.approx(2 * dense + 2 * experts * 2 / EXPERTS + attention, rel=1e-12)
+
+
+def test_a_mixture_is_estimated_without_its_weights(tmp_path: Path) -> None:
+    config = hf.MixtralConfig(**SMALL, architectures=["MixtralForCausalLM"])
+    config.save_pretrained(tmp_path)
+    found = estimate_lora(str(tmp_path), 8, targets=("gate_up_proj",), batch=LatencyBatch(1, T))
+    assert found.trainable_params == SMALL["num_hidden_layers"] * 8 * EXPERTS * (16 + 48)
+    dense = 2 * (16 * 16 * 2 + 16 * 8 * 2 + 16 * EXPERTS) + 16 * VOCABULARY  # attention, routers, the output layer
+    experts = 2 * (48 * 16 + 16 * 24) * 2  # of two experts for each token
+    assert found.base_flops == 2 * T * (dense + experts)  # torch counts none for fused attention on a CPU
