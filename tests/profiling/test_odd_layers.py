@@ -19,6 +19,7 @@ from layerlens.exceptions import ProfilingError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import LayerSpec, ModelSpec
+from layerlens.models.model_spec import EXPERTS
 from layerlens.tasks.batches import Batch
 from layerlens.tasks.losses import IGNORED, causal_loss, classification_loss, token_loss
 
@@ -64,7 +65,9 @@ def frozen(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
 
 
 def spec_of(model: torch.nn.Module) -> ModelSpec:
-    return model_spec(PretrainedModel(model, None, "", ()), "tiny", adapter_sites="residual")
+    """Its layers without stacks of experts, which have tests of their own."""
+    spec = model_spec(PretrainedModel(model, None, "", ()), "tiny", adapter_sites="residual")
+    return replace(spec, layers=[layer for layer in spec.layers if layer.layer_type != EXPERTS])
 
 
 @pytest.mark.parametrize(
