@@ -144,7 +144,9 @@ def _one_row_each(adapted: Sequence[ManifestRow], others: int) -> Table:
 
 
 def _blocks_by_roles(grid: Grid) -> Group:
-    letters = "  ".join(f"{method.letter} {method.label} {method.unit}" for method in METHODS.values())
+    there = {row.method for blocks in grid.blocks for row in blocks.cells if row is not None}
+    shown = [method for method in METHODS.values() if method.name in there]
+    letters = "  ".join(f"{method.letter} {method.label} {method.unit}" for method in shown)
     table = new_table("Chosen", caption=f"{letters}  {_UNCHANGED} unchanged")
     table.add_column("block", justify="right", no_wrap=True)
     for role in grid.roles:
