@@ -45,6 +45,10 @@ check-api *arguments:
 check-exports *tools:
     scripts/check_exports.sh {{tools}}
 
+# the table of serving engines in docs/how-to/my-server.md, with what the engines' own wheels say
+serving-table *arguments:
+    .venv/bin/python scripts/serving_table.py {{arguments}}
+
 # telemetry and tracking against real servers: MLflow, Prometheus, its push gateway
 check-monitoring *arguments:
     scripts/check_monitoring.sh {{arguments}}

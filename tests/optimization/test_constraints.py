@@ -191,7 +191,7 @@ def test_a_part_of_a_fused_layer_is_told_which_layer_has_it(asked: str, role: st
     fused = [
         LayerSpec(f"block.0.{name}", 8, "linear", methods=("lora",), block=0, role=name) for name in (role, "other")
     ]
-    config = OptimizationConfig(constraints={"choose_alike": [[asked, "other"]]})
+    config = OptimizationConfig(max_trainable_params=100, constraints={"choose_alike": [[asked, "other"]]})
     with pytest.raises(
         ConfigurationError, match=rf"are one layer in this model \(block\.0\.{role}\).*call it '{role}'"
     ):

@@ -28,7 +28,9 @@ def tokenizer(minilm_path: str) -> Any:
 @pytest.fixture(scope="module")
 def loaded(tokenizer: Any) -> PretrainedModel:
     """A tokenizer, and a model that only says how a decoder's inputs are made."""
-    config = hf.T5Config(vocab_size=99, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    config = hf.T5Config(
+        vocab_size=30522, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
     return PretrainedModel(hf.T5ForConditionalGeneration(config), tokenizer, "tiny", ())
 
 
