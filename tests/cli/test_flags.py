@@ -69,7 +69,8 @@ def test_options_replace_what_a_file_says_and_are_relative_to_here(
         ),
         (
             [*SAID, "--method", "loras"],
-            "--method loras: optimization.methods[0]: must be 'lora', 'adapter' or 'prefix', got loras; did you mean",
+            "--method loras: optimization.methods[0]: must be 'lora', 'adapter', 'prefix', 'dora', 'ia3', 'bitfit' or "
+            "'ln_tuning', got loras; did you mean",
         ),
         ([*SAID, "--task", "regresion"], "--task regresion: model.task: must be 'sequence-classification', "),
     ],
