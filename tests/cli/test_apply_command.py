@@ -62,7 +62,7 @@ def test_output_writes_the_adapter(invoke: Invoke, tmp_path: Path, monkeypatch: 
     saved(few(), tmp_path)
     calls: list[Any] = []
 
-    def export(plan: Manifest, model: str | None, output: Path, measured: Path) -> dict[str, Path]:
+    def export(plan: Manifest, model: str | None, output: Path, measured: Path, **_: Any) -> dict[str, Path]:
         assert measured == Path("peft")  # beside the manifest
         calls.append((plan, model, output))
         (output / "peft").mkdir(parents=True)
@@ -82,7 +82,7 @@ def test_output_that_cannot_be_written_is_found_before_the_model_is_loaded(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(few(), tmp_path)
-    monkeypatch.setattr(tuning, "apply_to_directory", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(tuning, "apply_to_directory", lambda *_, **__: pytest.fail("the model was loaded"))
     result = invoke("apply", "manifest.json", "--output", "config.yaml/below")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: cannot write config.yaml/below: ")
@@ -97,7 +97,7 @@ def test_manifests_that_cannot_be_used(invoke: Invoke, tmp_path: Path, monkeypat
     assert broken.exit_code == 2
     assert broken.stderr.startswith("error: broken.json:1:2: not JSON")
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise ManifestError("layer 'x' is not in the model")
 
     saved(few(), tmp_path)
@@ -110,7 +110,7 @@ def test_a_field_of_the_wrong_type_is_named_before_the_model_is_loaded(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(few(), tmp_path)
-    monkeypatch.setattr(tuning, "apply_to_directory", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(tuning, "apply_to_directory", lambda *_, **__: pytest.fail("the model was loaded"))
     document = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**document, "model": {**document["model"], "labels": 5}}), encoding="utf-8")
     result = invoke("apply", "manifest.json", "-o", "x")
