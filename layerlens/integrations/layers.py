@@ -33,7 +33,7 @@ from layerlens.integrations.transformers import (
     takes_prefix,
     task_heads,
 )
-from layerlens.integrations.weight_matrices import why_not_measurable
+from layerlens.integrations.weight_matrices import why_no_lora
 from layerlens.models import LayerSpec, ModelSpec
 from layerlens.registry import METHODS
 
@@ -145,24 +145,6 @@ def model_spec(
 def of_tokens_alone(inputs: Mapping[str, Any]) -> bool:
     """Whether the inputs are tokens and nothing else, so that every layer has as many positions as there are tokens."""
     return "input_ids" in inputs and not any(name.startswith("pixel") for name in inputs)
-
-
-def why_no_lora(name: str, module: Any) -> str:
-    """Why Hugging Face PEFT's LoRA does not fit a Linear, Conv1D or Conv2d; "" where it does.
-
-    PEFT (0.21) gives a convolution an A of r × all input channels, with the kernel, stride and padding of the layer but
-    without its dilation, and a 1 × 1 B with the layer's groups; so r must be a multiple of the groups.
-    """
-    left_out = getattr(module, "layerlens_left_out", "")
-    if left_out or not isinstance(module, torch.nn.Conv2d):
-        return left_out or why_not_measurable(name, module)
-    if module.dilation != (1, 1) and module.kernel_size != (1, 1):
-        return "PEFT's LoRA drops the dilation of a convolution"
-    if module.padding_mode != "zeros":
-        return "PEFT's LoRA drops the padding mode of a convolution"
-    if module.groups > 1 and module.groups == module.in_channels:
-        return f"PEFT's LoRA of a depthwise convolution needs a rank that is a multiple of its {module.groups} groups"
-    return why_not_measurable(name, module)
 
 
 def _transformer_layers(

@@ -266,7 +266,7 @@ def why_not_adaptable(name: str, module: Any) -> str:
     """Why PEFT's LoRA cannot go on this module; "" where it can. Any kind of Linear can take it, measurable or not."""
     import torch
 
-    from layerlens.integrations.layers import why_no_lora
+    from layerlens.integrations.weight_matrices import why_no_lora
 
     if isinstance(module, torch.nn.Conv2d):
         return why_no_lora(name, module)

@@ -121,3 +121,21 @@ def _multiplies(module: torch.nn.Module) -> bool:
             return torch.allclose(type(module).forward(small, x), torch.nn.functional.linear(x, weight, bias))
     except Exception:  # it needs more than its weight and bias
         return False
+
+
+def why_no_lora(name: str, module: Any) -> str:
+    """Why Hugging Face PEFT's LoRA does not fit a Linear, Conv1D or Conv2d; "" where it does.
+
+    PEFT (0.21) gives a convolution an A of r × all input channels, with the kernel, stride and padding of the layer but
+    without its dilation, and a 1 × 1 B with the layer's groups; so r must be a multiple of the groups.
+    """
+    left_out = getattr(module, "layerlens_left_out", "")
+    if left_out or not isinstance(module, torch.nn.Conv2d):
+        return left_out or why_not_measurable(name, module)
+    if module.dilation != (1, 1) and module.kernel_size != (1, 1):
+        return "PEFT's LoRA drops the dilation of a convolution"
+    if module.padding_mode != "zeros":
+        return "PEFT's LoRA drops the padding mode of a convolution"
+    if module.groups > 1 and module.groups == module.in_channels:
+        return f"PEFT's LoRA of a depthwise convolution needs a rank that is a multiple of its {module.groups} groups"
+    return why_not_measurable(name, module)

@@ -34,4 +34,6 @@ def check_token_ids(pretrained: PretrainedModel, features: Sequence[dict[str, An
 
 
 def _largest(ids: Any) -> int:
-    return int(ids.max()) if hasattr(ids, "max") else max(ids, default=0)
+    if isinstance(ids, (int, float)):  # the class of a sample
+        return 0
+    return int(ids.max()) if hasattr(ids, "max") else int(max(ids, default=0))

@@ -24,6 +24,7 @@ FORMATS = {  # file -> what it names
     "layerlens/manifest/report.py": "the same, in the report",
     "layerlens/tuning/tools.py": "what other trainers' files call it",
     "layerlens/library/axolotl.py": "the same, in axolotl's",
+    "layerlens/tuning/gguf.py": "the kind of adapter, in GGUF's",
 }
 
 

@@ -12,8 +12,9 @@ from peft import LoraConfig, get_peft_model
 from test_architectures import CLASSES, RELATIVE, ConvNet, images
 
 from layerlens.exceptions import ModelSpecError
-from layerlens.integrations.layers import model_spec, why_no_lora
+from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.integrations.weight_matrices import why_no_lora
 from layerlens.methods import enumerate_options, trainable_params
 from layerlens.tasks import Batch
 from layerlens.tasks.losses import classification_loss

@@ -21,7 +21,9 @@ from layerlens.tasks.summary import summarise
 @pytest.fixture(scope="module")
 def loaded(minilm_path: str) -> PretrainedModel:
     tokenizer = hf.AutoTokenizer.from_pretrained(minilm_path)
-    config = hf.T5Config(vocab_size=99, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    config = hf.T5Config(
+        vocab_size=30522, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
     return PretrainedModel(hf.T5ForConditionalGeneration(config), tokenizer, "tiny", ())
 
 
