@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.integrations.peft import base_of
 from layerlens.methods.method import Operation, sums_over_tokens
-from layerlens.methods.peft_method import PeftMethod
+from layerlens.methods.peft_method import VectorMethod
 from layerlens.models import LayerSpec
 from layerlens.models.model_spec import LINEAR
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class BitFit(PeftMethod):
+class BitFit(VectorMethod):
     """n_out parameters, all 0 at the start."""
 
     name, label, plural, unit, letter = "bitfit", "BitFit", "BitFit layers", "vector", "B"
@@ -30,13 +30,7 @@ class BitFit(PeftMethod):
     def takes(self, layer: LayerSpec, module: Any, adapter_sites: str) -> bool:
         return layer.layer_type == LINEAR and not self.why_not(layer.name, module)
 
-    def takes_size(self, layer: LayerSpec, size: int) -> bool:
-        return size == 1
-
     def trainable_params(self, layer: LayerSpec, size: int) -> int:
-        return layer.n_out
-
-    def marginal_params(self, layer: LayerSpec) -> int:
         return layer.n_out
 
     def operations(self, layer: LayerSpec, size: int) -> list[Operation]:
@@ -46,9 +40,6 @@ class BitFit(PeftMethod):
     def kept_elements(self, layer: LayerSpec, size: int) -> float:
         """Nothing: the gradient of a sum needs no activation."""
         return 0.0
-
-    def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:
-        return 1, layer.n_out, 1
 
     def layer_operands(self, layer: LayerSpec, module: Any, d__bgto: Any, h__bgti: Any, y: Any) -> tuple[Any, Any]:
         """d, added up over the tokens."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.integrations.transformers import role_of
 from layerlens.methods.method import OUTPUT, Operation, sums_over_tokens
-from layerlens.methods.peft_method import PeftMethod
+from layerlens.methods.peft_method import VectorMethod
 from layerlens.models import LayerSpec
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def scales_input(name: str) -> bool:
     return role_of(name) == "ffn_down"
 
 
-class IA3(PeftMethod):
+class IA3(VectorMethod):
     """n_out parameters (n_in where the input is scaled), all 1 at the start."""
 
     name, label, plural, unit, letter = "ia3", "IA3", "IA3 layers", "vector", "I"
@@ -33,14 +33,8 @@ class IA3(PeftMethod):
     reads = OUTPUT
     on_request = True
 
-    def takes_size(self, layer: LayerSpec, size: int) -> bool:
-        return size == 1
-
     def trainable_params(self, layer: LayerSpec, size: int) -> int:
         return layer.n_in if scales_input(layer.name) else layer.n_out
-
-    def marginal_params(self, layer: LayerSpec) -> int:
-        return self.trainable_params(layer, 1)
 
     def operations(self, layer: LayerSpec, size: int) -> list[Operation]:
         """One product of elements."""
@@ -54,9 +48,6 @@ class IA3(PeftMethod):
     def kept_once(self, layer: LayerSpec, size: int) -> float:
         """The factors, which PEFT copies."""
         return self.trainable_params(layer, size)
-
-    def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:
-        return 1, self.trainable_params(layer, 1), 1
 
     def layer_operands(self, layer: LayerSpec, module: Any, d__bgto: Any, h__bgti: Any, y: Any) -> tuple[Any, Any]:
         """d ∘ y, or Wᵀ d ∘ h, added up over the tokens."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from layerlens.methods.method import Operation, sums_over_tokens
-from layerlens.methods.peft_method import PeftMethod
+from layerlens.methods.peft_method import VectorMethod
 from layerlens.models import LayerSpec
 from layerlens.models.model_spec import NORM
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class LNTuning(PeftMethod):
+class LNTuning(VectorMethod):
     """As many parameters as the norm has, which begin as the norm's."""
 
     name, label, plural, unit, letter = "ln_tuning", "LN tuning", "tuned norms", "norm", "N"
@@ -30,13 +30,7 @@ class LNTuning(PeftMethod):
     def takes(self, layer: LayerSpec, module: Any, adapter_sites: str) -> bool:
         return layer.layer_type == NORM
 
-    def takes_size(self, layer: LayerSpec, size: int) -> bool:
-        return size == 1
-
     def trainable_params(self, layer: LayerSpec, size: int) -> int:
-        return layer.n_out
-
-    def marginal_params(self, layer: LayerSpec) -> int:
         return layer.n_out
 
     def operations(self, layer: LayerSpec, size: int) -> list[Operation]:
@@ -46,9 +40,6 @@ class LNTuning(PeftMethod):
     def kept_elements(self, layer: LayerSpec, size: int) -> float:
         """Its normalised input; a norm of heads has one of each."""
         return layer.n_in * layer.num_heads
-
-    def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:
-        return 1, layer.n_out, 1
 
     def layer_operands(self, layer: LayerSpec, module: Any, d__bgto: Any, h__bgti: Any, y: Any) -> tuple[Any, Any]:
         """d ∘ u of every parameter, one behind the other, added up over the tokens."""

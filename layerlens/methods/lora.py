@@ -68,9 +68,6 @@ class LoRA(PeftMethod):
 
         return why_not_adaptable(name, module)
 
-    def layer_tensors(self, name: str, module: Any) -> dict[str, torch.Tensor]:
-        raise NotImplementedError("LoRA's tensors depend on its rank")
-
     def sizes_in(self, model: torch.nn.Module) -> dict[str, int]:
         from layerlens.integrations.peft import injected_ranks
 

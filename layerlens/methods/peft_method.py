@@ -16,7 +16,7 @@ from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import base_of, shared_fields
 from layerlens.integrations.torch_modules import find_module
 from layerlens.methods.method import Method
-from layerlens.models import Choice, Option
+from layerlens.models import Choice, LayerSpec, Option
 
 if TYPE_CHECKING:
     import torch
@@ -29,21 +29,15 @@ class PeftMethod(Method):
     Attributes:
         peft_type: what adapter_config.json calls it.
         peft_config: the name of its configuration class in PEFT.
-        holder: the attribute of PEFT's layers that holds its parameters; its size is then 1.
     """
 
     wraps = mergeable = True
     peft_type: str
     peft_config: str
-    holder: str
 
     @abstractmethod
     def why_not(self, name: str, module: Any) -> str:
         """Why PEFT cannot put it on this module; "" where it can."""
-
-    @abstractmethod
-    def layer_tensors(self, name: str, module: Any) -> dict[str, torch.Tensor]:
-        """What its file has of one layer before the first step, by what follows the layer's name."""
 
     def module_of(self, model: torch.nn.Module, option: Option) -> torch.nn.Module:
         """The module that ``option`` is for.
@@ -56,11 +50,7 @@ class PeftMethod(Method):
             raise ManifestError(f"{option.layer}: {reason}")
         return module
 
-    def params_in(self, model: torch.nn.Module, option: Option) -> tuple[int, str]:
-        module = self.module_of(model, option)
-        count = sum(tensor.numel() for tensor in self.layer_tensors(option.layer, module).values())
-        return count, f"{self.label} on this {type(module).__name__}"
-
+    @abstractmethod
     def config(
         self, choice: Choice, model: torch.nn.Module, *, train_head: bool = True, base: str | None = None
     ) -> PeftConfig:
@@ -75,19 +65,8 @@ class PeftMethod(Method):
         Raises:
             ManifestError: an unknown module, or one that cannot take the method.
         """
-        import peft
 
-        names = [option.layer for option in choice.of_method(self.name)]
-        for option in choice.of_method(self.name):
-            self.module_of(model, option)
-        fields = shared_fields(choice, model, names, train_head=train_head, base=base)
-        made: PeftConfig = getattr(peft, self.peft_config)(**fields, **self.own_fields(model, names))
-        return made
-
-    def own_fields(self, model: torch.nn.Module, names: list[str]) -> dict[str, Any]:
-        """What its configuration has beside the fields that all have; nothing unless redefined."""
-        return {}
-
+    @abstractmethod
     def tensors(
         self, choice: Choice, model: torch.nn.Module, factors: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
@@ -96,13 +75,6 @@ class PeftMethod(Method):
         Raises:
             ManifestError: an unknown module, one that cannot take the method, or weights that are not in memory.
         """
-        found: dict[str, torch.Tensor] = {}
-        for option in choice.of_method(self.name):
-            made = self.layer_tensors(option.layer, self.module_of(model, option))
-            if self.starts_from_weights and any(tensor.is_meta for tensor in made.values()):
-                raise ManifestError(f"{option.layer}: {self.label} begins from its weights, which are not in memory")
-            found |= {f"base_model.model.{option.layer}.{end}": tensor for end, tensor in made.items()}
-        return found
 
     def prepare(
         self, model: torch.nn.Module, choice: Choice, factors: Mapping[str, torch.Tensor] | None = None
@@ -112,12 +84,6 @@ class PeftMethod(Method):
         config.base_model_name_or_path = None  # PEFT fills in where this very model came from
         sizes = {option.layer: option.rank for option in choice.of_method(self.name)}
         return lambda frozen: self._wrapped(frozen, config, sizes, tensors)
-
-    def sizes_in(self, model: torch.nn.Module) -> dict[str, int]:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        layers = {name: one for name, one in base_of(model).named_modules() if isinstance(one, BaseTunerLayer)}
-        return {name: 1 for name, one in layers.items() if hasattr(one, self.holder) and one.active_adapters}
 
     def remove(self, model: torch.nn.Module) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -166,6 +132,67 @@ class PeftMethod(Method):
             for key, tensor in tensors.items():
                 places[_in_file(key)].copy_(tensor)
         return tuned
+
+
+class VectorMethod(PeftMethod):
+    """A method of PEFT that has one size: a vector, or the copies of a module's own, for each layer.
+
+    Attributes:
+        holder: the attribute of PEFT's layers that holds its parameters.
+    """
+
+    holder: str
+
+    @abstractmethod
+    def layer_tensors(self, name: str, module: Any) -> dict[str, torch.Tensor]:
+        """What its file has of one layer before the first step, by what follows the layer's name."""
+
+    def takes_size(self, layer: LayerSpec, size: int) -> bool:
+        return size == 1
+
+    def marginal_params(self, layer: LayerSpec) -> int:
+        return self.trainable_params(layer, 1)
+
+    def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:
+        return 1, self.trainable_params(layer, 1), 1
+
+    def params_in(self, model: torch.nn.Module, option: Option) -> tuple[int, str]:
+        module = self.module_of(model, option)
+        count = sum(tensor.numel() for tensor in self.layer_tensors(option.layer, module).values())
+        return count, f"{self.label} on this {type(module).__name__}"
+
+    def config(
+        self, choice: Choice, model: torch.nn.Module, *, train_head: bool = True, base: str | None = None
+    ) -> PeftConfig:
+        import peft
+
+        names = [option.layer for option in choice.of_method(self.name)]
+        for option in choice.of_method(self.name):
+            self.module_of(model, option)
+        fields = shared_fields(choice, model, names, train_head=train_head, base=base)
+        made: PeftConfig = getattr(peft, self.peft_config)(**fields, **self.own_fields(model, names))
+        return made
+
+    def own_fields(self, model: torch.nn.Module, names: list[str]) -> dict[str, Any]:
+        """What its configuration has beside the fields that all have; nothing unless redefined."""
+        return {}
+
+    def tensors(
+        self, choice: Choice, model: torch.nn.Module, factors: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for option in choice.of_method(self.name):
+            made = self.layer_tensors(option.layer, self.module_of(model, option))
+            if self.starts_from_weights and any(tensor.is_meta for tensor in made.values()):
+                raise ManifestError(f"{option.layer}: {self.label} begins from its weights, which are not in memory")
+            found |= {f"base_model.model.{option.layer}.{end}": tensor for end, tensor in made.items()}
+        return found
+
+    def sizes_in(self, model: torch.nn.Module) -> dict[str, int]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = {name: one for name, one in base_of(model).named_modules() if isinstance(one, BaseTunerLayer)}
+        return {name: 1 for name, one in layers.items() if hasattr(one, self.holder) and one.active_adapters}
 
 
 def _in_file(name: str) -> str:

@@ -24,6 +24,7 @@ from layerlens.integrations.peft import (
 )
 from layerlens.integrations.torch_modules import find_module
 from layerlens.methods import injected_sizes
+from layerlens.methods.peft_method import VectorMethod
 from layerlens.models import ModelFacts
 from layerlens.registry import METHODS
 from layerlens.tuning.generators.generator import ordinary_lora
@@ -193,7 +194,7 @@ def _check_vectors(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     """The tensors of another method of PEFT that LayerLens has; of any other kind nothing is known here."""
-    methods: list[Any] = [METHODS[name] for name in METHODS if getattr(METHODS[name], "peft_type", "") == kind]
+    methods = [one for one in METHODS.values() if isinstance(one, VectorMethod) and one.peft_type == kind]
     for method in methods:
         mark = f".{method.holder}"
         for key, shape in shapes.items():
