@@ -1,6 +1,7 @@
 """The nouns: frozen dataclasses that the stages hand to one another. They know nothing of torch or files."""
 
 from layerlens.models.allocation import Allocation, AllocationProblem, FrontierRow, LayerExplanation, SolverEvent
+from layerlens.models.charges import DepthCharge, GroupCharge
 from layerlens.models.choice import Choice
 from layerlens.models.detection import Box, Detection, LabelledImage
 from layerlens.models.facts import CalibrationSummary, LoraSettings, ModelFacts, Predicted, Provenance
@@ -36,10 +37,12 @@ __all__ = [
     "CalibrationSummary",
     "Choice",
     "CostTable",
+    "DepthCharge",
     "Detection",
     "FactorSketch",
     "Footprint",
     "FrontierRow",
+    "GroupCharge",
     "KernelStatistics",
     "LabelledImage",
     "LayerExplanation",

@@ -6,10 +6,12 @@ Axes: g groups (layers), o options of all groups one after the other, r resource
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from layerlens.models.model_spec import Option
+from layerlens.models.charges import DepthCharge, GroupCharge, caused_by
+from layerlens.models.model_spec import NONE, Option
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class AllocationProblem:
         members__o: for each option, the entries of the utility and cost tables that it stands for: one for each layer
             of the group, several where layers choose alike. Empty: option o stands for entry o.
         entry_value: float64 [n_entries], score of every table entry; ``value`` where ``members__o`` is empty.
+        charges: what groups of options pay once, beside the costs of each.
+        depth: what the lowest adapted stage of a chain costs.
     """
 
     layers: tuple[str, ...]
@@ -42,6 +46,69 @@ class AllocationProblem:
     base: np.ndarray
     members__o: tuple[tuple[int, ...], ...] = ()
     entry_value: np.ndarray | None = None
+    charges: tuple[GroupCharge, ...] = ()
+    depth: DepthCharge | None = None
+
+    @property
+    def charged(self) -> bool:
+        """Whether costs are more than sums over options."""
+        return bool(self.charges) or self.depth is not None
+
+    @cached_property
+    def caused__o(self) -> list[tuple[int, ...]]:
+        """For each option, the group charges that it causes, ascending."""
+        return caused_by(self.charges, len(self.options))
+
+    @cached_property
+    def reaches__o(self) -> np.ndarray:
+        """bool [n_options]: which options make the backward pass reach the stage of their group."""
+        if self.depth is None:
+            return np.zeros(len(self.options), dtype=bool)
+        if self.depth.reaches__o is None:
+            reaches = np.array([option.method != NONE for option in self.options])
+        else:
+            reaches = np.asarray(self.depth.reaches__o, dtype=bool)
+        return reaches & (np.repeat(self.depth.stage__g, np.diff(self.offset)) >= 0)
+
+    def lowest_stage(self, choice: np.ndarray) -> int | None:
+        """The lowest stage that the backward pass of ``choice`` has to reach; None where it reaches none."""
+        if self.depth is None:
+            return None
+        stage = np.asarray(self.depth.stage__g)[self.reaches__o[choice]]
+        return int(stage.min()) if stage.size else None
+
+    def paid(self, choice: np.ndarray) -> tuple[int, ...]:
+        """The group charges that ``choice`` causes, ascending."""
+        if not self.charges:
+            return ()
+        return tuple(sorted({charge for option in choice for charge in self.caused__o[option]}))
+
+    def terms__rk(self, choice: np.ndarray) -> np.ndarray:
+        """float64 [n_resources, k]: all that ``choice`` uses: its options, then its charges, then its depth.
+
+        The use of a resource is the correctly rounded sum of its row.
+        """
+        parts = [self.cost__ro[:, choice]]
+        parts += [np.asarray(self.charges[charge].cost__r, dtype=np.float64)[:, None] for charge in self.paid(choice)]
+        if self.depth is not None and (stage := self.lowest_stage(choice)) is not None:
+            parts.append(np.asarray(self.depth.cost__sr, dtype=np.float64)[stage][:, None])
+        return np.concatenate(parts, axis=1)
+
+    def value_terms(self, choice: np.ndarray) -> np.ndarray:
+        """float64 [k]: what the value of ``choice`` is the correctly rounded sum of: its options, less penalties."""
+        penalties = [-self.charges[charge].penalty for charge in self.paid(choice)]
+        if self.depth is not None and self.depth.penalty__s is not None:
+            stage = self.lowest_stage(choice)
+            penalties += [] if stage is None else [-float(self.depth.penalty__s[stage])]
+        return np.concatenate((self.value[choice], penalties))
+
+    def allowed(self, choice: np.ndarray) -> bool:
+        """Whether ``choice`` has no option at or above its lowest stage that is possible only below it."""
+        stage = self.lowest_stage(choice)
+        if stage is None or self.depth is None or self.depth.below__o is None:
+            return True
+        reached = np.asarray(self.depth.stage__g) >= stage
+        return not bool(np.any(np.asarray(self.depth.below__o)[choice] & reached))
 
     def entries(self, choice: np.ndarray) -> np.ndarray:
         """int64 [n_layers], ascending: the table entries that ``choice`` (an option for each group) stands for."""

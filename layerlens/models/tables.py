@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from layerlens import vocabulary
+from layerlens.models.charges import DepthCharge, GroupCharge
 from layerlens.models.model_spec import Option
 from layerlens.models.statistics import Calibration
 
@@ -48,9 +49,14 @@ class CostTable:
         cost__ro: float64 [n_resources, n_options], rows in the order of RESOURCES.
         base: what the frozen model uses of each resource.
         source: how each resource was found: "exact", "shapes", "saved-tensor hooks", "latency profile" ...
+        charges: what groups of options pay once; ``options`` of a charge are entries of this table, and its ``cost__r``
+            has the order of RESOURCES. ``build_problem`` brings them into the problem.
+        depth: what the lowest adapted stage costs; its groups are the layers of the specification, in their order.
     """
 
     options: tuple[Option, ...]
     cost__ro: np.ndarray
     base: dict[str, float]
     source: dict[str, str] = field(default_factory=dict)
+    charges: tuple[GroupCharge, ...] = ()
+    depth: DepthCharge | None = None

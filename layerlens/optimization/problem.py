@@ -13,6 +13,7 @@ from layerlens.config import OptimizationConfig
 from layerlens.exceptions import ActivationCacheError, OptimizationError
 from layerlens.models import RESOURCES, AllocationProblem, CostTable, ModelSpec, UtilityTable
 from layerlens.models.model_spec import NONE, Option
+from layerlens.optimization.charge_rows import charges_of, depth_of
 from layerlens.optimization.constraints import JOIN, allowed_options, extra_rows, grouped_options, layers_alike
 from layerlens.registry import METHODS
 
@@ -62,7 +63,8 @@ def build_problem(
     if not np.all(np.isfinite(base) & (base >= 0.0)):
         raise OptimizationError(f"what the frozen model needs must be finite and at least 0, got {costs.base}")
 
-    value = _scores(options, offset, utility, cost__ro, config)
+    weighed = _weighed(costs, offset, config)
+    value = _scores(options, utility, cost__ro, config, weighed)
     rows = [
         (resource, cost__ro[row], float(budget), float(base[row]))
         for row, resource in enumerate(RESOURCES)
@@ -73,11 +75,14 @@ def build_problem(
     grouped = grouped_options(groups, options, allowed_options(spec, options, config))
     members = tuple(entries for _, entries in grouped)
     names = [JOIN.join(group) for group in groups]
+    # Rows of the table that the problem keeps; resources of the user, which come last, have no charges.
+    kept = [row for row, resource in enumerate(RESOURCES) if config.budgets()[resource] is not None]
     sizes = Counter(option.layer for option, _ in grouped)
+    grouped_offset = np.cumsum([0, *(sizes[name] for name in names)], dtype=np.int64)
     return AllocationProblem(
         layers=tuple(names),
         options=tuple(option for option, _ in grouped),
-        offset=np.cumsum([0, *(sizes[name] for name in names)], dtype=np.int64),
+        offset=grouped_offset,
         value=np.array([exact_sum(value[list(entries)]) for entries in members]),
         cost__ro=np.array([[exact_sum(cost[list(entries)]) for entries in members] for _, cost, _, _ in rows]),
         resources=tuple(name for name, _, _, _ in rows),
@@ -86,6 +91,8 @@ def build_problem(
         base=np.array([base for _, _, _, base in rows]),
         members__o=members,
         entry_value=value,
+        charges=charges_of(costs, kept, len(rows), weighed, members),
+        depth=depth_of(costs, kept, len(rows), weighed, members, offset, grouped_offset),
     )
 
 
@@ -120,27 +127,36 @@ def _reject_damaged(options: tuple[Option, ...], utility: np.ndarray, cost__ro: 
         )
 
 
+def _weighed(costs: CostTable, offset: np.ndarray, config: OptimizationConfig) -> dict[int, tuple[float, float]]:
+    """(weight, reference) of each resource that has a weight in the score."""
+    budgets = config.budgets()
+    found = {}
+    for row, resource in enumerate(RESOURCES):
+        weight, reference = config.objective_weights.get(OBJECTIVE_OF_RESOURCE[resource], 0.0), budgets[resource]
+        if weight == 0.0:
+            continue
+        if reference is None:
+            most = [*np.maximum.reduceat(costs.cost__ro[row], offset[:-1]), *(c.cost__r[row] for c in costs.charges)]
+            most += [] if costs.depth is None else [costs.depth.cost__sr[:, row].max()]
+            reference = exact_sum(most)
+        if reference > 0.0:
+            found[row] = weight, float(reference)
+    return found
+
+
 def _scores(
     options: tuple[Option, ...],
-    offset: np.ndarray,
     utility: np.ndarray,
     cost__ro: np.ndarray,
     config: OptimizationConfig,
+    weighed: dict[int, tuple[float, float]],
 ) -> np.ndarray:
     weights = config.objective_weights
     top = float(utility.max(initial=0.0)) or float(np.abs(utility).max(initial=0.0))
     # Two factors, because weight / top can overflow for tiny utilities although the product does not.
     value = weights.get("utility", 1.0) * (utility / top) if top > 0.0 else np.zeros_like(utility)
-    budgets = config.budgets()
-    for row, resource in enumerate(RESOURCES):
-        weight = weights.get(OBJECTIVE_OF_RESOURCE[resource], 0.0)
-        if weight == 0.0:
-            continue
-        reference = budgets[resource]
-        if reference is None:
-            reference = exact_sum(np.maximum.reduceat(cost__ro[row], offset[:-1]))
-        if reference > 0.0:
-            value = value - weight * (cost__ro[row] / reference)
+    for row, (weight, reference) in weighed.items():
+        value = value - weight * (cost__ro[row] / reference)
     penalties = {str(method): penalty for method, penalty in config.method_penalties.items()}
     penalty = np.array([0.0 if option.method == NONE else penalties.get(option.method, 0.0) for option in options])
     value = value - penalty

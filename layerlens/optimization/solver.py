@@ -65,6 +65,8 @@ def solve(
         if progress is not None:
             progress(f"{stage}: bound {bound:.6g}" if value is None else f"{stage}: gap {_gap(value, bound):.2g} %")
 
+    if problem.charged:
+        raise OptimizationError("costs that are paid once (charges, depth) are not solved yet; add them to the options")
     summary = Summary.of(problem, threads)
     if not obviously_feasible(problem):
         check_feasible(problem)
