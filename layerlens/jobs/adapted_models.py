@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError, ManifestError
 from layerlens.tuning.export import MODULES_FILE, PEFT_DIRECTORY
+from layerlens.utils.atomic import settle
 
 if TYPE_CHECKING:
     from layerlens.integrations.ultralytics import YoloDetector
@@ -59,6 +60,7 @@ def adapted_language_model(llm: Any, folder: Path, *, merge: bool) -> Any:
 
 def _parts(folder: Path) -> tuple[Path | None, Path | None]:
     """The PEFT directory and the file of LayerLens modules in ``folder``."""
+    settle(folder)
     places = (folder, folder / PEFT_DIRECTORY)
     peft = next((place for place in places if (place / "adapter_config.json").is_file()), None)
     modules = folder / MODULES_FILE

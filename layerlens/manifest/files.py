@@ -18,7 +18,7 @@ from layerlens.manifest.schema import check_document
 from layerlens.models import CalibrationSummary, Manifest, ManifestRow, ResourceUse
 from layerlens.models.manifest import SCHEMA_VERSION, SECTIONS
 from layerlens.storage import local_or_url, read_bytes, shown
-from layerlens.utils.atomic import atomic_write_text
+from layerlens.utils.atomic import atomic_write_text, settle
 
 MAX_BYTES = 64 * 2**20
 
@@ -61,6 +61,7 @@ def _text(path: Path) -> str:
         if url is not None:
             content = read_bytes(url, MAX_BYTES)
         else:
+            settle(path.parent)
             with path.open("rb") as file:
                 content = file.read(MAX_BYTES + 1)
         text = content.decode("utf-8")

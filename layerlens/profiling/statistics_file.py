@@ -30,6 +30,7 @@ from layerlens.models import (
 from layerlens.models.statistics import FACTOR, NOT_NEGATIVE, NUMBER, SKETCH, SPECTRUM, Extra
 from layerlens.profiling.proxies import study_from_json, study_to_json
 from layerlens.storage import local_file
+from layerlens.utils.atomic import settle
 
 FORMAT = "layerlens-statistics-3"
 METADATA_KEY = "layerlens"
@@ -157,6 +158,7 @@ def load_statistics(path: Path, *, whole: bool = True) -> tuple[ModelSpec, Model
         ActivationCacheError: no such file, not a statistics file, truncated, or of another version.
     """
     path = local_file(path)
+    settle(path.parent)
     if not path.is_file():
         raise ActivationCacheError(
             f"no statistics file at {path}; `layerlens run` writes one as statistics.safetensors"

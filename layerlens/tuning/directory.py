@@ -31,11 +31,13 @@ from layerlens.tuning.generators.generator import ordinary_lora
 from layerlens.tuning.initialization import ADAPTER_WEIGHTS
 from layerlens.tuning.inject import before_of, keep_statistics, note_before
 from layerlens.tuning.storage import MODULES_FILE, SavedModules, model_bytes, read_modules
-from layerlens.utils.atomic import staged_directory
+from layerlens.utils.atomic import settle, staged_directory
 
 if TYPE_CHECKING:
     import torch
 
+SETS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "feedforward_modules")
+"""Fields of PEFT's configuration that are sets in memory, where they are no pattern, and lists in its file."""
 ADAPTER_CONFIG, CARD = "adapter_config.json", "README.md"
 LORA_TYPE = "LORA"
 EXPORTED = "peft"  # where a run puts the PEFT files, beside its manifest
@@ -67,6 +69,7 @@ def save(model: torch.nn.Module, directory: Path) -> dict[str, Path]:
             # "auto" would ask the hub for the base model's vocabulary; embeddings are never trained here.
             with ordinary_lora(model):
                 peft_model.save_pretrained(staging, save_embedding_layers=False)
+            _in_fixed_order(staging / ADAPTER_CONFIG)
             if (directory / CARD).exists():
                 (staging / CARD).unlink(missing_ok=True)
         if content is not None:
@@ -95,6 +98,7 @@ def load(
             names are shown), or another base model; ``base`` is then unchanged.
     """
     directory = Path(directory)
+    settle(directory)
     peft_directory = directory if (directory / ADAPTER_CONFIG).is_file() else directory / EXPORTED
     has_peft, has_modules = (peft_directory / ADAPTER_CONFIG).is_file(), (directory / MODULES_FILE).is_file()
     if not has_peft and not has_modules:
@@ -111,6 +115,15 @@ def load(
         return saved.put_into(base, trainable=trainable)
     _check_peft_files(base, peft_directory)
     return saved.put_into(_with_peft(base, peft_directory, saved.facts, trainable), trainable=trainable)
+
+
+def _in_fixed_order(path: Path) -> None:
+    """Write PEFT's configuration again with its sets in one order: theirs differs from one process to the next."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    for name in SETS:
+        if isinstance(fields.get(name), list):
+            fields[name] = sorted(fields[name])
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _with_peft(base: torch.nn.Module, directory: Path, facts: ModelFacts, trainable: bool) -> torch.nn.Module:

@@ -22,6 +22,7 @@ from layerlens.integrations.peft import BASE_PREFIX, default_factor, lora_shape,
 from layerlens.integrations.torch_modules import find_module
 from layerlens.models import Choice, Manifest, Option, choice_of
 from layerlens.storage import local_file
+from layerlens.utils.atomic import settle
 
 if TYPE_CHECKING:
     import torch
@@ -111,6 +112,7 @@ def read_factors(peft_directory: Path, given: Choice | Manifest) -> dict[str, to
     if kind == "default" or not choice.lora_options:
         return {}
     path = local_file(peft_directory) / ADAPTER_WEIGHTS
+    settle(path.parent)
     try:
         with safe_open(path, framework="pt") as file:
             keys = {row.layer: f"{BASE_PREFIX}{row.layer}.lora_A.weight" for row in choice.lora_options}

@@ -20,7 +20,7 @@ from layerlens.sources import LoadRequest
 from layerlens.tuning.export import PEFT_DIRECTORY, apply_to_directory
 from layerlens.tuning.initialization import ADAPTER_WEIGHTS
 from layerlens.tuning.served import ADAPTER_CONFIG, MERGE, Adapter, read_adapter, read_config, served, server_command
-from layerlens.utils.atomic import staged_directory
+from layerlens.utils.atomic import settle, staged_directory
 
 CARD = "README.md"
 
@@ -70,6 +70,7 @@ def origin_of(place: Path, manifest: Manifest | None, model: str | None) -> Iter
         ManifestError: there is neither an adapter nor a manifest with LoRA.
     """
     folder = place if place.is_dir() else place.parent
+    settle(folder)
     found = next((path for path in (folder, folder / PEFT_DIRECTORY) if (path / ADAPTER_CONFIG).is_file()), None)
     if found is None and manifest is None:
         raise ManifestError(

@@ -160,3 +160,13 @@ def bert_with_labels(count):
     base = shape("bert").model
     base.classifier = torch.nn.Linear(32, count)
     return base
+
+
+def test_sets_of_the_configuration_are_written_in_one_order(tmp_path):
+    """Python's order of a set of strings differs from process to process, and with it were the file's bytes."""
+    _, model = tuned(methods=("lora",))
+    config = model.peft_config["default"]
+    names = sorted(config.target_modules)
+    assert len(names) > 1
+    save(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == names

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from layerlens.exceptions import OutputError
-from layerlens.utils import atomic
-from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, staged_directory
+from layerlens.utils import atomic, exchange
+from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable, settle, staged_directory
 
 AS_ROOT = os.geteuid() == 0
 
@@ -31,6 +33,12 @@ def old_run(tmp_path: Path) -> Path:
     (target / "peft/old.safetensors").write_text("old")
     (target / "notes.txt").write_text("mine")
     return target
+
+
+@pytest.fixture
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that cannot exchange directories."""
+    monkeypatch.setattr(exchange, "can_exchange_in", lambda _directory: False)
 
 
 def test_file_is_written_with_its_folders_and_usual_permissions(tmp_path: Path) -> None:
@@ -112,24 +120,56 @@ def test_an_exception_leaves_everything_as_it_was(old_run: Path, error: type[Bas
     assert os.listdir(old_run.parent) == ["out"]
 
 
-@pytest.mark.parametrize("fail_at", [1, 2, 3, 4, 5, 6])
-def test_an_interrupt_between_the_moves_is_undone(old_run: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int) -> None:
-    before = tree(old_run)
-    replace, calls = os.replace, []
+CALLS = ("replace", "link", "symlink", "mkdir", "listdir", "open", "chmod")
 
-    def interrupted(source: Path, destination: Path) -> None:
-        calls.append(source)
-        if len(calls) == fail_at:
-            raise KeyboardInterrupt
-        replace(source, destination)
 
-    with pytest.raises(KeyboardInterrupt), staged_directory(old_run, owned=("notes.txt",)) as staging:  # noqa: PT012
-        (staging / "manifest.json").write_text("new")
-        (staging / "added.txt").write_text("new")
-        (staging / "peft").mkdir()
-        monkeypatch.setattr(atomic.os, "replace", interrupted)
-    assert tree(old_run) == before
-    assert sorted(os.listdir(old_run)) == ["manifest.json", "notes.txt", "peft"]
+@pytest.mark.parametrize("whole", [True, False], ids=["exchanged", "one by one"])
+def test_an_interrupt_at_any_call_is_undone(
+    old_run: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, whole: bool
+) -> None:
+    """From the end of the block on, at every call of the operating system, the exchange among them."""
+    if not whole:
+        request.getfixturevalue("no_exchange")
+    (old_run / "mine").mkdir()
+    (old_run / "mine/notes.txt").write_text("mine")
+    before, fail_at = tree(old_run), 0
+    after = {"added.txt": "new", "manifest.json": "new", "mine/notes.txt": "mine", "notes.txt": "mine"}
+    places = [(os, name) for name in CALLS] + [(exchange, "exchange")]
+    while True:
+        fail_at += 1
+        calls = 0
+
+        def counted(call: Callable[..., object], last: int = fail_at) -> Callable[..., object]:
+            def wrapped(*args: object, **kwargs: object) -> object:
+                nonlocal calls
+                calls += 1
+                if calls == last:
+                    raise KeyboardInterrupt
+                return call(*args, **kwargs)
+
+            return wrapped
+
+        try:
+            with staged_directory(old_run, owned=("stale.html",)) as staging:
+                (staging / "manifest.json").write_text("new")
+                (staging / "added.txt").write_text("new")
+                (staging / "peft").mkdir()
+                patches = pytest.MonkeyPatch()
+                for module, name in places:
+                    patches.setattr(module, name, counted(getattr(module, name)))
+        except KeyboardInterrupt:
+            patches.undo()
+            there = tree(old_run)
+            assert there in (before, after), fail_at
+            assert os.listdir(old_run.parent) == ["out"]
+            assert not any(name.startswith(".") for name in os.listdir(old_run))
+            if there == after:  # only removing the old one was left, and is done
+                break
+        else:
+            patches.undo()
+            break
+    assert fail_at > 10
+    assert tree(old_run) == after
 
 
 def test_full_disk_in_the_block_is_an_output_error(old_run: Path) -> None:
@@ -184,45 +224,147 @@ def test_check_leaves_nothing_behind(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from layerlens.utils import exchange
 from layerlens.utils.atomic import staged_directory
 
-target, moves = Path(sys.argv[1]), int(sys.argv[2])
-replace = os.replace
+target, moves, whole = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
 
-def replace_or_die(source, destination):
-    global moves
-    if moves == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    moves -= 1
-    replace(source, destination)
+def or_die(call):
+    def wrapped(*args, **kwargs):
+        global moves
+        if moves == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        moves -= 1
+        return call(*args, **kwargs)
+    return wrapped
 
+if not whole:
+    exchange.can_exchange_in = lambda directory: False
 with staged_directory(target, owned=("stale.html",)) as staging:
     (staging / "manifest.json").write_text("killed")
     (staging / "added.txt").write_text("killed")
     (staging / "peft").mkdir()
     (staging / "peft/killed.safetensors").write_text("killed")
-    os.replace = replace_or_die
+    for name in ("replace", "link", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, or_die(getattr(os, name)))
+    exchange.exchange = or_die(exchange.exchange)
 """
 
 
-def killed_run(target: Path, moves: int) -> int:
-    return subprocess.run([sys.executable, "-c", KILLED, target, str(moves)], check=False).returncode
+def killed_run(target: Path, moves: int, whole: bool = True) -> int:
+    command = [sys.executable, "-c", KILLED, target, str(moves), str(whole)]
+    return subprocess.run(command, check=False).returncode
 
 
-def test_what_a_killed_run_left_is_undone_and_removed_by_the_next(old_run: Path) -> None:
-    """Killed before its first move, between any two, and after the last but one."""
+@pytest.mark.parametrize("whole", [True, False], ids=["exchanged", "one by one"])
+def test_whenever_a_run_is_killed_the_whole_old_or_the_whole_new_is_there(old_run: Path, whole: bool) -> None:
+    """Killed before every call that changes something; seen at once if directories are exchanged, else when read."""
     (old_run / "stale.html").write_text("old")
+    (old_run / "mine/deep").mkdir(parents=True)
+    (old_run / "mine/deep/notes.txt").write_text("mine")
     before, moves = tree(old_run), 0
-    while killed_run(old_run, moves) == -signal.SIGKILL:
-        assert any(name.startswith(".out.new-") for name in os.listdir(old_run))
+    foreign = {"notes.txt": "mine", "mine/deep/notes.txt": "mine"}
+    after = foreign | dict.fromkeys(("added.txt", "manifest.json", "peft/killed.safetensors"), "killed")
+    inodes = {name: (old_run / name).stat().st_ino for name in foreign}
+    kept = old_run.parent / "kept"
+    shutil.copytree(old_run, kept)
+    seen = set()
+    while killed_run(old_run, moves, whole) == -signal.SIGKILL:
+        if not whole:
+            settle(old_run)
+        there = {name: text for name, text in tree(old_run).items() if not name.startswith(".")}
+        assert there in (before, after), moves
+        seen.add(there == before)
         with pytest.raises(ZeroDivisionError), staged_directory(old_run):
             raise ZeroDivisionError
-        assert tree(old_run) == before
-        assert sorted(os.listdir(old_run)) == ["manifest.json", "notes.txt", "peft", "stale.html"]
+        assert tree(old_run) == there
+        assert {path.name for path in old_run.parent.iterdir()} == {"out", "kept"}  # no working directory is left
+        assert not any(name.startswith(".") for name in os.listdir(old_run))
+        if there == after:  # begin again with the old one
+            for name in ("added.txt", "manifest.json", "peft"):
+                shutil.rmtree(old_run / name) if (old_run / name).is_dir() else (old_run / name).unlink()
+            for name in ("manifest.json", "stale.html", "peft"):
+                (shutil.copytree if (kept / name).is_dir() else shutil.copy2)(kept / name, old_run / name)
         moves += 1
-    assert moves == 6  # the list of names, added.txt, manifest.json, peft away and in, stale.html away
-    assert tree(old_run).keys() == {"added.txt", "manifest.json", "notes.txt", "peft/killed.safetensors"}
-    assert sorted(os.listdir(old_run)) == ["added.txt", "manifest.json", "notes.txt", "peft"]
+    assert seen == {True, False}
+    assert tree(old_run) == after
+    assert {name: (old_run / name).stat().st_ino for name in foreign} == inodes  # the same files, not copies
+
+
+def test_where_a_swap_that_was_cut_short_cannot_be_undone_it_is_said(old_run: Path) -> None:
+    assert killed_run(old_run, 5, whole=False) == -signal.SIGKILL
+    (work,) = (path for path in old_run.iterdir() if path.name.startswith(".out.new-"))
+    shutil.rmtree(work / "old")
+    with pytest.raises(OutputError, match=r"killed while it moved its files in.*cannot be put in order: No such file"):
+        settle(old_run / "peft")
+
+
+def test_what_others_write_while_the_directories_change_places_is_kept(
+    old_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (old_run / "mine").mkdir()
+    (old_run / "mine/changed.txt").write_text("old")
+    real = exchange.exchange
+
+    def late(one: Path, other: Path) -> None:
+        if other == old_run:
+            (old_run / "late.txt").write_text("mine")
+            (old_run / "mine/late.txt").write_text("mine")
+            (old_run / "mine/changed.new").write_text("mine")
+            os.replace(old_run / "mine/changed.new", old_run / "mine/changed.txt")
+        real(one, other)
+
+    monkeypatch.setattr(exchange, "exchange", late)
+    with staged_directory(old_run, owned=("peft",)) as staging:
+        (staging / "manifest.json").write_text("new")
+    assert tree(old_run) == {
+        "late.txt": "mine", "manifest.json": "new", "mine/changed.txt": "mine", "mine/late.txt": "mine",
+        "notes.txt": "mine",
+    }  # fmt: skip
+
+
+def test_a_link_is_followed_and_permissions_stay(old_run: Path) -> None:
+    link = old_run.parent / "link"
+    link.symlink_to("out")
+    (old_run / "dangling").symlink_to("nowhere")
+    old_run.chmod(0o2750)
+    with staged_directory(link) as staging:
+        (staging / "manifest.json").write_text("new")
+    assert link.is_symlink()
+    assert (link / "manifest.json").read_text() == "new"
+    assert os.readlink(old_run / "dangling") == "nowhere"
+    assert stat.S_IMODE(old_run.stat().st_mode) == 0o2750
+
+
+def test_a_directory_that_a_program_works_in_stays_itself(old_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(old_run / "peft")
+    inode = old_run.stat().st_ino
+    with staged_directory(old_run) as staging:
+        (staging / "manifest.json").write_text("new")
+    assert old_run.stat().st_ino == inode
+    assert (old_run / "manifest.json").read_text() == "new"
+
+
+def test_the_longest_name_that_a_file_can_have(tmp_path: Path) -> None:
+    name = "ä" * 127
+    with staged_directory(tmp_path / name) as staging:
+        (staging / "a").write_text("new")
+    atomic_write_text(tmp_path / name / ("b" * 255), "new")
+    assert tree(tmp_path) == {f"{name}/a": "new", f"{name}/{'b' * 255}": "new"}
+
+
+def test_what_was_left_of_a_file_is_removed_when_it_is_written_again(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from layerlens.utils.atomic import atomic_write_text\n"
+        "os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "atomic_write_text(sys.argv[1], 'killed')\n"
+    )
+    (tmp_path / ".a.mine").touch()
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "a"], check=False).returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == 2
+    atomic_write_text(tmp_path / "a", "new")
+    assert sorted(os.listdir(tmp_path)) == [".a.mine", "a"]
 
 
 def test_a_killed_first_run_is_removed_too(tmp_path: Path) -> None:
@@ -247,6 +389,7 @@ def test_a_run_that_lives_keeps_its_work_and_the_last_to_finish_stays(tmp_path: 
     assert tree(tmp_path) == {"out/manifest.json": "ours"}
 
 
+@pytest.mark.usefixtures("no_exchange")
 def test_old_files_are_kept_when_undoing_fails(old_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, replace = tree(old_run), os.replace
 
