@@ -97,7 +97,7 @@ class InputAccumulator(Totals):
     def tokens__g(self) -> np.ndarray | None:
         """Tokens of each group, where groups have tokens of their own (experts); else None."""
         counts = [self.numbers[name] for name in self.numbers if name.startswith(TOKENS_OF)]
-        return np.array(counts) if counts else None
+        return np.array(counts, dtype=np.float64) if counts else None
 
     def mean(self, totals__gkk: torch.Tensor) -> torch.Tensor:
         """Totals of each group over its tokens; 0 where it has none."""

@@ -19,13 +19,13 @@ from layerlens.integrations.weight_matrices import uncompiled, why_not_measurabl
 from layerlens.models import FactorSketch, ModelSpec, ModelStatistics, ModuleCosts
 from layerlens.profiling.accumulators import LayerRows, SumShards
 from layerlens.profiling.capture import Capture, none_measured
+from layerlens.profiling.declared_tensors import must_be_finite
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
 from layerlens.profiling.pass_sums import BatchRecord, Key, Ledger
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.saved_pass import SavedPass, gather
 from layerlens.profiling.statistics import ModelSums, Statistic
 from layerlens.profiling.trial import Trial, tried
-from layerlens.registry import STATISTICS
 from layerlens.tasks import Batch, Batches, Loss
 from layerlens.tasks.batches import Inputs
 from layerlens.tasks.losses import BatchLoss, classification_loss
@@ -219,16 +219,11 @@ def refuse_non_finite(statistics: ModelStatistics) -> None:
         for name, value in {**values, **extra}.items():
             if isinstance(value, FactorSketch):
                 value = value.values
-            if value is not None and not np.all(np.isfinite(value)) and _must_be_finite(name):
+            if value is not None and not np.all(np.isfinite(value)) and must_be_finite(name):
                 raise ProfilingError(
                     f"{layer}: the {name} statistic{method} is not finite; the model overflows on this "
                     "data: look for NaN weights or use a smaller data.max_length"
                 )
-
-
-def _must_be_finite(name: str) -> bool:
-    statistic = name.partition(".")[0]
-    return statistic not in STATISTICS or bool(STATISTICS[statistic].finite)
 
 
 def model_results(

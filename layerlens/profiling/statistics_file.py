@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from layerlens.models import (
     ModelStatistics,
     ModuleCosts,
 )
-from layerlens.models.statistics import FACTOR, NOT_NEGATIVE, NUMBER, SKETCH, SPECTRUM, Extra
+from layerlens.models.statistics import NOT_NEGATIVE, NUMBER, Extra
+from layerlens.profiling.declared_tensors import FACTORS, GRAM, MODEL, SKETCHES, SPECTRA, read_tensors
 from layerlens.profiling.proxies import study_from_json, study_to_json
 from layerlens.storage import local_file
 from layerlens.utils.atomic import settle
@@ -35,11 +38,9 @@ from layerlens.utils.atomic import settle
 FORMAT = "layerlens-statistics-3"
 METADATA_KEY = "layerlens"
 """The only key: safetensors writes several in the order of a hash map that differs from run to run."""
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 NUMBERS = MethodStatistics.names_of(NUMBER, NOT_NEGATIVE)
-SPECTRA = MethodStatistics.names_of(SPECTRUM)
-FACTORS = MethodStatistics.names_of(FACTOR)
-SKETCHES = MethodStatistics.names_of(SKETCH)
 
 
 def statistics_to_bytes(spec: ModelSpec, statistics: ModelStatistics) -> bytes:
@@ -76,7 +77,6 @@ def statistics_to_bytes(spec: ModelSpec, statistics: ModelStatistics) -> bytes:
     return save(tensors, metadata={METADATA_KEY: json.dumps(content, sort_keys=True)})
 
 
-GRAM, MODEL = "kernel|gram", "model"
 _KERNEL_FIELDS = ("trace", "effective_rank", "target_alignment", "relative_error")
 _MODEL_FIELDS = (
     "n_samples", "n_tokens", "mean_loss", "activation_bytes", "forward_flops", "provenance", "left_out", "unmeasured",
@@ -165,33 +165,42 @@ def load_statistics(path: Path, *, whole: bool = True) -> tuple[ModelSpec, Model
         )
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            content = _header((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            spec, statistics = _from_content(content, read_tensors(file, content, finite=whole))
+            if whole:
+                check_statistics(spec, statistics)
+    except ActivationCacheError as error:
+        raise ActivationCacheError(f"{path}: {error}; profile the model again") from error
     except (SafetensorError, OSError) as error:
         raise ActivationCacheError(
             f"{path} is not a readable safetensors file ({error}); profile the model again"
         ) from error
-    try:
-        content = json.loads(metadata.get(METADATA_KEY, "{}"))
-        if content.get("format") != FORMAT:
-            raise ActivationCacheError(
-                f"{path} is not a {FORMAT} file (format {content.get('format')!r}); profile the model again"
-            )
-        spec, statistics = _from_content(content, tensors)
-    except ActivationCacheError:
-        raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ActivationCacheError(f"{path} has a damaged header ({error!r}); profile the model again") from error
-    try:
-        if whole:
-            check_statistics(spec, statistics)
-    except ActivationCacheError as error:
-        raise ActivationCacheError(f"{path}: {error}; profile the model again") from error
     return spec, statistics
 
 
+def _header(text: str) -> dict[str, Any]:
+    """What the header says.
+
+    Raises:
+        ActivationCacheError: it is of another format, or has text that no file or answer could carry on.
+        ValueError, RecursionError: it is no JSON.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else None
+        raise ActivationCacheError(f"is not a {FORMAT} file (format {found!r})")
+    if _ESCAPED_SURROGATE.search(text):  # pairs are one character, and pass
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            around = error.object[max(0, error.start - 40) : error.end + 10]
+            raise ActivationCacheError(f"the header has half a character (a lone surrogate): {around!a}") from error
+    return content
+
+
 def _from_content(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[ModelSpec, ModelStatistics]:
-    tensors = tensors | {name: tensors[first] for name, first in content["shared"].items()}
     spec_fields = dict(content["spec"])
     layer_specs = [LayerSpec(**fields) for fields in spec_fields.pop("layers")]
     layers = tuple(
@@ -219,7 +228,7 @@ def _from_content(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> tu
 
 
 def check_statistics(spec: ModelSpec, statistics: ModelStatistics) -> None:
-    """Refuse statistics that no measurement gives. NaN and infinity are left to ``measure.refuse_non_finite``.
+    """Refuse statistics that no measurement gives; ``declared_tensors`` does so for arrays.
 
     Raises:
         ActivationCacheError: names the layer and the field, what it has and what would be possible.
@@ -244,6 +253,8 @@ def check_statistics(spec: ModelSpec, statistics: ModelStatistics) -> None:
             )
         for method, values in found.by_method.items():
             _check_scalars(f"{layer.name}: {method}", values)
+    for name in ("mean_loss", "activation_bytes", "forward_flops"):
+        _check_number(name, getattr(statistics, name))
     if not isinstance(statistics.n_samples, int) or statistics.n_samples < 2:
         raise ActivationCacheError(f"n_samples must be 2 or more, got {statistics.n_samples!r}")
 
@@ -254,7 +265,11 @@ def _check_scalars(place: str, values: MethodStatistics) -> None:
         value = getattr(values, name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ActivationCacheError(f"{place}: {name} must be a number, got {value!r}")
+        _check_number(f"{place}: {name}", value)
         if name in never_negative and value < 0:
             raise ActivationCacheError(f"{place}: {name} cannot be negative, got {value!r}")
+
+
+def _check_number(place: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise ActivationCacheError(f"{place} must be a finite number, got {value!r}")

@@ -50,7 +50,7 @@ from layerlens.service.schemas import (
     docs_page,
 )
 from layerlens.service.settings import ServiceSettings
-from layerlens.service.store import SUCCEEDED, Job, JobStore
+from layerlens.service.store import SUCCEEDED, Job, JobStore, printable
 from layerlens.service.worker import CACHE, JOBS, RESULTS, UPLOADS
 
 DESCRIPTION = (
@@ -121,19 +121,19 @@ def create_app(settings: ServiceSettings, store: JobStore) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def _invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         lines = [f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()]
-        return JSONResponse({"detail": "\n".join(lines)[:10_000]}, 422)
+        return JSONResponse({"detail": printable("\n".join(lines))[:10_000]}, 422)
 
     @app.exception_handler(ConfigurationError)
     @app.exception_handler(ActivationCacheError)
     async def _refused(_request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"detail": str(error)[:10_000]}, 422)
+        return JSONResponse({"detail": printable(str(error))[:10_000]}, 422)
 
     @app.exception_handler(sqlite3.OperationalError)
     @app.exception_handler(OSError)
     async def _no_room(_request: Request, error: Exception) -> JSONResponse:
         logger.error("the state directory cannot be used: %s", error)
         detail = f"the server cannot write its state ({error.args[-1] if error.args else error}); nothing was changed"
-        return JSONResponse({"detail": detail}, 503, {"Retry-After": "30"})
+        return JSONResponse({"detail": printable(detail)}, 503, {"Retry-After": "30"})
 
     @app.exception_handler(405)
     async def _method(request: Request, _error: Exception) -> JSONResponse:

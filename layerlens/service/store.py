@@ -182,6 +182,7 @@ class JobStore:
         outcome: Mapping[str, Any] | None = None,
     ) -> bool:
         """Give a job its last state; False when it had one already."""
+        error, outcome = printable(error), printable(outcome)
         with self._transaction() as database:
             changed = database.execute(
                 "UPDATE jobs SET state = ?, finished_at = ?, exit_code = ?, error = ?, outcome = ? "
@@ -257,6 +258,21 @@ class JobStore:
         return self._transaction("BEGIN")
 
 
+def printable(value: Any) -> Any:
+    """The same JSON value with every text in characters that UTF-8 has.
+
+    Names of files that are no UTF-8 have lone surrogates in Python, which neither SQLite nor an answer takes.
+
+    >>> printable({"error": "cannot read a\\udcff.txt"})
+    {'error': 'cannot read a\\\\udcff.txt'}
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {printable(name): printable(one) for name, one in value.items()}
+    return [printable(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def _get(database: sqlite3.Connection, job_id: str) -> Job | None:
     row = database.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
     return None if row is None else _job(row)
@@ -271,7 +287,7 @@ def _job(row: tuple[Any, ...]) -> Job:
 
 
 def _tell(database: sqlite3.Connection, job_id: str, kind: str, data: Mapping[str, Any]) -> None:
-    content = json.dumps({"at": _now(), **data})
+    content = json.dumps({"at": _now(), **printable(data)})
     database.execute("INSERT INTO events (job, type, data) VALUES (?, ?, ?)", (job_id, kind, content))
 
 

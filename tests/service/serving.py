@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import re
 import signal
@@ -92,3 +94,29 @@ def run_config_of(model: str = "model", data: str = "reviews.jsonl", **optimizat
             **optimization,
         },
     }
+
+
+BEARER = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+
+
+def ask(
+    server: Serving, method: str, path: str, body: Any = None, headers: dict[str, str] | None = BEARER, **more: Any
+) -> tuple[int, str]:
+    """Status and body of one request, by a client that refuses nothing."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    try:
+        connection.request(method, path, body=body, headers=headers or {}, **more)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def submit(server: Serving, config: Any, **more: Any) -> tuple[int, str]:
+    status, text = ask(server, "POST", "/v1/jobs", json.dumps({"kind": "run", "config": config, **more}))
+    return status, json.loads(text).get("detail", "")
+
+
+def changed(section: str, **fields: Any) -> dict[str, Any]:
+    config = run_config_of()
+    return {**config, section: {**config.get(section, {}), **fields}}

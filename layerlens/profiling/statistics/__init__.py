@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from layerlens.exceptions import ProfilingError
 from layerlens.profiling.accumulators import LayerRows, MatrixAccumulator
 from layerlens.profiling.sums import InputBatch, MatrixBatch, Place, Sum
 
@@ -84,8 +85,20 @@ class Statistic:
     version: int = 1
 
     def named(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """A result by fields, and by "STATISTIC.NAME" for what has none."""
-        return {name if name in self.fields else f"{self.name}.{name}": value for name, value in values.items()}
+        """A result by fields, and by "STATISTIC.NAME" for what has none: numbers, and arrays as float64.
+
+        Raises:
+            ProfilingError: an array has no real numbers.
+        """
+        own = {f"{self.name}.{name}": self._kept(name, x) for name, x in values.items() if name not in self.fields}
+        return {name: value for name, value in values.items() if name in self.fields} | own
+
+    def _kept(self, name: str, value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return value
+        if value.dtype.kind not in "fiub":
+            raise ProfilingError(f"the statistic {self.name} gives {name} as {value.dtype}; it must give float64")
+        return value.astype(np.float64, copy=False)
 
     @property
     def identity(self) -> str:
