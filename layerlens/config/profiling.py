@@ -83,8 +83,9 @@ class ProfilingConfig(ConfigModel):
         default=(),
         exclude_if=lambda layers: not layers,
         description="Only these layers are measured and offered: patterns for their names, or for what follows a dot "
-        "in them, with `*` and `?`. `[language_model.*]` is the tower that reads text; `[layers.*, lm_head]` has the "
-        "output layer beside the blocks. When not given: all layers of the blocks.",
+        "in them, with `*` and `?`. `[language_model.*]` is the tower that reads text; `[layers.*, lm_head, "
+        "embed_tokens]` has the output layer and the embeddings beside the blocks, where their weights are not "
+        "tied. When not given: all layers of the blocks.",
     )
     all_weights: bool = Field(
         default=False,

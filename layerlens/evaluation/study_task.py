@@ -13,7 +13,7 @@ import torch
 
 from layerlens.integrations.gradients import CalibrationBatch, layer_moments
 from layerlens.models import LORA, LayerSpec, ModelSpec, ModelStatistics
-from layerlens.models.model_spec import EXPERTS
+from layerlens.models.model_spec import NO_MATRIX
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import STATISTICS, StatisticsRequest
 from layerlens.rank_rules import QUANTITIES, Measured
@@ -114,8 +114,8 @@ class Profile:
 
 
 def lora_layers(task: StudyTask) -> list[LayerSpec]:
-    """The layers that can take LoRA, and are one matrix each: no stacked experts."""
-    return [layer for layer in task.spec.layers if LORA in layer.methods and layer.layer_type != EXPERTS]
+    """The layers that can take LoRA, and are one matrix each: no stacked experts, no embeddings."""
+    return [layer for layer in task.spec.layers if LORA in layer.methods and layer.layer_type not in NO_MATRIX]
 
 
 def lora_spec(task: StudyTask) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""The layers that a configuration asks for: one tower of several, or what is outside the blocks (``lm_head``)."""
+"""The layers that a configuration asks for: one tower of several, or ``lm_head`` and embeddings beside the blocks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.transformers import is_dense
+from layerlens.integrations.weight_matrices import why_not_measurable
 
 FIELD = "profiling.layers"
 
@@ -85,11 +86,14 @@ def _names(pattern: str, path: str) -> bool:
 def _why_not_outside(path: str, modules: Mapping[str, torch.nn.Module]) -> str:
     """Why a module outside the blocks is no layer; "" where it is one."""
     module = modules[path]
-    if isinstance(module, torch.nn.Embedding):
-        return "LoRA on embeddings is not measured"
     weight = getattr(module, "weight", None)
     tied = next((name for name, one in modules.items() if one is not module and _weight_is(one, weight)), None)
-    return f"its weight is tied to {tied}, which merging an adapter would change too" if tied else ""
+    if tied:
+        return (
+            f"its weight is tied to {tied}: PEFT's LoRA would act in {path} alone, and merging it would change {tied} "
+            "too"
+        )
+    return why_not_measurable(path, module) if isinstance(module, torch.nn.Embedding) else ""
 
 
 def _weight_is(module: torch.nn.Module, weight: object) -> bool:

@@ -35,6 +35,7 @@ from layerlens.integrations.transformers import (
 )
 from layerlens.integrations.weight_matrices import why_no_lora
 from layerlens.models import LayerSpec, ModelSpec
+from layerlens.models.model_spec import EMBEDDING
 from layerlens.registry import METHODS
 
 BLOCK_LAYERS = 2
@@ -54,7 +55,7 @@ def model_spec(
 
     Where there are transformer blocks: every Linear, Conv1D and Conv2d in them, and every attention block that takes
     prefixes. Else every Linear and Conv2d that is not the task head's. With ``only``, those of these that it names, and
-    what it names outside the blocks (``lm_head``).
+    what it names outside the blocks (``lm_head``, ``embed_tokens``).
 
     Args:
         pretrained: the model.
@@ -117,6 +118,8 @@ def model_spec(
             continue
         if isinstance(module, torch.nn.Conv2d):
             layer = _conv_layer(path, module, block, positions.get(path))
+        elif isinstance(module, torch.nn.Embedding):
+            layer = _embedding_layer(path, module, block, positions.get(path))
         elif path in norms:
             layer = norm_layer(path, module, block, positions.get(path), config)
         else:
@@ -272,6 +275,16 @@ def _dense_layer(
     return LayerSpec(
         name=path, hidden_size=hidden_size, layer_type="linear", n_in=n_in, n_out=n_out, block=block,
         role=role, writes_residual=writes_residual, positions=positions, input_elements=elements,
+    )  # fmt: skip
+
+
+def _embedding_layer(
+    path: str, module: torch.nn.Embedding, block: int | None, places: tuple[int, int] | None
+) -> LayerSpec:
+    positions, elements = places or (0, 0)
+    return LayerSpec(
+        name=path, hidden_size=module.embedding_dim, layer_type=EMBEDDING, n_in=module.num_embeddings,
+        n_out=module.embedding_dim, block=block, role="embedding", positions=positions, input_elements=elements,
     )  # fmt: skip
 
 

@@ -117,7 +117,8 @@ def zero_step_tensors(
         factors: A [r, n_in] of every LoRA layer by name, where ``lora.initialization`` is not "default".
 
     Returns:
-        float32 ``base_model.model.<layer>.lora_A.weight`` [r, n_in] and ``....lora_B.weight`` [n_out, r], zero; of a
+        float32 ``base_model.model.<layer>.lora_A.weight`` [r, n_in] and ``....lora_B.weight`` [n_out, r], zero; of an
+        embedding ``....lora_embedding_A`` [r, rows], zero, and ``....lora_embedding_B`` [features, r], normal; of a
         convolution [r, channels, height, width] and [n_out, r, 1, 1], of stacked experts as many rows of A and columns
         of B for each (``Stack``); of DoRA ``....lora_magnitude_vector`` [n_out], the norms of the weight's rows. By
         default A is uniform in ±1/√n_in as PEFT
@@ -137,11 +138,15 @@ def zero_step_tensors(
         site = lora_module(model, row)
         of_a, of_b = tensor_shapes(site, row.rank)
         width = math.prod(of_a[1:])
-        if choice.lora.is_measured and not isinstance(site, Stack):
+        if choice.lora.is_measured and not isinstance(site, Stack) and not is_embedding(site):
             a = _given_factor(row, width, factors or {})
         else:
             a = default_factor(Option(row.layer, row.method, of_a[0]), width, choice.seed)
         key = BASE_PREFIX + places[row.layer]
+        if is_embedding(site):
+            tensors[f"{key}.lora_embedding_A"] = a.new_zeros(of_a)
+            tensors[f"{key}.lora_embedding_B"] = _normal(of_b, choice.seed, row.layer)
+            continue
         tensors[f"{key}.lora_A.weight"] = a.reshape(of_a)
         tensors[f"{key}.lora_B.weight"] = a.new_zeros(of_b)
         if row.method == DORA:
@@ -156,6 +161,20 @@ def default_factor(row: Option, n_in: int, seed: int) -> torch.Tensor:
     bound = 1.0 / math.sqrt(n_in)
     generator = torch.Generator().manual_seed(name_seed(seed, row.layer))
     return torch.empty(row.rank, n_in).uniform_(-bound, bound, generator=generator)
+
+
+def _normal(shape: tuple[int, ...], seed: int, layer: str) -> torch.Tensor:
+    """B of an embedding as PEFT draws it, float32."""
+    import torch
+
+    return torch.empty(shape).normal_(generator=torch.Generator().manual_seed(name_seed(seed, layer)))
+
+
+def is_embedding(site: Any) -> bool:
+    """Whether a module is looked up, so that PEFT's tensors have names of their own and A, not B, begins at zero."""
+    import torch
+
+    return isinstance(site, torch.nn.Embedding)
 
 
 def _given_factor(row: Option, n_in: int, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -270,16 +289,18 @@ def why_not_adaptable(name: str, module: Any) -> str:
 
     if isinstance(module, torch.nn.Conv2d):
         return why_no_lora(name, module)
-    if is_dense(module):
+    if is_dense(module) or is_embedding(module):
         return ""
     return (
-        f"LoRA goes on a Linear, Conv1D or Conv2d, this is a {type(module).__name__}; "
+        f"LoRA goes on a Linear, Conv1D, Conv2d or Embedding, this is a {type(module).__name__}; "
         "profile the model with module granularity"
     )
 
 
 def lora_shape(module: Any) -> tuple[int, int, int]:
-    """(n_in, n_out, groups): A is [r, n_in], B is [n_out, r / groups]; of a convolution n_in is a patch."""
+    """(n_in, n_out, groups): A is [r, n_in], B is [n_out, r / groups]; of a convolution n_in is a patch, of an
+    embedding the number of its rows.
+    """
     import torch
 
     if isinstance(module, Stack):
@@ -287,6 +308,8 @@ def lora_shape(module: Any) -> tuple[int, int, int]:
     if isinstance(module, torch.nn.Conv2d):
         patch = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
         return patch, module.out_channels, module.groups
+    if is_embedding(module):
+        return module.num_embeddings, module.embedding_dim, 1
     return (*dense_shape(module), 1)
 
 

@@ -86,7 +86,7 @@ def why_not_measurable(name: str, module: torch.nn.Module) -> str:
             return "biases of relative positions are looked up once for the whole batch"
         if module.scale_grad_by_freq or module.max_norm is not None:
             return "embeddings with max_norm or scale_grad_by_freq are not measured"
-        return _overridden(module, torch.nn.Embedding)
+        return "" if _scales(module) else _overridden(module, torch.nn.Embedding)
     if is_quantized(module):
         return ""  # which unpacks its weight and multiplies with it
     if isinstance(module, torch.nn.Linear):
@@ -100,6 +100,33 @@ def _overridden(module: torch.nn.Module, base: type[torch.nn.Module]) -> str:
     if type(module).forward is base.forward or (base is torch.nn.Linear and _multiplies(module)):
         return ""
     return f"{type(module).__name__} computes something else than {base.__name__}"
+
+
+def embedding_scale(module: torch.nn.Embedding) -> float:
+    """What an Embedding multiplies its rows with: 1, or the scale of Gemma's, BART's and M2M100's."""
+    if type(module).forward is torch.nn.Embedding.forward:
+        return 1.0
+    return float(torch.as_tensor(module.embed_scale).to(module.weight.dtype))
+
+
+def _scales(module: torch.nn.Embedding) -> bool:
+    """Whether an Embedding of another class multiplies its rows with its ``embed_scale``: tried on a few."""
+    scale: Any = getattr(module, "embed_scale", None)
+    number = isinstance(scale, (int, float)) or (isinstance(scale, torch.Tensor) and scale.numel() == 1)
+    if not number or (isinstance(scale, torch.Tensor) and scale.is_meta):
+        return False
+    small = copy.copy(module)
+    weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    small._parameters = {"weight": torch.nn.Parameter(weight, requires_grad=False)}
+    small._buffers = {name: None if x is None else x.detach().cpu() for name, x in module._buffers.items()}
+    small._forward_hooks, small._forward_pre_hooks = OrderedDict(), OrderedDict()
+    vars(small).update(num_embeddings=5, embedding_dim=3, padding_idx=None)
+    ids = torch.tensor([[0, 4], [2, 4]])
+    try:
+        with torch.no_grad():
+            return torch.allclose(type(module).forward(small, ids), float(scale) * weight[ids])
+    except Exception:  # it needs more than its weight and scale
+        return False
 
 
 def _multiplies(module: torch.nn.Module) -> bool:

@@ -24,6 +24,7 @@ from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, dense_shape, without_cache
 from layerlens.methods import OUTPUT
 from layerlens.models import LayerSpec, ModelSpec, Provenance
+from layerlens.models.model_spec import EMBEDDING
 from layerlens.profiling.footprint import dense_inputs
 from layerlens.profiling.projections import COLUMNS, PROBES, ROWS
 from layerlens.profiling.request import StatisticsRequest
@@ -250,7 +251,14 @@ def _places(layer: LayerSpec, request: StatisticsRequest, max_length: int) -> li
     """The matrices of every method of a layer."""
     tokens = layer.positions or max_length
     methods = [METHODS[name] for name in layer.methods]
-    return [request.place(x.matrix_shape(layer), x.name, projected=True, tokens=tokens) for x in methods]
+    shapes = [x.matrix_shape(layer) for x in methods]
+    looked_up = layer.layer_type == EMBEDDING
+    if looked_up:  # what is summed has the rows of the weight first
+        shapes = [(groups, n_in, n_out) for groups, n_out, n_in in shapes]
+    return [
+        request.place(shape, x.name, projected=True, tokens=tokens, looked_up=looked_up)
+        for shape, x in zip(shapes, methods, strict=True)
+    ]
 
 
 def _sum_bytes(layer: LayerSpec, request: StatisticsRequest, max_length: int) -> int:

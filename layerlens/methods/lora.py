@@ -1,4 +1,4 @@
-"""LoRA: W + (alpha/r)·B·A on a Linear, Conv1D, Conv2d or on every expert of a stacked weight, by Hugging Face PEFT.
+"""LoRA: W + (alpha/r)·B·A on a Linear, Conv1D, Conv2d, Embedding or every expert of a stacked weight, by PEFT.
 
 Hu et al. 2022, arXiv:2106.09685.
 """
@@ -13,7 +13,7 @@ from layerlens.integrations.peft import base_of
 from layerlens.methods.method import Operation
 from layerlens.methods.peft_method import PeftMethod
 from layerlens.models import LORA, Choice, LayerSpec, Option
-from layerlens.models.model_spec import CONV, EXPERTS, LINEAR
+from layerlens.models.model_spec import CONV, EMBEDDING, EXPERTS, LINEAR
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 class LoRA(PeftMethod):
     """r(n_in + n_out / groups) parameters, groups of a convolution being 1 in a Linear; B = 0 at the start.
+
+    An Embedding has Wᵀ + (alpha/r)·B·A, n_in being the number of its rows, and A = 0 at the start.
 
     Experts each have as many. What PEFT adapts by its parameter is formed whole, W + (alpha/r)·B·A, in every call.
     """
@@ -33,7 +35,7 @@ class LoRA(PeftMethod):
     peft_type, peft_config = "LORA", "LoraConfig"
 
     def takes(self, layer: LayerSpec, module: Any, adapter_sites: str) -> bool:
-        return layer.layer_type in (LINEAR, CONV, EXPERTS)
+        return layer.layer_type in (LINEAR, CONV, EXPERTS, EMBEDDING)
 
     def takes_size(self, layer: LayerSpec, size: int) -> bool:
         return size % layer.groups == 0
@@ -46,6 +48,13 @@ class LoRA(PeftMethod):
         if layer.by_parameter:
             return [Operation(0, 0, _formed(layer) * 2 + self.trainable_params(layer, size), 2 * size * _formed(layer))]
         n_in, n_out, in_group = layer.n_in, layer.n_out, size // layer.groups
+        if layer.layer_type == EMBEDDING:  # A is looked up
+            return [
+                Operation(0, 2 * size),
+                Operation(2 * size * n_out, size + n_out, size * n_out),
+                Operation(0, 2 * n_out),
+                Operation(0, 3 * n_out),
+            ]
         return [
             Operation(2 * n_in * size, layer.inputs_per_position + size, n_in * size),
             Operation(2 * in_group * n_out, size + n_out, in_group * n_out),
@@ -57,6 +66,8 @@ class LoRA(PeftMethod):
         """Its input h (shared by q, k and v where all are adapted, which this counts each time) and A h."""
         if layer.by_parameter:
             return layer.experts_per_token * layer.n_in
+        if layer.layer_type == EMBEDDING:
+            return size  # the indices are there anyway
         return layer.inputs_per_position + size
 
     def kept_once(self, layer: LayerSpec, size: int) -> float:

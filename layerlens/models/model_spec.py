@@ -9,7 +9,9 @@ NONE, LORA, ADAPTER, PREFIX, DORA = "none", "lora", "adapter", "prefix", "dora"
 LORA_KINDS = (LORA, DORA)
 """The methods that a LoraConfig holds, one or the other."""
 TRANSFORMER, LINEAR, ATTENTION, CONV, NORM = "transformer", "linear", "attention", "conv", "norm"
-EXPERTS = "experts"
+EXPERTS, EMBEDDING = "experts", "embedding"
+NO_MATRIX = (EXPERTS, EMBEDDING)
+"""What is no single matrix that multiplies, as published rank rules and baselines take every layer to be."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class LayerSpec:
         hidden_size: width of the residual stream.
         layer_type: ``"linear"`` (one Linear or Conv1D), ``"conv"`` (one Conv2d), ``"attention"`` (one attention block,
             for prefixes), ``"norm"`` (one LayerNorm or RMSNorm, whose n_out is the number of its parameters),
-            ``"experts"`` (one weight of all experts of a block, stacked in one parameter) or
+            ``"experts"`` (one weight of all experts of a block, stacked in one parameter), ``"embedding"`` (one
+            Embedding, whose n_in is the number of its rows) or
             ``"transformer"`` (a whole block, taken as one hidden_size × hidden_size map, as in the origin's API).
         n_in: input features; ``hidden_size`` unless given. Of a convolution, all input channels times the kernel's
             pixels, also where it has groups: that is what its LoRA reads.

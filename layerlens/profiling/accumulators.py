@@ -120,14 +120,28 @@ class InputAccumulator(Totals):
             self.count("tokens", int(counts__bg.sum()) / g)
         batch = InputBatch(z__bgti, self.threads, self.projection if g == 1 else None)
         place = Place((g, z__bgti.shape[-1], z__bgti.shape[-1]), "")
-        for name, declared in self.sums.items():
-            if not declared.has(batch):
-                continue
+        self._add([one for one in self.sums.values() if one.has(batch)], batch, place, z__bgti)
+
+    def add_indices(
+        self, ids__bt: torch.Tensor, mask__bt: torch.Tensor | None, n_rows: int, like: torch.Tensor
+    ) -> None:
+        """Add the indices of one call, each an input of ``n_rows`` features; totals are made ``like`` a tensor."""
+        if not self.sums:
+            return
+        ids__n = ids__bt.flatten() if mask__bt is None else ids__bt[mask__bt.bool()]
+        self.count("tokens", len(ids__n))
+        batch = InputBatch(like.new_empty(0, 1, 0, n_rows), self.threads, None, ids__n)
+        usable = [one for one in self.sums.values() if one.of_indices and one.has(batch)]
+        self._add(usable, batch, Place((1, n_rows, like.shape[-1]), "", looked_up=True), like)
+
+    def _add(self, sums: Sequence[Sum], batch: InputBatch, place: Place, like: torch.Tensor) -> None:
+        for declared in sums:
+            name = declared.name
             if declared.reduction == "batches":
                 self.count(name, declared.add(batch))
                 continue
             if name not in self.totals:
-                self.totals[name] = torch.zeros(declared.shape(place), dtype=_wide(z__bgti), device=z__bgti.device)
+                self.totals[name] = torch.zeros(declared.shape(place), dtype=_wide(like), device=like.device)
             declared.add(self.totals[name], batch)
 
 
@@ -206,7 +220,7 @@ class MatrixAccumulator(Totals):
 
     def add(self, matrices: SampleMatrices, half__b: torch.Tensor, before: int, *, counted: bool = True) -> None:
         """Add one batch (see ``MatrixBatch``); one that is not counted takes part in what processes add up together."""
-        batch = MatrixBatch(matrices, half__b, before, self.threads, self.projection)
+        batch = MatrixBatch(matrices, half__b, before, self.threads, self.projection, self.place.shape[1])
         if not counted:
             for declared in self.spread:
                 self._add_part(declared, batch, counted=False)
@@ -247,12 +261,13 @@ class MatrixAccumulator(Totals):
 
 
 def place_of(
-    shape: Shape, method: str, *, projected: bool, kernel_samples: int, kernel_sketched: bool, tokens: int = 0
-) -> Place:
+    shape: Shape, method: str, *, projected: bool, kernel_samples: int, kernel_sketched: bool, tokens: int = 0,
+    looked_up: bool = False,
+) -> Place:  # fmt: skip
     """The place of a matrix, whose layer has projections or not."""
     projected = projected and shape[0] == 1
-    sketched = projected and worth_sketching(shape)
-    return Place(shape, method, projected, sketched, kernel_samples, kernel_sketched, tokens)
+    sketched = projected and worth_sketching(shape) and not looked_up
+    return Place(shape, method, projected, sketched, kernel_samples, kernel_sketched, tokens, looked_up)
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

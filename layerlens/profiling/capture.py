@@ -223,9 +223,15 @@ class Capture(Taps):
         self._added[leader] += 1
         return True
 
-    def collect_lookup(self, key: Key, matrices: SampleMatrices, module: Any) -> None:
-        """Take one use of a weight that is looked up."""
-        self.sums.matrix(key, matrix_shape(module), key)
+    def collect_lookup(
+        self, key: Key, matrices: SampleMatrices, module: Any, mask__bt: torch.Tensor | None = None
+    ) -> None:
+        """Take one use of a weight that is looked up; see ``Taps.collect_lookup``."""
+        of_layer = key[1] == LORA
+        matrix = self.sums.matrix(key, matrix_shape(module), key, looked_up=of_layer)
+        if of_layer and self._counted and matrices.ids__bt is not None:
+            mask__bt = None if mask__bt is None else mask__bt.to(matrices.first.device)
+            matrix.inputs.add_indices(matrices.ids__bt, mask__bt, matrix.place.shape[1], matrices.first)
         if self._rows > 1 and matrices.ids__bt is not None and matrices.rows__bti is not None:
             ids, rows = matrices.ids__bt, matrices.rows__bti
             matrices = SampleMatrices(

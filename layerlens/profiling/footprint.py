@@ -56,7 +56,10 @@ def samples_in(inputs: dict[str, torch.Tensor]) -> int:
 def opened_at(
     model: torch.nn.Module, first_block: str | None, inputs: dict[str, torch.Tensor]
 ) -> Iterator[Callable[[], torch.Tensor]]:
-    """A forward pass of the frozen model whose backward pass would reach down to ``first_block`` (None: the inputs)."""
+    """A forward pass of the frozen model whose backward pass would reach down to ``first_block`` (None: the inputs).
+
+    Where that is an Embedding, which has no input with a gradient, down to its output.
+    """
 
     def open_graph(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -67,7 +70,11 @@ def opened_at(
         opened = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
         yield lambda: _total(model(**opened))
         return
-    handle = model.get_submodule(first_block).register_forward_pre_hook(open_graph, with_kwargs=True)
+    module = model.get_submodule(first_block)
+    if isinstance(module, torch.nn.Embedding):
+        handle = module.register_forward_hook(lambda module, args, output: output.detach().requires_grad_(True))
+    else:
+        handle = module.register_forward_pre_hook(open_graph, with_kwargs=True)
     try:
         yield lambda: _total(model(**inputs))
     finally:
@@ -82,7 +89,7 @@ def frozen_footprint(
     Per sample where the inputs are no tokens, and down to the inputs where the model has no blocks.
 
     Adapting any layer of a block needs the activations above it; counting from the first block on is what a choice that
-    touches the lowest layers needs, and an upper bound for every other.
+    touches the lowest layers needs, and an upper bound for every other. ``first_block`` may be an Embedding instead.
     """
     count = samples_in(inputs)
     with plain_products(model):  # torch counts no FLOPs of grouped ones

@@ -17,6 +17,7 @@ from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
 from layerlens.models import FactorSketch, ModelSpec, ModelStatistics, ModuleCosts
+from layerlens.models.model_spec import EMBEDDING
 from layerlens.profiling.accumulators import LayerRows, SumShards
 from layerlens.profiling.capture import Capture, none_measured
 from layerlens.profiling.declared_tensors import must_be_finite
@@ -134,7 +135,7 @@ def measure_share(
         gather(sums, ledger, processes, device)
         if not processes.first:
             if sharded(model):
-                _costs(model, example, sequence_length, request)
+                _costs(model, spec, example, sequence_length, request)
             return None
         ledger.put_back(sums)
         with progress.stage("Computing statistics", total=None):
@@ -142,7 +143,7 @@ def measure_share(
             others = capture.other_weights()
             of_model = model_results(request, sums.parts(spec.layers), sums.rows, ledger.in_order())
         covered = capture.covered_weights()
-    activation_bytes, forward_flops, modules = _costs(model, example, sequence_length, request)
+    activation_bytes, forward_flops, modules = _costs(model, spec, example, sequence_length, request)
     left_out, coverage = left_out_of(model, covered)
     statistics = ModelStatistics(
         layers=layers,
@@ -164,12 +165,13 @@ def measure_share(
 
 
 def _costs(
-    model: torch.nn.Module, example: Inputs, sequence_length: int, request: StatisticsRequest
+    model: torch.nn.Module, spec: ModelSpec, example: Inputs, sequence_length: int, request: StatisticsRequest
 ) -> tuple[float, float, dict[str, ModuleCosts]]:
     """(activation bytes, forward FLOPs) of the model for a token, and the costs of its modules."""
     with frozen_without_dropout(model, checkpointing=False), without_cache(model):
         inputs = dense_inputs(example, sequence_length)
-        first_block = next(iter(blocks_of(model)), None)
+        embeddings = [layer.name for layer in spec.layers if layer.layer_type == EMBEDDING]
+        first_block = next(iter((*embeddings, *blocks_of(model))), None)
         activation_bytes, forward_flops = frozen_footprint(model, first_block, inputs)
         return activation_bytes, forward_flops, module_costs(model, first_block, inputs, request.of_modules)
 

@@ -32,11 +32,12 @@ Name = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Matrix:
-    """One accumulator: its key, the (g, o, i) of its matrix, and the key of the inputs that it reads."""
+    """One accumulator: its key, the (g, o, i) of its matrix, the key of its inputs, and whether they are indices."""
 
     key: Key
     shape: Shape
     source: Key
+    looked_up: bool = False
 
 
 @dataclass
@@ -87,14 +88,17 @@ class PassSums:
         """Over how many processes totals are spread."""
         return self.shards.processes.size if self.shards else 1
 
-    def matrix(self, key: Key, shape: Shape, source: Key) -> MatrixAccumulator:
-        """The sums of one matrix, whose layer's inputs are summed under ``source``."""
+    def matrix(self, key: Key, shape: Shape, source: Key, looked_up: bool = False) -> MatrixAccumulator:
+        """The sums of one matrix, whose layer's inputs are summed under ``source``.
+
+        ``looked_up`` is whether the matrix is the weight of an Embedding that is a layer.
+        """
         if key not in self.accumulators:
             inputs = self._inputs(source)
             projection = inputs.projection if shape[0] == 1 else None
             if projection is not None and projection.name != "|".join(key):  # the inputs are those of another layer
                 projection = Projection("|".join(key))
-            place = self.request.place(shape, key[1], projected=projection is not None)
+            place = self.request.place(shape, key[1], projected=projection is not None, looked_up=looked_up)
             self.accumulators[key] = MatrixAccumulator(
                 self.request.sums(place), place, self.threads, inputs, projection, self.rows, self.shards
             )
@@ -133,7 +137,7 @@ class PassSums:
         found = PassTensors(inputs=list(self.inputs), shards=self.n_shards, unmeasured=dict(self.unmeasured))
         source_of = {id(inputs): key for key, inputs in self.inputs.items()}
         for key, one in self.accumulators.items():
-            found.matrices.append(Matrix(key, one.place.shape, source_of[id(one.inputs)]))
+            found.matrices.append(Matrix(key, one.place.shape, source_of[id(one.inputs)], one.place.looked_up))
             for name, kept in one.kept.items():
                 for before, rows in kept.items():
                     found.rows |= {("matrix", *key, name, str(before), part): x for part, x in rows.items()}
@@ -148,7 +152,7 @@ class PassSums:
         for source in inputs:
             self._inputs(source)
         for matrix in matrices:
-            self.matrix(matrix.key, matrix.shape, matrix.source)
+            self.matrix(matrix.key, matrix.shape, matrix.source, matrix.looked_up)
 
     def add_total(self, name: Name, tensor: torch.Tensor) -> None:
         """Add one of the totals, taking the tensor itself where there was none."""

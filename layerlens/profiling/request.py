@@ -74,13 +74,15 @@ class StatisticsRequest:
         """Whether gradients are needed."""
         return len(self.of_modules) < len(self.names)
 
-    def place(self, shape: tuple[int, int, int], method: str, *, projected: bool, tokens: int = 0) -> Place:
-        """A matrix of this shape in the pass, whose layer has projections or not."""
+    def place(
+        self, shape: tuple[int, int, int], method: str, *, projected: bool, tokens: int = 0, looked_up: bool = False
+    ) -> Place:
+        """A matrix of this shape in the pass, whose layer has projections or not, and is an embedding or not."""
         from layerlens.profiling.accumulators import place_of
 
         return place_of(
             shape, method, projected=projected, kernel_samples=self.ntk_samples, kernel_sketched=self.sketched_ntk,
-            tokens=tokens,
+            tokens=tokens, looked_up=looked_up,
         )  # fmt: skip
 
     def sums(self, place: Place) -> tuple[Sum, ...]:

@@ -121,9 +121,12 @@ def join_calls(calls: Sequence[SampleMatrices]) -> SampleMatrices:
 def gram_matrix(batches: Sequence[SampleMatrices], threads: int) -> np.ndarray:
     """⟨M_n, M_m⟩ of all pairs of samples of all batches, float64 [N, N]; the batches may differ in tokens.
 
-    Dense matrices only. Two exact ways, by their multiplications: pairs of tokens, N²·t²·(i+o)/2, or tiles of the
-    matrices themselves, N·t·i·o + N²·i·o.
+    Of matrices that multiply there are two exact ways, by their multiplications: pairs of tokens, N²·t²·(i+o)/2, or
+    tiles of the matrices themselves, N·t·i·o + N²·i·o. Of those that are looked up, pairs of tokens with one index. A
+    weight used both ways has no Gram matrix here.
     """
+    if batches[0].d__bgto is None:
+        return _gram_of_lookups(batches)
     d__ngto = _padded([batch.d__bgto for batch in batches if batch.d__bgto is not None])
     z__ngti = _padded([batch.z__bgti for batch in batches if batch.z__bgti is not None])
     n, groups, t, o = d__ngto.shape
@@ -136,6 +139,22 @@ def gram_matrix(batches: Sequence[SampleMatrices], threads: int) -> np.ndarray:
         else:
             tiles = [(tile__nk @ tile__nk.T).double() for tile__nk in _tiles(d, z)]
             gram += torch.stack(tiles).sum(dim=0).cpu().numpy()
+    return gram
+
+
+def _gram_of_lookups(batches: Sequence[SampleMatrices]) -> np.ndarray:
+    """⟨Σ_t e(id_t) r_tᵀ, Σ_s e(id_s) r_sᵀ⟩ = Σ_{t,s: id_t = id_s} r_t·r_s of all pairs of samples."""
+    each = [
+        (ids, rows.to(_at_least_float32(rows.dtype)))
+        for batch in batches
+        if batch.ids__bt is not None and batch.rows__bti is not None
+        for ids, rows in zip(batch.ids__bt, batch.rows__bti, strict=True)
+    ]
+    gram = np.zeros((len(each), len(each)))
+    for n, (ids_n, rows_n) in enumerate(each):
+        for m, (ids_m, rows_m) in enumerate(each[: n + 1]):
+            same = ids_n[:, None] == ids_m[None, :]
+            gram[n, m] = gram[m, n] = float(((rows_n @ rows_m.T) * same).sum(dtype=torch.float64))
     return gram
 
 

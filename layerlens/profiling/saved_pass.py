@@ -163,7 +163,7 @@ def pass_to_bytes(state: PassTensors, ledger: Ledger) -> bytes:
         "format": FORMAT,
         "shards": state.shards,
         "inputs": state.inputs,
-        "matrices": [[one.key, one.shape, one.source] for one in state.matrices],
+        "matrices": [[one.key, one.shape, one.source, one.looked_up] for one in state.matrices],
         "names": list(ledger.names),
         "unmeasured": state.unmeasured,
         "tokens": {number: record.n_tokens for number, record in ledger.records.items()},
@@ -188,7 +188,10 @@ def _tensors_of(tensors: dict[str, torch.Tensor], text: dict[str, Any]) -> PassT
     named = {tuple(name.split("\t")): tensor for name, tensor in tensors.items()}
     return PassTensors(
         inputs=[_key(key) for key in text["inputs"]],
-        matrices=[Matrix(_key(key), (s[0], s[1], s[2]), _key(source)) for key, s, source in text["matrices"]],
+        matrices=[
+            Matrix(_key(key), (s[0], s[1], s[2]), _key(source), *looked_up)
+            for key, s, source, *looked_up in text["matrices"]
+        ],
         totals={name[1:]: tensor for name, tensor in named.items() if name[0] == "total"},
         rows={name[1:]: tensor for name, tensor in named.items() if name[0] == "row"},
         shards=text["shards"],

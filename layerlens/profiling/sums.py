@@ -34,6 +34,7 @@ class Place:
         kernel_samples: samples of the neural tangent kernel.
         kernel_sketched: whether these are too many to be kept.
         tokens: of the longest sequence, for predictions; 0 where the batches tell.
+        looked_up: whether it is the weight of an embedding that is a layer; o is then its rows, i its features.
     """
 
     shape: Shape
@@ -43,6 +44,7 @@ class Place:
     kernel_samples: int = 0
     kernel_sketched: bool = False
     tokens: int = 0
+    looked_up: bool = False
 
 
 def shape_of_matrix(place: Place) -> tuple[int, ...]:
@@ -71,6 +73,7 @@ class Sum:
         spread: whether it is spread over processes where the weights are; for tensors [g, o, i].
         projects: whether it reads random projections.
         instead_of: name of another sum that is needless where this one is made.
+        of_indices: of inputs: whether it is also made of those that are indices (``InputBatch.ids__n``).
     """
 
     name: str
@@ -81,6 +84,7 @@ class Sum:
     spread: bool = False
     projects: bool = False
     instead_of: str = ""
+    of_indices: bool = False
 
     def bytes(self, place: Place) -> int:
         """What it takes of memory in float32, predicted; nothing to speak of for numbers."""
@@ -94,12 +98,17 @@ class InputBatch:
         z__bgti: the inputs.
         threads: for the kernels.
         projection: None where inputs are not projected.
+        ids__n: where rows are looked up, their indices without padding: as inputs, each is one 1 among zeros. There are
+            no ``z__bgti`` then.
     """
 
-    def __init__(self, z__bgti: torch.Tensor, threads: int, projection: Projection | None) -> None:
+    def __init__(
+        self, z__bgti: torch.Tensor, threads: int, projection: Projection | None, ids__n: torch.Tensor | None = None
+    ) -> None:
         self.z__bgti = z__bgti
         self.projection = projection
         self.threads = threads
+        self.ids__n = ids__n
 
     @property
     def projects(self) -> bool:
@@ -114,7 +123,7 @@ class InputBatch:
     @cached_property
     def squares(self) -> float:
         """Sum of all squares."""
-        return sum_of_squares(self.rows__ni, self.threads)
+        return sum_of_squares(self.rows__ni, self.threads) if self.ids__n is None else float(len(self.ids__n))
 
 
 class MatrixBatch:
@@ -126,16 +135,19 @@ class MatrixBatch:
         before: samples in the batches that come before it, measured here or elsewhere.
         threads: for the kernels.
         projection: None where the matrix is not projected.
+        n_rows: outputs of the matrix, or rows of what is looked up.
     """
 
     def __init__(
-        self, matrices: SampleMatrices, half__b: torch.Tensor, before: int, threads: int, projection: Projection | None
-    ) -> None:
+        self, matrices: SampleMatrices, half__b: torch.Tensor, before: int, threads: int, projection: Projection | None,
+        n_rows: int = 0,
+    ) -> None:  # fmt: skip
         self.matrices = matrices
         self.half__b = half__b
         self.before = before
         self.threads = threads
         self.projection = projection
+        self.n_rows = n_rows
 
     def of_half(self, half: int) -> slice | torch.Tensor | None:
         """Where the samples of a half are: a slice where they are together, which copies nothing; None for none."""
@@ -156,6 +168,11 @@ class MatrixBatch:
         return self.projection is not None and self.multiplies
 
     @property
+    def has_features(self) -> bool:
+        """Whether ``projected_d__btl`` and ``projected_z__btk`` are there: also of rows that are looked up alone."""
+        return self.projection is not None and (self.multiplies or self.matrices.rows__bti is not None)
+
+    @property
     def d__bto(self) -> torch.Tensor:
         """Output gradients of the only group."""
         assert self.matrices.d__bgto is not None
@@ -171,10 +188,16 @@ class MatrixBatch:
     def projected_d__btl(self) -> torch.Tensor:
         """d Ψ."""
         assert self.projection is not None
-        return self.projection.of_gradients(self.d__bto)
+        if self.multiplies:
+            return self.projection.of_gradients(self.d__bto)
+        rows, ids = self.matrices.rows__bti, self.matrices.ids__bt  # d is 1 at the index, so d Ψ is a row of Ψ
+        assert rows is not None
+        assert ids is not None
+        return self.projection.psi__ol(self.n_rows, rows)[ids]
 
     @cached_property
     def projected_z__btk(self) -> torch.Tensor:
         """z Ω."""
         assert self.projection is not None
-        return self.projection.of_inputs(self.z__bti)
+        rows = self.matrices.rows__bti
+        return self.projection.of_inputs(self.z__bti if self.multiplies or rows is None else rows)

@@ -12,17 +12,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.attention import attention_outputs
 from layerlens.integrations.expert_products import Routing, plain_products
-from layerlens.integrations.weight_matrices import conv_patches
+from layerlens.integrations.weight_matrices import conv_patches, embedding_scale
 from layerlens.methods import OUTPUT
 from layerlens.models import LORA, LayerSpec, ModelSpec
-from layerlens.models.model_spec import EXPERTS
+from layerlens.models.model_spec import EMBEDDING, EXPERTS
 from layerlens.profiling.expert_rows import by_expert
 from layerlens.profiling.pass_sums import Key
 from layerlens.profiling.sample_matrices import SampleMatrices
@@ -115,8 +115,10 @@ class Taps:
         """
         raise NotImplementedError
 
-    def collect_lookup(self, key: Key, matrices: SampleMatrices, module: Any) -> None:
-        """Take one use of a weight that is looked up."""
+    def collect_lookup(
+        self, key: Key, matrices: SampleMatrices, module: Any, mask__bt: torch.Tensor | None = None
+    ) -> None:
+        """Take one use of a weight that is looked up; ``mask__bt`` says of a layer's which indices are no padding."""
         raise NotImplementedError
 
     def leave_out(self, name: str, reason: str) -> None:
@@ -159,6 +161,9 @@ class Taps:
                     experts[id(module), layer.name.rpartition(".")[2]] = layer
                 elif layer.layer_type == "attention":
                     attentions[id(module)] = layer
+                elif layer.layer_type == EMBEDDING:
+                    hook = self._lookup_hook(layer.name, (layer.name, LORA), cast("torch.nn.Embedding", module))
+                    stack.callback(module.register_forward_hook(hook).remove)
                 else:
                     stack.callback(module.register_forward_hook(self._dense_hook(layer)).remove)
             for module in self.model.modules():
@@ -230,19 +235,11 @@ class Taps:
         """For a module outside the layers: its weight's gradient alone, with the other uses of the same weight."""
         key = self._weight_keys[name]
         self._users.setdefault(key, set()).add(name)
+        if isinstance(module, torch.nn.Embedding):
+            return self._lookup_hook(name, key, module)
 
         def record(mask__bt: torch.Tensor | None, gradient: torch.Tensor, saved: torch.Tensor) -> None:
             if key[0] in self.unmeasured:
-                return
-            if isinstance(module, torch.nn.Embedding):
-                if saved.shape[0] not in (1, len(gradient)) or gradient.dim() < 2:
-                    self.leave_out(key[0], f"is looked up with {list(saved.shape)} indices, not for each sample")
-                    return
-                ids__bt = saved.expand(len(gradient), *saved.shape[1:]).flatten(1)
-                rows__bti = gradient.flatten(1, -2) * (1.0 / self.loss_scale)
-                if module.padding_idx is not None:
-                    rows__bti = rows__bti * (ids__bt != module.padding_idx)[..., None]
-                self.collect_lookup(key, SampleMatrices(ids__bt=ids__bt, rows__bti=rows__bti), module)
                 return
             if isinstance(module, torch.nn.Conv2d):
                 d__bgto = gradient.reshape(len(gradient), module.groups, -1, gradient[0, 0].numel()).mT
@@ -259,6 +256,31 @@ class Taps:
             self._count_call(name)
             mask__bt = None if isinstance(module, torch.nn.Conv2d) else self._mask_of(output)
             return self._tap(key[0], output, partial(record, mask__bt), args[0].detach())
+
+        return hook
+
+    def _lookup_hook(self, name: str, key: Key, module: torch.nn.Embedding) -> Hook:
+        """For an Embedding: the gradients of the rows that are looked up."""
+        scale = embedding_scale(module)
+
+        def record(mask__bt: torch.Tensor | None, gradient: torch.Tensor, saved: torch.Tensor) -> None:
+            if key[0] in self.unmeasured:
+                return
+            if saved.shape[0] not in (1, len(gradient)) or gradient.dim() < 2:
+                self.leave_out(key[0], f"is looked up with {list(saved.shape)} indices, not for each sample")
+                return
+            ids__bt = saved.expand(len(gradient), *saved.shape[1:]).flatten(1)
+            rows__bti = (gradient if self.loss_scale == 1.0 else gradient.float()).flatten(1, -2)
+            rows__bti = rows__bti * (scale / self.loss_scale)
+            if module.padding_idx is not None:
+                rows__bti = rows__bti * (ids__bt != module.padding_idx)[..., None]
+            if mask__bt is not None and mask__bt.shape != ids__bt.shape:
+                mask__bt = None
+            self.collect_lookup(key, SampleMatrices(ids__bt=ids__bt, rows__bti=rows__bti), module, mask__bt)
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            self._count_call(name)
+            return self._tap(key[0], output, partial(record, self._mask_of(output)), args[0].detach())
 
         return hook
 

@@ -17,6 +17,7 @@ from layerlens.integrations.experts import Stack, stack_at
 from layerlens.integrations.peft import (
     BASE_PREFIX,
     base_of,
+    is_embedding,
     lora_shape,
     peft_places,
     tensor_shapes,
@@ -187,12 +188,16 @@ def _check_peft_files(base: torch.nn.Module, directory: Path) -> None:
         count = 1
         for size in shape:
             count *= size
+        if is_embedding(module) != part.startswith("embedding_"):
+            raise ManifestError(f"{path}: {layer}: lora_{part} does not belong on a {type(module).__name__}")
         if part == "magnitude_vector":
             if count != n_out:
                 raise ManifestError(f"{path}: {layer}: {key} is {shape}, which does not fit {n_out} outputs")
             continue
-        width = n_in if part.startswith("A") else n_out
-        if count % width or (shape[0] != n_out if part.startswith("B") else count // shape[0] != n_in):
+        first = part.removeprefix("embedding_")[0]
+        if count % (n_in if first == "A" else n_out) or (
+            shape[0] != n_out if first == "B" else count // shape[0] != n_in
+        ):
             raise ManifestError(
                 f"{path}: {layer}: lora_{part} is {shape}, which does not fit this {n_in} → {n_out} "
                 f"{type(module).__name__}; it was made for a model of another shape"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.experts import stack_at
 from layerlens.integrations.gradients import CalibrationBatch, layer_moments
-from layerlens.integrations.peft import BASE_PREFIX, default_factor, lora_shape, why_not_adaptable
+from layerlens.integrations.peft import BASE_PREFIX, default_factor, is_embedding, lora_shape, why_not_adaptable
 from layerlens.integrations.torch_modules import find_module
 from layerlens.models import Choice, Manifest, Option, choice_of
 from layerlens.storage import local_file
@@ -47,7 +47,7 @@ def initial_factors(
 
     Returns:
         float32 [r, n_in] with orthonormal rows, by layer; empty for the default initialisation, and none for stacked
-        experts, which begin from PEFT's own. Directions that the
+        experts and embeddings, which begin from PEFT's own. Directions that the
         data leaves open (a rank above that of the matrix) are filled from the default initialisation, made orthogonal.
 
     Raises:
@@ -61,7 +61,8 @@ def initial_factors(
     if not batches:
         raise ManifestError(f"lora.initialization: {kind!r} needs at least one batch to measure on")
     factors = {}
-    single = [row for row in choice.lora_options if stack_at(model, row.layer) is None]
+    multiplied = [row for row in choice.lora_options if stack_at(model, row.layer) is None]
+    single = [row for row in multiplied if not is_embedding(find_module(model, row.layer))]
     for rows in _groups(model, single, kind):
         names, pca = [row.layer for row in rows], kind == "pca"
         measured = layer_moments(model, names, batches, covariances=pca, gradients=not pca)
@@ -116,7 +117,7 @@ def read_factors(peft_directory: Path, given: Choice | Manifest) -> dict[str, to
     try:
         with safe_open(path, framework="pt") as file:
             keys = {row.layer: f"{BASE_PREFIX}{row.layer}.lora_A.weight" for row in choice.lora_options}
-            there = set(file.keys())  # stacked experts, which begin from PEFT's own, have other names
+            there = set(file.keys())  # stacked experts and embeddings begin from PEFT's own and have other names
             return {layer: file.get_tensor(key).flatten(1) for layer, key in keys.items() if key in there}
     except (SafetensorError, OSError) as error:
         raise ManifestError(

@@ -17,14 +17,14 @@ from layerlens.config import OptimizationConfig, ProfilingConfig
 from layerlens.config.base import describe
 from layerlens.exceptions import ActivationCacheError, ConfigurationError, ModelSpecError
 from layerlens.models import LayerSpec, ModelSpec
-from layerlens.models.model_spec import ATTENTION, CONV, LINEAR, NORM, TRANSFORMER
+from layerlens.models.model_spec import ATTENTION, CONV, EMBEDDING, LINEAR, NORM, TRANSFORMER
 from layerlens.registry import METHODS
 
 ActivationCache = Mapping[str, Mapping[str, float]]
 
 # Metric of the activation cache -> whether it may be below 0. A short proxy training can make the loss worse.
 CACHE_METRICS = {"grad_norm": False, "fisher_trace": False, "proxy_gain": True}
-LAYER_TYPES = (TRANSFORMER, LINEAR, ATTENTION, CONV, NORM)
+LAYER_TYPES = (TRANSFORMER, LINEAR, ATTENTION, CONV, NORM, EMBEDDING)
 _LISTED = 5
 
 

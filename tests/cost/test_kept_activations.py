@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -92,3 +93,24 @@ def test_the_prediction_is_an_upper_bound_and_where_it_can_be_exact_it_is(method
     else:
         assert measured <= predicted + 0.5
         assert method == "ln_tuning" or predicted < 2 * measured
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+def test_lora_on_an_embedding_keeps_what_is_predicted(rank: int):
+    torch.manual_seed(0)
+    model: Any = Qwen3ForCausalLM(Qwen3Config(**WIDE, num_key_value_heads=2, head_dim=8, tie_word_embeddings=False))
+    spec = model_spec(PretrainedModel(model.requires_grad_(False), None, "", ()), "tiny", only=["embed_tokens"])
+    choice = Choice.of({"model.embed_tokens": ("lora", rank)}, lora=LoraSettings(2.0))
+    profile = LatencyProfile(batch_size=BATCH, sequence_length=TOKENS)
+    settings = OptimizationConfig(max_trainable_params=1, latency_profile=profile)
+    params, flops, vram_gb, _ = cost_table(spec, None, choice.chosen, settings).cost__ro[:, 0]
+    tuned = apply(copy.deepcopy(model), choice)
+    assert params == rank * (50 + 32) == sum(x.numel() for x in tuned.parameters() if x.requires_grad)
+    ids = torch.ones(BATCH, TOKENS, dtype=torch.int64)
+    with FlopCounterMode(display=False) as before:
+        model(input_ids=ids)
+    with FlopCounterMode(display=False) as after:
+        tuned(input_ids=ids)
+    assert flops == after.get_total_flops() - before.get_total_flops()
+    kept = kept_bytes(tuned) - kept_bytes(model) - ids.nbytes  # the indices, which are there anyway
+    assert kept == pytest.approx(1e9 * vram_gb - 16 * params, abs=0.5)

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-import pytest
-import transformers as hf
+import copy
+import sys
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+import transformers as hf
+from peft import PeftModel
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not let test files import neighbours
+
+import tokenizers_of_ones_own as own
+
+from layerlens.cli.main import app
 from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError, ModelSpecError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.manifest import read_manifest
 from layerlens.optimization.constraints import matching
+from layerlens.tuning import load
 
 
 def llama(tied: bool = False) -> PretrainedModel:
@@ -32,7 +47,7 @@ def test_only_what_is_named_is_a_layer():
 def test_a_tied_output_layer_and_embeddings_are_left_out_and_said():
     spec = model_spec(llama(tied=True), "", only=("layers.*", "lm_head", "embed_tokens"))
     assert "tied to model.embed_tokens" in spec.left_out["lm_head"]
-    assert "embeddings" in spec.left_out["model.embed_tokens"]
+    assert "tied to lm_head" in spec.left_out["model.embed_tokens"]
     assert len(spec.layers) == len(model_spec(llama(), "").layers)
 
 
@@ -55,3 +70,51 @@ def test_the_configuration_has_it():
     config = RunConfig.model_validate({**given, "profiling": {"layers": ["language_model.*"]}})
     assert config.profiling.layers == ("language_model.*",)
     assert "layers" not in RunConfig.model_validate(given).model_dump()["profiling"]
+
+
+def test_run_train_and_merge_with_embeddings_and_the_output_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tokenizer = own.llama()
+    config = hf.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, initializer_range=0.2, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [f'{{"text": "the sum of {i} and {i + 1} is {2 * i + 1}"}}' for i in range(60)]
+    (tmp_path / "d.jsonl").write_text("\n".join(rows))
+    (tmp_path / "c.yaml").write_text(
+        "model: {name_or_path: ./model, task: causal-lm}\n"
+        "data: {source: d.jsonl, calibration_samples: 16, max_length: 24, batch_size: 8}\n"
+        "profiling: {layers: [lm_head, embed_tokens], utility_model: whitened}\n"
+        "optimization: {max_trainable_params: 4000, lora_ranks: [1, 2], lora_initialization: pca,\n"
+        "  latency_profile: {batch_size: 2, sequence_length: 16},\n"
+        "  constraints: {rules: [{layers: embedding, methods: [lora], ranks: [2]}]}}\n"
+        "training: {max_steps: 3, batch_size: 4, learning_rate: 0.01}\nruntime: {threads: 1}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ["run", "c.yaml", "-o", "out"],
+        ["train", "out/manifest.json", "-o", "tuned"],
+        ["export", "tuned", "--merge", "-o", "merged"],
+    ):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+    manifest = read_manifest(Path("out/manifest.json"))
+    chosen = {row.layer: (row.method, row.rank, row.cost) for row in manifest.allocations}
+    assert chosen["model.embed_tokens"] == ("lora", 2, 2 * (len(tokenizer) + 16))
+    assert chosen["lm_head"][0] == "lora"
+    base, ids = hf.AutoModelForCausalLM.from_pretrained("model"), torch.tensor([[1, 5, 7, 3]])
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model.eval()(input_ids=ids).logits
+        return found
+
+    before, ours = logits(base), load(copy.deepcopy(base), Path("tuned"))
+    after = logits(PeftModel.from_pretrained(base, "tuned"))
+    assert not torch.equal(after, before)
+    assert torch.equal(logits(ours), after)
+    merged = hf.AutoModelForCausalLM.from_pretrained("merged")
+    # W + (alpha/r)·B·A rounds once for each weight, at 2^-24; logits are sums of some ten of them.
+    assert torch.allclose(logits(merged), after, atol=1e-5)

@@ -1,6 +1,7 @@
 """Kronecker factors of a layer, A = E[z zᵀ] over tokens and S = E[Σ_t d dᵀ] over samples (K-FAC).
 
-Martens & Grosse 2015, arXiv:1503.05671. Looked-up weights have none.
+Martens & Grosse 2015, arXiv:1503.05671. Where inputs are indices, A is diagonal: how often each was looked up. The
+statistic ``factors`` has no entry for what is looked up; the whitened spectrum reads its factors here.
 """
 
 from __future__ import annotations
@@ -36,8 +37,21 @@ def whole_gram(total__gkk: torch.Tensor) -> torch.Tensor:
     return lower + lower.tril(-1).mT
 
 
-def _add_inputs(total__gii: torch.Tensor, batch: InputBatch) -> None:
-    add_gram(total__gii, batch.z__bgti.transpose(0, 1).flatten(1, 2))
+def _add_inputs(total: torch.Tensor, batch: InputBatch) -> None:
+    if batch.ids__n is None:
+        add_gram(total, batch.z__bgti.transpose(0, 1).flatten(1, 2))
+    else:
+        total += torch.bincount(batch.ids__n, minlength=len(total)).to(total)
+
+
+def _input_shape(place: Place) -> tuple[int, ...]:
+    """[g, i, i]; only the diagonal where inputs are indices."""
+    return (place.shape[1],) if place.looked_up else (place.shape[0], place.shape[2], place.shape[2])
+
+
+def _add_row_gradients(total__goo: torch.Tensor, batch: MatrixBatch) -> None:
+    assert batch.matrices.rows__bti is not None
+    add_gram(total__goo, batch.matrices.rows__bti.flatten(0, 1)[None])
 
 
 def _add_gradients(total__goo: torch.Tensor, batch: MatrixBatch) -> None:
@@ -45,17 +59,29 @@ def _add_gradients(total__goo: torch.Tensor, batch: MatrixBatch) -> None:
     add_gram(total__goo, batch.matrices.d__bgto.transpose(0, 1).flatten(1, 2))
 
 
-INPUT_FACTOR = Sum("factor", _add_inputs, lambda place: (place.shape[0], place.shape[2], place.shape[2]))
+INPUT_FACTOR = Sum("factor", _add_inputs, _input_shape, of_indices=True)
 OUTPUT_FACTOR = Sum(
     "output factor", _add_gradients, lambda place: (place.shape[0], place.shape[1], place.shape[1]),
     has=lambda batch: batch.matrices.d__bgto is not None,
 )  # fmt: skip
+_ROW_FACTOR = Sum(
+    OUTPUT_FACTOR.name, _add_row_gradients, lambda place: (place.shape[0], place.shape[2], place.shape[2]),
+    has=lambda batch: batch.matrices.rows__bti is not None,
+)  # fmt: skip
+
+
+def output_factor(place: Place) -> Sum:
+    """The sum that S is made from."""
+    return _ROW_FACTOR if place.looked_up else OUTPUT_FACTOR
 
 
 def exact_factors(matrix: MatrixAccumulator) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(A, S), float64; None for what is only looked up."""
+    """(A, S), float64 [g, k, k]; of A the diagonal [g, k] where inputs are indices. None without gradients."""
     if OUTPUT_FACTOR.name not in matrix.totals:
         return None
+    if matrix.place.looked_up:
+        diagonal = matrix.inputs.totals[INPUT_FACTOR.name].double()[None] / matrix.inputs.n_tokens
+        return diagonal, whole_gram(matrix.totals[OUTPUT_FACTOR.name]) / sum(matrix.n_samples)
     inputs = matrix.inputs.mean(whole_gram(matrix.inputs.totals[INPUT_FACTOR.name]))
     return inputs, whole_gram(matrix.totals[OUTPUT_FACTOR.name]) / sum(matrix.n_samples)
 
@@ -65,7 +91,7 @@ def _single(factor: torch.Tensor) -> np.ndarray:
 
 
 def _factors(matrix: MatrixAccumulator) -> dict[str, Any]:
-    if OUTPUT_FACTOR.name not in matrix.totals:
+    if OUTPUT_FACTOR.name not in matrix.totals or matrix.place.looked_up:
         return {}
     inputs, outputs = matrix.inputs, matrix.totals[OUTPUT_FACTOR.name]
     # One array for all layers that share it: the statistics file keeps it once.
@@ -75,10 +101,13 @@ def _factors(matrix: MatrixAccumulator) -> dict[str, Any]:
 
 def factor_floats(place: Place) -> int:
     """float64 numbers that reading the factors takes."""
+    if place.looked_up:
+        return 3 * (place.shape[1] + place.shape[2] ** 2)
     return 3 * (place.shape[1] ** 2 + place.shape[2] ** 2)
 
 
 FACTORS = Statistic(
-    "factors", lambda place: (OUTPUT_FACTOR,), (INPUT_FACTOR,), _factors, fields=("output_factor", "input_factor"),
+    "factors", lambda place: () if place.looked_up else (OUTPUT_FACTOR,), (INPUT_FACTOR,), _factors,
+    fields=("output_factor", "input_factor"),
     working_floats=factor_floats,
 )  # fmt: skip

@@ -35,7 +35,7 @@ HALVES = tuple(
     Sum(f"mean {half}", _add_half(half), shape_of_matrix, spread=True, instead_of=MEAN.name) for half in (0, 1)
 )
 """The sums of each half of the samples, for spectra without sampling bias; together they are the sum of all."""
-INPUT_SQUARES = Sum("squares", lambda batch: batch.squares / _n_inputs(batch), reduction="batches")
+INPUT_SQUARES = Sum("squares", lambda batch: batch.squares / _n_inputs(batch), reduction="batches", of_indices=True)
 
 
 def _n_inputs(batch: InputBatch) -> int:

@@ -31,13 +31,13 @@ def _sums(place: Place) -> tuple[Sum, ...]:
     if place.method != LORA:
         return ()
     if place.kernel_sketched:
-        return (Sum(FEATURES, features, reduction="layers", has=lambda batch: batch.projects, projects=True),)
+        return (Sum(FEATURES, features, reduction="layers", has=lambda batch: batch.has_features, projects=True),)
 
     def first(batch: MatrixBatch) -> dict[str, torch.Tensor]:
         return batch.matrices.head(place.kernel_samples - batch.before) if batch.before < place.kernel_samples else {}
 
     def shape(place: Place) -> tuple[int, ...]:
-        return place.kernel_samples, place.tokens, sum(place.shape[1:])
+        return place.kernel_samples, place.tokens, 2 + place.shape[2] if place.looked_up else sum(place.shape[1:])
 
     return (Sum(KEPT, first, shape, reduction="samples"),)
 

@@ -9,7 +9,13 @@ import torch
 
 from layerlens.profiling.accumulators import MatrixAccumulator
 from layerlens.profiling.statistics import Statistic
-from layerlens.profiling.statistics.factors import INPUT_FACTOR, OUTPUT_FACTOR, exact_factors, factor_floats
+from layerlens.profiling.statistics.factors import (
+    INPUT_FACTOR,
+    OUTPUT_FACTOR,
+    exact_factors,
+    factor_floats,
+    output_factor,
+)
 from layerlens.profiling.statistics.gradients import HALVES, mean_energy
 from layerlens.profiling.sums import Place
 
@@ -36,7 +42,8 @@ def split_half_spectrum(
 
     Args:
         gradient_1, gradient_2: float64 [n_out, n_in], mean gradients of the two halves.
-        input_factor: float64 [n_in, n_in], A = mean of z zᵀ over tokens; no whitening without the factors.
+        input_factor: float64 [n_in, n_in], A = mean of z zᵀ over tokens, or [n_in], its diagonal where the others are
+            0; no whitening without the factors.
         output_factor: float64 [n_out, n_out], S = mean over samples of Σ_t d dᵀ.
         damping: relative, > 0 where factors are given.
 
@@ -56,14 +63,18 @@ def split_half_spectrum(
 
 
 def whiten(gradient: torch.Tensor, output_root: torch.Tensor, input_root: torch.Tensor) -> torch.Tensor:
-    """L_S⁻¹ G L_A⁻ᵀ for lower triangular roots."""
+    """L_S⁻¹ G L_A⁻ᵀ for lower triangular roots, that of A maybe by its diagonal."""
     left = torch.linalg.solve_triangular(output_root, gradient, upper=False)
+    if input_root.dim() == 1:
+        return left / input_root
     return torch.linalg.solve_triangular(input_root, left.mT, upper=False).mT
 
 
 def cholesky_root(factor: torch.Tensor, damping: float) -> torch.Tensor:
-    """Lower triangular root of the damped factor."""
+    """Lower triangular root of the damped factor; of a diagonal one, given by it, the roots of that."""
     size = factor.shape[0]
+    if factor.dim() == 1:
+        return (factor + (damping * float(factor.mean()) or 1.0)).sqrt()
     level = damping * float(factor.trace()) / size
     # A factor of nothing but zeros (a module whose gradient vanishes) whitens to zero gain at any positive level.
     eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
@@ -105,6 +116,8 @@ def _whitened(matrix: MatrixAccumulator) -> dict[str, Any]:
         return energy
     halves, factors = _halves(matrix), exact_factors(matrix)
     assert factors is not None
+    if matrix.place.looked_up:  # its sums have the inputs first
+        halves = [half.mT for half in halves]
     # The halves are in main memory where the sums were spread over processes.
     place = halves[0].device
     return energy | {"spectrum": _of_heads(halves, (factors[0].to(place), factors[1].to(place)))}
@@ -126,7 +139,7 @@ SPECTRUM = Statistic(
 """Split-half spectrum of the mean gradient."""
 
 WHITENED_SPECTRUM = Statistic(
-    "whitened_spectrum", lambda place: (*HALVES, OUTPUT_FACTOR), (INPUT_FACTOR,), _whitened,
+    "whitened_spectrum", lambda place: (*HALVES, output_factor(place)), (INPUT_FACTOR,), _whitened,
     fields=("spectrum", "energy", "signal"),
     working_floats=lambda place: eight_copies(place) + factor_floats(place),
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from layerlens.exceptions import ConfigurationError
 from layerlens.methods import trainable_params
 from layerlens.models import LORA, Choice, LayerSpec, LoraSettings, ModelFacts
-from layerlens.models.model_spec import EXPERTS
+from layerlens.models.model_spec import NO_MATRIX
 from layerlens.tuning.baselines.baseline import Baseline, BaselineRequest, Finished, Prepared
 from layerlens.tuning.generators import attach_generator, finish_generator
 from layerlens.tuning.inject import apply, note_before
@@ -21,14 +21,16 @@ GENERATOR = "hyperlora"
 
 
 def layers_with(request: BaselineRequest, method: str, *, dense: bool = False) -> tuple[LayerSpec, ...]:
-    """Layers that offer ``method``, without grouped convolutions and stacked experts; ``dense`` means no convolutions.
+    """Layers that offer ``method``, without grouped convolutions, experts and embeddings; with ``dense``, Linear ones.
 
     Raises:
         ConfigurationError: there are none.
     """
     from layerlens.integrations.transformers import is_dense
 
-    layers = tuple(layer for layer in request.spec.layers if method in layer.methods and layer.layer_type != EXPERTS)
+    layers = tuple(
+        layer for layer in request.spec.layers if method in layer.methods and layer.layer_type not in NO_MATRIX
+    )
     if method == LORA:  # ranks of grouped convolutions are multiples of their groups, which no rule here knows
         layers = tuple(layer for layer in layers if getattr(request.model.get_submodule(layer.name), "groups", 1) == 1)
     if dense:

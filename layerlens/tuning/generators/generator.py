@@ -180,11 +180,12 @@ def _make_parameters(base: Any) -> None:
 
 
 def _lora_layers(model: Any) -> dict[str, Any]:
-    """By name, without stacked experts: they are more than one matrix, and are trained as they are."""
+    """By name, without stacked experts (more than one matrix) and embeddings, which are trained as they are."""
     from peft.tuners.lora import LoraLayer
 
     layers = {name: layer for name, layer in base_of(model).named_modules() if isinstance(layer, LoraLayer)}
-    return {name: layer for name, layer in layers.items() if getattr(layer, "num_experts", 1) == 1}
+    alone = {name: layer for name, layer in layers.items() if getattr(layer, "num_experts", 1) == 1}
+    return {name: layer for name, layer in alone.items() if not layer.lora_embedding_A}
 
 
 def _columns(part: Any) -> int:
