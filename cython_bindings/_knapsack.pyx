@@ -118,13 +118,110 @@ cdef class Instance:
         return found, option[:kept], regret[:kept]
 
 
+cdef class Charges:
+    """What is paid once beside the options of an instance's items: see ``Charges`` in knapsack.hpp.
+
+    Args:
+        n_items: groups of the instance.
+        node_begin, row_begin, child: int64, the and-or graph.
+        stage: int64 [n_parts].
+        root: int64 [n_parts, n_switches, 2].
+        stage_item: int64 [n_stages].
+        switch_root: int64 [n_switches].
+    """
+
+    cdef ks.Charges data
+    cdef readonly object node_begin, row_begin, child, stage, root, stage_item, switch_root
+    cdef object value, by_stage, scores, stack, items
+    cdef double[::1] value_v, by_stage_v, scores_v
+    cdef int64_t[::1] stack_v, items_v
+
+    def __init__(self, n_items, node_begin, row_begin, child, stage, root, stage_item, switch_root):
+        self.node_begin, self.row_begin, self.child, self.stage, self.root, self.stage_item, self.switch_root = (
+            np.ascontiguousarray(array, dtype=np.int64)
+            for array in (node_begin, row_begin, child, stage, root, stage_item, switch_root)
+        )
+        n_nodes, n_parts, n_switches = len(self.node_begin) - 1, len(self.stage), len(self.switch_root)
+        n_stages, n_rows = len(self.stage_item), len(self.row_begin) - 1
+        if self.root.shape != (n_parts, n_switches, 2) or n_switches < 1 or n_nodes < 0 or n_rows < 0:
+            raise ValueError(f"root has shape {self.root.shape}, expected ({n_parts}, {n_switches}, 2)")
+        most = n_items + np.repeat(np.repeat(np.arange(n_nodes), np.diff(self.node_begin)), np.diff(self.row_begin))
+        if (
+            self.node_begin[0] != 0 or self.node_begin[n_nodes] != n_rows or np.any(np.diff(self.node_begin) < 1)
+            or self.row_begin[0] != 0 or self.row_begin[n_rows] != len(self.child) or np.any(np.diff(self.row_begin) < 0)
+            or np.any(self.child < 0) or np.any(self.child >= most)
+            or np.any(self.root < 0) or np.any(self.root >= n_items + n_nodes)
+            or np.any(self.stage < -1) or np.any(self.stage >= n_stages)
+            or np.any(self.stage_item < 0) or np.any(self.stage_item >= n_items)
+            or np.any(self.switch_root < -1) or np.any(self.switch_root >= n_items + n_nodes)
+        ):
+            raise ValueError("the and-or graph refers to what is not there, or to a later node")
+        self.value, self.by_stage = np.empty(n_items + n_nodes + 1), np.empty(2 * (n_stages + 1))
+        self.scores = np.empty((n_stages + 1) * n_switches)
+        self.stack = np.empty(n_items + n_nodes + 1, dtype=np.int64)
+        self.items = np.empty(n_items + n_nodes + 1, dtype=np.int64)
+        self.value_v, self.by_stage_v, self.scores_v = self.value, self.by_stage, self.scores
+        self.stack_v, self.items_v = self.stack, self.items
+        self.data.n_items, self.data.n_nodes, self.data.n_parts = n_items, n_nodes, n_parts
+        self.data.n_stages, self.data.n_switches = n_stages, n_switches
+        cdef int64_t[::1] view = self.node_begin
+        self.data.node_begin = &view[0]
+        view = self.row_begin
+        self.data.row_begin = &view[0]
+        self.data.child = _start(self.child)
+        self.data.stage = _start(self.stage)
+        self.data.root = _start(self.root.reshape(-1))
+        self.data.stage_item = _start(self.stage_item)
+        self.data.switch_root = _start(self.switch_root)
+
+    @property
+    def n_modes(self):
+        return self.scores.shape[0]
+
+    cdef double best_mode(self, const double* best, int64_t only, int64_t* mode) noexcept nogil:
+        """The best score of all modes, or of ``only`` where it is not -1, and its mode."""
+        cdef int64_t i
+        ks.score_modes(self.data, best, &self.value_v[0], &self.by_stage_v[0], &self.scores_v[0])
+        mode[0] = only
+        if only < 0:
+            mode[0] = 0
+            for i in range(1, self.scores_v.shape[0]):
+                if self.scores_v[i] > self.scores_v[mode[0]]:
+                    mode[0] = i
+        return self.scores_v[mode[0]]
+
+    cdef int64_t take(self, int64_t mode) noexcept nogil:
+        return ks.items_of_mode(self.data, &self.value_v[0], mode, &self.stack_v[0], &self.items_v[0])
+
+    def score_modes(self, const double[::1] best):
+        """Value of every item and node, and the best score of each mode."""
+        if best.shape[0] != self.data.n_items:
+            raise ValueError(f"{best.shape[0]} scores for {self.data.n_items} items")
+        cdef int64_t mode = 0
+        self.best_mode(&best[0], -1, &mode)
+        return self.value[: self.data.n_items + self.data.n_nodes].copy(), self.scores.copy()
+
+    def items_of(self, const double[::1] value, int64_t mode):
+        """int64, the items of the best choice of a mode, given the values that score_modes returned."""
+        if value.shape[0] != self.data.n_items + self.data.n_nodes or not 0 <= mode < self.scores.shape[0]:
+            raise ValueError(f"{value.shape[0]} values or mode {mode} do not belong to this graph")
+        cdef int64_t found
+        with nogil:
+            found = ks.items_of_mode(self.data, &value[0], mode, &self.stack_v[0], &self.items_v[0])
+        return self.items[:found].copy()
+
+
+cdef const int64_t* _start(const int64_t[::1] array) noexcept:
+    return &array[0] if array.shape[0] else NULL
+
+
 cdef inline bint _held_back(double step, double reach, double low, double high) noexcept nogil:
     """Whether the box, and not the edge of what is allowed, stops this step."""
     return (step >= high and high == reach) or (step <= low and low == -reach)
 
 
 def minimise_dual(Instance instance, start, double[::1] radius, double tolerance, int max_evaluations, threads=1,
-                  farthest=np.inf):
+                  farthest=np.inf, Charges charges=None, int64_t mode=-1):
     """Minimise bound(p) = p.C + sum of the favourites' scores over p >= 0 by cutting planes within a box.
 
     The box lies around the best point so far and grows or shrinks with success (box step: Marsten, Hogan &
@@ -136,6 +233,8 @@ def minimise_dual(Instance instance, start, double[::1] radius, double tolerance
         tolerance: stops when the model's optimum lies within this share of the best bound.
         max_evaluations: evaluations of the bound at most.
         farthest: float64 [n_resources] or a number, how far from start the minimum is sought, scaled.
+        charges: what is paid once; the groups of the instance are then its items.
+        mode: with charges, the only mode that counts; -1: the best one does.
 
     Returns:
         (multipliers [r], bounds [k], points [k, r]): the best scaled multipliers, and every bound and point evaluated.
@@ -172,6 +271,10 @@ def minimise_dual(Instance instance, start, double[::1] radius, double tolerance
     cdef int[::1] held_v = held
     cdef const double[::1] capacity_v = capacity
     cdef int[::1] basis_v = basis
+    cdef int64_t best_mode = -1, n_taken
+    cdef bint charged = charges is not None
+    if charged and (charges.data.n_items != n_groups or mode >= charges.n_modes):
+        raise ValueError(f"charges of {charges.data.n_items} items do not belong to {n_groups} groups")
 
     with nogil:
         best_bound = 0.0
@@ -179,6 +282,10 @@ def minimise_dual(Instance instance, start, double[::1] radius, double tolerance
             for r in range(m):
                 price_v[r] = point_v[r] / capacity_v[r]
             ks.score_groups(isa, instance.data, &price_v[0], &choice_v[0], &best_v[0], &totals_v[0], workers)
+            if charged:
+                totals_v[0] = charges.best_mode(&best_v[0], mode, &best_mode)
+                n_taken = charges.take(best_mode)
+                ks.item_totals(instance.data, &choice_v[0], &charges.items_v[0], n_taken, &totals_v[1])
             bound = totals_v[0]
             values_v[k] = totals_v[1]
             for r in range(m):

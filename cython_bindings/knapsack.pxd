@@ -52,6 +52,24 @@ cdef extern from "layerlens/knapsack.hpp" namespace "layerlens::knapsack" nogil:
     int64_t group_hulls(int64_t n_groups, const int64_t* offset, const double* value, const double* cost,
                         int64_t* hull, int64_t* length, int threads)
 
+    cdef struct Charges:
+        int64_t n_items
+        int64_t n_nodes
+        int64_t n_parts
+        int64_t n_stages
+        int64_t n_switches
+        const int64_t* node_begin
+        const int64_t* row_begin
+        const int64_t* child
+        const int64_t* stage
+        const int64_t* root
+        const int64_t* stage_item
+        const int64_t* switch_root
+
+    void score_modes(const Charges&, const double* best, double* value, double* by_stage, double* mode_score)
+    int64_t items_of_mode(const Charges&, const double* value, int64_t mode, int64_t* stack, int64_t* item)
+    void item_totals(const Instance&, const int64_t* choice, const int64_t* item, int64_t n_items, double* totals)
+
     cdef struct BeamSettings:
         int64_t width
         double softness

@@ -23,6 +23,30 @@ class Instance:
     ) -> tuple[_Integers, _Integers]: ...
     def select_core(self, price: _Floats, best: _Floats, limit: float, room: int) -> tuple[int, _Integers, _Floats]: ...
 
+class Charges:
+    node_begin: _Integers
+    row_begin: _Integers
+    child: _Integers
+    stage: _Integers
+    root: _Integers
+    stage_item: _Integers
+    switch_root: _Integers
+    def __init__(
+        self,
+        n_items: int,
+        node_begin: Any,
+        row_begin: Any,
+        child: Any,
+        stage: Any,
+        root: Any,
+        stage_item: Any,
+        switch_root: Any,
+    ) -> None: ...
+    @property
+    def n_modes(self) -> int: ...
+    def score_modes(self, best: _Floats) -> tuple[_Floats, _Floats]: ...
+    def items_of(self, value: _Floats, mode: int) -> _Integers: ...
+
 class Core:
     offset: _Integers
     value: _Floats
@@ -56,6 +80,8 @@ def minimise_dual(
     max_evaluations: int,
     threads: int = 1,
     farthest: Any = ...,
+    charges: Charges | None = None,
+    mode: int = -1,
 ) -> tuple[_Floats, _Floats, _Floats]: ...
 def sum_use(amount: _Floats) -> tuple[float, float]: ...
 def summarise_row(offset: _Integers, row: _Floats, threads: int = 1) -> RowSummary: ...

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from layerlens.models.charges import DepthCharge, GroupCharge, caused_by
+from layerlens.models.charges import Causes, DepthCharge, GroupCharge
 from layerlens.models.model_spec import NONE, Option
 
 
@@ -55,9 +55,9 @@ class AllocationProblem:
         return bool(self.charges) or self.depth is not None
 
     @cached_property
-    def caused__o(self) -> list[tuple[int, ...]]:
-        """For each option, the group charges that it causes, ascending."""
-        return caused_by(self.charges, len(self.options))
+    def causes(self) -> Causes:
+        """Which group charges each option causes."""
+        return Causes(self.charges, len(self.options))
 
     @cached_property
     def reaches__o(self) -> np.ndarray:
@@ -65,7 +65,7 @@ class AllocationProblem:
         if self.depth is None:
             return np.zeros(len(self.options), dtype=bool)
         if self.depth.reaches__o is None:
-            reaches = np.array([option.method != NONE for option in self.options])
+            reaches = np.fromiter((option.method != NONE for option in self.options), bool, len(self.options))
         else:
             reaches = np.asarray(self.depth.reaches__o, dtype=bool)
         return reaches & (np.repeat(self.depth.stage__g, np.diff(self.offset)) >= 0)
@@ -81,7 +81,7 @@ class AllocationProblem:
         """The group charges that ``choice`` causes, ascending."""
         if not self.charges:
             return ()
-        return tuple(sorted({charge for option in choice for charge in self.caused__o[option]}))
+        return tuple(np.unique(np.concatenate([self.causes.of(int(option)) for option in choice])).tolist())
 
     def terms__rk(self, choice: np.ndarray) -> np.ndarray:
         """float64 [n_resources, k]: all that ``choice`` uses: its options, then its charges, then its depth.

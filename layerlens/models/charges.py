@@ -73,14 +73,29 @@ class DepthCharge:
     penalty__s: np.ndarray | None = None
 
 
-def caused_by(charges: tuple[GroupCharge, ...], n_options: int) -> list[tuple[int, ...]]:
-    """For each option, the charges that it causes, those that contain others included, ascending."""
-    found: list[set[int]] = [set() for _ in range(n_options)]
-    for index, charge in enumerate(charges):
-        chain, at = [], index
-        while at is not None and at not in chain:
-            chain.append(at)
-            at = charges[at].inside  # type: ignore[assignment]
-        for option in charge.options:
-            found[option].update(chain)
-    return [tuple(sorted(each)) for each in found]
+class Causes:
+    """Which group charges each option causes, those that contain others included.
+
+    Args:
+        start: int64 [n_options + 1]: option o causes ``charge[start[o]:start[o + 1]]``, ascending.
+        charge: int64, indices of charges.
+    """
+
+    def __init__(self, charges: tuple[GroupCharge, ...], n_options: int) -> None:
+        options, caused = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        for index, charge in enumerate(charges):
+            own = np.asarray(charge.options, dtype=np.int64)
+            seen: set[int] = set()
+            at: int | None = index
+            while at is not None and at not in seen:
+                seen.add(at)
+                options.append(own)
+                caused.append(np.full(len(own), at))
+                at = charges[at].inside
+        pair = np.unique(np.concatenate(options) * max(len(charges), 1) + np.concatenate(caused))
+        self.option, self.charge = np.divmod(pair, max(len(charges), 1))
+        self.start = np.searchsorted(self.option, np.arange(n_options + 1))
+
+    def of(self, option: int) -> np.ndarray:
+        """int64, the charges that one option causes, ascending."""
+        return self.charge[self.start[option] : self.start[option + 1]]

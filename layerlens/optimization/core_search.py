@@ -79,11 +79,14 @@ def search_core(
     prove: bool,
     threads: int,
     progress: Callable[[Incumbent], None] = lambda incumbent: None,
+    *,
+    quick: bool = False,
 ) -> None:
     """Improve ``incumbent`` and tighten its bound until its gap is within ``tolerance`` or the searches are done.
 
-    ``prove`` adds searches of great width, a second or two, which close the gap of small cores. The wide search and the
-    neighbourhoods run side by side with two threads, one after the other with one; the answer is the same.
+    ``quick`` leaves it at the first searches, some ten milliseconds. ``prove`` adds searches of great width, a second
+    or two, which close the gap of small cores. The wide search and the neighbourhoods run side by side with two
+    threads, one after the other with one; the answer is the same.
     """
     search = _CoreSearch(reduced, dual, incumbent, tolerance)
     for width, order in (*((width, 0) for width in FIRST_WIDTHS), (ORDER_WIDTH, 1), (MIDDLE_WIDTH, 0)):
@@ -91,6 +94,8 @@ def search_core(
             return
         search.whole(width, seed=order)
         progress(incumbent)
+    if quick:
+        return
     if not search.closed():
         _search_side_by_side(search, seed, prove, threads)
         progress(incumbent)

@@ -25,9 +25,10 @@ import numpy as np
 
 from layerlens.exceptions import InfeasibleError, OptimizationError
 from layerlens.models import AllocationProblem
+from layerlens.optimization.charged import keeps, option_regrets, true_use, true_value
+from layerlens.optimization.charged_solver import ChargedSearch
 from layerlens.optimization.feasibility import conflict_message
 from layerlens.optimization.lagrangian import Candidates, Dual, candidates_within
-from layerlens.optimization.problem import exact_sum
 from layerlens.optimization.reduced import Reduced
 
 # Sums of scaled integers stay below 2**SUM_BITS: exact in a double, and far from where CP-SAT's cuts would overflow.
@@ -64,8 +65,46 @@ def refine(
     if len(core.option) - len(problem.layers) > MAX_CANDIDATES:
         return None
     model = _CoreModel.build(problem, core)
+    return None if model is None else _refined(problem, model, choice, value, bound, deterministic_time, seed)
+
+
+def refine_charged(search: ChargedSearch, deterministic_time: float, seed: int) -> Refined | None:
+    """As :func:`refine`, of a problem with charges: among the options that its open modes leave."""
+    problem, choice, value = search.problem, search.choice, search.value
+    assert choice is not None
+    modes = search.open_modes()
+    others = max((mode.bound for mode in search.modes if mode not in modes), default=-math.inf)
+    rest = max(value, math.ldexp(others, -search.reduced.value_exponent)) if others > -math.inf else value
+    keep = np.zeros(len(problem.options), dtype=bool)
+    keep[choice] = True
+    for mode in modes:
+        limit = mode.bound - search.scaled + search.reduced.rounding(mode.state.price)
+        keep |= option_regrets(search.charged, mode.state, mode.index) <= limit
+    option = np.flatnonzero(keep)
+    if len(option) - len(problem.layers) > MAX_CANDIDATES:
+        return None
+    group = np.searchsorted(problem.offset, option, side="right") - 1
+    model = _CoreModel.build(problem, Candidates(option, np.zeros(len(option)), group))
     if model is None:
         return None
+    n_switches = search.charged.structure.n_switches
+    stages = {mode.index // n_switches for mode in modes}
+    lowest = problem.lowest_stage(choice)
+    model.restrict_depth(stages | {search.charged.structure.n_stages if lowest is None else lowest})
+    found = _refined(problem, model, choice, value, search.bound, deterministic_time, seed)
+    return Refined(found.choice, found.value, max(found.bound, rest))
+
+
+def _refined(
+    problem: AllocationProblem,
+    model: _CoreModel,
+    choice: np.ndarray,
+    value: float,
+    bound: float,
+    deterministic_time: float,
+    seed: int,
+) -> Refined:
+    """Solve, and forbid what fits in integers only, until the answer fits or the time is over."""
     best, best_value = choice, value
     spent = 0.0
     for _ in range(MAX_FORBIDDEN):
@@ -75,8 +114,8 @@ def refine(
             bound = min(bound, max(best_value, outcome.bound))
         if outcome.choice is None:
             break
-        if fits(problem, outcome.choice):
-            found = exact_sum(problem.value[outcome.choice])
+        if keeps(problem, outcome.choice):
+            found = true_value(problem, outcome.choice)
             if found > best_value:
                 best, best_value = outcome.choice, found
             break
@@ -128,7 +167,7 @@ def _search_whole(problem: AllocationProblem, deterministic_time: float, seed: i
         raise OptimizationError("found no allocation that fits, and OR-Tools, which could search on, cannot be loaded")
     for _ in range(MAX_FORBIDDEN):
         outcome = model.solve(None, deterministic_time, seed)
-        if outcome.choice is None or fits(problem, outcome.choice):
+        if outcome.choice is None or keeps(problem, outcome.choice):
             return outcome.choice, outcome.infeasible
         model.forbid(outcome.choice)
     return None, False
@@ -137,24 +176,26 @@ def _search_whole(problem: AllocationProblem, deterministic_time: float, seed: i
 def _least_use(problem: AllocationProblem, r: int, deterministic_time: float, seed: int) -> float | None:
     """The least that an allocation within all other budgets uses of resource ``r``; None where none was found."""
     others = [i for i in range(len(problem.resources)) if i != r]
+    depth = problem.depth
+    if depth is not None:
+        cost__sr = np.asarray(depth.cost__sr, dtype=np.float64)
+        depth = dataclasses.replace(depth, cost__sr=cost__sr[:, others], penalty__s=cost__sr[:, r])
     relaxed = dataclasses.replace(
         problem,
         value=-problem.cost__ro[r],
         cost__ro=problem.cost__ro[others],
+        charges=tuple(
+            dataclasses.replace(each, cost__r=np.asarray(each.cost__r)[others], penalty=float(each.cost__r[r]))
+            for each in problem.charges
+        ),
+        depth=depth,
         resources=tuple(problem.resources[i] for i in others),
         capacity=problem.capacity[others],
         budget=problem.budget[others],
         base=problem.base[others],
     )
     choice, _ = _search_whole(relaxed, deterministic_time, seed)
-    return None if choice is None else exact_sum(problem.cost__ro[r][choice])
-
-
-def fits(problem: AllocationProblem, choice: np.ndarray) -> bool:
-    """Whether every correctly rounded total is within its capacity."""
-    return all(
-        exact_sum(row[choice]) <= capacity for row, capacity in zip(problem.cost__ro, problem.capacity, strict=True)
-    )
+    return None if choice is None else float(true_use(problem, choice)[r])
 
 
 @dataclass(frozen=True)
@@ -163,6 +204,15 @@ class _Outcome:
     bound: float | None
     infeasible: bool
     deterministic_time: float
+
+
+@dataclass(frozen=True)
+class _Indicator:
+    """A variable that is 1 where something is paid for, what that costs, and what it takes off the value."""
+
+    variable: Any
+    cost__r: list[Fraction]
+    penalty: Fraction
 
 
 class _CoreModel:
@@ -182,8 +232,10 @@ class _CoreModel:
             self.members.setdefault(int(core.group[c]), []).append(int(c))
         for members in self.members.values():
             self.model.add_exactly_one([self.variable[c] for c in members])
-        for row, capacity in zip(problem.cost__ro, problem.capacity, strict=True):
-            self._limit(row, float(capacity))
+        self.stage: list[Any] = []
+        self.indicators = self._charges(problem) + self._depth(problem)
+        for r, (row, capacity) in enumerate(zip(problem.cost__ro, problem.capacity, strict=True)):
+            self._limit(row, float(capacity), [(each.variable, each.cost__r[r]) for each in self.indicators])
         self._maximise(problem.value)
 
     @classmethod
@@ -194,7 +246,69 @@ class _CoreModel:
             return None
         return cls(cp_model, problem, core)
 
-    def _limit(self, row: np.ndarray, capacity: float) -> None:
+    def _causing(self, options: np.ndarray) -> tuple[bool, list[list[Any]]]:
+        """Whether a fixed option is among these, and else the variables of those that are, group by group."""
+        if np.isin(self.fixed, options).any():
+            return True, []
+        wanted = np.isin(self.option, options)
+        found = [[self.variable[c] for c in members if wanted[c]] for members in self.members.values()]
+        return False, [each for each in found if each]
+
+    def _charges(self, problem: AllocationProblem) -> list[_Indicator]:
+        """A variable for each group charge that an option may cause; a layer's options that cause it are at most it."""
+        found = []
+        for index, charge in enumerate(problem.charges):
+            always, groups = self._causing(problem.causes.option[problem.causes.charge == index])
+            if not always and not groups:
+                continue
+            variable = self.model.new_constant(1) if always else self.model.new_bool_var("")
+            for variables in groups:
+                self.model.add(sum(variables) <= variable)
+            cost__r = [Fraction(float(cost)) for cost in charge.cost__r]
+            found.append(_Indicator(variable, cost__r, Fraction(charge.penalty)))
+        return found
+
+    def _depth(self, problem: AllocationProblem) -> list[_Indicator]:
+        """A variable for each stage: the backward pass reaches it; what one reaches, all above it do, too."""
+        depth = problem.depth
+        if depth is None:
+            return []
+        stage__o = np.repeat(depth.stage__g, np.diff(problem.offset))
+        below = np.zeros(len(stage__o), dtype=bool) if depth.below__o is None else np.asarray(depth.below__o)
+        penalty = np.zeros(len(depth.names)) if depth.penalty__s is None else depth.penalty__s
+        exact = [[Fraction(float(x)) for x in (*row, p)] for row, p in zip(depth.cost__sr, penalty, strict=True)]
+        found: list[_Indicator] = []
+        for s in range(len(depth.names)):
+            always, groups = self._causing(np.flatnonzero((stage__o == s) & problem.reaches__o))
+            variable = self.model.new_constant(1) if always else self.model.new_bool_var("")
+            for variables in groups:
+                self.model.add(sum(variables) <= variable)
+            impossible, forbidden = self._causing(np.flatnonzero((stage__o == s) & below))
+            if impossible:
+                self.model.add(variable == 0)
+            for variables in forbidden:
+                self.model.add(sum(variables) <= 1 - variable)
+            if found:
+                self.model.add_implication(found[-1].variable, variable)
+            above = exact[s + 1] if s + 1 < len(exact) else [Fraction(0)] * len(exact[s])
+            step = [mine - next_ for mine, next_ in zip(exact[s], above, strict=True)]
+            found.append(_Indicator(variable, step[:-1], step[-1]))
+        self.stage = [each.variable for each in found]
+        return found
+
+    def restrict_depth(self, stages: set[int]) -> None:
+        """The lowest stage is one of these; len(stages) stands for none."""
+        for s in range(len(self.stage) + 1):
+            if s in stages:
+                continue
+            if s == 0:
+                self.model.add(self.stage[0] == 0)
+            elif s == len(self.stage):
+                self.model.add(self.stage[-1] == 1)
+            else:
+                self.model.add_implication(self.stage[s], self.stage[s - 1])
+
+    def _limit(self, row: np.ndarray, capacity: float, indicators: list[tuple[Any, Fraction]]) -> None:
         """Σ⌊c·s⌋ <= ⌊(capacity + half its last place − fixed use)·s⌋: the relaxation that loses no allocation."""
         room = Fraction(capacity) + Fraction(math.ulp(capacity)) / 2 - sum(map(Fraction, row[self.fixed]), Fraction(0))
         costs = {c: Fraction(row[self.option[c]]) for c in self.variable}
@@ -202,13 +316,15 @@ class _CoreModel:
         room -= sum(least.values(), Fraction(0))
         extra = {c: cost - least[int(self.group[c])] for c, cost in costs.items()}
         most = sum((max(extra[c] for c in members) for members in self.members.values()), Fraction(0))
+        most += sum((cost for _, cost in indicators), Fraction(0))
         if most <= room:
             return
         scale = _power_of_two(most, COST_SUM_BITS)
-        integers = {c: math.floor(cost * scale) for c, cost in extra.items()}
-        common = math.gcd(*integers.values()) or 1
+        integers = [(self.variable[c], math.floor(cost * scale)) for c, cost in extra.items()]
+        integers += [(variable, math.floor(cost * scale)) for variable, cost in indicators]
+        common = math.gcd(*(n for _, n in integers)) or 1
         limit = math.floor(room * scale) // common
-        self.model.add(sum(self.variable[c] * (n // common) for c, n in integers.items() if n) <= limit)
+        self.model.add(sum(variable * (n // common) for variable, n in integers if n) <= limit)
 
     def _maximise(self, value: np.ndarray) -> None:
         """Σ⌈v·s⌉ over the core; ``upper`` turns a bound on it into one on the whole value."""
@@ -216,11 +332,14 @@ class _CoreModel:
         least = {g: min(values[c] for c in members) for g, members in self.members.items()}
         extra = {c: v - least[int(self.group[c])] for c, v in values.items()}
         most = sum((max(extra[c] for c in members) for members in self.members.values()), Fraction(0))
+        most += sum((each.penalty for each in self.indicators), Fraction(0))
         self.scale = _power_of_two(most, VALUE_SUM_BITS)
-        integers = {c: math.ceil(v * self.scale) for c, v in extra.items()}
-        self.common = math.gcd(*integers.values()) or 1
+        integers = [(self.variable[c], math.ceil(v * self.scale)) for c, v in extra.items()]
+        # A penalty is earned back where its indicator is 0.
+        integers += [(each.variable, -math.floor(each.penalty * self.scale)) for each in self.indicators]
+        self.common = math.gcd(*(n for _, n in integers)) or 1
         self.constant = sum(map(Fraction, value[self.fixed]), Fraction(0)) + sum(least.values(), Fraction(0))
-        self.model.maximize(sum(self.variable[c] * (n // self.common) for c, n in integers.items() if n))
+        self.model.maximize(sum(variable * (n // self.common) for variable, n in integers if n))
 
     def _upper(self, objective_bound: float) -> float:
         """Rounded up to a float."""

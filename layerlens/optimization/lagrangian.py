@@ -58,7 +58,7 @@ def solve_dual(reduced: Reduced, threads: int) -> Dual:
     if np.all(exact_use(instance, favourites)[:, 0] <= instance.capacity):
         bound = reduced.bound(np.zeros(m), best)
         return Dual(np.zeros(m), bound, favourites, best, totals[:1])
-    start, radius = _first_multipliers(instance, totals)
+    start, radius = first_multipliers(instance, totals)
     if instance.n_groups >= SAMPLED_FROM:
         sample = _sample(instance)
         scaled = sample.capacity / instance.capacity
@@ -102,7 +102,7 @@ def _minimise_nearby(
     return found, bounds, bool(np.all(inside))
 
 
-def _first_multipliers(instance: Instance, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def first_multipliers(instance: Instance, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scaled multipliers of the size that the answer has: the free optimum's value, shared among what it exceeds."""
     excess = totals[2:] / instance.capacity
     exceeded = excess > 1.0

@@ -11,12 +11,15 @@ import numpy as np
 from layerlens.exceptions import OptimizationError
 from layerlens.models import Allocation, AllocationProblem, LayerExplanation, SolverEvent
 from layerlens.optimization import cpsat
+from layerlens.optimization.charged import true_use
+from layerlens.optimization.charged_solver import ChargedSearch, Report, effective
 from layerlens.optimization.constraints import JOIN
 from layerlens.optimization.core_search import Incumbent, find_fitting, search_core
 from layerlens.optimization.feasibility import check_feasible, obviously_feasible
 from layerlens.optimization.lagrangian import guided_search, solve_dual
 from layerlens.optimization.problem import exact_sum
 from layerlens.optimization.reduced import Reduced, Summary, reduce
+from layerlens.optimization.structure import check_charges
 
 Progress = Callable[[str], None]
 
@@ -66,7 +69,15 @@ def solve(
             progress(f"{stage}: bound {bound:.6g}" if value is None else f"{stage}: gap {_gap(value, bound):.2g} %")
 
     if problem.charged:
-        raise OptimizationError("costs that are paid once (charges, depth) are not solved yet; add them to the options")
+        return solve_charged(
+            problem,
+            refine=refine,
+            refine_deterministic_time=refine_deterministic_time,
+            gap_tolerance=gap_tolerance,
+            seed=seed,
+            threads=threads,
+            report=report,
+        )
     summary = Summary.of(problem, threads)
     if not obviously_feasible(problem):
         check_feasible(problem)
@@ -116,6 +127,52 @@ def solve(
         upper_bound=bound,
         used=used,
         multipliers=_multipliers(problem, reduced, dual.price),
+        status="optimal" if _closed(value, bound, gap_tolerance) else "feasible",
+        solver=" + ".join(dict.fromkeys(stages)),
+    )
+
+
+def solve_charged(
+    problem: AllocationProblem,
+    *,
+    refine: bool,
+    refine_deterministic_time: float,
+    gap_tolerance: float,
+    seed: int,
+    threads: int,
+    report: Report,
+) -> Allocation:
+    """:func:`solve` of a problem with charges; see :mod:`charged_solver` for the stages."""
+    Summary.of(problem, threads)
+    check_charges(problem)
+    alone = effective(problem)
+    if not obviously_feasible(alone):
+        check_feasible(alone)
+    search = ChargedSearch(problem, gap_tolerance, seed, threads, report)
+    search.start()
+    if search.choice is None:
+        search.offer(cpsat.find_any(problem, refine_deterministic_time, seed))
+        search.stages.append("cp-sat")
+    search.search(quick=True, prove=False)
+    search.search(quick=False, prove=refine)
+    found = search.answer()
+    assert found.choice is not None
+    choice, value, bound, stages = found.choice, found.value, found.bound, list(found.stages)
+    if refine and not _closed(value, bound, gap_tolerance):
+        refined = cpsat.refine_charged(search, refine_deterministic_time, seed)
+        if refined is not None:
+            choice, value, bound = refined.choice, refined.value, refined.bound
+            stages.append("cp-sat")
+            report("cp-sat", value, bound)
+    used = true_use(problem, choice)
+    if np.any(used > problem.capacity):
+        raise OptimizationError(f"internal: the allocation uses {used} of {problem.capacity}; please report this")
+    return Allocation(
+        choice=choice,
+        value=value,
+        upper_bound=bound,
+        used=used,
+        multipliers=found.multipliers,
         status="optimal" if _closed(value, bound, gap_tolerance) else "feasible",
         solver=" + ".join(dict.fromkeys(stages)),
     )

@@ -108,6 +108,41 @@ void improve(const Core& core, const double* price, std::int64_t pair_limit, std
 std::int64_t group_hulls(std::int64_t n_groups, const std::int64_t* offset, const double* value, const double* cost,
                          std::int64_t* hull, std::int64_t* length, int threads);
 
+// Costs that are paid once. An *item* is a group of an Instance: options of a layer that cause the same charges, or a
+// single option that stands for a charge or for the depth of the backward pass. Which items a choice is made of, is an
+// and-or graph: a node takes one of its rows, and a row takes all of its children. Children are items (numbers below
+// n_items) or earlier nodes (n_items + node); node n owns the rows node_begin[n] .. node_begin[n+1]-1, row k the children
+// row_begin[k] .. row_begin[k+1]-1. Nodes share items between rows, never within one.
+//
+// A *part* is what no charge joins to the rest. Its root depends on which switches (charges that join many parts) are on,
+// and on whether the backward pass reaches its stage or ends above it: root[(part * n_switches + switches) * 2 + below].
+// stage[part] is -1 for parts outside the chain of stages, whose root does not depend on it. stage_item[s] is the item
+// of the lowest stage s, switch_root[w] a node with all switches that are on (-1: none).
+// A *mode* s * n_switches + w is a lowest stage and a set of switches; s = n_stages where no stage is reached.
+struct Charges {
+  std::int64_t n_items, n_nodes, n_parts, n_stages, n_switches;
+  const std::int64_t* node_begin;
+  const std::int64_t* row_begin;
+  const std::int64_t* child;
+  const std::int64_t* stage;
+  const std::int64_t* root;
+  const std::int64_t* stage_item;
+  const std::int64_t* switch_root;
+};
+
+// best[i] is the best score of each item. Writes the value of every item and node to value [n_items + n_nodes] and the
+// best sum of each mode to mode_score [(n_stages + 1) * n_switches]; by_stage [2 * (n_stages + 1)] is room to work in.
+void score_modes(const Charges& charges, const double* best, double* value, double* by_stage, double* mode_score);
+
+// The items of the best choice in a mode, given what score_modes wrote to value; returns how many. stack and item have
+// room for n_items + n_nodes.
+std::int64_t items_of_mode(const Charges& charges, const double* value, std::int64_t mode, std::int64_t* stack,
+                           std::int64_t* item);
+
+// totals[0] = value, totals[1 + r] = use of resource r of the items' favourites `choice`.
+void item_totals(const Instance& instance, const std::int64_t* choice, const std::int64_t* item, std::int64_t n_items,
+                 double* totals);
+
 // How a beam search goes. width: states kept for each group. softness: times n_resources, the number of alternatives
 // thought of as open; the order of the groups and the score depend on it. seed: 0 orders the groups by ambiguity, others
 // disturb that order, for another search of the same core.
