@@ -1,5 +1,5 @@
 """``python -m layerlens``: the command line where the script is not on PATH, and under torchrun."""
 
-from layerlens.cli.main import main
+from layerlens.cli.start import main
 
 main()

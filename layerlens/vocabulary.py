@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from layerlens.quantities import COUNT, MEMORY, TIME, Quantity
@@ -50,6 +51,29 @@ RESOURCES = {
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
+MOST_DIGITS = 1e15
+"""From here on a number is shown with an exponent: nobody counts more digits, and not all of them are known."""
+
+
+def as_float(value: float) -> float:
+    """``value`` as a double; a whole number beyond all doubles is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def without_digits(value: float) -> str:
+    """How a number that has no digits is shown; "" for any other.
+
+    >>> without_digits(float("inf")), without_digits(-float("inf")), without_digits(float("nan")), without_digits(1e308)
+    ('∞', '−∞', 'not a number', '')
+    """
+    if math.isnan(value):
+        return "not a number"
+    return "" if math.isfinite(value) else "∞" if value > 0 else "−∞"
+
+
 def prefixed(value: float) -> tuple[float, str]:
     """``value`` in the largest SI prefix that leaves at least 1, and the prefix.
 
@@ -58,6 +82,7 @@ def prefixed(value: float) -> tuple[float, str]:
     >>> prefixed(57.3e6), prefixed(12.0)
     ((57.3, 'M'), (12.0, ''))
     """
+    value = as_float(value)
     for size, letter in PREFIXES:
         if abs(value) >= 0.9995 * size:
             return value / size, letter

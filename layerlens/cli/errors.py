@@ -1,7 +1,8 @@
 """The one place that turns exceptions into one clear line on stderr and an exit code.
 
 0 done; 1 unexpected, and what could not be measured or solved; 2 usage or configuration; 3 infeasible budgets; 4 model
-or data not found; 130 interrupted; 143 terminated. Tracebacks are for ``--debug``.
+or data not found; 130 interrupted; 143 terminated; 129 its terminal was closed; 141 the reader of a text has seen
+enough. Tracebacks are for ``--debug``.
 """
 
 from __future__ import annotations
@@ -10,27 +11,22 @@ import contextlib
 import functools
 import json
 import os
-import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import typer
 
 from layerlens.cli import output
-from layerlens.exceptions import LayerLensError, ProcessLostError
+from layerlens.cli.signals import Terminated, catch_signals, no_more_to_do
+from layerlens.exceptions import LayerLensError, OutputError, ProcessLostError
 
-INTERRUPTED, TERMINATED, UNEXPECTED = 130, 143, 1
+INTERRUPTED, UNEXPECTED = 130, 1
 Command = TypeVar("Command", bound=Callable[..., None])
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived; like KeyboardInterrupt, it unwinds the run so that everything is cleaned up."""
 
 
 def guarded(when_stopped: str = "") -> Callable[[Command], Command]:
@@ -59,10 +55,12 @@ def guarded(when_stopped: str = "") -> Callable[[Command], Command]:
                 )
             except KeyboardInterrupt:
                 _stop([] if _process() else [_joined("interrupted", when_stopped)], INTERRUPTED, debug)
-            except Terminated:
-                _stop([] if _process() else [_joined(_terminated(), when_stopped)], TERMINATED, debug)
-            except (typer.Exit, typer.Abort, BrokenPipeError):  # the last: the reader of a pipe has seen enough
+            except Terminated as error:
+                _stop([] if _process() else [_joined(error.event, when_stopped)], error.exit_code, debug)
+            except (typer.Exit, typer.Abort):
                 raise
+            except output.SeenEnough:
+                raise typer.Exit(output.SeenEnough.exit_code) from None
             except MemoryError:
                 _stop(
                     ["out of memory; lower data.batch_size, data.max_length or calibration_samples"], UNEXPECTED, debug
@@ -78,22 +76,26 @@ def guarded(when_stopped: str = "") -> Callable[[Command], Command]:
 
 
 def exit_cleanly(app: Callable[[], None]) -> NoReturn:
-    """Run the whole program: SIGTERM unwinds it, and Ctrl-C outside of a command is one line too."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Run the whole program: signals unwind it, and what happens outside of a command is one line too."""
+    catch_signals()
+    code: int | str | None = 0
     try:
         app()
+    except SystemExit as error:
+        code = error.code
     except KeyboardInterrupt:
         output.error("interrupted")
-        sys.exit(INTERRUPTED)
-    except Terminated:
-        output.error("terminated")
-        sys.exit(TERMINATED)
-    sys.exit(0)
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not break the cleaning up
-    raise Terminated
+        code = INTERRUPTED
+    except Terminated as error:
+        output.error(error.event)
+        code = error.exit_code
+    except output.SeenEnough as error:
+        code = error.exit_code
+    except OSError as error:  # help or version to where nothing can be written
+        output.error(str(output.not_shown(error)))
+        code = OutputError.exit_code
+    no_more_to_do()
+    sys.exit(output.close(code))
 
 
 def _stop(lines: list[str], code: int, debug: bool) -> NoReturn:
@@ -111,11 +113,6 @@ def _process() -> int:
     """Which of several processes that a launcher started this is; 0 where there is one."""
     rank = os.environ.get("RANK", "0")
     return int(rank) if rank.isdecimal() else 0
-
-
-def _terminated() -> str:
-    under = "TORCHELASTIC_RUN_ID" in os.environ
-    return "terminated by torchrun, whose report says which process failed" if under else "terminated"
 
 
 def _tell_torchrun(file: Path, lines: list[str]) -> None:

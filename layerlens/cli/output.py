@@ -5,15 +5,19 @@ rich is imported only when something is shown, because ``layerlens --help`` must
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
+import os
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerlens.vocabulary import RESOURCES, prefixed
+from layerlens.exceptions import OutputError
+from layerlens.vocabulary import MOST_DIGITS, RESOURCES, as_float, prefixed, without_digits
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +33,12 @@ class State:
 
 
 state = State()
+
+
+class SeenEnough(BaseException):
+    """The reader of a pipe has seen enough of a text (``| head``): no error, and nobody is told."""
+
+    exit_code = 141  # as of a program that SIGPIPE ends
 
 
 def console() -> Console:
@@ -52,18 +62,84 @@ def note(line: str) -> None:
     """A line for people."""
     from rich.text import Text
 
-    console().print(Text(line), soft_wrap=True)
+    with contextlib.suppress(OSError):  # a full disk behind stderr is no reason to stop
+        console().print(Text(line), soft_wrap=True)
 
 
 def result(text: str) -> None:
-    """Text that the command was asked for, on stdout."""
-    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+    """Text that the command was asked for, on stdout.
+
+    Raises:
+        SeenEnough: its reader has gone.
+        OutputError: it cannot be written.
+    """
+    try:
+        _write(text)
+    except BrokenPipeError:
+        raise SeenEnough from None
+    except OSError as error:
+        raise not_shown(error) from error
 
 
 def json_result(value: Any) -> None:
-    """One JSON document on stdout; paths become text."""
-    readable = (sys.stdout.encoding or "").lower().startswith("utf")
-    result(json.dumps(value, indent=2, ensure_ascii=not readable, default=_plain))
+    """One JSON document on stdout; paths become text.
+
+    Raises:
+        OutputError: it cannot be written to its end; a part of a document is of no use to its reader.
+    """
+    readable = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
+    try:
+        _write(json.dumps(value, indent=2, ensure_ascii=not readable, default=_plain))
+    except OSError as error:
+        raise not_shown(error) from error
+
+
+def not_shown(error: OSError) -> OutputError:
+    """The error of a result that cannot be shown."""
+    if isinstance(error, OutputError):
+        return error
+    reason = "its reader has closed it" if isinstance(error, BrokenPipeError) else error.strerror or str(error)
+    return OutputError(f"cannot write to standard output: {reason}; files that were written stay")
+
+
+def close(code: int | str | None) -> int | str | None:
+    """Write what is still held of stdout and stderr; the exit code, which that may change.
+
+    Python does the same at its end, but with a traceback, and the exit code 120.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        _give_up(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            _line("error", "bold red", str(not_shown(error)))
+        code = code or (SeenEnough.exit_code if isinstance(error, BrokenPipeError) else OutputError.exit_code)
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        _give_up(sys.stderr)
+    return code
+
+
+def _write(text: str) -> None:
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "it is closed")
+    try:
+        sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+        sys.stdout.flush()
+    except OSError:
+        _give_up(sys.stdout)
+        raise
+
+
+def _give_up(stream: Any) -> None:
+    """What is still held for ``stream`` goes nowhere, so that Python's end does not try again."""
+    with contextlib.suppress(OSError, ValueError):  # a stream of a test has no descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def show_logs(*, quiet: bool = False) -> None:
@@ -100,7 +176,8 @@ def command(*words: str | Path) -> str:
 def _line(kind: str, style: str, line: str) -> None:
     from rich.text import Text
 
-    console().print(Text.assemble((f"{kind}: ", style), line), soft_wrap=True)
+    with contextlib.suppress(OSError):
+        console().print(Text.assemble((f"{kind}: ", style), line), soft_wrap=True)
 
 
 def _plain(value: Any) -> Any:
@@ -119,7 +196,8 @@ RESOURCE_NAMES = {name: resource.label for name, resource in RESOURCES.items()} 
 
 def amount(resource: str, value: float) -> str:
     """``value`` of ``resource`` with its unit: ``59,904``, ``57.3 M``, ``0.312 GB``, ``62.1 ms``."""
-    if resource == "trainable_params":
+    value = as_float(value)
+    if resource == "trainable_params" and abs(value) < MOST_DIGITS:
         return f"{round(value):,}"
     if resource == "flops":
         return scaled(value)
@@ -138,8 +216,13 @@ def scaled(value: float) -> str:
 
 def significant(value: float) -> str:
     """Three significant digits; no exponent where a person would not write one."""
+    value = as_float(value)
+    if shown := without_digits(value):
+        return shown
     if value == 0:
         return "0"
+    if abs(value) >= MOST_DIGITS:
+        return f"{value:.3g}"
     if abs(value) >= 100:
         return f"{value:,.0f}"
     if abs(value) >= 1e-4:
@@ -149,7 +232,9 @@ def significant(value: float) -> str:
 
 def share(fraction: float) -> str:
     """A share as a percentage, never rounded up to a full 100 % nor down to 0."""
-    percent = 100.0 * fraction
+    percent = 100.0 * as_float(fraction)
+    if without_digits(percent) or abs(percent) >= MOST_DIGITS:
+        return f"{significant(percent)} %"
     if 99.5 <= percent < 100.0:
         return ">99 %"
     if 0.0 < percent < 0.5:
@@ -161,4 +246,5 @@ def gap(value: float) -> str:
     """An optimality gap with two digits; exact zero is 0 %, and what only rounding leaves is below 0.0001 %."""
     if 0 < value < 1e-6:
         return "<0.0001 %"
-    return f"{100.0 * value:.2g} %"
+    percent = 100.0 * as_float(value)
+    return f"{without_digits(percent) or f'{percent:.2g}'} %"

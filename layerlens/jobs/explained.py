@@ -37,6 +37,7 @@ from layerlens.models import (
 )
 from layerlens.optimization import build_problem, explain
 from layerlens.profiling.cache import cache_key
+from layerlens.vocabulary import MOST_DIGITS
 
 TIE = 1e-12
 """Differences in score that are rounding."""
@@ -275,7 +276,7 @@ def _chosen_in(problem: AllocationProblem, group: int, entries: Sequence[Option]
 def _less(resource: str, amount: float) -> str:
     """ "28 fewer trainable parameters", "3 MB less training memory"."""
     name = in_sentence(resource_name(resource))
-    return f"{math.ceil(amount):,} fewer {name}" if resource == "trainable_params" else (
+    return f"{math.ceil(amount):,} fewer {name}" if resource == "trainable_params" and amount < MOST_DIGITS else (
         f"{quantity(resource, amount)} less {name}"
     )  # fmt: skip
 

@@ -153,15 +153,16 @@ def solver_progress(events: Sequence[SolverEvent], *, title: str, prefix: str) -
 
 
 def budget_frontier(
-    budgets: Sequence[float], scores: Sequence[float], *, budget: float, base: float, total: float, score: float,
-    axis: str, title: str, description: str, prefix: str,
+    budgets: Sequence[float], scores: Sequence[float], *, budget: float | None, base: float, room: float, total: float,
+    score: float, axis: str, title: str, description: str, prefix: str,
 ) -> str:  # fmt: skip
     """Score over one budget: the hull, the budget as a line, and the choice.
 
     Args:
         budgets, scores: the hull.
-        budget: what was allowed.
+        budget: what was allowed; None where that lies beyond the figure.
         base: what the frozen model needs of it.
+        room: how much of it above that is shown, but for a factor.
         total, score: the choice.
         axis: name and unit of the resource.
         title, description: what a screen reader says.
@@ -174,10 +175,10 @@ def budget_frontier(
         axes = figure.subplots()
         axes.fill_between(budgets, scores, color=method_colour(LORA), alpha=0.10, linewidth=0)
         axes.plot(budgets, scores, color=method_colour(LORA), linewidth=1.8)
-        axes.axvline(budget, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
+        if budget is not None:
+            axes.axvline(budget, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
         axes.plot([total], [score], "o", color=INK, markersize=6.5, clip_on=False)
         axes.xaxis.set_major_formatter(lambda value, _: _compact(value))
-        room = budget - base
         axes.set_xlim(base - 0.04 * room, base + FRONTIER_ROOM * room)
         axes.set_ylim(bottom=min(0.0, min(scores)))
         axes.locator_params(nbins=5)

@@ -6,7 +6,7 @@ import math
 
 from layerlens.models import NONE
 from layerlens.registry import METHODS
-from layerlens.vocabulary import RESOURCES, prefixed
+from layerlens.vocabulary import MOST_DIGITS, RESOURCES, as_float, prefixed, without_digits
 
 UNITS = {name: resource.unit for name, resource in RESOURCES.items()}
 RESOURCE_NAMES = {name: resource.heading for name, resource in RESOURCES.items()}
@@ -25,7 +25,12 @@ def number(value: float) -> str:
 
     >>> number(41234), number(0.00012345), number(0), number(-2.5), number(1.2e-5)
     ('41,234', '0.0001234', '0', '−2.5', '1.2×10⁻⁵')
+    >>> number(1e308), number(float("inf"))
+    ('1×10³⁰⁸', '∞')
     """
+    value = as_float(value)
+    if shown := without_digits(value):
+        return shown
     if float(value).is_integer() and abs(value) < 1e12:
         text = f"{int(value):,}"
     elif 1e-4 <= abs(value) < 1e12:
@@ -56,11 +61,14 @@ def quantity(resource: str, value: float) -> str:
     >>> quantity("flops", 1.5e9), quantity("vram_gb", 4e-5), quantity("latency_ms", 0.25), quantity("latency_ms", 0)
     ('1.5 GFLOP', '40 kB', '0.25 ms', '0 ms')
     """
+    value = as_float(value)
     if resource == "flops":
         return _scaled(value, "FLOP")
     if resource == "vram_gb":
-        return _scaled(1e9 * value, "B")
+        return _scaled(1e9 * value, "B") if abs(value) < MOST_DIGITS else f"{number(value)} GB"
     if resource == "latency_ms":
+        if abs(value) >= MOST_DIGITS or without_digits(value):
+            return f"{number(value)} ms"
         return f"{value:.3g} ms".replace("-", "−") if abs(value) < 1000 else f"{number(round(value))} ms"
     return number(value)
 
@@ -76,7 +84,9 @@ def percent(share: float, digits: int = 1) -> str:
     >>> percent(0.5), percent(0.00012), percent(0.0), percent(2e-6, digits=4), percent(3e-14), percent(1.0, digits=0)
     ('50 %', '0.012 %', '0 %', '0.0002 %', '< 0.0001 %', '100 %')
     """
-    value = 100 * share
+    value = 100 * as_float(share)
+    if without_digits(value) or abs(value) >= MOST_DIGITS:
+        return f"{number(value)} %"
     if 0 < abs(value) < 1e-4:
         return "< 0.0001 %"
     if value != 0 and abs(value) < 10.0**-digits:

@@ -6,6 +6,7 @@ import base64
 import csv
 import dataclasses
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -32,6 +33,9 @@ from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text
 TIMES = ((0.5, "half"), (1.0, "as it is"), (2.0, "double"), (4.0, "four times"))
 MOST_POINTS = 300
 """Points of a hull that are drawn: about one for each pixel of the figure."""
+FAR = 100.0
+"""Budgets beyond so many times what there is to buy are not drawn."""
+MOST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,17 @@ class TracedFrontier:
         if self.hull:
             x, y = [row.budget for row in self.hull], [row.score for row in self.hull]
             ax.plot(x, y, color="#7a8793", label="exact hull, other budgets aside")
+        end = FAR * max((row.budget for row in self.hull), default=MOST / FAR)
+        drawn = [row for row in self.rows if row.budget <= end]
+        beyond = f" ({len(self.rows) - len(drawn)} beyond the figure)" if len(drawn) < len(self.rows) else ""
         ax.errorbar(
-            [row.budget for row in self.rows],
-            [row.score for row in self.rows],
-            yerr=[[0.0] * len(self.rows), [row.upper_bound - row.score for row in self.rows]],
+            [row.budget for row in drawn],
+            [row.score for row in drawn],
+            yerr=[[0.0] * len(drawn), [row.upper_bound - row.score for row in drawn]],
             fmt="o",
             color="#0b6bbf",
             capsize=3,
-            label="certified allocation within all budgets, bar to its bound",
+            label=f"certified allocation within all budgets, bar to its bound{beyond}",
         )
         if self.chosen is not None:
             ax.plot(*([value] for value in self.chosen), "D", color="#c2410c", label="the plan", zorder=3)
@@ -154,7 +161,7 @@ def _entry(manifest: Manifest, use: ResourceUse, hull: Sequence[FrontierRow], ro
     name = resource_name(use.resource)
     steps = []
     for factor, words in TIMES:
-        allowed = use.base + factor * room
+        allowed = min(use.base + factor * room, MOST)
         score = float(np.interp(allowed, budgets, scores)) if allowed >= budgets[0] else None
         steps.append(
             {
@@ -164,10 +171,15 @@ def _entry(manifest: Manifest, use: ResourceUse, hull: Sequence[FrontierRow], ro
             }
         )
     told = "; ".join(f"{step['budget']} ({step['words']}): at most {step['share']}" for step in steps)
-    x, y = _drawn(budgets, scores, use.base + FRONTIER_ROOM * room)
+    # A budget far beyond everything there is to buy would leave the curve on one pixel.
+    reach = min(room, FAR * (float(budgets[-1]) - use.base))
+    if reach < room:
+        told += "; the budget lies beyond the figure"
+    x, y = _drawn(budgets, scores, use.base + FRONTIER_ROOM * reach)
     unit = UNITS.get(use.resource, "")
     svg = budget_frontier(
-        x, y, budget=use.budget, base=use.base, total=use.total, score=manifest.score,
+        x, y, budget=use.budget if reach == room else None, base=use.base, room=reach, total=use.total,
+        score=manifest.score,
         axis=in_sentence(name) + (f" ({unit})" if unit in ("GB", "ms") else ""),
         title=f"Best score over the {in_sentence(name)}; the chosen point uses {quantity(use.resource, use.total)}",
         description=f"In percent of the chosen score, if this were the only budget: {told}.",

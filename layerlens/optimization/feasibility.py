@@ -158,7 +158,7 @@ def _smallest(problem: AllocationProblem, r: int, need: float) -> str:
     budget = problem.base[r] + need
     while budget - problem.base[r] < need:
         budget = np.nextafter(budget, np.inf)
-    if problem.resources[r] == "trainable_params":
+    if problem.resources[r] == "trainable_params" and math.isfinite(budget):
         return str(math.ceil(budget))
     return _number(budget)
 
@@ -172,6 +172,8 @@ def _number(value: float) -> str:
     """Six significant digits, rounded up, so that a budget copied from a message is never too small."""
     if _is_whole(value):
         return str(int(value))
+    if not math.isfinite(value):
+        return f"{value}"
     nearest = f"{float(value):.6g}"
     if float(nearest) >= value:  # 0.01 is 0.01, although its binary value lies a little above
         return nearest
@@ -179,4 +181,4 @@ def _number(value: float) -> str:
 
 
 def _is_whole(value: float) -> bool:
-    return bool(value == int(value) and abs(value) < 1e15)
+    return bool(abs(value) < 1e15 and value == int(value))

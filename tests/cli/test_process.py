@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,16 @@ def _processor_seconds(code: str) -> tuple[float, subprocess.CompletedProcess[st
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "code", "word"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 129, "the terminal was closed"),
+    ],
 )
-def test_signals_unwind_the_run(tmp_path: Path, number: signal.Signals, code: int, word: str) -> None:
+@pytest.mark.parametrize("times", [1, 3])
+def test_signals_unwind_the_run(tmp_path: Path, number: signal.Signals, code: int, word: str, times: int) -> None:
+    """One line and nothing left behind, also where an impatient user presses Ctrl-C again while it is cleaned up."""
     (tmp_path / "config.yaml").write_text(VALID, encoding="utf-8")
     with subprocess.Popen(
         [sys.executable, "-c", ENDLESS],
@@ -94,7 +102,9 @@ def test_signals_unwind_the_run(tmp_path: Path, number: signal.Signals, code: in
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        process.send_signal(number)
+        for _ in range(times):
+            process.send_signal(number)
+            time.sleep(0.02)
         _, stderr = process.communicate(timeout=20)
     assert process.returncode == code
     # What was guessed is said before; the end is one line.
@@ -103,6 +113,98 @@ def test_signals_unwind_the_run(tmp_path: Path, number: signal.Signals, code: in
     )
     assert len(stderr.splitlines()) <= 2
     assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+# A program whose cleaning up is slow, and one that is stopped where nothing can be raised: a weak reference's callback.
+SLOW = """
+import sys, time
+from layerlens.cli import main
+from layerlens.cli.errors import guarded
+
+@main.app.command("slow")
+@guarded()
+def slow() -> None:
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(0.5)
+        print("cleaned up", flush=True)
+
+@main.app.command("callback")
+@guarded()
+def callback() -> None:
+    import weakref
+
+    class Thing:
+        pass
+
+    thing = Thing()
+
+    def gone(_reference):
+        print("ready", flush=True)
+        time.sleep(30)
+
+    reference = weakref.ref(thing, gone)
+    del thing
+    time.sleep(60)
+
+sys.argv = ["layerlens", sys.argv[1]]
+main.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["slow", "callback"])
+def test_nothing_but_one_line_whenever_it_is_stopped(name: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        for _ in range(2 if name == "slow" else 1):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        stdout, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (130, "error: interrupted\n")
+    assert stdout == ("cleaned up\n" if name == "slow" else "")
+
+
+def test_who_starts_it_with_a_signal_ignored_is_heard() -> None:
+    code = (
+        "import signal\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from layerlens.cli.signals import catch_signals\n"
+        "catch_signals()\n"
+        "print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
+
+
+@pytest.mark.parametrize(
+    ("to", "code", "words"),
+    [
+        ("| head -c 0", 2, "its reader has closed it"),
+        ("> /dev/full", 2, "No space left on device"),
+        (">&-", 2, "it is closed"),
+    ],
+)
+def test_a_document_that_cannot_be_shown_is_one_line(to: str, code: int, words: str) -> None:
+    shell = f"set -o pipefail; {{ sleep 0.5; {sys.executable} -m layerlens doctor --json; }} {to}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr == f"error: cannot write to standard output: {words}; files that were written stay\n"
+
+
+def test_a_text_whose_reader_has_gone_is_silent_and_stderr_may_be_full() -> None:
+    shell = f"set -o pipefail; {{ sleep 0.5; {sys.executable} -m layerlens version; }} | head -c 0"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
+    full = f"{sys.executable} -m layerlens validate no-such-file.yaml 2> /dev/full"
+    assert subprocess.run(["bash", "-c", full], check=False).returncode == 2
 
 
 def test_reader_that_has_seen_enough() -> None:
