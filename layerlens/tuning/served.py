@@ -158,9 +158,8 @@ def why_not_served(engine: Engine, adapter: Adapter) -> list[str]:
     if isinstance(begin, str) and begin.lower() not in ORDINARY_BEGINNINGS:
         reasons.append(f"init_lora_weights: {begin}, which changes the base model's weights")
     embeddings = [name for name in adapter.others if ".lora_embedding_" in name]
-    reasons += [f"LoRA on an embedding ({embeddings[0].partition('.lora_')[0].removeprefix(BASE_PREFIX)})"] * bool(
-        embeddings
-    )
+    for name in embeddings[:1]:
+        reasons.append(f"LoRA on an embedding ({name.partition('.lora_')[0].removeprefix(BASE_PREFIX)})")
     wide = [layer for layer, tensor in adapter.a.items() if tensor.dim() != 2]
     reasons += [f"LoRA on a convolution ({wide[0]})"] if wide else []
     known = any((heads, experts, config.get("use_dora"), config.get("trainable_token_indices")))
