@@ -44,6 +44,7 @@ class PretrainedModel:
         streamed: where the weights are, of a model on the meta device; None for a model that has them.
         processor: of transformers, how chats with images become its inputs; None for a model of one kind of input.
         drawn: names of other parameters that the checkpoint does not have; they stay as they were drawn.
+        notes: what the user should know of how it was loaded, a line each.
     """
 
     model: torch.nn.Module
@@ -55,6 +56,7 @@ class PretrainedModel:
     streamed: StreamedWeights | None = None
     drawn: tuple[str, ...] = ()
     processor: Any = None
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layerlens.exceptions import DataError
 from layerlens.integrations.pretrained import PretrainedModel
 
 if TYPE_CHECKING:
@@ -68,30 +67,21 @@ def detection_targets(
         pretrained: a detector, as its source loads it.
         sizes: width and height of every image.
         side: side of the square that they were scaled into.
-        objects: see ``tasks.object_detection.Objects``.
-
-    Raises:
-        DataError: a class that the detector does not know.
+        objects: of every image (class, (x1, y1, x2, y2)) of each object, in shares of its width and height.
     """
     import torch
 
-    index = {name: place for place, name in enumerate(pretrained.labels)}
     samples = []
     for (width, height), found in zip(sizes, objects, strict=True):
-        unknown = sorted({name for name, *_ in found} - index.keys())
-        if unknown:
-            raise DataError(
-                f"data.source: the detector does not know the class {unknown[0]!r}; it knows {', '.join(index)}"
-            )
         scale = min(side / width, side / height)
         wide, high = max(round(width * scale), 1), max(round(height * scale), 1)
         left, top = round((side - wide) / 2 - 0.1), round((side - high) / 2 - 0.1)  # where ultralytics puts it
-        boxes = torch.tensor([box for _, *box in found], dtype=torch.float32).reshape(-1, 4)
+        boxes = torch.tensor([box for _, box in found], dtype=torch.float32).reshape(-1, 4)
         corners = boxes * torch.tensor([wide, high, wide, high]) + torch.tensor([left, top, left, top])
         centres, spans = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
         samples.append(
             {
-                "cls": torch.tensor([[float(index[name])] for name, *_ in found]).reshape(-1, 1),
+                "cls": torch.tensor([[float(kind)] for kind, _ in found]).reshape(-1, 1),
                 "bboxes": torch.cat([centres, spans], dim=1) / side,
                 "batch_idx": torch.zeros(len(found)),
             }

@@ -11,6 +11,7 @@ from layerlens.config import OptimizationConfig
 from layerlens.cost import OPTIMIZER_STATE
 from layerlens.cost.measure import forward_ms
 from layerlens.integrations.flops import FlopCounter
+from layerlens.integrations.peft import base_of
 from layerlens.integrations.placement import offloaded, sharded
 from layerlens.integrations.quantized import weight_bytes
 from layerlens.integrations.transformers import without_cache
@@ -128,7 +129,7 @@ def _step_memory(
     gradients and optimiser state of what trains.
     """
     for head in heads:
-        model.get_submodule(head).requires_grad_(False)
+        base_of(model).get_submodule(head).requires_grad_(False)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with without_cache(model):  # as trainers have it
         kept = count_saved_bytes(

@@ -42,13 +42,17 @@ def calibration_samples(config: RunConfig, n_samples: int) -> int:
     return max(fewest, min(most, round(trained / TRAINED_FOR_EACH_MEASURED)))
 
 
-def split_samples(dataset: Dataset, config: RunConfig, warnings: Warnings) -> tuple[Dataset, Dataset, Dataset]:
+def split_samples(
+    dataset: Dataset, config: RunConfig, warnings: Warnings, new_head: bool = False
+) -> tuple[Dataset, Dataset, Dataset]:
     """Calibration, head and held-out proxy samples; says so when the data has fewer than were asked for.
+
+    Head samples are kept apart for tasks that want a head fitted, and where the model has a ``new_head``.
 
     Raises:
         DataError: too few samples are left to judge proxies on.
     """
-    head_samples = config.model.head_fit_samples if TASKS[config.model.task].new_head else 0
+    head_samples = config.model.head_fit_samples if new_head or TASKS[config.model.task].new_head else 0
     proxies, measured = config.profiling.proxies, calibration_samples(config, len(dataset))
     held_out = proxies.held_out_samples if proxies.options else 0
     together, head = dataset.split(measured + held_out, head_samples, config.runtime.seed)
@@ -136,12 +140,13 @@ def check_identity(identity: dict[str, Any], train: Dataset, held_out: Dataset, 
 def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset, spec: ModelSpec) -> ModelFacts:
     """What the manifest records so that the base model can be loaded again."""
     task = TASKS[config.model.task]
+    has_head = task.new_head or bool(pretrained.new_parameters)
     return ModelFacts(
         task=config.model.task,
         dtype=config.model.dtype,
         num_labels=task.n_outputs(dataset.label_names),
         labels=tuple(dataset.label_names),
-        head_modules=new_modules(pretrained.model, pretrained.new_parameters) if task.new_head else (),
+        head_modules=new_modules(pretrained.model, pretrained.new_parameters) if has_head else (),
         model_type=str(getattr(getattr(pretrained.model, "config", None), "model_type", "")),
         weights=config.model.weights,
         loss=config.model.loss,

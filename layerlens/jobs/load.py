@@ -163,9 +163,11 @@ def _load(
     if pretrained.streamed is None and not placed(pretrained.model):
         pretrained.model.to(job.device)
     heard = warnings or job.warnings
+    for note in pretrained.notes:
+        heard.add(note)
     for name in pretrained.drawn:
         heard.add(f"model: the checkpoint lacks {name}, which is not trained; it stays as it is drawn from the seed")
-    calibration, head_data, held_out = split_samples(dataset, config, heard)
+    calibration, head_data, held_out = split_samples(dataset, config, heard, bool(pretrained.new_parameters))
     batches = make_batches(
         task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed,
         limit=max(len(calibration), calibration_samples(config, len(dataset))),

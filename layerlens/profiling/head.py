@@ -16,6 +16,7 @@ import torch
 from layerlens import kernels
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.transformers import frozen_part, without_cache
+from layerlens.integrations.ultralytics_head import is_detector
 from layerlens.profiling.streamed.forward import ForwardSweep
 from layerlens.profiling.streamed.on_disk import stream_directory
 from layerlens.profiling.streamed.residency import Weights
@@ -25,6 +26,8 @@ from layerlens.utils.progress import Progress
 
 RIDGE = 1e-3
 MAX_ITERATIONS = 200
+DETECTOR_RATE, STEPS_ON_A_BATCH = 1e-2, 8
+"""Of the training of a detector's head: Adam's first learning rate, and steps on the features of one batch."""
 
 
 def fit_head(
@@ -37,6 +40,9 @@ def fit_head(
 ) -> float:
     """Fit the new head in place by ridge-penalised maximum likelihood (L-BFGS on cached features); its final mean loss.
 
+    A detector's loss is not smooth (which boxes are compared depends on the scores), so its head is trained instead:
+    one pass over the data by Adam.
+
     Only the parameters in ``new_parameters`` change. Deterministic for a given model, data and thread count. ``replay``
     says how the frozen modules are computed, where that is not by calling the model.
 
@@ -44,6 +50,8 @@ def fit_head(
         ProfilingError: a transformer block has new parameters, the features are not finite, or the fit diverges.
     """
     batches = list(batches)  # they may be made anew each time they are asked for
+    if is_detector(model):
+        return _trained(model, new_parameters, batches, progress, loss_of)
     replay = replay or _replay_of(model, new_parameters)
     features = [_as_float32(found) for found in replay.features(batches, progress)]
     widened = _widen(model, replay.frozen)
@@ -71,6 +79,43 @@ def fit_head(
     for parameter, dtype in widened:
         parameter.data = parameter.data.to(dtype)
     if not final < float("inf"):
+        raise ProfilingError(f"fitting the task head diverged (loss {final}); set model.head_fit_samples: 0")
+    return final
+
+
+def _trained(
+    model: Any, new_parameters: Sequence[str], batches: Sequence[Batch], progress: Progress, loss_of: Loss
+) -> float:
+    """Train the last module's new parameters on features of each batch in turn; the mean loss of the last pass."""
+    parameters = [model.get_parameter(name) for name in new_parameters]
+    optimizer = torch.optim.Adam(parameters, lr=DETECTOR_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, STEPS_ON_A_BATCH * len(batches))
+    head = model.model[-1]
+    losses = []
+    with progress.stage("Fitting the task head", total=len(batches)) as advance:
+        for batch in batches:
+            found: list[Any] = []
+            handle = head.register_forward_pre_hook(lambda module, args, found=found: found.append([*args[0]]))
+            try:
+                with torch.no_grad():
+                    model(**batch.inputs)
+            finally:
+                handle.remove()
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            for _ in range(STEPS_ON_A_BATCH):
+                optimizer.zero_grad()
+                value = loss_of(head(list(found[-1])), batch).mean()
+                value.backward()
+                optimizer.step()
+                schedule.step()
+            losses.append(float(value.detach()))
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            advance(1)
+    final = float(np.mean(losses))
+    if not np.isfinite(final):
         raise ProfilingError(f"fitting the task head diverged (loss {final}); set model.head_fit_samples: 0")
     return final
 

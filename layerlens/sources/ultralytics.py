@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel
 from layerlens.integrations.ultralytics import find_weights, load_detector
+from layerlens.integrations.ultralytics_head import knows, take_classes
 from layerlens.sources.source import LoadRequest, ModelSource, Trust
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class UltralyticsSource(ModelSource):
-    """A detector, not fused.
+    """A detector, not fused; with a head for the data's classes where it does not know all of them.
 
     Batch normalisation uses its running statistics, so that no sample's loss depends on the others in its batch.
     """
@@ -35,7 +36,9 @@ class UltralyticsSource(ModelSource):
         import torch
 
         detector = load_detector(find_weights(request.place, request.base_dir))
-        model = detector.module
+        model, new = detector.module, ()
+        if request.labels and (request.new_head or not knows(detector.names, request.labels)):
+            new = take_classes(model, request.labels, request.seed)
         for name, module in model.named_modules():
             if name.endswith(".dfl.conv"):
                 module.layerlens_left_out = "its weights are the numbers 0, 1, 2 ..., which only decode boxes"
@@ -43,7 +46,14 @@ class UltralyticsSource(ModelSource):
         def transform(images: Sequence[Any]) -> torch.Tensor:
             return torch.stack([detector.preprocess(image) for image in images])
 
-        return PretrainedModel(model, None, request.reference, (), detector.names, ImageInput(transform, "x", "RGB"))
+        images = ImageInput(transform, "x", "RGB")
+        if not new:
+            return PretrainedModel(model, None, request.reference, (), detector.names, images)
+        note = (
+            f"model: the detector was trained on {len(detector.names)} other classes; the last convolutions of its head "
+            f"are new, an output for each of {', '.join(request.labels)}, and are trained with what is chosen"
+        )
+        return PretrainedModel(model, None, request.reference, new, tuple(request.labels), images, notes=(note,))
 
 
 SOURCE = UltralyticsSource()
