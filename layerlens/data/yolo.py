@@ -101,7 +101,7 @@ def _described(path: Path) -> _Described:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"data.source: {path} is no YOLO data set (path, train, names): {error}") from error
     train = facts.get("train") if isinstance(facts, dict) else None
-    places = train if isinstance(train, list) else [train]
+    places: list[Any] = train if isinstance(train, list) else [train]
     if not places or not all(isinstance(place, str) and place for place in places):
         raise DataError(
             f"data.source: {path} is no YOLO data set (path, train, names): train must name a folder, a file or a list "

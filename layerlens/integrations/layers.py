@@ -29,15 +29,17 @@ from layerlens.integrations.transformers import (
     blocks_of,
     dense_shape,
     is_dense,
+    new_modules,
     role_of,
     takes_prefix,
-    task_heads,
 )
 from layerlens.integrations.weight_matrices import why_no_lora
 from layerlens.models import LayerSpec, ModelSpec
 from layerlens.models.model_spec import EMBEDDING
 from layerlens.registry import METHODS
 
+SHARE_OF_BLOCKS = 0.5
+"""Where fewer of the layers are in transformer blocks, the model is no transformer (YOLO11 has one attention block)."""
 BLOCK_LAYERS = 2
 """A member of a list of modules is a convolutional block from this many layers on."""
 
@@ -53,9 +55,9 @@ def model_spec(
 ) -> ModelSpec:
     """The layers of a model in forward order.
 
-    Where there are transformer blocks: every Linear, Conv1D and Conv2d in them, and every attention block that takes
-    prefixes. Else every Linear and Conv2d that is not the task head's. With ``only``, those of these that it names, and
-    what it names outside the blocks (``lm_head``, ``embed_tokens``).
+    Where most layers are in transformer blocks: every Linear, Conv1D and Conv2d in them, and every attention block that
+    takes prefixes. Else every Linear and Conv2d that is not the task head's. With ``only``, those of these that it
+    names, and what it names outside the blocks (``lm_head``, ``embed_tokens``).
 
     Args:
         pretrained: the model.
@@ -74,7 +76,9 @@ def model_spec(
     modules = dict(model.named_modules())
     # Tokens of images are counted for each module, which stacked experts are not.
     stacks = {} if inputs is not None else {k: v for path in modules for k, v in stacks_of(path, modules[path]).items()}
-    of_block = _transformer_layers(modules, blocks, stacks) if blocks else _other_layers(model, modules)
+    of_block = _transformer_layers(modules, blocks, stacks) if blocks else {}
+    if len(of_block) < SHARE_OF_BLOCKS * sum(map(_is_layer, modules.values())):
+        of_block = _other_layers(modules, new_modules(model, pretrained.new_parameters))
     asked = layers_asked_for(model, of_block, only, streamed=pretrained.streamed is not None) if only else None
     of_block = of_block if asked is None else asked.of_block
     dense = [path for path in of_block if path not in stacks]
@@ -166,9 +170,8 @@ def _transformer_layers(
     return found
 
 
-def _other_layers(model: torch.nn.Module, modules: Mapping[str, torch.nn.Module]) -> dict[str, int | None]:
-    """Path -> block of every layer outside the head; a block is the innermost member of a list with several layers."""
-    heads = task_heads(model)
+def _other_layers(modules: Mapping[str, torch.nn.Module], heads: Sequence[str]) -> dict[str, int | None]:
+    """Path -> block of every layer outside ``heads``; a block is the innermost member of a list with several layers."""
     paths = [
         path
         for path, module in modules.items()

@@ -71,7 +71,7 @@ def _widened(old: Any, rows: Sequence[int | None], prior: float) -> Any:
     """A convolution with an output for each of ``rows``: the old one's row, or a new one."""
     import torch
 
-    fresh = torch.nn.Conv2d(old.in_channels, len(rows), old.kernel_size).to(old.weight)
+    fresh: Any = torch.nn.Conv2d(old.in_channels, len(rows), old.kernel_size).to(old.weight)
     with torch.no_grad():
         fresh.bias.fill_(prior)
         for place, row in enumerate(rows):

@@ -36,7 +36,8 @@ class UltralyticsSource(ModelSource):
         import torch
 
         detector = load_detector(find_weights(request.place, request.base_dir))
-        model, new = detector.module, ()
+        model = detector.module
+        new: tuple[str, ...] = ()
         if request.labels and (request.new_head or not knows(detector.names, request.labels)):
             new = take_classes(model, request.labels, request.seed)
         for name, module in model.named_modules():
@@ -50,8 +51,8 @@ class UltralyticsSource(ModelSource):
         if not new:
             return PretrainedModel(model, None, request.reference, (), detector.names, images)
         note = (
-            f"model: the detector was trained on {len(detector.names)} other classes; the last convolutions of its head "
-            f"are new, an output for each of {', '.join(request.labels)}, and are trained with what is chosen"
+            f"model: the detector was trained on {len(detector.names)} other classes; the last convolutions of its "
+            f"head are new, with an output for {', '.join(request.labels)}, and are trained with what is chosen"
         )
         return PretrainedModel(model, None, request.reference, new, tuple(request.labels), images, notes=(note,))
 

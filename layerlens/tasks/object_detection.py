@@ -77,7 +77,10 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
         ConfigurationError: the model is no detector of ultralytics.
     """
     if pretrained.images is None or source_of(pretrained.path)[0].default_task != TASK.name:
-        raise ConfigurationError("model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt")
+        raise ConfigurationError(
+            "model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt, and no detector of transformers (DETR, "
+            "RT-DETR)"
+        )
     columns = zip(dataset.columns["image"], dataset.labels, dataset.columns["boxes"], strict=True)
     return [{"image": image, "labels": tuple(zip(kinds, boxes, strict=True))} for image, kinds, boxes in columns]
 
