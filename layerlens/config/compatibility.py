@@ -202,7 +202,8 @@ CONFLICTS = (
         "detection by another model",
         lambda x: _where(
             x.model.task == "object-detection" and x.model.source.default_task != x.model.task,
-            "model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt, and no detector of transformers (DETR, RT-DETR)",
+            "model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt, and no detector of transformers (DETR, "
+            "RT-DETR)",
         ),
     ),
     Conflict(
