@@ -194,15 +194,18 @@ def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, 
     imports, base = _base_model(manifest, model)
     methods = {row.method for row in manifest.allocations} - {"none"}
     from layerlens.models import LORA
+    from layerlens.tuning.card import resizing
 
-    heads, standard, lines = list(manifest.model.heads), [], []
+    heads, standard, tokens = list(manifest.model.heads), [], manifest.model.token_training
+    lines = resizing(tokens, "base").splitlines()
     if methods == {LORA} and peft_directory is not None and heads and not manifest.lora.is_measured:
         # With the configuration PEFT trains and saves the head too; from_pretrained would leave it out.
         imports = ["from peft import PeftConfig, get_peft_model", *imports]
-        lines = [
+        lines += [
             f"config = PeftConfig.from_pretrained({short(peft_directory)!r})",
             f"config.modules_to_save = {heads}  # the task head, trained and saved with the adapter",
         ]
+        lines += ["config.ensure_weight_tying = True"] if tokens and tokens.whole_modules and tokens.tied else []
         tuned = "get_peft_model(base, config)"
     elif methods == {LORA} and peft_directory is not None and not heads:
         imports = ["from peft import PeftModel", *imports]

@@ -7,13 +7,15 @@ model, the data or the machine is refused where those are known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from layerlens.config.optimization import OptimizationConfig
 from layerlens.config.sections import RunConfig
 from layerlens.exceptions import ConfigurationError, LayerLensError, ModelSpecError
-from layerlens.models.choice import ONE_KIND
+from layerlens.models.choice import ONE_KIND, ROWS_NEED_LORA
+from layerlens.models.model_spec import LORA_KINDS
+from layerlens.models.tokens import ROWS, WHOLE, TokenRequest
 from layerlens.registry import ENGINES, METHODS, STATISTICS, TASKS
 
 
@@ -122,6 +124,30 @@ def _two_of_peft(section: OptimizationConfig) -> str:
 def _no_study(task: str) -> str:
     studied = ", ".join(name for name in TASKS if TASKS[name].study)
     return _where(bool(task) and not TASKS[task].study, f"model.task: studies are of {studied}, not of {task}")
+
+
+STREAMED = (
+    "model.resize_token_embeddings, model.trainable_tokens: rows of embeddings are trained in memory, and streamed "
+    "weights stay on disk; set profiling.memory_mode: plain or checkpointed"
+)
+SHARDED = (
+    "cannot spread a model whose rows of embeddings are trained; leave model.resize_token_embeddings and "
+    "model.trainable_tokens out"
+)
+
+
+def _of_tokens(request: TokenRequest, holds: bool, reason: str) -> str:
+    return _where(bool(request) and holds, reason)
+
+
+def _rows_beside_others(request: TokenRequest, methods: Sequence[str]) -> str:
+    others = [name for name in methods if METHODS[name].wraps and name not in LORA_KINDS]
+    if not request or request.by != ROWS or not others:
+        return ""
+    return (
+        f"optimization.methods: {others[0]} cannot be in one choice with rows of tokens, since {ROWS_NEED_LORA}; set "
+        f"model.token_training: {WHOLE}, or methods: [lora]"
+    )
 
 
 CONFLICTS = (
@@ -253,6 +279,24 @@ CONFLICTS = (
             "spread it over the processes with distributed.sharding: fsdp instead",
         ),
         processes=lambda n: n > 1,
+    ),
+    Conflict(
+        "streaming and rows of tokens",
+        lambda x: _of_tokens(x.model.token_request, x.profiling.memory_mode == "streamed", STREAMED),
+    ),
+    _with_sharding("sharding and rows of tokens", lambda x: _of_tokens(x.model.token_request, True, SHARDED)),
+    Conflict(
+        "rows of tokens and another method of PEFT",
+        lambda x: _rows_beside_others(x.model.token_request, x.optimization.methods),
+    ),
+    Conflict(
+        "serving and rows of tokens",
+        lambda x: _of_tokens(
+            x.model.token_request,
+            x.optimization.serve_with is not None and not ENGINES[x.optimization.serve_with].holds_all,
+            f"optimization.serve_with: {x.optimization.serve_with} holds no rows of embeddings; leave it out, and "
+            "serve what `layerlens export --merge` writes",
+        ),
     ),
     Conflict("two methods of PEFT", lambda x: _two_of_peft(x.optimization)),
     Conflict("a study of a task without one", lambda x: _no_study(x.model.task), job="evaluate"),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from layerlens.config.base import ConfigModel, TaskName
+from layerlens.models.tokens import TokenRequest
 from layerlens.registry import source_of
 
 FUNCTION_NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
@@ -62,6 +63,25 @@ class ModelConfig(ConfigModel):
         "`{load_in_4bit: true, bnb_4bit_quant_type: nf4}`, or with `quant_method` any other method of transformers. "
         "Not needed for checkpoints that are quantized already.",
     )
+    resize_token_embeddings: bool = Field(
+        default=False,
+        exclude_if=lambda resize: not resize,
+        description="Give every token of the tokenizer a row of the embeddings (and of the output layer), as "
+        "transformers' `resize_token_embeddings` does it: new rows are drawn around the mean of the others. They are "
+        "trained beside what is chosen. Where the model has rows enough, nothing changes.",
+    )
+    trainable_tokens: tuple[str, ...] = Field(
+        default=(),
+        exclude_if=lambda tokens: not tokens,
+        description="Other tokens whose rows are trained too, such as chat markers that the vocabulary has and no text "
+        "has trained: `['<|im_start|>', '<|im_end|>']`.",
+    )
+    token_training: Literal["trainable_token_indices", "modules_to_save"] = Field(
+        default="trainable_token_indices",
+        exclude_if=lambda by: by == "trainable_token_indices",
+        description="How PEFT trains the rows of new tokens and of `trainable_tokens`: those rows alone, in the LoRA "
+        "directory, or with `modules_to_save` the embeddings (and the output layer) whole.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
         description="Precision of the weights while profiling, and of the base model in later fine-tuning. Sums of "
@@ -100,6 +120,11 @@ class ModelConfig(ConfigModel):
         return self.name_or_path or f"factory:{self.factory}"
 
     @property
+    def token_request(self) -> TokenRequest:
+        """What is said of tokens; false where it is nothing."""
+        return TokenRequest(self.resize_token_embeddings, self.trainable_tokens, self.token_training)
+
+    @property
     def source(self) -> Any:
         """Where the model comes from: a ``layerlens.sources.ModelSource``."""
         return source_of(self.reference)[0]
@@ -112,7 +137,7 @@ class ModelConfig(ConfigModel):
             raise ValueError("task custom and loss belong together: give both or neither")
         if self.device_map is not None and not self.source.of_transformers:
             raise ValueError("device_map is for models of transformers; place a model of your own in its factory")
-        for name in ("trust_remote_code", "quantization"):
+        for name in ("trust_remote_code", "quantization", "resize_token_embeddings"):
             if getattr(self, name) and not self.source.of_transformers:
                 raise ValueError(f"{name} is for checkpoints of transformers; {self.reference} is none")
         if self.device_map is None and (self.max_memory or self.offload_folder):

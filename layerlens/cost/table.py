@@ -102,7 +102,10 @@ def base_use(
 ) -> dict[str, float]:
     """What the frozen model needs of each resource before any option.
 
-    Parameters and FLOPs budgets limit what options add, so their base is 0. Without measured statistics, FLOPs are
+    Parameters and FLOPs budgets limit what options add, so their base is 0, but for rows of embeddings that are trained
+    beside them: these count as parameters, with gradient, optimiser state and what they keep.
+
+    Without measured statistics, FLOPs are
     taken as 2 for each parameter and token, and activations as one hidden state for each layer and token.
     """
     profile = config.latency_profile
@@ -113,9 +116,13 @@ def base_use(
         flops_per_token = 2.0 * spec.total_params
         kept_per_token = float(FLOAT_BYTES * sum(layer.hidden_size for layer in spec.layers))
     n_bytes = spec.weight_bytes + kept_per_token * tokens
+    trained = spec.tokens.trainable_params if spec.tokens else 0
+    if spec.tokens:  # the weights of modules that are trained whole are there anyway, and PEFT copies them
+        n_bytes += FLOAT_BYTES * spec.tokens.kept_elements(profile.tokens)
+        n_bytes += FLOAT_BYTES * (2 + OPTIMIZER_STATE[config.optimizer]) * trained
     overhead_ms = 1e-3 * Roofline.of(profile).overhead_us * len(spec.layers)
     return {
-        "trainable_params": 0.0,
+        "trainable_params": float(trained),
         "flops": 0.0,
         "vram_gb": 1e-9 * n_bytes,
         "latency_ms": Roofline.of(profile).time_ms(flops_per_token * tokens, n_bytes) + overhead_ms,

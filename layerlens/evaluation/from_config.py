@@ -121,7 +121,7 @@ def study_task(job: Job) -> StudyTask:
     pretrained = load_pretrained(
         config.model.reference, config.model.task, dataset.label_names, seed=config.runtime.seed, base_dir=base_dir,
         new_head=config.model.new_head, trust_remote_code=config.model.trust_remote_code,
-        quantization=config.model.quantization,
+        quantization=config.model.quantization, tokens=config.model.token_request or None,
     )  # fmt: skip
     check_model(pretrained, config)
     dataset = in_order_of(dataset, pretrained.labels, advice=HEAD_ADVICE)

@@ -85,6 +85,8 @@ def model_spec(
     reasons = {path: why_router(path, modules) or why_no_lora(path, modules[path]) for path in dense}
     left_out = {path: reason for path, reason in reasons.items() if reason}
     left_out |= {} if asked is None else asked.left_out
+    own = pretrained.tokens.modules if pretrained.tokens else ()
+    left_out |= {path: "rows of it are trained (model.token_training)" for path in of_block if path in own}
     by_parameter = rewritten_by_peft(model, [path for path in dense if path not in left_out])
     left_out |= {path: reason for path, reason in by_parameter.items() if not _is_formed(modules[path])}
     usual = [path for path in dense if path not in left_out and path not in by_parameter]
@@ -146,6 +148,7 @@ def model_spec(
         fingerprint=pretrained.fingerprint,
         per_sample=inputs is not None,
         left_out=left_out,
+        tokens=pretrained.tokens,
     )
 
 

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
 
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+"""What PEFT's files call the trained rows of a module."""
 BASE_PREFIX = "base_model.model."
 """What PEFT puts before the base model's names in its files."""
 
@@ -72,15 +74,17 @@ def lora_config(
     from peft import LoraConfig
 
     ranks = choice.lora_ranks()
-    if not ranks:
+    if not ranks and not choice.token_indices:
         raise ManifestError("no layer is to have LoRA, so there is nothing for PEFT to configure")
     modules = [lora_module(model, option) for option in choice.lora_options]
-    scale, largest, rslora = float(choice.lora.alpha_over_r or 0.0), max(ranks.values()), choice.lora.use_rslora
+    scale, rslora = float(choice.lora.alpha_over_r or 1.0), choice.lora.use_rslora
+    largest = max(ranks.values(), default=1)
     parameters = _parameters(model, ranks)
     names = {parameters.get(layer, layer): rank for layer, rank in ranks.items()}
     lowered = {f"^{re.escape(name)}": rank for name, rank in names.items() if rank < largest}
+    shared = shared_fields(choice, model, [x for x in ranks if x not in parameters], train_head=train_head, base=base)
     return LoraConfig(
-        **shared_fields(choice, model, [x for x in ranks if x not in parameters], train_head=train_head, base=base),
+        **(shared | _token_fields(choice, train_head=train_head)),
         target_parameters=sorted(parameters.values()) or None,
         r=largest,
         lora_alpha=_alpha(scale, largest),
@@ -92,6 +96,19 @@ def lora_config(
         bias="none",
         fan_in_fan_out=any(hasattr(module, "nf") for module in modules),  # transformers' Conv1D
     )
+
+
+def _token_fields(choice: Choice, *, train_head: bool) -> dict[str, Any]:
+    """What a LoraConfig has of rows of embeddings, and of embeddings that are trained whole and share their weight."""
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    tokens = choice.tokens
+    if tokens is None:
+        return {}
+    if tokens.whole_modules:
+        return {"ensure_weight_tying": True} if tokens.tied and train_head else {}
+    alone = {} if choice.lora_options else {"target_modules": DUMMY_TARGET_MODULES}
+    return {"trainable_token_indices": tokens.peft_indices, **alone}
 
 
 def shared_fields(
@@ -151,6 +168,16 @@ def zero_step_tensors(
         tensors[f"{key}.lora_B.weight"] = a.new_zeros(of_b)
         if row.method == DORA:
             tensors[f"{key}.lora_magnitude_vector"] = row_norms(site)
+    for name, indices in choice.token_indices.items():
+        module: Any = find_module(model, name)
+        if module.weight.is_meta:
+            raise ManifestError(f"{name}: rows of tokens begin from its weights, which are not in memory")
+        if (rows := len(module.weight)) <= max(indices):
+            raise ManifestError(
+                f"{name}: has {rows} rows, and those of token {max(indices)} are to be trained; call "
+                f"model.resize_token_embeddings({choice.tokens.rows if choice.tokens else max(indices) + 1}) first"
+            )
+        tensors[f"{BASE_PREFIX}{name}{TOKEN_ROWS}"] = module.weight.detach()[indices].clone()
     return tensors
 
 
@@ -195,6 +222,13 @@ def adapter_config_json(config: LoraConfig) -> str:
 def base_of(model: Any) -> torch.nn.Module:
     """The model inside a PEFT model, else the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def has_trained_rows(model: Any) -> bool:
+    """Whether PEFT trains rows of an embedding in ``model``."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    return any(isinstance(module, TrainableTokensWrapper) for module in base_of(model).modules())
 
 
 def injected_ranks(model: Any, *, dora: bool | None = None) -> dict[str, int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from layerlens.integrations.transformers import new_modules
+from layerlens.models.tokens import TokenTraining
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,7 @@ class PretrainedModel:
         processor: of transformers, how chats with images become its inputs; None for a model of one kind of input.
         drawn: names of other parameters that the checkpoint does not have; they stay as they were drawn.
         notes: what the user should know of how it was loaded, a line each.
+        tokens: rows of the embeddings that are trained; None for none.
     """
 
     model: torch.nn.Module
@@ -57,6 +59,7 @@ class PretrainedModel:
     drawn: tuple[str, ...] = ()
     processor: Any = None
     notes: tuple[str, ...] = ()
+    tokens: TokenTraining | None = None
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +76,7 @@ class PretrainedModel:
         leave_out = not_of_checkpoint(self.model, heads, self.drawn)
         if self.streamed is not None:
             return self.streamed.fingerprint(self.model, leave_out)
-        return weights_fingerprint(self.model, leave_out)
+        return weights_fingerprint(self.model, leave_out, self.tokens)
 
 
 def not_of_checkpoint(model: torch.nn.Module, heads: Sequence[str], drawn: Sequence[str] = ()) -> set[str]:
@@ -88,18 +91,25 @@ def not_of_checkpoint(model: torch.nn.Module, heads: Sequence[str], drawn: Seque
     return {name for name in model.state_dict() if name.startswith(inside)} | set(drawn)
 
 
-def weights_fingerprint(model: torch.nn.Module, leave_out: Collection[str] = ()) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the weights, without those in ``leave_out``."""
+def weights_fingerprint(
+    model: torch.nn.Module, leave_out: Collection[str] = (), tokens: TokenTraining | None = None
+) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the weights, without those in ``leave_out``.
+
+    Tensors that were resized for new tokens are read as the checkpoint has them.
+    """
     import torch
 
     from layerlens.integrations.placement import present
     from layerlens.integrations.quantized import stable_state
 
     digest = hashlib.sha256()
+    shapes = tokens.checkpoint_shapes if tokens else {}
     for name, tensor in sorted(stable_state(model).items()):
         if name not in leave_out:
-            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-            flat = present(model, name, tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            parts = tuple(slice(size) for size in shapes.get(name, tensor.shape))
+            digest.update(f"{name}:{tensor.dtype}:{tuple(shapes.get(name, tensor.shape))};".encode())
+            flat = present(model, name, tensor)[parts].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(flat.numpy().data)
     return digest.hexdigest()
 

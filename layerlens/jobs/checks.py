@@ -91,7 +91,7 @@ def check_manifest(
         flops = _forward_flops(model, batch) - base_flops
         latency_ms = forward_ms(model, batch, seconds=TIMING_SECONDS)
         advance(1)
-        vram_gb, trained = _step_memory(model, batch, manifest.choice.head_modules, config)
+        vram_gb, trained = _step_memory(model, batch, manifest.model.new_heads, config)
         advance(1)
     uses = {use.resource: use for use in manifest.resources}
     return {

@@ -139,20 +139,22 @@ def check_identity(identity: dict[str, Any], train: Dataset, held_out: Dataset, 
 
 def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset, spec: ModelSpec) -> ModelFacts:
     """What the manifest records so that the base model can be loaded again."""
-    task = TASKS[config.model.task]
+    task, tokens = TASKS[config.model.task], pretrained.tokens
     has_head = task.new_head or bool(pretrained.new_parameters)
+    heads = new_modules(pretrained.model, pretrained.new_parameters) if has_head else ()
     return ModelFacts(
         task=config.model.task,
         dtype=config.model.dtype,
         num_labels=task.n_outputs(dataset.label_names),
         labels=tuple(dataset.label_names),
-        head_modules=new_modules(pretrained.model, pretrained.new_parameters) if has_head else (),
+        head_modules=(*heads, *(tokens.whole_modules if tokens else ())),
         model_type=str(getattr(getattr(pretrained.model, "config", None), "model_type", "")),
         weights=config.model.weights,
         loss=config.model.loss,
         left_out=dict(spec.left_out) or None,
         quantization=config.model.quantization,
         new_parameters=pretrained.drawn or None,
+        tokens=tokens.described() if tokens else None,
     )
 
 

@@ -34,6 +34,7 @@ from layerlens.sources import load_pretrained
 from layerlens.tasks import Batch, Batches, Task, make_batches, task_for
 from layerlens.tasks.encoded import notes_of
 from layerlens.tasks.summary import summarise
+from layerlens.tasks.token_ids import told_of_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +115,8 @@ def load(job: Job) -> Loaded:
         reason = config.model.source.why_not_streamable(config.model.reference)
         if config.model.quantization is not None:
             reason = "model.quantization: weights are streamed as they lie on disk"
+        if config.model.token_request:
+            reason = "model.resize_token_embeddings, model.trainable_tokens: rows of embeddings are trained in memory"
         if reason:
             refused[STREAMED] = reason
         else:
@@ -157,14 +160,15 @@ def _load(
         new_head=config.model.new_head,
         trust_remote_code=config.model.trust_remote_code,
         quantization=config.model.quantization,
+        tokens=config.model.token_request or None,
     )
     check_model(pretrained, config)
     dataset = in_order_of(dataset, pretrained.labels, advice=HEAD_ADVICE)
     if pretrained.streamed is None and not placed(pretrained.model):
         pretrained.model.to(job.device)
     heard = warnings or job.warnings
-    for note in pretrained.notes:
-        heard.add(note)
+    for line in (*pretrained.notes, *told_of_tokens(pretrained)):
+        heard.add(line)
     for name in pretrained.drawn:
         heard.add(f"model: the checkpoint lacks {name}, which is not trained; it stays as it is drawn from the seed")
     calibration, head_data, held_out = split_samples(dataset, config, heard, bool(pretrained.new_parameters))

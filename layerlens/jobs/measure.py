@@ -86,7 +86,7 @@ def measure(job: Job, loaded: Loaded) -> Measured | None:
 def statistics_identity(job: Job, loaded: Loaded) -> dict[str, Any]:
     """Everything that the statistics depend on: the key of the sensitivity cache."""
     config, spec = job.config, loaded.spec
-    settings = {
+    settings: dict[str, Any] = {
         "task": loaded.task.name,
         "loss": config.model.loss,
         "dtype": config.model.dtype,
@@ -105,6 +105,8 @@ def statistics_identity(job: Job, loaded: Loaded) -> dict[str, Any]:
     }
     if loaded.plan.mode == CHECKPOINTED:  # the bytes that BERT keeps for a backward pass are counted otherwise
         settings["checkpointed"] = True
+    if loaded.pretrained.tokens:  # what the fingerprint leaves out of them
+        settings["tokens"] = loaded.pretrained.tokens.described()
     return {
         "version": STATISTICS_VERSION,
         "model": {"weights": spec.fingerprint, "layers": [[layer.name, *layer.methods] for layer in spec.layers]},

@@ -125,6 +125,9 @@ def _measured(job: Job, loaded: Loaded) -> Measured:
     measured = measure(job, loaded)
     assert measured is not None
     heads = getattr(loaded, "heads", ())
+    tokens = loaded.pretrained.tokens
+    if heads and tokens is not None:
+        heads = (*heads, *tokens.whole_modules)
     if not heads or measured.model.heads == heads:
         return measured
     model = replace(measured.model, head_modules=heads)

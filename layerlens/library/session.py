@@ -23,6 +23,7 @@ from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.layers import model_spec, of_tokens_alone
 from layerlens.integrations.placement import input_device
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for, tokenizer_of
+from layerlens.integrations.token_embeddings import with_tokens
 from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.integrations.transformers import longest_sequence, output_names
 from layerlens.jobs.inputs import calibration_samples, check_model, split_samples, statistics_request
@@ -216,7 +217,7 @@ def _loaded(
         )
 
     config = config_with()
-    pretrained = _pretrained(objects, model, new)
+    pretrained = _with_tokens(_pretrained(objects, model, new), config)
     if isinstance(objects.data, (str, Path)):
         kind = _needed(task, model)
         dataset = load_dataset(config.data, Path.cwd(), kind.name)
@@ -433,6 +434,23 @@ def _pretrained(objects: Objects, model: torch.nn.Module, new: tuple[str, ...]) 
 
     mode = mode_for(getattr(getattr(model, "config", None), "num_channels", 3))
     return PretrainedModel(model, None, reference, new, images=ImageInput(transform, first_argument(model), mode))
+
+
+def _with_tokens(pretrained: PretrainedModel, config: RunConfig) -> PretrainedModel:
+    """The same, with the rows of ``trainable_tokens`` among what is trained.
+
+    Raises:
+        ConfigurationError: the embeddings are to be resized, which changes the program's own model.
+        ModelSpecError: a token is unknown, or PEFT cannot train its row.
+    """
+    if config.model.resize_token_embeddings:
+        raise ConfigurationError(
+            "resize_token_embeddings: the model is yours and stays as it is; call "
+            "model.resize_token_embeddings(len(tokenizer)) first, and name the new tokens: trainable_tokens=[...]"
+        )
+    if not config.model.trainable_tokens:
+        return pretrained
+    return replace(pretrained, tokens=with_tokens(pretrained.model, pretrained.tokenizer, config.model.token_request))
 
 
 def _length_limit(pretrained: PretrainedModel) -> int | None:

@@ -147,6 +147,11 @@ class ModelEntry(_OpenPart):
         default=None,
         description="Parameters outside head_modules that the checkpoint lacks; they stay as they are drawn.",
     )
+    tokens: dict[str, Any] | None = Field(
+        default=None,
+        description="Rows of the embeddings that are trained: by trainable_token_indices or modules_to_save, their "
+        "indices and modules, how many rows there are, and the shapes in the checkpoint of what was resized.",
+    )
 
 
 class LoraEntry(_OpenPart):

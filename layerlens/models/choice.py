@@ -8,10 +8,12 @@ from typing import Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.models.facts import LoraSettings
-from layerlens.models.model_spec import LORA_KINDS, NONE, ModelSpec, Option
+from layerlens.models.model_spec import LORA, LORA_KINDS, NONE, ModelSpec, Option
+from layerlens.models.tokens import ROWS, TokenTraining
 from layerlens.registry import METHODS
 
 ONE_KIND = "one PEFT adapter directory holds one kind of adapter (its peft_type, and one use_dora for all layers)"
+ROWS_NEED_LORA = "in PEFT's configurations that of LoRA alone has rows of embeddings"
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Choice:
         lora: scale and beginning of LoRA.
         head_modules: modules of the task head, which is trained beside the options.
         task: what the model is tuned for; "" where it does not matter.
+        tokens: rows of the embeddings that are trained too; None for none.
     """
 
     options: tuple[Option, ...]
@@ -31,6 +34,7 @@ class Choice:
     lora: LoraSettings = field(default_factory=LoraSettings)
     head_modules: tuple[str, ...] = ()
     task: str = ""
+    tokens: TokenTraining | None = None
 
     def __post_init__(self) -> None:
         if self.lora.alpha_over_r is None and self.lora_options:
@@ -58,15 +62,24 @@ class Choice:
 
     @property
     def peft_method(self) -> str:
-        """The method of ``peft_options``; "" where there are none.
+        """The method of ``peft_options``, LoRA where only rows of embeddings are trained; "" where there is neither.
 
         Raises:
-            ManifestError: there are several, which no PEFT adapter holds.
+            ManifestError: there are several, or trained rows beside another method, which no PEFT adapter holds.
         """
         names = sorted({option.method for option in self.peft_options})
         if len(names) > 1:
             raise ManifestError(f"a choice cannot have {' and '.join(names)}: {ONE_KIND}")
-        return names[0] if names else ""
+        if not self.token_indices:
+            return names[0] if names else ""
+        if names and names[0] not in LORA_KINDS:
+            raise ManifestError(f"a choice cannot have {names[0]} and {ROWS}: {ROWS_NEED_LORA}")
+        return names[0] if names else LORA
+
+    @property
+    def token_indices(self) -> dict[str, list[int]]:
+        """Rows that PEFT trains alone, by the module that they are of."""
+        return {} if self.tokens is None else self.tokens.peft_indices
 
     @property
     def other_options(self) -> tuple[Option, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from layerlens.exceptions import ManifestError
+from layerlens.models.tokens import TokenTraining
 
 INITIALIZATIONS = ("default", "pca", "gradient_svd")
 """How LoRA's A begins; B is zero with each of them. ``tuning.initialization`` says what they are."""
@@ -77,9 +78,10 @@ class ModelFacts(Section):
         left_out: layers that no method can adapt, each with its reason.
         quantization: what the configuration said of weights in fewer bits; None where they are loaded as saved.
         new_parameters: parameters outside the head modules that the checkpoint lacks; they stay as they are drawn.
+        tokens: rows of the embeddings that are trained, as ``TokenTraining`` describes them; None for none.
 
     Raises:
-        ManifestError: ``head_modules`` is not a list of names.
+        ManifestError: ``head_modules`` is not a list of names, or ``tokens`` no such description.
     """
 
     name_or_path: str | None = None
@@ -96,10 +98,24 @@ class ModelFacts(Section):
     left_out: Mapping[str, str] | None = None
     quantization: Mapping[str, Any] | None = None
     new_parameters: tuple[str, ...] | None = None
+    tokens: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.head_modules, str) or not all(isinstance(name, str) for name in self.heads):
             raise ManifestError(f"model.head_modules: must be a list of module names, got {self.head_modules!r}")
+        if self.tokens is not None:
+            TokenTraining.of(self.tokens)
+
+    @property
+    def token_training(self) -> TokenTraining | None:
+        """The rows of the embeddings that are trained; None for none."""
+        return None if self.tokens is None else TokenTraining.of(self.tokens)
+
+    @property
+    def new_heads(self) -> tuple[str, ...]:
+        """Modules of the task head that the checkpoint lacks: those trained whole without embeddings."""
+        tokens = self.token_training
+        return tuple(name for name in self.heads if tokens is None or name not in tokens.modules)
 
     @property
     def place(self) -> str | None:

@@ -112,6 +112,7 @@ class Manifest:
             lora=self.lora,
             head_modules=self.model.heads,
             task=self.model.task or "",
+            tokens=self.model.token_training,
         )
 
     @property

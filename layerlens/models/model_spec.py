@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from layerlens.models.tokens import TokenTraining
+
 NONE, LORA, ADAPTER, PREFIX, DORA = "none", "lora", "adapter", "prefix", "dora"
 LORA_KINDS = (LORA, DORA)
 """The methods that a LoraConfig holds, one or the other."""
@@ -92,6 +94,7 @@ class ModelSpec:
         fingerprint: content hash of the weights ("" when the model itself was never at hand).
         per_sample: the model's own memory and FLOPs are counted for each sample (image), not for each token.
         left_out: modules that look like layers and can take no option, with the reason.
+        tokens: rows of the embeddings that are trained beside any choice; None for none.
     """
 
     model_name: str
@@ -101,6 +104,7 @@ class ModelSpec:
     fingerprint: str = ""
     per_sample: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
+    tokens: TokenTraining | None = None
 
     def without(self, unmeasured: Mapping[str, str]) -> ModelSpec:
         """The model with some layers, given with the reason, left out."""
@@ -112,6 +116,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.weight_bytes == 0:
             object.__setattr__(self, "weight_bytes", 4 * self.total_params)
+        if isinstance(self.tokens, Mapping):  # from a file
+            object.__setattr__(self, "tokens", TokenTraining.of(self.tokens))
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,7 @@ def _costs(
     with frozen_without_dropout(model, checkpointing=False), without_cache(model):
         inputs = dense_inputs(example, sequence_length)
         embeddings = [layer.name for layer in spec.layers if layer.layer_type == EMBEDDING]
+        embeddings += spec.tokens.modules[:1] if spec.tokens else []
         first_block = next(iter((*embeddings, *blocks_of(model))), None)
         activation_bytes, forward_flops = frozen_footprint(model, first_block, inputs)
         return activation_bytes, forward_flops, module_costs(model, first_block, inputs, request.of_modules)

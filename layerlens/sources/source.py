@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from layerlens.integrations.pretrained import PretrainedModel
+    from layerlens.models.tokens import TokenRequest, TokenTraining
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class LoadRequest:
         streamed: leave the weights on disk (see ``load_skeleton``).
         trust_remote_code: whether Python code beside the weights may run; of transformers' models alone.
         quantization: what transformers makes a quantization configuration of; None for the weights as they are saved.
+        tokens: rows of the embeddings that are wanted and trained; None where these stay as they are.
         new_head: whether ``labels`` replace those of a trained head; None where they do unless they are the same.
     """
 
@@ -48,6 +50,7 @@ class LoadRequest:
     new_head: bool | None = None
     trust_remote_code: bool = False
     quantization: Mapping[str, Any] | None = None
+    tokens: TokenRequest | TokenTraining | None = None
 
     @property
     def source(self) -> ModelSource:

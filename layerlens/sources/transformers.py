@@ -15,6 +15,7 @@ from layerlens.exceptions import DataError, ModelNotFoundError, ModelSpecError
 from layerlens.integrations.auto_classes import auto_class_for, has_towers, model_class
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for, tokenizer_of
 from layerlens.integrations.quantized import is_quantized, keep_weights, quantization_arguments, sparing
+from layerlens.integrations.token_embeddings import with_tokens
 from layerlens.integrations.transformers import output_names, task_heads, trained_and_drawn
 from layerlens.registry import TASKS
 from layerlens.sources.source import LoadRequest, ModelSource, Trust
@@ -120,6 +121,11 @@ class TransformersSource(ModelSource):
         if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         keep_weights(model)
+        tokens = None
+        if request.tokens:
+            with torch.random.fork_rng(devices=[]), _quiet_transformers():
+                torch.manual_seed(request.seed)
+                tokens = with_tokens(model, tokenizer, request.tokens)
         model.eval().requires_grad_(False)
         mismatched = (entry[0] for entry in info["mismatched_keys"])
         lacking = tuple(sorted({*info["missing_keys"], *mismatched}))
@@ -130,7 +136,9 @@ class TransformersSource(ModelSource):
                 "give a language model's checkpoint"
             )
         new, drawn = trained_and_drawn(model, lacking)
-        return PretrainedModel(model, tokenizer, path, new, tuple(labels), images, streamed, drawn, processor)
+        return PretrainedModel(
+            model, tokenizer, path, new, tuple(labels), images, streamed, drawn, processor, tokens=tokens
+        )
 
     def architectures(self, request: LoadRequest) -> tuple[str, ...]:
         return tuple(getattr(self._configuration(request), "architectures", None) or ())

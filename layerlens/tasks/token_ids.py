@@ -8,6 +8,7 @@ from typing import Any
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import embedding_rows
+from layerlens.models.tokens import ROWS, TokenTraining
 
 IDS = ("input_ids", "rejected_ids")
 
@@ -28,9 +29,34 @@ def check_token_ids(pretrained: PretrainedModel, features: Sequence[dict[str, An
         token = pretrained.tokenizer.convert_ids_to_tokens(largest)
         raise ConfigurationError(
             f"model.name_or_path: the samples have token {largest} ({token!r}), and the model has embeddings for "
-            f"{rows} tokens, its tokenizer {len(pretrained.tokenizer)}; save the model after "
-            "model.resize_token_embeddings(len(tokenizer)), or give the tokenizer that belongs to it"
+            f"{rows} tokens, its tokenizer {len(pretrained.tokenizer)}; set model.resize_token_embeddings: true (of a "
+            "model in memory, call resize_token_embeddings(len(tokenizer))), or give the tokenizer that belongs to it"
         )
+
+
+def told_of_tokens(pretrained: PretrainedModel) -> list[str]:
+    """What the user should know of tokens and rows: tokens without one, and which rows are trained."""
+    rows, tokens = embedding_rows(pretrained.model), pretrained.tokens
+    if tokens is not None:
+        new = f" of {rows}, of which {rows - old} are new" if rows and (old := _old_rows(tokens)) else ""
+        what = f"{len(tokens.indices)} rows{new}," if tokens.by == ROWS else f"all {tokens.rows} rows"
+        more = f", with those of {', '.join(tokens.tied)}, which share the weight" if tokens.tied else ""
+        return [
+            f"model: {what} of {' and '.join(tokens.modules)}{more}, are trained beside what is chosen "
+            f"({tokens.by}): {tokens.trainable_params:,} parameters"
+        ]
+    if rows is None or pretrained.tokenizer is None or len(pretrained.tokenizer) <= rows:
+        return []
+    token = pretrained.tokenizer.convert_ids_to_tokens(rows)
+    return [
+        f"model: the tokenizer has {len(pretrained.tokenizer)} tokens and the model embeddings for {rows}; a text with "
+        f"one of the others ({token!r} ...) would be refused; set model.resize_token_embeddings: true to train with it"
+    ]
+
+
+def _old_rows(tokens: TokenTraining) -> int:
+    """Rows that the checkpoint has of an embedding that was resized; 0 where it was not."""
+    return next((shape[0] for name, shape in tokens.checkpoint_shapes.items() if name.startswith(tokens.modules[0])), 0)
 
 
 def _largest(ids: Any) -> int:

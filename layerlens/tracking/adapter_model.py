@@ -20,12 +20,14 @@ class AdaptedModel(mlflow.pyfunc.PythonModel):
         """Load base model and adapter; the base must be there under the name that the run used."""
         facts, directory = context.model_config["model"], Path(context.artifacts["adapter"])
         if context.model_config["needs_layerlens"]:
+            from layerlens.models.tokens import TokenTraining
             from layerlens.sources import load_pretrained
             from layerlens.tuning import load
 
             base = load_pretrained(
                 facts["name_or_path"], facts["task"], facts["labels"], seed=facts["seed"], dtype=facts["dtype"],
                 quantization=facts.get("quantization"),
+                tokens=TokenTraining.of(facts["tokens"]) if facts.get("tokens") else None,
             )  # fmt: skip
             self.tokenizer, self.model = base.tokenizer, load(base.model, directory, trainable=False).eval()
             return
@@ -46,6 +48,8 @@ class AdaptedModel(mlflow.pyfunc.PythonModel):
             name, dtype=facts["dtype"], trust_remote_code=False, **heads
         )
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if facts.get("tokens"):
+            plain.resize_token_embeddings(facts["tokens"]["rows"])
         self.model = PeftModel.from_pretrained(plain, str(directory)).eval()
 
     def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[list[float]]:

@@ -124,6 +124,7 @@ class MlflowTracker:
                 "dtype": manifest.model.dtype or "float32",
                 "seed": manifest.choice.seed,
                 "quantization": dict(manifest.model.quantization or {}) or None,
+                "tokens": dict(manifest.model.tokens or {}) or None,
             }
             mlflow.pyfunc.save_model(
                 str(saved),

@@ -11,6 +11,7 @@ from layerlens.integrations.experts import stack_at
 from layerlens.integrations.pretrained import PretrainedModel, not_of_checkpoint, weights_fingerprint
 from layerlens.integrations.quantized import parameter_count
 from layerlens.integrations.torch_modules import find_module
+from layerlens.integrations.transformers import embedding_rows
 from layerlens.models import Choice, Manifest, ModelFacts, Option, choice_of
 from layerlens.registry import METHODS, TASKS
 from layerlens.sources import LoadRequest, load_pretrained
@@ -73,6 +74,7 @@ def load_base(
         weights=facts.weights,
         trust_remote_code=trust_remote_code,
         quantization=facts.quantization,
+        tokens=facts.token_training,
     )
 
 
@@ -135,14 +137,19 @@ def check_weights(model: torch.nn.Module, facts: ModelFacts, source: str = "the 
     Raises:
         ManifestError: the number of parameters or the fingerprint differs.
     """
-    expected = facts.fingerprint
+    expected, tokens = facts.fingerprint, facts.token_training
+    if tokens is not None and (rows := embedding_rows(model)) is not None and rows < tokens.rows:
+        raise ManifestError(
+            f"{source} trains rows of tokens that this model has no embeddings for: it has {rows} rows, needed are "
+            f"{tokens.rows}; call model.resize_token_embeddings({tokens.rows}) first"
+        )
     if not expected:
         return
     counted, total = facts.total_params, parameter_count(model)
     if counted and counted != total:
         raise ManifestError(f"{source} was made for a model of {counted:,} parameters, this one has {total:,}")
-    new = not_of_checkpoint(model, facts.heads, facts.new_parameters or ())
-    found = weights_fingerprint(model, new)
+    new = not_of_checkpoint(model, facts.new_heads, facts.new_parameters or ())
+    found = weights_fingerprint(model, new, tokens)
     if expected not in (found, weights_fingerprint(model)):
         raise ManifestError(
             f"these are not the weights that {source} was made for: fingerprint {found[:12]}… instead of "

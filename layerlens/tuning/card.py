@@ -8,6 +8,7 @@ from typing import Any
 
 from layerlens.integrations.peft import task_type
 from layerlens.models import Choice
+from layerlens.models.tokens import TokenTraining
 from layerlens.registry import METHODS
 from layerlens.tuning.storage import MODULES_FILE
 
@@ -35,7 +36,7 @@ def zero_step_card(choice: Choice, parameters: int, base: str) -> str:
         parameters: numbers in the adapter's file.
         base: name or path of the base model.
     """
-    rows, label = choice.peft_options, METHODS[choice.peft_method].label
+    rows, label, more_rows = choice.peft_options, METHODS[choice.peft_method].label, resizing(choice.tokens)
     begin = {
         "default": "",
         "pca": " A holds the principal components of each layer's inputs.",
@@ -46,6 +47,9 @@ def zero_step_card(choice: Choice, parameters: int, base: str) -> str:
     if heads:
         task = task_type(choice.task)
         with_head = f"config.modules_to_save = {heads}" if task is None else f'config.task_type = "{task}"'
+        if choice.tokens is not None and choice.tokens.whole_modules:
+            with_head = f"config.modules_to_save = {heads}"
+            with_head += "\nconfig.ensure_weight_tying = True" if choice.tokens.tied else ""
         loading = f"""
 Train it with PEFT; LayerLens is not needed. The task head ({", ".join(heads)}) is trained too, and PEFT saves it with
 the adapter:
@@ -53,7 +57,7 @@ the adapter:
 ```python
 from peft import PeftConfig, get_peft_model
 
-config = PeftConfig.from_pretrained("peft")
+{more_rows}config = PeftConfig.from_pretrained("peft")
 {with_head}
 model = get_peft_model(base_model, config)
 ```
@@ -66,13 +70,13 @@ directory: a head that is new in `base_model` would stay as it is, and would not
 `layerlens.load(DIRECTORY).apply(base_model)` gives both: that beginning, and the head.
 """
     else:
-        loading = """
+        loading = f"""
 Load it with PEFT; LayerLens is not needed:
 
 ```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
+{more_rows}model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
 ```
 """
     text = f"""---
@@ -82,7 +86,7 @@ library_name: peft
 
 # Zero-step {label} adapter for {base}
 
-{label} on {_counted(len(rows), "module")}, {_ranks(choice)}{parameters:,} trainable parameters, \
+{label} on {_counted(len(rows), "module")}, {_ranks(choice)}{_rows(choice)}{parameters:,} trainable parameters, \
 {_scale(choice)}chosen by LayerLens (manifest.json beside this directory). {start} model \
 computes exactly what it did before, until it is trained.{begin}
 {loading}"""
@@ -96,6 +100,17 @@ The manifest has {counts} as well, which PEFT cannot hold: see {MODULES_FILE} be
 directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model{measured}.
 """
     return text
+
+
+def resizing(tokens: TokenTraining | None, model: str = "base_model") -> str:
+    """The line that gives the base model rows for tokens that its checkpoint lacks; "" where it needs none."""
+    if tokens is None or not tokens.checkpoint_shapes:
+        return ""
+    return f"{model}.resize_token_embeddings({tokens.rows})  # the checkpoint has fewer\n"
+
+
+def _rows(choice: Choice) -> str:
+    return f"the rows of {_counted(len(choice.tokens.indices), 'token')}, " if choice.tokens else ""
 
 
 def _ranks(choice: Choice) -> str:
@@ -154,11 +169,11 @@ from pathlib import Path
 
 import layerlens.tuning
 
-model = layerlens.tuning.load(base_model, Path("this directory"))
+{resizing(choice.tokens)}model = layerlens.tuning.load(base_model, Path("this directory"))
 ```
 """
         )
-    if not choice.peft_options:
+    if not choice.peft_method:
         return text
     head = f" The task head ({heads}) is in the adapter, and replaces that of the base model." if heads else ""
     return (
@@ -169,7 +184,7 @@ Load it with PEFT; LayerLens is not needed.{head}
 ```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base_model, "this directory")
+{resizing(choice.tokens)}model = PeftModel.from_pretrained(base_model, "this directory")
 merged = model.merge_and_unload()  # an ordinary model, as every serving engine takes it
 ```
 {_serving(choice)}"""
@@ -185,6 +200,8 @@ def _trained(choice: Choice) -> str:
     said += _others(choice)
     if choice.head_modules:
         said.append(f"the head {', '.join(choice.head_modules)}")
+    if choice.token_indices:
+        said.append(_rows(choice).rstrip(", "))
     return "; ".join(said) or "nothing"
 
 
@@ -198,6 +215,8 @@ def _serving(choice: Choice) -> str:
     """What an engine has to be told, or cannot do, to serve the adapter unmerged."""
     if choice.head_modules:
         return "\nServing engines take no head from an adapter: merge it, as above, and serve the merged model.\n"
+    if choice.tokens:
+        return "\nServing engines take no rows of embeddings: merge it, as above, and serve the merged model.\n"
     if not choice.lora_options:
         return "\nFew serving engines take this kind of adapter: merge it, as above, and serve the merged model.\n"
     largest = max(row.rank for row in choice.lora_options)

@@ -16,6 +16,7 @@ from layerlens.exceptions import ManifestError
 from layerlens.integrations.experts import Stack, stack_at
 from layerlens.integrations.peft import (
     BASE_PREFIX,
+    TOKEN_ROWS,
     base_of,
     is_embedding,
     lora_shape,
@@ -174,6 +175,9 @@ def _check_peft_files(base: torch.nn.Module, directory: Path) -> None:
     for key, shape in shapes.items():
         name = key.removeprefix(BASE_PREFIX)
         layer, mark, part = name.partition(".lora_")
+        if name.endswith(TOKEN_ROWS):
+            _check_rows(path, base, name.removesuffix(TOKEN_ROWS), config, shape)
+            continue
         if not mark:
             _check_tensor(path, known, name, shape)
             continue
@@ -202,6 +206,39 @@ def _check_peft_files(base: torch.nn.Module, directory: Path) -> None:
                 f"{path}: {layer}: lora_{part} is {shape}, which does not fit this {n_in} → {n_out} "
                 f"{type(module).__name__}; it was made for a model of another shape"
             )
+
+
+def rows_needed(base: Any, directory: Path) -> int:
+    """Rows of the input embedding that PEFT's files in ``directory`` need at least; 0 where they have none of it."""
+    from safetensors import safe_open
+
+    config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    given = config.get("trainable_token_indices") or ()
+    indices = [index for each in given.values() for index in each] if isinstance(given, Mapping) else list(given)
+    embedding = next((name for name, one in base.named_modules() if one is base.get_input_embeddings()), "")
+    with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as file:
+        whole = f"{BASE_PREFIX}{embedding}.weight"
+        rows = file.get_slice(whole).get_shape()[0] if whole in file.keys() else 0  # noqa: SIM118
+    return max(rows, max(indices, default=-1) + 1)
+
+
+def _check_rows(
+    path: Path, base: torch.nn.Module, name: str, config: Mapping[str, Any], shape: tuple[int, ...]
+) -> None:
+    """Trained rows of an embedding or output layer."""
+    weight: Any = find_module(base, name).weight
+    given = config.get("trainable_token_indices")
+    indices = given.get(name, next(iter(given.values()), ())) if isinstance(given, Mapping) else given or ()
+    if indices and max(indices) >= len(weight):
+        raise ManifestError(
+            f"{path}: has the rows of token {max(indices)}, and {name} has {len(weight)}; call "
+            f"model.resize_token_embeddings({max(indices) + 1}) first, or with the number of tokens of the tokenizer "
+            "that it was trained with"
+        )
+    if shape != (len(indices), weight.shape[1]):
+        raise ManifestError(
+            f"{path}: has rows {shape} of {name}, where {len(indices)} tokens have rows of {weight.shape[1]} features"
+        )
 
 
 def _check_vectors(
@@ -248,5 +285,5 @@ def _check_tensor(path: Path, known: dict[str, tuple[int, ...]], name: str, shap
     if known[name] != shape:
         raise ManifestError(
             f"{path}: {name} is {shape}, in the base model {known[name]}; load it with as many labels as it was "
-            "trained for"
+            "trained for, and embeddings for as many tokens (model.resize_token_embeddings)"
         )

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
-from layerlens.integrations.peft import base_of
+from layerlens.integrations.peft import TOKEN_ROWS, base_of, has_trained_rows
 from layerlens.integrations.torch_modules import find_module
 from layerlens.methods import drop_hooks, injected_sizes
-from layerlens.models import Choice, Manifest, ModelFacts
+from layerlens.models import LORA, Choice, Manifest, ModelFacts
 from layerlens.registry import METHODS
 from layerlens.tuning.base_model import fitting_choice
 from layerlens.tuning.generators import attach_generator, load_generator
@@ -53,18 +53,22 @@ def apply(
         raise ManifestError("the model already has LoRA layers, adapters or prefixes; load the base model afresh")
     choice, known = fitting_choice(model, given, check_fingerprint=check_fingerprint)
     wrapped = bool(choice.peft_method)
-    methods = [METHODS[name] for name in METHODS if choice.of_method(name)]
+    names = {option.method for option in choice.chosen} | ({choice.peft_method} if wrapped else set())
+    methods = [METHODS[name] for name in METHODS if name in names]
     methods.sort(key=lambda method: not method.wraps)  # PEFT freezes all that is there before it
     put_in = [method.prepare(model, choice, factors) for method in methods]
-    names = choice.head_modules
-    heads = [find_module(model, name) for name in names]
+    heads = [find_module(model, name) for name in choice.head_modules]
 
     generator = choice.lora.generator
     if generator:
         load_generator(generator)  # an unknown one is refused before anything is changed
 
     # PEFT trains a copy of the head; without it the head itself is trained.
-    in_place = () if wrapped else [name for name, _ in model.named_parameters() if name.startswith(_below(names))]
+    in_place = (
+        ()
+        if wrapped
+        else [name for name, _ in model.named_parameters() if name.startswith(_below(choice.head_modules))]
+    )
     note_before(model, facts or known, in_place)
     keep_statistics(model, heads)
     tuned = model.requires_grad_(False)
@@ -190,6 +194,8 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
             "model as it is (layerlens.tuning.save and load), or choose LoRA alone (optimization.methods: [lora])"
         )
     methods = [METHODS[name] for name in dict.fromkeys(method for method, _ in there.values())]
+    if not methods and has_trained_rows(model):
+        methods = [METHODS[LORA]]
     if not methods:
         raise ManifestError(f"this {type(model).__name__} has no LoRA layers, so there is nothing to merge")
     for method in methods:
@@ -197,7 +203,8 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
             raise ManifestError(f"cannot be merged: {reason}; keep the model as it is (layerlens.tuning.save and load)")
     finish_generator(model)
     for name, parameter in model.named_parameters():
-        if any(method.parameter_mark in name for method in methods) and not bool(parameter.isfinite().all()):
+        marks = (*(method.parameter_mark for method in methods), TOKEN_ROWS)
+        if any(mark in name for mark in marks) and not bool(parameter.isfinite().all()):
             raise ManifestError(f"cannot be merged: {name} has values that are not finite")
     merged = model
     for method in methods:

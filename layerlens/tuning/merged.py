@@ -7,10 +7,11 @@ from typing import Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.integrations.transformers import embedding_rows
 from layerlens.models import Manifest
 from layerlens.sources import load_pretrained
 from layerlens.tuning.base_model import check_weights, load_base
-from layerlens.tuning.directory import load
+from layerlens.tuning.directory import load, rows_needed
 from layerlens.tuning.inject import merge
 from layerlens.tuning.serving import Origin, origin_of
 from layerlens.utils.atomic import staged_directory
@@ -62,10 +63,21 @@ def _base(origin: Origin, model: str | None, trust_remote_code: bool) -> Pretrai
     if origin.manifest is None:
         if not origin.base:
             raise ManifestError("nothing here says which base model it is; say --model MODEL")
-        return load_pretrained(origin.base, origin.task, (), trust_remote_code=trust_remote_code)
+        pretrained = load_pretrained(origin.base, origin.task, (), trust_remote_code=trust_remote_code)
+        _resize(pretrained, origin.directory)
+        return pretrained
     pretrained = load_base(origin.manifest, model, trust_remote_code=trust_remote_code)
     check_weights(pretrained.model, origin.manifest.model)
     return pretrained
+
+
+def _resize(pretrained: PretrainedModel, directory: Path) -> None:
+    """Give the base model the rows that the adapter has been trained with: as many as the tokenizer has tokens."""
+    base, there = pretrained.model, embedding_rows(pretrained.model)
+    needed = rows_needed(base, directory)
+    if there is not None and needed > there:
+        resizable: Any = base
+        resizable.resize_token_embeddings(max(needed, len(pretrained.tokenizer or ())))
 
 
 def _save_processor(pretrained: PretrainedModel, directory: Path) -> None:

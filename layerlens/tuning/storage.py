@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MODULES_FILE = "layerlens_modules.safetensors"
-BASE_FACTS = ("name_or_path", "fingerprint", "total_params", "head_modules", "new_parameters")
+BASE_FACTS = ("name_or_path", "fingerprint", "total_params", "head_modules", "new_parameters", "tokens")
 """What the file remembers of the base model, from the manifest."""
 
 

@@ -19,6 +19,7 @@ from layerlens.integrations.transformers import blocks_of, role_of
 from layerlens.models import LORA, Choice, Manifest, Option
 from layerlens.sources import LoadRequest
 from layerlens.tuning.base_model import base_reference, check_costs, check_names, check_weights, load_base
+from layerlens.tuning.card import resizing
 from layerlens.tuning.export import PEFT_DIRECTORY, export_adapter
 from layerlens.tuning.initialization import read_factors
 from layerlens.utils.atomic import staged_directory
@@ -124,6 +125,19 @@ def _peft(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
 def _trl(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
     """A script, since the options of TRL's command line have no rank for each layer."""
     auto = auto_class_of(model)
+    peft_names, tuned = "PeftModel", "    model = PeftModel.from_pretrained(base, str(PEFT), is_trainable=True)"
+    if choice.tokens is not None and (whole := list(choice.tokens.whole_modules)):
+        if choice.lora.is_measured:
+            raise ManifestError(
+                f"TRL: PEFT trains {', '.join(whole)} whole from a configuration alone, which cannot hold factors that "
+                f"were measured (lora.initialization {choice.lora.initialization!r}); use `layerlens train`, or "
+                "model.token_training: trainable_token_indices"
+            )
+        lines = ["config = PeftConfig.from_pretrained(str(PEFT))", f"config.modules_to_save = {whole}"]
+        lines += ["config.ensure_weight_tying = True"] if choice.tokens.tied else []
+        peft_names = "PeftConfig, get_peft_model"
+        tuned = "\n".join(f"    {line}" for line in (*lines, "model = get_peft_model(base, config)"))
+    rows = f"    {line}\n" if (line := resizing(choice.tokens, "base").rstrip()) else ""
     script = f'''"""Trains the LoRA that LayerLens chose with TRL: python train_trl.py DATA [OUTPUT].
 
 DATA is a .json, .jsonl, .csv, .parquet or .txt file, a folder of such files, or a data set of the hub.
@@ -134,7 +148,7 @@ import sys
 from pathlib import Path
 
 from datasets import load_dataset
-from peft import PeftModel
+from peft import {peft_names}
 from transformers import {auto}, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -153,7 +167,8 @@ def data_set(source):
 
 def trainer(train_dataset, output_dir="trl-output", **arguments):
     """A trainer on the chosen LoRA; `arguments` are SFTConfig's."""
-    model = PeftModel.from_pretrained({auto}.from_pretrained(BASE), str(PEFT), is_trainable=True)
+    base = {auto}.from_pretrained(BASE)
+{rows}{tuned}
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -196,6 +211,11 @@ def axolotl_fields(choice: Choice, model: torch.nn.Module) -> dict[str, Any]:
         "lora_rank_pattern": ranks,
         "lora_alpha_pattern": {key: int(alpha) for key, alpha in patterns.items()},
     }
+    if config.trainable_token_indices:
+        fields["peft_trainable_token_indices"] = config.trainable_token_indices
+    if choice.tokens is not None and choice.tokens.whole_modules:
+        fields["lora_modules_to_save"] = list(choice.tokens.whole_modules)
+        fields |= {"peft_ensure_weight_tying": True} if choice.tokens.tied else {}
     if config.target_parameters:
         fields["lora_target_parameters"] = config.target_parameters
     if config.fan_in_fan_out:
@@ -222,11 +242,20 @@ def _llama_factory(choice: Choice, model: torch.nn.Module, path: str) -> dict[st
         "create_new_adapter": False,
         "output_dir": "llama-factory-output",
     }
+    if choice.tokens is not None and choice.tokens.whole_modules:
+        raise ManifestError(
+            f"LLaMA-Factory goes on from the directory, which does not hold {', '.join(choice.tokens.whole_modules)} "
+            "whole; run with model.token_training: trainable_token_indices, or use `layerlens train`"
+        )
+    if choice.tokens is not None and choice.tokens.checkpoint_shapes:
+        fields["resize_vocab"] = True
     return {"llama_factory.yaml": _yaml(fields, LLAMA_FACTORY_TODO)}
 
 
 def _adapterhub(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
     rows = choice.lora_options
+    if choice.tokens is not None:
+        raise ManifestError("AdapterHub trains no rows of embeddings (model.tokens); use --to peft")
     ranks = sorted({row.rank for row in rows})
     if len(ranks) > 1:
         raise ManifestError(

@@ -23,6 +23,7 @@ FOUR_BITS = {"model.quantization": {"load_in_4bit": True}}
 STREAMED = {"profiling.memory_mode": "streamed"}
 SHARDED = {"distributed.sharding": "fsdp"}
 PLACED = {"model.device_map": "auto"}
+TOKENS = {"model.resize_token_embeddings": True}
 EXAMPLES: dict[str, dict[str, Any]] = {
     "streaming and a model built in memory": {
         **STREAMED, "model.name_or_path": "timm:resnet18", "model.task": "image-classification"
@@ -48,6 +49,10 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "layers of a method that is not on offer": {
         "optimization.methods": ["lora"], "optimization.constraints.min_layers": {"prefix": 1}
     },
+    "streaming and rows of tokens": {**STREAMED, **TOKENS},
+    "sharding and rows of tokens": {**SHARDED, "model.trainable_tokens": ["<s>"]},
+    "rows of tokens and another method of PEFT": {**TOKENS, "optimization.methods": ["ia3"]},
+    "serving and rows of tokens": {**TOKENS, "optimization.serve_with": "vllm", "model.task": "causal-lm"},
     "two methods of PEFT": {"optimization.methods": ["lora", "dora"]},
     "a study of a task without one": {"model.task": "seq2seq"},
     "a study without a budget": {"optimization.max_trainable_params": None, "optimization.max_flops": 1e9},
