@@ -45,6 +45,10 @@ check-api *arguments:
 check-exports *tools:
     scripts/check_exports.sh {{tools}}
 
+# the picture in the README, from the quickstart's manifest
+readme-picture *arguments:
+    .venv/bin/python scripts/readme_picture.py {{arguments}}
+
 # the table of serving engines in docs/how-to/my-server.md, with what the engines' own wheels say
 serving-table *arguments:
     .venv/bin/python scripts/serving_table.py {{arguments}}
