@@ -22,11 +22,13 @@ from layerlens.evaluation.study_report import study_markdown, write_gain_plot
 from layerlens.evaluation.study_task import Samples, StudyTask
 from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.layers import model_spec
+from layerlens.integrations.model_code import model_code
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import task_heads
 from layerlens.jobs.inputs import check_model
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
 from layerlens.jobs.measure import HEAD_BATCH_SIZE
+from layerlens.jobs.own_code import inputs_digest
 from layerlens.jobs.result import observed, published
 from layerlens.models import LORA
 from layerlens.profiling.head import fit_head
@@ -96,7 +98,7 @@ def _evaluate(job: Job) -> StudyResult:
         task = study_task(job)
         budgets = _budgets(config, task)
     results = ResultsFile.open(job.output / RUNS_FILE)
-    _refuse_other_study(results, config)
+    _refuse_other_study(results, config, task)
     with observed_stage("profile"), job.progress.stage("Measuring"):
         study = Study(task, results, budgets)
     runs = 1 + len(budgets) * len(arms)
@@ -224,13 +226,17 @@ def _budgets(config: RunConfig, task: StudyTask) -> dict[str, int]:
     return budgets
 
 
-def _refuse_other_study(results: ResultsFile, config: RunConfig) -> None:
-    """Runs of another model, data or training must not be mixed with these."""
+def _refuse_other_study(results: ResultsFile, config: RunConfig, task: StudyTask) -> None:
+    """Runs of another model, data or training must not be mixed with these, nor of other code, weights or samples."""
     identity = config.model_dump(mode="json", include={"model", "data"}) | {
         "seed": config.runtime.seed,
         "ranks": list(config.optimization.lora_ranks),
         "study": config.study.model_dump(mode="json", exclude={"arms", "budgets", "arms_at_once", "learning_rates"}),
-    }
+        "weights": task.spec.fingerprint,
+        "code": model_code(task.model, {"model.loss": task.loss}).digest,
+        "samples": [inputs_digest({**part.inputs, "labels": part.labels})
+                    for part in (task.train, task.validation, task.test)],
+    }  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     begun = results.select(kind="study")
     if not begun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from layerlens.config import RunConfig
@@ -9,6 +10,7 @@ from layerlens.config.optimization import UNIFORM_LORA
 from layerlens.data import Dataset
 from layerlens.data.dataset import TEST_SHARE
 from layerlens.exceptions import ConfigurationError, DataError
+from layerlens.integrations.model_code import READERS
 from layerlens.integrations.placement import offloaded
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import longest_sequence, new_modules
@@ -18,6 +20,8 @@ from layerlens.profiling.cache import cache_key
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.tasks import TASKS
 from layerlens.utility import needed_statistics
+from layerlens.utils.code_identity import CodeIdentity, code_identity
+from layerlens.utils.user_code import REFERENCE, load_function
 
 CALIBRATION_SAMPLES, FEWEST_CALIBRATION_SAMPLES = 256, 16
 TRAINED_FOR_EACH_MEASURED = 50
@@ -73,6 +77,20 @@ def split_samples(
             warnings.add(f"{name}: asked for {wanted}, the data has {left} left after the test split")
     parts = list(range(n_measured)), list(range(n_measured, len(together)))
     return together.select(parts[0]), head, together.select(parts[1])
+
+
+def functions_of(config: RunConfig, base_dir: Path) -> CodeIdentity | None:
+    """The user's functions that a configuration names, before any of them is called; None where it names none.
+
+    Raises:
+        ConfigurationError: there is no such function.
+    """
+    model, source = config.model, config.data.source
+    named = {"model.factory": model.factory, "model.loss": model.loss}
+    if REFERENCE.fullmatch(source) and not source.startswith("builtin:") and not (base_dir / source).exists():
+        named["data.source"] = source
+    functions = {key: load_function(name, key, base_dir) for key, name in named.items() if name is not None}
+    return code_identity(functions, READERS) if functions else None
 
 
 def check_model(pretrained: PretrainedModel, config: RunConfig) -> None:

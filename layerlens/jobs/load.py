@@ -16,7 +16,7 @@ from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.layers import model_spec, of_tokens_alone
 from layerlens.integrations.placement import placed, placement_arguments
 from layerlens.integrations.pretrained import PretrainedModel
-from layerlens.jobs.inputs import calibration_samples, check_model, split_samples, statistics_request
+from layerlens.jobs.inputs import calibration_samples, check_model, functions_of, split_samples, statistics_request
 from layerlens.jobs.job import Job, Warnings
 from layerlens.jobs.memory_mode import (
     PLAIN,
@@ -64,6 +64,7 @@ class Loaded:
         request: what is measured.
         new_head: whether the task head that the model lacks is fitted already.
         example: what the model takes, without targets, where the inputs of a batch are something else.
+        functions: digest of the user's functions that the configuration names; "" where it names none.
     """
 
     pretrained: PretrainedModel
@@ -78,6 +79,12 @@ class Loaded:
     request: StatisticsRequest
     new_head: NewHead = field(default_factory=NewHead)
     example: Mapping[str, torch.Tensor] | None = None
+    functions: str = ""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a program gave the objects, of which nothing is kept between runs."""
+        return False
 
     def summary(self, config: DataConfig) -> DataSummary | None:
         """What was read, and one sample as the model sees it; None where the data came as batches."""
@@ -103,6 +110,11 @@ def load(job: Job) -> Loaded:
     Raises:
         LayerLensError: with one line that says what to do.
     """
+    functions = functions_of(job.config, job.base_dir)
+    return replace(_as_planned(job), functions="" if functions is None else functions.digest)
+
+
+def _as_planned(job: Job) -> Loaded:
     config = job.config
     with job.clock.stage("load"), job.progress.stage("Loading model and data"):
         placement = placement_arguments(config.model.device_map, config.model.max_memory, config.model.offload_folder)

@@ -18,6 +18,7 @@ from layerlens.jobs.inputs import model_facts
 from layerlens.jobs.job import Job
 from layerlens.jobs.load import Loaded
 from layerlens.jobs.memory_mode import CHECKPOINTED, checkpointed_activations
+from layerlens.jobs.own_code import code_facts
 from layerlens.jobs.solve import versions
 from layerlens.jobs.together import same_everywhere
 from layerlens.models import ModelFacts, ModelSpec, ModelStatistics
@@ -84,7 +85,10 @@ def measure(job: Job, loaded: Loaded) -> Measured | None:
 
 
 def statistics_identity(job: Job, loaded: Loaded) -> dict[str, Any]:
-    """Everything that the statistics depend on: the key of the sensitivity cache."""
+    """Everything that the statistics depend on: the key of the sensitivity cache.
+
+    Nothing is kept of objects in memory, so that their code is not read.
+    """
     config, spec = job.config, loaded.spec
     settings: dict[str, Any] = {
         "task": loaded.task.name,
@@ -117,7 +121,9 @@ def statistics_identity(job: Job, loaded: Loaded) -> dict[str, Any]:
             "head": loaded.head_data.fingerprint,
             "head_samples": len(loaded.head_data),
             "tokens": tokens_digest(getattr(loaded.batches, "features", ())),
+            **({"functions": loaded.functions} if loaded.functions else {}),
         },
+        **({} if loaded.in_memory else code_facts(loaded)),
         "settings": settings,
         "versions": versions(),
     }

@@ -20,6 +20,7 @@ import yaml
 from layerlens.config import RunConfig, SweepConfig, load_run_config, load_sweep, parse_run_config
 from layerlens.config.loader import read_text
 from layerlens.exceptions import ConfigurationError, ManifestError
+from layerlens.jobs.inputs import functions_of
 from layerlens.jobs.solve import recorded_config
 from layerlens.manifest import read_manifest
 from layerlens.models import Manifest
@@ -78,14 +79,23 @@ class Sweep:
         return load_run_config(self.folder / task.config)
 
     def manifest_of(self, task: SweepTask, config: RunConfig | None = None) -> Manifest | None:
-        """The manifest of a finished task; None where it is missing, damaged, or of another configuration."""
+        """The manifest of a finished task; None where it is missing, damaged, or of another configuration or code."""
         try:
             manifest = read_manifest(self.folder / task.directory / "manifest.json")
         except ManifestError:
             return None
-        wanted, made_by = recorded_config(config or self.config_of(task)), manifest.provenance.config
+        config = config or self.config_of(task)
+        wanted, made_by = recorded_config(config), manifest.provenance.config
         wanted["model"]["task"] = wanted["model"]["task"] or manifest.model.task  # what was guessed is recorded
+        functions = functions_of(config, self.folder / task.base_dir)
+        if functions is not None and (functions.unknown or functions.digest != _functions_in(manifest)):
+            return None
         return manifest if made_by == wanted else None
+
+
+def _functions_in(manifest: Manifest) -> str:
+    """Digest of the user's functions that a manifest was made with."""
+    return str((manifest.provenance.statistics or {}).get("functions", ""))
 
 
 def open_sweep(path: Path) -> Sweep:

@@ -17,12 +17,14 @@ from layerlens.cost.measure import forward_ms
 from layerlens.data import Dataset, load_dataset
 from layerlens.data.labels import in_order_of
 from layerlens.exceptions import ConfigurationError, ManifestError
+from layerlens.integrations.model_code import model_code
 from layerlens.integrations.peft import base_of
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.torch_modules import in_evaluation_mode, without_dropout
 from layerlens.jobs.baseline import baseline_facts, prepare_baseline
 from layerlens.jobs.inputs import check_model
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
+from layerlens.jobs.own_code import task_parts, told
 from layerlens.jobs.recorded import config_of, recorded_settings
 from layerlens.jobs.result import observed, published
 from layerlens.jobs.solve import versions
@@ -38,6 +40,7 @@ from layerlens.tuning import apply, load, read_factors, save
 from layerlens.tuning.base_model import base_reference, load_base
 from layerlens.tuning.baselines import Finished, Prepared
 from layerlens.tuning.card import is_own_card, tuned_card
+from layerlens.tuning.checkpoints import last_checkpoint
 from layerlens.tuning.directory import ADAPTER_CONFIG, CARD
 from layerlens.tuning.export import PEFT_DIRECTORY
 from layerlens.tuning.fine_tune import TrainingResult
@@ -46,6 +49,7 @@ from layerlens.tuning.samples import TrainingData, evaluate, on_device, training
 from layerlens.tuning.storage import MODULES_FILE
 from layerlens.tuning.training import fine_tune
 from layerlens.utils.atomic import atomic_write_text, check_writable, staged_directory
+from layerlens.utils.code_identity import CodeIdentity
 from layerlens.utils.launch import is_main_process
 from layerlens.utils.observer import observed_stage
 from layerlens.utils.progress import Progress, silent
@@ -215,6 +219,7 @@ class Trainee:
         timed: what inference is timed on.
         before_ms: forward time of the base model alone; None in all processes but the first.
         summary: what was read.
+        code: what the base model, its loss and its inputs are made of beside weights.
     """
 
     manifest: Manifest
@@ -225,6 +230,7 @@ class Trainee:
     timed: dict[str, torch.Tensor]
     before_ms: float | None
     summary: DataSummary
+    code: CodeIdentity
 
 
 def _train(job: Job, order: Order, manifest: Manifest, created_at: str) -> TrainedModel:
@@ -280,6 +286,9 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
         data = training_data(dataset, pretrained, task, config, job.warnings.add)
         summary = _summary(task, pretrained, dataset, config)
         base = pretrained.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    images = pretrained.images
+    transform = None if images is None else images.transform
+    code = model_code(base, {**task_parts(task), "the transform of images": transform})
     timed = _timed_batch(data, config, task, base)
     before_ms = _inference_ms(base, timed) if is_main_process() else None
     prepared = _prepared(job, order, manifest, pretrained, data)
@@ -289,7 +298,7 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
             for samples in (data.train, data.evaluation):
                 task.reference(prepared.model, pretrained, samples, config.training.eval_batch_size)
         without_dropout(prepared.model)  # as DPOTrainer trains: else a pair would be compared with its own noise
-    return job, Trainee(manifest, pretrained, task, data, prepared, timed, before_ms, summary)
+    return job, Trainee(manifest, pretrained, task, data, prepared, timed, before_ms, summary, code)
 
 
 def _summary(task: Task, pretrained: PretrainedModel, dataset: Dataset, config: RunConfig) -> DataSummary:
@@ -358,7 +367,12 @@ def _fine_tune(job: Job, order: Order, trainee: Trainee) -> TrainingResult:
         "choice": [*manifest.choice.rows(), manifest.lora.fields()],
         "manifest_seed": manifest.choice.seed,
         "method": order.baseline or "manifest",
+        "code": trainee.code.digest,
     }
+    if trainee.code.unknown and last_checkpoint(job.output / CHECKPOINTS) is not None and not order.restart:
+        job.warnings.add(
+            f"checkpoints: training goes on from one, though {told(trainee.code.unknown)}; give --restart if it did"
+        )
     if order.start is not None:
         identity["start"] = _weights_digest(order.start)
     with observed_stage("train"):

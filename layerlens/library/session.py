@@ -105,6 +105,11 @@ class LoadedObjects(Loaded):
     of_batches: bool = False
     notes: tuple[str, ...] = ()
 
+    @property
+    def in_memory(self) -> bool:
+        """They are."""
+        return True
+
 
 @contextmanager
 def opened(
