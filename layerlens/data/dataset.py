@@ -69,7 +69,8 @@ class Dataset:
         """What the user should be warned of, a line each: rows of the source that are not among the samples."""
         if self.reading is None or not self.reading.left_out:
             return []
-        return [f"data: left out {n} of {self.reading.total:,} rows: {reason}" for n, reason in self.reading.reasons]
+        what = "files" if self.reading.names else "rows"
+        return [f"data: left out {n} of {self.reading.total:,} {what}: {reason}" for n, reason in self.reading.reasons]
 
     @property
     def fingerprint(self) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 
 from layerlens.config import DataConfig
 from layerlens.data.conversations import OddRow, Turn, is_conversation, question_turns, turns_of
-from layerlens.data.images import SUFFIXES, StoredImage, stored_image
+from layerlens.data.images import StoredImage, stored_image
+from layerlens.data.pixels import SUFFIXES
 from layerlens.data.table import Table
-from layerlens.exceptions import DataNotFoundError
+from layerlens.exceptions import DataError, DataNotFoundError
 
 COLUMNS = ("images", "image", "img")
 PLACE = "<image>"
@@ -135,6 +136,10 @@ def _stored(value: Any, table: Table, place: int, config: DataConfig) -> StoredI
         raise OddRow(str(error)) from error
     if found is None:
         raise OddRow(f"an image is no path of a file and no encoded bytes but a {type(value).__name__}")
+    try:
+        found.header()
+    except DataError as error:
+        raise OddRow(f"the image {found.name} {error}") from error
     return found
 
 

@@ -17,8 +17,8 @@ from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.folders import read_folder, shards
 from layerlens.data.hub import read_hub_dataset, read_saved_dataset
-from layerlens.data.images import SUFFIXES as IMAGE_SUFFIXES
 from layerlens.data.images import StoredImage
+from layerlens.data.pixels import SUFFIXES as IMAGE_SUFFIXES
 from layerlens.data.read import check_rows, dataset_of
 from layerlens.data.readers import reader_of
 from layerlens.data.rows import FIRST, Enough, Rows, SourceRows

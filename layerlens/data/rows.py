@@ -20,6 +20,8 @@ Rows = list[dict[str, Any]]
 MASK = 2**64 - 1
 FIRST = 1000
 """Rows that say what a source is like: which column has labels, and which task it is for."""
+MOST_NAMED = 4
+"""Names of files in one message."""
 MOST_BYTES = 2**29
 """Of a source, as it is stored, that are kept in memory where ``data.max_rows`` says nothing."""
 
@@ -134,6 +136,7 @@ class Reading:
         parts: of those that are used, by name, what they were taken for, where that is said by a key of ``data``.
         left_out: the place of each row that could not be used, with the reason.
         notes: what else the user should know.
+        names: what the user calls rows that are left out, where that is more than a number: files.
     """
 
     total: int
@@ -142,6 +145,7 @@ class Reading:
     parts: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    names: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def columns(self) -> str:
@@ -151,11 +155,21 @@ class Reading:
 
     @property
     def reasons(self) -> list[tuple[int, str]]:
-        """How many rows were left out and why, the most frequent reason first, with the first row that has it."""
+        """How many rows were left out and why, the most frequent reason first, with the first row that has it.
+
+        Of rows with names the first ones are named.
+        """
         counted: Counter[str] = Counter()
-        first: dict[str, int] = {}
+        of_kind: dict[str, list[int]] = {}
         for number, reason in sorted(self.left_out.items()):
             kind = LINE.sub("", reason).partition(", got ")[0]
             counted[kind] += 1
-            first.setdefault(kind, number)
-        return [(n, f"sample {first[kind]} {self.left_out[first[kind]]}") for kind, n in counted.most_common()]
+            of_kind.setdefault(kind, []).append(number)
+        return [(n, self._said(of_kind[kind])) for kind, n in counted.most_common()]
+
+    def _said(self, numbers: list[int]) -> str:
+        reason, names = self.left_out[numbers[0]], [self.names[number] for number in numbers if number in self.names]
+        if not names:
+            return f"sample {numbers[0]} {reason}"
+        more = f" (and {len(names) - MOST_NAMED} more)" if len(names) > MOST_NAMED else ""
+        return f"{', '.join(names[:MOST_NAMED])}{more} {reason}"

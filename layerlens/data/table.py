@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from layerlens.config import DataConfig
-from layerlens.data.images import StoredImage, stored_image
+from layerlens.data.images import Check, StoredImage, stored_image
 from layerlens.data.rows import FIRST, Rows
 from layerlens.data.values import (
     Answers,
@@ -218,6 +218,7 @@ class Table:
         """Images: paths of files (relative ones from the table's folder), encoded bytes, or pixels."""
         column = self.find(config.image_column, "image_column", IMAGES)
         images: list[StoredImage | None] = []
+        check = Check()
         for place, value in enumerate(self.values(column)):
             image, reason = None, f"has no image in column {column!r}, got {short(value)}"
             try:
@@ -226,7 +227,10 @@ class Table:
                 reason = str(error)
             if image is None:
                 self.leave_out(place, f"{reason}; give the path of a file, or encoded bytes")
+            elif fault := check.fault(image):
+                self.leave_out(place, f"has an image that {fault}, got {image.name}")
             images.append(image)
+        self.notes.extend(check.notes)
         return tuple(images)
 
     def numbers_of(self, column: str) -> tuple[float, ...]:

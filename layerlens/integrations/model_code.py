@@ -26,7 +26,7 @@ PLACES = frozenset(
 PASSING = frozenset(
     ("name_or_path", "warnings_issued", "generation_config", "gradient_checkpointing", "_is_hf_initialized", "_hf_hook",
      "_old_forward", "hf_device_map", "_auto_class", "pt_path", "yaml_file", "ckpt_path", "_compiled_call_impl",
-     "_gradient_checkpointing_func", "is_gradient_checkpointing")
+     "_gradient_checkpointing_func", "is_gradient_checkpointing", "_weight_conversions", "_use_kernels")
 )  # fmt: skip
 """Attributes that say where a model came from, how it is held in memory, or what was said of it."""
 CONFIG_PASSING = frozenset(("_name_or_path", "name_or_path", "transformers_version", "_commit_hash"))
@@ -64,6 +64,8 @@ def _module(walk: Walk, module: torch.nn.Module) -> list[bytes]:
         loose = {name: module._buffers[name] for name in sorted(module._non_persistent_buffers_set)}
         parts.append(walk.digest(loose, kind.__qualname__))
     else:
+        if hasattr(kind, "from_pretrained"):  # how it was loaded; what it computes, its configuration says
+            state = {name: value for name, value in state.items() if not name.startswith("_")}
         with walk.tolerant():
             parts += [part for name in sorted(state) for part in (name.encode(), *_plain(walk, state[name]))]
     for name in HOOKS:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
-from layerlens.data.images import SUFFIXES, image_folder
+from layerlens.data.images import image_folder
+from layerlens.data.pixels import SUFFIXES
 from layerlens.data.table import IMAGES, Table
 from layerlens.data.values import class_names
 from layerlens.exceptions import ConfigurationError
@@ -54,10 +55,10 @@ def claim(table: Table, config: DataConfig) -> Claim | None:
 
 def read_folder(folder: Path, config: DataConfig) -> Dataset:
     """The images below ``folder``; the sub-folder that an image is in is its class."""
-    images, labels = image_folder(folder, config.max_image_pixels)
+    images, labels, reading = image_folder(folder, config.max_image_pixels)
     names = class_names(labels)
     index = {name: position for position, name in enumerate(names)}
-    return Dataset({"image": images}, tuple(index[label] for label in labels), names, folder.name)
+    return Dataset({"image": images}, tuple(index[label] for label in labels), names, folder.name, reading=reading)
 
 
 def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:

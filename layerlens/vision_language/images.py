@@ -6,18 +6,14 @@ from __future__ import annotations
 
 import glob
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 
-from layerlens.exceptions import DataError, DataNotFoundError
+from layerlens.data.pixels import SUFFIXES, looks_like_image, read_pixels
+from layerlens.exceptions import DataNotFoundError
 from layerlens.models import Detection
-
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"))
-"""What is taken from a folder; a file that is named itself may have any suffix."""
 
 
 def find_images(sources: Sequence[str], base_dir: Path | None = None) -> list[Path]:
@@ -34,7 +30,7 @@ def find_images(sources: Sequence[str], base_dir: Path | None = None) -> list[Pa
     for source in sources:
         path = (base_dir or Path()) / Path(source).expanduser()
         if path.is_dir():
-            files = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES and entry.is_file())
+            files = sorted(entry for entry in path.iterdir() if entry.is_file() and looks_like_image(entry))
             if not files:
                 raise DataNotFoundError(f"images: no image in the folder {path} ({', '.join(sorted(SUFFIXES))})")
         elif path.is_file():
@@ -48,9 +44,7 @@ def find_images(sources: Sequence[str], base_dir: Path | None = None) -> list[Pa
 
 
 def load_image(path: Path, max_megapixels: float) -> Image.Image:
-    """The image in mode RGB, upright; of several frames the first.
-
-    Greyscale with more than 8 bits is scaled from its own darkest to its brightest value.
+    """The image in mode RGB, upright and 8 bits deep; see ``layerlens.data.pixels``.
 
     Args:
         path: the file.
@@ -59,41 +53,8 @@ def load_image(path: Path, max_megapixels: float) -> Image.Image:
     Raises:
         DataError: it cannot be read, is no image, is truncated, or is too large.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
-            with Image.open(path) as opened:
-                megapixels = opened.width * opened.height / 1e6
-                if megapixels > max_megapixels:
-                    raise DataError(
-                        f"{opened.width} x {opened.height} pixels are {megapixels:.0f} megapixels, more than the limit "
-                        f"of {max_megapixels:g} (max_megapixels)"
-                    )
-                opened.load()
-                return _rgb(ImageOps.exif_transpose(opened))
-    except DataError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise DataError(f"refused as a decompression bomb: {error}") from error
-    except (UnidentifiedImageError, ImportError) as error:  # ultralytics tries a reader for HEIF that may not be there
-        raise DataError("not an image that Pillow can read (convert DICOM to PNG first)") from error
-    except MemoryError as error:
-        raise DataError("too large for the memory; lower max_megapixels") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises for damaged files
-        raise DataError(f"the file is truncated or damaged: {' '.join(str(error).split())}") from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        low, high = float(values.min()), float(values.max())
-        scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
-        image = Image.fromarray(scaled.round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "P"):  # transparent parts become black, not what the palette hides there
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(ground, image)
-    return image.convert("RGB")
+    image: Image.Image = read_pixels(path, "RGB", round(max_megapixels * 1e6), "max_megapixels")
+    return image
 
 
 # Bright hues that stay apart for people who see red and green alike (after Okabe and Ito), on dark and light images.

@@ -93,7 +93,7 @@ def test_bad_images_are_marked_and_the_others_go_on(config, plates: Path, tmp_pa
     assert latest["nothing.png"].report == "No findings were detected (confidence 0.25 and above)."
     assert latest["nothing.png"].report_source == "no detections"
     assert latest["nothing.png"].usage is None
-    assert sorted(warnings)[0].startswith("cut.png: failed (load): the file is truncated")
+    assert sorted(warnings)[0].startswith("cut.png: failed (load): is damaged or truncated")
     assert [failure["step"] for failure in result.summary["failures"]] == ["load"] * 3
     names = {path.name for path in (tmp_path / "out" / "results").iterdir()}
     assert names == {"good.json", "good-2.json", "cut.json", "nothing.json", "large.json", "words.json"}
@@ -101,7 +101,7 @@ def test_bad_images_are_marked_and_the_others_go_on(config, plates: Path, tmp_pa
 
 def test_nothing_usable_and_models_that_cannot_be_had(config, plates: Path, tmp_path: Path):
     (tmp_path / "words.png").write_text("hello")
-    with pytest.raises(DataError, match=r"images: none of 1 can be used; .*words.png: not an image"):
+    with pytest.raises(DataError, match=r"images: none of 1 can be used; .*words.png: is not an image"):
         run_vision_language(config(tmp_path / "words.png"), tmp_path / "out")
     with pytest.raises(ModelNotFoundError, match="detector: no weights at"):
         run_vision_language(config(plates, detector="missing.pt"), tmp_path / "out")
@@ -199,7 +199,7 @@ def test_command_line(
     assert some.exit_code == 1
     assert "error: 1 of 2 images failed; the reasons are in summary.json" in some.stderr
     for arguments, code, line in (
-        (["-i", "words.png"], 4, "error: images: none of 1 can be used; words.png: not an image"),
+        (["-i", "words.png"], 4, "error: images: none of 1 can be used; words.png: is not an image"),
         (["-i", "missing.png"], 4, "error: images: nothing at missing.png"),
         (["-i", "words.png", "--detector", "missing.pt"], 4, "error: detector: no weights at missing.pt"),
         (["-i", "words.png", "--repeats", "0"], 2, "error: PipelineConfig.repeats: must be greater than"),
