@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from layerlens.data.dataset import Dataset
-from layerlens.data.images import SUFFIXES, StoredImage
+from layerlens.data.images import Check, StoredImage
+from layerlens.data.pixels import SUFFIXES
 from layerlens.data.rows import Reading
 from layerlens.exceptions import DataError, DataNotFoundError
 from layerlens.utils.places import check_readable
@@ -62,19 +63,20 @@ def read_yolo(path: Path, max_pixels: int) -> Dataset:
     if not files:
         raise DataError(f"data.source: {path}: no images in {', '.join(described.train)}; known: {', '.join(SUFFIXES)}")
     images, labels, boxes, left_out = [], [], [], {}
-    unlabelled = 0
+    unlabelled, check = 0, Check()
     for number, file in enumerate(files, start=1):
         check_readable(file, path)
         label_file = _label_file(file)
         check_readable(label_file, path)
         unlabelled += not label_file.is_file()
+        image = StoredImage(_name(file, described.root), path=file, max_pixels=max_pixels)
         try:
-            _check_image(file, max_pixels)
+            _check_image(file, image, check)
             found = list(_objects(label_file, described))
         except _Unusable as error:
             left_out[number] = str(error)
             continue
-        images.append(StoredImage(_name(file, described.root), path=file, max_pixels=max_pixels))
+        images.append(image)
         labels.append(tuple(kind for kind, _ in found))
         boxes.append(tuple(box for _, box in found))
     if not images:
@@ -86,7 +88,7 @@ def read_yolo(path: Path, max_pixels: int) -> Dataset:
         )
     if unlabelled:
         notes.append(f"{unlabelled} of {len(files)} images have no label file, so no objects")
-    reading = Reading(len(files), left_out=left_out, notes=tuple(notes))
+    reading = Reading(len(files), left_out=left_out, notes=(*notes, *check.notes))
     columns = {"image": tuple(images), "boxes": tuple(boxes)}
     return Dataset(columns, tuple(labels), described.names, path.name, reading=reading)
 
@@ -190,20 +192,14 @@ def _label_file(image: Path) -> Path:
     return Path(*parts, image.name).with_suffix(".txt")
 
 
-def _check_image(file: Path, max_pixels: int) -> None:
-    """That the file is an image, by its first bytes."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-    except FileNotFoundError as error:
-        raise _Unusable(f"is not there, got {file}") from error
-    except Exception as error:  # PIL's readers raise what they like
-        raise _Unusable(f"is no image that can be read, got {file} ({error})") from error
-    if width * height > max_pixels:
-        raise _Unusable(f"has more pixels than data.max_image_pixels ({max_pixels:,}), got {file}")
-    if min(width, height) < SMALLEST_SIDE:
+def _check_image(file: Path, image: StoredImage, check: Check) -> None:
+    """That the file is an image that can be read, and no strip of one."""
+    if not file.is_file():
+        raise _Unusable(f"is not there, got {file}")
+    if fault := check.fault(image):
+        raise _Unusable(f"{fault}, got {file}")
+    header = image.header()
+    if min(header.width, header.height) < SMALLEST_SIDE:
         raise _Unusable(f"has sides of fewer than {SMALLEST_SIDE} pixels, got {file}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layerlens.config import RunConfig
+from layerlens.config import ModelConfig, RunConfig
 from layerlens.config.optimization import UNIFORM_LORA
 from layerlens.data import Dataset
 from layerlens.data.dataset import TEST_SHARE
@@ -79,13 +79,12 @@ def split_samples(
     return together.select(parts[0]), head, together.select(parts[1])
 
 
-def functions_of(config: RunConfig, base_dir: Path) -> CodeIdentity | None:
+def functions_of(model: ModelConfig, source: str, base_dir: Path) -> CodeIdentity | None:
     """The user's functions that a configuration names, before any of them is called; None where it names none.
 
     Raises:
         ConfigurationError: there is no such function.
     """
-    model, source = config.model, config.data.source
     named = {"model.factory": model.factory, "model.loss": model.loss}
     if REFERENCE.fullmatch(source) and not source.startswith("builtin:") and not (base_dir / source).exists():
         named["data.source"] = source

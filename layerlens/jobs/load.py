@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,18 +111,15 @@ def load(job: Job) -> Loaded:
     Raises:
         LayerLensError: with one line that says what to do.
     """
-    functions = functions_of(job.config, job.base_dir)
-    return replace(_as_planned(job), functions="" if functions is None else functions.digest)
-
-
-def _as_planned(job: Job) -> Loaded:
     config = job.config
+    functions = functions_of(config.model, config.data.source, job.base_dir)
     with job.clock.stage("load"), job.progress.stage("Loading model and data"):
         placement = placement_arguments(config.model.device_map, config.model.max_memory, config.model.offload_folder)
         dataset = load_dataset(config.data, job.base_dir, config.model.task)
+        made = partial(_load, job, dataset, functions="" if functions is None else functions.digest)
         plan = plan_as_asked(config.profiling)
         if plan is not None:
-            return _load(job, dataset, plan, placement=placement)
+            return made(plan, placement=placement)
         refused: dict[str, str] = {}
         skeleton, unsaid = None, Warnings()
         reason = config.model.source.why_not_streamable(config.model.reference)
@@ -133,12 +131,12 @@ def _as_planned(job: Job) -> Loaded:
             refused[STREAMED] = reason
         else:
             try:
-                skeleton = _load(job, dataset, MemoryPlan(STREAMED, "", {}), warnings=unsaid)
+                skeleton = made(MemoryPlan(STREAMED, "", {}), warnings=unsaid)
             except ModelSpecError as error:
                 if error.exit_code != ModelSpecError.exit_code:  # the model is not there, or damaged
                     raise
                 refused[STREAMED] = reason_of(error)
-        loaded = skeleton or _load(job, dataset, MemoryPlan(PLAIN, "", {}))
+        loaded = skeleton or made(MemoryPlan(PLAIN, "", {}))
         predicted = predict_memory(
             loaded.pretrained, loaded.spec, loaded.batches, loaded.request, config.data.max_length
         )
@@ -149,13 +147,13 @@ def _as_planned(job: Job) -> Loaded:
             for line in unsaid.lines:
                 job.warnings.add(line)
         elif skeleton is not None:
-            return _load(job, dataset, plan)
+            return made(plan)
         return replace(loaded, plan=plan)
 
 
 def _load(
     job: Job, dataset: Dataset, plan: MemoryPlan, placement: dict[str, Any] | None = None,
-    warnings: Warnings | None = None,
+    warnings: Warnings | None = None, functions: str = "",
 ) -> Loaded:  # fmt: skip
     config = job.config
     task = task_for(config.model, job.base_dir, dataset)
@@ -202,7 +200,8 @@ def _load(
         methods=config.optimization.methods,
     )
     request = statistics_request(config)
-    return Loaded(pretrained, dataset, calibration, head_data, held_out, batches, spec, plan, task, request)
+    return Loaded(pretrained, dataset, calibration, head_data, held_out, batches, spec, plan, task, request,
+                  functions=functions)  # fmt: skip
 
 
 def summary_of(config: RunConfig, base_dir: Path) -> DataSummary | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from layerlens.integrations.model_code import model_code
-from layerlens.jobs.job import Job
+from layerlens.jobs.job import Warn
 from layerlens.jobs.load import Loaded
+from layerlens.profiling.cache import SensitivityCache
 from layerlens.registry import METHODS
 from layerlens.tasks import Task
 from layerlens.utils.code_identity import CodeIdentity
@@ -42,16 +42,13 @@ def task_parts(task: Task) -> dict[str, Any]:
     return {"the task": task.name, "model.loss": task.loss, "encode": task.encode, "collate": task.collate}
 
 
-def without_blind_cache(job: Job, loaded: Loaded) -> Job:
-    """The job; without the cache, and with a warning, where code cannot be told from another version of it."""
-    if job.cache is None:
-        return job
-    unknown = code_of(loaded).unknown
-    if not unknown:
-        return job
-    if job.processes.first:
-        job.warnings.add(f"cache: nothing is taken from it or kept in it, since {told(unknown)}")
-    return replace(job, cache=None)
+def usable_cache(cache: SensitivityCache | None, loaded: Loaded, warn: Warn) -> SensitivityCache | None:
+    """The cache; None, with a warning, where code cannot be told from another version of it."""
+    unknown = code_of(loaded).unknown if cache is not None else {}
+    if unknown:
+        warn(f"cache: nothing is taken from it or kept in it, since {told(unknown)}")
+        return None
+    return cache
 
 
 def told(unknown: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from layerlens.config import RunConfig
@@ -16,7 +17,7 @@ from layerlens.jobs.inputs import data_facts
 from layerlens.jobs.job import Job, Warn, job_with_model, job_without_model, unheard
 from layerlens.jobs.load import load
 from layerlens.jobs.measure import measure
-from layerlens.jobs.own_code import without_blind_cache
+from layerlens.jobs.own_code import usable_cache
 from layerlens.jobs.result import CHOICE_FILES, STATISTICS_FILE, RunResult, observed, published
 from layerlens.jobs.solve import make_manifest, run_provenance
 from layerlens.jobs.write import export, now, report, result_of, writing
@@ -78,7 +79,7 @@ def run_config(
 def _run(job: Job) -> RunResult:
     loaded = load(job)
     data = loaded.summary(job.config.data)
-    job = without_blind_cache(job, loaded)
+    job = replace(job, cache=usable_cache(job.cache, loaded, job.warnings.add))
     measured = measure(job, loaded)
     if measured is None:  # this process's share is handed in; process 0 goes on
         result: RunResult = job.processes.from_first("result")
