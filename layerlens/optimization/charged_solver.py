@@ -25,6 +25,9 @@ from layerlens.optimization.problem import exact_sum
 
 # Modes that get prices of their own, and modes that are searched at length.
 PRICED_MODES, SEARCHED_MODES, STARTED_MODES = 48, 12, 3
+# The first allocations are made of joint choices within this share of the bound, and of the best choices at the prices
+# times these factors: frugal ones, from which there is something to give back, and generous ones.
+STARTED_SHARE, PRICE_FACTORS = 0.02, (0.25, 0.5, 0.8, 1.25, 2.0, 4.0, 1e3)
 # A cost so near its budget, as a share of it, is summed exactly.
 NEAR_LIMIT = 1e-9
 # Joint choices that quick searches list, and those that prove.
@@ -35,13 +38,20 @@ Report = Callable[[str, float | None, float], None]
 
 @dataclass
 class _Mode:
-    """What is known of one mode: its bound (in the instance's units) and the prices that prove it."""
+    """What is known of one mode, in the instance's units.
+
+    Args:
+        index: which mode.
+        bound: the least proved so far, by prices or by a search.
+        dual: what the prices of ``state`` prove; regrets count from there.
+        own: the prices were sought for this mode.
+    """
 
     index: int
     bound: float
+    dual: float
     state: State
     own: bool = False
-    finished: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,9 +94,9 @@ class ChargedSearch:
             state = self.charged.minimise(-1)
         self.joint = state
         self.modes = [
-            _Mode(index, self.charged.bound(state.price, float(score)), state)
+            _Mode(index, bound, bound, state)
             for index, score in enumerate(state.score)
-            if score > -math.inf
+            if (bound := self.charged.bound(state.price, float(score))) > -math.inf
         ]
         self.report("multipliers", None, self.bound)
 
@@ -128,30 +138,36 @@ class ChargedSearch:
         return True
 
     def start(self) -> None:
-        """Prices for the best modes, and allocations in the first of them."""
-        priced = 0
-        while priced < PRICED_MODES and not self.closed():
-            mode = next((mode for mode in self.open_modes() if not mode.own), None)
-            if mode is None:
+        """Prices for the best modes, and allocations in the first of them.
+
+        Prices of one mode often prove enough about its neighbours, so the best mode without prices of its own comes
+        next, until none lies above those that have them.
+        """
+        for _ in range(PRICED_MODES):
+            top = self.open_modes()[0] if self.modes else None
+            if top is None or top.own:
                 break
-            self._price(mode)
-            if priced < STARTED_MODES or self.choice is None:
-                self._start_in(mode)
-            priced += 1
-        if self.choice is None:
+            self._price(top)
+        for thorough in (False, True):
             for mode in self.open_modes()[:STARTED_MODES]:
-                self._start_in(mode, thorough=True)
+                if not self.closed():
+                    self._start_in(mode, thorough)
+            if self.choice is not None:
+                break
         if self.choice is not None:
             self.report("guided search", self.value, self.bound)
 
     def _price(self, mode: _Mode) -> None:
+        """Prices of its own for a mode; what they say of the others counts, too."""
         mode.own = True
-        state = self.joint
-        if self.charged.instance.n_resources and state.price.any():
-            state = self.charged.minimise(mode.index, state.price)
-            bound = self.charged.bound(state.price, float(state.score[mode.index]))
-            if bound < mode.bound:
-                mode.bound, mode.state = bound, state
+        if not self.charged.instance.n_resources or not self.joint.price.any():
+            return
+        state = self.charged.minimise(mode.index, mode.state.price)
+        for each in self.modes:
+            bound = self.charged.bound(state.price, float(state.score[each.index]))
+            if bound < each.dual:
+                each.dual, each.state = bound, state
+                each.bound = min(each.bound, bound)
 
     def _start_in(self, mode: _Mode, thorough: bool = False) -> None:
         """An allocation that pays the charges of the best choice at the mode's prices."""
@@ -160,12 +176,32 @@ class ChargedSearch:
             return
         if not self.charged.instance.n_resources:
             return
+        also = [self._at_prices(mode, factor) for factor in PRICE_FACTORS]
+        for choice in also:
+            self.offer(choice)
+        limit = STARTED_SHARE * abs(mode.dual)
+        compounds = build_compounds(
+            self.charged, mode.state, mode.index, mode.dual, limit, QUICK_COMPOUNDS, [c for c in also if c is not None]
+        )
+        if compounds is not None:
+            joint = guided_search(compounds.reduced.instance, compounds.dual)
+            if joint is not None:
+                self.offer(compounds.choice(joint))
+        if self.choice is not None and not thorough:
+            return
         reduced, option, dual = self.charged.pattern(mode.state, mode.index, items)
         found = guided_search(reduced.instance, dual)
         if found is None and thorough:
             found = find_fitting(reduced, dual, self.threads)
         if found is not None:
             self.offer(option[found][: len(self.problem.layers)])
+
+    def _at_prices(self, mode: _Mode, factor: float) -> np.ndarray | None:
+        """The mode's best choice at its prices times a factor; None where the prices are too high to tell."""
+        state = self.charged.at(factor * mode.state.price)
+        if not np.isfinite(state.score[mode.index]):
+            return None
+        return self.charged.choice(state, self.charged.items(state, mode.index))
 
     def search(self, *, quick: bool, prove: bool) -> None:
         """Beam searches on the joint choices of each mode that may still be better."""
@@ -175,7 +211,7 @@ class ChargedSearch:
         for mode in self.open_modes()[: PRICED_MODES if quick else SEARCHED_MODES]:
             if self.closed():
                 return
-            if mode.finished or mode.bound <= self.scaled:
+            if mode.bound <= self.scaled:
                 continue
             self._search_in(mode, quick, prove)
             self.report("beam search", self.value, self.bound)
@@ -183,10 +219,14 @@ class ChargedSearch:
     def _search_in(self, mode: _Mode, quick: bool, prove: bool) -> None:
         if not mode.own:
             self._price(mode)
-        limit = mode.bound - self.scaled + self.reduced.rounding(mode.state.price)
+        if mode.bound <= self.scaled:
+            return
+        limit = mode.dual - self.scaled + self.reduced.rounding(mode.state.price)
         own = self.choice if self._mode_of(self.choice) == mode.index else None
         most = QUICK_COMPOUNDS if quick else ALL_COMPOUNDS
-        compounds = build_compounds(self.charged, mode.state, mode.index, mode.bound, limit, most, own)
+        compounds = build_compounds(
+            self.charged, mode.state, mode.index, mode.dual, limit, most, () if own is None else (own,)
+        )
         if compounds is None:
             return
         instance = compounds.reduced.instance
@@ -206,7 +246,7 @@ class ChargedSearch:
         found = incumbent.value > before and self.offer(compounds.choice(incumbent.choice))
         beyond = -math.inf
         if compounds.limit < math.inf:
-            beyond = mode.bound - compounds.limit + self.reduced.rounding(mode.state.price)
+            beyond = mode.dual - compounds.limit + self.reduced.rounding(mode.state.price)
         bound = self.reduced.round_down(max(incumbent.bound, beyond))
         mode.bound = min(mode.bound, max(bound, before))
         if found:

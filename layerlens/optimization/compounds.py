@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +55,7 @@ class TooManyError(Exception):
 
 
 def build_compounds(
-    charged: Charged, state: State, mode: int, bound: float, limit: float, most: int, also: np.ndarray | None
+    charged: Charged, state: State, mode: int, bound: float, limit: float, most: int, also: Sequence[np.ndarray]
 ) -> Compounds | None:
     """The mode's joint choices with regret at most ``limit``, or less where there are more than ``most``.
 
@@ -65,7 +66,7 @@ def build_compounds(
         bound: what they prove.
         limit: regret above which nothing matters.
         most: joint choices in all.
-        also: an allocation whose joint choices are listed whatever their regret, if it belongs to the mode.
+        also: allocations of the mode whose joint choices are listed whatever their regret.
 
     Returns None where not even the favourites can be listed.
     """
@@ -85,8 +86,8 @@ def build_compounds(
         at *= GROWTH
     if found is None:
         return None
-    if also is not None:
-        _add(charged, found, also)
+    for each in also:
+        _add(charged, found, each)
     return _plain(charged, state, mode, bound, found, math.inf if reached >= limit else reached)
 
 

@@ -78,7 +78,7 @@ def refine_charged(search: ChargedSearch, deterministic_time: float, seed: int) 
     keep = np.zeros(len(problem.options), dtype=bool)
     keep[choice] = True
     for mode in modes:
-        limit = mode.bound - search.scaled + search.reduced.rounding(mode.state.price)
+        limit = mode.dual - search.scaled + search.reduced.rounding(mode.state.price)
         keep |= option_regrets(search.charged, mode.state, mode.index) <= limit
     option = np.flatnonzero(keep)
     if len(option) - len(problem.layers) > MAX_CANDIDATES:
