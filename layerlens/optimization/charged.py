@@ -90,6 +90,11 @@ class Charged:
         margin = (n + 2 * m + 14) * UNIT_ROUNDOFF * size + (n + 1) * (m + 1) * 2.0**-1074
         return self.reduced.round_down(exact_sum((score, priced, margin)))
 
+    def rounding(self, price: np.ndarray) -> float:
+        """How far a regret, added up over nodes of the graph, can lie from the exact one; as ``Reduced.rounding``."""
+        size = self.reduced.largest_value + float(np.sum(price * self.instance.capacity))
+        return (64.0 + self.instance.n_groups) * UNIT_ROUNDOFF * size
+
     def minimise(self, mode: int, start: np.ndarray | None = None) -> State:
         """The prices of the least bound of one mode, or of all (-1), from the prices ``start`` on."""
         capacity = self.instance.capacity

@@ -23,8 +23,10 @@ from layerlens.optimization.core_search import Incumbent, find_fitting, search_c
 from layerlens.optimization.lagrangian import guided_search
 from layerlens.optimization.problem import exact_sum
 
-# Modes that get prices of their own, and modes that are searched at length.
+# Modes that get prices of their own, modes that are searched at length, and modes in which a first allocation is
+# sought. Large problems look at fewer modes: as many as so many numbers allow, each mode looking at all some 40 times.
 PRICED_MODES, SEARCHED_MODES, STARTED_MODES = 48, 12, 3
+PRICED_NUMBERS, LOOKS = 1_600_000_000, 40
 # The first allocations are made of joint choices within this share of the bound, and of the best choices at the prices
 # times these factors: frugal ones, from which there is something to give back, and generous ones.
 STARTED_SHARE, PRICE_FACTORS = 0.02, (0.25, 0.5, 0.8, 1.25, 2.0, 4.0, 1e3)
@@ -52,6 +54,15 @@ class _Mode:
     dual: float
     state: State
     own: bool = False
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The better of an old and a new allocation, and the better bound, in the problem's units."""
+
+    choice: np.ndarray
+    value: float
+    bound: float
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,8 @@ class ChargedSearch:
         self.value = -math.inf
         self.stages = ["greedy-lagrangian"]
         m = self.charged.instance.n_resources
+        numbers = LOOKS * (m + 1) * len(problem.options)
+        self.most_modes = max(2, min(PRICED_MODES, PRICED_NUMBERS // numbers))
         start = self.charged.at(np.zeros(m))
         self.possible = bool(np.any(np.isfinite(start.score)))
         if not self.possible:
@@ -143,17 +156,15 @@ class ChargedSearch:
         Prices of one mode often prove enough about its neighbours, so the best mode without prices of its own comes
         next, until none lies above those that have them.
         """
-        for _ in range(PRICED_MODES):
+        for _ in range(self.most_modes):
             top = self.open_modes()[0] if self.modes else None
             if top is None or top.own:
                 break
             self._price(top)
         for thorough in (False, True):
             for mode in self.open_modes()[:STARTED_MODES]:
-                if not self.closed():
+                if self.choice is None:
                     self._start_in(mode, thorough)
-            if self.choice is not None:
-                break
         if self.choice is not None:
             self.report("guided search", self.value, self.bound)
 
@@ -208,7 +219,7 @@ class ChargedSearch:
         if self.closed() or self.choice is None or not self.charged.instance.n_resources:
             return
         self.stages.append("beam-search")
-        for mode in self.open_modes()[: PRICED_MODES if quick else SEARCHED_MODES]:
+        for mode in self.open_modes()[: min(self.most_modes, PRICED_MODES if quick else SEARCHED_MODES)]:
             if self.closed():
                 return
             if mode.bound <= self.scaled:
@@ -221,7 +232,7 @@ class ChargedSearch:
             self._price(mode)
         if mode.bound <= self.scaled:
             return
-        limit = mode.dual - self.scaled + self.reduced.rounding(mode.state.price)
+        limit = mode.dual - self.scaled + self.charged.rounding(mode.state.price)
         own = self.choice if self._mode_of(self.choice) == mode.index else None
         most = QUICK_COMPOUNDS if quick else ALL_COMPOUNDS
         compounds = build_compounds(
@@ -246,11 +257,22 @@ class ChargedSearch:
         found = incumbent.value > before and self.offer(compounds.choice(incumbent.choice))
         beyond = -math.inf
         if compounds.limit < math.inf:
-            beyond = mode.dual - compounds.limit + self.reduced.rounding(mode.state.price)
+            beyond = mode.dual - compounds.limit + self.charged.rounding(mode.state.price)
         bound = self.reduced.round_down(max(incumbent.bound, beyond))
         mode.bound = min(mode.bound, max(bound, before))
         if found:
             self.report("beam search", self.value, self.bound)
+
+    def take(self, refined: Refined | None) -> None:
+        """What CP-SAT found and proved of all modes that were open."""
+        if refined is None:
+            return
+        self.stages.append("cp-sat")
+        self.offer(refined.choice)
+        bound = math.ldexp(refined.bound, self.reduced.value_exponent)
+        for mode in self.modes:
+            mode.bound = min(mode.bound, bound)
+        self.report("cp-sat", self.value, self.bound)
 
     def _mode_of(self, choice: np.ndarray | None) -> int:
         structure = self.charged.structure
@@ -268,7 +290,7 @@ class ChargedSearch:
             multipliers[self.reduced.rows] = np.ldexp(
                 top.price, self.reduced.scale_exponents - self.reduced.value_exponent
             )
-        return ChargedAnswer(self.choice, self.value, self.bound, multipliers, tuple(self.stages))
+        return ChargedAnswer(self.choice, self.value, self.bound, multipliers, tuple(dict.fromkeys(self.stages)))
 
     def _best_state(self) -> State:
         """Prices of the mode of the answer."""

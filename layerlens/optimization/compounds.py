@@ -22,7 +22,7 @@ from layerlens.optimization.lagrangian import Dual
 from layerlens.optimization.reduced import Reduced
 
 # The limit grows to what is wanted in steps of this factor, from this share of it on.
-FIRST_SHARE, GROWTH = 1.0 / 64.0, 2.0
+FIRST_SHARE, GROWTH = 1.0 / 64.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,14 @@ def _plain(
     # Columns: options, charges, stages.
     columns: list[list[int]] = []
     options: list[tuple[int, ...]] = []
+    caused: dict[int, frozenset[int]] = {}
     for part in found:
         for chosen in part:
-            paid = {int(c) for option in chosen for c in problem.causes.of(option)} - structure.switched
+            paid: set[int] = set()
+            for each in chosen:
+                if each not in caused:
+                    caused[each] = frozenset(problem.causes.of(each).tolist()) - structure.switched
+                paid |= caused[each]
             columns.append([*chosen, *(n_options + c for c in sorted(paid))])
             options.append(chosen)
     columns.append([n_options + c for c in fixed] + ([n_options + n_charges + s] if s < structure.n_stages else []))

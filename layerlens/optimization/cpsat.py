@@ -26,7 +26,7 @@ import numpy as np
 from layerlens.exceptions import InfeasibleError, OptimizationError
 from layerlens.models import AllocationProblem
 from layerlens.optimization.charged import keeps, option_regrets, true_use, true_value
-from layerlens.optimization.charged_solver import ChargedSearch
+from layerlens.optimization.charged_solver import ChargedSearch, Refined
 from layerlens.optimization.feasibility import conflict_message
 from layerlens.optimization.lagrangian import Candidates, Dual, candidates_within
 from layerlens.optimization.reduced import Reduced
@@ -37,15 +37,6 @@ VALUE_SUM_BITS, COST_SUM_BITS = 45, 45
 MAX_CANDIDATES = 20_000
 # How often an allocation that fits in integers but not in floats is forbidden before giving up on the proof.
 MAX_FORBIDDEN = 8
-
-
-@dataclass(frozen=True)
-class Refined:
-    """The better of the old and the new allocation, and the better bound."""
-
-    choice: np.ndarray
-    value: float
-    bound: float
 
 
 def refine(
@@ -73,12 +64,14 @@ def refine_charged(search: ChargedSearch, deterministic_time: float, seed: int) 
     problem, choice, value = search.problem, search.choice, search.value
     assert choice is not None
     modes = search.open_modes()
+    if len(modes) > search.most_modes:
+        return None
     others = max((mode.bound for mode in search.modes if mode not in modes), default=-math.inf)
     rest = max(value, math.ldexp(others, -search.reduced.value_exponent)) if others > -math.inf else value
     keep = np.zeros(len(problem.options), dtype=bool)
     keep[choice] = True
     for mode in modes:
-        limit = mode.dual - search.scaled + search.reduced.rounding(mode.state.price)
+        limit = mode.dual - search.scaled + search.charged.rounding(mode.state.price)
         keep |= option_regrets(search.charged, mode.state, mode.index) <= limit
     option = np.flatnonzero(keep)
     if len(option) - len(problem.layers) > MAX_CANDIDATES:

@@ -273,13 +273,21 @@ def _settle(problem: AllocationProblem, group__o: np.ndarray) -> tuple[np.ndarra
         value,
         cost__ro,
         _Shared(
-            cost__cr=np.array([[exact_sum(cost__cr[each, r]) for r in range(m)] for each in merged]).reshape(-1, m),
+            cost__cr=np.array([_sum_rows(cost__cr, each) for each in merged]).reshape(-1, m),
             penalty=np.array([exact_sum(penalty[each]) for each in merged]),
             option=option[order],
             charge=charge[order],
             members=merged,
         ),
     )
+
+
+def _sum_rows(cost__cr: np.ndarray, rows: list[int]) -> list[float]:
+    """Correctly rounded sums of some rows."""
+    if len(rows) == 1:
+        own: list[float] = cost__cr[rows[0]].tolist()
+        return own
+    return [exact_sum(column) for column in cost__cr[rows].T]
 
 
 def _switches(shared: _Shared, stage__o: np.ndarray) -> np.ndarray:
