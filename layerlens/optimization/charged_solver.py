@@ -32,8 +32,10 @@ PRICED_NUMBERS, LOOKS = 1_600_000_000, 40
 STARTED_SHARE, PRICE_FACTORS = 0.02, (0.25, 0.5, 0.8, 1.25, 2.0, 4.0, 1e3)
 # A cost so near its budget, as a share of it, is summed exactly.
 NEAR_LIMIT = 1e-9
-# Joint choices that quick searches list, and those that prove.
-QUICK_COMPOUNDS, ALL_COMPOUNDS = 1_500, 20_000
+# Joint choices that quick searches list, at least and for each part, and those that prove.
+QUICK_COMPOUNDS, PART_COMPOUNDS, ALL_COMPOUNDS = 1_500, 6, 20_000
+# Where the first allocation is further from its bound, the charges that the prices suggest are tried as they are.
+FAR = 0.005
 
 Report = Callable[[str, float | None, float], None]
 
@@ -95,6 +97,7 @@ class ChargedSearch:
         self.stages = ["greedy-lagrangian"]
         m = self.charged.instance.n_resources
         numbers = LOOKS * (m + 1) * len(problem.options)
+        self.few = max(QUICK_COMPOUNDS, PART_COMPOUNDS * len(self.charged.structure.charges.stage))
         self.most_modes = max(2, min(PRICED_MODES, PRICED_NUMBERS // numbers))
         start = self.charged.at(np.zeros(m))
         self.possible = bool(np.any(np.isfinite(start.score)))
@@ -192,13 +195,14 @@ class ChargedSearch:
             self.offer(choice)
         limit = STARTED_SHARE * abs(mode.dual)
         compounds = build_compounds(
-            self.charged, mode.state, mode.index, mode.dual, limit, QUICK_COMPOUNDS, [c for c in also if c is not None]
+            self.charged, mode.state, mode.index, mode.dual, limit, self.few, [c for c in also if c is not None]
         )
         if compounds is not None:
             joint = guided_search(compounds.reduced.instance, compounds.dual)
             if joint is not None:
                 self.offer(compounds.choice(joint))
-        if self.choice is not None and not thorough:
+        near = self.choice is not None and mode.bound - self.scaled <= FAR * abs(mode.bound)
+        if near and not thorough:
             return
         reduced, option, dual = self.charged.pattern(mode.state, mode.index, items)
         found = guided_search(reduced.instance, dual)
@@ -234,7 +238,7 @@ class ChargedSearch:
             return
         limit = mode.dual - self.scaled + self.charged.rounding(mode.state.price)
         own = self.choice if self._mode_of(self.choice) == mode.index else None
-        most = QUICK_COMPOUNDS if quick else ALL_COMPOUNDS
+        most = self.few if quick else max(self.few, ALL_COMPOUNDS)
         compounds = build_compounds(
             self.charged, mode.state, mode.index, mode.dual, limit, most, () if own is None else (own,)
         )

@@ -35,6 +35,8 @@ from layerlens.optimization.reduced import Reduced
 VALUE_SUM_BITS, COST_SUM_BITS = 45, 45
 # A larger core is left alone: building the model alone would take longer than the rest of the solve.
 MAX_CANDIDATES = 20_000
+# The same with charges, which count, too.
+MAX_INDICATED = 5_000
 # How often an allocation that fits in integers but not in floats is forbidden before giving up on the proof.
 MAX_FORBIDDEN = 8
 
@@ -74,7 +76,7 @@ def refine_charged(search: ChargedSearch, deterministic_time: float, seed: int) 
         limit = mode.dual - search.scaled + search.charged.rounding(mode.state.price)
         keep |= option_regrets(search.charged, mode.state, mode.index) <= limit
     option = np.flatnonzero(keep)
-    if len(option) - len(problem.layers) > MAX_CANDIDATES:
+    if len(option) - len(problem.layers) + len(problem.charges) > MAX_INDICATED:
         return None
     group = np.searchsorted(problem.offset, option, side="right") - 1
     model = _CoreModel.build(problem, Candidates(option, np.zeros(len(option)), group))
@@ -225,6 +227,7 @@ class _CoreModel:
             self.members.setdefault(int(core.group[c]), []).append(int(c))
         for members in self.members.values():
             self.model.add_exactly_one([self.variable[c] for c in members])
+        self.candidate = {int(option): c for c, option in enumerate(core.option)} if problem.charged else {}
         self.stage: list[Any] = []
         self.indicators = self._charges(problem) + self._depth(problem)
         for r, (row, capacity) in enumerate(zip(problem.cost__ro, problem.capacity, strict=True)):
@@ -241,17 +244,23 @@ class _CoreModel:
 
     def _causing(self, options: np.ndarray) -> tuple[bool, list[list[Any]]]:
         """Whether a fixed option is among these, and else the variables of those that are, group by group."""
-        if np.isin(self.fixed, options).any():
-            return True, []
-        wanted = np.isin(self.option, options)
-        found = [[self.variable[c] for c in members if wanted[c]] for members in self.members.values()]
-        return False, [each for each in found if each]
+        groups: dict[int, list[Any]] = {}
+        for option in options.tolist():
+            candidate = self.candidate.get(option)
+            if candidate is None:
+                continue
+            if candidate not in self.variable:
+                return True, []
+            groups.setdefault(int(self.group[candidate]), []).append(self.variable[candidate])
+        return False, list(groups.values())
 
     def _charges(self, problem: AllocationProblem) -> list[_Indicator]:
         """A variable for each group charge that an option may cause; a layer's options that cause it are at most it."""
         found = []
+        order = np.argsort(problem.causes.charge, kind="stable")
+        begin = np.searchsorted(problem.causes.charge[order], np.arange(len(problem.charges) + 1))
         for index, charge in enumerate(problem.charges):
-            always, groups = self._causing(problem.causes.option[problem.causes.charge == index])
+            always, groups = self._causing(problem.causes.option[order[begin[index] : begin[index + 1]]])
             if not always and not groups:
                 continue
             variable = self.model.new_constant(1) if always else self.model.new_bool_var("")
