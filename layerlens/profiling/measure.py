@@ -58,7 +58,7 @@ def measure(
         request: which statistics.
         sequence_length: tokens of the sequences for which memory and FLOPs are counted.
         threads: for the kernels; torch's own threads are set by the caller.
-        progress: told of every batch.
+        progress: called after every batch.
         loss: the loss of each sample, or of a batch, which then counts as one sample.
         other_modules: modules outside the layers whose weights are measured too (``measurable_modules``).
         saved: where the pass is kept after batches, and taken up again if an earlier one was interrupted.
