@@ -195,34 +195,40 @@ def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, 
     methods = {row.method for row in manifest.allocations} - {"none"}
     from layerlens.models import LORA
     from layerlens.tuning.card import resizing
+    from layerlens.tuning.task_head import HEAD_FILE
 
-    heads, standard, tokens = list(manifest.model.heads), [], manifest.model.token_training
-    lines = resizing(tokens, "base").splitlines()
-    if methods == {LORA} and peft_directory is not None and heads and not manifest.lora.is_measured:
-        # With the configuration PEFT trains and saves the head too; from_pretrained would leave it out.
-        imports = ["from peft import PeftConfig, get_peft_model", *imports]
-        lines += [
-            f"config = PeftConfig.from_pretrained({short(peft_directory)!r})",
-            f"config.modules_to_save = {heads}  # the task head, trained and saved with the adapter",
-        ]
-        lines += ["config.ensure_weight_tying = True"] if tokens and tokens.whole_modules and tokens.tied else []
-        tuned = "get_peft_model(base, config)"
-    elif methods == {LORA} and peft_directory is not None and not heads:
+    standard: list[str] = []
+    lines = resizing(manifest.model.token_training, "base").splitlines()
+    if methods == {LORA} and peft_directory is not None and _has_heads(peft_directory, manifest.model.heads):
         imports = ["from peft import PeftModel", *imports]
         tuned = f"PeftModel.from_pretrained(base, {short(peft_directory)!r}, is_trainable=True)"
     else:
         standard = ["from pathlib import Path", ""]
         measured = manifest.lora.is_measured and LORA in methods
-        names = "apply, read_factors" if measured else "apply"
+        fitted = manifest.model.heads and (path.parent / HEAD_FILE).is_file()
+        names = ", ".join(["apply", *["read_factors"] * measured, *["read_head"] * bool(fitted)])
         own = ["from layerlens.manifest import read_manifest", f"from layerlens.tuning import {names}"]
         imports = [*imports, "", *own] if imports else own
-        tuned = f"apply(base, read_manifest(Path({short(path)!r})))"
+        given, plan = "", f"read_manifest(Path({short(path)!r}))"
         if measured:  # LoRA's first A is in the exported adapter
             peft = short(peft_directory or path.parent / "peft")
-            imports += ["", f"manifest = read_manifest(Path({short(path)!r}))"]
-            tuned = f"apply(base, manifest, factors=read_factors(Path({peft!r}), manifest))"
+            imports += ["", f"manifest = {plan}"]
+            given, plan = f", factors=read_factors(Path({peft!r}), manifest)", "manifest"
+        if fitted:
+            given += f", head=read_head(Path({short(path.parent)!r}))"
+        tuned = f"apply(base, {plan}{given})"
     comment = "# Now train `model` as you would any other: Trainer, TRL, or your own loop."
     return "\n".join([*standard, *imports, "", f"base = {base}", *lines, f"model = {tuned}", comment, ""])
+
+
+def _has_heads(peft_directory: Path, heads: tuple[str, ...]) -> bool:
+    """Whether PEFT trains the task head too; directories of earlier versions left it out."""
+    import json
+
+    config = peft_directory / "adapter_config.json"
+    if not heads or not config.is_file():
+        return True
+    return bool(json.loads(config.read_text(encoding="utf-8")).get("modules_to_save"))
 
 
 def _base_model(manifest: Manifest, model: str | None) -> tuple[list[str], str]:

@@ -66,6 +66,7 @@ class Loaded:
         new_head: whether the task head that the model lacks is fitted already.
         example: what the model takes, without targets, where the inputs of a batch are something else.
         functions: digest of the user's functions that the configuration names; "" where it names none.
+        heads: modules of a new head, where they are known otherwise than from the parameters that a checkpoint lacks.
     """
 
     pretrained: PretrainedModel
@@ -81,6 +82,7 @@ class Loaded:
     new_head: NewHead = field(default_factory=NewHead)
     example: Mapping[str, torch.Tensor] | None = None
     functions: str = ""
+    heads: tuple[str, ...] = ()
 
     @property
     def in_memory(self) -> bool:

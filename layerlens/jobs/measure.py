@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from layerlens.integrations.placement import placed, shard, sharded
-from layerlens.integrations.transformers import blocks_of
+from layerlens.integrations.transformers import blocks_of, new_modules
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.jobs.inputs import model_facts
 from layerlens.jobs.job import Job
@@ -23,7 +24,7 @@ from layerlens.jobs.solve import versions
 from layerlens.jobs.together import same_everywhere
 from layerlens.models import ModelFacts, ModelSpec, ModelStatistics
 from layerlens.profiling.cache import cache_key
-from layerlens.profiling.head import fit_head, head_state, put_head, streamed_replay
+from layerlens.profiling.head import fit_head, head_arrays, head_state, put_head, streamed_replay
 from layerlens.profiling.measure import measure_share
 from layerlens.profiling.streamed.measure_streamed import measure_streamed
 from layerlens.tasks.encoded import tokens_digest
@@ -66,7 +67,7 @@ def measure(job: Job, loaded: Loaded) -> Measured | None:
         key = cache_key(identity)
         same_everywhere(processes, "identity", identity)
         cached = cache.get(key) if cache and processes.first else None
-        statistics = None if cached is None else cached[1]
+        statistics = None if cached is None else _with_head(job, loaded, cached[1])
         if not processes.from_first("statistics in the cache", cached is not None):
             statistics = _measure(job, loaded, key)
         if not processes.first:
@@ -79,9 +80,30 @@ def measure(job: Job, loaded: Loaded) -> Measured | None:
         if not processes.alone:
             provenance["processes"] = processes.size
         statistics = replace(statistics, provenance=provenance)
-        if cache and cached is None:
+        if cache and (cached is None or (statistics.head and not cached[1].head)):
             cache.put(key, spec, statistics)
     return Measured(spec, statistics, identity, model, from_cache=cached is not None)
+
+
+def _with_head(job: Job, loaded: Loaded, cached: ModelStatistics) -> ModelStatistics:
+    """Cached statistics, and in the model the head that they were measured with, fitted again where they lack it."""
+    pretrained = loaded.pretrained
+    if not pretrained.new_parameters:
+        return cached
+    if put_head(pretrained.model, cached.head, pretrained.new_parameters):
+        loaded.new_head.fitted = True
+        return cached
+    fit_new_head(job, loaded)
+    return replace(cached, head=_head(loaded))
+
+
+def _head(loaded: Loaded) -> dict[str, np.ndarray]:
+    """The new task head as it is in the model; nothing where no head is new."""
+    pretrained = loaded.pretrained
+    if not pretrained.new_parameters:
+        return {}
+    modules = loaded.heads or new_modules(pretrained.model, pretrained.new_parameters)
+    return head_arrays(pretrained.model, modules, pretrained.streamed)
 
 
 def statistics_identity(job: Job, loaded: Loaded) -> dict[str, Any]:
@@ -137,6 +159,7 @@ def _measure(job: Job, loaded: Loaded, key: str) -> ModelStatistics | None:
     fit_new_head(job, loaded, streams)
     for name in pretrained.new_parameters:
         job.processes.copy_from_first(pretrained.model.get_parameter(name).data)
+    head = _head(loaded)
     if config.distributed.sharding == "fsdp":
         shard(pretrained.model, blocks_of(pretrained.model), job.processes)
     other_modules = measurable_modules(pretrained.model, loaded.spec) if config.profiling.all_weights else ()
@@ -149,16 +172,18 @@ def _measure(job: Job, loaded: Loaded, key: str) -> ModelStatistics | None:
         "loss": loaded.task.loss,
     }
     if pretrained.streamed is not None:
-        return measure_streamed(
+        found = measure_streamed(
             pretrained.model, pretrained.streamed, loaded.spec, loaded.batches, directory=streams, device=job.device,
             **settings,
         )  # fmt: skip
+        return replace(found, head=head)
     checkpointed = loaded.plan.mode == CHECKPOINTED
     with checkpointed_activations(pretrained.model) if checkpointed else nullcontext():
-        return measure_share(
+        share = measure_share(
             pretrained.model, loaded.spec, loaded.batches, saved=saved, processes=job.processes,
             example=loaded.example, **settings,
         )  # fmt: skip
+    return None if share is None else replace(share, head=head)
 
 
 def fit_new_head(job: Job, loaded: Loaded, streams: Path | None = None) -> None:

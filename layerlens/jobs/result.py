@@ -33,7 +33,8 @@ from layerlens.utils.places import default_cache_dir
 
 STATISTICS_FILE, REPORT_FILE, SOLVER_LOG_FILE = STATISTICS, "report.html", "solver_log.jsonl"
 CHOICE_FILES = (
-    "manifest.json", "manifest.yaml", "peft", "layerlens_modules.safetensors", REPORT_FILE, SOLVER_LOG_FILE,
+    "manifest.json", "manifest.yaml", "peft", "layerlens_modules.safetensors", "head.safetensors", REPORT_FILE,
+    SOLVER_LOG_FILE,
 )  # fmt: skip
 """What belongs to one choice: whatever of it an earlier choice left behind would contradict the new one."""
 
@@ -47,8 +48,8 @@ class RunResult:
     Args:
         manifest: what was written.
         directory: the output directory.
-        files: what was written where: manifest_json, manifest_yaml, statistics, report, solver_log, and peft and
-            modules where the manifest has layers for them.
+        files: what was written where: manifest_json, manifest_yaml, statistics, report, solver_log, peft and modules
+            where the manifest has layers for them, and head where a task head is new.
         statistics_from_cache: the model was not profiled again.
         seconds: wall time of each stage.
         measured: predicted against measured figures (see ``jobs.checks``).

@@ -26,6 +26,7 @@ from layerlens.models import ModelFacts
 from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics
 from layerlens.tasks.guess import with_task
+from layerlens.tuning.task_head import write_head
 from layerlens.utils.processes import joined
 from layerlens.utils.progress import Progress, silent
 
@@ -143,6 +144,7 @@ def _optimize(job: Job, statistics_path: Path) -> RunResult:
     decision = Decision(solution, manifest)
     with writing(job, CHOICE_FILES) as written:
         written.files |= write_manifest(manifest, written.directory, created_at=now())
+        written.files |= write_head(statistics.head, written.directory)
         report(decision, statistics, {}, written)
     return result_of(job, decision, written, {}, from_cache=True)
 

@@ -24,6 +24,7 @@ from layerlens.optimization import frontier
 from layerlens.profiling.statistics_file import statistics_to_bytes
 from layerlens.tuning import export_adapter
 from layerlens.tuning.initialization import measured_factors
+from layerlens.tuning.task_head import write_head
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, staged_directory
 
 
@@ -57,7 +58,9 @@ def export(job: Job, loaded: Loaded, measured: Measured, decision: Decision, wri
             model, manifest.choice, loaded.batches, loaded.task.loss, lambda: fit_new_head(job, loaded)
         )
         written.files |= write_manifest(manifest, written.directory, created_at=now())
-        written.files |= export_adapter(manifest, model, written.directory, factors)
+        head = measured.statistics.head
+        written.files |= export_adapter(manifest, model, written.directory, factors, head=head)
+        written.files |= write_head(head, written.directory)
         _tell_of_serving(job, manifest.choice)
         written.files["statistics"] = atomic_write_bytes(
             written.directory / STATISTICS_FILE, statistics_to_bytes(measured.spec, measured.statistics)

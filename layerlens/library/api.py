@@ -23,6 +23,7 @@ from layerlens.library.session import Objects, opened
 from layerlens.library.settings import with_settings
 from layerlens.manifest import read_manifest
 from layerlens.tuning.initialization import measured_factors, read_factors
+from layerlens.tuning.task_head import read_head
 from layerlens.utils.progress import Progress, silent
 
 
@@ -124,8 +125,7 @@ def _measured(job: Job, loaded: Loaded) -> Measured:
     """``measure``; a new head is among what is recorded of the model, whatever its task."""
     measured = measure(job, loaded)
     assert measured is not None
-    heads = getattr(loaded, "heads", ())
-    tokens = loaded.pretrained.tokens
+    heads, tokens = loaded.heads, loaded.pretrained.tokens
     if heads and tokens is not None:
         heads = (*heads, *tokens.whole_modules)
     if not heads or measured.model.heads == heads:
@@ -189,4 +189,4 @@ def load(directory: str | Path) -> Plan:
         except (ConfigurationError, ActivationCacheError) as error:
             notes = (f"the statistics beside the manifest cannot be used: {error}",)
     factors = read_factors(path.parent / "peft", manifest) if manifest.lora.is_measured else None
-    return Plan(manifest, found, notes, factors)
+    return Plan(manifest, found, notes, factors, _head=read_head(path.parent))

@@ -29,6 +29,7 @@ from layerlens.models import LORA, Choice, Manifest
 from layerlens.models.manifest import SCHEMA_VERSION
 from layerlens.profiling.statistics_file import statistics_to_bytes
 from layerlens.tuning import apply, export_adapter
+from layerlens.tuning.task_head import Head, write_head
 from layerlens.utils.atomic import atomic_write_bytes
 from layerlens.vocabulary import RESOURCES
 
@@ -59,6 +60,7 @@ class Plan:
     factors: Mapping[str, torch.Tensor] | None = field(default=None, compare=False)
     _solution: Solution | None = field(default=None, compare=False)
     _model: Any = field(default=None, compare=False)
+    _head: Head = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         return plan_text(self.manifest, self.notes)
@@ -96,6 +98,11 @@ class Plan:
     def lora_share(self) -> float:
         """Share of the chosen parameters that is LoRA, which is what a LoraConfig and ``peft/`` hold."""
         return self.manifest.lora_share
+
+    @property
+    def head(self) -> Head:
+        """Weights of a new task head as it was fitted before measuring, by name; empty where no head is new."""
+        return self._head or ({} if self.profile is None else self.profile.statistics.head)
 
     @cached_property
     def solution(self) -> Solution:
@@ -199,6 +206,9 @@ class Plan:
     def apply(self, model: torch.nn.Module | None = None) -> torch.nn.Module:
         """The model ready to train: LoRA, adapters and prefixes put in, all else frozen; no output changes by it.
 
+        A new task head begins as it was fitted before measuring, as in ``peft/``; ``layerlens.tuning.unapply`` gives
+        the model its own back.
+
         Args:
             model: the base model, changed in place; by default the one that was planned for.
 
@@ -209,7 +219,7 @@ class Plan:
             ManifestError: the choice does not fit; the model is then unchanged.
         """
         base = self._base(model)
-        return apply(base, self.manifest, factors=self.factors, check_fingerprint=model is not None)
+        return apply(base, self.manifest, factors=self.factors, head=self.head, check_fingerprint=model is not None)
 
     def save(self, directory: str | Path, model: torch.nn.Module | None = None) -> dict[str, Path]:
         """Write what ``layerlens run`` writes: manifest, adapter directory, statistics and report, all or nothing.
@@ -229,7 +239,8 @@ class Plan:
         job = Job(profile.config, Path.cwd(), Path(directory).expanduser())
         with writing(job, (*CHOICE_FILES, STATISTICS_FILE)) as written:
             written.files |= write_manifest(self.manifest, written.directory, created_at=now())
-            written.files |= export_adapter(self.manifest, base, written.directory, self.factors)
+            written.files |= export_adapter(self.manifest, base, written.directory, self.factors, head=self.head)
+            written.files |= write_head(self.head, written.directory)
             written.files["statistics"] = atomic_write_bytes(
                 written.directory / STATISTICS_FILE, statistics_to_bytes(profile.spec, profile.statistics)
             )

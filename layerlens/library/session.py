@@ -94,14 +94,12 @@ class LoadedObjects(Loaded):
     Args:
         head_batches: for a new head, of data that came as batches.
         head_loss: of each sample, to fit it with; None where there is none.
-        heads: modules of a head that is new, which the choice trains whole.
         of_batches: whether the data came as batches, so that there are no samples to make others of.
         notes: what the user should know.
     """
 
     head_batches: tuple[Batch, ...] = ()
     head_loss: Any = None
-    heads: tuple[str, ...] = ()
     of_batches: bool = False
     notes: tuple[str, ...] = ()
 

@@ -179,6 +179,8 @@ class ModelStatistics:
         modules: costs of every module, by name; empty where they were not asked for.
         proxies: gains of single options by real training, None where none were trained.
         extra: results of statistics of the model that have no field here.
+        head: weights of a new task head as it was while all this was measured, by the model's names (half precision
+            as float32); empty where no head is new.
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -196,6 +198,7 @@ class ModelStatistics:
     modules: dict[str, ModuleCosts] = field(default_factory=dict)
     proxies: ProxyStudy | None = None
     extra: Extra | None = None
+    head: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def by_name(self) -> dict[str, LayerStatistics]:
         """The layers by their names."""

@@ -18,7 +18,9 @@ from layerlens.models.statistics import FACTOR, SKETCH, SPECTRUM
 from layerlens.registry import STATISTICS
 
 FLOAT64, FLOAT32 = "F64", "F32"
-GRAM, MODEL = "kernel|gram", "model"
+GRAM, MODEL, HEAD = "kernel|gram", "model", "head"
+HEAD_DTYPES = {"float32": FLOAT32, "float64": FLOAT64, "int64": "I64"}
+"""Of weights and counters of a task head."""
 SPECTRA = MethodStatistics.names_of(SPECTRUM)
 FACTORS = MethodStatistics.names_of(FACTOR)
 SKETCHES = MethodStatistics.names_of(SKETCH)
@@ -59,7 +61,16 @@ def declared_tensors(content: Mapping[str, Any]) -> dict[str, DeclaredTensor]:
         found |= _of_matrix(f"{name}|weight", scalars)
     if content["kernel"] is not None:
         found[GRAM] = DeclaredTensor(FLOAT64, "nn", GRAM)
+    for name, dtype in content.get("head", {}).items():
+        if dtype not in HEAD_DTYPES.values():
+            raise ActivationCacheError(f"tensor {name!r} of the task head has dtype {dtype!r}, which none has")
+        found[f"{HEAD}|{name}"] = DeclaredTensor(dtype, None, HEAD)
     return found | dict(_extra(MODEL, content))
+
+
+def dtypes_of(head: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """For the header: what each tensor of a task head is, as safetensors writes it."""
+    return {name: HEAD_DTYPES[array.dtype.name] for name, array in sorted(head.items())}
 
 
 def _of_matrix(prefix: str, scalars: Mapping[str, Any]) -> dict[str, DeclaredTensor]:

@@ -5,7 +5,7 @@ The features are computed once: by the model itself, or block by block where its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -299,12 +299,37 @@ def head_state(model: torch.nn.Module, names: Sequence[str]) -> dict[str, torch.
     return {name: model.get_parameter(name).detach().cpu().clone() for name in names}
 
 
-def put_head(model: torch.nn.Module, kept: dict[str, torch.Tensor], names: Sequence[str]) -> bool:
+def head_arrays(
+    model: torch.nn.Module, modules: Sequence[str], weights: Weights | None = None
+) -> dict[str, np.ndarray]:
+    """Everything in the modules of a head, as statistics keep it: float32 (float64 where the model has it) or int64.
+
+    Args:
+        model: its head is fitted.
+        modules: paths of the head's modules.
+        weights: where weights are that are not in memory.
+    """
+    inside = tuple(f"{module}." for module in modules)
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(inside):
+            continue
+        if tensor.is_meta and weights is not None:
+            tensor = torch.empty_like(tensor, device="cpu")
+            weights.read(name, tensor)
+        array = tensor.detach().cpu()
+        if array.dtype != torch.float64:
+            array = array.float() if array.is_floating_point() else array.long()
+        found[name] = array.numpy().copy()
+    return found
+
+
+def put_head(model: torch.nn.Module, kept: Mapping[str, Any], names: Sequence[str]) -> bool:
     """Put kept parameters of the head into the model; False where they are those of another head."""
     own = {name: model.get_parameter(name) for name in names}
-    if kept.keys() != own.keys() or any(kept[name].shape != own[name].shape for name in names):
+    if any(name not in kept or tuple(kept[name].shape) != tuple(own[name].shape) for name in names):
         return False
     with torch.no_grad():
         for name in names:
-            own[name].copy_(kept[name])
+            own[name].copy_(torch.as_tensor(kept[name]))
     return True

@@ -30,7 +30,16 @@ from layerlens.models import (
     ModuleCosts,
 )
 from layerlens.models.statistics import NOT_NEGATIVE, NUMBER, Extra
-from layerlens.profiling.declared_tensors import FACTORS, GRAM, MODEL, SKETCHES, SPECTRA, read_tensors
+from layerlens.profiling.declared_tensors import (
+    FACTORS,
+    GRAM,
+    HEAD,
+    MODEL,
+    SKETCHES,
+    SPECTRA,
+    dtypes_of,
+    read_tensors,
+)
 from layerlens.profiling.proxies import study_from_json, study_to_json
 from layerlens.storage import local_file
 from layerlens.utils.atomic import settle
@@ -62,6 +71,7 @@ def statistics_to_bytes(spec: ModelSpec, statistics: ModelStatistics) -> bytes:
         tensors[GRAM] = np.ascontiguousarray(kernel.gram, dtype=np.float64)
     of_model = {name: value for name, value in (statistics.extra or {}).items() if isinstance(value, np.ndarray)}
     tensors |= {f"{MODEL}|{name}": np.ascontiguousarray(value) for name, value in of_model.items()}
+    tensors |= {f"{HEAD}|{name}": np.ascontiguousarray(value) for name, value in statistics.head.items()}
     content = {
         "format": FORMAT,
         "spec": dataclasses.asdict(spec),
@@ -73,6 +83,7 @@ def statistics_to_bytes(spec: ModelSpec, statistics: ModelStatistics) -> bytes:
         "kernel": None if kernel is None else {name: getattr(kernel, name) for name in _KERNEL_FIELDS},
         **{name: getattr(statistics, name) for name in _MODEL_FIELDS},
         **_extra_numbers(statistics.extra),
+        **({"head": dtypes_of(statistics.head)} if statistics.head else {}),
     }
     return save(tensors, metadata={METADATA_KEY: json.dumps(content, sort_keys=True)})
 
@@ -223,6 +234,7 @@ def _from_content(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> tu
         modules={name: ModuleCosts(**costs) for name, costs in content["modules"].items()},
         proxies=study_from_json(content["proxies"]),
         extra=_extra_from(MODEL, content, tensors),
+        head={name: tensors[f"{HEAD}|{name}"] for name in content.get("head", ())},
         **model_fields,
     )
 

@@ -8,6 +8,7 @@ from layerlens.tuning.export import apply_to_directory, export_adapter
 from layerlens.tuning.initialization import CalibrationBatch, initial_factors, read_factors
 from layerlens.tuning.inject import apply, merge, unapply
 from layerlens.tuning.storage import load_modules, save_modules
+from layerlens.tuning.task_head import read_head
 
 __all__ = [
     "CalibrationBatch",
@@ -19,6 +20,7 @@ __all__ = [
     "load_modules",
     "merge",
     "read_factors",
+    "read_head",
     "save",
     "save_modules",
     "unapply",

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerlens.integrations.peft import task_type
 from layerlens.models import Choice
 from layerlens.models.tokens import TokenTraining
 from layerlens.registry import METHODS
@@ -28,13 +27,15 @@ def _tags(choice: Choice) -> str:
     return f"tags: [{kind}{OWN_CARD}"
 
 
-def zero_step_card(choice: Choice, parameters: int, base: str) -> str:
+def zero_step_card(choice: Choice, parameters: int, base: str, *, fitted: bool = False) -> str:
     """Of ``peft/`` as a run writes it: what it is, and how PEFT trains it.
 
     Args:
         choice: PEFT puts some of it in.
         parameters: numbers in the adapter's file.
         base: name or path of the base model.
+        fitted: whether the task head is the one that the layers were measured with; else it is as the base model was
+            loaded.
     """
     rows, label, more_rows = choice.peft_options, METHODS[choice.peft_method].label, resizing(choice.tokens)
     begin = {
@@ -43,41 +44,23 @@ def zero_step_card(choice: Choice, parameters: int, base: str) -> str:
         "gradient_svd": " A holds the right singular vectors of each layer's mean gradient.",
     }[choice.lora.initialization if choice.lora_options else "default"]
     start = "B is zero: the" if choice.lora_options else "The"
-    heads = list(choice.head_modules)
-    if heads:
-        task = task_type(choice.task)
-        with_head = f"config.modules_to_save = {heads}" if task is None else f'config.task_type = "{task}"'
-        if choice.tokens is not None and choice.tokens.whole_modules:
-            with_head = f"config.modules_to_save = {heads}"
-            with_head += "\nconfig.ensure_weight_tying = True" if choice.tokens.tied else ""
-        loading = f"""
-Train it with PEFT; LayerLens is not needed. The task head ({", ".join(heads)}) is trained too, and PEFT saves it with
-the adapter:
-
-```python
-from peft import PeftConfig, get_peft_model
-
-{more_rows}config = PeftConfig.from_pretrained("peft")
-{with_head}
-model = get_peft_model(base_model, config)
-```
-
-`PeftModel.from_pretrained(base_model, "peft")` loads the {label} weights alone, as there are no head weights in this
-directory: a head that is new in `base_model` would stay as it is, and would not be saved.
-"""
-        if begin:
-            loading += """But only loaded in this second way does A begin as said above. With LayerLens,
-`layerlens.load(DIRECTORY).apply(base_model)` gives both: that beginning, and the head.
-"""
-    else:
-        loading = f"""
-Load it with PEFT; LayerLens is not needed:
+    heads = ", ".join(choice.head_modules)
+    before = "the base model does with the head in this directory" if heads else "it did before"
+    loading = f"""
+Load it with PEFT, and train it; LayerLens is not needed:
 
 ```python
 from peft import PeftModel
 
 {more_rows}model = PeftModel.from_pretrained(base_model, "peft", is_trainable=True)
 ```
+"""
+    if heads:
+        came = "as it was while the layers were measured" if fitted else "as it is in the base model"
+        loading += f"""
+What is trained whole ({heads}) is in this directory too, {came}.
+It replaces that of `base_model`, and `model.save_pretrained` writes it with the adapter.
+A model made by `get_peft_model` begins from its own head.
 """
     text = f"""---
 library_name: peft
@@ -88,16 +71,15 @@ library_name: peft
 
 {label} on {_counted(len(rows), "module")}, {_ranks(choice)}{_rows(choice)}{parameters:,} trainable parameters, \
 {_scale(choice)}chosen by LayerLens (manifest.json beside this directory). {start} model \
-computes exactly what it did before, until it is trained.{begin}
+computes exactly what {before}, until it is trained.{begin}
 {loading}"""
     others = [option.method for option in choice.other_options]
     if others:
-        measured = "" if not begin else ' (with `factors=layerlens.tuning.read_factors(Path("peft"), manifest)`)'
         kinds = [METHODS[name] for name in dict.fromkeys(others)]
         counts = " and ".join(_counted(others.count(kind.name), kind.label, kind.plural) for kind in kinds)
         text += f"""
 The manifest has {counts} as well, which PEFT cannot hold: see {MODULES_FILE} beside this
-directory, and `layerlens.tuning.apply(base_model, manifest)` puts all of them into the model{measured}.
+directory. `layerlens.tuning.load(base_model, DIRECTORY)` puts all of them into the model; DIRECTORY is the one above.
 """
     return text
 

@@ -1,10 +1,9 @@
 """The zero-step adapter directory: what any PEFT trainer starts from, without LayerLens and without changing a logit.
 
 ``peft/`` holds the LoRA rows (or those of another method of PEFT) in PEFT's own files,
-``layerlens_modules.safetensors`` the adapters and prefixes, which PEFT does not have. ``peft/`` has no weights of the
-task head on purpose: the head of a freshly loaded base model is random, so any head written here would change its
-logits, and PEFT refuses a file that lacks the head when its configuration trains one (a KeyError in 0.21). The README
-beside the files says how to train the head too.
+``layerlens_modules.safetensors`` the adapters and prefixes, which PEFT does not have. A task head that no checkpoint
+has is in ``peft/`` too (``modules_to_save``), with the weights that the run fitted: on any freshly loaded base model
+``PeftModel.from_pretrained`` gives the outputs of the base model with that head, trains the head, and saves it.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from layerlens.tuning.base_model import check_weights, fitting_choice, load_base
 from layerlens.tuning.card import zero_step_card
 from layerlens.tuning.initialization import read_factors
 from layerlens.tuning.storage import MODULES_FILE, modules_bytes
+from layerlens.tuning.task_head import Head, check_head, head_tensors, like, read_head, write_head
 from layerlens.utils.atomic import staged_directory
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def export_adapter(
     directory: Path,
     factors: Mapping[str, torch.Tensor] | None = None,
     base: str | None = None,
+    head: Head | None = None,
 ) -> dict[str, Path]:
     """Write the zero-step adapter of a choice below ``directory``; the same choice gives the same bytes.
 
@@ -46,6 +47,7 @@ def export_adapter(
         directory: created if it is not there.
         factors: LoRA's first A by layer, where ``lora.initialization`` is not "default" (see ``apply``).
         base: name or path of the base model; the one that a manifest names when None.
+        head: weights of the new task head that the choice trains, by name; those of ``model`` where it lacks one.
 
     Returns:
         The path of each thing written, under "peft" and "modules".
@@ -56,8 +58,10 @@ def export_adapter(
     """
     choice, facts = fitting_choice(model, given, check_fingerprint=False)
     directory = Path(directory)
-    peft_files = _peft_files(choice, model, factors, base or facts.place)
+    check_head(model, head or {})
+    peft_files = _peft_files(choice, model, factors, base or facts.place, head)
     modules = _modules(choice, model)
+    others = {} if peft_files else _head_alone(choice, model, head)
     written: dict[str, Path] = {}
     with staged_directory(directory, owned=(PEFT_DIRECTORY, MODULES_FILE)) as staging:
         if peft_files:
@@ -66,7 +70,7 @@ def export_adapter(
                 (staging / PEFT_DIRECTORY / name).write_bytes(content)
             written["peft"] = directory / PEFT_DIRECTORY
         if modules:
-            (staging / MODULES_FILE).write_bytes(modules_bytes(modules, {}))
+            (staging / MODULES_FILE).write_bytes(modules_bytes(modules, others))
             written["modules"] = directory / MODULES_FILE
     return written
 
@@ -81,7 +85,8 @@ def apply_to_directory(
         manifest: what to export.
         model: name or path of the base model; the one that the manifest names when None.
         output: directory, created if it is not there.
-        measured: the run's peft directory, which has LoRA's first A where the initialisation comes from data.
+        measured: the run's peft directory, which has LoRA's first A where the initialisation comes from data; the
+            fitted task head is read from beside it.
         trust_remote_code: whether Python code beside the base model's weights may run.
 
     Returns:
@@ -94,13 +99,16 @@ def apply_to_directory(
     """
     base = load_base(manifest, model, trust_remote_code=trust_remote_code).model
     check_weights(base, manifest.model)
-    factors = read_factors(measured or Path(PEFT_DIRECTORY), manifest)
-    return export_adapter(manifest, base, output, factors)
+    measured = measured or Path(PEFT_DIRECTORY)
+    factors, head = read_factors(measured, manifest), read_head(measured.parent)
+    written = export_adapter(manifest, base, output, factors, head=head)
+    return written | write_head(head, Path(output))
 
 
 def _peft_files(
-    choice: Choice, model: torch.nn.Module, factors: Mapping[str, torch.Tensor] | None, base: str | None
-) -> dict[str, bytes]:
+    choice: Choice, model: torch.nn.Module, factors: Mapping[str, torch.Tensor] | None, base: str | None,
+    head: Head | None,
+) -> dict[str, bytes]:  # fmt: skip
     from safetensors.torch import save
 
     if not choice.peft_method:
@@ -108,11 +116,21 @@ def _peft_files(
     method = METHODS[choice.peft_method]
     tensors = method.tensors(choice, model, factors)
     parameters = sum(tensor.numel() for tensor in tensors.values())
+    config = method.config(choice, model, base=base)
+    tied = choice.tokens.tied if choice.tokens is not None and choice.tokens.whole_modules else ()
+    tensors |= head_tensors(model, config, head, tied)
     return {
-        "adapter_config.json": adapter_config_json(method.config(choice, model, train_head=False, base=base)).encode(),
+        "adapter_config.json": adapter_config_json(config).encode(),
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
-        "README.md": zero_step_card(choice, parameters, base or "the base model").encode(),
+        "README.md": zero_step_card(choice, parameters, base or "the base model", fitted=bool(head)).encode(),
     }
+
+
+def _head_alone(choice: Choice, model: torch.nn.Module, head: Head | None) -> dict[str, torch.Tensor]:
+    """The head that is trained beside adapters and prefixes, where there is nothing of PEFT."""
+    given, inside = head or {}, tuple(f"{name}." for name in choice.head_modules)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items() if inside and name.startswith(inside)}
+    return {name: like(given[name], tensor) if name in given else tensor for name, tensor in state.items()}
 
 
 def _modules(choice: Choice, model: torch.nn.Module) -> dict[str, tuple[str, torch.nn.Module]]:

@@ -15,6 +15,7 @@ from layerlens.registry import METHODS
 from layerlens.tuning.base_model import fitting_choice
 from layerlens.tuning.generators import attach_generator, load_generator
 from layerlens.tuning.generators.generator import finish_generator
+from layerlens.tuning.task_head import Head, begin_head, check_head
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ def apply(
     given: Choice | Manifest,
     *,
     factors: Mapping[str, torch.Tensor] | None = None,
+    head: Head | None = None,
     facts: ModelFacts | None = None,
     check_fingerprint: bool = True,
 ) -> torch.nn.Module:
@@ -39,6 +41,8 @@ def apply(
         given: what to put in; of a manifest its choice, and its weights and parameter counts are checked too.
         factors: LoRA's first A by layer, where ``lora.initialization`` is not "default": from ``read_factors`` or
             ``initial_factors``.
+        head: what the task head begins from, by name: of ``read_head``; the head of ``model`` when None. The outputs
+            are then those of the model with this head.
         facts: what ``save`` is to note of the base model, where a choice is given; a manifest says it itself.
         check_fingerprint: refuse weights other than those that were profiled. False for the same model in another
             precision, or after further training.
@@ -58,6 +62,7 @@ def apply(
     methods.sort(key=lambda method: not method.wraps)  # PEFT freezes all that is there before it
     put_in = [method.prepare(model, choice, factors) for method in methods]
     heads = [find_module(model, name) for name in choice.head_modules]
+    check_head(model, head or {})
 
     generator = choice.lora.generator
     if generator:
@@ -75,9 +80,11 @@ def apply(
     for put in put_in:
         tuned = put(tuned)
     if not wrapped:
-        for head in heads:
-            head.requires_grad_(True)
+        for module in heads:
+            module.requires_grad_(True)
         _let_gradients_into_checkpoints(model)
+    if heads and head:
+        begin_head(tuned, head)
     if generator:
         attach_generator(tuned, generator, seed=choice.seed)
     return tuned

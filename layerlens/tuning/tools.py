@@ -22,6 +22,7 @@ from layerlens.tuning.base_model import base_reference, check_costs, check_names
 from layerlens.tuning.card import resizing
 from layerlens.tuning.export import PEFT_DIRECTORY, export_adapter
 from layerlens.tuning.initialization import read_factors
+from layerlens.tuning.task_head import read_head
 from layerlens.utils.atomic import staged_directory
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def export_for(
         model: name or path of the base model; the one that the manifest names when None.
         output: directory, created if it is not there; other files in it stay.
         lora_part: leave adapters and prefixes out instead of refusing them.
-        measured: the run's peft directory, which has LoRA's first A where the initialisation comes from data.
+        measured: the run's peft directory, which has LoRA's first A where the initialisation comes from data; the
+            fitted task head is read from beside it.
         trust_remote_code: whether Python code beside the base model's weights may run.
 
     Returns:
@@ -89,7 +91,10 @@ def export_for(
     texts = wanted.files(chosen, base, request.source.resolve(request))
     with staged_directory(output, owned=(PEFT_DIRECTORY, *texts)) as staging:
         if wanted.starts_from_peft:
-            export_adapter(chosen, base, staging, read_factors(measured, chosen), manifest.model.name_or_path)
+            head = read_head(measured.parent)
+            export_adapter(
+                chosen, base, staging, read_factors(measured, chosen), manifest.model.name_or_path, head=head
+            )
         for file, text in texts.items():
             (staging / file).write_text(text, encoding="utf-8")
         names = sorted(path.name for path in staging.iterdir())

@@ -43,13 +43,17 @@ def test_lora_alone_needs_no_layerlens_once_it_is_exported(tmp_path: Path) -> No
     code = python_snippet(plan, path, tmp_path / "peft", "my/model")
     ast.parse(code)
     assert "layerlens" not in code.replace(str(tmp_path), "")
-    heads = list(plan.model.heads)
-    assert heads
-    assert f"config.modules_to_save = {heads}" in code
+    assert plan.model.heads  # which are in the directory
+    assert "PeftModel.from_pretrained(base, " in code
     without = python_snippet(replace(plan, model=replace(plan.model, head_modules=None)), path, tmp_path / "peft")
     assert "PeftModel.from_pretrained(base, " in without
     assert "from_pretrained('my/model', num_labels=3)" in code
     assert "layerlens.tuning" in python_snippet(plan, path, None)
+    (tmp_path / "peft").mkdir()  # of an earlier version, which left the head out
+    (tmp_path / "peft" / "adapter_config.json").write_text('{"modules_to_save": null}', encoding="utf-8")
+    assert "layerlens.tuning" in python_snippet(plan, path, tmp_path / "peft")
+    (tmp_path / "head.safetensors").touch()
+    assert f"head=read_head(Path({str(tmp_path)!r}))" in python_snippet(plan, path, None)
 
 
 def test_a_model_that_the_manifest_does_not_name(tmp_path: Path) -> None:
