@@ -99,8 +99,8 @@ def apply_to_directory(
     """
     base = load_base(manifest, model, trust_remote_code=trust_remote_code).model
     check_weights(base, manifest.model)
-    measured = measured or Path(PEFT_DIRECTORY)
-    factors, head = read_factors(measured, manifest), read_head(measured.parent)
+    factors = read_factors(measured or Path(PEFT_DIRECTORY), manifest)
+    head = {} if measured is None else read_head(measured.parent)
     written = export_adapter(manifest, base, output, factors, head=head)
     return written | write_head(head, Path(output))
 

@@ -77,9 +77,9 @@ def test_every_task_ends_in_an_adapter_that_changes_nothing(settings, tmp_path, 
     assert any(row.method == "lora" for row in result.manifest.allocations)
     _, statistics = load_statistics(result.files["statistics"])
     assert statistics.n_samples == 24
-    # Loaded again from what the manifest says alone, the adapter comes out the same.
+    # Loaded again from what the manifest says, and the head beside it, the adapter comes out the same.
     manifest = read_manifest(result.directory / "manifest.json")
-    again = apply_to_directory(manifest, str(tmp_path / "model"), tmp_path / "again")
+    again = apply_to_directory(manifest, str(tmp_path / "model"), tmp_path / "again", result.directory / "peft")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         first, second = ((folder / "peft" / file).read_bytes() for folder in (result.directory, tmp_path / "again"))
         assert first == second
