@@ -151,9 +151,9 @@ def test_a_head_that_the_checkpoint_has_is_trained_from_there(
     done = run_config(config_of(settings), base_dir=tmp_path)
     assert json.loads((done.files["peft"] / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
     assert same(head_in(done.files["peft"]), {name: trained.get_parameter(name).detach() for name in HEAD})
-    assert "is in this directory too, as it is in the base model" in (
-        done.files["peft"] / "README.md"
-    ).read_text(encoding="utf-8")
+    assert "is in this directory too, as it is in the base model" in (done.files["peft"] / "README.md").read_text(
+        encoding="utf-8"
+    )
     assert not (done.directory / "head.safetensors").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -250,8 +251,11 @@ def test_the_exported_directory_is_for_stock_peft(kind: str, by: str, tmp_path: 
     assert torch.equal(logits(stock), before)
     said = (tmp_path / "peft" / "README.md").read_text()
     assert "base_model.resize_token_embeddings(43)" in said
-    assert ("config.modules_to_save" in said) == (by == WHOLE)
-    assert ("ensure_weight_tying" in said) == (by == WHOLE and kind == "tied llama")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["modules_to_save"] or []) == list(tokens.whole_modules)
+    assert config["ensure_weight_tying"] == (by == WHOLE and kind == "tied llama")
+    trained_whole = {name for name, x in stock.named_parameters() if x.requires_grad and "modules_to_save" in name}
+    assert bool(trained_whole) == (by == WHOLE)
 
 
 def test_a_model_without_the_rows_is_refused_by_the_call_that_lacks(tmp_path: Path):
