@@ -128,7 +128,8 @@ def _show_manifest(manifest: Manifest, created_at: str, path: Path) -> None:
     console, model = output.console(), manifest.model
     data = manifest.provenance.statistics or {}
     facts = [model.name_or_path or "a model that is not named", model.task, model.dtype]
-    facts.append(f"measured on {data['calibration_samples']} samples of {data['source']}" if "source" in data else None)
+    counted = data.get("calibration_samples", "?")
+    facts.append(f"measured on {counted} samples of {data['source']}" if "source" in data else None)
     console.print(Text(", ".join(fact for fact in facts if fact)), soft_wrap=True)
     version = (manifest.provenance.versions or {}).get("layerlens")
     console.print(Text(f"written {created_at}" + (f" by LayerLens {version}" if version else ""), style="dim"))

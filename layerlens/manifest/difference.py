@@ -199,7 +199,7 @@ def _subject(first: Manifest, second: Manifest) -> Iterator[Changed]:
         yield Changed("data", one.get("source"), other.get("source"))
     keys = ("calibration", "calibration_samples", "head", "head_samples")
     if any(one.get(key) != other.get(key) for key in keys):
-        counted = [f"{x['calibration_samples']} ({x['calibration'][:12]}…)" if "calibration" in x else None
+        counted = [f"{x.get('calibration_samples', '?')} ({x['calibration'][:12]}…)" if "calibration" in x else None
                    for x in (one, other)]  # fmt: skip
         yield Changed("measured samples", *counted)
     if first.utility_model != second.utility_model:

@@ -7,6 +7,7 @@ double, so reading a manifest again loses nothing. What is read has a largest si
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from layerlens.storage import local_or_url, read_bytes, shown
 from layerlens.utils.atomic import atomic_write_text, settle
 
 MAX_BYTES = 64 * 2**20
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 _YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -81,12 +83,18 @@ def _text(path: Path) -> str:
 def _parse(path: Path, text: str) -> Any:
     try:
         if path.suffix == ".json":
-            return json.loads(text, object_pairs_hook=_each_key_once)
+            document = json.loads(text, object_pairs_hook=_each_key_once)
+            if _HALF_CHARACTER.search(text):  # pairs of them are one character, and pass
+                json.dumps(document, ensure_ascii=False).encode()
+            return document
         if path.suffix in (".yaml", ".yml"):
             # A few nested aliases can stand for billions of values; manifests have no use for them.
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_YamlLoader)):
                 raise ValueError("YAML aliases (*name) are not allowed in a manifest")
             return yaml.load(text, Loader=_YamlLoader)
+    except UnicodeEncodeError as error:
+        around = error.object[max(0, error.start - 40) : error.end + 10]
+        raise ManifestError(f"{shown(path)}: has half a character (a lone surrogate): {around!a}") from error
     except json.JSONDecodeError as error:
         raise ManifestError(f"{shown(path)}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
     except yaml.MarkedYAMLError as error:

@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from layerlens.config import RunConfig
 from layerlens.config.base import ChosenMethod, must_be, nearest_choice, nearest_key
 from layerlens.exceptions import ManifestError
 from layerlens.models import LORA_KINDS, RESOURCES
@@ -52,7 +53,33 @@ Whole = Annotated[int, Field(strict=True, ge=0)]
 Text = Annotated[str, Field(strict=True)]
 
 ROUNDING = 1e-12  # relative: a sum of whole numbers in float64, exact below 1e12
+MOST_PARAMETERS = 2**63
 SCORE_TOLERANCE = 1e-6  # relative: sums of the solver and of a reader add up in different orders
+
+
+def _recorded_config(value: dict[str, Any]) -> dict[str, Any]:
+    for name in RunConfig.model_fields:
+        if not isinstance(value.get(name, {}), dict | None):
+            message = "{name} must be a section of settings, got {value}"
+            raise PydanticCustomError("section", message, {"name": name, "value": repr(value[name])[:80]})
+    return value
+
+
+def _recorded_data(value: dict[str, Any]) -> dict[str, Any]:
+    for name, kind, said in _DATA_FACTS:
+        if name in value and (not isinstance(value[name], kind) or isinstance(value[name], bool)):
+            message = "{name} must be {said}, got {value}"
+            raise PydanticCustomError("fact", message, {"name": name, "said": said, "value": repr(value[name])[:80]})
+    return value
+
+
+_DATA_FACTS = (
+    ("source", str, "a text"), ("calibration", str, "a fingerprint"), ("calibration_samples", int, "a whole number"),
+    ("head", str | None, "a fingerprint"), ("head_samples", int | None, "a whole number"),
+    ("key", str, "a fingerprint"),
+)  # fmt: skip
+RecordedConfig = Annotated[dict[str, JsonValue], AfterValidator(_recorded_config)]
+RecordedData = Annotated[dict[str, JsonValue], AfterValidator(_recorded_data)]
 
 
 def _with_resource(name: str) -> dict[str, Any]:
@@ -214,9 +241,9 @@ class ProvenanceEntry(_OpenPart):
     seed: Whole | None = Field(
         default=None, description="Seed of every new weight; needed where a layer is adapted, so that all agree on it."
     )
-    config: dict[str, JsonValue] | None = Field(default=None, description="Configuration of the run.")
+    config: RecordedConfig | None = Field(default=None, description="Configuration of the run.")
     threads: Whole | None = Field(default=None, description="Threads that measured and solved.")
-    statistics: dict[str, JsonValue] | None = Field(
+    statistics: RecordedData | None = Field(
         default=None, description="Identity of the data and of what was measured on it."
     )
     versions: dict[str, str] | None = Field(default=None, description="Versions of the packages behind the numbers.")
@@ -275,6 +302,9 @@ class ManifestDocument(_Part):
     def _sums_agree(self) -> ManifestDocument:
         parameters = sum(row.cost for row in self.allocations)
         added = next(use.added for use in self.resources if use.resource == "trainable_params")
+        if parameters > MOST_PARAMETERS:
+            message = "allocations: the costs sum to more parameters than any model has"
+            raise PydanticCustomError("parameters", message)
         if abs(parameters - added) > ROUNDING * parameters:
             message = "resources: trainable_params adds {added}, but the costs of the allocations sum to {sum}"
             raise PydanticCustomError("parameters", message, {"added": f"{added:.15g}", "sum": parameters})

@@ -30,6 +30,7 @@ from layerlens.models import (
     ModuleCosts,
 )
 from layerlens.models.statistics import NOT_NEGATIVE, NUMBER, Extra
+from layerlens.profiling.declared_header import check_header
 from layerlens.profiling.declared_tensors import (
     FACTORS,
     GRAM,
@@ -38,6 +39,7 @@ from layerlens.profiling.declared_tensors import (
     SKETCHES,
     SPECTRA,
     dtypes_of,
+    must_be_finite,
     read_tensors,
 )
 from layerlens.profiling.proxies import study_from_json, study_to_json
@@ -176,7 +178,10 @@ def load_statistics(path: Path, *, whole: bool = True) -> tuple[ModelSpec, Model
         )
     try:
         with safe_open(path, framework="numpy") as file:
-            content = _header((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            text = (file.metadata() or {}).get(METADATA_KEY, "{}")
+            content = _header(text)
+            if whole:
+                check_header(text)
             spec, statistics = _from_content(content, read_tensors(file, content, finite=whole))
             if whole:
                 check_statistics(spec, statistics)
@@ -280,8 +285,17 @@ def _check_scalars(place: str, values: MethodStatistics) -> None:
         _check_number(f"{place}: {name}", value)
         if name in never_negative and value < 0:
             raise ActivationCacheError(f"{place}: {name} cannot be negative, got {value!r}")
+    for name in SKETCHES:
+        sketch = getattr(values, name)
+        if sketch is not None:
+            _check_number(f"{place}: {name}: trace", sketch.trace)
+            _check_number(f"{place}: {name}: error", sketch.error)
+    for name, value in (values.extra or {}).items():
+        if not isinstance(value, np.ndarray) and must_be_finite(name):
+            _check_number(f"{place}: {name}", value)
 
 
 def _check_number(place: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+    most = 2**63 if isinstance(value, int) else sys.float_info.max  # NumPy knows no larger whole numbers
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= most:
         raise ActivationCacheError(f"{place} must be a finite number, got {value!r}")

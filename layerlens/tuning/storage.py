@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
+MOST_RANK = 2**31
 MODULES_FILE = "layerlens_modules.safetensors"
 BASE_FACTS = ("name_or_path", "fingerprint", "total_params", "head_modules", "new_parameters", "tokens")
 """What the file remembers of the base model, from the manifest."""
@@ -142,6 +143,8 @@ def read_modules(model: torch.nn.Module, path: Path, *, check_fingerprint: bool 
         option, method = Option(**entry), METHODS[entry["method"]]
         mark = option.layer + method.parameter_mark
         state = {name.removeprefix(mark): tensors.pop(name) for name in list(tensors) if name.startswith(mark)}
+        if sum(tensor.numel() for tensor in state.values()) < option.rank:  # else a wrong rank could fill the memory
+            raise ManifestError(f"{path}: {option.layer}: its tensors are too small for {option.method} {option.rank}")
         made = method.new_module(base, option, seed=0)
         _fill(made, state, option.layer)
         pairs.append((option.method, find_module(base, option.layer), made))
@@ -166,7 +169,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         entries = description["modules"]
         sound = description["format"] == FORMAT and isinstance(description["others"], list)
         sound = sound and all(set(entry) == {"layer", "method", "rank"} for entry in entries)
-        sound = sound and all(entry["method"] in known and entry["rank"] > 0 for entry in entries)
+        sound = sound and all(isinstance(entry["layer"], str) and entry["method"] in known for entry in entries)
+        sound = sound and all(type(entry["rank"]) is int and 0 < entry["rank"] <= MOST_RANK for entry in entries)
+        sound = sound and all(isinstance(name, str) for name in description["others"])
         sound = sound and isinstance(description.get("base", {}), dict)
     except FileNotFoundError as error:
         raise ManifestError(f"{path}: no such file") from error

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from layerlens.exceptions import ActivationCacheError
 from layerlens.models import LORA, NONE, LayerSpec, MethodStatistics, ModelSpec, ModelStatistics, Option
 from layerlens.registry import METHODS
 from layerlens.utility.model import UtilityModel
@@ -39,6 +40,8 @@ def root_law(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Opt
         if option.method != NONE:
             measured = by_layer[option.layer].by_method
             energy = METHODS[option.method].energy(layers[option.layer], option.rank, measured, energy_name)
+            if energy is None:
+                raise _lacking(option.layer, energy_name)
             factor = scale[option.layer, option.method]
             utility[index] = np.sqrt(max(0.0, energy) * factor) * np.sqrt(option.rank)
     return utility
@@ -61,22 +64,29 @@ def input_scales(spec: ModelSpec, statistics: ModelStatistics) -> dict[tuple[str
     lora_inputs: dict[int | None, list[float]] = {}
     for layer in spec.layers:
         if LORA in layer.methods:
-            lora_inputs.setdefault(layer.block, []).append(_input_scale(by_layer[layer.name].by_method[LORA]))
+            lora_inputs.setdefault(layer.block, []).append(
+                _input_scale(layer.name, by_layer[layer.name].by_method[LORA])
+            )
     factors = {}
     for layer in spec.layers:
         measured = by_layer[layer.name].by_method
         block = lora_inputs.get(layer.block) or [1.0]
         for method in layer.methods:
-            reference = _input_scale(measured[LORA]) if LORA in measured else float(np.mean(block))
-            own = _input_scale(measured[method])
+            reference = _input_scale(layer.name, measured[LORA]) if LORA in measured else float(np.mean(block))
+            own = _input_scale(layer.name, measured[method])
             as_it_is = not METHODS[method].absorbs_input_scale or own == 0.0
             factors[layer.name, method] = 1.0 if as_it_is else reference / own
     return factors
 
 
-def _input_scale(measured: MethodStatistics) -> float:
-    assert measured.input_mean_square is not None, "the model refuses statistics without input_scale"
+def _input_scale(layer: str, measured: MethodStatistics) -> float:
+    if measured.input_mean_square is None:
+        raise _lacking(layer, "input_mean_square")
     return measured.input_mean_square
+
+
+def _lacking(layer: str, name: str) -> ActivationCacheError:
+    return ActivationCacheError(f"{layer}: lacks {name}, which other layers have; profile the model again")
 
 
 SIGNAL = UtilityModel(
