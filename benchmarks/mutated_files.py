@@ -48,6 +48,9 @@ def main() -> None:
     """Damage and read; exit code 1 where anything was unexpected."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="Stop after this time, with what was reached."
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=SHARES)
     parser.add_argument("--keep", type=Path, help="Keep the files that made something unexpected here.")
@@ -62,8 +65,9 @@ def main() -> None:
         for kind, share in SHARES.items():
             if arguments.only in (None, kind):
                 count = arguments.count if arguments.only else arguments.count * share // 100
-                tallies[kind] = _try(kind, count, arguments.seed, *readers[kind], folder, arguments.keep)
-                print(kind, count, tallies[kind].sound, dict(tallies[kind].refused), flush=True)
+                limit = time.perf_counter() + arguments.seconds * (1 if arguments.only else share / 100)
+                tallies[kind] = _try(kind, count, limit, arguments.seed, *readers[kind], folder, arguments.keep)
+                print(kind, tallies[kind].sound, dict(tallies[kind].refused), flush=True)
                 for key, found in tallies[kind].unexpected.items():
                     print("   unexpected:", found["count"], key)
     result = {
@@ -85,11 +89,15 @@ def main() -> None:
 Make, Read = Callable[[Random], bytes], Callable[[Path, Random], None]
 
 
-def _try(kind: str, count: int, seed: int, name: str, make: Make, read: Read, folder: Path, keep: Path | None) -> Tally:
+def _try(
+    kind: str, count: int, limit: float, seed: int, name: str, make: Make, read: Read, folder: Path, keep: Path | None
+) -> Tally:  # fmt: skip
     tally = Tally()
     path = folder / "damaged" / name
     path.parent.mkdir(exist_ok=True, parents=True)
     for number in range(count):
+        if time.perf_counter() > limit:
+            break
         chance = Random(f"{kind} {seed} {number}")
         data = make(chance)
         path.write_bytes(data)

@@ -6,11 +6,25 @@ found; 1 is for what nobody foresaw.
 
 from __future__ import annotations
 
+from enum import Enum
+from typing import TypeVar
+
+Self = TypeVar("Self", bound="LayerLensError")
+
 
 class LayerLensError(Exception):
-    """Base of every error that LayerLens raises on purpose."""
+    """Base of every error that LayerLens raises on purpose.
+
+    ``fault`` says what is wrong with a file (``layerlens.faults``); None where the error is about something else.
+    """
 
     exit_code = 1
+    fault: Enum | None = None
+
+    def of(self: Self, fault: Enum) -> Self:
+        """The error itself, with its fault."""
+        self.fault = fault
+        return self
 
 
 class ConfigurationError(LayerLensError, ValueError):

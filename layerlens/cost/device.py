@@ -38,6 +38,7 @@ from layerlens.cost.trace import (
     trace_step,
 )
 from layerlens.exceptions import OutputError
+from layerlens.faults import DeviceFault
 from layerlens.utils.atomic import atomic_write_text
 from layerlens.utils.progress import Progress, silent
 
@@ -175,7 +176,9 @@ def load_profile(path: Path) -> DeviceProfile | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(f"{path}: not a device profile ({error}); measure again with: layerlens calibrate") from error
+        raise OutputError(f"{path}: not a device profile ({error}); measure again with: layerlens calibrate").of(
+            DeviceFault.DAMAGED
+        ) from error
 
 
 def _cases(device: torch.device) -> Iterator[tuple[str, float, float, Callable[[], object]]]:

@@ -18,6 +18,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from layerlens.exceptions import DataError
+from layerlens.faults import StudyFault
 from layerlens.models import LORA
 
 Record = dict[str, Any]
@@ -71,7 +72,9 @@ class ResultsFile:
             try:
                 self.records.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise DataError(f"{self.path}:{number}: not a JSON object ({error}); remove the line") from error
+                raise DataError(f"{self.path}:{number}: not a JSON object ({error}); remove the line").of(
+                    StudyFault.DAMAGED
+                ) from error
         return False
 
     def append(self, records: Iterable[Record]) -> None:

@@ -20,6 +20,7 @@ import yaml
 from layerlens.config import RunConfig, SweepConfig, load_run_config, load_sweep, parse_run_config
 from layerlens.config.loader import read_text
 from layerlens.exceptions import ConfigurationError, ManifestError
+from layerlens.faults import SweepFault
 from layerlens.jobs.inputs import functions_of
 from layerlens.jobs.solve import recorded_config
 from layerlens.manifest import read_manifest
@@ -142,9 +143,13 @@ def read_tasks(sweep: Sweep) -> list[SweepTask]:
         return [SweepTask(**row) for row in rows]
     except FileNotFoundError as error:
         command = shlex.join(["layerlens", "sweep", str(sweep.path)])
-        raise ConfigurationError(f"{path}: no task list; write it first with: {command}") from error
+        raise ConfigurationError(f"{path}: no task list; write it first with: {command}").of(
+            SweepFault.MISSING
+        ) from error
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigurationError(f"{path}: is not a task list ({error}); write it again") from error
+        raise ConfigurationError(f"{path}: is not a task list ({error}); write it again").of(
+            SweepFault.DAMAGED
+        ) from error
 
 
 def _task(sweep: Sweep, base: Path, text: str, number: int, settings: dict[str, Any]) -> tuple[SweepTask, RunConfig]:

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from layerlens.exceptions import ManifestError
+from layerlens.faults import ManifestFault
 from layerlens.manifest.schema import check_document
 from layerlens.models import CalibrationSummary, Manifest, ManifestRow, ResourceUse
 from layerlens.models.manifest import SCHEMA_VERSION, SECTIONS
@@ -68,15 +69,19 @@ def _text(path: Path) -> str:
                 content = file.read(MAX_BYTES + 1)
         text = content.decode("utf-8")
     except IsADirectoryError as error:
-        raise ManifestError(f"{path} is a directory; give the manifest.json in it") from error
+        raise ManifestError(f"{path} is a directory; give the manifest.json in it").of(ManifestFault.MISSING) from error
     except FileNotFoundError as error:
-        raise ManifestError(f"{path}: no such file; `layerlens run` writes one") from error
+        raise ManifestError(f"{path}: no such file; `layerlens run` writes one").of(ManifestFault.MISSING) from error
     except OSError as error:
-        raise ManifestError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise ManifestError(f"{path}: cannot be read: {error.strerror or error}").of(
+            ManifestFault.UNREADABLE
+        ) from error
     except UnicodeDecodeError as error:
-        raise ManifestError(f"{shown(path)}: not UTF-8 text (byte {error.start})") from error
+        raise ManifestError(f"{shown(path)}: not UTF-8 text (byte {error.start})").of(ManifestFault.NOT_TEXT) from error
     if len(content) > MAX_BYTES:
-        raise ManifestError(f"{shown(path)}: larger than {MAX_BYTES // 2**20} MiB; this is not a manifest")
+        raise ManifestError(f"{shown(path)}: larger than {MAX_BYTES // 2**20} MiB; this is not a manifest").of(
+            ManifestFault.TOO_LARGE
+        )
     return text
 
 
@@ -94,20 +99,26 @@ def _parse(path: Path, text: str) -> Any:
             return yaml.load(text, Loader=_YamlLoader)
     except UnicodeEncodeError as error:
         around = error.object[max(0, error.start - 40) : error.end + 10]
-        raise ManifestError(f"{shown(path)}: has half a character (a lone surrogate): {around!a}") from error
+        raise ManifestError(f"{shown(path)}: has half a character (a lone surrogate): {around!a}").of(
+            ManifestFault.NOT_TEXT
+        ) from error
     except json.JSONDecodeError as error:
-        raise ManifestError(f"{shown(path)}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+        raise ManifestError(f"{shown(path)}:{error.lineno}:{error.colno}: not JSON: {error.msg}").of(
+            ManifestFault.SYNTAX
+        ) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ManifestError(f"{shown(path)}{place}: not YAML: {error.problem or error}") from error
+        raise ManifestError(f"{shown(path)}{place}: not YAML: {error.problem or error}").of(
+            ManifestFault.SYNTAX
+        ) from error
     except yaml.YAMLError as error:
-        raise ManifestError(f"{shown(path)}: not YAML: {error}") from error
+        raise ManifestError(f"{shown(path)}: not YAML: {error}").of(ManifestFault.SYNTAX) from error
     except RecursionError as error:
-        raise ManifestError(f"{shown(path)}: nested too deeply for a manifest") from error
+        raise ManifestError(f"{shown(path)}: nested too deeply for a manifest").of(ManifestFault.SYNTAX) from error
     except ValueError as error:  # an alias, a key twice, a number or date too large
-        raise ManifestError(f"{shown(path)}: {error}") from error
-    raise ManifestError(f"{shown(path)}: a manifest ends in .json, .yaml or .yml")
+        raise ManifestError(f"{shown(path)}: {error}").of(ManifestFault.SYNTAX) from error
+    raise ManifestError(f"{shown(path)}: a manifest ends in .json, .yaml or .yml").of(ManifestFault.SYNTAX)
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

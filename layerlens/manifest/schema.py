@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from layerlens.config import RunConfig
 from layerlens.config.base import ChosenMethod, must_be, nearest_choice, nearest_key
 from layerlens.exceptions import ManifestError
+from layerlens.faults import ManifestFault
 from layerlens.models import LORA_KINDS, RESOURCES
 from layerlens.models.manifest import SCHEMA_VERSION
 
@@ -342,17 +343,23 @@ def check_document(data: Any, source: str) -> ManifestDocument:
         ManifestError: one line for every wrong field, each with its path, what is wrong, and what came.
     """
     if data is None:
-        raise ManifestError(f"{source}: is empty; `layerlens run` writes a manifest")
+        raise ManifestError(f"{source}: is empty; `layerlens run` writes a manifest").of(ManifestFault.SYNTAX)
     if not isinstance(data, dict):
-        raise ManifestError(f"{source}: a manifest is a mapping of fields, got {type(data).__name__}")
+        raise ManifestError(f"{source}: a manifest is a mapping of fields, got {type(data).__name__}").of(
+            ManifestFault.SYNTAX
+        )
     version = data.get("schema_version")
     if version != SCHEMA_VERSION:
         came = "none" if version is None else repr(version)
-        raise ManifestError(f"{source}: schema_version: this LayerLens reads version {SCHEMA_VERSION!r}, got {came}")
+        raise ManifestError(
+            f"{source}: schema_version: this LayerLens reads version {SCHEMA_VERSION!r}, got {came}"
+        ).of(ManifestFault.VERSION)
     try:
         return ManifestDocument.model_validate(data)
     except ValidationError as error:
-        raise ManifestError("\n".join(f"{source}: {problem}" for problem in _problems(error))) from error
+        raise ManifestError("\n".join(f"{source}: {problem}" for problem in _problems(error))).of(
+            ManifestFault.FIELD
+        ) from error
 
 
 def _problems(error: ValidationError) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from layerlens.exceptions import ActivationCacheError
+from layerlens.faults import StatisticsFault
 from layerlens.models import LayerSpec, MethodStatistics, ModelSpec, ProxyStudy
 from layerlens.models.statistics import NOT_NEGATIVE, NUMBER, SKETCH
 
@@ -90,7 +91,7 @@ def check_header(text: str) -> None:
         came = repr(first["input"])
         told = f", got {came}" if len(came) <= 80 and first["type"] != "missing" else ""
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise ActivationCacheError(f"{place}: {_plain(first['msg'])}{told}{more}") from error
+        raise ActivationCacheError(f"{place}: {_plain(first['msg'])}{told}{more}").of(StatisticsFault.HEADER) from error
     for entry in header.layers:
         for method, scalars in entry.methods.items():
             _check_scalars(f"{entry.layer}: {method}", scalars)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from layerlens.exceptions import ActivationCacheError
+from layerlens.faults import StatisticsFault
 from layerlens.models import (
     FactorSketch,
     KernelStatistics,
@@ -175,7 +176,7 @@ def load_statistics(path: Path, *, whole: bool = True) -> tuple[ModelSpec, Model
     if not path.is_file():
         raise ActivationCacheError(
             f"no statistics file at {path}; `layerlens run` writes one as statistics.safetensors"
-        )
+        ).of(StatisticsFault.MISSING)
     try:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get(METADATA_KEY, "{}")
@@ -186,13 +187,16 @@ def load_statistics(path: Path, *, whole: bool = True) -> tuple[ModelSpec, Model
             if whole:
                 check_statistics(spec, statistics)
     except ActivationCacheError as error:
-        raise ActivationCacheError(f"{path}: {error}; profile the model again") from error
+        told = ActivationCacheError(f"{path}: {error}; profile the model again")
+        raise told.of(error.fault or StatisticsFault.CONTENT) from error
     except (SafetensorError, OSError) as error:
-        raise ActivationCacheError(
-            f"{path} is not a readable safetensors file ({error}); profile the model again"
+        raise ActivationCacheError(f"{path} is not a readable safetensors file ({error}); profile the model again").of(
+            StatisticsFault.UNREADABLE
         ) from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise ActivationCacheError(f"{path} has a damaged header ({error!r}); profile the model again") from error
+        raise ActivationCacheError(f"{path} has a damaged header ({error!r}); profile the model again").of(
+            StatisticsFault.HEADER
+        ) from error
     return spec, statistics
 
 
@@ -206,13 +210,15 @@ def _header(text: str) -> dict[str, Any]:
     content = json.loads(text)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
-        raise ActivationCacheError(f"is not a {FORMAT} file (format {found!r})")
+        raise ActivationCacheError(f"is not a {FORMAT} file (format {found!r})").of(StatisticsFault.FORMAT)
     if _ESCAPED_SURROGATE.search(text):  # pairs are one character, and pass
         try:
             json.dumps(content, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             around = error.object[max(0, error.start - 40) : error.end + 10]
-            raise ActivationCacheError(f"the header has half a character (a lone surrogate): {around!a}") from error
+            raise ActivationCacheError(f"the header has half a character (a lone surrogate): {around!a}").of(
+                StatisticsFault.HEADER
+            ) from error
     return content
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from layerlens.exceptions import TrainingError
+from layerlens.faults import CheckpointFault
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text
 
 WEIGHTS_FILE, PROGRESS_FILE, HOOKS_FILE, JOB_FILE = "trained.safetensors", "progress.json", "hooks.pt", "job.json"
@@ -59,10 +60,14 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 tensor = file.get_tensor(name)
                 if name not in own or own[name].shape != tensor.shape:
-                    raise TrainingError(f"{path}: {name} {tuple(tensor.shape)} has no place in this model")
+                    raise TrainingError(f"{path}: {name} {tuple(tensor.shape)} has no place in this model").of(
+                        CheckpointFault.FIT
+                    )
                 own[name].copy_(tensor)
     except (SafetensorError, OSError) as error:
-        raise TrainingError(f"{path}: cannot be read ({error}); train again with --restart") from error
+        raise TrainingError(f"{path}: cannot be read ({error}); train again with --restart").of(
+            CheckpointFault.UNREADABLE
+        ) from error
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -90,7 +95,12 @@ def finish_checkpoint(path: Path, progress: Mapping[str, Any], keep: Collection[
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """What ``finish_checkpoint`` wrote."""
-    progress: dict[str, Any] = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
+    path = checkpoint / PROGRESS_FILE
+    try:
+        progress: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        message = f"{path}: cannot be read ({error}); train again with --restart"
+        raise TrainingError(message).of(CheckpointFault.UNREADABLE) from error
     return progress
 
 
@@ -113,7 +123,7 @@ def check_job(directory: Path, job: Mapping[str, Any]) -> None:
         raise TrainingError(
             f"{directory} has checkpoints of another job ({told}); train with --restart to remove them, or choose "
             "another output directory"
-        )
+        ).of(CheckpointFault.OTHER_JOB)
     if there != mine:
         atomic_write_text(path, json.dumps(mine, indent=2, sort_keys=True) + "\n")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
+from layerlens.faults import ModulesFault
 from layerlens.integrations.peft import base_of
 from layerlens.integrations.torch_modules import find_module
 from layerlens.methods import added_methods, attached
@@ -144,14 +145,18 @@ def read_modules(model: torch.nn.Module, path: Path, *, check_fingerprint: bool 
         mark = option.layer + method.parameter_mark
         state = {name.removeprefix(mark): tensors.pop(name) for name in list(tensors) if name.startswith(mark)}
         if sum(tensor.numel() for tensor in state.values()) < option.rank:  # else a wrong rank could fill the memory
-            raise ManifestError(f"{path}: {option.layer}: its tensors are too small for {option.method} {option.rank}")
+            raise ManifestError(
+                f"{path}: {option.layer}: its tensors are too small for {option.method} {option.rank}"
+            ).of(ModulesFault.FIT)
         made = method.new_module(base, option, seed=0)
         _fill(made, state, option.layer)
         pairs.append((option.method, find_module(base, option.layer), made))
     known = base.state_dict()
     for name, tensor in tensors.items():
         if name not in description["others"] or name not in known or known[name].shape != tensor.shape:
-            raise ManifestError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in {type(base).__name__}")
+            raise ManifestError(
+                f"{path}: tensor {name} {tuple(tensor.shape)} has no place in {type(base).__name__}"
+            ).of(ModulesFault.FIT)
     facts = ModelFacts.of(description.get("base", {}))
     if check_fingerprint and base is model:  # LoRA in it hides the base model's names
         check_weights(base, facts, str(path))
@@ -174,11 +179,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         sound = sound and all(isinstance(name, str) for name in description["others"])
         sound = sound and isinstance(description.get("base", {}), dict)
     except FileNotFoundError as error:
-        raise ManifestError(f"{path}: no such file") from error
+        raise ManifestError(f"{path}: no such file").of(ModulesFault.MISSING) from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ManifestError(f"{path}: not a file of LayerLens adapters and prefixes ({error})") from error
+        raise ManifestError(f"{path}: not a file of LayerLens adapters and prefixes ({error})").of(
+            ModulesFault.UNREADABLE
+        ) from error
     if not sound:
-        raise ManifestError(f"{path}: written by another version of LayerLens, or damaged")
+        raise ManifestError(f"{path}: written by another version of LayerLens, or damaged").of(ModulesFault.DESCRIPTION)
     return description, tensors
 
 
@@ -186,7 +193,9 @@ def _fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor], layer: str
     try:
         module.load_state_dict(dict(state))
     except RuntimeError as error:
-        raise ManifestError(f"{layer}: the saved tensors do not fit this module: {error}") from error
+        raise ManifestError(f"{layer}: the saved tensors do not fit this module: {error}").of(
+            ModulesFault.FIT
+        ) from error
 
 
 def _other_trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
