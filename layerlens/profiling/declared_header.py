@@ -75,6 +75,7 @@ class _Header(_Part):
     unmeasured: dict[str, str]
     coverage: float
     extra: dict[str, float | None] | None = None
+    head: dict[str, str] = {}
 
 
 def check_header(text: str) -> None:
