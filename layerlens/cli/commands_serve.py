@@ -60,6 +60,13 @@ def serve(
     burst: Annotated[int, typer.Option(min=1, help="Requests at once for each token.")] = 200,
     max_body_kb: Annotated[int, typer.Option(min=1, help="Largest request, KiB.")] = 1024,
     max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest statistics file, MiB.")] = 256,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Open connections; fewer where the system allows fewer open files.")
+    ] = 2000,
+    max_connections_per_address: Annotated[
+        int, typer.Option(min=0, help="Open connections of one address; 0: three quarters of all.")
+    ] = 0,
+    max_streams: Annotated[int, typer.Option(min=1, help="Streams of events that may be open.")] = 100,
     job_timeout_s: Annotated[float, typer.Option(min=1, help="Longest time for one job.")] = 86400.0,
     threads: Annotated[int, typer.Option(min=0, help="Threads of one job; 0: all cores.")] = 0,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM file, for HTTPS.")] = None,
@@ -87,6 +94,9 @@ def serve(
         burst=burst,
         max_body_bytes=max_body_kb * 1024,
         max_upload_bytes=max_upload_mb * MIB,
+        max_connections=max_connections,
+        max_connections_per_address=max_connections_per_address,
+        max_streams=max_streams,
         job_timeout_s=job_timeout_s,
         threads=threads,
     )

@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from layerlens import __version__
@@ -34,6 +35,7 @@ from layerlens.service.confinement import (
 from layerlens.service.events import EventWatch
 from layerlens.service.guard import Guard
 from layerlens.service.metrics import Measured, ServiceMetrics
+from layerlens.service.probe import Probe, reason_of
 from layerlens.service.scheduler import Scheduler
 from layerlens.service.schemas import (
     IDEMPOTENCY_KEY,
@@ -50,6 +52,7 @@ from layerlens.service.schemas import (
     docs_page,
 )
 from layerlens.service.settings import ServiceSettings
+from layerlens.service.slots import CountedFile, CountedStream, Slots
 from layerlens.service.store import SUCCEEDED, Job, JobStore, printable
 from layerlens.service.worker import CACHE, JOBS, RESULTS, UPLOADS
 
@@ -89,9 +92,17 @@ EVENT = {
 JobId = Annotated[str, Path(pattern=JOB_ID, description="Id of the job.")]
 
 
-def create_app(settings: ServiceSettings, store: JobStore) -> FastAPI:
-    """The application of one server."""
-    metrics, watch = ServiceMetrics(store), EventWatch(store)
+def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int = 64) -> FastAPI:
+    """The application of one server.
+
+    Args:
+        settings: what the operator decided.
+        store: all jobs.
+        files_at_once: uploads and downloads that may be under way.
+    """
+    metrics, watch = ServiceMetrics(store), EventWatch(store, settings.max_streams)
+    files = Slots(files_at_once, "too many files are on their way; try again")
+    probe = Probe(store, settings)
     scheduler = Scheduler(settings, store, metrics.job_ended)
 
     @asynccontextmanager
@@ -128,11 +139,16 @@ def create_app(settings: ServiceSettings, store: JobStore) -> FastAPI:
     async def _refused(_request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"detail": printable(str(error))[:10_000]}, 422)
 
+    @app.exception_handler(ClientDisconnect)
+    async def _gone(_request: Request, _error: Exception) -> JSONResponse:
+        """Nobody reads this; it is what the metrics count."""
+        return JSONResponse({"detail": "the client closed the connection before its request was whole"}, 400)
+
     @app.exception_handler(sqlite3.OperationalError)
     @app.exception_handler(OSError)
     async def _no_room(_request: Request, error: Exception) -> JSONResponse:
         logger.error("the state directory cannot be used: %s", error)
-        detail = f"the server cannot write its state ({error.args[-1] if error.args else error}); nothing was changed"
+        detail = f"the server cannot write its state ({reason_of(error)}); nothing was changed"
         return JSONResponse({"detail": printable(detail)}, 503, {"Retry-After": "30"})
 
     @app.exception_handler(405)
@@ -261,10 +277,10 @@ def create_app(settings: ServiceSettings, store: JobStore) -> FastAPI:
         after = last_event_id or "0"
         if not (after.isascii() and after.isdigit() and len(after) <= 18):
             raise ConfigurationError("Last-Event-ID: must be the number of an event")
-        if watch.streams >= settings.max_streams:
-            raise HTTPException(503, "too many streams are open; ask for the state instead", {"Retry-After": "10"})
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(watch.stream(job_id, int(after)), media_type="text/event-stream", headers=headers)
+        answer = CountedStream(watch.stream(job_id, int(after)), media_type="text/event-stream", headers=headers)
+        answer.slots = watch.slots
+        return answer
 
     @app.get(
         "/v1/jobs/{job_id}/result", dependencies=secured, tags=["results"], summary="Result of a job",
@@ -287,7 +303,7 @@ def create_app(settings: ServiceSettings, store: JobStore) -> FastAPI:
         "/v1/jobs/{job_id}/files/{path:path}", dependencies=secured, tags=["results"], summary="Fetch a file",
         response_class=FileResponse, operation_id="fetch",
         responses=ALWAYS
-        | _problems(404, 409)
+        | _problems(404, 409, 503)
         | {200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
     )  # fmt: skip
     def fetch(job_id: JobId, path: Annotated[str, Path(description="As the result lists it.")]) -> FileResponse:
@@ -302,7 +318,9 @@ def create_app(settings: ServiceSettings, store: JobStore) -> FastAPI:
             raise HTTPException(404, "the result has no such file")
         # Reports are HTML with data of users in it: never to be shown as a page of this server.
         headers = {"Content-Security-Policy": "sandbox; default-src 'none'", "X-Content-Type-Options": "nosniff"}
-        return FileResponse(found, media_type="application/octet-stream", filename=found.name, headers=headers)
+        answer = CountedFile(found, media_type="application/octet-stream", filename=found.name, headers=headers)
+        answer.slots = files
+        return answer
 
     def succeeded(job_id: str) -> Job:
         job = known(job_id)
@@ -325,8 +343,9 @@ def create_app(settings: ServiceSettings, store: JobStore) -> FastAPI:
     async def upload(request: Request) -> Upload:
         """Keep a statistics.safetensors for optimisations; the same content again is the same upload."""
         folder = settings.state_dir / UPLOADS
-        received, sha256 = await receive_upload(request.stream(), folder)
-        spec = await asyncio.to_thread(keep_upload, received, sha256, folder)
+        with files.one():
+            received, sha256 = await receive_upload(request.stream(), folder)
+            spec = await asyncio.to_thread(keep_upload, received, sha256, folder)
         return Upload(statistics=f"upload:{sha256}", layers=len(spec.layers), model=spec.model_name)
 
     @app.get("/healthz", tags=["server"], summary="Does the server live?", operation_id="healthz")
@@ -339,12 +358,13 @@ def create_app(settings: ServiceSettings, store: JobStore) -> FastAPI:
         responses={503: {"model": Readiness, "description": "It does not"}},
     )  # fmt: skip
     def readyz(response: Response) -> Readiness:
-        """Whether the store can be read and jobs are being looked after."""
+        """Whether submissions can be written and jobs are being looked after."""
         try:
             counts = store.counts()
-        except Exception as error:  # sqlite3 errors, a full or lost disk
+            probe.write()
+        except (OSError, sqlite3.Error) as error:  # a full or lost disk, a database that is locked
             response.status_code = 503
-            return Readiness(status="not ready", reason=f"the store cannot be read: {type(error).__name__}")
+            return Readiness(status="not ready", reason=f"the state directory cannot be used: {reason_of(error)}")
         if scheduler.closing or time.monotonic() - scheduler.alive_at > STUCK_S:
             response.status_code = 503
             return Readiness(status="not ready", reason="jobs are not being started", jobs=counts)

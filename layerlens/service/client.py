@@ -154,7 +154,13 @@ class Client:
                             return
                 if self.job(job_id)["state"] in FINAL:
                     return
-            except (OSError, http.client.HTTPException, Unavailable) as error:
+            except Unavailable as error:  # too many streams, or a restart; how the job stands can be asked
+                if self.job(job_id)["state"] in FINAL:
+                    if failures == len(PAUSES_S):
+                        raise ServiceError(f"{self.server}: the job has ended, and its events {error}") from error
+                    failures += 1
+                time.sleep(PAUSES_S[max(0, failures - 1)] if failures else 1.0)
+            except (OSError, http.client.HTTPException) as error:
                 if failures == len(PAUSES_S):
                     raise ServiceError(f"{self.server}: the connection is lost ({_reason(error)})") from error
                 time.sleep(PAUSES_S[failures])

@@ -14,6 +14,7 @@ import multiprocessing
 import multiprocessing.process
 import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from layerlens.service.worker import DATABASE, INTERRUPTED, JOBS, RESULTS, UNEXP
 
 logger = logging.getLogger(__name__)
 
-POLL_S, GRACE_S = 0.1, 10.0
+POLL_S, TROUBLE_S, GRACE_S = 0.1, 1.0, 10.0
 MOST_STARTS = 100
 """A job that was running whenever the server died may be why it died."""
 PRELOAD = ["layerlens.optimization.cpsat", "layerlens.pipeline", "layerlens.service.worker"]
@@ -77,17 +78,25 @@ class Scheduler:
     async def work(self) -> None:
         """Run until ``close``."""
         while not self.closing:
-            self.alive_at = time.monotonic()
-            for one in list(self.running.values()):
-                await self._look_after(one)
-            while len(self.running) < self.settings.max_running and not self.closing:
-                job = await asyncio.to_thread(self.store.claim)
-                if job is None:
-                    break
-                await asyncio.to_thread(self._start, job)
+            try:
+                await self._turn()
+                self.alive_at = time.monotonic()
+            except (OSError, sqlite3.Error) as error:  # a full disk: jobs go on when there is room again
+                logger.error("jobs cannot be looked after: %s", error)
+                await asyncio.sleep(TROUBLE_S)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.wake.wait(), POLL_S)
             self.wake.clear()
+
+    async def _turn(self) -> None:
+        """Look after the jobs that run, and start those for which there is room."""
+        for one in list(self.running.values()):
+            await self._look_after(one)
+        while len(self.running) < self.settings.max_running and not self.closing:
+            job = await asyncio.to_thread(self.store.claim)
+            if job is None:
+                break
+            await asyncio.to_thread(self._start, job)
 
     async def close(self) -> None:
         """Stop the jobs; they wait again for the next server."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import logging
 import os
 import socket
@@ -11,7 +13,6 @@ from pathlib import Path
 from layerlens.exceptions import ConfigurationError
 from layerlens.service.settings import ServiceSettings
 
-MOST_CONNECTIONS = 2000
 GRACE_S = 5
 
 
@@ -37,20 +38,27 @@ def serve(
         import uvicorn
 
         from layerlens.service.app import create_app
+        from layerlens.service.connections import IDLE_S, Connections, Listener, protocol_of, room_for, watched
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"{error.name} is not installed; run: pip install 'layerlens[serve]'") from error
     from layerlens.service.scheduler import open_state
 
+    room = room_for(settings)
+    settings = dataclasses.replace(settings, max_streams=min(settings.max_streams, room.connections // 2))
     store, lock = open_state(settings)
     try:
-        listener = _listen(settings)
-        app = create_app(settings, store)
+        connections = Connections(room)
+        listener = Listener.of(_listen(settings), connections, plain=tls_certificate is None)
+        app = create_app(settings, store, files_at_once=room.files)
         config = uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
             server_header=False,
-            limit_concurrency=MOST_CONNECTIONS,
+            http=protocol_of(connections),
+            loop="asyncio",  # which accepts by the listener's own method
+            ws="none",
+            timeout_keep_alive=int(IDLE_S),
             timeout_graceful_shutdown=GRACE_S,
             h11_max_incomplete_event_size=64 * 1024,
             ssl_certfile=None if tls_certificate is None else str(tls_certificate),
@@ -61,7 +69,7 @@ def serve(
         ready(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
         # Connections that come before the loop runs wait in the listener's queue.
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        uvicorn.Server(config).run(sockets=[listener])
+        asyncio.run(watched(uvicorn.Server(config).serve(sockets=[listener]), connections))
     finally:
         os.close(lock)
 

@@ -71,6 +71,8 @@ class ServiceSettings:
         max_body_bytes: largest request; uploads of statistics have their own limit.
         max_upload_bytes: largest statistics file that is taken.
         max_streams: event streams that may be open.
+        max_connections: connections that may be open; fewer where the system allows fewer open files.
+        max_connections_per_address: of them from one address; 0: three quarters.
         job_timeout_s: a job that takes longer is ended and marked as failed.
         max_attempts: how often a job is started again whose process died with the server.
         threads: threads of one job; 0: all cores.
@@ -93,6 +95,8 @@ class ServiceSettings:
     max_body_bytes: int = MIB
     max_upload_bytes: int = 256 * MIB
     max_streams: int = 100
+    max_connections: int = 2000
+    max_connections_per_address: int = 0
     job_timeout_s: float = 24 * 3600.0
     max_attempts: int = 3
     threads: int = 0

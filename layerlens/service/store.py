@@ -6,6 +6,7 @@ shown, not what is done. Every change is one transaction, on disk when it return
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import uuid
@@ -19,7 +20,7 @@ from typing import Any
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
 STATES = (QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED)
 FINAL = (SUCCEEDED, FAILED, CANCELLED)
-BUSY_TIMEOUT_S = 30.0
+BUSY_TIMEOUT_S, PROBE_TIMEOUT_S = 30.0, 5.0
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -49,6 +50,7 @@ CREATE TABLE IF NOT EXISTS events (
     data TEXT NOT NULL
 );
 CREATE INDEX IF NOT EXISTS events_by_job ON events (job, seq);
+CREATE TABLE IF NOT EXISTS probe (id INTEGER PRIMARY KEY CHECK (id = 1), content BLOB);
 """
 
 
@@ -238,17 +240,33 @@ class JobStore:
             (found,) = database.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()
         return int(found)
 
+    def probe(self, content: bytes) -> None:
+        """Write ``content`` and remove it again, each on disk when done, as a submission would be.
+
+        Raises:
+            sqlite3.Error: why that is not possible.
+        """
+        try:
+            with self._transaction(timeout_s=PROBE_TIMEOUT_S) as database:
+                database.execute("INSERT OR REPLACE INTO probe (id, content) VALUES (1, ?)", (content,))
+        finally:
+            with contextlib.suppress(sqlite3.Error), self._transaction(timeout_s=PROBE_TIMEOUT_S) as database:
+                database.execute("DELETE FROM probe")
+
     @contextmanager
-    def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
+    def _transaction(
+        self, begin: str = "BEGIN IMMEDIATE", *, timeout_s: float = BUSY_TIMEOUT_S
+    ) -> Iterator[sqlite3.Connection]:
         """One transaction; it takes the lock at once, so that nothing changes between what it reads and writes."""
-        database = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+        database = sqlite3.connect(self.path, timeout=timeout_s, isolation_level=None)
         try:
             database.execute("PRAGMA synchronous=FULL")
             database.execute(begin)
             try:
                 yield database
             except BaseException:
-                database.execute("ROLLBACK")
+                if database.in_transaction:  # SQLite has ended it itself where the disk is full
+                    database.execute("ROLLBACK")
                 raise
             database.execute("COMMIT")
         finally:

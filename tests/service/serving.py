@@ -33,6 +33,8 @@ class Serving:
     process: subprocess.Popen[str] | None = None
     address: str = ""
     port: int = 0
+    descriptors: int = 0
+    """As ``ulimit -n``, which sets the hard limit too; 0: those of the tests."""
 
     def start(self) -> Serving:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
@@ -44,6 +46,8 @@ class Serving:
             LAYERLENS, "--verbose", "serve", "--root", str(self.folder), "--state-dir",
             str(self.folder / "state"), "--port", str(self.port), "--threads", str(SERVER_THREADS), *self.options,
         ]  # fmt: skip
+        if self.descriptors:
+            command = ["bash", "-c", f'ulimit -n {self.descriptors} && exec "$@"', "-", *command]
         self.process = subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment)
         log.close()
         seen = 0
