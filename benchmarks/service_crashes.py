@@ -27,8 +27,7 @@ from service_load import CONFIG
 from serving import LAYERLENS, Serving
 
 from layerlens.manifest import read_manifest
-from layerlens.service.store import JobStore
-from layerlens.service.worker import DATABASE
+from layerlens.service.store import DATABASE, JobStore
 
 STAGES = ("load", "profile", "solve", "export", "check", "write", "random")
 SHORT = ("solve", "write")

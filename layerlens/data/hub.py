@@ -5,12 +5,14 @@ The library keeps them in memory maps; of a large one only the rows that are kep
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from layerlens.data.rows import Rows, SourceRows, drawn_places
 from layerlens.exceptions import DataError, DataNotFoundError
+from layerlens.utils.places import check_readable
 
 DEFAULT_SPLIT = "train"
 CONFIGURATIONS = re.compile(r"among the available configs: (\[.*\])|Available: (\[.*\])")
@@ -23,6 +25,8 @@ def read_saved_dataset(path: Path, found: SourceRows) -> None:
         DataError: it is no such directory, or has no split named train.
     """
     datasets = _datasets_library(str(path))
+    for file in _named_by(path):
+        check_readable(file, path)
     try:
         loaded = datasets.load_from_disk(str(path))
     except (FileNotFoundError, ValueError) as error:
@@ -37,6 +41,18 @@ def read_saved_dataset(path: Path, found: SourceRows) -> None:
             )
         loaded = loaded[DEFAULT_SPLIT]
     _keep(loaded, found)
+
+
+def _named_by(path: Path) -> list[Path]:
+    """The files that a saved data set consists of, by its own account: splits, and the shards of each."""
+    try:
+        if (path / "dataset_dict.json").is_file():
+            splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            return [file for split in splits for file in [path / str(split), *_named_by(path / str(split))]]
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return [path / str(one["filename"]) for one in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []  # the library says what is wrong with it
 
 
 def read_hub_dataset(name: str, found: SourceRows, base_dir: Path | None = None) -> None:

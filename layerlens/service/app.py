@@ -53,8 +53,7 @@ from layerlens.service.schemas import (
 )
 from layerlens.service.settings import ServiceSettings
 from layerlens.service.slots import CountedFile, CountedStream, Slots
-from layerlens.service.store import SUCCEEDED, Job, JobStore, printable
-from layerlens.service.worker import CACHE, JOBS, RESULTS, UPLOADS
+from layerlens.service.store import CACHE, JOBS, RESULTS, SUCCEEDED, UPLOADS, Job, JobStore, printable
 
 DESCRIPTION = (
     "Which layers of a model to adapt, with which PEFT method and rank, under hard budgets, with a proved gap."

@@ -27,17 +27,16 @@ from layerlens.config import (
 )
 from layerlens.exceptions import ActivationCacheError, ConfigurationError
 from layerlens.models import ModelSpec
+from layerlens.service.contents import Below, refuse_data, refuse_model_folder
 from layerlens.service.settings import ServiceSettings
-from layerlens.service.store import SUCCEEDED, JobStore
-from layerlens.service.worker import JOBS, RESULTS, UPLOADS
+from layerlens.service.store import JOBS, RESULTS, SUCCEEDED, UPLOADS, JobStore
 from layerlens.sources import LoadRequest
 from layerlens.sources.timm import RANDOM
-from layerlens.storage import local_or_url, url_of
+from layerlens.storage import local_or_url
 from layerlens.utils.user_code import REFERENCE
 
 DEFAULT_OUTPUT = OutputConfig().directory
 HUB_PREFIX = "hf:"
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5")
 STATISTICS_FILE = "statistics.safetensors"
 _UPLOAD = re.compile(r"upload:([0-9a-f]{64})")
 _JOB = re.compile(r"job:([0-9a-f]{32})")
@@ -60,7 +59,9 @@ def confine(config: RunConfig, settings: ServiceSettings) -> RunConfig:
     name = "" if config.model.factory is not None else _model(config.model, settings)
     model = config.model.model_copy(update={"name_or_path": name, "weights": weights})
     data = config.data.model_copy(update={"source": _data(config.data.source, settings)})
-    return confine_settings(config, settings).model_copy(update={"model": model, "data": data})
+    confined = confine_settings(config, settings).model_copy(update={"model": model, "data": data})
+    check_contents(confined, settings)
+    return confined
 
 
 def confine_settings(config: RunConfig, settings: ServiceSettings) -> RunConfig:
@@ -105,6 +106,11 @@ def _refuse_own_code(config: RunConfig, settings: ServiceSettings) -> None:
             raise ConfigurationError(f"{key}: {_code_refused(value, value.partition(':')[0])}")
 
 
+def runs_own_code(config: RunConfig) -> bool:
+    """Whether a configuration names functions."""
+    return bool(config.model.factory or config.model.loss or _names_code(config.data.source))
+
+
 def _code_refused(named: str, module: str) -> str:
     return f"this server does not run {named!r}; its operator may --allow-code {module}"
 
@@ -140,8 +146,6 @@ def _model(config: ModelConfig, settings: ServiceSettings) -> str:
     if not trust.path:
         return confined_path(key, name, settings) if trust.hub else name
     place = confined_path(key, trust.path, settings)
-    if url_of(place) is None and not trust.pickle:
-        _refuse_pickles(key, name, Path(place), settings)
     return name.removesuffix(request.place) + place
 
 
@@ -198,24 +202,36 @@ def _allowed_url(key: str, url: str, settings: ServiceSettings) -> str:
     raise ConfigurationError(f"{key}: {url!r} is not below a URL that this server allows ({allowed})")
 
 
-def _refuse_pickles(key: str, name: str, folder: Path, settings: ServiceSettings) -> None:
-    """Weights as safetensors only, no code, and no file of the folder that lies elsewhere.
+def check_contents(config: RunConfig, settings: ServiceSettings) -> None:
+    """Look at what the files of a confined configuration are and name: when it comes, and again before it is used.
 
     Raises:
-        ConfigurationError: a file in ``folder`` is not allowed.
+        ConfigurationError: names the file and what it names.
     """
-    if not folder.is_dir():
-        raise ConfigurationError(f"{key}: {name!r} is no model directory")
-    for path in sorted(folder.rglob("*")):
-        shown = path.relative_to(folder)
-        if _below_roots(path, settings) is None:
-            raise ConfigurationError(f"{key}: {shown} in {name!r} leads out of the roots of this server")
-        if path.suffix in PICKLES and not settings.allow_pickles:
-            raise ConfigurationError(
-                f"{key}: {name!r} has {shown}, which can run code when it is loaded; convert it to safetensors"
-            )
-        if path.suffix == ".py":
-            raise ConfigurationError(f"{key}: {name!r} has code ({shown}); this server runs no code of models")
+    below = _is_below(settings)
+    name = config.model.name_or_path
+    request = LoadRequest(name, config.model.task, weights=config.model.weights)
+    trust = request.source.trust(request)
+    place = Path(trust.path) if trust.path else None
+    if place is not None and place.is_absolute() and not trust.pickle and config.model.factory is None:
+        shown = _as_given(place, settings)
+        refuse_model_folder("model.name_or_path", shown, place, below, allow_pickles=settings.allow_pickles)
+    data = Path(config.data.source)
+    if data.is_absolute():
+        refuse_data("data.source", _as_given(data, settings), data, below)
+
+
+def _is_below(settings: ServiceSettings) -> Below:
+    roots = [root.resolve() for root in settings.roots]
+    return lambda path: any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots)
+
+
+def _as_given(place: Path, settings: ServiceSettings) -> str:
+    """A place without the root that it is below, which is no business of clients."""
+    for root in settings.roots:
+        if place.is_relative_to(root.resolve()):
+            return place.relative_to(root.resolve()).as_posix()
+    return place.name
 
 
 async def receive_upload(chunks: AsyncIterator[bytes], folder: Path) -> tuple[Path, str]:

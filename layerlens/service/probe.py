@@ -9,8 +9,7 @@ import threading
 import time
 
 from layerlens.service.settings import ServiceSettings
-from layerlens.service.store import JobStore
-from layerlens.service.worker import JOBS
+from layerlens.service.store import JOBS, JobStore
 
 EVERY_S = 1.0
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from layerlens.exceptions import ConfigurationError
 from layerlens.service.settings import ServiceSettings
-from layerlens.service.store import CANCELLED, FAILED, FINAL, RUNNING, Job, JobStore
-from layerlens.service.worker import DATABASE, INTERRUPTED, JOBS, RESULTS, UNEXPECTED, Order, run_job
+from layerlens.service.store import CANCELLED, DATABASE, FAILED, FINAL, JOBS, RESULTS, RUNNING, Job, JobStore
+from layerlens.service.worker import INTERRUPTED, UNEXPECTED, Order, run_job
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Scheduler:
         return True
 
     def _start(self, job: Job) -> None:
-        order = Order(self.settings.state_dir, job.id, self.settings.roots)
+        order = Order(self.settings.state_dir, job.id, self.settings.roots, self.settings)
         context = self.forked if job.kind == "optimize" else self.fresh
         process = context.Process(target=run_job, args=(order,), name=f"layerlens-{job.id[:8]}", daemon=False)
         process.start()

@@ -17,6 +17,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+DATABASE, JOBS, UPLOADS, CACHE = "jobs.sqlite", "jobs", "uploads", "cache"
+"""What lies in the state directory; each job has a folder in ``JOBS``, and its results in ``RESULTS`` there."""
+RESULTS = "results"
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = "queued", "running", "succeeded", "failed", "cancelled"
 STATES = (QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED)
 FINAL = (SUCCEEDED, FAILED, CANCELLED)

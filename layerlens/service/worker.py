@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +27,10 @@ from typing import Any, NoReturn
 from layerlens.config import OutputConfig, RunConfig
 from layerlens.exceptions import LayerLensError
 from layerlens.registry import METHODS
-from layerlens.service.store import CANCELLED, FAILED, SUCCEEDED, Job, JobStore
+from layerlens.service.confinement import check_contents, runs_own_code
+from layerlens.service.sandbox import bind, readable, refuse_unpickling
+from layerlens.service.settings import ServiceSettings
+from layerlens.service.store import CANCELLED, DATABASE, FAILED, JOBS, RESULTS, SUCCEEDED, Job, JobStore
 from layerlens.storage import publish, url_of
 from layerlens.storage.fetch import DOWNLOADS
 from layerlens.utils.atomic import atomic_write_text
@@ -34,8 +38,7 @@ from layerlens.utils.observer import Observer, watched_by
 from layerlens.utils.places import default_cache_dir, readable_below
 from layerlens.utils.progress import Advance
 
-DATABASE, JOBS, UPLOADS, CACHE = "jobs.sqlite", "jobs", "uploads", "cache"
-RESULTS, OUTCOME, LOG = "results", "outcome.json", "log.txt"
+OUTCOME, LOG, TEMPORARY = "outcome.json", "log.txt", "tmp"
 PROGRESS_EVERY_S = 0.5
 UNEXPECTED, INTERRUPTED = 1, 130
 
@@ -52,11 +55,13 @@ class Order:
         state_dir: the server's state.
         job_id: which job.
         roots: folders that models and data lie in; relative paths start from the first.
+        settings: what the operator decided; None where a test asks for the work alone.
     """
 
     state_dir: Path
     job_id: str
     roots: tuple[Path, ...]
+    settings: ServiceSettings | None = None
 
     @property
     def folder(self) -> Path:
@@ -77,6 +82,8 @@ def run_job(order: Order) -> None:
             return
         signal.signal(signal.SIGTERM, _stop)
         try:
+            if order.settings is not None:
+                _bind(order, RunConfig.model_validate(job.config), job.kind, order.settings)
             outcome = _work(order, job, store)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here on it is done, whoever wants it to end
             store.finish(job.id, SUCCEEDED, outcome=outcome)
@@ -99,6 +106,23 @@ def run_job(order: Order) -> None:
             text = f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"
             outcome = {"error_type": type(error).__name__}
             store.finish(job.id, FAILED, exit_code=UNEXPECTED, error=text, outcome=outcome)
+        finally:
+            shutil.rmtree(order.folder / TEMPORARY, ignore_errors=True)
+
+
+def _bind(order: Order, config: RunConfig, kind: str, settings: ServiceSettings) -> None:
+    """Bind this process to what the operator allows, and look once more at what the configuration names."""
+    if runs_own_code(config):
+        return
+    temporary = order.folder / TEMPORARY
+    temporary.mkdir(exist_ok=True)
+    os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None
+    os.chdir(order.folder)  # names without a folder are looked for there
+    bind(readable(settings.roots, settings.state_dir, urls=bool(settings.allow_urls)))
+    if kind == "run":
+        check_contents(config, settings)
+        if not settings.allow_pickles:
+            refuse_unpickling()
 
 
 def _work(order: Order, job: Job, store: JobStore) -> dict[str, Any]:
