@@ -20,7 +20,7 @@ import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -32,6 +32,8 @@ import torch
 from benchmarks.tiny_models import TASKS, WORDS, Architecture, architectures, build
 from layerlens.config.loader import load_run_config
 from layerlens.exceptions import LayerLensError, ModelSpecError, ProfilingError
+from layerlens.integrations.quantized import keep_weights
+from layerlens.integrations.quantized_loading import quantization_arguments, saved_quantization
 from layerlens.jobs.result import RunResult
 from layerlens.jobs.run import run_config
 
@@ -42,7 +44,7 @@ CELLS = ("run", "PEFT", "step 0", "3 steps")
 RIGHT, LEFT_OUT, UNEXPECTED = "right", "left out: ", "unexpected: "
 N_SAMPLES = 24
 CONFIGURATION = """\
-model: {{name_or_path: ./model, task: {task}}}
+model: {{name_or_path: ./model, task: {task}, dtype: {dtype}, quantization: {quantization}}}
 data: {{source: data.jsonl, calibration_samples: 8, max_length: 24, batch_size: 4}}
 optimization:
   max_trainable_params: 3000
@@ -65,12 +67,16 @@ def tried(one: Architecture) -> dict[str, Any] | None:
         return cells_of(one, directory)
 
 
-def cells_of(one: Architecture, directory: Path) -> dict[str, Any]:
-    """The cells of the model in ``directory``/model."""
+def cells_of(
+    one: Architecture, directory: Path, dtype: str = "float32", asked: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The cells of the model in ``directory``/model, loaded in ``dtype`` and quantized as ``asked``."""
     found: dict[str, Any] = {"class": one.class_name, "task": one.task, "left_out": {}}
     rows = [_row(one.task, number) for number in range(N_SAMPLES)]
     (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "config.yaml").write_text(CONFIGURATION.format(task=one.task))
+    (directory / "config.yaml").write_text(
+        CONFIGURATION.format(task=one.task, dtype=dtype, quantization=json.dumps(asked))
+    )
     try:
         config = load_run_config(directory / "config.yaml")
         result = run_config(config, base_dir=directory, use_cache=False)
@@ -78,13 +84,15 @@ def cells_of(one: Architecture, directory: Path) -> dict[str, Any]:
         return found | dict.fromkeys(CELLS, LEFT_OUT + _line(error, directory))
     except Exception as error:
         return found | dict.fromkeys(CELLS, UNEXPECTED + _line(error, directory))
-    found["run"] = RIGHT
+    found |= {"run": RIGHT, "notes": [line for line in result.warnings if line.startswith("model: ")]}
     for layer, reason in (result.manifest.model.left_out or {}).items():
         found["left_out"].setdefault(reason, []).append(layer)
-    return found | _with_peft(one, directory, result)
+    return found | _with_peft(one, directory, result, dtype, asked)
 
 
-def _with_peft(one: Architecture, directory: Path, result: RunResult) -> dict[str, str]:
+def _with_peft(
+    one: Architecture, directory: Path, result: RunResult, dtype: str, asked: Mapping[str, Any] | None
+) -> dict[str, str]:
     import transformers as hf
     from peft import PeftModel
 
@@ -92,7 +100,11 @@ def _with_peft(one: Architecture, directory: Path, result: RunResult) -> dict[st
 
     auto_class: Any = getattr(hf, TASKS[one.task][0])
     labels_of = {"num_labels": 2} if one.task == "sequence-classification" else {}  # BART's default is another number
-    base = auto_class.from_pretrained(directory / "model", **labels_of).eval()
+    saved = saved_quantization(hf.AutoConfig.from_pretrained(directory / "model"))
+    base = auto_class.from_pretrained(
+        directory / "model", dtype=getattr(torch, dtype), **labels_of, **quantization_arguments(asked, saved)
+    ).eval()  # fmt: skip
+    keep_weights(base)
     inputs, labels = _batch(one, directory)
     try:
         with torch.no_grad():

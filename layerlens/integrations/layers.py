@@ -132,7 +132,9 @@ def model_spec(
             width = getattr(_config_around(modules, path, config), "hidden_size", None) or dense_shape(module)[1]
             layer = _dense_layer(path, module, width, block, positions.get(path), writes_residual=path in writers)
             layer = replace(layer, by_parameter=path in by_parameter)
-        layers += _with_methods(layer, module, adapter_sites, methods)
+        taken, refused = _without_refused(_with_methods(layer, module, adapter_sites, methods), module, methods)
+        layers += taken
+        left_out |= refused
     left_out |= other_weights(modules, blocks, of_block)
     if not layers:
         some = "; ".join(f"{path}: {reason}" for path, reason in list(left_out.items())[:3])
@@ -269,6 +271,21 @@ def _with_methods(layer: LayerSpec, module: Any, adapter_sites: str, on_offer: C
     measured = [name for name in METHODS if name in on_offer or not METHODS[name].on_request]
     methods = tuple(name for name in measured if METHODS[name].takes(layer, module, adapter_sites))
     return [replace(layer, methods=methods)] if methods else []
+
+
+def _without_refused(
+    layers: Sequence[LayerSpec], module: Any, on_offer: Collection[str]
+) -> tuple[list[LayerSpec], dict[str, str]]:
+    """The layer without the methods on offer that it is refused, and "layer (method)" -> why."""
+    kept: list[LayerSpec] = []
+    found: dict[str, str] = {}
+    for layer in layers:
+        asked = {name: METHODS[name].why_refused(layer, module) for name in layer.methods if name in on_offer}
+        refused = {name: reason for name, reason in asked.items() if reason}
+        found |= {f"{layer.name} ({METHODS[name].label})": reason for name, reason in refused.items()}
+        methods = tuple(name for name in layer.methods if name not in refused)
+        kept += [replace(layer, methods=methods)] if methods else []
+    return kept, found
 
 
 def _dense_layer(

@@ -52,33 +52,45 @@ def _refused(model: torch.nn.Module, paths: Sequence[str]) -> dict[str, str]:
 
 def _refused_kinds(model: Any, paths: Sequence[str]) -> dict[str, str]:
     """Path -> why PEFT adapts no layer that is quantized like this one."""
-    from peft import LoraConfig, inject_adapter_in_model
-
     reasons: dict[tuple[type, type], str] = {}
     found: dict[str, str] = {}
     for path in paths:
         layer = model.get_submodule(path)
         kind = type(layer), type(layer._parameters.get("weight"))
         if kind not in reasons:
-            flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
-            holder: Any = torch.nn.Sequential(layer)
-            holder.config, holder.is_loaded_in_4bit, holder.is_loaded_in_8bit = (
-                getattr(model, "config", None),
-                True,
-                True,
-            )
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    inject_adapter_in_model(LoraConfig(target_modules=["0"], r=1), holder)
-                reasons[kind] = ""
-            except Exception as error:
-                reasons[kind] = f"PEFT {_version()} refuses {type(layer).__name__}: {_first_sentence(error)}"
-            for parameter, required in flags:
-                parameter.requires_grad_(required)
+            reasons[kind] = refused_kind(layer, "LoraConfig", config=getattr(model, "config", None), r=1)
         if reasons[kind]:
             found[path] = reasons[kind]
     return found
+
+
+def refused_kind(layer: Any, peft_config: str, *, config: Any = None, **fields: Any) -> str:
+    """Why PEFT puts an adapter of this configuration on no layer that is quantized like this one; "" where it does.
+
+    Args:
+        layer: not changed.
+        peft_config: the name of PEFT's class.
+        config: of the model.
+        fields: of PEFT's configuration.
+    """
+    import peft
+
+    if not is_quantized(layer):
+        return ""
+    flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+    holder: Any = torch.nn.Sequential(layer, torch.nn.Linear(1, 1))  # PEFT asks for some parameter
+    holder.config = config
+    holder.is_loaded_in_4bit = holder.is_loaded_in_8bit = True
+    reason = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft.inject_adapter_in_model(getattr(peft, peft_config)(target_modules=["0"], **fields), holder)
+    except Exception as error:
+        reason = f"PEFT {_version()} refuses {type(layer).__name__}: {_first_sentence(error)}"
+    for parameter, required in flags:
+        parameter.requires_grad_(required)
+    return reason
 
 
 def _asked(twin: torch.nn.Module, paths: Sequence[str]) -> tuple[str, list[str]]:

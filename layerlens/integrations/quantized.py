@@ -10,45 +10,18 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-
-from layerlens.exceptions import ModelSpecError
 
 if TYPE_CHECKING:
     import torch
 
 CPU_PACKING = "support_avx512bf16_for_cpu"
 """The flag by which bitsandbytes' 4-bit layers repack their weights as they compute on some CPUs."""
-
-
-def quantization_arguments(asked: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What ``from_pretrained`` is told of ``model.quantization``.
-
-    Raises:
-        ModelSpecError: transformers does not know such a quantization.
-    """
-    if not asked:
-        return {}
-    from transformers.quantizers.auto import AutoQuantizationConfig
-
-    try:
-        return {"quantization_config": AutoQuantizationConfig.from_dict(dict(asked))}
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise ModelSpecError(
-            f"model.quantization: transformers cannot use {dict(asked)} ({' '.join(str(error).split())}); give what "
-            "its quantization configurations take, such as {load_in_4bit: true}"
-        ) from error
-
-
-def sparing(asked: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
-    """A quantization configuration of transformers by which these modules stay as they are."""
-    method = str(asked.get("quant_method", ""))
-    key = "skip_modules" if method == "hqq" else "modules_to_not_convert"
-    if "bitsandbytes" in method or asked.get("load_in_4bit") or asked.get("load_in_8bit"):
-        key = "llm_int8_skip_modules"
-    return {**asked, key: list(dict.fromkeys([*(asked.get(key) or ()), *modules]))}
+KERNEL_MODE = "linear_mode"
+"""What gptqmodel's layers for the CPU note their kernel in: unless "train" stands there, the first call without a
+gradient repacks the weights for good, for one that gives none."""
 
 
 def is_quantized(module: Any) -> bool:
@@ -136,6 +109,7 @@ def stable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def weights_kept(model: torch.nn.Module) -> Iterator[None]:
     """While open, no layer repacks its weights or computes with repacked ones, through which no gradient goes."""
     flags = {module: getattr(module, CPU_PACKING) for module in model.modules() if hasattr(module, CPU_PACKING)}
+    modes = {module: module.linear_mode for module in model.modules() if hasattr(module, KERNEL_MODE)}
     biases = [(module, module.bias.data) for module in flags if getattr(module, "bias", None) is not None]
     try:
         keep_weights(model)
@@ -143,6 +117,8 @@ def weights_kept(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags.items():
             setattr(module, CPU_PACKING, flag)
+        for module, mode in modes.items():
+            setattr(module, KERNEL_MODE, mode)
         for module, bias in biases:
             module.bias.data = bias
 
@@ -161,6 +137,8 @@ def keep_weights(model: torch.nn.Module) -> None:
             if _is_repacked(module):
                 module.state_dict()  # in which bitsandbytes unpacks
             setattr(module, CPU_PACKING, False)
+        if getattr(module, KERNEL_MODE, "") is None:
+            setattr(module, KERNEL_MODE, "train")
 
 
 class _Once(logging.Filter):

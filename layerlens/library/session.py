@@ -23,6 +23,7 @@ from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.layers import model_spec, of_tokens_alone
 from layerlens.integrations.placement import input_device
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for, tokenizer_of
+from layerlens.integrations.quantized_loading import notes_on
 from layerlens.integrations.token_embeddings import with_tokens
 from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.integrations.transformers import longest_sequence, output_names
@@ -154,7 +155,7 @@ def opened(
                 warnings.add(
                     "new head: it stays as it was initialised while measuring, since no data is left to fit it"
                 )
-            for note in loaded.notes:
+            for note in (*notes_on(model), *loaded.notes):
                 warnings.add(note)
             yield job, loaded
 

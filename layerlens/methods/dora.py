@@ -36,10 +36,15 @@ class DoRA(LoRA):
     on_request = starts_from_weights = True
 
     def takes(self, layer: LayerSpec, module: Any, adapter_sites: str) -> bool:
+        return layer.layer_type == LINEAR and not layer.by_parameter
+
+    def why_refused(self, layer: LayerSpec, module: Any) -> str:
+        from layerlens.integrations.peft_refusals import refused_kind
+
         weight: Any = getattr(module, "weight", None)
-        # PEFT (0.21) loses the scales of bitsandbytes' 8 bits as it unpacks them on the CPU.
-        lost = type(weight).__name__ == "Int8Params" and weight.device.type == "cpu"
-        return layer.layer_type == LINEAR and not layer.by_parameter and not lost
+        if type(weight).__name__ == "Int8Params" and weight.device.type == "cpu":
+            return "PEFT loses the scales of bitsandbytes' 8 bits as it unpacks them on a CPU, which DoRA's norms need"
+        return refused_kind(module, "LoraConfig", use_dora=True, r=1)
 
     def trainable_params(self, layer: LayerSpec, size: int) -> int:
         return super().trainable_params(layer, size) + layer.n_out

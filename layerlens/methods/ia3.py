@@ -33,6 +33,11 @@ class IA3(VectorMethod):
     reads = OUTPUT
     on_request = True
 
+    def why_refused(self, layer: LayerSpec, module: Any) -> str:
+        from layerlens.integrations.peft_refusals import refused_kind
+
+        return refused_kind(module, self.peft_config, feedforward_modules=[])
+
     def trainable_params(self, layer: LayerSpec, size: int) -> int:
         return layer.n_in if scales_input(layer.name) else layer.n_out
 

@@ -85,6 +85,10 @@ class Method(ABC):
         """
         return layer.layer_type == LINEAR
 
+    def why_refused(self, layer: LayerSpec, module: Any) -> str:
+        """Why this layer, which is of a kind that takes the method, does not get it offered; "" where it does."""
+        return ""
+
     def takes_size(self, layer: LayerSpec, size: int) -> bool:
         """Whether this size can be offered on the layer."""
         return True

@@ -14,7 +14,15 @@ from layerlens.data.labels import HEAD_ADVICE, UNNAMED, outputs_of, unmatched
 from layerlens.exceptions import DataError, ModelNotFoundError, ModelSpecError
 from layerlens.integrations.auto_classes import auto_class_for, has_towers, model_class
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for, tokenizer_of
-from layerlens.integrations.quantized import is_quantized, keep_weights, quantization_arguments, sparing
+from layerlens.integrations.quantized import is_quantized, keep_weights
+from layerlens.integrations.quantized_loading import (
+    loading_of,
+    notes_on,
+    quantization_arguments,
+    refuse_other_dtype,
+    saved_quantization,
+    sparing,
+)
 from layerlens.integrations.token_embeddings import with_tokens
 from layerlens.integrations.transformers import output_names, task_heads, trained_and_drawn
 from layerlens.registry import TASKS
@@ -75,9 +83,12 @@ class TransformersSource(ModelSource):
         labels, name = kind.n_outputs(request.labels), self._auto_class(request)
         count = f", num_labels={labels}" if labels else ""
         imports = [*imports, f"from transformers import {name}"]
-        if request.quantization:
+        said: Mapping[str, Any] = {}
+        with suppress(ModelNotFoundError):
+            said = self.description(request)
+        if quantization := loading_of(request.quantization, said.get("quantization_config")):
             imports.append("from transformers.quantizers.auto import AutoQuantizationConfig")
-            count += f", quantization_config=AutoQuantizationConfig.from_dict({dict(request.quantization)!r})"
+            count += f", quantization_config=AutoQuantizationConfig.from_dict({quantization!r})"
         return imports, f"{name}.from_pretrained({path}{count})"
 
     def _path_in_snippet(self, request: LoadRequest) -> tuple[list[str], str]:
@@ -127,6 +138,10 @@ class TransformersSource(ModelSource):
                 torch.manual_seed(request.seed)
                 tokens = with_tokens(model, tokenizer, request.tokens)
         model.eval().requires_grad_(False)
+        notes: tuple[str, ...] = ()
+        if streamed is None:
+            refuse_other_dtype(model, getattr(torch, request.dtype))
+            notes = notes_on(model, info["quantization"])
         mismatched = (entry[0] for entry in info["mismatched_keys"])
         lacking = tuple(sorted({*info["missing_keys"], *mismatched}))
         finish_placement(model, lacking)
@@ -137,7 +152,7 @@ class TransformersSource(ModelSource):
             )
         new, drawn = trained_and_drawn(model, lacking)
         return PretrainedModel(
-            model, tokenizer, path, new, tuple(labels), images, streamed, drawn, processor, tokens=tokens
+            model, tokenizer, path, new, tuple(labels), images, streamed, drawn, processor, notes, tokens
         )
 
     def architectures(self, request: LoadRequest) -> tuple[str, ...]:
@@ -373,10 +388,12 @@ def _load_weights(
             trust_remote_code=request.trust_remote_code,
         )  # fmt: skip
 
+    saved = saved_quantization(config)
+
     def load(quantization: Mapping[str, Any] | None, **more: Any) -> tuple[Any, dict[str, Any]]:
         loaded: tuple[Any, dict[str, Any]] = auto_class.from_pretrained(
             path, **more, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **told,
-            **quantization_arguments(quantization), **(request.placement or {}),
+            **quantization_arguments(quantization, saved), **(request.placement or {}),
         )  # fmt: skip
         return loaded
 
@@ -390,11 +407,11 @@ def _load_weights(
     if new := _quantized_unmade(model, info):
         if asked is None:
             config = AutoConfig.from_pretrained(path, **heads, **told)
-            config.quantization_config = sparing(config.quantization_config, new)
+            config.quantization_config = sparing(saved or {}, new)
             model, info = load(None, config=config)
         else:
             model, info = load(sparing(asked, new), **heads)
-    return model, info, None
+    return model, info | {"quantization": saved}, None
 
 
 def _quantized_unmade(model: Any, info: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from layerlens.integrations.flops import FlopCounter
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel, weights_fingerprint
-from layerlens.integrations.quantized import keep_weights, quantization_arguments, quantized_layers, weights_kept
+from layerlens.integrations.quantized import keep_weights, quantized_layers, weights_kept
+from layerlens.integrations.quantized_loading import quantization_arguments
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.tasks import TASKS, Batch
