@@ -167,7 +167,8 @@ def _write(directory: Path, packed: Callable[[torch.nn.Linear], dict[str, torch.
             state |= {f"{path}.{key}": x.contiguous() for key, x in packed(layer.float()).items()}
     directory.mkdir(parents=True)
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(model.config.to_dict() | {"quantization_config": said}))
+    config = model.config.to_dict() | {"architectures": [type(model).__name__], "quantization_config": said}
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 @dataclass(frozen=True)

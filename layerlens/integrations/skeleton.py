@@ -133,7 +133,7 @@ def load_skeleton(
     if dtype != torch.float32 and model._get_dtype_plan(dtype):
         raise ModelSpecError(f"model.dtype: {config.model_type} keeps some weights in float32; {PLAIN}")
     model.tie_weights()
-    named = _renamed(model, places)
+    named = renamed(model, places)
     own = model.state_dict()
     mismatched = [name for name, place in named.items() if place.shape != tuple(own[name].shape)]
     usable = {name: place for name, place in named.items() if name not in mismatched}
@@ -144,7 +144,7 @@ def load_skeleton(
     return model, info, StreamedWeights(usable, {**{name: name for name in usable}, **_tied(model, usable)})
 
 
-def _renamed(model: Any, places: Mapping[str, TensorPlace]) -> dict[str, TensorPlace]:
+def renamed(model: Any, places: Mapping[str, TensorPlace]) -> dict[str, TensorPlace]:
     """The places by the model's own names, renamed as transformers does when it loads."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

@@ -200,7 +200,8 @@ def estimate_lora(
     labels = tuple(map(str, range(classes or 0)))
     request = LoadRequest(model, task or _task_of(model, base_dir), labels, base_dir=base_dir, dtype=dtype)
     settings = OptimizationConfig(max_trainable_params=1, latency_profile=batch.of(LatencyProfile()))
-    shapes = shapes_of(request, settings.latency_profile.sequence_length)
+    profile = settings.latency_profile
+    shapes = shapes_of(request, profile.sequence_length, on_cpu=profile.device_type == "cpu")
     able = [layer for layer in shapes.spec.layers if LORA in layer.methods]
     _refuse_unknown(able, targets)
     named = [layer for layer in able if _is_target(layer, targets)]
@@ -243,14 +244,18 @@ def estimate_manifest(
     reference, task = model or facts.name_or_path, facts.task
     if not reference or not task:
         raise ManifestError(f"{name} has no model.{'task' if reference else 'name_or_path'}, which an estimate needs")
-    request = LoadRequest(reference, task, facts.labels or (), base_dir=base_dir, dtype=facts.dtype or "float32")
+    request = LoadRequest(
+        reference, task, facts.labels or (), base_dir=base_dir, dtype=facts.dtype or "float32",
+        quantization=facts.quantization,
+    )  # fmt: skip
     recorded = config.optimization.latency_profile
     profile = batch.of(recorded)
     settings = config.optimization.model_copy(update={"latency_profile": profile})
     longer = profile.sequence_length != recorded.sequence_length
     counted = profile.sequence_length if longer else config.data.max_length
     sites, methods = config.profiling.adapter_sites, config.optimization.methods
-    shapes = shapes_of(request, counted, adapter_sites=sites, methods=methods)
+    on_cpu = profile.device_type == "cpu"
+    shapes = shapes_of(request, counted, adapter_sites=sites, methods=methods, on_cpu=on_cpu)
     _refuse_other_shape(manifest, shapes.spec)
     options = [Option(row.layer, row.method, row.rank) for row in manifest.allocations if row.method != NONE]
     choice = f"{len(options)} of {len(manifest.allocations)} layers as in {name}"
@@ -291,8 +296,8 @@ def _notes(shapes: Shapes, left_out: Mapping[str, str]) -> Iterator[str]:
     )
     if shapes.head_params:
         yield f"A task head of {shapes.head_params:,} parameters is trained beside them."
-    if shapes.quantized:
-        yield f"The configuration's quantisation is not counted: weights are taken as {shapes.request.dtype}."
+    if shapes.stored:
+        yield f"{shapes.stored} Weights that are not quantized are in {shapes.request.dtype}."
     for layer, reason in left_out.items():
         yield f"Left out: {layer}: {reason}."
 

@@ -7,7 +7,8 @@ only. It is counted here by the same functions, on tensors without data, on the 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import torch
 from layerlens.exceptions import ConfigurationError, ModelSpecError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel, mode_for
+from layerlens.integrations.quantized_loading import saved_quantization
+from layerlens.integrations.quantized_sizes import quantized_sizes
 from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, longest_sequence, task_heads, without_cache
 from layerlens.models import Footprint, ModelSpec
@@ -35,6 +38,7 @@ class Shapes:
         spec: its layers; without a fingerprint.
         footprint: of a step of the frozen model, for each token, or each sample where ``spec.per_sample``.
         counted_length: tokens of the sequences that it was counted on; 0 where there are none.
+        stored: how the size of quantized weights is known, a sentence; "" where they are dense.
     """
 
     request: LoadRequest
@@ -42,6 +46,7 @@ class Shapes:
     spec: ModelSpec
     footprint: Footprint
     counted_length: int
+    stored: str = ""
 
     @property
     def head_params(self) -> int:
@@ -49,21 +54,18 @@ class Shapes:
         names = task_heads(self.model) if self.request.kind.new_head else ()
         return sum(x.numel() for name in names for x in self.model.get_submodule(name).parameters())
 
-    @property
-    def quantized(self) -> bool:
-        """Whether the configuration has weights of fewer bits than are counted."""
-        return getattr(getattr(self.model, "config", None), "quantization_config", None) is not None
-
 
 def shapes_of(
-    request: LoadRequest, sequence_length: int, *, adapter_sites: str = "residual", methods: Collection[str] = ()
-) -> Shapes:
+    request: LoadRequest, sequence_length: int, *, adapter_sites: str = "residual", methods: Collection[str] = (),
+    on_cpu: bool = True,
+) -> Shapes:  # fmt: skip
     """Build the model of ``request`` from its configuration and count a step on full batches.
 
     Args:
         request: the model, its task and the precision of its weights; weights are not looked for.
         sequence_length: tokens of the sequences that are counted; not read for models of images.
         adapter_sites, methods: see ``model_spec``.
+        on_cpu: whether weights are for a CPU, on which some quantized ones are unpacked.
 
     Raises:
         ModelNotFoundError: the configuration cannot be found or read.
@@ -91,7 +93,23 @@ def shapes_of(
             f"model.name_or_path: {type(model).__name__} cannot be counted without its weights ({reason}); "
             "`layerlens run` measures it"
         ) from error
-    return Shapes(request, model, spec, Footprint(*counted), 0 if spec.per_sample else sequence_length)
+    spec, stored = _as_stored(request, pretrained, spec, on_cpu)
+    return Shapes(request, model, spec, Footprint(*counted), 0 if spec.per_sample else sequence_length, stored)
+
+
+def _as_stored(
+    request: LoadRequest, pretrained: PretrainedModel, spec: ModelSpec, on_cpu: bool
+) -> tuple[ModelSpec, str]:
+    """The model with the bytes of quantized weights as they are stored, and how these are known."""
+    saved = saved_quantization(getattr(pretrained.model, "config", None))
+    quantization = request.quantization or saved
+    if not quantization:
+        return spec, ""
+    place = Path(pretrained.path)
+    files = place if request.quantization is None and place.is_dir() else None
+    heads = task_heads(pretrained.model) if request.kind.new_head else ()
+    sizes = quantized_sizes(pretrained.model, quantization, spec.weight_bytes, files=files, spared=heads, on_cpu=on_cpu)
+    return (spec if sizes.bytes is None else replace(spec, weight_bytes=sizes.bytes)), sizes.said
 
 
 def _inputs(request: LoadRequest, pretrained: PretrainedModel, sequence_length: int) -> dict[str, torch.Tensor]:

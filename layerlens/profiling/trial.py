@@ -10,7 +10,7 @@ one by one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,10 @@ class Trial:
         return bool(self.expanded) and not sharded
 
 
+Run = Callable[[Sequence[int]], Sequence[torch.Tensor]]
+"""Places of two samples, in an order -> the outputs of a model, or of a part of it, for them."""
+
+
 def tried(model: torch.nn.Module, spec: ModelSpec, other_modules: Sequence[str], batches: Sequence[Batch]) -> Trial:
     """Run the model on two samples of the first batch that has two; not where all have one.
 
@@ -77,18 +81,35 @@ def tried(model: torch.nn.Module, spec: ModelSpec, other_modules: Sequence[str],
     rows = len(batch.index) * batch.rows
     if any(not isinstance(x, torch.Tensor) or x.dim() < 1 or len(x) != rows for x in batch.inputs.values()):
         return Trial(frozenset())  # inputs without an axis of samples: nothing can be exchanged
-    pair = batch.taken(torch.tensor([0, len(batch.index) - 1]))
+
+    def run(order: Sequence[int]) -> list[torch.Tensor]:
+        return list(output_tensors(model(**batch.taken(torch.tensor(list(order))).inputs)))
+
+    return tried_on(model, spec, other_modules, run, (0, len(batch.index) - 1), batch.rows)
+
+
+def tried_on(
+    model: torch.nn.Module, spec: ModelSpec, other_modules: Sequence[str], run: Run, pair: tuple[int, int], rows: int
+) -> Trial:
+    """What two samples show of the modules that ``run`` calls.
+
+    Args:
+        model, spec, other_modules: see ``Taps``.
+        run: of the model or of a part of it.
+        pair: places of the two samples.
+        rows: of the model's batch for each sample.
+    """
     experts = {layer.name: layer.module for layer in spec.layers if layer.layer_type == EXPERTS}
     layers = [layer.name for layer in spec.layers if layer.layer_type not in (ATTENTION, EXPERTS)]
     layers += [path for path in experts.values() if of_interface(model.get_submodule(path))]
-    seen = _Seen(model, dict.fromkeys([*layers, *other_modules]))
+    seen = _Seen(model, dict.fromkeys([*layers, *other_modules]), run)
     plain = seen.run(pair)
-    n = 2 * pair.rows
+    n = 2 * rows
     odd = [name for name, calls in seen.shapes.items() if any(inputs[0] not in (1, n) for inputs, _ in calls)]
     traced = set(seen.shapes) - set(odd)
     unmeasured = {}
     if odd:
-        first, second = seen.inputs_of(odd, pair), seen.inputs_of(odd, pair.taken(torch.tensor([1, 0])))
+        first, second = seen.inputs_of(odd, pair), seen.inputs_of(odd, pair[::-1])
         for name in odd:
             if _exchanged(first[name], second[name]):
                 traced.add(name)
@@ -97,32 +118,35 @@ def tried(model: torch.nn.Module, spec: ModelSpec, other_modules: Sequence[str],
     unmeasured |= {name: UNKNOWN for name, path in experts.items() if path in unmeasured}
     unmeasured = {name: reason for name, reason in unmeasured.items() if name not in experts.values()}
     shared = tuple(name for name, calls in seen.shapes.items() if any(output[0] == 1 for _, output in calls))
-    expanded = shared if shared and not _same_when_expanded(model, spec, other_modules, pair, plain) else ()
+    taps = Taps(model, spec, other_modules, backward=True)
+    taps.expect(n)
+    expanded = shared if shared and not _same_when_expanded(taps, run, pair, plain) else ()
     return Trial(frozenset(traced), unmeasured, expanded)
 
 
 class _Seen:
     """Forward passes of a model, and what some of its modules get in them."""
 
-    def __init__(self, model: torch.nn.Module, names: Any) -> None:
+    def __init__(self, model: torch.nn.Module, names: Any, run: Run) -> None:
         self.model = model
         self.names = list(names)
+        self.forward = run
         self.shapes: dict[str, list[tuple[torch.Size, torch.Size]]] = {}
 
-    def run(self, batch: Batch) -> list[torch.Tensor]:
-        """The model's outputs; the shapes of the modules' inputs and outputs are noted, call by call."""
+    def run(self, order: Sequence[int]) -> list[torch.Tensor]:
+        """The outputs; the shapes of the modules' inputs and outputs are noted, call by call."""
 
         def note(name: str, args: Any, output: Any) -> None:
             self.shapes.setdefault(name, []).append((_size(args[0]), _size(output)))
 
         with self._hooks(self.names, note):
-            return list(output_tensors(self.model(**batch.inputs)))
+            return list(self.forward(order))
 
-    def inputs_of(self, names: Sequence[str], batch: Batch) -> dict[str, list[torch.Tensor]]:
+    def inputs_of(self, names: Sequence[str], order: Sequence[int]) -> dict[str, list[torch.Tensor]]:
         """The inputs of some modules, call by call."""
         found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         with self._hooks(names, lambda name, args, output: found[name].append(args[0].detach().float().clone())):
-            self.model(**batch.inputs)
+            self.forward(order)
         return found
 
     @contextmanager
@@ -156,15 +180,11 @@ def _exchanged(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) ->
     return True
 
 
-def _same_when_expanded(
-    model: torch.nn.Module, spec: ModelSpec, other_modules: Sequence[str], pair: Batch, plain: list[torch.Tensor]
-) -> bool:
+def _same_when_expanded(taps: Taps, run: Run, pair: Sequence[int], plain: Sequence[torch.Tensor]) -> bool:
     """Whether the model puts out the same when [1, ...] outputs of its modules are expanded to the batch."""
-    taps = Taps(model, spec, other_modules, backward=True)
-    taps.expect(2 * pair.rows)
     try:
         with taps.open(), torch.enable_grad():
-            tapped = [tensor.detach() for tensor in output_tensors(model(**pair.inputs))]
+            tapped = [tensor.detach() for tensor in run(pair)]
     except (RuntimeError, ValueError, IndexError):
         return False
     return all(x.shape == y.shape and _alike(x.float(), y.float()) for x, y in zip(plain, tapped, strict=True))

@@ -23,8 +23,9 @@ from layerlens.profiling.pass_sums import BatchRecord, Key, record_of
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.streamed.forward import ForwardSweep, StreamedFootprint, check_arguments
 from layerlens.profiling.streamed.on_disk import Journal, stream_directory
-from layerlens.profiling.streamed.parts import cannot_stream, refuse_non_finite_activations
+from layerlens.profiling.streamed.parts import cannot_stream, refuse_non_finite_activations, taken_call
 from layerlens.profiling.streamed.residency import Weights
+from layerlens.profiling.trial import Trial, tried_on
 from layerlens.tasks import Batch, Batches, Loss
 from layerlens.tasks.losses import classification_loss
 from layerlens.utils.progress import Advance, Progress
@@ -261,9 +262,10 @@ class _Pass:
             block = f"{sweep.parts.blocks[number]}."
             layers = [layer.name for layer in self.spec.layers if f"{layer.name}.".startswith(block)]
             capture = self._capture(layers, self.in_block[number])
+            one_by_one = self._tried(capture, number).apply_to(capture, sharded=False)
             with capture.open():
                 for batch in range(n_batches):
-                    self._block_batch(capture, number, batch)
+                    self._block_batch(capture, number, batch, one_by_one=one_by_one)
                     advance(1)
             self._finish(str(number), capture)
             self._keep_rows(number)
@@ -297,19 +299,46 @@ class _Pass:
         if rows:
             self.journal.keep_tensors(f"rows-{number}", rows)
 
-    def _block_batch(self, capture: Capture, number: int, batch: int) -> None:
+    def _tried(self, capture: Capture, number: int) -> Trial:
+        """What two samples show of a block."""
         sweep = self.sweep
-        boundaries = sweep.boundaries
+        several = (batch for batch, outline in enumerate(sweep.outlines) if len(outline.index) > 1)
+        batch = next(several, None)
+        if batch is None:
+            return Trial()
+        call, hidden, outline = sweep.call(batch, number), sweep.boundaries.read(number, batch), sweep.outlines[batch]
+
+        def run(order: Sequence[int]) -> list[torch.Tensor]:
+            rows = _rows_of(order, outline.rows)
+            return [sweep.parts.run_block(number, hidden[rows], taken_call(call, rows, len(hidden)))]
+
+        with torch.no_grad():
+            return tried_on(
+                sweep.model, capture.spec, capture.other_modules, run, (0, len(outline.index) - 1), outline.rows
+            )
+
+    def _block_batch(self, capture: Capture, number: int, batch: int, *, one_by_one: bool) -> None:
+        """A batch through a block; sample by sample where samples of a batch cannot be told apart there."""
+        sweep = self.sweep
+        boundaries, outlined = sweep.boundaries, sweep.outline_batch(batch)
+        before = sum(len(outline.index) for outline in sweep.outlines[:batch])
         passes_on = number > 0 or bool(self.front_modules)
-        hidden = boundaries.read(number, batch).requires_grad_(passes_on)
-        capture.begin(sweep.outline_batch(batch))
-        with torch.enable_grad():
-            given = hidden.clone() if passes_on else hidden  # a block may write into what it is given
-            output = sweep.parts.run_block(number, given, sweep.call(batch, number))
-        capture.backward(output, boundaries.read(boundaries.gradient_slot(number + 1), batch))
+        whole, call = boundaries.read(number, batch), sweep.call(batch, number)
+        wanted = boundaries.read(boundaries.gradient_slot(number + 1), batch)
+        places = range(len(outlined.index))
+        found = []
+        for part in [[place] for place in places] if one_by_one else [list(places)]:
+            rows = _rows_of(part, outlined.rows)
+            hidden = (whole[rows] if one_by_one else whole).requires_grad_(passes_on)
+            capture.begin(outlined.taken(torch.tensor(part)) if one_by_one else outlined, before=before + part[0])
+            with torch.enable_grad():
+                given = hidden.clone() if passes_on else hidden  # a block may write into what it is given
+                of_part = taken_call(call, rows, len(whole)) if one_by_one else call
+                output = sweep.parts.run_block(number, given, of_part)
+            capture.backward(output, wanted[rows] if one_by_one else wanted)
+            found.append(hidden.grad if hidden.grad is not None else torch.zeros_like(hidden))
         if passes_on:
-            gradient = hidden.grad if hidden.grad is not None else torch.zeros_like(hidden)
-            boundaries.write(boundaries.gradient_slot(number), batch, gradient)
+            boundaries.write(boundaries.gradient_slot(number), batch, torch.cat(found))
 
     def _front(self, advance: Advance) -> None:
         """Weights of the front, where they are measured; with those of the tail that they share, which runs again."""
@@ -400,3 +429,8 @@ class _Pass:
                 if name in parts:
                     found.setdefault(statistic, {})[key] = parts[name]
         return found
+
+
+def _rows_of(samples: Sequence[int], rows: int) -> torch.Tensor:
+    """Rows of the model's batch that the samples at these places have, int64."""
+    return (torch.tensor(list(samples))[:, None] * rows + torch.arange(rows)).flatten()

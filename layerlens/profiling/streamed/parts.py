@@ -239,6 +239,15 @@ class ModelParts:
                 del module.forward  # the class's own method is found again
 
 
+def taken_call(call: BlockCall, rows: torch.Tensor, n: int) -> BlockCall:
+    """What a block is given beside the activations of these rows, of a batch of ``n``."""
+
+    def taken(x: Any) -> Any:
+        return x[rows.to(x.device)] if isinstance(x, torch.Tensor) and x.dim() > 1 and len(x) == n > 1 else x
+
+    return BlockCall(tree_map(taken, call.args), tree_map(taken, call.kwargs), call.by_name)
+
+
 def cannot_stream(model: torch.nn.Module, why: str) -> ProfilingError:
     """The error for a model that cannot be streamed."""
     return ProfilingError(
