@@ -113,8 +113,18 @@ FIELDS: dict[str, dict[str, Any]] = {
     "led": {**SEQ2SEQ, "attention_window": 8, "max_encoder_position_embeddings": 128,
             "max_decoder_position_embeddings": 128},
     "longformer": {"attention_window": [8, 8]}, "big_bird": {"attention_type": "original_full"},
-    "funnel": {"block_sizes": [1, 1], "d_head": 8}, "mobilebert": {"embedding_size": 32, "intra_bottleneck_size": 32},
+    "funnel": {"block_sizes": [1, 1], "d_head": 8, "num_hidden_layers": LEFT_ALONE}, "mobilebert": {"embedding_size": 32, "intra_bottleneck_size": 32},
     "mpt": {"d_model": 32}, "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "prophetnet": {
+        "num_hidden_layers": LEFT_ALONE, "num_encoder_layers": 2, "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4, **SEQ2SEQ,
+    },
+    "xlnet": {"max_position_embeddings": LEFT_ALONE}, "zaya": {"num_experts_per_tok": 1},
+    "dbrx": {
+        "num_key_value_heads": LEFT_ALONE, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "esmc": {"num_key_value_heads": 4}, "dots3_note_text": MLA, "neomme": {"head_dim": 16},
     "openai-gpt": {"afn": "gelu"}, "xlm": {"emb_dim": 32}, "flaubert": {"emb_dim": 32},
 }  # fmt: skip
 TASKS = {
@@ -129,7 +139,7 @@ TASKS = {
 """Task -> the automatic class, and transformers' table of the classes of each kind of model."""
 OTHER_INPUTS = ("whisper", "seamless_m4t", "seamless_m4t_v2", "trocr", "moshi", "musicgen", "musicgen_melody", "tapas")
 """Kinds of model whose inputs are sounds, pictures or tables."""
-MOST_PARAMETERS = 2_000_000
+MOST_PARAMETERS = 4_000_000
 """Anything larger has sizes that no recipe here lowers."""
 
 

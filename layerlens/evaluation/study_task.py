@@ -6,6 +6,7 @@ The product's statistics are for utility models, mean gradients and input covari
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -115,7 +116,14 @@ class Profile:
 
 def lora_layers(task: StudyTask) -> list[LayerSpec]:
     """The layers that can take LoRA, and are one matrix each: no stacked experts, no embeddings."""
-    return [layer for layer in task.spec.layers if LORA in layer.methods and layer.layer_type not in NO_MATRIX]
+    able = [layer for layer in task.spec.layers if LORA in layer.methods]
+    if others := [layer.name for layer in able if layer.layer_type in NO_MATRIX]:
+        warnings.warn(
+            f"evaluate: {len(others)} stacked experts or embeddings ({others[0]} ...) take no part; the study trains "
+            "layers that are one matrix each",
+            stacklevel=2,
+        )
+    return [layer for layer in able if layer.layer_type not in NO_MATRIX]
 
 
 def lora_spec(task: StudyTask) -> ModelSpec:

@@ -16,6 +16,7 @@ from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import longest_sequence, new_modules
 from layerlens.jobs.job import Warnings
 from layerlens.models import ModelFacts, ModelSpec, ModelStatistics
+from layerlens.models.statistics import EXPERT_TOKENS
 from layerlens.profiling.cache import cache_key
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.tasks import TASKS
@@ -175,10 +176,23 @@ def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset
     )
 
 
+def expert_tokens(statistics: ModelStatistics) -> dict[str, list[int]]:
+    """Experts of a block -> the calibration tokens that went to each of them; empty without such experts."""
+    found: dict[str, list[int]] = {}
+    for layer in statistics.layers:
+        for measured in layer.by_method.values():
+            tokens = (measured.extra or {}).get(EXPERT_TOKENS)
+            if tokens is not None:
+                found.setdefault(layer.layer.rpartition(".")[0], [round(float(count)) for count in tokens])
+    return found
+
+
 def data_facts(statistics: ModelStatistics) -> dict[str, Any]:
     """What the manifest records of the data and of what was measured on it for the whole model."""
     identity = statistics.provenance["identity"]
     facts = {"key": cache_key(identity), **identity["data"]}
+    if tokens := expert_tokens(statistics):
+        facts["expert_tokens"] = tokens
     kernel = statistics.kernel
     if kernel is not None:
         facts["neural_tangent_kernel"] = {

@@ -23,7 +23,7 @@ from layerlens.models.data_summary import DataSummary
 from layerlens.optimization import frontier
 from layerlens.profiling.statistics_file import statistics_to_bytes
 from layerlens.tuning import export_adapter
-from layerlens.tuning.initialization import measured_factors
+from layerlens.tuning.initialization import beginnings_unmeasured, measured_factors
 from layerlens.tuning.task_head import write_head
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, staged_directory
 
@@ -57,6 +57,8 @@ def export(job: Job, loaded: Loaded, measured: Measured, decision: Decision, wri
         factors = measured_factors(
             model, manifest.choice, loaded.batches, loaded.task.loss, lambda: fit_new_head(job, loaded)
         )
+        if unmeasured := beginnings_unmeasured(model, manifest.choice):
+            job.warnings.add(unmeasured)
         written.files |= write_manifest(manifest, written.directory, created_at=now())
         head = measured.statistics.head
         written.files |= export_adapter(manifest, model, written.directory, factors, head=head)

@@ -22,7 +22,7 @@ from layerlens.library.profile import Profile
 from layerlens.library.session import Objects, opened
 from layerlens.library.settings import with_settings
 from layerlens.manifest import read_manifest
-from layerlens.tuning.initialization import measured_factors, read_factors
+from layerlens.tuning.initialization import beginnings_unmeasured, measured_factors, read_factors
 from layerlens.tuning.task_head import read_head
 from layerlens.utils.progress import Progress, silent
 
@@ -84,6 +84,8 @@ def plan(
             loaded.pretrained.model, decision.manifest.choice, loaded.batches, loaded.task.loss,
             lambda: fit_new_head(job, loaded),
         )  # fmt: skip
+        if unmeasured := beginnings_unmeasured(loaded.pretrained.model, decision.manifest.choice):
+            job.warnings.add(unmeasured)
         notes = tuple(job.warnings.lines)
         found = Profile(measured.spec, measured.statistics, measured.model, job.config, notes)
         kept = weak(loaded.pretrained.model) if not isinstance(model, (str, Path)) else None

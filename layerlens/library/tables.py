@@ -10,6 +10,7 @@ from layerlens.manifest.page import rendered
 from layerlens.manifest.summary import (
     budget_facts,
     counts,
+    expert_lines,
     left_out_lines,
     option_name,
     peft_holds,
@@ -191,4 +192,8 @@ def _remarks(manifest: Manifest, notes: Sequence[str]) -> list[str]:
     """What else the user should know, a line each."""
     heads = manifest.model.heads
     head = f"The task head ({', '.join(heads)}) is trained too, and saved with the adapter." if heads else ""
-    return [line for line in (peft_holds(manifest), head, *left_out_lines(manifest), *notes) if line]
+    return [
+        line
+        for line in (peft_holds(manifest), head, *expert_lines(manifest), *left_out_lines(manifest), *notes)
+        if line
+    ]

@@ -27,7 +27,7 @@ from layerlens.manifest.formats import (
 from layerlens.manifest.frontier import frontier_section
 from layerlens.manifest.layers import heat_map, layer_rows
 from layerlens.manifest.page import rendered
-from layerlens.manifest.summary import budget_facts, counts, left_out_lines, share_of_model
+from layerlens.manifest.summary import budget_facts, counts, expert_lines, left_out_lines, share_of_model
 from layerlens.models import (
     NONE,
     RESOURCES,
@@ -97,7 +97,7 @@ def write_report(
         curve_methods=methods_shown(curves["figures"], METHODS.names()),
         utility_unit=utilities.unit,
         layers=layer_rows(manifest, statistics, explanations),
-        left_out=left_out_lines(manifest),
+        left_out=[*expert_lines(manifest), *left_out_lines(manifest)],
         explained=bool(explanations),
         solver=_solver(events),
         measured_on=_measured_on(statistics),

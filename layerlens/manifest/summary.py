@@ -56,6 +56,29 @@ def left_out_lines(manifest: Manifest, most: int = 3) -> list[str]:
     return lines
 
 
+def expert_lines(manifest: Manifest, most: int = 5) -> list[str]:
+    """How many calibration tokens went to each expert, and which experts saw none; nothing without experts."""
+    by_block: dict[str, list[int]] = (manifest.provenance.statistics or {}).get("expert_tokens") or {}
+    counts = sorted(count for block in by_block.values() for count in block)
+    if not counts:
+        return []
+    lines = [
+        f"Experts: {len(counts):,} in {len(by_block):,} blocks; {counts[0]:,} to {counts[-1]:,} calibration tokens "
+        f"each, {counts[len(counts) // 2]:,} in the middle."
+    ]
+    unseen = {block: [str(i) for i, count in enumerate(each) if not count] for block, each in by_block.items()}
+    unseen = {block: experts for block, experts in unseen.items() if experts}
+    if unseen:
+        shown = "; ".join(f"{block}: {', '.join(experts)}" for block, experts in list(unseen.items())[:most])
+        more = f" and experts of {len(unseen) - most} more blocks" if len(unseen) > most else ""
+        total = sum(map(len, unseen.values()))
+        lines.append(
+            f"{total:,} experts saw no token, so nothing was measured of them ({shown}{more}); more or other "
+            "calibration samples may reach them."
+        )
+    return lines
+
+
 def proof(manifest: Manifest) -> str:
     """How good the choice provably is, as a sentence."""
     gap = percent(manifest.gap, digits=4)

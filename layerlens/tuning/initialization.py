@@ -100,6 +100,19 @@ def measured_factors(
     return initial_factors(model, choice, [with_loss(batch) for batch in batches])
 
 
+def beginnings_unmeasured(model: torch.nn.Module, choice: Choice) -> str:
+    """That some LoRA layers begin from PEFT's own A although a measured one is asked for; "" where none does."""
+    if not choice.lora.is_measured:
+        return ""
+    stacks = [row.layer for row in choice.lora_options if stack_at(model, row.layer) is not None]
+    if not stacks:
+        return ""
+    return (
+        f"lora.initialization: {choice.lora.initialization} is measured of layers that are one matrix each; LoRA on "
+        f"{len(stacks)} stacked experts ({stacks[0]} ...) begins from PEFT's own A"
+    )
+
+
 def read_factors(peft_directory: Path, given: Choice | Manifest) -> dict[str, torch.Tensor]:
     """A of every LoRA layer as the exported adapter has it; empty where the initialisation needs none.
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from brute_force import pieces
 from streamed_support import ClassItself, Saved, save
-from test_architectures import SMALL, WIDTHS, text, token_labels
+from test_architectures import CASES, SMALL, WIDTHS, spec_of, text, token_labels
 
 from layerlens.exceptions import (
     ConfigurationError,
@@ -22,9 +23,11 @@ from layerlens.exceptions import (
 from layerlens.integrations.pretrained import weights_fingerprint
 from layerlens.integrations.safetensors_files import checkpoint_tensors, read_tensor
 from layerlens.integrations.skeleton import load_skeleton
+from layerlens.profiling.measure import measure
 from layerlens.profiling.request import BY_SAMPLES
 from layerlens.profiling.streamed.measure_streamed import measure_streamed
 from layerlens.profiling.streamed.parts import ModelParts
+from layerlens.tasks.batches import Batch
 
 FAMILIES = (
     "bert-classification", "bert-masked-lm-tied", "roberta-regression", "gpt2-causal-tied", "llama-causal-gqa",
@@ -238,3 +241,46 @@ def test_padding_on_the_left_and_labels_of_tokens(tmp_path: Path):
     object.__setattr__(batch, "inputs", flipped)
     object.__setattr__(batch, "labels", batch.labels.flip(1))
     assert saved.streamed(BY_SAMPLES) == saved.in_memory(BY_SAMPLES)
+
+
+ODD = {
+    "deberta-v2": lambda: hf.DebertaV2ForSequenceClassification(
+        hf.DebertaV2Config(
+            **SMALL, **WIDTHS, num_labels=2, relative_attention=True, position_buckets=4, max_relative_positions=-1,
+            pos_att_type=["p2c", "c2p"], share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False,
+        )
+    ),
+    "opt": lambda: hf.OPTForSequenceClassification(
+        hf.OPTConfig(
+            vocab_size=40, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4, num_labels=2,
+            max_position_embeddings=32, word_embed_proj_dim=16, pad_token_id=0,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_rows_that_are_not_the_samples_are_found_out_block_by_block(tmp_path: Path, name: str):
+    """DeBERTa's projected positions are one row for all samples, OPT's feed-forward layers see flattened tokens.
+
+    In memory DeBERTa's samples are measured one by one in the whole model, here in its blocks, so sums have another
+    order: float64, some thousand products, and 1e-9 leaves four decimal digits.
+    """
+    torch.manual_seed(1)
+    model = ODD[name]().double()
+    model.save_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 40, (5, 6), generator=generator)
+    whole = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.arange(5) % 2, torch.arange(5))
+    case = CASES["bert-classification"]
+    saved = Saved(model, case, pieces(whole, 1, 3, 1), spec_of(model), tmp_path)
+    settings = saved.settings(("fisher", "gradient"), everything=False)
+    expected = measure(model, saved.spec, saved.batches, **settings)
+    found = measure_streamed(*saved.skeleton(), saved.spec, saved.batches, **settings)
+    assert found.unmeasured == expected.unmeasured == {}
+    assert [layer.layer for layer in found.layers] == [layer.layer for layer in expected.layers]
+    for layer, other in zip(found.layers, expected.layers, strict=True):
+        for method, measured in layer.by_method.items():
+            assert measured.energy == pytest.approx(other.by_method[method].energy, rel=1e-9), (layer.layer, method)
+            assert measured.trace == pytest.approx(other.by_method[method].trace, rel=1e-9), (layer.layer, method)

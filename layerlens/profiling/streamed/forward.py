@@ -194,7 +194,9 @@ class ForwardSweep:
         """
         residency = self.residency
         residency.only(self.loose)
-        self.parts.discover(self.batch(0).inputs, lambda paths: residency.hold(residency.names_in(paths)))
+        with residency.reads() as read:  # DeBERTa reads its table of positions without calling the module
+            self.parts.discover(self.batch(0).inputs, lambda paths: residency.hold(residency.names_in(paths)))
+        self.loose = (*self.loose, *sorted(read - set(self.loose)))
         residency.only(self.front_names())
         residency.read_ahead(self.block_names(0))
         with torch.no_grad():

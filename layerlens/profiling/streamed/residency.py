@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Weights(Protocol):
@@ -74,6 +77,14 @@ class Residency:
         """Weights that belong to none of these modules: they are needed wherever the model's own forward pass runs."""
         inside = set(self.names_in(parts))
         return tuple(name for name in self._owners if name not in inside)
+
+    @contextmanager
+    def reads(self) -> Iterator[set[str]]:
+        """Weights that anything computes with while this is open and that are not in memory then."""
+        storages = {tensor.untyped_storage().data_ptr(): name for name, tensor in self._absent.items()}
+        found: set[str] = set()
+        with _Reads(storages, found):
+            yield found
 
     def identity(self, name: str) -> str:
         """One name for all parameters that are tied to this one."""
@@ -158,6 +169,23 @@ class Residency:
         found = module._parameters[attribute]
         assert found is not None
         return found
+
+
+class _Reads(TorchDispatchMode):
+    """Notes the names of tensors that operations get, by their storage."""
+
+    def __init__(self, names: dict[int, str], found: set[str]) -> None:
+        super().__init__()
+        self.names = names
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
+                name = self.names.get(leaf.untyped_storage().data_ptr())
+                if name is not None:
+                    self.found.add(name)
+        return func(*args, **(kwargs or {}))
 
 
 def _prefixes(model: torch.nn.Module, owners: Sequence[tuple[torch.nn.Module, str]]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,14 @@ def layers_with(request: BaselineRequest, method: str, *, dense: bool = False) -
     """
     from layerlens.integrations.transformers import is_dense
 
-    layers = tuple(
-        layer for layer in request.spec.layers if method in layer.methods and layer.layer_type not in NO_MATRIX
-    )
+    able = [layer for layer in request.spec.layers if method in layer.methods]
+    layers = tuple(layer for layer in able if layer.layer_type not in NO_MATRIX)
+    if others := [layer.name for layer in able if layer.layer_type in NO_MATRIX]:
+        warnings.warn(
+            f"baseline: {len(others)} stacked experts or embeddings ({others[0]} ...) are left as they are; baselines "
+            "are published for layers that are one matrix each",
+            stacklevel=2,
+        )
     if method == LORA:  # ranks of grouped convolutions are multiples of their groups, which no rule here knows
         layers = tuple(layer for layer in layers if getattr(request.model.get_submodule(layer.name), "groups", 1) == 1)
     if dense:
