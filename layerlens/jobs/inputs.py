@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from layerlens.config import ModelConfig, RunConfig
 from layerlens.config.optimization import UNIFORM_LORA
 from layerlens.data import Dataset
@@ -183,7 +185,8 @@ def expert_tokens(statistics: ModelStatistics) -> dict[str, list[int]]:
         for measured in layer.by_method.values():
             tokens = (measured.extra or {}).get(EXPERT_TOKENS)
             if tokens is not None:
-                found.setdefault(layer.layer.rpartition(".")[0], [round(float(count)) for count in tokens])
+                counts = [round(count) for count in np.asarray(tokens).tolist()]
+                found.setdefault(layer.layer.rpartition(".")[0], counts)
     return found
 
 
