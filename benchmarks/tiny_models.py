@@ -113,7 +113,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "led": {**SEQ2SEQ, "attention_window": 8, "max_encoder_position_embeddings": 128,
             "max_decoder_position_embeddings": 128},
     "longformer": {"attention_window": [8, 8]}, "big_bird": {"attention_type": "original_full"},
-    "funnel": {"block_sizes": [1, 1], "d_head": 8, "num_hidden_layers": LEFT_ALONE}, "mobilebert": {"embedding_size": 32, "intra_bottleneck_size": 32},
+    "funnel": {"block_sizes": [1, 1], "d_head": 8, "num_hidden_layers": LEFT_ALONE},
+    "mobilebert": {"embedding_size": 32, "intra_bottleneck_size": 32},
     "mpt": {"d_model": 32}, "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "prophetnet": {
         "num_hidden_layers": LEFT_ALONE, "num_encoder_layers": 2, "num_encoder_attention_heads": 4,
