@@ -45,6 +45,7 @@ def main() -> None:
     """Build the library, and begin again with it; then the kills."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="Stop each command after this time.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=COMMANDS)
     parser.add_argument("--out", type=Path)
@@ -62,7 +63,9 @@ def main() -> None:
         pristine = _pristine(Path(name))
         for command in COMMANDS:
             if arguments.only in (None, command):
-                result[command] = _Trial(Path(name), pristine, command, arguments.seed).kills(arguments.kills)
+                result[command] = _Trial(Path(name), pristine, command, arguments.seed).kills(
+                    arguments.kills, arguments.seconds
+                )
                 print(command, json.dumps(result[command]), flush=True)
     result = {"seed": arguments.seed, "seconds": round(time.perf_counter() - begun, 1), "commands": result}
     if arguments.out:
@@ -192,11 +195,13 @@ class _Trial:
         assert code == 0, (self.work / "said.txt").read_text()
         self.new = _content(self.work / self.output)
 
-    def kills(self, count: int) -> dict[str, Any]:
-        """What came of so many kills."""
+    def kills(self, most: int, seconds: float) -> dict[str, Any]:
+        """What came of so many kills, or of as many as there was time for."""
+        end, count = time.perf_counter() + seconds, 0
         state: Counter[str] = Counter()
         faults: list[str] = []
-        for number in range(count):
+        while count < most and time.perf_counter() < end:
+            number, count = count, count + 1
             target = self.chance.randint(1, self.calls)
             self._begin()
             code, _ = _forked(self.arguments, self.work, target)

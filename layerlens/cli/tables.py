@@ -179,8 +179,8 @@ def _bar(use: ResourceUse) -> Text:
     """Base, added and free part of a budget, and the share that is used."""
     assert use.budget is not None
     used, of_base = (part / use.budget if use.budget else float(part > 0) for part in (use.total, use.base))
-    filled = round(BAR_WIDTH * min(used, 1.0))
-    base = min(filled, round(BAR_WIDTH * min(of_base, 1.0)))
+    filled = round(BAR_WIDTH * min(max(used, 0.0), 1.0))
+    base = min(filled, round(BAR_WIDTH * min(max(of_base, 0.0), 1.0)))
     style = "red" if used > 1 else "green"
     parts = (("▓" * base, "blue"), ("█" * (filled - base), style), ("░" * (BAR_WIDTH - filled), "dim"))
     return Text.assemble(*parts, f" {share(used):>5}")

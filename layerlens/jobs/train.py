@@ -137,12 +137,12 @@ def train_config(manifest: Manifest, overrides: Sequence[str] = (), origin: str 
     """
     recorded = recorded_settings(manifest)
     named = {
-        "model.factory": recorded.get("model", {}).get("factory"),
-        "model.loss": recorded.get("model", {}).get("loss"),
-        "data.source": recorded.get("data", {}).get("source"),
+        "model.factory": (recorded.get("model") or {}).get("factory"),
+        "model.loss": (recorded.get("model") or {}).get("loss"),
+        "data.source": (recorded.get("data") or {}).get("source"),
     }
     said = any(str(one).startswith("model.trust_remote_code=") for one in overrides)
-    if recorded.get("model", {}).get("trust_remote_code") and not said:
+    if (recorded.get("model") or {}).get("trust_remote_code") and not said:
         raise ConfigurationError(
             "model.trust_remote_code: the manifest's run ran Python code of the checkpoint; if you trust it, say so: "
             "--set model.trust_remote_code=true"

@@ -51,3 +51,5 @@ def test_bars_of_extreme_budgets(budget: float) -> None:
     use = ResourceUse("vram_gb", budget, base=1.0, added=1e307, total=1e307, multiplier=1e-300, source="predicted")
     assert len(_bar(use).plain) < 80
     assert budget_facts(use)["name"]
+    below = ResourceUse("vram_gb", 1.0, base=-1e9, added=0.0, total=-1e9, multiplier=0.0, source="predicted")
+    assert len(_bar(below).plain) < 80
