@@ -13,6 +13,7 @@ from layerlens.jobs.job import Job
 from layerlens.jobs.load import Loaded
 from layerlens.jobs.measure import Measured, fit_new_head
 from layerlens.jobs.memory_mode import memory_facts
+from layerlens.jobs.offers import told_of_offers
 from layerlens.jobs.proxies import ProxyTrainer, joint_gains, measure_proxies
 from layerlens.jobs.proxy_check import CHOICE, check_samples, run_check, tell_of_check, uniform_solution
 from layerlens.jobs.solve import Solution, find_allocation, make_manifest, option_tables, run_provenance
@@ -98,6 +99,8 @@ def solve_stage(job: Job, spec: ModelSpec, statistics: ModelStatistics) -> Solut
     """``solved`` as a stage of its own; says when nothing is adapted because no option has a gain."""
     with job.clock.stage("solve"), job.progress.stage("Solving"):
         solution = solved(job, spec, statistics)
+        for line in told_of_offers(spec, job.config.optimization.ranks(), solution.problem):
+            job.warnings.add(line)
         if not (solution.utilities.utility > 0.0).any():
             job.warnings.add(
                 f"nothing is adapted: by profiling.utility_model {solution.utilities.model!r} no option has a gain "

@@ -206,9 +206,9 @@ def estimate_lora(
     _refuse_unknown(able, targets)
     named = [layer for layer in able if _is_target(layer, targets)]
     takers = [layer for layer in named if METHODS[LORA].takes_size(layer, rank)]
-    left_out = {
-        layer.name: f"rank {rank} is no multiple of its {layer.groups} groups" for layer in named if layer not in takers
-    } | dict(shapes.spec.left_out if _everything(targets) else {})
+    left_out = {layer.name: METHODS[LORA].why_not_size(layer, rank) for layer in named if layer not in takers} | dict(
+        shapes.spec.left_out if _everything(targets) else {}
+    )
     if not takers:
         raise ConfigurationError(f"rank: no layer takes rank {rank}; {next(iter(left_out.items()))}")
     options = [Option(layer.name, LORA, rank) for layer in takers]

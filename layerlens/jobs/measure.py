@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.placement import placed, shard, sharded
 from layerlens.integrations.transformers import blocks_of, new_modules
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.jobs.inputs import model_facts
-from layerlens.jobs.job import Job
+from layerlens.jobs.job import Job, Warn
 from layerlens.jobs.load import Loaded
 from layerlens.jobs.memory_mode import CHECKPOINTED, checkpointed_activations
 from layerlens.jobs.own_code import code_facts
@@ -24,16 +26,22 @@ from layerlens.jobs.solve import versions
 from layerlens.jobs.together import same_everywhere
 from layerlens.models import ModelFacts, ModelSpec, ModelStatistics
 from layerlens.profiling.cache import cache_key
+from layerlens.profiling.coupling import Coupling, Units, coupling, of_batches
 from layerlens.profiling.head import fit_head, head_arrays, head_state, put_head, streamed_replay
-from layerlens.profiling.measure import measure_share
+from layerlens.profiling.measure import measure_share, refuse_by_samples
 from layerlens.profiling.streamed.measure_streamed import measure_streamed
+from layerlens.tasks import Batch, Loss
 from layerlens.tasks.encoded import tokens_digest
+from layerlens.tasks.losses import BatchLoss
 from layerlens.utils.atomic import atomic_write_bytes
 
 STATISTICS_VERSION = 7
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
 HEAD_BATCH_SIZE = 32
 HEAD_FILE = "head.safetensors"
+BY_BATCHES = "each batch counts as one sample, so set data.batch_size to the batch size that you train with"
+FEWEST_UNITS = 2
+"""Batches that count as one sample each: two halves are compared."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,8 @@ def measure(job: Job, loaded: Loaded) -> Measured | None:
             _let_go(loaded.pretrained.model)
             return None
         assert statistics is not None
+        if cached is not None and statistics.n_samples == len(loaded.batches) < len(loaded.calibration):
+            job.warnings.add(f"model.loss depends on the other samples in a batch: {BY_BATCHES}")
         spec = loaded.spec.without(statistics.unmeasured)
         model = model_facts(loaded.pretrained, job.config, loaded.dataset, spec)
         provenance: dict[str, Any] = {"identity": identity, "model": model.fields()}
@@ -160,6 +170,7 @@ def _measure(job: Job, loaded: Loaded, key: str) -> ModelStatistics | None:
     for name in pretrained.new_parameters:
         job.processes.copy_from_first(pretrained.model.get_parameter(name).data)
     head = _head(loaded)
+    batches, loss = by_batches_if_coupled(loaded, job.warnings.add)
     if config.distributed.sharding == "fsdp":
         shard(pretrained.model, blocks_of(pretrained.model), job.processes)
     other_modules = measurable_modules(pretrained.model, loaded.spec) if config.profiling.all_weights else ()
@@ -169,7 +180,7 @@ def _measure(job: Job, loaded: Loaded, key: str) -> ModelStatistics | None:
         "sequence_length": config.data.max_length,
         "threads": job.threads,
         "progress": job.progress,
-        "loss": loaded.task.loss,
+        "loss": loss,
     }
     if pretrained.streamed is not None:
         found = measure_streamed(
@@ -180,10 +191,35 @@ def _measure(job: Job, loaded: Loaded, key: str) -> ModelStatistics | None:
     checkpointed = loaded.plan.mode == CHECKPOINTED
     with checkpointed_activations(pretrained.model) if checkpointed else nullcontext():
         share = measure_share(
-            pretrained.model, loaded.spec, loaded.batches, saved=saved, processes=job.processes,
+            pretrained.model, loaded.spec, batches, saved=saved, processes=job.processes,
             example=loaded.example, **settings,
         )  # fmt: skip
     return None if share is None else replace(share, head=head)
+
+
+def by_batches_if_coupled(loaded: Loaded, warn: Warn) -> tuple[Sequence[Batch], Loss | BatchLoss]:
+    """The batches and the loss; where the loss of a sample depends on others in its batch, each batch as one sample.
+
+    Raises:
+        ConfigurationError: statistics of single samples are asked for then, or there are too few batches.
+    """
+    batches, loss = loaded.batches, loaded.task.loss
+    known = loaded.pretrained.streamed is not None or isinstance(loss, BatchLoss) or not loaded.request.backward
+    found = Coupling() if known else coupling(loaded.pretrained.model, batches, loss)
+    if found.random:
+        warn("model.loss: the same samples have another loss in every pass (it draws numbers); whether it depends on "
+             "other samples in the batch is not known, and another data.batch_size gives other statistics")  # fmt: skip
+    if not found.said:
+        return batches, loss
+    why = f"depends on the other samples in a batch ({found.said})"
+    refuse_by_samples(loaded.request, "model.loss", why)
+    if len(batches) < FEWEST_UNITS:
+        raise ConfigurationError(
+            f"data.batch_size: the loss {why}, so that each batch counts as one sample, and there is one batch; lower "
+            "it, or raise data.calibration_samples"
+        )
+    warn(f"model.loss {why}: {BY_BATCHES}")
+    return Units(batches), of_batches(loss, "model.loss")
 
 
 def fit_new_head(job: Job, loaded: Loaded, streams: Path | None = None) -> None:

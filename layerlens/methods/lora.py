@@ -38,7 +38,13 @@ class LoRA(PeftMethod):
         return layer.layer_type in (LINEAR, CONV, EXPERTS, EMBEDDING)
 
     def takes_size(self, layer: LayerSpec, size: int) -> bool:
-        return size % layer.groups == 0
+        """A multiple of a convolution's groups, and no more than the rank that a change of the weight can have."""
+        return size % layer.groups == 0 and size <= min(layer.n_in, layer.n_out)
+
+    def why_not_size(self, layer: LayerSpec, size: int) -> str:
+        if size > min(layer.n_in, layer.n_out):
+            return f"rank {size} is above min(n_in, n_out) = {min(layer.n_in, layer.n_out)}"
+        return f"rank {size} is no multiple of its {layer.groups} groups"
 
     def trainable_params(self, layer: LayerSpec, size: int) -> int:
         return layer.experts * size * (layer.n_in + layer.n_out // layer.groups)

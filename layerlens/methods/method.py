@@ -93,6 +93,10 @@ class Method(ABC):
         """Whether this size can be offered on the layer."""
         return True
 
+    def why_not_size(self, layer: LayerSpec, size: int) -> str:
+        """Why a size that ``takes_size`` refuses cannot be offered on the layer."""
+        return f"{self.label} takes no size {size} there"
+
     @abstractmethod
     def trainable_params(self, layer: LayerSpec, size: int) -> int:
         """Parameters that it trains on the layer, exactly."""

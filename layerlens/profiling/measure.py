@@ -20,6 +20,7 @@ from layerlens.models import FactorSketch, ModelSpec, ModelStatistics, ModuleCos
 from layerlens.models.model_spec import EMBEDDING
 from layerlens.profiling.accumulators import LayerRows, SumShards
 from layerlens.profiling.capture import Capture, none_measured
+from layerlens.profiling.coupling import Units
 from layerlens.profiling.declared_tensors import must_be_finite
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
 from layerlens.profiling.pass_sums import BatchRecord, Key, Ledger
@@ -177,7 +178,8 @@ def _costs(
         return activation_bytes, forward_flops, module_costs(model, first_block, inputs, request.of_modules)
 
 
-def refuse_by_samples(request: StatisticsRequest, loss: str) -> None:
+def refuse_by_samples(request: StatisticsRequest, loss: str, why: str = "is one number for a batch that its samples "
+                      "share") -> None:  # fmt: skip
     """Refuse, by name, statistics of single samples, which a loss of whole batches does not have.
 
     Raises:
@@ -186,8 +188,8 @@ def refuse_by_samples(request: StatisticsRequest, loss: str) -> None:
     asked = [one.name for one in request.statistics if one.by_samples]
     if asked:
         raise ConfigurationError(
-            f"profiling.statistics: {', '.join(asked)} need the loss of each sample, and {loss} is one number for a "
-            "batch that its samples share; leave them out and choose a utility model without them, such as auto"
+            f"profiling.statistics: {', '.join(asked)} need the loss of each sample, and {loss} {why}; leave them "
+            "out and choose a utility model without them, such as auto"
         )
 
 
@@ -208,7 +210,7 @@ def _share(processes: Processes, n_batches: int) -> range:
 
 def _samples_before(batches: Sequence[Batch]) -> list[int]:
     """Samples in all batches before each of them, and in all of them at the end."""
-    plan = batches.plan if isinstance(batches, Batches) else [batch.index for batch in batches]
+    plan = batches.plan if isinstance(batches, (Batches, Units)) else [batch.index for batch in batches]
     return [0, *itertools.accumulate(map(len, plan))]
 
 
