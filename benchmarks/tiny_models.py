@@ -173,12 +173,23 @@ def architectures() -> list[Architecture]:
 
 
 def build(one: Architecture, directory: Path) -> None:
-    """Write a tiny model and its tokenizer into ``directory``.
+    """Write a tiny model and its tokenizer into ``directory``; see ``model_of``."""
+    torch.manual_seed(0)
+    model = model_of(one)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "norm" not in name and 0 < float(parameter.std()) < 0.05:
+                parameter.mul_(0.08 / parameter.std())
+    model.save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+
+
+def model_of(one: Architecture) -> Any:
+    """A tiny model as transformers initialises it.
 
     Raises:
         Exception: of transformers, where the recipe does not fit; ValueError where the model is not small.
     """
-    torch.manual_seed(0)
     config = configuration(one.name)
     if one.task == "sequence-classification":
         config.num_labels = 2
@@ -187,13 +198,7 @@ def build(one: Architecture, directory: Path) -> None:
         size = sum(parameter.numel() for parameter in auto_class.from_config(config).parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"{size:,} parameters")
-    model = auto_class.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "norm" not in name and 0 < float(parameter.std()) < 0.05:
-                parameter.mul_(0.08 / parameter.std())
-    model.save_pretrained(directory)
-    tokenizer().save_pretrained(directory)
+    return auto_class.from_config(config)
 
 
 def configuration(name: str) -> Any:

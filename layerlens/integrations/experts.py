@@ -78,15 +78,17 @@ def experts_per_token(config: Any, experts: int) -> int:
 
 
 def other_weights(
-    modules: Mapping[str, torch.nn.Module], blocks: Iterable[str], layers: Collection[str]
+    modules: Mapping[str, torch.nn.Module], blocks: Iterable[str] | None, layers: Collection[str]
 ) -> dict[str, str]:
-    """Parameter name -> what it is, of the matrices and stacks in ``blocks`` that are not the weight of a layer.
+    """Parameter name -> what it is, of the matrices and stacks that are not the weight of a layer.
+
+    Those in ``blocks``, or in the whole model where that is None.
 
     Embeddings are left alone here: they are said elsewhere.
     """
     import torch
 
-    inside = tuple(f"{block}." for block in blocks)
+    inside = "" if blocks is None else tuple(f"{block}." for block in blocks)
     found = {}
     for path, module in modules.items():
         if not f"{path}.".startswith(inside) or path in layers or is_dense(module):
@@ -95,7 +97,7 @@ def other_weights(
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1 and f"{path}.{name}" not in layers:
-                found[f"{path}.{name}"] = _described(path, module, name, parameter)
+                found[f"{path}.{name}".lstrip(".")] = _described(path, module, name, parameter)
     return found
 
 

@@ -77,8 +77,9 @@ def model_spec(
     # Tokens of images are counted for each module, which stacked experts are not.
     stacks = {} if inputs is not None else {k: v for path in modules for k, v in stacks_of(path, modules[path]).items()}
     of_block = _transformer_layers(modules, blocks, stacks) if blocks else {}
+    around: tuple[str, ...] | None = blocks
     if len(of_block) < SHARE_OF_BLOCKS * sum(map(_is_layer, modules.values())):
-        of_block = _other_layers(modules, new_modules(model, pretrained.new_parameters))
+        of_block, around = _other_layers(modules, new_modules(model, pretrained.new_parameters)), None
     asked = layers_asked_for(model, of_block, only, streamed=pretrained.streamed is not None) if only else None
     of_block = of_block if asked is None else asked.of_block
     dense = [path for path in of_block if path not in stacks]
@@ -135,7 +136,7 @@ def model_spec(
         taken, refused = _without_refused(_with_methods(layer, module, adapter_sites, methods), module, methods)
         layers += taken
         left_out |= refused
-    left_out |= other_weights(modules, blocks, of_block)
+    left_out |= other_weights(modules, around, of_block)
     if not layers:
         some = "; ".join(f"{path}: {reason}" for path, reason in list(left_out.items())[:3])
         raise ModelSpecError(

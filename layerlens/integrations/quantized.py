@@ -74,9 +74,14 @@ def parameter_count(model: torch.nn.Module) -> int:
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 total += weight_count(module, name)
-        if is_quantized(module) and not any(map(_is_packed_part, module._parameters.values())):
-            total += _size(module)  # its weight lies in buffers
+        if is_quantized(module) and weight_in_buffers(module):
+            total += _size(module)
     return total
+
+
+def weight_in_buffers(module: torch.nn.Module) -> bool:
+    """Whether the weight of a quantized layer is none of its parameters."""
+    return not any(map(_is_packed_part, module._parameters.values()))
 
 
 def weight_count(module: Any, name: str) -> int:

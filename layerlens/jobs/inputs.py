@@ -13,6 +13,7 @@ from layerlens.data import Dataset
 from layerlens.data.dataset import TEST_SHARE
 from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.model_code import READERS
+from layerlens.integrations.parameter_account import account_of
 from layerlens.integrations.placement import offloaded
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import longest_sequence, new_modules
@@ -162,12 +163,13 @@ def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset
     task, tokens = TASKS[config.model.task], pretrained.tokens
     has_head = task.new_head or bool(pretrained.new_parameters)
     heads = new_modules(pretrained.model, pretrained.new_parameters) if has_head else ()
+    trained = (*heads, *(tokens.whole_modules if tokens else ()))
     return ModelFacts(
         task=config.model.task,
         dtype=config.model.dtype,
         num_labels=task.n_outputs(dataset.label_names),
         labels=tuple(dataset.label_names),
-        head_modules=(*heads, *(tokens.whole_modules if tokens else ())),
+        head_modules=trained,
         model_type=str(getattr(getattr(pretrained.model, "config", None), "model_type", "")),
         weights=config.model.weights,
         loss=config.model.loss,
@@ -175,6 +177,7 @@ def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset
         quantization=config.model.quantization,
         new_parameters=pretrained.drawn or None,
         tokens=tokens.described() if tokens else None,
+        parameters=account_of(pretrained.model, spec, trained),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layerlens.exceptions import ActivationCacheError, ConfigurationError
+from layerlens.integrations.parameter_account import account_of
 from layerlens.jobs.choose import choose as choose_stage
 from layerlens.jobs.choose import compare, solve_stage, train_jointly, train_proxies
 from layerlens.jobs.inputs import data_facts
@@ -132,7 +133,8 @@ def _measured(job: Job, loaded: Loaded) -> Measured:
         heads = (*heads, *tokens.whole_modules)
     if not heads or measured.model.heads == heads:
         return measured
-    model = replace(measured.model, head_modules=heads)
+    parameters = account_of(loaded.pretrained.model, measured.spec, heads)
+    model = replace(measured.model, head_modules=heads, parameters=parameters)
     provenance = {**measured.statistics.provenance, "model": model.fields()}
     return replace(measured, model=model, statistics=replace(measured.statistics, provenance=provenance))
 

@@ -180,6 +180,11 @@ class ModelEntry(_OpenPart):
         description="Rows of the embeddings that are trained: by trainable_token_indices or modules_to_save, their "
         "indices and modules, how many rows there are, and the shapes in the checkpoint of what was resized.",
     )
+    parameters: dict[str, Any] | None = Field(
+        default=None,
+        description="Sums over all parameters: offered (in layers that a choice is made for), head (trained whole) and "
+        "left_out, by reason.",
+    )
 
 
 class LoraEntry(_OpenPart):

@@ -45,11 +45,14 @@ def peft_holds(manifest: Manifest) -> str:
 
 
 def left_out_lines(manifest: Manifest, most: int = 3) -> list[str]:
-    """Layers that are offered nothing, a line for each reason; of more than ``most`` layers the first ones."""
+    """Where all parameters are, and a line for each reason why layers are offered nothing.
+
+    Of more than ``most`` layers the first ones are named.
+    """
     by_reason: dict[str, list[str]] = {}
     for layer, reason in (manifest.model.left_out or {}).items():
         by_reason.setdefault(reason, []).append(layer)
-    lines = []
+    lines = [account] if (account := account_line(manifest)) else []
     for reason, layers in by_reason.items():
         more = f" and {len(layers) - most} more" if len(layers) > most else ""
         lines.append(f"Left out: {', '.join(layers[:most])}{more}: {reason}.")
@@ -77,6 +80,27 @@ def expert_lines(manifest: Manifest, most: int = 5) -> list[str]:
             "calibration samples may reach them."
         )
     return lines
+
+
+def account_line(manifest: Manifest, most: int = 4) -> str:
+    """Where the base model's parameters are, as a sentence with sums; "" where that is not known.
+
+    >>> from layerlens.models import ModelFacts
+    >>> facts = ModelFacts(parameters={"offered": 90, "head": 4, "left_out": {"a norm": 4, "an embedding": 2}})
+    >>> account_line(Manifest(facts, (), (), 0.0, 0.0, 0.0, "optimal", "", "", ""))
+    'Parameters: 100 = 90 in layers on offer + 4 in the head + 6 left out (4: a norm; 2: an embedding).'
+    """
+    found = manifest.model.parameters
+    if not found:
+        return ""
+    by_reason = sorted(found["left_out"].items(), key=lambda one: -one[1])
+    left_out, total = sum(found["left_out"].values()), found["offered"] + found["head"]
+    parts = [f"{found['offered']:,} in layers on offer"]
+    parts += [f"{found['head']:,} in the head"] if found["head"] else []
+    said = [f"{n:,}: {reason}" for reason, n in by_reason[:most]]
+    said += [f"{sum(n for _, n in by_reason[most:]):,} for other reasons"] if len(by_reason) > most else []
+    parts += [f"{left_out:,} left out ({'; '.join(said)})"] if left_out else []
+    return f"Parameters: {total + left_out:,} = {' + '.join(parts)}."
 
 
 def proof(manifest: Manifest) -> str:

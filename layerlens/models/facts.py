@@ -79,6 +79,8 @@ class ModelFacts(Section):
         quantization: what the configuration said of weights in fewer bits; None where they are loaded as saved.
         new_parameters: parameters outside the head modules that the checkpoint lacks; they stay as they are drawn.
         tokens: rows of the embeddings that are trained, as ``TokenTraining`` describes them; None for none.
+        parameters: where each of the base model's is, as sums: "offered" (in layers that a choice is made for), "head"
+            (trained whole), and "left_out" by reason.
 
     Raises:
         ManifestError: ``head_modules`` is not a list of names, or ``tokens`` no such description.
@@ -99,6 +101,7 @@ class ModelFacts(Section):
     quantization: Mapping[str, Any] | None = None
     new_parameters: tuple[str, ...] | None = None
     tokens: Mapping[str, Any] | None = None
+    parameters: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.head_modules, str) or not all(isinstance(name, str) for name in self.heads):

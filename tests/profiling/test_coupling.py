@@ -122,5 +122,5 @@ def test_a_plan_is_made_by_batches_or_refused():
 
     plan = api.plan(Net(), data, loss=loss, max_trainable_params=100, threads=1)
     assert any("depends on the other samples in a batch" in line for line in plan.notes)
-    with pytest.raises(ConfigurationError, match="fisher need the loss of each sample, and model.loss depends"):
+    with pytest.raises(ConfigurationError, match=r"fisher need the loss of each sample, and model\.loss depends"):
         api.plan(Net(), data, loss=loss, max_trainable_params=100, threads=1, statistics=["fisher"])
