@@ -111,7 +111,7 @@ def _least_of_a_method_not_offered(section: OptimizationConfig) -> str:
 
 
 def _two_of_peft(section: OptimizationConfig) -> str:
-    names = [name for name in section.methods if METHODS[name].wraps]
+    names = [name for name in section.methods if METHODS[name].wraps and not METHODS[name].joins]
     if len(names) < 2:
         return ""
     alone = [name for name in section.methods if name not in names]
@@ -141,7 +141,8 @@ def _of_tokens(request: TokenRequest, holds: bool, reason: str) -> str:
 
 
 def _rows_beside_others(request: TokenRequest, methods: Sequence[str]) -> str:
-    others = [name for name in methods if METHODS[name].wraps and name not in LORA_KINDS]
+    of_peft = [name for name in methods if METHODS[name].wraps and not METHODS[name].joins]
+    others = [name for name in of_peft if name not in LORA_KINDS]
     if not request or request.by != ROWS or not others:
         return ""
     return (

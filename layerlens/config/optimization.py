@@ -194,8 +194,9 @@ class OptimizationConfig(ConfigModel):
         default=("lora",),
         min_length=1,
         description="PEFT methods on offer: `lora`, which every trainer and serving engine can use, or one other of "
-        "Hugging Face PEFT's (`dora`, `ia3`, `bitfit`, `ln_tuning`), since an adapter directory holds one kind; and "
-        "`adapter` and `prefix`, which only LayerLens itself puts into a model (`layerlens.tuning.apply`).",
+        "Hugging Face PEFT's (`dora`, `ia3`, `bitfit`), since an adapter directory holds one kind; `ln_tuning`, alone "
+        "or beside it; and `adapter` and `prefix`, which only LayerLens itself puts into a model "
+        "(`layerlens.tuning.apply`).",
     )
     lora_ranks: tuple[int, ...] = Field(default=(1, 2, 4, 8, 16, 32), description="LoRA and DoRA ranks on offer.")
     adapter_sizes: tuple[int, ...] = Field(default=(2, 4, 8, 16, 32), description="Adapter bottleneck widths on offer.")

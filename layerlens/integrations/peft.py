@@ -115,10 +115,11 @@ def shared_fields(
     choice: Choice, model: torch.nn.Module, names: list[str], *, train_head: bool, base: str | None
 ) -> dict[str, Any]:
     """What every PEFT configuration has: the base model, the task and its head, and the layers by ``names``."""
+    whole = [*(choice.head_modules if train_head else ()), *(option.layer for option in choice.copied_options)]
     return {
         "base_model_name_or_path": base,
         "task_type": task_type(choice.task) if train_head else None,
-        "modules_to_save": list(choice.head_modules) or None if train_head else None,
+        "modules_to_save": whole or None,
         "target_modules": target_modules(model, names),
     }
 
@@ -178,7 +179,22 @@ def zero_step_tensors(
                 f"model.resize_token_embeddings({choice.tokens.rows if choice.tokens else max(indices) + 1}) first"
             )
         tensors[f"{BASE_PREFIX}{name}{TOKEN_ROWS}"] = module.weight.detach()[indices].clone()
-    return tensors
+    return tensors | copied_tensors(choice, model)
+
+
+def copied_tensors(choice: Choice, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of modules that are trained as copies beside the method that the directory is of.
+
+    Raises:
+        ManifestError: there is no such module, or its weights are not in memory.
+    """
+    found = {}
+    for option in choice.copied_options:
+        for name, parameter in find_module(model, option.layer).named_parameters():
+            if parameter.is_meta:
+                raise ManifestError(f"{option.layer}: its copy begins from its weights, which are not in memory")
+            found[f"{BASE_PREFIX}{option.layer}.{name}"] = parameter.detach().clone()
+    return found
 
 
 def default_factor(row: Option, n_in: int, seed: int) -> torch.Tensor:

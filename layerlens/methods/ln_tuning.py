@@ -1,6 +1,7 @@
 """LayerNorm tuning: the weight and bias of a norm (Zhao et al. 2023, arXiv:2312.11420), by Hugging Face PEFT.
 
-PEFT trains a copy of the norm, which computes what the norm does. Its layers are norms (LayerNorm, RMSNorm and their
+PEFT trains a copy of the norm, which computes what the norm does: beside another of its methods as one of that one's
+``modules_to_save``. Its layers are norms (LayerNorm, RMSNorm and their
 kin), which no other method takes. A norm is affine in each of its parameters, feature by feature, so its own forward
 pass gives the factor u of each: f(x; 1) − f(x; 0); the gradient of the parameter is Σ_t d_t ∘ u_t.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from layerlens.integrations.peft import base_of
 from layerlens.methods.method import Operation, sums_over_tokens
 from layerlens.methods.peft_method import VectorMethod
 from layerlens.models import LayerSpec
@@ -25,7 +27,7 @@ class LNTuning(VectorMethod):
     style, colours, marker = "bright_black", ("#57606a", "#8b949e"), "h"
     parameter_mark, holder = ".ln_tuning_layers.", "ln_tuning_layers"
     peft_type, peft_config = "LN_TUNING", "LNTuningConfig"
-    on_request = starts_from_weights = True
+    on_request = starts_from_weights = joins = True
 
     def takes(self, layer: LayerSpec, module: Any, adapter_sites: str) -> bool:
         return layer.layer_type == NORM
@@ -52,6 +54,16 @@ class LNTuning(VectorMethod):
         from layerlens.integrations.norms import is_norm
 
         return "" if is_norm(module) else f"LN tuning goes on a LayerNorm or RMSNorm, this is a {type(module).__name__}"
+
+    def sizes_in(self, model: torch.nn.Module) -> dict[str, int]:
+        """Also of norms that are trained beside another method."""
+        from peft.utils.other import ModulesToSaveWrapper
+
+        from layerlens.integrations.norms import is_norm
+
+        copies = {name: x for name, x in base_of(model).named_modules() if isinstance(x, ModulesToSaveWrapper)}
+        beside = {name: 1 for name, x in copies.items() if x.active_adapters and is_norm(x.original_module)}
+        return super().sizes_in(model) | beside
 
     def layer_tensors(self, name: str, module: Any) -> dict[str, torch.Tensor]:
         tensors = {end: parameter.detach().clone() for end, parameter in module.named_parameters()}

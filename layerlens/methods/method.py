@@ -56,6 +56,7 @@ class Method(ABC):
             gradient energy is compared at the scale of LoRA's input.
         on_request: measured and offered only where ``optimization.methods`` names it.
         starts_from_weights: its first values are made from the base model's weights, not from their shapes alone.
+        joins: PEFT trains a copy of the layer's module, which the directory of any other method of PEFT can hold too.
         wraps: ``prepare`` gives a model around the base model, which trains a copy of the task head.
         mergeable: what was trained can be added into the weights of the base model.
     """
@@ -75,6 +76,7 @@ class Method(ABC):
     absorbs_input_scale: bool = False
     on_request: bool = False
     starts_from_weights: bool = False
+    joins: bool = False
     wraps: bool = False
     mergeable: bool = False
 

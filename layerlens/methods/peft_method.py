@@ -1,7 +1,8 @@
 """Methods that Hugging Face PEFT puts into a model and keeps on disk: a configuration and the tensors it begins with.
 
 A PEFT adapter directory holds one kind of adapter, so a choice has one of these methods at most
-(``Choice.peft_method``), beside methods that add modules of their own. Each layer that gets it is a full name in
+(``Choice.peft_method``), beside methods that add modules of their own, and copies of modules that are trained whole
+(``joins``). Each layer that gets it is a full name in
 ``target_modules``.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
-from layerlens.integrations.peft import base_of, shared_fields
+from layerlens.integrations.peft import base_of, copied_tensors, shared_fields
 from layerlens.integrations.torch_modules import find_module
 from layerlens.methods.method import Method
 from layerlens.models import Choice, LayerSpec, Option
@@ -186,7 +187,7 @@ class VectorMethod(PeftMethod):
             if self.starts_from_weights and any(tensor.is_meta for tensor in made.values()):
                 raise ManifestError(f"{option.layer}: {self.label} begins from its weights, which are not in memory")
             found |= {f"base_model.model.{option.layer}.{end}": tensor for end, tensor in made.items()}
-        return found
+        return found | copied_tensors(choice, model)
 
     def sizes_in(self, model: torch.nn.Module) -> dict[str, int]:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -197,7 +198,7 @@ class VectorMethod(PeftMethod):
 
 def _in_file(name: str) -> str:
     """A parameter of a PEFT model as its file calls it: without the adapter's name."""
-    name = name.replace(".default.", ".").removesuffix(".default")
+    name = name.replace(".modules_to_save.default.", ".").replace(".default.", ".").removesuffix(".default")
     return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 

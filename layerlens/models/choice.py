@@ -67,14 +67,22 @@ class Choice:
         Raises:
             ManifestError: there are several, or trained rows beside another method, which no PEFT adapter holds.
         """
-        names = sorted({option.method for option in self.peft_options})
+        all_names = sorted({option.method for option in self.peft_options})
+        names = [name for name in all_names if not METHODS[name].joins] or all_names
         if len(names) > 1:
             raise ManifestError(f"a choice cannot have {' and '.join(names)}: {ONE_KIND}")
         if not self.token_indices:
             return names[0] if names else ""
+        if names and all(METHODS[name].joins for name in names):
+            return LORA
         if names and names[0] not in LORA_KINDS:
             raise ManifestError(f"a choice cannot have {names[0]} and {ROWS}: {ROWS_NEED_LORA}")
         return names[0] if names else LORA
+
+    @property
+    def copied_options(self) -> tuple[Option, ...]:
+        """The options whose modules PEFT trains as copies, beside the method that its directory is of."""
+        return tuple(x for x in self.peft_options if METHODS[x.method].joins and x.method != self.peft_method)
 
     @property
     def token_indices(self) -> dict[str, list[int]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from layerlens.models.choice import Choice
 from layerlens.models.facts import LoraSettings, ModelFacts, Predicted, Provenance, Section
-from layerlens.models.model_spec import LORA_KINDS, Option
+from layerlens.models.model_spec import Option
 from layerlens.registry import METHODS
 
 SCHEMA_VERSION = "1.0"
@@ -122,8 +122,11 @@ class Manifest:
 
     @property
     def lora_share(self) -> float:
-        """Share of ``trainable_params`` that is LoRA or DoRA, which is all that a LoraConfig holds."""
-        of_lora = sum(row.cost for row in self.allocations if row.method in LORA_KINDS)
+        """Share of ``trainable_params`` that a LoraConfig holds: LoRA or DoRA, and modules copied beside it."""
+        choice = self.choice
+        copied = choice.copied_options if choice.lora_options else ()
+        held = {option.layer for option in (*choice.lora_options, *copied)}
+        of_lora = sum(row.cost for row in self.allocations if row.layer in held)
         return of_lora / self.trainable_params if self.trainable_params else 0.0
 
     @property

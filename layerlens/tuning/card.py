@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerlens.models import Choice
+from layerlens.models import Choice, Option
 from layerlens.models.tokens import TokenTraining
 from layerlens.registry import METHODS
 from layerlens.tuning.storage import MODULES_FILE
@@ -37,7 +37,7 @@ def zero_step_card(choice: Choice, parameters: int, base: str, *, fitted: bool =
         fitted: whether the task head is the one that the layers were measured with; else it is as the base model was
             loaded.
     """
-    rows, label, more_rows = choice.peft_options, METHODS[choice.peft_method].label, resizing(choice.tokens)
+    label, more_rows = METHODS[choice.peft_method].label, resizing(choice.tokens)
     begin = {
         "default": "",
         "pca": " A holds the principal components of each layer's inputs.",
@@ -69,8 +69,8 @@ library_name: peft
 
 # Zero-step {label} adapter for {base}
 
-{label} on {_counted(len(rows), "module")}, {_ranks(choice)}{_rows(choice)}{parameters:,} trainable parameters, \
-{_scale(choice)}chosen by LayerLens (manifest.json beside this directory). {start} model \
+{label} on {_counted(len(_own(choice)), "module")}, {_ranks(choice)}{_copies(choice)}{_rows(choice)}{parameters:,} \
+trainable parameters, {_scale(choice)}chosen by LayerLens (manifest.json beside this directory). {start} model \
 computes exactly what {before}, until it is trained.{begin}
 {loading}"""
     others = [option.method for option in choice.other_options]
@@ -89,6 +89,19 @@ def resizing(tokens: TokenTraining | None, model: str = "base_model") -> str:
     if tokens is None or not tokens.checkpoint_shapes:
         return ""
     return f"{model}.resize_token_embeddings({tokens.rows})  # the checkpoint has fewer\n"
+
+
+def _own(choice: Choice) -> list[Option]:
+    """The options of the method that the directory is of."""
+    return [option for option in choice.peft_options if option not in choice.copied_options]
+
+
+def _copies(choice: Choice) -> str:
+    """What is trained as copies beside it, whole: ``3 tuned norms (modules_to_save), ``."""
+    names = [option.method for option in choice.copied_options]
+    kinds = [METHODS[name] for name in dict.fromkeys(names)]
+    counts = [_counted(names.count(kind.name), kind.plural.removesuffix("s"), kind.plural) for kind in kinds]
+    return f"{' and '.join(counts)} (modules_to_save), " if counts else ""
 
 
 def _rows(choice: Choice) -> str:
@@ -177,8 +190,8 @@ def _trained(choice: Choice) -> str:
     """``LoRA on 12 modules, ranks 1 to 8, alpha/r = 2; the head classifier``."""
     said = []
     if choice.peft_options:
-        on = f"{METHODS[choice.peft_method].label} on {_counted(len(choice.peft_options), 'module')}"
-        said.append(f"{on}, {_ranks(choice)}{_scale(choice)}".strip().rstrip(","))
+        on = f"{METHODS[choice.peft_method].label} on {_counted(len(_own(choice)), 'module')}"
+        said.append(f"{on}, {_ranks(choice)}{_copies(choice)}{_scale(choice)}".strip().rstrip(","))
     said += _others(choice)
     if choice.head_modules:
         said.append(f"the head {', '.join(choice.head_modules)}")
@@ -197,6 +210,8 @@ def _serving(choice: Choice) -> str:
     """What an engine has to be told, or cannot do, to serve the adapter unmerged."""
     if choice.head_modules:
         return "\nServing engines take no head from an adapter: merge it, as above, and serve the merged model.\n"
+    if choice.copied_options:
+        return "\nServing engines take no norms from an adapter: merge it, as above, and serve the merged model.\n"
     if choice.tokens:
         return "\nServing engines take no rows of embeddings: merge it, as above, and serve the merged model.\n"
     if not choice.lora_options:

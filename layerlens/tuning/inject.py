@@ -58,6 +58,7 @@ def apply(
     choice, known = fitting_choice(model, given, check_fingerprint=check_fingerprint)
     wrapped = bool(choice.peft_method)
     names = {option.method for option in choice.chosen} | ({choice.peft_method} if wrapped else set())
+    names -= {option.method for option in choice.copied_options}
     methods = [METHODS[name] for name in METHODS if name in names]
     methods.sort(key=lambda method: not method.wraps)  # PEFT freezes all that is there before it
     put_in = [method.prepare(model, choice, factors) for method in methods]
@@ -215,7 +216,8 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
             raise ManifestError(f"cannot be merged: {name} has values that are not finite")
     merged = model
     for method in methods:
-        merged = method.merge(merged)
+        if not (method.wraps and base_of(merged) is merged):  # one of PEFT's has merged all of PEFT's
+            merged = method.merge(merged)
     release_statistics(merged)
     if before_of(merged) is not None:
         delattr(merged, NOTE)

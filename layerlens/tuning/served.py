@@ -145,7 +145,7 @@ def why_not_served(engine: Engine, adapter: Adapter) -> list[str]:
     if engine.holds_all:
         return reasons
     heads = sorted(config.get("modules_to_save") or ())
-    reasons += [f"the task head {', '.join(heads)} (modules_to_save)"] if heads else []
+    reasons += [f"modules that are trained whole, {', '.join(heads)} (modules_to_save)"] if heads else []
     experts = sorted(config.get("target_parameters") or ()) or [name for name in adapter.a if ".experts" in name]
     reasons += [f"LoRA on experts ({experts[0]})"] if experts else []
     if config.get("use_dora") or any("lora_magnitude" in name for name in adapter.others):

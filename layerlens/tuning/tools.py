@@ -138,6 +138,7 @@ def _trl(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
                 f"were measured (lora.initialization {choice.lora.initialization!r}); use `layerlens train`, or "
                 "model.token_training: trainable_token_indices"
             )
+        whole = [*(option.layer for option in choice.copied_options), *whole]
         lines = ["config = PeftConfig.from_pretrained(str(PEFT))", f"config.modules_to_save = {whole}"]
         lines += ["config.ensure_weight_tying = True"] if choice.tokens.tied else []
         peft_names = "PeftConfig, get_peft_model"
@@ -218,8 +219,10 @@ def axolotl_fields(choice: Choice, model: torch.nn.Module) -> dict[str, Any]:
     }
     if config.trainable_token_indices:
         fields["peft_trainable_token_indices"] = config.trainable_token_indices
+    whole = [*(config.modules_to_save or ()), *(choice.tokens.whole_modules if choice.tokens else ())]
+    if whole:
+        fields["lora_modules_to_save"] = whole
     if choice.tokens is not None and choice.tokens.whole_modules:
-        fields["lora_modules_to_save"] = list(choice.tokens.whole_modules)
         fields |= {"peft_ensure_weight_tying": True} if choice.tokens.tied else {}
     if config.target_parameters:
         fields["lora_target_parameters"] = config.target_parameters
@@ -259,6 +262,8 @@ def _llama_factory(choice: Choice, model: torch.nn.Module, path: str) -> dict[st
 
 def _adapterhub(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
     rows = choice.lora_options
+    if choice.copied_options:
+        raise ManifestError(f"AdapterHub trains no {choice.copied_options[0].method} beside LoRA; use --to peft")
     if choice.tokens is not None:
         raise ManifestError("AdapterHub trains no rows of embeddings (model.tokens); use --to peft")
     ranks = sorted({row.rank for row in rows})

@@ -77,3 +77,28 @@ def test_two_of_peft_are_refused_before_anything_is_loaded(settings: dict[str, A
 def test_statistics_without_it_are_refused_and_say_what_would_do(settings: dict[str, Any], saved_statistics, tmp_path):
     with pytest.raises(ConfigurationError, match="no layer has statistics for bitfit"):
         optimize_statistics(saved_statistics, job(settings, "bitfit"), base_dir=tmp_path)
+
+
+@pytest.mark.parametrize("other", ["lora", "ia3"])
+def test_norms_are_tuned_beside_another_method_in_one_directory(settings: dict[str, Any], tmp_path, other: str):
+    document = job(settings, other, "ln_tuning").model_dump(exclude_unset=True)
+    document["optimization"]["constraints"] = {"min_layers": {other: 1, "ln_tuning": 1}}
+    config = RunConfig.model_validate(document)
+    result = run_config(config, base_dir=tmp_path)
+    manifest, measured = result.manifest, result.measured
+    assert {row.method for row in manifest.allocations} == {other, "ln_tuning", "none"}
+    assert measured["step_zero_max_abs_delta"] == 0.0
+    for exact in ("trainable_params", "flops"):
+        assert measured[exact]["predicted"] == measured[exact]["measured"]
+    assert manifest.peft_share == 1.0
+    assert manifest.lora_share == (1.0 if other == "lora" else 0.0)
+    norms = sorted(row.layer for row in manifest.allocations if row.method == "ln_tuning")
+    written = json.loads((tmp_path / "out/peft/adapter_config.json").read_text())
+    assert (written["peft_type"], sorted(written["modules_to_save"])) == (TYPES.get(other, "LORA"), norms)
+    inputs = {"input_ids": torch.arange(5, 21).reshape(2, 8)}
+    base = load_base(manifest).model.eval()
+    frozen = base(**inputs).logits
+    stock = peft.PeftModel.from_pretrained(base, str(tmp_path / "out/peft"), is_trainable=True).eval()
+    assert torch.equal(stock(**inputs).logits, frozen)
+    trained = train_manifest(tmp_path / "out/manifest.json", config, base_dir=tmp_path, output=tmp_path / "trained")
+    assert trained.metrics
