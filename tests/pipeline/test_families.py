@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError
@@ -28,6 +30,16 @@ def job(settings: dict[str, Any], *methods: str) -> RunConfig:
     return RunConfig.model_validate(settings)
 
 
+def with_head(base: torch.nn.Module, directory: Path) -> torch.nn.Module:
+    """The base model with the task head that is in the directory of PEFT's files."""
+    start = "base_model.model."
+    tensors = load_file(directory / "adapter_model.safetensors")
+    heads = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(f"{start}classifier.")}
+    assert heads
+    base.load_state_dict(heads, strict=False)
+    return base
+
+
 @pytest.mark.parametrize("method", TYPES)
 def test_a_run_of_it_predicts_exactly_and_stock_peft_goes_on(settings: dict[str, Any], tmp_path, method: str):
     config = job(settings, method)
@@ -46,7 +58,7 @@ def test_a_run_of_it_predicts_exactly_and_stock_peft_goes_on(settings: dict[str,
     written = json.loads((tmp_path / "out/peft/adapter_config.json").read_text())
     assert (written["peft_type"], written.get("use_dora", False)) == (TYPES[method], method == "dora")
     inputs = {"input_ids": torch.arange(5, 21).reshape(2, 8)}
-    base = load_base(manifest).model.eval()
+    base = with_head(load_base(manifest).model.eval(), tmp_path / "out/peft")
     frozen = base(**inputs).logits
     stock = peft.PeftModel.from_pretrained(base, str(tmp_path / "out/peft"), is_trainable=True).eval()
     assert torch.equal(stock(**inputs).logits, frozen)
@@ -94,9 +106,12 @@ def test_norms_are_tuned_beside_another_method_in_one_directory(settings: dict[s
     assert manifest.lora_share == (1.0 if other == "lora" else 0.0)
     norms = sorted(row.layer for row in manifest.allocations if row.method == "ln_tuning")
     written = json.loads((tmp_path / "out/peft/adapter_config.json").read_text())
-    assert (written["peft_type"], sorted(written["modules_to_save"])) == (TYPES.get(other, "LORA"), norms)
+    assert (written["peft_type"], sorted(written["modules_to_save"])) == (
+        TYPES.get(other, "LORA"),
+        [*norms, "classifier"],
+    )
     inputs = {"input_ids": torch.arange(5, 21).reshape(2, 8)}
-    base = load_base(manifest).model.eval()
+    base = with_head(load_base(manifest).model.eval(), tmp_path / "out/peft")
     frozen = base(**inputs).logits
     stock = peft.PeftModel.from_pretrained(base, str(tmp_path / "out/peft"), is_trainable=True).eval()
     assert torch.equal(stock(**inputs).logits, frozen)
