@@ -1,6 +1,13 @@
 """The nouns: frozen dataclasses that the stages hand to one another. They know nothing of torch or files."""
 
-from layerlens.models.allocation import Allocation, AllocationProblem, FrontierRow, LayerExplanation, SolverEvent
+from layerlens.models.allocation import (
+    Allocation,
+    AllocationProblem,
+    FrontierRow,
+    FrozenStage,
+    LayerExplanation,
+    SolverEvent,
+)
 from layerlens.models.charges import DepthCharge, GroupCharge
 from layerlens.models.choice import Choice
 from layerlens.models.detection import Box, Detection, LabelledImage
@@ -42,6 +49,7 @@ __all__ = [
     "FactorSketch",
     "Footprint",
     "FrontierRow",
+    "FrozenStage",
     "GroupCharge",
     "KernelStatistics",
     "LabelledImage",

@@ -188,6 +188,24 @@ class LayerExplanation:
 
 
 @dataclass(frozen=True)
+class FrozenStage:
+    """Why the backward pass does not go down to a stage.
+
+    Args:
+        name: of the stage.
+        cost: what each budgeted resource would cost more for going down to it, before any option there.
+        gain: what the best options of the stages that the pass would newly reach add to the score, at the budgets'
+            shadow prices; they have costs of their own, too.
+        share: ``gain`` as a share of the score.
+    """
+
+    name: str
+    cost: dict[str, float]
+    gain: float
+    share: float
+
+
+@dataclass(frozen=True)
 class FrontierRow:
     """A budget and what it buys.
 

@@ -1,8 +1,9 @@
 """The allocation problem and its certified answer: Lagrangian bound, searches on the core, CP-SAT; frontiers."""
 
+from layerlens.optimization.explain import explain, frozen_stages
 from layerlens.optimization.frontier import Frontier, budget_sweep, frontier
 from layerlens.optimization.problem import build_problem
-from layerlens.optimization.solver import explain, solve
+from layerlens.optimization.solver import solve
 from layerlens.optimization.uniform import uniform_lora
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "build_problem",
     "explain",
     "frontier",
+    "frozen_stages",
     "solve",
     "uniform_lora",
 ]

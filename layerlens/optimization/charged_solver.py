@@ -25,7 +25,7 @@ from layerlens.optimization.problem import exact_sum
 
 # Modes that get prices of their own, modes that are searched at length, and modes in which a first allocation is
 # sought. Large problems look at fewer modes: as many as so many numbers allow, each mode looking at all some 40 times.
-PRICED_MODES, SEARCHED_MODES, STARTED_MODES = 48, 12, 3
+PRICED_MODES, SEARCHED_MODES, STARTED_MODES = 48, 4, 3
 PRICED_NUMBERS, LOOKS = 1_600_000_000, 40
 # The first allocations are made of joint choices within this share of the bound, and of the best choices at the prices
 # times these factors: frugal ones, from which there is something to give back, and generous ones.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from layerlens.exceptions import OptimizationError
 from layerlens.kernels._knapsack import group_hulls
 from layerlens.models import Allocation, AllocationProblem
+from layerlens.optimization.charged_frontier import corners
 from layerlens.optimization.solver import solve
 
 
@@ -29,6 +31,9 @@ class Frontier:
         option: int64 [k], the option that point k switches its group to; entry 0 is -1.
         first: int64 [n_groups], the options of point 0.
         offset: int64 [n_groups + 1] of the problem.
+        choices: where costs are paid once and a point changes several options, those of every point; ``option`` is the
+            one that changes the value most.
+        above: how far the hull may lie above the lines between its points.
     """
 
     resource: str
@@ -37,9 +42,13 @@ class Frontier:
     option: np.ndarray
     first: np.ndarray
     offset: np.ndarray
+    choices: tuple[np.ndarray, ...] = ()
+    above: float = 0.0
 
     def choice(self, point: int) -> np.ndarray:
         """int64 [n_groups]: the options of one point."""
+        if self.choices:
+            return self.choices[point]
         choice = self.first.copy()
         switched = self.option[1 : point + 1]
         # Where a group is switched several times, the last one stays.
@@ -56,7 +65,7 @@ class Frontier:
             raise OptimizationError(
                 f"{self.resource}: a budget of {budget:g} allows nothing; the least is {self.budget[0]:g}"
             )
-        return float(np.interp(budget, self.budget, self.value))
+        return float(np.interp(budget, self.budget, self.value)) + self.above
 
 
 def frontier(problem: AllocationProblem, resource: str, *, threads: int = 1) -> Frontier:
@@ -69,6 +78,8 @@ def frontier(problem: AllocationProblem, resource: str, *, threads: int = 1) -> 
         OptimizationError: the problem has no budget on ``resource``.
     """
     row = _row(problem, resource)
+    if problem.charged:
+        return _charged_frontier(problem, row, threads)
     cost = problem.cost__ro[row]
     hull, length = group_hulls(problem.offset, problem.value, cost, threads)
     begin = np.concatenate(([0], np.cumsum(length)[:-1]))
@@ -87,6 +98,25 @@ def frontier(problem: AllocationProblem, resource: str, *, threads: int = 1) -> 
         option=np.concatenate(([-1], hull[step[order]])),
         first=first,
         offset=np.asarray(problem.offset),
+    )
+
+
+def _charged_frontier(problem: AllocationProblem, row: int, threads: int) -> Frontier:
+    points, above = corners(problem, row, threads)
+    switched = [-1]
+    for before, after in itertools.pairwise(points):
+        gains = problem.value[after.choice] - problem.value[before.choice]
+        changed = np.where(after.choice != before.choice, np.abs(gains), -1.0)
+        switched.append(int(after.choice[np.argmax(changed)]))
+    return Frontier(
+        resource=problem.resources[row],
+        budget=problem.base[row] + np.array([point.cost for point in points]),
+        value=np.array([point.value for point in points]),
+        option=np.array(switched),
+        first=points[0].choice,
+        offset=np.asarray(problem.offset),
+        choices=tuple(point.choice for point in points),
+        above=above,
     )
 
 

@@ -1,4 +1,4 @@
-"""From an allocation problem to an allocation with its certificate, stage by stage; and why a layer got its option."""
+"""From an allocation problem to an allocation with its certificate, stage by stage."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from collections.abc import Callable
 import numpy as np
 
 from layerlens.exceptions import OptimizationError
-from layerlens.models import Allocation, AllocationProblem, LayerExplanation, SolverEvent
+from layerlens.models import Allocation, AllocationProblem, SolverEvent
 from layerlens.optimization import cpsat
 from layerlens.optimization.charged import true_use
 from layerlens.optimization.charged_solver import ChargedSearch, Report, effective
-from layerlens.optimization.constraints import JOIN
 from layerlens.optimization.core_search import Incumbent, find_fitting, search_core
 from layerlens.optimization.feasibility import check_feasible, obviously_feasible
 from layerlens.optimization.lagrangian import guided_search, solve_dual
@@ -194,33 +193,3 @@ def _multipliers(problem: AllocationProblem, reduced: Reduced, price: np.ndarray
     with np.errstate(over="ignore"):  # value 1e290 for a budget of 1e-290 is a price beyond float64
         multipliers[reduced.rows] = np.ldexp(price, reduced.scale_exponents - reduced.value_exponent)
     return multipliers
-
-
-def explain(problem: AllocationProblem, allocation: Allocation) -> list[LayerExplanation]:
-    """One explanation for each layer, in the order of the problem."""
-    price = allocation.multipliers
-    score = problem.value - price @ problem.cost__ro
-    explanations = []
-    for group, name in enumerate(problem.layers):
-        layers = tuple(name.split(JOIN))
-        chosen = int(allocation.choice[group])
-        others = [index for index in range(problem.offset[group], problem.offset[group + 1]) if index != chosen]
-        if not others:
-            explanations.append(LayerExplanation(layers, problem.options[chosen], None, None, {}, False))
-            continue
-        runner_up = max(others, key=lambda index: score[index])
-        short = float(score[chosen] - score[runner_up])
-        used = allocation.used - problem.cost__ro[:, chosen] + problem.cost__ro[:, runner_up]
-        explanations.append(
-            LayerExplanation(
-                layers=layers,
-                chosen=problem.options[chosen],
-                runner_up=problem.options[runner_up],
-                value_to_flip=short,
-                cost_to_flip={
-                    name: short / float(p) for name, p in zip(problem.resources, price, strict=True) if p > 0.0
-                },
-                fits=bool(np.all(used <= problem.capacity)),
-            )
-        )
-    return explanations

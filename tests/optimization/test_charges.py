@@ -14,7 +14,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from layerlens.exceptions import InfeasibleError, OptimizationError
 from layerlens.models import AllocationProblem, DepthCharge, GroupCharge
-from layerlens.optimization import solve
+from layerlens.optimization import explain, frontier, frozen_stages, solve
 from layerlens.optimization.charged import Charged
 
 
@@ -262,3 +262,53 @@ def test_the_answer_is_the_same_for_any_number_of_threads():
 def test_charges_that_mean_nothing_are_refused(change, message):
     with pytest.raises(OptimizationError, match=message):
         solve(dataclasses.replace(block_problem(), **change))
+
+
+def test_the_frontier_is_the_hull_of_all_allocations():
+    """Every allocation lies on or below it, and every point of it is one that costs and is worth what it says."""
+    for seed in range(13_000, 13_030):
+        problem = random_charged(seed, max_allocations=150)
+        if not problem.charged or (problem.depth is not None and problem.depth.below__o is not None):
+            continue
+        curve = frontier(problem, problem.resources[0])
+        everything = dataclasses.replace(problem, capacity=np.full(len(problem.resources), np.inf))
+        assert np.all(np.diff(curve.budget) > 0.0)
+        assert np.all(np.diff(curve.value) > 0.0)
+        for point in range(len(curve.budget)):
+            choice = curve.choice(point)
+            assert math.fsum(problem.terms__rk(choice)[0]) == curve.budget[point]
+            assert math.fsum(problem.value_terms(choice)) == curve.value[point]
+        spread = float(np.ptp(problem.value)) + 1.0
+        for each in itertools.product(*(range(a, b) for a, b in itertools.pairwise(problem.offset))):
+            choice = np.array(each)
+            cost, value = math.fsum(everything.terms__rk(choice)[0]), math.fsum(everything.value_terms(choice))
+            assert curve.budget[0] <= cost
+            assert value <= curve.upper_bound(cost) + 1e-6 * spread
+
+
+def test_explanations_count_what_an_option_adds_to_the_others():
+    problem = block_problem()
+    allocation = solve(problem)
+    explained = explain(problem, allocation)
+    # A layer of block 0 alone would pay its input (3), its block (2) and four more for the depth: it does not fit.
+    assert explained[0].chosen.method == "none"
+    assert not explained[0].fits
+    (stage,) = frozen_stages(problem, allocation)
+    assert stage.name == "block 0"
+    assert stage.cost == {"resource_0": 0.0, "resource_1": 4.0}
+    assert stage.gain >= 0.0
+    for seed in range(14_000, 14_020):
+        problem = random_charged(seed, max_allocations=150)
+        try:
+            allocation = solve(problem)
+        except InfeasibleError:
+            continue
+        for group, one in enumerate(explain(problem, allocation)):
+            if one.runner_up is None:
+                continue
+            choice = allocation.choice.copy()
+            own = range(problem.offset[group], problem.offset[group + 1])
+            choice[group] = next(o for o in own if problem.options[o] == one.runner_up)
+            used = np.array([math.fsum(row) for row in problem.terms__rk(choice)])
+            near = np.any(np.abs(used - problem.capacity) <= 1e-12 * np.abs(problem.capacity))
+            assert near or one.fits == (problem.allowed(choice) and bool(np.all(used <= problem.capacity)))
