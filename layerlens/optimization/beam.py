@@ -14,9 +14,11 @@ from fractions import Fraction
 import numpy as np
 
 from layerlens.kernels._knapsack import Core, Instance
-from layerlens.optimization.lagrangian import Candidates, CoreProblem, Dual, core_problem, exact_use
+from layerlens.optimization.lagrangian import Candidates, CoreProblem, Dual, core_problem, exact_use, fits
 
 COST_SUM_BITS = 51
+# As a power of two: larger ones are no double.
+LARGEST_SCALE = 1000
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def beam_search(
     fixed = candidates.option[~open_[candidates.group]]
     fixed_value = math.fsum(instance.value[fixed])
     if core is None:  # there is a single allocation
-        fits = bool(np.all(exact_use(instance, fixed)[:, 0] <= instance.capacity))
-        return BeamOutcome(fixed if fits and fixed_value > threshold else None, fixed_value, True, 0)
+        found_it = fixed_value > threshold and fits(instance, fixed)
+        return BeamOutcome(fixed if found_it else None, fixed_value, True, 0)
     integers, scale = _integer_core(instance, core, fixed)
     favourites = np.searchsorted(core.option, dual.favourites[core.groups])
     local = np.zeros(len(core.groups), dtype=np.int64)
@@ -63,7 +65,7 @@ def beam_search(
         choice = np.empty(instance.n_groups, dtype=np.int64)
         choice[candidates.group[~open_[candidates.group]]] = fixed
         choice[core.groups] = core.option[local]
-        if np.any(exact_use(instance, choice)[:, 0] > instance.capacity):
+        if not fits(instance, choice):
             choice = None
     # The two roundings of `threshold - fixed_value` and of this sum are at most one unit in the last place each.
     bound = bound + fixed_value
@@ -84,7 +86,7 @@ def _integer_core(instance: Instance, core: CoreProblem, fixed: np.ndarray) -> t
     for r in range(m):
         column = core.core.cost__cr[:, r]
         most = math.fsum(np.maximum.reduceat(column, first))
-        scale[r] = math.ldexp(1.0, COST_SUM_BITS - math.frexp(most)[1]) if most > 0.0 else 1.0
+        scale[r] = math.ldexp(1.0, min(COST_SUM_BITS - math.frexp(most)[1], LARGEST_SCALE)) if most > 0.0 else 1.0
         cost__cr[:, r] = np.floor(column * scale[r])
         # What rounds to the capacity fits; the sum of the fixed uses is known to far less than one unit.
         limit = float(instance.capacity[r])

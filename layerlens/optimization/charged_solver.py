@@ -21,7 +21,7 @@ from layerlens.optimization.charged import Charged, State, keeps, true_value
 from layerlens.optimization.compounds import build_compounds
 from layerlens.optimization.core_search import Incumbent, find_fitting, search_core
 from layerlens.optimization.lagrangian import guided_search
-from layerlens.optimization.problem import exact_sum
+from layerlens.optimization.problem import exact_sum, ldexp
 
 # Modes that get prices of their own, modes that are searched at length, and modes in which a first allocation is
 # sought. Large problems look at fewer modes: as many as so many numbers allow, each mode looking at all some 40 times.
@@ -125,13 +125,13 @@ class ChargedSearch:
     @property
     def scaled(self) -> float:
         """The value in the instance's units."""
-        return math.ldexp(self.value, self.reduced.value_exponent) if self.choice is not None else -math.inf
+        return ldexp(self.value, self.reduced.value_exponent) if self.choice is not None else -math.inf
 
     @property
     def bound(self) -> float:
         """On all modes, in the problem's units."""
         top = max((mode.bound for mode in self.modes), default=-math.inf)
-        return max(self.value, math.ldexp(top, -self.reduced.value_exponent)) if top > -math.inf else self.value
+        return max(self.value, ldexp(top, -self.reduced.value_exponent)) if top > -math.inf else self.value
 
     def closed(self) -> bool:
         return self.choice is not None and self.bound - self.value <= self.tolerance * abs(self.bound)
@@ -273,7 +273,7 @@ class ChargedSearch:
             return
         self.stages.append("cp-sat")
         self.offer(refined.choice)
-        bound = math.ldexp(refined.bound, self.reduced.value_exponent)
+        bound = ldexp(refined.bound, self.reduced.value_exponent)
         for mode in self.modes:
             mode.bound = min(mode.bound, bound)
         self.report("cp-sat", self.value, self.bound)

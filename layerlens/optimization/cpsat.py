@@ -29,6 +29,7 @@ from layerlens.optimization.charged import keeps, option_regrets, true_use, true
 from layerlens.optimization.charged_solver import ChargedSearch, Refined
 from layerlens.optimization.feasibility import conflict_message
 from layerlens.optimization.lagrangian import Candidates, Dual, candidates_within
+from layerlens.optimization.problem import ldexp
 from layerlens.optimization.reduced import Reduced
 
 # Sums of scaled integers stay below 2**SUM_BITS: exact in a double, and far from where CP-SAT's cuts would overflow.
@@ -69,7 +70,7 @@ def refine_charged(search: ChargedSearch, deterministic_time: float, seed: int) 
     if len(modes) > search.most_modes:
         return None
     others = max((mode.bound for mode in search.modes if mode not in modes), default=-math.inf)
-    rest = max(value, math.ldexp(others, -search.reduced.value_exponent)) if others > -math.inf else value
+    rest = max(value, ldexp(others, -search.reduced.value_exponent)) if others > -math.inf else value
     keep = np.zeros(len(problem.options), dtype=bool)
     keep[choice] = True
     for mode in modes:
@@ -126,7 +127,7 @@ def improving_core(reduced: Reduced, dual: Dual, choice: np.ndarray, value: floa
     An option with regret above the dual's bound - value is in no better allocation. The limit is widened by the
     rounding of a regret, so no option is lost to it.
     """
-    limit = dual.bound - math.ldexp(value, reduced.value_exponent) + reduced.rounding(dual.price)
+    limit = dual.bound - ldexp(value, reduced.value_exponent) + reduced.rounding(dual.price)
     candidates = candidates_within(reduced.instance, dual, limit, also=choice)
     if len(candidates.option) == reduced.instance.n_groups:
         return None
@@ -312,6 +313,8 @@ class _CoreModel:
 
     def _limit(self, row: np.ndarray, capacity: float, indicators: list[tuple[Any, Fraction]]) -> None:
         """Σ⌊c·s⌋ <= ⌊(capacity + half its last place − fixed use)·s⌋: the relaxation that loses no allocation."""
+        if capacity == math.inf:
+            return
         room = Fraction(capacity) + Fraction(math.ulp(capacity)) / 2 - sum(map(Fraction, row[self.fixed]), Fraction(0))
         costs = {c: Fraction(row[self.option[c]]) for c in self.variable}
         least = {g: min(costs[c] for c in members) for g, members in self.members.items()}

@@ -50,7 +50,9 @@ def check_feasible(problem: AllocationProblem) -> None:
         need__ro = (least[:, None] - cheapest__rg[:, group]) + problem.cost__ro
     # Needs are rounded sums, so only what exceeds a capacity by more than their rounding counts; the least total and a
     # single cost are compared exactly.
-    limit = problem.capacity + ROUNDING * np.abs(problem.capacity) * (least > 0.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        widened = problem.capacity + ROUNDING * np.abs(problem.capacity)
+    limit = np.where((least > 0.0) & np.isfinite(widened), widened, problem.capacity)
     fits__ro = (need__ro <= limit[:, None]) & (problem.cost__ro <= problem.capacity[:, None])
     fits__ro &= (least <= problem.capacity)[:, None]
     fits__o = np.all(fits__ro, axis=0)

@@ -10,6 +10,7 @@ regret exceeds bound - incumbent is in no better allocation. What is left is the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,8 @@ NEARBY_ATTEMPTS = 3
 MAX_EVALUATIONS = 300
 # From this many groups on, the multipliers are first found on an even sample of the groups.
 SAMPLED_FROM, SAMPLE_GROUPS = 4096, 1024
+# Totals so near a capacity, as a share of it, are summed exactly.
+NEAR_CAPACITY = 1e-12
 # Candidates that repair and one-option moves look at, and moves that are tried in pairs.
 SEARCH_CANDIDATES, PAIR_MOVES = 20_000, 600
 
@@ -55,7 +58,7 @@ def solve_dual(reduced: Reduced, threads: int) -> Dual:
     instance = reduced.instance
     m = instance.n_resources
     favourites, best, totals = instance.score_groups(np.zeros(m), threads)
-    if np.all(exact_use(instance, favourites)[:, 0] <= instance.capacity):
+    if fits(instance, favourites):
         bound = reduced.bound(np.zeros(m), best)
         return Dual(np.zeros(m), bound, favourites, best, totals[:1])
     start, radius = first_multipliers(instance, totals)
@@ -195,9 +198,25 @@ def exact_use(instance: Instance, choice: np.ndarray) -> np.ndarray:
     return np.array([sum_use(np.ascontiguousarray(row[choice])) for row in instance.cost_rows]).reshape(-1, 2)
 
 
+def fits(instance: Instance, choice: np.ndarray) -> bool:
+    """Whether every correctly rounded total is within its capacity.
+
+    The kernel's sums err by far less than NEAR_CAPACITY of them; only totals that near are summed by fsum.
+    """
+    for row, capacity in zip(instance.cost_rows, instance.capacity.tolist(), strict=True):
+        amount = row[choice]
+        high, _ = sum_use(np.ascontiguousarray(amount))
+        if abs(high - capacity) > NEAR_CAPACITY * capacity:
+            if high > capacity:
+                return False
+        elif math.fsum(amount.tolist()) > capacity:
+            return False
+    return True
+
+
 def guided_search(instance: Instance, dual: Dual) -> np.ndarray | None:
     """Repair and improve the favourites; an allocation that fits, int64 [g], or None if repair did not succeed."""
-    if np.all(exact_use(instance, dual.favourites)[:, 0] <= instance.capacity) and not dual.price.any():
+    if not dual.price.any() and fits(instance, dual.favourites):
         return dual.favourites
     limit = _search_limit(instance, dual)
     for regret_limit in (limit, np.inf) if limit < np.inf else (np.inf,):
@@ -205,11 +224,13 @@ def guided_search(instance: Instance, dual: Dual) -> np.ndarray | None:
         choice = dual.favourites.copy()
         use = exact_use(instance, choice)
         if problem is None:
-            return choice if np.all(use[:, 0] <= instance.capacity) else None
+            return choice if fits(instance, choice) else None
         local = np.searchsorted(problem.option, choice[problem.groups])
         if problem.core.local_search(dual.price, local, use, PAIR_MOVES):
             choice[problem.groups] = problem.option[local]
-            return choice
+            # Moves add and take away: where costs are 1e16 times apart, the kernel's running sums may be a little off.
+            if fits(instance, choice):
+                return choice
     return None
 
 

@@ -191,3 +191,11 @@ def exact_sum(values: np.ndarray | Iterable[float]) -> float:
         return math.fsum(values)
     except OverflowError:
         return math.copysign(math.inf, sum(math.ldexp(value, -64) for value in values))
+
+
+def ldexp(number: float, exponent: int) -> float:
+    """math.ldexp, but infinity where the result overflows: a loose bound may."""
+    try:
+        return math.ldexp(number, exponent)
+    except OverflowError:
+        return math.copysign(math.inf, number)

@@ -19,6 +19,8 @@ from layerlens.optimization.problem import exact_sum
 # which is exact.
 LARGEST_EXPONENT = 300
 UNIT_ROUNDOFF = 2.0**-53
+# The greatest binary exponent between two values, or between a cost and its capacity: beyond it scaling would flush.
+LARGEST_RANGE = 900
 # Values with up to so many binary digits after the point are searched for a common divisor, unless there are too many.
 FRACTION_BITS, UNIT_OPTIONS = 8, 200_000
 # What the kernels are compiled for.
@@ -110,9 +112,6 @@ def reduce(problem: AllocationProblem, summary: Summary | None = None) -> Reduce
     offset = np.ascontiguousarray(problem.offset, dtype=np.int64)
     value = np.ascontiguousarray(problem.value, dtype=np.float64)
     largest = max(summary.value.highest, -summary.value.lowest)
-    value_exponent = _scaling(largest)
-    if value_exponent:
-        value, largest = np.ldexp(value, value_exponent), math.ldexp(largest, value_exponent)
     # Costs are never negative and rounding is monotone, so an option above a capacity cannot be part of an answer.
     too_large = None
     for row, capacity, row_summary in zip(problem.cost__ro, problem.capacity, summary.costs, strict=True):
@@ -120,6 +119,10 @@ def reduce(problem: AllocationProblem, summary: Summary | None = None) -> Reduce
             too_large = (row > capacity) if too_large is None else too_large | (row > capacity)
     if too_large is not None:
         value = np.where(too_large, -np.inf, value)
+        largest = float(np.max(np.abs(value), where=~too_large, initial=0.0))
+    value_exponent = _refuse_range(value, largest, offset)
+    if value_exponent:
+        value, largest = np.ldexp(value, value_exponent), math.ldexp(largest, value_exponent)
     rows, exponents, cost_rows, capacities = [], [], [], []
     for r, (row, capacity) in enumerate(zip(problem.cost__ro, problem.capacity, strict=True)):
         most = summary.costs[r].sum_of_highest
@@ -128,8 +131,11 @@ def reduce(problem: AllocationProblem, summary: Summary | None = None) -> Reduce
         if most * (1.0 + SUM_ROUNDING) <= capacity:
             continue  # even the dearest options fit together
         exponent = _scaling(float(capacity))
+        _refuse_costs(row, too_large, float(capacity), problem.resources[r])
         rows.append(r)
         exponents.append(exponent)
+        if exponent and too_large is not None:
+            row = np.where(too_large, 0.0, row)  # scaled, such a cost may be infinite; its option is out already
         cost_rows.append(np.ldexp(row, exponent) if exponent else np.ascontiguousarray(row))
         capacities.append(math.ldexp(float(capacity), exponent))
     if len(rows) > MAX_RESOURCES:
@@ -144,6 +150,38 @@ def reduce(problem: AllocationProblem, summary: Summary | None = None) -> Reduce
         largest_value=largest,
         value_unit=_unit(value, largest * (len(offset) - 1)),
     )
+
+
+def _refuse_range(value: np.ndarray, largest: float, offset: np.ndarray) -> int:
+    """The scaling of values; refuses those whose sums overflow or that lie so far apart that some would be lost.
+
+    Raises:
+        OptimizationError: names the least and the greatest.
+    """
+    n_groups = len(offset) - 1
+    if largest > np.finfo(np.float64).max / (4.0 * (n_groups + 1)):
+        raise OptimizationError(
+            f"values of up to {largest:g} in {n_groups} layers: their sum is no float64; divide all values by a number"
+        )
+    sizes = np.abs(value[np.isfinite(value) & (value != 0.0)])
+    least = float(sizes.min(initial=largest))
+    if largest > 0.0 and math.frexp(largest)[1] - math.frexp(least)[1] > LARGEST_RANGE:
+        raise OptimizationError(
+            f"values from {least:g} to {largest:g} lie too far apart to be added up; the solver takes those within "
+            f"a factor of 2**{LARGEST_RANGE}. Set the smallest to 0"
+        )
+    return _scaling(largest)
+
+
+def _refuse_costs(row: np.ndarray, too_large: np.ndarray | None, capacity: float, resource: str) -> None:
+    """Refuse costs so far below their capacity that they would be lost beside it; as :func:`_refuse_range`."""
+    used = row > 0.0 if too_large is None else (row > 0.0) & ~too_large
+    least = float(np.min(row, where=used, initial=capacity))
+    if capacity > 0.0 and math.frexp(capacity)[1] - math.frexp(least)[1] > LARGEST_RANGE:
+        raise OptimizationError(
+            f"{resource} costs of {least:g} beside a capacity of {capacity:g} lie too far apart to be added up; the "
+            f"solver takes those within a factor of 2**{LARGEST_RANGE}. Set the smallest to 0"
+        )
 
 
 def _unit(value: np.ndarray, largest_sum: float) -> float:

@@ -16,7 +16,7 @@ from layerlens.optimization.charged_solver import ChargedSearch, Report, effecti
 from layerlens.optimization.core_search import Incumbent, find_fitting, search_core
 from layerlens.optimization.feasibility import check_feasible, obviously_feasible
 from layerlens.optimization.lagrangian import guided_search, solve_dual
-from layerlens.optimization.problem import exact_sum
+from layerlens.optimization.problem import exact_sum, ldexp
 from layerlens.optimization.reduced import Reduced, Summary, reduce
 from layerlens.optimization.structure import check_charges
 
@@ -88,7 +88,7 @@ def solve(
     instance = reduced.instance
     unscaled = -reduced.value_exponent
     dual = solve_dual(reduced, threads)
-    report("multipliers", None, math.ldexp(dual.bound, unscaled))
+    report("multipliers", None, ldexp(dual.bound, unscaled))
     choice = guided_search(instance, dual)
     if choice is None:
         choice = find_fitting(reduced, dual, threads)
@@ -101,7 +101,7 @@ def solve(
     incumbent = Incumbent(choice, value, value if free else max(value, dual.bound))
 
     def report_incumbent(stage: str) -> None:
-        report(stage, math.ldexp(incumbent.value, unscaled), math.ldexp(incumbent.bound, unscaled))
+        report(stage, ldexp(incumbent.value, unscaled), ldexp(incumbent.bound, unscaled))
 
     report_incumbent("guided search")
     if not _closed(incumbent.value, incumbent.bound, gap_tolerance):
@@ -110,7 +110,7 @@ def solve(
         )
         stages.append("beam-search")
     choice, value = incumbent.choice, exact_sum(problem.value[incumbent.choice])
-    bound = max(value, math.ldexp(incumbent.bound, unscaled))
+    bound = max(value, ldexp(incumbent.bound, unscaled))
 
     if refine and not _closed(value, bound, gap_tolerance):
         refined = cpsat.refine(problem, reduced, dual, choice, value, bound, refine_deterministic_time, seed)
