@@ -250,6 +250,13 @@ class OptimizationConfig(ConfigModel):
         gt=0,
         description="CP-SAT limit in deterministic time units (about a second each), so that every run ends alike.",
     )
+    solver_time_s: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that the search for a better allocation may go on while the gap is open. Without it the "
+        "search ends by counted work, and every run gives the same allocation.",
+    )
     gap_tolerance: float = Field(
         default=1e-6, ge=0, lt=1, description="Relative gap under which the allocation is called optimal."
     )

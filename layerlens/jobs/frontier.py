@@ -107,6 +107,7 @@ def traced(
                 [budget],
                 refine=config.optimization.refine,
                 refine_deterministic_time=config.optimization.refine_deterministic_time,
+                time_s=config.optimization.solver_time_s,
                 gap_tolerance=config.optimization.gap_tolerance,
                 seed=config.runtime.seed,
                 threads=threads,

@@ -108,6 +108,7 @@ def find_allocation(
                 problem,
                 refine=config.refine,
                 refine_deterministic_time=config.refine_deterministic_time,
+                time_s=config.solver_time_s,
                 gap_tolerance=config.gap_tolerance,
                 seed=seed,
                 threads=threads,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from layerlens.optimization.charged import Charged, State, keeps, true_value
 from layerlens.optimization.compounds import build_compounds
 from layerlens.optimization.core_search import Incumbent, find_fitting, search_core
 from layerlens.optimization.lagrangian import guided_search
+from layerlens.optimization.long_search import Deadline, search_until
 from layerlens.optimization.problem import exact_sum, ldexp
 
 # Modes that get prices of their own, modes that are searched at length, and modes in which a first allocation is
@@ -231,7 +233,20 @@ class ChargedSearch:
             self._search_in(mode, quick, prove)
             self.report("beam search", self.value, self.bound)
 
-    def _search_in(self, mode: _Mode, quick: bool, prove: bool) -> None:
+    def search_until(self, deadline: Deadline) -> None:
+        """Go on in the modes that may still be better, one after the other, until the deadline."""
+        while not self.closed() and not deadline.is_set() and self.charged.instance.n_resources:
+            modes = self.open_modes()[:SEARCHED_MODES]
+            before = [mode.bound for mode in modes], self.value
+            share = (deadline.at - time.monotonic()) / max(len(modes), 1)
+            for mode in modes:
+                until = Deadline(min(deadline.at, time.monotonic() + share))
+                self._search_in(mode, quick=False, prove=False, deadline=until)
+            self.stages.append("long-search")
+            if before == ([mode.bound for mode in modes], self.value) and not deadline.is_set():
+                return
+
+    def _search_in(self, mode: _Mode, quick: bool, prove: bool, deadline: Deadline | None = None) -> None:
         if not mode.own:
             self._price(mode)
         if mode.bound <= self.scaled:
@@ -255,9 +270,11 @@ class ChargedSearch:
             )
         before = self.scaled
         incumbent = Incumbent(first, before, max(before, mode.bound))
-        search_core(
-            compounds.reduced, compounds.dual, incumbent, self.tolerance, self.seed, prove, self.threads, quick=quick
-        )
+        known = compounds.reduced, compounds.dual, incumbent, self.tolerance, self.seed
+        if deadline is None:
+            search_core(*known, prove, self.threads, quick=quick)
+        else:
+            search_until(*known, deadline)
         found = incumbent.value > before and self.offer(compounds.choice(incumbent.choice))
         beyond = -math.inf
         if compounds.limit < math.inf:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def search_core(
     or two, which close the gap of small cores. The wide search and the neighbourhoods run side by side with two
     threads, one after the other with one; the answer is the same.
     """
-    search = _CoreSearch(reduced, dual, incumbent, tolerance)
+    search = CoreSearch(reduced, dual, incumbent, tolerance)
     for width, order in (*((width, 0) for width in FIRST_WIDTHS), (ORDER_WIDTH, 1), (MIDDLE_WIDTH, 0)):
         if search.closed():
             return
@@ -106,7 +107,7 @@ def search_core(
         progress(incumbent)
 
 
-def _search_side_by_side(search: _CoreSearch, seed: int, prove: bool, threads: int) -> None:
+def _search_side_by_side(search: CoreSearch, seed: int, prove: bool, threads: int) -> None:
     """A wide search and the neighbourhoods, from the same start; what they find is joined.
 
     Where the wide search leaves no gap, it alone decides, so that the neighbourhoods may be stopped at any moment.
@@ -161,21 +162,30 @@ def find_fitting(reduced: Reduced, dual: Dual, threads: int) -> np.ndarray | Non
     return None
 
 
-class _CoreSearch:
+class Stop(Protocol):
+    """Says when a search must end; a ``threading.Event`` does."""
+
+    def is_set(self) -> bool: ...
+
+
+class CoreSearch:
+    """The searches of one core, and what they have found and proved so far."""
+
     def __init__(self, reduced: Reduced, dual: Dual, incumbent: Incumbent, tolerance: float) -> None:
         self.reduced, self.dual, self.incumbent, self.tolerance = reduced, dual, incumbent, tolerance
         self.instance = reduced.instance
         self.work, self.work_per_width = 0, 0.0
+        self.neighbourhood, self.width = NEIGHBOURHOOD_ALTERNATIVES, NEIGHBOURHOOD_WIDTH
         # Everything that may be better than the first incumbent; what may be better than later ones is part of it.
         self.candidates = candidates_within(self.instance, dual, self.limit(), also=incumbent.choice)
 
-    def copy(self) -> _CoreSearch:
+    def copy(self) -> CoreSearch:
         """One that goes on from here by itself."""
         other = copy.copy(self)
         other.incumbent = dataclasses.replace(self.incumbent)
         return other
 
-    def join(self, other: _CoreSearch) -> None:
+    def join(self, other: CoreSearch) -> None:
         """Take what ``other``, a copy, has found beyond this one."""
         self.incumbent.offer(self.instance, other.incumbent.choice)
         self.incumbent.tighten(other.incumbent.bound)
@@ -213,7 +223,7 @@ class _CoreSearch:
         beyond = self.dual.bound - limit + self.reduced.rounding(self.dual.price)
         self.incumbent.tighten(self.reduced.round_down(max(outcome.bound, beyond)))
 
-    def wander(self, random: np.random.RandomState, limit: float, done: threading.Event) -> None:
+    def wander(self, random: np.random.RandomState, limit: float, done: Stop) -> None:
         """Neighbourhoods until all work reaches ``limit``, of the incumbent and, where it has no better one, of others.
 
         Returns early when ``done`` is set.
@@ -225,7 +235,7 @@ class _CoreSearch:
         for _ in range(WANDER_STEPS):
             if done.is_set() or self.closed() or self.work >= limit:
                 return
-            if self.alternatives() <= NEIGHBOURHOOD_ALTERNATIVES:
+            if self.alternatives() <= self.neighbourhood:
                 return
             kick = failures >= WANDER_PATIENCE
             if kick:
@@ -248,7 +258,7 @@ class _CoreSearch:
         candidates = self.candidates
         sizes = np.bincount(candidates.group, minlength=self.instance.n_groups) - 1
         several = random.permutation(np.flatnonzero(sizes))
-        drawn = several[: 1 + int(np.searchsorted(np.cumsum(sizes[several]), NEIGHBOURHOOD_ALTERNATIVES))]
+        drawn = several[: 1 + int(np.searchsorted(np.cumsum(sizes[several]), self.neighbourhood))]
         free = np.zeros(self.instance.n_groups, dtype=bool)
         free[drawn] = True
         chosen = choice[candidates.group] == candidates.option
@@ -258,7 +268,7 @@ class _CoreSearch:
             changing[drawn[choice[drawn] != self.dual.favourites[drawn]][:forbidden]] = True
             keep &= ~(chosen & changing[candidates.group])
         part = Candidates(candidates.option[keep], candidates.regret[keep], candidates.group[keep])
-        outcome = beam_search(self.instance, self.dual, part, threshold, width=NEIGHBOURHOOD_WIDTH)
+        outcome = beam_search(self.instance, self.dual, part, threshold, width=self.width)
         self.work += outcome.work + LAYOUT_WORK * len(candidates.option)
         return outcome.choice
 

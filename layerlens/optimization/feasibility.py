@@ -83,7 +83,7 @@ def _message(
     if alternatives:
         return "; or ".join(alternatives)
     total__rc = need__rc + problem.base[:, None]
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         worst__c = np.max(np.where(fits__rc, 0.0, total__rc / problem.budget[:, None]), axis=0)
     nearest = int(np.argmin(worst__c))
     exceeded = [r for r in range(len(problem.resources)) if not fits__rc[r, nearest]]

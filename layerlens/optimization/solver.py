@@ -16,6 +16,7 @@ from layerlens.optimization.charged_solver import ChargedSearch, Report, effecti
 from layerlens.optimization.core_search import Incumbent, find_fitting, search_core
 from layerlens.optimization.feasibility import check_feasible, obviously_feasible
 from layerlens.optimization.lagrangian import guided_search, solve_dual
+from layerlens.optimization.long_search import Deadline, search_until
 from layerlens.optimization.problem import exact_sum, ldexp
 from layerlens.optimization.reduced import Reduced, Summary, reduce
 from layerlens.optimization.structure import check_charges
@@ -31,6 +32,7 @@ def solve(
     refine: bool = True,
     refine_deterministic_time: float = 20.0,
     gap_tolerance: float = 1e-6,
+    time_s: float | None = None,
     seed: int = 0,
     threads: int = 1,
     progress: Progress | None = None,
@@ -51,6 +53,8 @@ def solve(
         problem: what to solve.
         refine: run CP-SAT when the gap is not closed yet.
         refine_deterministic_time: CP-SAT's limit, in its deterministic units (about a second each).
+        time_s: seconds from the call on that the search may go on; None: it ends by counted work, and its answer is
+            the same in every run. It goes on only while the gap is open.
         gap_tolerance: relative gap under which the status is "optimal".
         seed: of the neighbourhoods that are searched, and of CP-SAT.
         threads: threads for scoring, and for the two long searches, which run side by side.
@@ -62,6 +66,7 @@ def solve(
         OptimizationError: no allocation that fits was found, but none was proved not to exist.
     """
     started = time.perf_counter()
+    deadline = None if time_s is None else Deadline(time.monotonic() + time_s)
 
     def report(stage: str, value: float | None, bound: float) -> None:
         if log is not None:
@@ -75,6 +80,7 @@ def solve(
             refine=refine,
             refine_deterministic_time=refine_deterministic_time,
             gap_tolerance=gap_tolerance,
+            deadline=deadline,
             seed=seed,
             threads=threads,
             report=report,
@@ -119,6 +125,12 @@ def solve(
             stages.append("cp-sat")
             report("cp-sat", value, bound)
 
+    if deadline is not None and not _closed(value, bound, gap_tolerance):
+        incumbent = Incumbent(choice, ldexp(value, -unscaled), ldexp(bound, -unscaled))
+        search_until(reduced, dual, incumbent, gap_tolerance, seed, deadline, lambda _: report_incumbent("long search"))
+        choice, value = incumbent.choice, exact_sum(problem.value[incumbent.choice])
+        bound = max(value, min(bound, ldexp(incumbent.bound, unscaled)))
+        stages.append("long-search")
     used = np.array([exact_sum(row[choice]) for row in problem.cost__ro])
     if np.any(used > problem.capacity):
         raise OptimizationError(f"internal: the allocation uses {used} of {problem.capacity}; please report this")
@@ -139,6 +151,7 @@ def solve_charged(
     refine: bool,
     refine_deterministic_time: float,
     gap_tolerance: float,
+    deadline: Deadline | None,
     seed: int,
     threads: int,
     report: Report,
@@ -161,6 +174,8 @@ def solve_charged(
         if share and not search.closed():
             search.take(cpsat.refine_charged(search, share, seed))
         search.search(quick=False, prove=refine)
+    if deadline is not None:
+        search.search_until(deadline)
     found = search.answer()
     assert found.choice is not None
     choice, value, bound = found.choice, found.value, found.bound
