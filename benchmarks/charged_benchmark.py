@@ -4,8 +4,8 @@
 
 Instances are those of ``layerlens bench`` (32 options for each layer, costs by a transformer's formulas) with a fifth
 resource, the step time; blocks of seven layers that pay for themselves and for two shared inputs; and a depth charge
-for every block that the backward pass goes through. ``easy`` budgets are wide, with ``hard`` ones most of the model stays
-frozen. Processor time, because a busy machine stretches the clock.
+for every block that the backward pass goes through. ``easy`` budgets are wide, with ``hard`` ones most of the model
+stays frozen. Processor time, because a busy machine stretches the clock.
 """
 
 from __future__ import annotations
