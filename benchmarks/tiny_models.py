@@ -122,7 +122,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "xlnet": {"max_position_embeddings": LEFT_ALONE}, "zaya": {"num_experts_per_tok": 1},
     "dbrx": {
-        "num_key_value_heads": LEFT_ALONE, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "num_key_value_heads": LEFT_ALONE, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "esmc": {"num_key_value_heads": 4}, "dots3_note_text": MLA, "neomme": {"head_dim": 16},
@@ -173,10 +173,17 @@ def architectures() -> list[Architecture]:
 
 
 def build(one: Architecture, directory: Path) -> None:
-    """Write a tiny model and its tokenizer into ``directory``; see ``model_of``."""
+    """Write a tiny model and its tokenizer into ``directory``.
+
+    Raises:
+        Exception: see ``model_of``; or the model does not run on two samples.
+    """
     torch.manual_seed(0)
-    model = model_of(one)
+    model = model_of(one).eval()
+    ids = torch.arange(5, 29).reshape(2, 12)
+    decoder = {"decoder_input_ids": ids} if one.task == "seq2seq" else {}
     with torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder)
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "norm" not in name and 0 < float(parameter.std()) < 0.05:
                 parameter.mul_(0.08 / parameter.std())

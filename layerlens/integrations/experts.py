@@ -84,14 +84,17 @@ def other_weights(
 
     Those in ``blocks``, or in the whole model where that is None.
 
+    Where no block is known (JetMoE's attention is a mixture too), those of experts.
     Embeddings are left alone here: they are said elsewhere.
     """
     import torch
 
+    blocks = None if blocks is None else tuple(blocks)
     inside = "" if blocks is None else tuple(f"{block}." for block in blocks)
     found = {}
     for path, module in modules.items():
-        if not f"{path}.".startswith(inside) or path in layers or is_dense(module):
+        of_experts = blocks == () and "expert" in f"{type(module).__name__}{path}".lower()
+        if not (of_experts or f"{path}.".startswith(inside)) or path in layers or is_dense(module):
             continue
         if isinstance(module, torch.nn.Embedding):
             continue
@@ -121,7 +124,8 @@ def why_router(path: str, modules: Mapping[str, Any]) -> str:
     block, _, name = path.rpartition(".")
     if block.rpartition(".")[2] in ROUTERS:
         block, _, name = block.rpartition(".")
-    if name not in ROUTERS or f"{block}.{EXPERTS}" not in modules:
+    # "gate" is also the name of other things; nothing but a router is called so (JetMoE has router.layer alone).
+    if name not in ROUTERS or (name != "router" and f"{block}.{EXPERTS}" not in modules):
         return ""
     return f"a router ({_size(modules[path].weight)}), and a choice leaves routers alone"
 

@@ -142,6 +142,11 @@ class TransformersSource(ModelSource):
         if streamed is None:
             refuse_other_dtype(model, getattr(torch, request.dtype))
             notes = notes_on(model, info["quantization"])
+        if getattr(model.config, "audio_config", None) is not None:
+            notes += (
+                f"model: {type(model).__name__} takes sound too, which is not supported: no column of sound is read, "
+                "and layers that only sound reaches are left out",
+            )
         mismatched = (entry[0] for entry in info["mismatched_keys"])
         lacking = tuple(sorted({*info["missing_keys"], *mismatched}))
         finish_placement(model, lacking)

@@ -158,3 +158,28 @@ def test_a_mixture_is_estimated_without_its_weights(tmp_path: Path) -> None:
     dense = 2 * (16 * 16 * 2 + 16 * 8 * 2 + 16 * EXPERTS) + 16 * VOCABULARY  # attention, routers, the output layer
     experts = 2 * (48 * 16 + 16 * 24) * 2  # of two experts for each token
     assert found.base_flops == 2 * T * (dense + experts)  # torch counts none for fused attention on a CPU
+
+
+def test_tokens_of_each_expert_are_kept_for_the_manifest() -> None:
+    from layerlens.jobs.inputs import expert_tokens
+
+    model, spec = built(CONFIGS["mixtral"])
+    whole = batch()
+    found = expert_tokens(profile(model, spec, [whole], causal_loss, statistics=("gradient",), everything=False))
+    rows = rows_by_expert(model, whole)
+    assert found == {
+        f"model.layers.{block}.mlp.experts": [len(of) for of in rows[f"model.layers.{block}.mlp.experts.down_proj"]]
+        for block in range(2)
+    }
+
+
+def test_experts_that_a_model_computes_in_its_own_way_are_left_out_by_name() -> None:
+    """JetMoE: attention is a mixture too, so no block is known, and its routers are Linears without neighbours."""
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 4,
+        "intermediate_size": 24, "num_local_experts": EXPERTS, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    _, spec = built(hf.JetMoeConfig(**sizes, pad_token_id=0))
+    assert {layer.name.rpartition(".")[2] for layer in spec.layers} == {"kv_proj"}
+    assert "whose products are not seen" in spec.left_out["model.layers.0.mlp.input_linear.weight"]
+    assert "a router" in spec.left_out["model.layers.0.mlp.router.layer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from layerlens.integrations.layers import model_spec
 from layerlens.integrations.peft import lora_config
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.methods import injected_sizes
-from layerlens.models import Choice, LoraSettings, ModelSpec, Option
+from layerlens.models import Choice, LoraSettings, ModelFacts, ModelSpec, Option
 from layerlens.tuning import apply, load, merge, save, unapply
+from layerlens.tuning.baselines.baseline import BaselineRequest
+from layerlens.tuning.baselines.plain import layers_with
 from layerlens.tuning.export import export_adapter
+from layerlens.tuning.initialization import beginnings_unmeasured
 
 SMALL: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 4,
@@ -140,3 +144,22 @@ def test_costs_are_those_of_all_experts() -> None:
     assert flops == found[3][1] == 2 * 8 * 4 * 16 * 48
     kept = 4 * 16 * 48 + 10 * 2 * 16  # W + ΔW, and the inputs of both experts of each token
     assert memory_gb == pytest.approx(1e-9 * (16 * params + 4 * kept))
+
+
+def test_a_measured_beginning_leaves_experts_to_peft_and_says_so() -> None:
+    base = fresh("mixtral")
+    _, choice = everywhere(base)
+    assert beginnings_unmeasured(base, choice) == ""
+    measured = replace(choice, lora=replace(choice.lora, initialization="pca"))
+    assert "LoRA on 4 stacked experts (model.layers.0.mlp.experts.gate_up_proj ...)" in beginnings_unmeasured(
+        base, measured
+    )
+
+
+def test_baselines_and_studies_say_that_they_leave_experts_alone() -> None:
+    base = fresh("mixtral")
+    spec, _ = everywhere(base)
+    request = BaselineRequest(base, spec, ModelFacts(task="causal-lm"), budget=10_000)
+    with pytest.warns(UserWarning, match=r"baseline: 4 stacked experts or embeddings .* are left as they are"):
+        layers = layers_with(request, "lora")
+    assert not any(layer.layer_type == "experts" for layer in layers)
