@@ -175,7 +175,7 @@ def load_profile(path: Path) -> DeviceProfile | None:
         return DeviceProfile(rates=rates, **fields)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OutputError(f"{path}: not a device profile ({error}); measure again with: layerlens calibrate").of(
             DeviceFault.DAMAGED
         ) from error

@@ -71,7 +71,7 @@ class ResultsFile:
                 return True
             try:
                 self.records.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{self.path}:{number}: not a JSON object ({error}); remove the line").of(
                     StudyFault.DAMAGED
                 ) from error

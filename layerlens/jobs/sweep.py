@@ -146,7 +146,7 @@ def read_tasks(sweep: Sweep) -> list[SweepTask]:
         raise ConfigurationError(f"{path}: no task list; write it first with: {command}").of(
             SweepFault.MISSING
         ) from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigurationError(f"{path}: is not a task list ({error}); write it again").of(
             SweepFault.DAMAGED
         ) from error

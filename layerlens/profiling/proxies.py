@@ -31,7 +31,7 @@ class SavedProxies:
         data = self.read()
         try:
             content = json.loads(data) if data else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return content if isinstance(content, dict) and content.get("format") == FORMAT else {}
 

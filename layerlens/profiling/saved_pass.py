@@ -180,7 +180,7 @@ def pass_from_bytes(data: bytes) -> tuple[PassTensors, Ledger] | None:
         if text["format"] != FORMAT:
             return None
         return _tensors_of(tensors, text), _ledger_of(tensors, text)
-    except (SafetensorError, KeyError, ValueError):
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError):
         return None
 
 

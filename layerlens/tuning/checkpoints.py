@@ -98,7 +98,7 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / PROGRESS_FILE
     try:
         progress: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         message = f"{path}: cannot be read ({error}); train again with --restart"
         raise TrainingError(message).of(CheckpointFault.UNREADABLE) from error
     return progress
@@ -115,7 +115,7 @@ def check_job(directory: Path, job: Mapping[str, Any]) -> None:
     mine = json.loads(json.dumps(job))
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         there = None
     if there is not None and there != mine and last_checkpoint(directory) is not None:
         differs = sorted(key for key in {*there, *mine} if there.get(key) != mine.get(key))

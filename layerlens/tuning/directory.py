@@ -157,7 +157,7 @@ def _check_peft_files(base: torch.nn.Module, directory: Path) -> None:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ManifestError(f"{config_path}: not a PEFT configuration ({error})") from error
     try:
         with safe_open(path, framework="pt") as file:

@@ -108,7 +108,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         kind, rank, alpha = config["peft_type"], config["r"], config["lora_alpha"]
     except KeyError as error:
         raise ManifestError(f"{path}: has no {error}; give what PEFT's save_pretrained wrote for LoRA") from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ManifestError(f"{path}: not a PEFT configuration ({error})") from error
     if kind != "LORA":
         raise ManifestError(f"{path}: peft_type is {kind}, and engines serve LORA alone; {MERGE}")
@@ -129,7 +129,7 @@ def other_modules(directory: Path) -> tuple[str, ...]:
             try:
                 with safe_open(place, framework="pt") as file:
                     described = json.loads((file.metadata() or {})["layerlens"])
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
                 raise ManifestError(f"{place}: damaged, or of another version ({error})") from error
             rows = [f"{entry['method']} on {entry['layer']}" for entry in described["modules"]]
             return tuple(rows + [f"weights of {name}" for name in described.get("others", ())])

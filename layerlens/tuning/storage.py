@@ -180,7 +180,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         sound = sound and isinstance(description.get("base", {}), dict)
     except FileNotFoundError as error:
         raise ManifestError(f"{path}: no such file").of(ModulesFault.MISSING) from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ManifestError(f"{path}: not a file of LayerLens adapters and prefixes ({error})").of(
             ModulesFault.UNREADABLE
         ) from error

@@ -101,3 +101,26 @@ def test_statistics_and_modules(tmp_path: Path) -> None:
     with pytest.raises(ManifestError) as missing:
         _read(tmp_path / "none.safetensors")
     assert missing.value.fault is ModulesFault.MISSING
+
+
+def test_nesting_that_no_parser_follows_is_a_fault_like_any_other(tmp_path: Path) -> None:
+    from layerlens.cost.device import load_profile
+    from layerlens.evaluation.results import ResultsFile
+    from layerlens.profiling.proxies import SavedProxies
+    from layerlens.profiling.streamed.on_disk import Journal
+    from layerlens.tuning.checkpoints import read_progress
+    from layerlens.tuning.served import read_config
+
+    deep = b"[" * 100_000 + b"\n"
+    for name in ("adapter_config.json", "device.json", "results.jsonl", "state.json", "progress.json"):
+        (tmp_path / name).write_bytes(deep)
+    for read in (
+        lambda: read_config(tmp_path),
+        lambda: load_profile(tmp_path / "device.json"),
+        lambda: ResultsFile.open(tmp_path / "results.jsonl"),
+        lambda: read_progress(tmp_path),
+    ):
+        with pytest.raises(LayerLensError):
+            read()
+    assert Journal(tmp_path).state["forward"] == 0
+    assert SavedProxies(lambda: deep, lambda _data: None).restore() == {}

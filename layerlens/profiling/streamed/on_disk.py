@@ -201,7 +201,7 @@ class Journal:
         self.state: dict[str, Any] = {"format": FORMAT, "forward": 0, "backward": 0}
         try:
             kept = json.loads((directory / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return
         if isinstance(kept, dict) and kept.get("format") == FORMAT:
             self.state = kept
