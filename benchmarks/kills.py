@@ -34,7 +34,7 @@ COMMANDS = {
     "run": (["run", "config.yaml", "--quiet"], "out"),
     "optimize": (["optimize", "made/statistics.safetensors", "-c", "config.yaml", "-o", "choice", "--quiet"], "choice"),
     "train": (["train", "made/manifest.json", "-c", "config.yaml", "-o", "tuned", "--quiet"], "tuned"),
-    "sweep": (["sweep", "sweep.yaml", "--jobs", "1", "--quiet"], "grid"),
+    "sweep": (["sweep", "sweep.yaml", "--run", "--quiet"], "grid"),
 }
 """Each command, and the directory of its result."""
 MINE = {"notes.txt": b"mine", "mine/deep/notes.txt": b"mine too"}
