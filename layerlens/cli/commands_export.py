@@ -108,6 +108,7 @@ def export(
                 )  # fmt: skip
         except ManifestError as error:
             raise type(error)(f"{output.short(place)}: {error}") from error
+    precision = precision_of(files.get("config.json")) if merge and tool is None else ""
     files = published_files(files, local, target)
     if json:
         what = {"engine": engine.value} if engine else {"tool": tool.value if tool else "merge"}
@@ -115,6 +116,18 @@ def export(
         return
     for path in files.values():
         output.note(f"Wrote {output.short(path)}")
+    if precision:
+        output.note(f"The merged weights are in {precision}, as the base checkpoint says.")
+
+
+def precision_of(config: Path | None) -> str:
+    """What the configuration of a checkpoint says that its weights are in; "" where it says nothing."""
+    from json import loads
+
+    if config is None or not config.is_file():
+        return ""
+    said = loads(config.read_text(encoding="utf-8"))
+    return str(said.get("dtype") or said.get("torch_dtype") or "")
 
 
 def manifest_in(place: Path) -> Manifest | None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from layerlens import vocabulary
 from layerlens.config import OptimizationConfig, RunConfig
-from layerlens.exceptions import ConfigurationError
+from layerlens.exceptions import ConfigurationError, InfeasibleError
 from layerlens.jobs.job import job_without_model
 from layerlens.jobs.result import published
-from layerlens.jobs.solve import option_tables
+from layerlens.jobs.solve import best_of, option_tables
 from layerlens.manifest import write_frontier
 from layerlens.manifest.frontier import TracedFrontier
-from layerlens.models import RESOURCES, AllocationProblem, FrontierRow, ModelSpec, ModelStatistics
+from layerlens.models import RESOURCES, Allocation, AllocationProblem, FrontierRow, ModelSpec, ModelStatistics
 from layerlens.optimization import Frontier, budget_sweep, build_problem, frontier
+from layerlens.optimization.constraints import one_rank_each
 from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics
 from layerlens.utils.atomic import staged_directory
@@ -95,23 +97,13 @@ def traced(
 ) -> TracedFrontier:
     """The frontier of ``resource`` from what was measured; arguments and errors as of ``trace_frontier``."""
     _refuse_unknown(resource)
-    problem = _problem_with_any_budget(spec, statistics, config, resource)
-    curve = frontier(problem, resource, threads=threads)
-    chosen_budgets = [float(budget) for budget in budgets] or _spread(curve, points)
+    problems = _problems_with_any_budget(spec, statistics, config, resource)
+    hull = _hull_of_all([hull_rows(problem, frontier(problem, resource, threads=threads)) for problem in problems])
+    chosen_budgets = [float(budget) for budget in budgets] or _spread(hull, resource, points)
     certified = []
     with progress.stage("Certifying budgets", total=len(chosen_budgets)) as advance:
         for budget in chosen_budgets:
-            (allocation,) = budget_sweep(
-                problem,
-                resource,
-                [budget],
-                refine=config.optimization.refine,
-                refine_deterministic_time=config.optimization.refine_deterministic_time,
-                time_s=config.optimization.solver_time_s,
-                gap_tolerance=config.optimization.gap_tolerance,
-                seed=config.runtime.seed,
-                threads=threads,
-            )
+            allocation = _certified(problems, resource, budget, config, threads)
             certified.append(
                 FrontierRow(
                     kind="certified",
@@ -123,7 +115,63 @@ def traced(
                 )
             )
             advance(1)
-    return TracedFrontier(resource, tuple(hull_rows(problem, curve)), tuple(certified))
+    return TracedFrontier(resource, tuple(hull), tuple(certified))
+
+
+def _certified(
+    problems: Sequence[AllocationProblem], resource: str, budget: float, config: RunConfig, threads: int
+) -> Allocation:
+    """The best allocation within one budget; of several problems those count that have one."""
+    optimization, found = config.optimization, []
+    refused: InfeasibleError | None = None
+    for problem in problems:
+        try:
+            found += budget_sweep(
+                problem,
+                resource,
+                [budget],
+                refine=optimization.refine,
+                refine_deterministic_time=optimization.refine_deterministic_time,
+                time_s=optimization.solver_time_s,
+                gap_tolerance=optimization.gap_tolerance,
+                seed=config.runtime.seed,
+                threads=threads,
+            )
+        except InfeasibleError as error:
+            refused = refused or error
+    if refused is not None and not found:
+        raise refused
+    return best_of(found, optimization.gap_tolerance)
+
+
+def _hull_of_all(hulls: Sequence[list[FrontierRow]]) -> list[FrontierRow]:
+    """The upper concave hull of several: one for each rank, where the engine that serves holds one rank for all layers.
+
+    Where the next point has another rank than the one before it, no single layer changes, and its row names none.
+    """
+    if len(hulls) == 1:
+        return hulls[0]
+    before = {id(row): rows[place - 1] for rows in hulls for place, row in enumerate(rows) if place}
+    of_rank = {id(row): rows[-1] for rows in hulls for row in rows}
+    kept: list[FrontierRow] = []
+    for row in sorted((row for rows in hulls for row in rows), key=lambda row: (row.budget, -row.score)):
+        if kept and row.score <= kept[-1].score:
+            continue
+        while len(kept) > 1 and _slope(kept[-2], kept[-1]) <= _slope(kept[-1], row):
+            kept.pop()
+        kept.append(row)
+    found = kept[:1]
+    for earlier, row in pairwise(kept):
+        same = before.get(id(row)) is earlier
+        last = of_rank[id(row)]
+        found.append(row if same else replace(row, layer="", method=last.method, rank=last.rank))
+    return found
+
+
+def _slope(one: FrontierRow, other: FrontierRow) -> float:
+    """What more of the budget buys between two points; without bound where it costs nothing."""
+    step = other.budget - one.budget
+    return (other.score - one.score) / step if step > 0.0 else float("inf")
 
 
 def _refuse_unknown(resource: str) -> None:
@@ -131,29 +179,42 @@ def _refuse_unknown(resource: str) -> None:
         raise ConfigurationError(f"unknown resource {resource!r}; known: {', '.join(RESOURCES)}")
 
 
-def _problem_with_any_budget(
+def _problems_with_any_budget(
     spec: ModelSpec, statistics: ModelStatistics, config: RunConfig, resource: str
-) -> AllocationProblem:
-    """The allocation problem with room for every option in ``resource``."""
+) -> list[AllocationProblem]:
+    """The allocation problem with room for every option in ``resource``; one for each rank where one is served.
+
+    Raises:
+        ConfigurationError: the rules leave a layer without any option, whatever the rank.
+    """
     refuse_non_finite(statistics)
     utilities, costs = option_tables(spec, statistics, config)
     everything = costs.base[resource] + float(costs.cost__ro[RESOURCES.index(resource)].sum())
     budget = {BUDGET_FIELDS[resource]: int(np.ceil(everything)) if resource == "trainable_params" else everything}
     optimization: OptimizationConfig = config.optimization.model_copy(update=budget)
-    return build_problem(spec, utilities, costs, optimization)
+    problems: list[AllocationProblem] = []
+    refused: ConfigurationError | None = None
+    for each in one_rank_each(optimization):
+        try:
+            problems.append(build_problem(spec, utilities, costs, each))
+        except ConfigurationError as error:  # with this rank alone
+            refused = refused or error
+    if refused is not None and not problems:
+        raise refused
+    return problems
 
 
-def _spread(curve: Frontier, points: int) -> list[float]:
+def _spread(hull: Sequence[FrontierRow], resource: str, points: int) -> list[float]:
     """Budgets from the first that adapts anything to the last that buys anything, evenly spread in their logarithm.
 
     None where no option has a gain: no budget buys anything then.
     """
-    if len(curve.budget) == 1:
+    if len(hull) == 1:
         return []
-    added = np.geomspace(curve.budget[1] - curve.budget[0], curve.budget[-1] - curve.budget[0], points)
-    budgets = curve.budget[0] + added
-    budgets[0], budgets[-1] = curve.budget[1], curve.budget[-1]  # exactly, whatever geomspace rounds
-    return [float(budget) for budget in np.ceil(budgets)] if curve.resource == "trainable_params" else budgets.tolist()
+    base, first, last = (hull[place].budget for place in (0, 1, -1))
+    budgets = base + np.geomspace(first - base, last - base, points)
+    budgets[0], budgets[-1] = first, last  # exactly, whatever geomspace rounds
+    return [float(budget) for budget in np.ceil(budgets)] if resource == "trainable_params" else budgets.tolist()
 
 
 def hull_rows(problem: AllocationProblem, curve: Frontier) -> list[FrontierRow]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
@@ -122,12 +122,18 @@ def find_allocation(
     if not solved:
         assert refused is not None
         raise refused
-    problem, allocation = max(solved, key=lambda pair: pair[1].value)
-    if len(solved) > 1:  # no rank has an answer above the largest bound
-        allocation = replace(allocation, upper_bound=max(each.upper_bound for _, each in solved))
-        proved = allocation.gap <= config.gap_tolerance
-        allocation = replace(allocation, status="optimal" if proved else "feasible")
+    allocation = best_of([each for _, each in solved], config.gap_tolerance)
+    problem = max(solved, key=lambda pair: pair[1].value)[0]
     return Solution(utilities, costs, problem, allocation, tuple(explain(problem, allocation)), tuple(events))
+
+
+def best_of(found: Sequence[Allocation], gap_tolerance: float) -> Allocation:
+    """The best answer to several problems, such as one for each rank, with the bound that holds for all of them."""
+    best = max(found, key=lambda each: each.value)
+    if len(found) == 1:
+        return best
+    best = replace(best, upper_bound=max(each.upper_bound for each in found))
+    return replace(best, status="optimal" if best.gap <= gap_tolerance else "feasible")
 
 
 def make_manifest(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.pretrained import PretrainedModel
@@ -15,6 +15,9 @@ from layerlens.tuning.directory import load, rows_needed
 from layerlens.tuning.inject import merge
 from layerlens.tuning.serving import Origin, origin_of
 from layerlens.utils.atomic import staged_directory
+
+if TYPE_CHECKING:
+    import torch
 
 SHARD = "5GB"
 
@@ -32,8 +35,8 @@ def export_merged(
         trust_remote_code: whether Python code beside the base model's weights may run.
 
     Returns:
-        The path of each file, by its name: safetensors of at most 5 GB, config.json, the generation configuration of a
-        model that generates, tokenizer or image processor.
+        The path of each file, by its name: safetensors of at most 5 GB in the base checkpoint's precision, config.json,
+        the generation configuration of a model that generates, tokenizer or image processor.
 
     Raises:
         ManifestError: adapters or prefixes, which no weight can take up, or it is no transformers model.
@@ -51,12 +54,30 @@ def export_merged(
         folder = place if place.is_dir() else place.parent
         whole = folder if origin.directory in (folder, folder / "peft") else origin.directory
         merged: Any = merge(load(base, whole, check_fingerprint=False))
+        dtype = checkpoint_dtype(pretrained.path)
+        if dtype is not None and not getattr(merged, "is_quantized", False):
+            merged = merged.to(dtype)  # once, after the sum: B·A is added in the precision of loading
         old = [path.name for path in output.glob("model*.safetensors*")] if output.is_dir() else []
         with staged_directory(output, owned=old) as staging:
             merged.save_pretrained(staging, max_shard_size=SHARD)
             _save_processor(pretrained, staging)
             names = sorted(path.name for path in staging.iterdir())
     return {name: output / name for name in names}
+
+
+def checkpoint_dtype(path: str) -> torch.dtype | None:
+    """The precision that a checkpoint says it is in; None where it does not."""
+    import torch
+    from transformers import PretrainedConfig
+
+    try:
+        said, _ = PretrainedConfig.get_config_dict(path, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    inner = said.get("text_config") or {}
+    name = said.get("dtype") or said.get("torch_dtype") or inner.get("dtype") or inner.get("torch_dtype")
+    found = getattr(torch, str(name).removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 
 
 def _base(origin: Origin, model: str | None, trust_remote_code: bool) -> PretrainedModel:

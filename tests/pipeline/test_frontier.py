@@ -80,3 +80,53 @@ def test_wrong_resources_and_budgets_are_refused(config, saved_statistics, tmp_p
     with pytest.raises(InfeasibleError, match="max_trainable_params: 1 is too small"):
         trace_frontier(saved_statistics, config, "trainable_params", base_dir=tmp_path, budgets=[1.0])
     assert not Path(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_an_engine_of_one_rank_has_the_frontier_of_what_it_holds(settings, saved_statistics, tmp_path, engine):
+    """At each budget the score is the best of all ranks alone, the hull is above it, and `optimize` says the same."""
+
+    ranks = [1, 2, 4] if engine == "sglang" else [1, 8]
+
+    def config_of(only: int | None, budget: int = 10**6) -> RunConfig:
+        rules = [] if only is None else [{"layers": "*", "ranks": [only]}]
+        settings["optimization"] = {
+            "methods": ["lora"], "lora_ranks": ranks, "max_trainable_params": budget, "serve_with": engine,
+            "constraints": {"rules": rules},
+            "latency_profile": {"batch_size": 2, "sequence_length": 16},
+        }  # fmt: skip
+        settings["model"]["task"] = "causal-lm"  # an engine holds no head; nothing but the options is looked at here
+        return RunConfig.model_validate(settings)
+
+    def traced(config: RunConfig, **more):
+        return trace_frontier(saved_statistics, config, "trainable_params", base_dir=tmp_path, **more)
+
+    found = traced(config_of(None), points=4)
+    budgets, scores = [row.budget for row in found.hull], [row.score for row in found.hull]
+    assert np.all(np.diff(budgets) > 0)
+    slopes = np.diff(scores) / np.diff(budgets)
+    assert np.all(np.diff(slopes) <= 1e-9 * slopes[:-1])
+    alone = [traced(config_of(rank), points=3) for rank in ranks]
+    for row in found.certified:
+        single = []
+        for rank in ranks:
+            try:
+                single += traced(config_of(rank), budgets=[row.budget]).certified
+            except InfeasibleError:  # less than one layer of this rank
+                continue
+        best = max(each.score for each in single)
+        if engine == "sglang":
+            assert row.score == pytest.approx(best, rel=1e-12)
+            assert row.upper_bound == max(each.upper_bound for each in single)
+        else:
+            assert row.score >= best * (1 - 1e-12)  # ranks may be mixed
+        assert row.score <= np.interp(row.budget, budgets, scores) * (1 + 1e-9)
+    settled = config_of(None, 600)  # utilities depend on the budget of the configuration
+    chosen = optimize_statistics(saved_statistics, settled, base_dir=tmp_path / "chosen").manifest
+    (row,) = traced(settled, budgets=[600.0]).certified
+    assert (row.score, row.gap) == (chosen.score, chosen.gap)
+    points = {(row.budget, row.score) for each in alone for row in each.hull}
+    if engine == "sglang":  # every point is one of a rank alone, and none of theirs is above
+        assert {(row.budget, row.score) for row in found.hull} <= points
+        assert all(score <= np.interp(budget, budgets, scores) * (1 + 1e-9) for budget, score in points)
+        assert all(row.rank in ranks for row in found.hull[1:])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_served import base, by_peft, export, logits_of, tuned
+from test_served import RANKS, base, by_peft, export, logits_of, tuned
 
 __all__ = ["base"]
 
@@ -34,6 +34,26 @@ def test_plain_transformers_loads_the_merged_checkpoint(tmp_path: Path, base: Pa
     assert "model-00002-of-00002.safetensors" not in names
     ids = [AutoTokenizer.from_pretrained(path)("a b").input_ids for path in (base, out)]
     assert ids[0] == ids[1]
+
+
+def test_the_merged_checkpoint_is_in_the_precision_of_the_base_checkpoint(tmp_path: Path, base: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    half = tmp_path / "half"
+    shutil.copytree(base, half)
+    AutoModelForCausalLM.from_pretrained(base).to(torch.bfloat16).save_pretrained(half)
+    original = tuned(half, tmp_path / "tuned")
+    result = export(original, "--merge", "-o", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    assert "The merged weights are in bfloat16" in result.output
+    found, plain = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", half))
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    changed = {name for name, tensor in found.items() if not torch.equal(tensor, plain[name])}
+    assert changed == {f"model.layers.{name}.weight" for name in RANKS}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
