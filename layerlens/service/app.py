@@ -348,19 +348,19 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
         return Upload(statistics=f"upload:{sha256}", layers=len(spec.layers), model=spec.model_name)
 
     @app.get("/healthz", tags=["server"], summary="Does the server live?", operation_id="healthz")
-    def healthz() -> Health:
-        """Answers as long as the process does."""
+    async def healthz() -> Health:
+        """Answers as long as the process does, also while all threads are at work."""
         return Health(status="ok", version=__version__)
 
     @app.get(
         "/readyz", tags=["server"], summary="Does the server take jobs?", operation_id="readyz",
         responses={503: {"model": Readiness, "description": "It does not"}},
     )  # fmt: skip
-    def readyz(response: Response) -> Readiness:
+    async def readyz(response: Response) -> Readiness:
         """Whether submissions can be written and jobs are being looked after."""
         try:
-            counts = store.counts()
-            probe.write()
+            counts = await asyncio.to_thread(store.counts)
+            await asyncio.to_thread(probe.write)
         except (OSError, sqlite3.Error) as error:  # a full or lost disk, a database that is locked
             response.status_code = 503
             return Readiness(status="not ready", reason=f"the state directory cannot be used: {reason_of(error)}")

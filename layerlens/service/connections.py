@@ -45,6 +45,8 @@ SWEEP_S = 0.25
 YOUNG_S = 0.05
 """A connection that has sent nothing yet, and came just now, makes way for nobody: its request is about to be read."""
 
+SLOW_S, SLOW_BYTES_PER_S = 0.25, 8192.0
+"""A body that has come more slowly than this makes way where there is no room."""
 HALF_SENT, ANSWERED, NOTHING_YET = range(3)
 BATCH = 8
 """Connections that are accepted before those that came before are read; asyncio itself would take all that wait."""
@@ -125,9 +127,16 @@ class Counted(socket.socket):
     deadline: float | None = None
     protocol: TimedProtocol | None = None
 
+    def waits(self, now: float) -> bool:
+        """Whether it is the client who is awaited: for a request, or for a body that hardly comes."""
+        if not self.busy or self.protocol is None or self.protocol.body_since is None:
+            return not self.busy
+        seconds = now - self.protocol.body_since
+        return seconds > SLOW_S and self.protocol.came < SLOW_BYTES_PER_S * seconds
+
     @property
     def rank(self) -> int:
-        """Who makes way first, of those that are not at work."""
+        """Who makes way first, of those that wait."""
         if self.protocol is None:
             return NOTHING_YET
         if self.protocol.half or self.protocol.body_since is not None:
@@ -208,7 +217,7 @@ class Connections:
         waiting = [
             one
             for one in self.open.values()
-            if address in (None, one.address) and not one.busy and one not in self.leaving
+            if address in (None, one.address) and one.waits(now) and one not in self.leaving
             if one.rank < NOTHING_YET or now - one.since > YOUNG_S
         ]
         waiting.sort(key=lambda one: (one.rank, one.since))
