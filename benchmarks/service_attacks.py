@@ -36,7 +36,6 @@ from layerlens.service.store import DATABASE, FINAL, JobStore
 
 DESCRIPTORS, HALF_SENT, HELD_S = 1024, 1200, 10.0
 SUBMISSIONS, LISTENERS, STREAMS = 500, 300, 100
-DONE_WITHIN_S = 1800.0
 BEARER = f"Authorization: Bearer {TOKEN}\r\n"
 KINDS = {
     "header": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: ",
@@ -213,9 +212,9 @@ async def listened(port: int, job: str) -> dict[str, Any]:
     return {str(status): count for status, count in statuses.items()}
 
 
-async def settled(store: JobStore) -> dict[str, Any]:
-    """Wait for every job; how they ended, and how many were begun or ended more than once."""
-    end = time.monotonic() + DONE_WITHIN_S
+async def settled(store: JobStore, seconds: float) -> dict[str, Any]:
+    """Wait for the jobs; how they stand, and how many were begun or ended more than once."""
+    end = time.monotonic() + seconds
     while time.monotonic() < end and any(store.counts()[state] for state in ("queued", "running")):
         await asyncio.sleep(1)
     jobs = store.listed(limit=10_000)
@@ -228,7 +227,7 @@ async def settled(store: JobStore) -> dict[str, Any]:
     }
 
 
-async def all_parts(serving: Serving) -> dict[str, Any]:
+async def all_parts(serving: Serving, jobs_s: float) -> dict[str, Any]:
     """One after the other, then all together."""
     port, store = serving.port, JobStore(serving.folder / "state" / DATABASE)
     reference = json.loads((await request(port, "POST", "/v1/statistics", statistics()))[1])["statistics"]
@@ -242,14 +241,15 @@ async def all_parts(serving: Serving) -> dict[str, Any]:
     async with half_sent(port, "header"):
         submissions = asyncio.create_task(submitted(port, reference))
         probes = asyncio.create_task(probed(serving, HELD_S))
-        await asyncio.sleep(2)
-        last = store.listed(limit=1)[0].id
+        while not (jobs := await asyncio.to_thread(store.listed, limit=1)):
+            await asyncio.sleep(0.1)
+        last = jobs[0].id
         listeners = [await listened(port, last)]
         found["together"] = {"submissions": await submissions, "meanwhile": await probes}
     last = json.loads((await request(port, "POST", "/v1/jobs", body))[1])["id"]  # behind all the others
     found["listeners"] = listeners + [await listened(port, last) for _ in range(2)]
     print(found["together"], found["listeners"], file=sys.stderr)
-    found["jobs"] = await settled(store)
+    found["jobs"] = await settled(store, jobs_s)
     return found
 
 
@@ -268,7 +268,8 @@ def broken(found: dict[str, Any], log: str) -> list[str]:
     for statuses in found["listeners"]:
         if statuses.get("200", 0) > STREAMS:
             wrong.append(f"{statuses['200']} listeners were let in")
-    if jobs["states"] != {"succeeded": SUBMISSIONS + 1} or jobs["ended_twice"] or jobs["begun_twice"]:
+    lost = jobs["jobs"] != SUBMISSIONS + 1 or {"failed", "cancelled"} & set(jobs["states"])
+    if lost or jobs["ended_twice"] or jobs["begun_twice"]:
         wrong.append(f"jobs: {jobs}")
     return wrong + [line for line in ("Traceback", "is not acquired", "Too many open files") if line in log]
 
@@ -276,6 +277,7 @@ def broken(found: dict[str, Any], log: str) -> list[str]:
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs-s", type=float, default=1800.0, help="wait so long for the jobs to be done")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -283,7 +285,7 @@ def main() -> None:
         serving = Serving(Path(name), options, descriptors=DESCRIPTORS).start()
         try:
             start = time.monotonic()
-            found = asyncio.run(all_parts(serving))
+            found = asyncio.run(all_parts(serving, arguments.jobs_s))
         finally:
             serving.stop()
         wrong = broken(found, serving.log)
