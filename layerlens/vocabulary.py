@@ -20,6 +20,7 @@ class Resource:
         budget: its key in the section ``optimization``.
         objective: its key in ``optimization.objective_weights``.
         quantity: how its amounts are written.
+        always: whether it is predicted for every model, so that every manifest has its row.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Resource:
     budget: str
     objective: str
     quantity: Quantity
+    always: bool = True
 
 
 RESOURCES = {
@@ -46,6 +48,7 @@ RESOURCES = {
         Resource("flops", "added FLOPs", "Added FLOPs", "FLOP", "max_flops", "flops", COUNT),
         Resource("vram_gb", "memory", "Training memory", "GB", "max_vram_gb", "vram", MEMORY),
         Resource("latency_ms", "latency", "Forward latency", "ms", "latency_target_ms", "latency", TIME),
+        Resource("step_ms", "step time", "Training step", "ms", "max_step_ms", "step", TIME, always=False),
     )
 }
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))

@@ -16,6 +16,7 @@ from layerlens.cli.flags import (
     MaxFlops,
     MaxLatency,
     MaxParams,
+    MaxStep,
     MaxVram,
     Methods,
     Model,
@@ -40,6 +41,7 @@ def init(
     max_vram: MaxVram = None,
     max_flops: MaxFlops = None,
     max_latency: MaxLatency = None,
+    max_step: MaxStep = None,
     methods: Methods = None,
     full: Annotated[bool, typer.Option("--full", help="Write every key, with what it means and its default.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
@@ -53,7 +55,7 @@ def init(
         path = path / DEFAULT_PATH
     if path.exists() and not force:
         raise ConfigurationError(f"{path} is already there; give another name, or --force to replace it")
-    options = given_options(model, data, task, methods, max_params, max_vram, max_flops, max_latency)
+    options = given_options(model, data, task, methods, max_params, max_vram, max_flops, max_latency, max_step)
     values = settled({KEYS[option]: value for option, value in options.items()})
     comments: dict[str, str] = {}
     if model is not None and data is not None:
@@ -85,6 +87,7 @@ def validate(
     max_vram: MaxVram = None,
     max_flops: MaxFlops = None,
     max_latency: MaxLatency = None,
+    max_step: MaxStep = None,
     methods: Methods = None,
     settings: Set = None,
     show_sample: Annotated[
@@ -99,7 +102,7 @@ def validate(
     from layerlens.tasks.look import look
     from layerlens.utils.threads import resolve_threads
 
-    options = given_options(model, data, task, methods, max_params, max_vram, max_flops, max_latency)
+    options = given_options(model, data, task, methods, max_params, max_vram, max_flops, max_latency, max_step)
     checked = read_config(config, all_settings(config, options, settings))
     resolve_threads(checked.runtime.threads)  # the only setting that this machine may not have
     checked, guess, found = look(checked, base_dir_of(config))

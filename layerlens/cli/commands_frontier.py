@@ -68,14 +68,17 @@ def _show(result: FrontierResult) -> None:
     table = new_table(f"What {RESOURCE_NAMES[result.resource]} buy")
     for name in ("budget", "score", "share of the most", "gap", "status"):
         table.add_column(name, justify="right", no_wrap=True)
-    most = result.hull[-1].score
+    most = max((row.score for row in (*result.hull, *result.certified)), default=0.0)
     for row in result.certified:
         share = f"{100 * row.score / most:.1f} %" if most > 0 else "–"
         table.add_row(amount(result.resource, row.budget), f"{row.score:.6g}", share, gap(row.gap), row.status)
-    if len(result.hull) == 1 and not result.certified:
+    if len(result.hull) <= 1 and not result.certified:
         console.print("No option has a gain above its sampling noise, so no budget buys anything.")
     else:
         console.print(table)
-    console.print(f"The exact hull has {len(result.hull):,} {'points' if len(result.hull) > 1 else 'point'}.")
+    for row in result.marked:
+        console.print(f"{row.layer}: {amount(result.resource, row.budget)}, score {row.score:.6g}.")
+    if result.hull:
+        console.print(f"The exact hull has {len(result.hull):,} {'points' if len(result.hull) > 1 else 'point'}.")
     for path in result.files.values():
         console.print(f"  {output.short(path)}", soft_wrap=True)

@@ -16,6 +16,7 @@ from layerlens.cli.flags import (
     MaxFlops,
     MaxLatency,
     MaxParams,
+    MaxStep,
     MaxVram,
     Methods,
     Model,
@@ -65,12 +66,16 @@ def run(
     max_vram: MaxVram = None,
     max_flops: MaxFlops = None,
     max_latency: MaxLatency = None,
+    max_step: MaxStep = None,
     methods: Methods = None,
     directory: Output = None,
     settings: Set = None,
     explain: Explain = False,
     verbose: Verbose = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure the model anew, and keep nothing.")] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not hold the predictions against the model afterwards.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -79,7 +84,8 @@ def run(
 
     What is to be done stands in a configuration file, in options, or in a file of which options replace settings.
     """
-    options = given_options(model, data, task, methods, max_params, max_vram, max_flops, max_latency)
+    options = given_options(model, data, task, methods, max_params, max_vram, max_flops, max_latency, max_step)
+    settings = [*(settings or ()), *(["optimization.check_predictions=false"] if no_check else [])]
     checked = load(config, all_settings(config, options, settings), directory)
     from layerlens.cli.tables import as_json
     from layerlens.config.compatibility import refuse_conflicts
@@ -112,6 +118,7 @@ def optimize(
     max_vram: MaxVram = None,
     max_flops: MaxFlops = None,
     max_latency: MaxLatency = None,
+    max_step: MaxStep = None,
     methods: Methods = None,
     directory: Output = None,
     settings: Set = None,
@@ -120,7 +127,7 @@ def optimize(
         str | None,
         typer.Option(
             help="Choose once for each of several budgets, each into its own folder: "
-            "trainable_params=10k,20k,40k (or flops, vram_gb, latency_ms)."
+            "trainable_params=10k,20k,40k (or flops, vram_gb, latency_ms, step_ms)."
         ),
     ] = None,
     json: Json = False,
@@ -132,7 +139,7 @@ def optimize(
     Options replace settings of the configuration; its other budgets stay. Without a file the result goes to optimized/
     beside the statistics.
     """
-    options = given_options(None, None, None, methods, max_params, max_vram, max_flops, max_latency)
+    options = given_options(None, None, None, methods, max_params, max_vram, max_flops, max_latency, max_step)
     statistics, checked, base_dir = saved_job(statistics, config, options, settings, directory, OPTIMIZED)
     from layerlens.pipeline import optimize_statistics
 

@@ -40,6 +40,9 @@ MaxFlops = Annotated[
 MaxLatency = Annotated[
     str | None, typer.Option("--max-latency", help="Forward latency of a batch: 20ms, 0.5s.", show_default=False)
 ]
+MaxStep = Annotated[
+    str | None, typer.Option("--max-step", help="Time of a training step: 250ms, 1.5s.", show_default=False)
+]
 OptionalConfig = Annotated[
     Path | None,
     typer.Argument(metavar="CONFIG", help="Configuration file (YAML); without: the options.", show_default=False),
@@ -53,6 +56,7 @@ KEYS = {
     "--max-vram": "optimization.max_vram_gb",
     "--max-flops": "optimization.max_flops",
     "--max-latency": "optimization.latency_target_ms",
+    "--max-step": "optimization.max_step_ms",
 }
 NEEDED = {"--model": ("model.name_or_path", "model.factory"), "--data": ("data.source",)}
 BUDGETS = tuple(option for option in KEYS if option.startswith("--max-"))
@@ -62,9 +66,10 @@ EXAMPLE = "layerlens run --model DIRECTORY --data FILE --max-params 300k"
 def given_options(
     model: str | None, data: str | None, task: str | None, methods: Sequence[str] | None, max_params: str | None,
     max_vram: str | None, max_flops: str | None, max_latency: str | None,
+    max_step: str | None,
 ) -> dict[str, str | list[str]]:  # fmt: skip
     """The options that were given, by name."""
-    said = (model, data, task, list(methods or ()) or None, max_params, max_vram, max_flops, max_latency)
+    said = (model, data, task, list(methods or ()) or None, max_params, max_vram, max_flops, max_latency, max_step)
     return {option: value for option, value in zip(KEYS, said, strict=True) if value is not None}
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from layerlens.cli.output import RESOURCE_NAMES, amount, command, gap, scaled, share, short, significant
 from layerlens.manifest.grid import Grid, grid_of
 from layerlens.manifest.layer_names import Position, positions
-from layerlens.manifest.summary import expert_lines, left_out_lines, peft_holds
+from layerlens.manifest.summary import expert_lines, left_out_lines, peft_holds, worth
 from layerlens.models import LayerExplanation, Manifest, ManifestRow, Option, Predicted, ResourceUse
 from layerlens.models.data_summary import DataSummary
 from layerlens.registry import METHODS
@@ -263,6 +263,8 @@ def show(result: RunResult, console: Console, *, explain: bool = False, sample: 
     read = [data(result.data, sample=sample)] if result.data is not None else []
     left_out = [Text(line, style="dim") for line in (*expert_lines(manifest), *left_out_lines(manifest, most=1))]
     parts = [*read, chosen(manifest), *left_out, budgets(manifest.resources), certificate(manifest)]
+    if sentence := worth(manifest):
+        parts.append(Text(sentence))
     told = calibration(manifest.predicted)
     if told is not None:
         parts.append(told)

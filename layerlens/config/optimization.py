@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from layerlens.config.base import Amount, ConfigModel, MethodName, RegisteredName
 from layerlens.quantities import COUNT, MEMORY, TIME
 from layerlens.registry import ENGINES, METHODS, UTILITY_MODELS
+from layerlens.vocabulary import RESOURCES
 
 UNIFORM_LORA = "uniform-lora"
 CandidateName = Annotated[str, RegisteredName(UTILITY_MODELS, others=(UNIFORM_LORA,))]
@@ -125,7 +126,7 @@ class LinearResource(ConfigModel):
 
 
 class ConstraintConfig(ConfigModel):
-    """What the choice must keep beyond the four budgets."""
+    """What the choice must keep beyond the budgets."""
 
     max_rank: int | None = Field(default=None, ge=1, description="No rank, adapter width or prefix length above this.")
     rules: tuple[LayerRule, ...] = Field(default=(), description="What single layers may choose.")
@@ -160,7 +161,7 @@ class ConstraintConfig(ConfigModel):
     @classmethod
     def _new_names(cls, resources: dict[str, LinearResource]) -> dict[str, LinearResource]:
         for name in resources:
-            if name in ("trainable_params", "flops", "vram_gb", "latency_ms") or name.startswith("layers_without_"):
+            if name in RESOURCES or name.startswith("layers_without_"):
                 raise ValueError(f"{name!r} is a resource that LayerLens has already; choose another name")
         return resources
 
@@ -187,6 +188,12 @@ class OptimizationConfig(ConfigModel):
         description="Forward latency of one batch, base model included, options unmerged, ms, or with a unit: `20ms`, "
         "`0.5s`.",
     )
+    max_step_ms: Annotated[float | None, Field(gt=0), Amount(TIME)] = Field(
+        default=None,
+        exclude_if=lambda budget: budget is None,
+        description="Time of one training step (forward, backward, optimiser) on a batch of the latency profile, base "
+        "model included, ms, or with a unit: `250ms`, `1.5s`.",
+    )
     latency_profile: LatencyProfile = Field(
         default_factory=LatencyProfile, description="Device and batch that FLOPs, memory and latency are predicted for."
     )
@@ -210,7 +217,7 @@ class OptimizationConfig(ConfigModel):
         description="Sizes on offer of registered methods without a key of their own, by the method's name.",
     )
     constraints: ConstraintConfig = Field(
-        default_factory=ConstraintConfig, description="What the choice must keep beyond the four budgets."
+        default_factory=ConstraintConfig, description="What the choice must keep beyond the budgets."
     )
     serve_with: str | None = Field(
         default=None,
@@ -237,7 +244,7 @@ class OptimizationConfig(ConfigModel):
     objective_weights: dict[str, float] = Field(
         default_factory=lambda: {"utility": 1.0},
         description="score = utility·w_utility − Σ_r w_r·(cost_r / budget_r) − penalty[method], with r in cost, flops, "
-        "vram, latency. The utility is first scaled so that the best option of the model has 1.",
+        "vram, latency, step. The utility is first scaled so that the best option of the model has 1.",
     )
     method_penalties: dict[MethodName, float] = Field(
         default_factory=dict, description="Subtracted from the score of every option of the method (same scale)."
@@ -256,6 +263,12 @@ class OptimizationConfig(ConfigModel):
         allow_inf_nan=False,
         description="Seconds that the search for a better allocation may go on while the gap is open. Without it the "
         "search ends by counted work, and every run gives the same allocation.",
+    )
+    check_predictions: bool = Field(
+        default=True,
+        exclude_if=lambda check: check,
+        description="Hold the predictions against the model after the choice: parameters, FLOPs, and on the device of "
+        "the latency profile memory and times.",
     )
     gap_tolerance: float = Field(
         default=1e-6, ge=0, lt=1, description="Relative gap under which the allocation is called optimal."
@@ -283,7 +296,7 @@ class OptimizationConfig(ConfigModel):
     @field_validator("objective_weights")
     @classmethod
     def _known_objectives(cls, weights: dict[str, float]) -> dict[str, float]:
-        known = ("utility", "cost", "flops", "vram", "latency")
+        known = ("utility", *(resource.objective for resource in RESOURCES.values()))
         for name, weight in weights.items():
             if name not in known:
                 raise ValueError(f"unknown objective {name!r}; known: {', '.join(known)}")
@@ -301,11 +314,9 @@ class OptimizationConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _some_budget_and_some_option(self) -> OptimizationConfig:
-        budgets = (self.max_trainable_params, self.max_flops, self.max_vram_gb, self.latency_target_ms)
-        if all(budget is None for budget in budgets):
-            raise ValueError(
-                "no budget given; set at least one of max_trainable_params, max_flops, max_vram_gb, latency_target_ms"
-            )
+        if all(budget is None for budget in self.budgets().values()):
+            keys = ", ".join(resource.budget for resource in RESOURCES.values())
+            raise ValueError(f"no budget given; set at least one of {keys}")
         if not any(self.ranks().values()):
             raise ValueError("no option on offer; give sizes for at least one of the methods")
         return self
@@ -338,9 +349,4 @@ class OptimizationConfig(ConfigModel):
 
     def budgets(self) -> dict[str, float | None]:
         """Budget of each resource, by resource name."""
-        return {
-            "trainable_params": self.max_trainable_params,
-            "flops": self.max_flops,
-            "vram_gb": self.max_vram_gb,
-            "latency_ms": self.latency_target_ms,
-        }
+        return {name: getattr(self, resource.budget) for name, resource in RESOURCES.items()}

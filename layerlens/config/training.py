@@ -14,6 +14,13 @@ class TrainingConfig(ConfigModel):
 
     epochs: float = Field(default=3.0, gt=0, description="Passes over the training samples.")
     max_steps: int | None = Field(default=None, ge=1, description="Optimiser steps, instead of `epochs`.")
+    max_train_hours: float | None = Field(
+        default=None,
+        gt=0,
+        exclude_if=lambda hours: hours is None,
+        description="Hours that all optimiser steps may take by prediction: together with the number of steps a budget "
+        "of the choice, like `optimization.max_step_ms`.",
+    )
     learning_rate: float = Field(default=5e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="How the learning rate falls to 0 after the warm-up; `constant` does not fall."

@@ -12,7 +12,7 @@ import json
 import platform
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerlens.config import LatencyProfile
 from layerlens.cost.measure import time_ms
-from layerlens.cost.trace import (
+from layerlens.cost.rates import DeviceProfile, Rates
+from layerlens.cost.trace import trace_step
+from layerlens.exceptions import OutputError
+from layerlens.faults import DeviceFault
+from layerlens.models.step import (
     ATTENTION,
     CURVE,
     KINDS,
@@ -33,12 +36,7 @@ from layerlens.cost.trace import (
     SAFE_SOFTMAX,
     STRIDED,
     VIEW,
-    StepTrace,
-    TracedOperation,
-    trace_step,
 )
-from layerlens.exceptions import OutputError
-from layerlens.faults import DeviceFault
 from layerlens.utils.atomic import atomic_write_text
 from layerlens.utils.progress import Progress, silent
 
@@ -53,63 +51,6 @@ FRESH_ELEMENTS = 2**24
 """A float32 tensor of 64 MiB: above what glibc ever keeps for reuse."""
 Timing = Callable[[Callable[[], object], float], float]
 """(work, share of the usual time to spend on it) -> milliseconds."""
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What one kind of operation costs: µs for each, ms for a GFLOP, ms for a GB."""
-
-    overhead_us: float
-    ms_per_gflop: float
-    ms_per_gb: float
-
-
-@dataclass(frozen=True)
-class DeviceProfile:
-    """A measured device.
-
-    Args:
-        device: what it is, and how many threads were used.
-        rates: by kind of operation.
-        parameter_us: µs of the optimiser step for each parameter tensor.
-        fresh_ms_per_gb: ms for a GB of memory that the process gets anew, on top of writing it.
-        fit_error: median relative error of the fit, by kind.
-    """
-
-    device: str
-    threads: int
-    rates: dict[str, Rates]
-    parameter_us: float
-    fresh_ms_per_gb: float = 0.0
-    fit_error: dict[str, float] = field(default_factory=dict)
-
-    def operation_ms(self, operation: TracedOperation) -> float:
-        """Predicted milliseconds of one operation."""
-        rates = self.rates[operation.kind]
-        return (
-            1e-3 * rates.overhead_us
-            + 1e-9 * rates.ms_per_gflop * operation.flops
-            + 1e-9 * rates.ms_per_gb * operation.n_bytes
-            + 1e-9 * self.fresh_ms_per_gb * operation.fresh_bytes
-        )
-
-    def step_ms(self, trace: StepTrace, parameters: int, elements: int) -> float:
-        """Predicted milliseconds of a training step with AdamW on so many tensors of so many elements together."""
-        # fused AdamW reads weight, gradient and two moments and writes all but the gradient: 7 float32 for an element
-        update = TracedOperation(MEMORY, 0.0, 28.0 * elements)
-        passes = sum(map(self.operation_ms, trace.operations))
-        return passes + self.operation_ms(update) + 1e-3 * self.parameter_us * parameters
-
-    def latency_profile(self, profile: LatencyProfile) -> LatencyProfile:
-        """``profile`` with the roofline figures of this device."""
-        matmul, memory = self.rates[MATMUL], self.rates[MEMORY]
-        return profile.model_copy(
-            update={
-                "peak_gflops": 1e3 / matmul.ms_per_gflop,
-                "memory_bandwidth_gb_s": 1e3 / memory.ms_per_gb,
-                "op_overhead_us": memory.overhead_us,
-            }
-        )
 
 
 def calibrate(progress: Progress = silent, *, seconds: float = SECONDS, cpu_time: bool = False) -> DeviceProfile:
@@ -171,8 +112,7 @@ def load_profile(path: Path) -> DeviceProfile | None:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if fields.pop("format") != FORMAT:
             return None
-        rates = {kind: Rates(**values) for kind, values in fields.pop("rates").items()}
-        return DeviceProfile(rates=rates, **fields)
+        return DeviceProfile.of(fields)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

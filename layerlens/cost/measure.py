@@ -14,6 +14,11 @@ from torch.utils.benchmark.utils.timer import timer as default_timer
 TIMING_SECONDS = 0.5
 
 
+def here(device_type: str) -> bool:
+    """Whether what torch computes on is a device of this type ("cpu" or "gpu")."""
+    return torch.cuda.is_available() == (device_type == "gpu")
+
+
 def time_ms(work: Callable[[], object], *, seconds: float = TIMING_SECONDS, cpu_time: bool = False) -> float:
     """Milliseconds that ``work`` takes, with the threads that torch is set to: the lower quartile of the runs.
 
@@ -41,17 +46,28 @@ def forward_ms(model: torch.nn.Module, inputs: dict[str, torch.Tensor], *, secon
     return time_ms(forward, seconds=seconds)
 
 
-def training_step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[Callable[[], None], int]:
-    """(a whole training step with AdamW, bytes of its optimiser state); the learning rate is 0, so weights stay."""
+def training_step(
+    model: torch.nn.Module, loss: Callable[[], torch.Tensor], optimizer: str = "adamw"
+) -> tuple[Callable[[], None], int]:
+    """(a whole training step, bytes of its optimiser state); the learning rate is 0, so weights stay.
+
+    Args:
+        model: its parameters that require gradients are trained.
+        loss: made anew in every step.
+        optimizer: "adamw" or "sgd".
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)
+    adamw = optimizer == "adamw"
+    made: torch.optim.Optimizer = (
+        torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True) if adamw else torch.optim.SGD(trained, lr=0.0)
+    )
 
     def step() -> None:
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
+        made.zero_grad()
+        loss().backward()
+        made.step()
 
-    return step, 2 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    return step, (2 if adamw else 0) * sum(parameter.numel() * parameter.element_size() for parameter in trained)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

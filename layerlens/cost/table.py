@@ -1,54 +1,22 @@
-"""The cost table of a model: one column for each option, one row for each resource."""
+"""The cost table of a model: one column for each option, one row for each resource, and what is paid once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
-from layerlens.config import LatencyProfile, OptimizationConfig
-from layerlens.methods import Operation
+from layerlens.config import OptimizationConfig
+from layerlens.cost.rates import FLOAT_BYTES, Device, DeviceProfile, Roofline
+from layerlens.cost.step import step_costs
 from layerlens.models import NONE, RESOURCES, CostTable, Footprint, ModelSpec, ModelStatistics, Option
+from layerlens.models.step import StepRecord
 from layerlens.registry import METHODS
-
-FLOAT_BYTES = 4
-
-NOMINAL = {"cpu": (100.0, 20.0, 5.0), "gpu": (150_000.0, 1500.0, 5.0)}
-"""Device type -> (GFLOP/s, GB/s, µs for each operation): about half of what data sheets say of a two-core server slice
-and of an A100. Used where the latency profile does not give the user's own figures."""
 
 OPTIMIZER_STATE = {"adamw": 2, "sgd": 0}
 """Values of optimiser state for each trained parameter."""
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """Time of an operation = max(FLOPs / peak, bytes / bandwidth) + fixed overhead (Williams et al. 2009)."""
-
-    peak_gflops: float
-    bandwidth_gb_s: float
-    overhead_us: float
-
-    @classmethod
-    def of(cls, profile: LatencyProfile) -> Roofline:
-        """The profile's own figures, nominal ones of its device type where it has none."""
-        peak, bandwidth, overhead = NOMINAL[profile.device_type]
-        return cls(
-            profile.peak_gflops if profile.peak_gflops is not None else peak,
-            profile.memory_bandwidth_gb_s if profile.memory_bandwidth_gb_s is not None else bandwidth,
-            profile.op_overhead_us if profile.op_overhead_us is not None else overhead,
-        )
-
-    def time_ms(self, flops: float, n_bytes: float) -> float:
-        """Milliseconds for one operation."""
-        seconds = max(flops / (self.peak_gflops * 1e9), n_bytes / (self.bandwidth_gb_s * 1e9))
-        return 1e3 * seconds + 1e-3 * self.overhead_us
-
-    def operation_ms(self, operation: Operation, tokens: int) -> float:
-        """Milliseconds for one operation on a batch of ``tokens``."""
-        n_bytes = FLOAT_BYTES * (operation.elements * tokens + operation.weights)
-        return self.time_ms(operation.flops * tokens + operation.call_flops, n_bytes)
+VRAM, STEP = RESOURCES.index("vram_gb"), RESOURCES.index("step_ms")
 
 
 def cost_table(
@@ -66,7 +34,9 @@ def cost_table(
         config: latency profile and optimiser.
 
     Returns:
-        rows trainable_params, flops, vram_gb, latency_ms, as in ``RESOURCES``.
+        rows as in ``RESOURCES``. Where the statistics have a recorded step, memory and ``step_ms`` follow from it, and
+        part of them is paid once (``charges``, ``depth``). Elsewhere activations are an upper bound, those of the whole
+        model are in the base, and ``step_ms`` is not predicted: it has no source.
     """
     profile = config.latency_profile
     roofline = Roofline.of(profile)
@@ -85,7 +55,8 @@ def cost_table(
             params,
             sum(tokens * step.flops + step.call_flops for step in steps),
             1e-9 * (bytes_per_parameter * params + FLOAT_BYTES * kept),
-            sum(roofline.operation_ms(step, tokens) for step in steps),
+            sum(roofline.added_ms(step, tokens) for step in steps),
+            0.0,
         )
     figures = "given" if profile.peak_gflops and profile.memory_bandwidth_gb_s else "nominal"
     source = {
@@ -94,7 +65,53 @@ def cost_table(
         "vram_gb": "parameters, gradients, optimiser state and kept activations; activations are an upper bound",
         "latency_ms": f"roofline with {figures} {profile.device_type} figures",
     }
-    return CostTable(tuple(options), cost__ro, base_use(spec, statistics, config), source)
+    table = CostTable(tuple(options), cost__ro, base_use(spec, statistics, config), source)
+    step = None if statistics is None else statistics.step
+    return table if step is None else _with_step(table, spec, step, config)
+
+
+def _with_step(table: CostTable, spec: ModelSpec, step: StepRecord, config: OptimizationConfig) -> CostTable:
+    """The table with memory and time of the recorded step."""
+    profile = config.latency_profile
+    device: Device = Roofline.of(profile) if step.rates is None else DeviceProfile.of(step.rates)
+    found = step_costs(
+        spec,
+        step,
+        table.options,
+        device.operation_ms,
+        1e-3 * device.parameter_us,
+        samples=profile.batch_size,
+        sequence_length=profile.sequence_length,
+        state_values=OPTIMIZER_STATE[config.optimizer],
+    )
+    cost__ro = table.cost__ro.copy()
+    cost__ro[[VRAM, STEP]] = found.own__xo
+
+    def row(pair: np.ndarray) -> np.ndarray:
+        placed = np.zeros((*pair.shape[:-1], len(RESOURCES)))
+        placed[..., [VRAM, STEP]] = pair
+        return placed
+
+    depth = found.depth
+    figures = "given" if profile.peak_gflops and profile.memory_bandwidth_gb_s else "nominal"
+    return replace(
+        table,
+        cost__ro=cost__ro,
+        base=table.base | {"vram_gb": found.base[0], "step_ms": found.base[1]},
+        source=table.source
+        | {
+            "vram_gb": "a recorded training step: weights, what is kept for this choice, workspace; optimiser state",
+            "step_ms": "a recorded training step, "
+            + (
+                f"{figures} {profile.device_type} figures"
+                if step.rates is None
+                else f"measured on {step.rates['device']}"
+            ),
+        },
+        charges=tuple(replace(charge, cost__r=row(charge.cost__r)) for charge in found.charges),
+        depth=None if depth is None else replace(depth, cost__sr=row(depth.cost__sr)),
+        least={"vram_gb": found.least_gb},
+    )
 
 
 def base_use(
@@ -126,4 +143,5 @@ def base_use(
         "flops": 0.0,
         "vram_gb": 1e-9 * n_bytes,
         "latency_ms": Roofline.of(profile).time_ms(flops_per_token * tokens, n_bytes) + overhead_ms,
+        "step_ms": 0.0,
     }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from layerlens.config import OptimizationConfig
-from layerlens.cost import OPTIMIZER_STATE
-from layerlens.cost.measure import forward_ms
+from layerlens.cost.measure import forward_ms, here, peak_bytes, time_ms, training_step
 from layerlens.integrations.flops import FlopCounter
 from layerlens.integrations.peft import base_of
 from layerlens.integrations.placement import offloaded, sharded
@@ -18,8 +19,9 @@ from layerlens.integrations.transformers import without_cache
 from layerlens.jobs.choose import Decision
 from layerlens.jobs.job import Job, Warnings
 from layerlens.jobs.load import Loaded
+from layerlens.jobs.recorded_step import UNRECORDABLE, step_of
 from layerlens.models import Manifest
-from layerlens.profiling.footprint import count_saved_bytes, dense_inputs
+from layerlens.profiling.footprint import dense_inputs
 from layerlens.tasks.losses import output_tensors
 from layerlens.tuning import apply
 from layerlens.utils.progress import Progress
@@ -40,7 +42,9 @@ def check(job: Job, loaded: Loaded, decision: Decision, factors: Factors) -> dic
     model, manifest, warnings = loaded.pretrained.model, decision.manifest, job.warnings
     measured: dict[str, Any] = {}
     with job.clock.stage("check"):
-        if loaded.pretrained.streamed is not None:
+        if not job.config.optimization.check_predictions:
+            pass
+        elif loaded.pretrained.streamed is not None:
             warnings.add(
                 "predictions are not held against the model, which was never in memory whole; `layerlens evaluate "
                 "MANIFEST --costs` does it on a machine that holds it"
@@ -48,8 +52,14 @@ def check(job: Job, loaded: Loaded, decision: Decision, factors: Factors) -> dic
         elif sharded(model) or offloaded(model):
             warnings.add("the model's weights are spread (shards or disk), so predictions were not checked on it")
         else:
-            longest = loaded.batches[-1].inputs
-            measured = check_manifest(model, manifest, longest, job.config.optimization, job.progress, factors)
+            profile = job.config.optimization.latency_profile
+            if not here(profile.device_type):
+                machine = "has no GPU" if profile.device_type == "gpu" else "computes on its GPU"
+                warnings.add(
+                    f"memory and times are predicted for a {profile.device_type} and not measured: this machine "
+                    f"{machine}"
+                )
+            measured = check_manifest(loaded, manifest, job.config.optimization, job.progress, factors)
             _warn_of_overrun(manifest, measured, warnings)
         if job.config.profiling.proxies.options:
             _warn_of_calibration(manifest, decision.trained, warnings)
@@ -57,51 +67,83 @@ def check(job: Job, loaded: Loaded, decision: Decision, factors: Factors) -> dic
 
 
 def check_manifest(
-    model: torch.nn.Module,
+    loaded: Loaded,
     manifest: Manifest,
-    inputs: dict[str, torch.Tensor],
     config: OptimizationConfig,
     progress: Progress,
     factors: Factors = None,
 ) -> dict[str, Any]:
-    """Inject the manifest's options into ``model`` (which keeps them) and measure what was predicted.
+    """Inject the manifest's options into the loaded model (which keeps them) and measure what was predicted.
 
     Args:
-        model: the frozen base model, in evaluation mode.
+        loaded: the frozen base model, in evaluation mode, and its data: a real sample fills the batch of the profile.
         manifest: what to check.
-        inputs: a real batch; its tokens fill the batch of the latency profile.
         config: latency profile and optimiser.
         progress: told of the steps.
         factors: LoRA's first A by layer, where it is measured.
 
     Returns:
         resource -> {"predicted", "measured", "relative_error"}, and "step_zero_max_abs_delta", the largest change
-        of any logit by the injection (0 is demanded of every option).
+        of any logit by the injection (0 is demanded of every option). Memory and times are there only where the device
+        is the one that they are predicted for.
     """
-    profile = config.latency_profile
+    profile, model = config.latency_profile, loaded.pretrained.model
+    inputs = loaded.batches[-1].inputs
     batch = dense_inputs(inputs, profile.sequence_length, samples=profile.batch_size)
+    timed = here(profile.device_type)
+    uses = {use.resource: use for use in manifest.resources}
     with progress.stage("Checking predictions", total=3) as advance:
         before = _logits(model, inputs)
         base_flops = _forward_flops(model, batch)
-        base_ms = forward_ms(model, batch, seconds=TIMING_SECONDS)
+        base_ms = forward_ms(model, batch, seconds=TIMING_SECONDS) if timed else 0.0
         advance(1)
         model = apply(model, manifest, factors=factors)
         model.eval()
         delta = float((_logits(model, inputs) - before).abs().max())
         flops = _forward_flops(model, batch) - base_flops
-        latency_ms = forward_ms(model, batch, seconds=TIMING_SECONDS)
+        latency_ms = forward_ms(model, batch, seconds=TIMING_SECONDS) if timed else 0.0
         advance(1)
-        vram_gb, trained = _step_memory(model, batch, manifest.model.new_heads, config)
+        found = {
+            "step_zero_max_abs_delta": delta,
+            "trainable_params": _compare(uses["trainable_params"].total, _trained(model, manifest.model.new_heads)),
+            "flops": _compare(uses["flops"].total, flops),
+        }
+        if timed:
+            found["latency_ms"] = _compare(uses["latency_ms"].total, latency_ms)
+            found["base_latency_ms"] = _compare(uses["latency_ms"].base, base_ms)
+            for resource, figure in _step(model, loaded, manifest, config).items():
+                if resource in uses:
+                    found[resource] = _compare(uses[resource].total, figure)
         advance(1)
-    uses = {use.resource: use for use in manifest.resources}
-    return {
-        "step_zero_max_abs_delta": delta,
-        "trainable_params": _compare(uses["trainable_params"].total, trained),
-        "flops": _compare(uses["flops"].total, flops),
-        "vram_gb": _compare(uses["vram_gb"].total, vram_gb),
-        "latency_ms": _compare(uses["latency_ms"].total, latency_ms),
-        "base_latency_ms": _compare(uses["latency_ms"].base, base_ms),
-    }
+    return found
+
+
+def _trained(model: torch.nn.Module, heads: tuple[str, ...]) -> int:
+    """Parameters that train, those of the task head left out; PEFT trains a copy of it."""
+    head = {id(weight) for name in heads for weight in base_of(model).get_submodule(name).parameters()}
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad and id(weight) not in head)
+
+
+def _step(model: torch.nn.Module, loaded: Loaded, manifest: Manifest, config: OptimizationConfig) -> dict[str, float]:
+    """Peak memory in GB and time of a training step, task head and loss included, as far as the step can be made."""
+    profile = config.latency_profile
+    heads = manifest.choice.head_modules
+    of = replace(step_of(loaded, heads, profile.sequence_length, real=True), model=model)
+    model.train()
+    try:
+        with without_cache(model):
+            for loss in of.losses():
+                step, state = training_step(model, partial(loss, profile.batch_size), config.optimizer)
+                try:
+                    step()
+                except UNRECORDABLE:  # with this loss
+                    continue
+                memory = 1e-9 * (weight_bytes(model) + state + peak_bytes(step))
+                return {"vram_gb": memory, "step_ms": time_ms(step, seconds=TIMING_SECONDS)}
+        return {}
+    finally:
+        model.zero_grad()
+        model.eval()
 
 
 def _compare(predicted: float, measured: float) -> dict[str, float]:
@@ -120,28 +162,10 @@ def _forward_flops(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> i
     return int(counter.get_total_flops())
 
 
-def _step_memory(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], heads: tuple[str, ...], config: OptimizationConfig
-) -> tuple[float, int]:
-    """(GB that one training step holds, trained parameters), the task head left out of both.
-
-    Counted, not sampled: the bytes of all weights, of what autograd keeps between forward and backward, and of
-    gradients and optimiser state of what trains.
-    """
-    for head in heads:
-        base_of(model).get_submodule(head).requires_grad_(False)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    with without_cache(model):  # as trainers have it
-        kept = count_saved_bytes(
-            model, lambda: torch.cat([part.flatten() for part in output_tensors(model(**inputs))]).sum()
-        )
-    state_bytes = 4 * (1 + OPTIMIZER_STATE[config.optimizer]) * trained
-    return 1e-9 * (weight_bytes(model) + kept + state_bytes), trained
-
-
 def _warn_of_overrun(manifest: Manifest, measured: dict[str, Any], warnings: Warnings) -> None:
     """Say which measured figures are above their budgets, and when the machine was too busy to time."""
-    busy = measured["latency_ms"]["measured"] < (1 - TIMING_NOISE) * measured["base_latency_ms"]["measured"]
+    slow, base = (measured.get(name, {}).get("measured", 0.0) for name in ("latency_ms", "base_latency_ms"))
+    busy = slow < (1 - TIMING_NOISE) * base
     if busy:
         warnings.add(
             "latency: the model was faster with its options than without, so this machine was too busy to time it; run "

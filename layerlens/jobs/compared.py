@@ -41,8 +41,8 @@ def uniform_manifest(
         allocation = replace(
             optimum,
             choice=choice,
-            value=exact_sum(problem.value[choice]),
-            used=np.array([exact_sum(row[choice]) for row in problem.cost__ro]),
+            value=exact_sum(problem.value_terms(choice)),
+            used=np.array([exact_sum(row) for row in problem.terms__rk(choice)]),
             status="feasible",
             solver="uniform-lora",
         )

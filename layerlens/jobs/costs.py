@@ -101,7 +101,7 @@ def compare_costs(
         trained = {name: tensor for name, tensor in tuned.named_parameters() if tensor.requires_grad}
         trace = trace_step(tuned, batch)
         advance(1)
-        step, state = training_step(tuned, batch)
+        step, state = training_step(tuned, lambda: tuned(**batch).loss)
         elements = sum(tensor.numel() for tensor in trained.values())
         step_ms = profile.step_ms(trace, len(trained), elements)
         tensors = (*tuned.parameters(), *tuned.buffers(), *batch.values())

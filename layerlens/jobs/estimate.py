@@ -13,6 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from layerlens.config import LatencyProfile, OptimizationConfig
 from layerlens.cost import cost_table
 from layerlens.exceptions import ConfigurationError, ManifestError
@@ -267,10 +269,11 @@ def _estimate(
 ) -> Estimate:
     spec, profile = shapes.spec, settings.latency_profile
     costs = cost_table(spec, shapes.footprint, options, settings)
-    uses = []
-    for row, name in enumerate(RESOURCES):
-        base, added = costs.base[name], float(costs.cost__ro[row].sum())
-        uses.append(ResourceUse(name, None, base, added, base + added, 0.0, costs.source[name]))
+    uses, totals = [], costs.total(np.arange(len(options)))
+    for name in RESOURCES:
+        if name in costs.source:
+            base, total = costs.base[name], totals[name]
+            uses.append(ResourceUse(name, None, base, total - base, total, 0.0, costs.source[name]))
     return Estimate(
         model=shapes.request.reference,
         task=shapes.request.task,

@@ -150,7 +150,7 @@ class ExplainedLayer:
         return next(one for one in self.options if (one.method, one.rank) == (option.method, option.rank))
 
     def _table(self) -> tuple[list[str], list[list[str]], str]:
-        heads = ["option", "utility", "score", "net score", "parameters", "FLOPs", "memory", "latency", ""]
+        heads = ["option", "utility", "score", "net score", "parameters", "FLOPs", "memory", "latency", "step", ""]
         marks = {id(self.chosen): "chosen", id(self.runner_up): "runner-up"}
         rows = [
             [
@@ -161,7 +161,7 @@ class ExplainedLayer:
             ]
             for one in self.options
         ]
-        return heads, rows, "lrrrrrrrl"
+        return heads, rows, "lrrrrrrrrl"
 
 
 def explained(solution: Solution, layer: str) -> ExplainedLayer:
@@ -235,7 +235,7 @@ def solution_of(manifest: Manifest, spec: ModelSpec, statistics: ModelStatistics
         choice=choice,
         value=manifest.score,
         upper_bound=manifest.upper_bound,
-        used=problem.cost__ro[:, choice].sum(axis=1),
+        used=problem.terms__rk(choice).sum(axis=1),
         multipliers=np.array([prices.get(name, 0.0) for name in problem.resources]),
         status=manifest.status,
         solver=manifest.solver,

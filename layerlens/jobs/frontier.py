@@ -15,16 +15,28 @@ from layerlens.exceptions import ConfigurationError, InfeasibleError
 from layerlens.jobs.job import job_without_model
 from layerlens.jobs.result import published
 from layerlens.jobs.solve import best_of, option_tables
+from layerlens.jobs.worth import lora_of_rank
 from layerlens.manifest import write_frontier
 from layerlens.manifest.frontier import TracedFrontier
-from layerlens.models import RESOURCES, Allocation, AllocationProblem, FrontierRow, ModelSpec, ModelStatistics
+from layerlens.models import (
+    LORA,
+    RESOURCES,
+    Allocation,
+    AllocationProblem,
+    CostTable,
+    FrontierRow,
+    ModelSpec,
+    ModelStatistics,
+)
 from layerlens.optimization import Frontier, budget_sweep, build_problem, frontier
 from layerlens.optimization.constraints import one_rank_each
+from layerlens.optimization.problem import exact_sum
 from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics
 from layerlens.utils.atomic import staged_directory
 from layerlens.utils.progress import Progress, silent
 
+USUAL_RANK = 8
 BUDGET_FIELDS = {name: resource.budget for name, resource in vocabulary.RESOURCES.items()}
 
 
@@ -34,15 +46,17 @@ class FrontierResult:
 
     Args:
         resource: whose budget varies.
-        hull: the exact upper concave hull, other budgets left aside.
+        hull: the exact upper concave hull, other budgets left aside; none of what choices pay for once.
         certified: allocations at chosen budgets, all other budgets kept, each with its proved bound.
         files: frontier_csv and frontier_svg.
+        marked: what everybody would choose, for comparison.
     """
 
     resource: str
     hull: tuple[FrontierRow, ...]
     certified: tuple[FrontierRow, ...]
     files: dict[str, Path]
+    marked: tuple[FrontierRow, ...] = ()
 
 
 def trace_frontier(
@@ -81,7 +95,7 @@ def trace_frontier(
         with staged_directory(job.output) as staging:
             written = write_frontier(staging, found)
             files = {name: job.output / path.relative_to(staging) for name, path in written.items()}
-        return place.publish(FrontierResult(resource, found.hull, found.rows, files))
+        return place.publish(FrontierResult(resource, found.hull, found.rows, files, found.marked))
 
 
 def traced(
@@ -97,9 +111,13 @@ def traced(
 ) -> TracedFrontier:
     """The frontier of ``resource`` from what was measured; arguments and errors as of ``trace_frontier``."""
     _refuse_unknown(resource)
-    problems = _problems_with_any_budget(spec, statistics, config, resource)
-    hull = _hull_of_all([hull_rows(problem, frontier(problem, resource, threads=threads)) for problem in problems])
-    chosen_budgets = [float(budget) for budget in budgets] or _spread(hull, resource, points)
+    costs, problems = _problems_with_any_budget(spec, statistics, config, resource)
+    shared = is_shared(problems[0], resource)
+    hulls = [] if shared else [hull_rows(problem, frontier(problem, resource, threads=threads)) for problem in problems]
+    hull = _hull_of_all(hulls) if hulls else []
+    chosen_budgets = [float(budget) for budget in budgets] or (
+        _spread_shared(problems[0], costs, resource, points) if shared else _spread(hull, resource, points)
+    )
     certified = []
     with progress.stage("Certifying budgets", total=len(chosen_budgets)) as advance:
         for budget in chosen_budgets:
@@ -115,7 +133,9 @@ def traced(
                 )
             )
             advance(1)
-    return TracedFrontier(resource, tuple(hull), tuple(certified))
+    return TracedFrontier(
+        resource, tuple(hull), tuple(certified), marked=marked_rows(spec, costs, problems[0], resource)
+    )
 
 
 def _certified(
@@ -181,15 +201,18 @@ def _refuse_unknown(resource: str) -> None:
 
 def _problems_with_any_budget(
     spec: ModelSpec, statistics: ModelStatistics, config: RunConfig, resource: str
-) -> list[AllocationProblem]:
-    """The allocation problem with room for every option in ``resource``; one for each rank where one is served.
+) -> tuple[CostTable, list[AllocationProblem]]:
+    """The allocation problem with room for every option in ``resource``; one for each rank where one is served;
+    and the costs that they are made of.
 
     Raises:
         ConfigurationError: the rules leave a layer without any option, whatever the rank.
     """
     refuse_non_finite(statistics)
     utilities, costs = option_tables(spec, statistics, config)
-    everything = costs.base[resource] + float(costs.cost__ro[RESOURCES.index(resource)].sum())
+    row = RESOURCES.index(resource)
+    everything = costs.base[resource] + float(costs.cost__ro[row].sum() + sum(x.cost__r[row] for x in costs.charges))
+    everything += 0.0 if costs.depth is None else float(costs.depth.cost__sr[0, row])
     budget = {BUDGET_FIELDS[resource]: int(np.ceil(everything)) if resource == "trainable_params" else everything}
     optimization: OptimizationConfig = config.optimization.model_copy(update=budget)
     problems: list[AllocationProblem] = []
@@ -201,7 +224,57 @@ def _problems_with_any_budget(
             refused = refused or error
     if refused is not None and not problems:
         raise refused
-    return problems
+    return costs, problems
+
+
+def is_shared(problem: AllocationProblem, resource: str) -> bool:
+    """Whether choices pay for some of the resource once: the frontier then has no hull of single options."""
+    row = problem.resources.index(resource)
+    if any(charge.cost__r[row] for charge in problem.charges):
+        return True
+    return problem.depth is not None and bool(problem.depth.cost__sr[:, row].any())
+
+
+def marked_rows(
+    spec: ModelSpec, costs: CostTable, problem: AllocationProblem, resource: str
+) -> tuple[FrontierRow, ...]:
+    """What everybody would choose: LoRA of one rank on all layers, on query and value, and of the largest on all."""
+    assert problem.entry_value is not None
+    ranks = sorted({option.rank for option in costs.options if option.method == LORA})
+    if not ranks:
+        return ()
+    q_and_v = frozenset(layer.name for layer in spec.layers if layer.role in ("query", "value"))
+    rank = min(ranks, key=lambda one: abs(one - USUAL_RANK))
+    found = {
+        f"uniform LoRA {rank}": lora_of_rank(costs, rank),
+        f"LoRA {rank} on query and value": lora_of_rank(costs, rank, q_and_v),
+        f"LoRA {ranks[-1]} on all layers": lora_of_rank(costs, ranks[-1]),
+    }
+    rows = []
+    for name, entries in found.items():
+        if len(entries):
+            score = exact_sum(problem.entry_value[entries])
+            rows.append(
+                FrontierRow("marked", costs.total(entries)[resource], score, score, 0.0, "not solved for", layer=name)
+            )
+    return tuple(rows)
+
+
+def _spread_shared(problem: AllocationProblem, costs: CostTable, resource: str, points: int) -> list[float]:
+    """Budgets from the cheapest option with a gain to the best option of every layer, evenly spread; none without."""
+    assert problem.entry_value is not None
+    gaining = [int(entry) for entry in np.flatnonzero(problem.entry_value > 0.0)]
+    if not gaining:
+        return []
+    low = min(costs.total(np.array([entry]))[resource] for entry in gaining)
+    best: dict[str, int] = {}
+    for entry in gaining:
+        layer = costs.options[entry].layer
+        if layer not in best or problem.entry_value[entry] > problem.entry_value[best[layer]]:
+            best[layer] = entry
+    high = costs.total(np.array(sorted(best.values())))[resource]
+    slack = 1e-9 * high  # the budget less the base is rounded
+    return [float(budget) + slack for budget in np.linspace(low, high, points)]
 
 
 def _spread(hull: Sequence[FrontierRow], resource: str, points: int) -> list[float]:

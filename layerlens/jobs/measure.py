@@ -17,11 +17,13 @@ from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.placement import placed, shard, sharded
 from layerlens.integrations.transformers import blocks_of, new_modules
 from layerlens.integrations.weight_matrices import measurable_modules
+from layerlens.jobs.hours import SAMPLES
 from layerlens.jobs.inputs import model_facts
 from layerlens.jobs.job import Job, Warn
 from layerlens.jobs.load import Loaded
 from layerlens.jobs.memory_mode import CHECKPOINTED, checkpointed_activations
 from layerlens.jobs.own_code import code_facts
+from layerlens.jobs.recorded_step import with_step
 from layerlens.jobs.solve import versions
 from layerlens.jobs.together import same_everywhere
 from layerlens.models import ModelFacts, ModelSpec, ModelStatistics
@@ -35,7 +37,7 @@ from layerlens.tasks.encoded import tokens_digest
 from layerlens.tasks.losses import BatchLoss
 from layerlens.utils.atomic import atomic_write_bytes
 
-STATISTICS_VERSION = 7
+STATISTICS_VERSION = 8
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
 HEAD_BATCH_SIZE = 32
 HEAD_FILE = "head.safetensors"
@@ -86,10 +88,13 @@ def measure(job: Job, loaded: Loaded) -> Measured | None:
             job.warnings.add(f"model.loss depends on the other samples in a batch: {BY_BATCHES}")
         spec = loaded.spec.without(statistics.unmeasured)
         model = model_facts(loaded.pretrained, job.config, loaded.dataset, spec)
-        provenance: dict[str, Any] = {"identity": identity, "model": model.fields()}
+        training_samples = len(loaded.dataset.split_test()[0])
+        provenance: dict[str, Any] = {"identity": identity, "model": model.fields(), SAMPLES: training_samples}
         if not processes.alone:
             provenance["processes"] = processes.size
-        statistics = replace(statistics, provenance=provenance)
+        statistics = with_step(
+            job, loaded, replace(statistics, provenance=provenance), getattr(loaded, "heads", ()) or model.heads
+        )
         if cache and (cached is None or (statistics.head and not cached[1].head)):
             cache.put(key, spec, statistics)
     return Measured(spec, statistics, identity, model, from_cache=cached is not None)

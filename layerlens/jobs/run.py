@@ -13,6 +13,7 @@ from layerlens.config.compatibility import refuse_conflicts
 from layerlens.exceptions import ActivationCacheError
 from layerlens.jobs.checks import check
 from layerlens.jobs.choose import Decision, choose, compare, solve_stage, train_jointly, train_proxies
+from layerlens.jobs.hours import with_hours
 from layerlens.jobs.inputs import data_facts
 from layerlens.jobs.job import Job, Warn, job_with_model, job_without_model, unheard
 from layerlens.jobs.load import load
@@ -85,6 +86,7 @@ def _run(job: Job) -> RunResult:
     if measured is None:  # this process's share is handed in; process 0 goes on
         result: RunResult = job.processes.from_first("result")
         return result
+    job = replace(job, config=with_hours(job.config, measured.statistics))
     measured, trainings = train_proxies(job, loaded, measured)
     decision = choose(job, loaded, measured)
     decision = compare(job, loaded, measured, decision)
@@ -127,6 +129,7 @@ def optimize_statistics(
 def _optimize(job: Job, statistics_path: Path) -> RunResult:
     spec, statistics = load_statistics(statistics_path)
     refuse_non_finite(statistics)
+    job = replace(job, config=with_hours(job.config, statistics))
     solution = solve_stage(job, spec, statistics)
     _warn_of_the_model_missing(job)
     facts = statistics.provenance

@@ -20,7 +20,9 @@ from layerlens.integrations.quantized_loading import saved_quantization
 from layerlens.integrations.quantized_sizes import quantized_sizes
 from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, longest_sequence, task_heads, without_cache
+from layerlens.jobs.recorded_step import UNRECORDABLE, StepOf, recorded
 from layerlens.models import Footprint, ModelSpec
+from layerlens.models.step import StepRecord
 from layerlens.profiling.footprint import SAMPLES, frozen_footprint, without_data
 from layerlens.sources import LoadRequest
 
@@ -87,6 +89,8 @@ def shapes_of(
                 pretrained, request.reference, adapter_sites=adapter_sites, inputs=per_sample, methods=methods
             )
             counted = frozen_footprint(model, next(iter(blocks_of(model)), None), inputs)
+            heads = task_heads(model) if request.kind.new_head else ()
+            step = _step(StepOf(model, request.kind, inputs, torch.zeros(SAMPLES, dtype=torch.int64), heads), spec)
     except (RuntimeError, NotImplementedError) as error:  # what some models do by the values that they see
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelSpecError(
@@ -94,7 +98,7 @@ def shapes_of(
             "`layerlens run` measures it"
         ) from error
     spec, stored = _as_stored(request, pretrained, spec, on_cpu)
-    return Shapes(request, model, spec, Footprint(*counted), 0 if spec.per_sample else sequence_length, stored)
+    return Shapes(request, model, spec, Footprint(*counted, step), 0 if spec.per_sample else sequence_length, stored)
 
 
 def _as_stored(
@@ -110,6 +114,14 @@ def _as_stored(
     heads = task_heads(pretrained.model) if request.kind.new_head else ()
     sizes = quantized_sizes(pretrained.model, quantization, spec.weight_bytes, files=files, spared=heads, on_cpu=on_cpu)
     return (spec if sizes.bytes is None else replace(spec, weight_bytes=sizes.bytes)), sizes.said
+
+
+def _step(of: StepOf, spec: ModelSpec) -> StepRecord | None:
+    """A recorded training step; None where the model cannot be recorded."""
+    try:
+        return recorded(of, spec)
+    except UNRECORDABLE:
+        return None
 
 
 def _inputs(request: LoadRequest, pretrained: PretrainedModel, sequence_length: int) -> dict[str, torch.Tensor]:

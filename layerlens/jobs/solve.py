@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from layerlens import __version__
+from layerlens import __version__, vocabulary
 from layerlens.config import OptimizationConfig, RunConfig
 from layerlens.cost import cost_table
 from layerlens.exceptions import ConfigurationError, InfeasibleError, LayerLensError
+from layerlens.jobs.worth import beside_uniform
 from layerlens.methods import enumerate_options
 from layerlens.models import (
+    NONE,
     RESOURCES,
     Allocation,
     AllocationProblem,
@@ -98,6 +100,8 @@ def find_allocation(
     Raises:
         InfeasibleError: the budgets allow nothing; the message has the smallest that would do.
     """
+    _refuse_what_is_not_predicted(costs, config)
+    config = _with_what_a_step_needs(costs, config)
     events: list[SolverEvent] = []
     solved: list[tuple[AllocationProblem, Allocation]] = []
     refused: LayerLensError | None = None
@@ -136,6 +140,39 @@ def best_of(found: Sequence[Allocation], gap_tolerance: float) -> Allocation:
     return replace(best, status="optimal" if best.gap <= gap_tolerance else "feasible")
 
 
+def _refuse_what_is_not_predicted(costs: CostTable, config: OptimizationConfig) -> None:
+    for resource, budget in config.budgets().items():
+        if budget is not None and resource not in costs.source:
+            raise ConfigurationError(
+                f"optimization.{vocabulary.RESOURCES[resource].budget}: the {vocabulary.RESOURCES[resource].label} of "
+                "this model is not predicted, since no training step of it is recorded; `layerlens run` records one "
+                "where the model is in memory, and says why where it cannot"
+            )
+
+
+def _with_what_a_step_needs(costs: CostTable, config: OptimizationConfig) -> OptimizationConfig:
+    """The configuration with a budget of parameters that leaves room for what every step needs (``CostTable.least``).
+
+    Raises:
+        InfeasibleError: there is no room for the frozen model.
+    """
+    for resource, (amount, per_parameter) in costs.least.items():
+        budget = config.budgets()[resource]
+        if budget is None:
+            continue
+        left = budget - amount
+        if left < per_parameter:
+            raise InfeasibleError(
+                f"optimization.{vocabulary.RESOURCES[resource].budget}: {budget:g} is less than a forward pass of the "
+                f"frozen model alone needs ({amount:.4g})"
+            )
+        most = int(left / per_parameter)
+        everything = float(costs.cost__ro[0].sum())
+        if most < min(everything, config.max_trainable_params or everything):
+            config = config.model_copy(update={"max_trainable_params": most})
+    return config
+
+
 def make_manifest(
     spec: ModelSpec,
     solution: Solution,
@@ -154,7 +191,7 @@ def make_manifest(
     entry_value = problem.value if problem.entry_value is None else problem.entry_value
     rows = []
     for entry in (int(index) for index in problem.entries(allocation.choice)):
-        params, flops, vram, latency = (float(cost) for cost in costs.cost__ro[:, entry])
+        params, flops, vram, latency = (float(cost) for cost in costs.cost__ro[:4, entry])
         rows.append(
             ManifestRow(
                 layer=utilities.options[entry].layer,
@@ -168,6 +205,10 @@ def make_manifest(
                 total_score=float(entry_value[entry]),
             )
         )
+    once = float(np.sum(problem.value_terms(allocation.choice)[len(allocation.choice) :]))
+    lowest = next((place for place, row in enumerate(rows) if row.method != NONE), None)
+    if once and lowest is not None:  # what is paid once comes off the score of the first layer that is adapted
+        rows[lowest] = replace(rows[lowest], total_score=rows[lowest].total_score + once)
     return Manifest(
         model=replace(
             model, name_or_path=spec.model_name, fingerprint=spec.fingerprint, total_params=spec.total_params
@@ -182,7 +223,10 @@ def make_manifest(
         utility_model=utilities.model,
         utility_unit=utilities.unit,
         lora=LoraSettings(config.alpha_over_r, config.use_rslora, config.lora_initialization),
-        predicted=_predicted(utilities, problem.entries(allocation.choice)),
+        predicted=replace(
+            _predicted(utilities, problem.entries(allocation.choice)),
+            uniform_lora=beside_uniform(costs, problem.entries(allocation.choice)),
+        ),
         provenance=provenance,
     )
 
@@ -224,18 +268,19 @@ def _resource_uses(solution: Solution, config: OptimizationConfig) -> tuple[Reso
     costs, problem, allocation = solution.costs, solution.problem, solution.allocation
     price = dict(zip(problem.resources, (float(value) for value in allocation.multipliers), strict=True))
     entries = problem.entries(allocation.choice)
-    uses = []
-    for row, resource in enumerate(RESOURCES):
-        base = costs.base[resource]
-        added = float(costs.cost__ro[row, entries].sum())
+    uses, totals = [], costs.total(entries)
+    for resource in RESOURCES:
+        if resource not in costs.source:  # not predicted for this model
+            continue
+        base, total = costs.base[resource], totals[resource]
         budget = config.budgets()[resource]
         uses.append(
             ResourceUse(
                 resource=resource,
                 budget=None if budget is None else float(budget),
                 base=base,
-                added=added,
-                total=base + added,
+                added=total - base,
+                total=total,
                 multiplier=price.get(resource, 0.0),
                 source=costs.source[resource],
             )

@@ -12,7 +12,7 @@ from typing import Any
 
 from layerlens.engines import read_otherwise
 from layerlens.jobs.choose import Decision
-from layerlens.jobs.frontier import hull_rows
+from layerlens.jobs.frontier import hull_rows, is_shared
 from layerlens.jobs.job import Job
 from layerlens.jobs.load import Loaded
 from layerlens.jobs.measure import Measured, fit_new_head
@@ -99,7 +99,11 @@ def report(
         explanations=solution.explanations,
         events=solution.events,
         data=data,
-        hulls={resource: hull_rows(problem, frontier(problem, resource)) for resource in problem.resources},
+        hulls={
+            resource: hull_rows(problem, frontier(problem, resource))
+            for resource in problem.resources
+            if not is_shared(problem, resource)
+        },
     )
     lines = "".join(json.dumps(asdict(event)) + "\n" for event in solution.events)
     log = atomic_write_text(written.directory / SOLVER_LOG_FILE, lines)

@@ -117,8 +117,10 @@ def _put_in(trainer: Any, model: Any) -> None:
 
 
 def _input_gradients(trainer: Any, model: Any) -> None:
-    """Checkpointed blocks whose weights are frozen need inputs with gradients."""
-    if any(vars(trainer.args).get(name) for name in ("gradient_checkpointing", "activation_checkpointing")):
+    """Blocks whose weights are frozen need inputs with gradients where they are checkpointed in the reentrant way."""
+    given = vars(trainer.args)
+    reentrant = (given.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", False)
+    if reentrant and any(given.get(name) for name in ("gradient_checkpointing", "activation_checkpointing")):
         model.enable_input_require_grads()
 
 

@@ -11,6 +11,7 @@ from layerlens.exceptions import ActivationCacheError, ConfigurationError
 from layerlens.integrations.parameter_account import account_of
 from layerlens.jobs.choose import choose as choose_stage
 from layerlens.jobs.choose import compare, solve_stage, train_jointly, train_proxies
+from layerlens.jobs.hours import with_hours
 from layerlens.jobs.inputs import data_facts
 from layerlens.jobs.job import Job, Warnings
 from layerlens.jobs.load import Loaded
@@ -77,6 +78,7 @@ def plan(
     objects = Objects(model, data, task, loss, tokenizer, collator, new_head)
     with opened(objects, settings, budget_needed=True, progress=progress) as (job, loaded):
         measured = _measured(job, loaded)
+        job = replace(job, config=with_hours(job.config, measured.statistics))
         measured, trainings = train_proxies(job, loaded, measured)
         decision = choose_stage(job, loaded, measured)
         decision = compare(job, loaded, measured, decision)
@@ -159,7 +161,7 @@ def choose(statistics: Profile | str | Path, model: Any = None, **settings: Any)
     'optimal'
     """
     found = statistics if isinstance(statistics, Profile) else Profile.load(statistics)
-    config = with_settings(found.config, settings)
+    config = with_hours(with_settings(found.config, settings), found.statistics)
     job = Job(config, Path.cwd(), Path(), warnings=Warnings(), threads=max(1, config.runtime.threads))
     solution = solve_stage(job, found.spec, found.statistics)
     provenance = run_provenance(config, job.threads, data_facts(found.statistics))

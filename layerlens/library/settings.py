@@ -14,6 +14,7 @@ from layerlens.config.sections import RuntimeConfig
 from layerlens.config.training import TrainingConfig
 from layerlens.exceptions import ConfigurationError
 from layerlens.models import LORA
+from layerlens.vocabulary import RESOURCES
 
 SECTIONS: dict[str, type[ConfigModel]] = {
     "optimization": OptimizationConfig, "profiling": ProfilingConfig, "data": DataConfig, "model": ModelConfig,
@@ -73,7 +74,7 @@ def configuration(
     """
     given = by_section(settings)
     optimization = {"methods": METHODS, **given.get("optimization", {})}
-    budgets = ("max_trainable_params", "max_flops", "max_vram_gb", "latency_target_ms")
+    budgets = tuple(resource.budget for resource in RESOURCES.values())
     if not budget_needed and not any(name in optimization for name in budgets):
         optimization["max_trainable_params"] = NO_BUDGET
     if length is not None:

@@ -17,6 +17,7 @@ from layerlens.manifest.summary import (
     predicted_gain,
     proof,
     share_of_model,
+    worth,
 )
 from layerlens.manifest.tables import text_table
 from layerlens.models import NONE, Manifest, ManifestRow
@@ -34,7 +35,9 @@ UNCHANGED = "·"
 def plan_text(manifest: Manifest, notes: Sequence[str]) -> str:
     """The table of a plan, in about 40 lines whatever the model's depth."""
     parts = [
-        "\n".join(line for line in (headline(manifest), proof(manifest), predicted_gain(manifest)) if line),
+        "\n".join(
+            line for line in (headline(manifest), proof(manifest), predicted_gain(manifest), worth(manifest)) if line
+        ),
         text_table(*_budget_table(manifest)) if manifest.resources else "",
         *_layers(manifest),
         "\n".join(f"- {remark}" for remark in _remarks(manifest, notes)),
@@ -69,7 +72,7 @@ def plan_html(manifest: Manifest, notes: Sequence[str]) -> str:
     return rendered(
         "plan.html.j2",
         headline=headline(manifest),
-        sentences=[line for line in (proof(manifest), predicted_gain(manifest)) if line],
+        sentences=[line for line in (proof(manifest), predicted_gain(manifest), worth(manifest)) if line],
         budgets=[budget_facts(use) for use in manifest.resources],
         maps=[
             {

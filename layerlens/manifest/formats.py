@@ -66,7 +66,7 @@ def quantity(resource: str, value: float) -> str:
         return _scaled(value, "FLOP")
     if resource == "vram_gb":
         return _scaled(1e9 * value, "B") if abs(value) < MOST_DIGITS else f"{number(value)} GB"
-    if resource == "latency_ms":
+    if resource in ("latency_ms", "step_ms"):
         if abs(value) >= MOST_DIGITS or without_digits(value):
             return f"{number(value)} ms"
         return f"{value:.3g} ms".replace("-", "−") if abs(value) < 1000 else f"{number(round(value))} ms"

@@ -47,12 +47,15 @@ class TracedFrontier:
         hull: the exact upper concave hull of score over budget, other budgets left aside.
         rows: allocations at chosen budgets, all other budgets kept, each with its proved bound.
         chosen: (use of the resource, score) of the choice that this was traced around, if there is one.
+        marked: what everybody would choose, for comparison: ``layer`` has the name. Whether other budgets are kept is
+            left aside.
     """
 
     resource: str
     hull: tuple[FrontierRow, ...]
     rows: tuple[FrontierRow, ...]
     chosen: tuple[float, float] | None = None
+    marked: tuple[FrontierRow, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join((*self._heads(), "", text_table(*self._table(), "")) if self.rows else self._heads())
@@ -71,6 +74,7 @@ class TracedFrontier:
             "resource": self.resource,
             "hull": [dataclasses.asdict(row) for row in self.hull],
             "rows": [dataclasses.asdict(row) for row in self.rows],
+            "marked": [dataclasses.asdict(row) for row in self.marked],
             "chosen": None if self.chosen is None else dict(zip(("budget", "score"), self.chosen, strict=True)),
         }
 
@@ -102,6 +106,8 @@ class TracedFrontier:
             capsize=3,
             label=f"certified allocation within all budgets, bar to its bound{beyond}",
         )
+        for row, marker in zip(self.marked, "s^vPX", strict=False):
+            ax.plot([row.budget], [row.score], marker, color="#57606a", label=row.layer, zorder=3)
         if self.chosen is not None:
             ax.plot(*([value] for value in self.chosen), "D", color="#c2410c", label="the plan", zorder=3)
         unit = "" if self.resource == "trainable_params" else f" ({UNITS[self.resource]})"
@@ -121,10 +127,12 @@ class TracedFrontier:
         if self.chosen is not None:
             used, score = self.chosen
             said.append(f"The plan uses {quantity(self.resource, used)} and has the score {number(score)}.")
+        for row in self.marked:
+            said.append(f"{row.layer}: {quantity(self.resource, row.budget)}, score {number(row.score)}.")
         return said
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        most = self.hull[-1].score if self.hull else 0.0
+        most = max((row.score for row in (*self.hull, *self.rows)), default=0.0)
         rows = [
             [
                 quantity(self.resource, row.budget),
@@ -206,7 +214,9 @@ def write_frontier(directory: Path, traced: TracedFrontier) -> dict[str, Path]:
         their paths, under "frontier_csv" and "frontier_svg".
     """
     return {
-        "frontier_csv": atomic_write_text(directory / "frontier.csv", _as_csv([*traced.hull, *traced.rows])),
+        "frontier_csv": atomic_write_text(
+            directory / "frontier.csv", _as_csv([*traced.hull, *traced.rows, *traced.marked])
+        ),
         "frontier_svg": atomic_write_bytes(directory / "frontier.svg", _as_svg(traced)),
     }
 

@@ -27,7 +27,7 @@ from layerlens.manifest.formats import (
 from layerlens.manifest.frontier import frontier_section
 from layerlens.manifest.layers import heat_map, layer_rows
 from layerlens.manifest.page import rendered
-from layerlens.manifest.summary import budget_facts, counts, expert_lines, left_out_lines, share_of_model
+from layerlens.manifest.summary import budget_facts, counts, expert_lines, left_out_lines, share_of_model, worth
 from layerlens.models import (
     NONE,
     RESOURCES,
@@ -119,6 +119,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
         "share": share_of_model(manifest),
         "tightest": _tightest(manifest.resources),
         "gain": _gain(manifest.predicted),
+        "worth": worth(manifest),
     }
 
 

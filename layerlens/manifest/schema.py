@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from layerlens import vocabulary
 from layerlens.config import RunConfig
 from layerlens.config.base import ChosenMethod, must_be, nearest_choice, nearest_key
 from layerlens.exceptions import ManifestError
@@ -81,6 +82,7 @@ _DATA_FACTS = (
 )  # fmt: skip
 RecordedConfig = Annotated[dict[str, JsonValue], AfterValidator(_recorded_config)]
 RecordedData = Annotated[dict[str, JsonValue], AfterValidator(_recorded_data)]
+_NEEDED = [name for name, resource in vocabulary.RESOURCES.items() if resource.always]
 
 
 def _with_resource(name: str) -> dict[str, Any]:
@@ -239,6 +241,10 @@ class PredictedEntry(_OpenPart):
     unit: Text | None = Field(default=None, description="What it is measured in.")
     calibrated: bool | None = Field(default=None, description="Whether proxies were trained.")
     calibration: CalibrationEntry | None = Field(default=None, description="What they showed.")
+    uniform_lora: dict[str, Number] | None = Field(
+        default=None,
+        description="What uniform LoRA of as many parameters would use, by resource, where a step is recorded.",
+    )
 
 
 class ProvenanceEntry(_OpenPart):
@@ -271,7 +277,7 @@ class ManifestDocument(_Part):
     )
     resources: list[ResourceEntry] = Field(
         description=f"One row for each resource: {', '.join(RESOURCES)}, and those of the user.",
-        json_schema_extra={"allOf": [_with_resource(name) for name in RESOURCES]},
+        json_schema_extra={"allOf": [_with_resource(name) for name in _NEEDED]},
     )
     score: Number = Field(description="Sum of total_score: the value of the allocation.")
     upper_bound: Number = Field(description="No allocation within the budgets has a larger score (proved).")
@@ -294,7 +300,7 @@ class ManifestDocument(_Part):
     def _complete(self) -> ManifestDocument:
         _refuse_repeats("allocations: layer", [row.layer for row in self.allocations])
         _refuse_repeats("resources: resource", [use.resource for use in self.resources])
-        missing = [name for name in RESOURCES if name not in {use.resource for use in self.resources}]
+        missing = [name for name in _NEEDED if name not in {use.resource for use in self.resources}]
         if missing:
             raise PydanticCustomError("missing_row", "resources: no row for {names}", {"names": ", ".join(missing)})
         methods = {row.method for row in self.allocations} - {"none"}

@@ -123,6 +123,25 @@ def predicted_gain(manifest: Manifest) -> str:
     return f"{value}; ranks layers, and is not calibrated by training."
 
 
+def worth(manifest: Manifest) -> str:
+    """Step time and memory against uniform LoRA of as many parameters, as a sentence; "" where they are not predicted.
+
+    Memory is what comes on top of the frozen model's weights and of the workspace that every step needs.
+    """
+    uses, other = {use.resource: use for use in manifest.resources}, manifest.predicted.uniform_lora
+    if not other or "step_ms" not in uses:
+        return ""
+    parts = []
+    for resource, what, base in (
+        ("step_ms", "time a step", 0.0), ("vram_gb", "memory above the base", uses["vram_gb"].base),
+    ):  # fmt: skip
+        own, uniform = uses[resource].total - base, other[resource] - base
+        if uniform > 0.0:
+            share = 1.0 - own / uniform
+            parts.append(f"{percent(abs(share), digits=0)} {'less' if share >= 0.0 else 'more'} {what}")
+    return f"Beside uniform LoRA of as many parameters: {' and '.join(parts)} (predicted)." if parts else ""
+
+
 def budget_facts(use: ResourceUse) -> dict[str, Any]:
     """A budget as text, with the widths of a bar's parts in percent of it."""
     text = {key: quantity(use.resource, getattr(use, key)) for key in ("base", "added", "total")}

@@ -20,6 +20,7 @@ class Adapter(AddedModule):
     name, label, plural, unit, letter = ADAPTER, "adapter", "adapters", "width", "A"
     style, colours, marker = "magenta", ("#c2410c", "#ff9b57"), "s"
     sizes_key = "adapter_sizes"
+    parameter_tensors = 4
     reads = OUTPUT
     absorbs_input_scale = True  # D does
 
@@ -42,6 +43,9 @@ class Adapter(AddedModule):
     def kept_elements(self, layer: LayerSpec, size: int) -> float:
         """y and both sides of its activation."""
         return layer.n_out + 2 * size
+
+    def kept_tensors(self, layer: LayerSpec) -> tuple[str, ...]:
+        return (OUTPUT,)
 
     def build(
         self, model: torch.nn.Module, target: torch.nn.Module, layer: str, size: int, seed: int

@@ -33,6 +33,7 @@ class DoRA(LoRA):
     name, label, plural, unit, letter = DORA, "DoRA", "DoRA layers", "rank", "D"
     style, colours, marker = "blue", ("#8250df", "#d2a8ff"), "v"
     reads = OUTPUT
+    parameter_tensors = 3
     on_request = starts_from_weights = True
 
     def takes(self, layer: LayerSpec, module: Any, adapter_sites: str) -> bool:
@@ -62,6 +63,10 @@ class DoRA(LoRA):
             *(Operation(0, 2 * n_out, n_out) for _ in range(3)),
             Operation(0, 3 * n_out),
         ]
+
+    def backward(self, layer: LayerSpec, size: int) -> list[Operation]:
+        """LoRA's, and that of the last four: norms and what they are of are constants."""
+        return [*super().backward(layer, size), *self.operations(layer, size)[-4:]]
 
     def kept_elements(self, layer: LayerSpec, size: int) -> float:
         """LoRA's, y − b and B A h, which the gradient of m needs."""

@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from layerlens.integrations.transformers import role_of
-from layerlens.methods.method import OUTPUT, Operation, sums_over_tokens
+from layerlens.methods.method import INPUT, OUTPUT, Operation, sums_over_tokens
 from layerlens.methods.peft_method import VectorMethod
 from layerlens.models import LayerSpec
 
@@ -49,6 +49,9 @@ class IA3(VectorMethod):
     def kept_elements(self, layer: LayerSpec, size: int) -> float:
         """What is scaled."""
         return self.trainable_params(layer, size)
+
+    def kept_tensors(self, layer: LayerSpec) -> tuple[str, ...]:
+        return (INPUT,) if scales_input(layer.name) else (OUTPUT,)
 
     def kept_once(self, layer: LayerSpec, size: int) -> float:
         """The factors, which PEFT copies."""

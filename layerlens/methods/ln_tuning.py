@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from layerlens.integrations.peft import base_of
-from layerlens.methods.method import Operation, sums_over_tokens
+from layerlens.methods.method import INPUT, Operation, sums_over_tokens
 from layerlens.methods.peft_method import VectorMethod
 from layerlens.models import LayerSpec
 from layerlens.models.model_spec import NORM
@@ -41,6 +41,12 @@ class LNTuning(VectorMethod):
 
     def kept_elements(self, layer: LayerSpec, size: int) -> float:
         """Its normalised input; a norm of heads has one of each."""
+        return layer.n_in * layer.num_heads
+
+    def kept_tensors(self, layer: LayerSpec) -> tuple[str, ...]:
+        return (INPUT,)
+
+    def tensor_elements(self, layer: LayerSpec, tensor: str) -> float:
         return layer.n_in * layer.num_heads
 
     def layer_operands(self, layer: LayerSpec, module: Any, d__bgto: Any, h__bgti: Any, y: Any) -> tuple[Any, Any]:

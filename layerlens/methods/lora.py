@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerlens.integrations.peft import base_of
-from layerlens.methods.method import Operation
+from layerlens.methods.method import INPUT, Operation
 from layerlens.methods.peft_method import PeftMethod
 from layerlens.models import LORA, Choice, LayerSpec, Option
 from layerlens.models.model_spec import CONV, EMBEDDING, EXPERTS, LINEAR
@@ -31,6 +31,7 @@ class LoRA(PeftMethod):
     name, label, plural, unit, letter = LORA, "LoRA", "LoRA layers", "rank", "L"
     style, colours, marker = "cyan", ("#0a6ebd", "#58a6ff"), "o"
     sizes_key = "lora_ranks"
+    parameter_tensors = 2
     parameter_mark = ".lora_"
     peft_type, peft_config = "LORA", "LoraConfig"
 
@@ -75,6 +76,19 @@ class LoRA(PeftMethod):
         if layer.layer_type == EMBEDDING:
             return size  # the indices are there anyway
         return layer.inputs_per_position + size
+
+    def kept_tensors(self, layer: LayerSpec) -> tuple[str, ...]:
+        return () if layer.by_parameter or layer.layer_type == EMBEDDING else (INPUT,)
+
+    def backward(self, layer: LayerSpec, size: int) -> list[Operation]:
+        """Gradients of both factors and of what they read; times alpha/r; and what is added to the layer's own."""
+        if layer.by_parameter:
+            return super().backward(layer, size)
+        *steps, scaled, _ = LoRA.operations(self, layer, size)
+        if layer.layer_type == EMBEDDING:  # A's gradient is as large as A, and nothing lies below
+            table = Operation(0, 2 * size, layer.n_in * size)
+            return [table, *steps[1:], *steps[1:], scaled]
+        return [*steps, *steps, scaled, Operation(0, 3 * layer.inputs_per_position)]
 
     def kept_once(self, layer: LayerSpec, size: int) -> float:
         """W + ΔW, which the gradient of its input needs."""

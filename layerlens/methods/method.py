@@ -59,6 +59,8 @@ class Method(ABC):
         joins: PEFT trains a copy of the layer's module, which the directory of any other method of PEFT can hold too.
         wraps: ``prepare`` gives a model around the base model, which trains a copy of the task head.
         mergeable: what was trained can be added into the weights of the base model.
+        parameter_tensors: tensors that it trains on a layer.
+        views: operations that move nothing (views, expansions) in a step, beside three for each product of matrices.
     """
 
     name: str
@@ -79,6 +81,8 @@ class Method(ABC):
     joins: bool = False
     wraps: bool = False
     mergeable: bool = False
+    parameter_tensors: int = 1
+    views: int = 0
 
     def takes(self, layer: LayerSpec, module: Any, adapter_sites: str) -> bool:
         """Whether ``module``, described by ``layer``, can take the method; every Linear and Conv1D unless redefined.
@@ -118,6 +122,21 @@ class Method(ABC):
     def kept_once(self, layer: LayerSpec, size: int) -> float:
         """Elements that it keeps for each call of the layer, however many tokens it has; none unless redefined."""
         return 0.0
+
+    def kept_tensors(self, layer: LayerSpec) -> tuple[str, ...]:
+        """``INPUT`` or ``OUTPUT`` where it keeps that tensor of the layer as it is: others may keep the same one.
+
+        Their elements are part of ``kept_elements``.
+        """
+        return ()
+
+    def tensor_elements(self, layer: LayerSpec, tensor: str) -> float:
+        """Elements per token of one of ``kept_tensors``."""
+        return layer.inputs_per_position if tensor == INPUT else layer.n_out
+
+    def backward(self, layer: LayerSpec, size: int) -> list[Operation]:
+        """What it adds to the backward pass: of a product two, of its input and its weight; of other work as much."""
+        return [step for step in self.operations(layer, size) for _ in range(2 if step.flops or step.call_flops else 1)]
 
     def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:
         """(groups or experts, outputs, inputs) of the gradient matrix M = Σ_t d_t z_tᵀ that it can move."""

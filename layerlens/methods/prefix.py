@@ -19,6 +19,8 @@ class Prefix(AddedModule):
     name, label, plural, unit, letter = PREFIX, "prefix", "prefixes", "pairs", "P"
     style, colours, marker = "yellow", ("#0f7b5f", "#4fd1a5"), "^"
     sizes_key = "prefix_lengths"
+    parameter_tensors = 3
+    views = 54
     reads = QUERY
     absorbs_input_scale = True  # the keys do
 

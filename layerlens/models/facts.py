@@ -198,13 +198,17 @@ class CalibrationSummary:
 
 @dataclass(frozen=True)
 class Predicted(Section):
-    """The predicted gain of the choice, in ``unit``, with its 95 % interval where proxies were trained."""
+    """The predicted gain of the choice, in ``unit``, with its 95 % interval where proxies were trained.
+
+    ``uniform_lora`` has what uniform LoRA of as many parameters would use, by resource, where a step was recorded.
+    """
 
     gain: float | None = None
     gain_interval: tuple[float, float] | None = None
     unit: str | None = None
     calibrated: bool | None = None
     calibration: CalibrationSummary | None = None
+    uniform_lora: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)

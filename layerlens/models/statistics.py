@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from layerlens.models.model_spec import Option
+from layerlens.models.step import StepRecord
 
 Extra = Mapping[str, float | np.ndarray]
 """Results that have no field of their own, by "STATISTIC.NAME"; None where there are none."""
@@ -151,10 +152,12 @@ class Footprint:
     Args:
         activation_bytes: bytes per token (per sample where there are no tokens) kept for the backward pass.
         forward_flops: FLOPs of one forward pass, per token or sample.
+        step: a recorded training step; None where none could be recorded.
     """
 
     activation_bytes: float
     forward_flops: float
+    step: StepRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ class ModelStatistics:
         extra: results of statistics of the model that have no field here.
         head: weights of a new task head as it was while all this was measured, by the model's names (half precision
             as float32); empty where no head is new.
+        step: a recorded training step of the frozen model; None where none could be recorded.
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -199,6 +203,7 @@ class ModelStatistics:
     proxies: ProxyStudy | None = None
     extra: Extra | None = None
     head: Mapping[str, np.ndarray] = field(default_factory=dict)
+    step: StepRecord | None = None
 
     def by_name(self) -> dict[str, LayerStatistics]:
         """The layers by their names."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
 from layerlens import vocabulary
-from layerlens.models.charges import DepthCharge, GroupCharge
-from layerlens.models.model_spec import Option
+from layerlens.models.charges import Causes, DepthCharge, GroupCharge
+from layerlens.models.model_spec import NONE, Option
 from layerlens.models.statistics import Calibration
 
 RESOURCES = tuple(vocabulary.RESOURCES)
@@ -52,6 +53,8 @@ class CostTable:
         charges: what groups of options pay once; ``options`` of a charge are entries of this table, and its ``cost__r``
             has the order of RESOURCES. ``build_problem`` brings them into the problem.
         depth: what the lowest adapted stage costs; its groups are the layers of the specification, in their order.
+        least: what a choice uses of a resource at least, whatever else adds up: an amount, and one for each trainable
+            parameter; absent: its base.
     """
 
     options: tuple[Option, ...]
@@ -60,3 +63,36 @@ class CostTable:
     source: dict[str, str] = field(default_factory=dict)
     charges: tuple[GroupCharge, ...] = ()
     depth: DepthCharge | None = None
+    least: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @cached_property
+    def _offset(self) -> np.ndarray:
+        """Where the options of each layer begin."""
+        names = [option.layer for option in self.options]
+        return np.array([0, *(i for i in range(1, len(names)) if names[i] != names[i - 1]), len(names)])
+
+    @cached_property
+    def _causes(self) -> Causes:
+        return Causes(self.charges, len(self.options))
+
+    def paid_once__r(self, entries: np.ndarray) -> np.ndarray:
+        """float64 [n_resources]: charges and depth of a choice (entries of the table, "none" among them or not)."""
+        chosen = {int(entry) for entry in entries if self.options[int(entry)].method != NONE}
+        paid = np.zeros(len(RESOURCES))
+        for charge in sorted({int(charge) for entry in chosen for charge in self._causes.of(entry)}):
+            paid = paid + self.charges[charge].cost__r
+        if self.depth is not None and chosen:
+            layer = np.searchsorted(self._offset, sorted(chosen), side="right") - 1
+            stages = self.depth.stage__g[layer]
+            if (stages >= 0).any():
+                paid = paid + self.depth.cost__sr[stages[stages >= 0].min()]
+        return paid
+
+    def total(self, entries: np.ndarray) -> dict[str, float]:
+        """What a choice uses of each resource, base included: the prediction for any choice."""
+        entries = np.asarray(entries, dtype=np.int64)
+        added = self.cost__ro[:, entries].sum(axis=1) + self.paid_once__r(entries)
+        use = {name: self.base[name] + float(added[row]) for row, name in enumerate(RESOURCES)}
+        for name, (amount, per_parameter) in self.least.items():
+            use[name] = max(use[name], amount + per_parameter * use["trainable_params"])
+        return use

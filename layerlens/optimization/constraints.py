@@ -1,4 +1,4 @@
-"""Constraints beyond the four budgets, all brought into the form that the solver knows.
+"""Constraints beyond the budgets, all brought into the form that the solver knows.
 
 - Rules and ``max_rank`` take options away.
 - Layers that must choose alike become one group, whose options are those that all of them have, with summed values and

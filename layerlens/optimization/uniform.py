@@ -33,7 +33,7 @@ def uniform_lora(problem: AllocationProblem, optimum: Allocation) -> Allocation 
         return None
     return Allocation(
         choice=choice,
-        value=exact_sum(problem.value[choice]),
+        value=exact_sum(problem.value_terms(choice)),
         upper_bound=optimum.upper_bound,
         used=_used(problem, choice),
         multipliers=optimum.multipliers,
@@ -61,7 +61,7 @@ def _choice(ladders: list[list[int]], steps: Sequence[int]) -> np.ndarray:
 
 
 def _used(problem: AllocationProblem, choice: np.ndarray) -> np.ndarray:
-    return np.array([exact_sum(row[choice]) for row in problem.cost__ro])
+    return np.array([exact_sum(row) for row in problem.terms__rk(choice)])
 
 
 def _fits(problem: AllocationProblem, choice: np.ndarray) -> bool:

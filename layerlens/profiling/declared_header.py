@@ -56,6 +56,15 @@ class _Provenance(BaseModel):
     model: dict[str, JsonValue] = {}
 
 
+class _Step(_Part):
+    layers: list[str]
+    batch_sizes: list[int]
+    sequence_length: int
+    head_tensors: int
+    head_elements: int
+    rates: dict[str, JsonValue] | None
+
+
 class _Header(_Part):
     format: str
     spec: ModelSpec
@@ -76,6 +85,7 @@ class _Header(_Part):
     coverage: float
     extra: dict[str, float | None] | None = None
     head: dict[str, str] = {}
+    step: _Step | None = None
 
 
 def check_header(text: str) -> None:

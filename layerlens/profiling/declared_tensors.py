@@ -15,10 +15,11 @@ import numpy as np
 from layerlens.exceptions import ActivationCacheError
 from layerlens.models import MethodStatistics
 from layerlens.models.statistics import FACTOR, SKETCH, SPECTRUM
+from layerlens.models.step import StepRecord
 from layerlens.registry import STATISTICS
 
 FLOAT64, FLOAT32 = "F64", "F32"
-GRAM, MODEL, HEAD = "kernel|gram", "model", "head"
+GRAM, MODEL, HEAD, STEP = "kernel|gram", "model", "head", "step"
 HEAD_DTYPES = {"float32": FLOAT32, "float64": FLOAT64, "int64": "I64"}
 """Of weights and counters of a task head."""
 SPECTRA = MethodStatistics.names_of(SPECTRUM)
@@ -65,6 +66,10 @@ def declared_tensors(content: Mapping[str, Any]) -> dict[str, DeclaredTensor]:
         if dtype not in HEAD_DTYPES.values():
             raise ActivationCacheError(f"tensor {name!r} of the task head has dtype {dtype!r}, which none has")
         found[f"{HEAD}|{name}"] = DeclaredTensor(dtype, None, HEAD)
+    if content.get("step") is not None:
+        found |= {
+            f"{STEP}|{name}": DeclaredTensor(FLOAT64, None, f"{STEP}|{name}") for name in StepRecord.array_names()
+        }
     return found | dict(_extra(MODEL, content))
 
 

@@ -31,6 +31,7 @@ from layerlens.models import (
     ModuleCosts,
 )
 from layerlens.models.statistics import NOT_NEGATIVE, NUMBER, Extra
+from layerlens.models.step import StepRecord
 from layerlens.profiling.declared_header import check_header
 from layerlens.profiling.declared_tensors import (
     FACTORS,
@@ -39,6 +40,7 @@ from layerlens.profiling.declared_tensors import (
     MODEL,
     SKETCHES,
     SPECTRA,
+    STEP,
     dtypes_of,
     must_be_finite,
     read_tensors,
@@ -75,6 +77,9 @@ def statistics_to_bytes(spec: ModelSpec, statistics: ModelStatistics) -> bytes:
     of_model = {name: value for name, value in (statistics.extra or {}).items() if isinstance(value, np.ndarray)}
     tensors |= {f"{MODEL}|{name}": np.ascontiguousarray(value) for name, value in of_model.items()}
     tensors |= {f"{HEAD}|{name}": np.ascontiguousarray(value) for name, value in statistics.head.items()}
+    step = statistics.step
+    if step is not None:
+        tensors |= {f"{STEP}|{name}": np.ascontiguousarray(x, dtype=np.float64) for name, x in step.arrays().items()}
     content = {
         "format": FORMAT,
         "spec": dataclasses.asdict(spec),
@@ -83,6 +88,7 @@ def statistics_to_bytes(spec: ModelSpec, statistics: ModelStatistics) -> bytes:
         "shared": shared,
         "modules": {name: _costs(costs) for name, costs in statistics.modules.items()},
         "proxies": study_to_json(statistics.proxies),
+        "step": None if step is None else step.numbers(),
         "kernel": None if kernel is None else {name: getattr(kernel, name) for name in _KERNEL_FIELDS},
         **{name: getattr(statistics, name) for name in _MODEL_FIELDS},
         **_extra_numbers(statistics.extra),
@@ -246,8 +252,17 @@ def _from_content(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> tu
         proxies=study_from_json(content["proxies"]),
         extra=_extra_from(MODEL, content, tensors),
         head={name: tensors[f"{HEAD}|{name}"] for name in content.get("head", ())},
+        step=_step(content, tensors),
         **model_fields,
     )
+
+
+def _step(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> StepRecord | None:
+    """The recorded step; None in files of versions that recorded none, and where none could be recorded."""
+    numbers = content.get("step")
+    if numbers is None:
+        return None
+    return StepRecord.of(numbers, {name: tensors[f"{STEP}|{name}"] for name in StepRecord.array_names()})
 
 
 def check_statistics(spec: ModelSpec, statistics: ModelStatistics) -> None:

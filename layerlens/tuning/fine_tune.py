@@ -163,6 +163,7 @@ def training_arguments(job: FineTune) -> TrainingArguments:
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation,
             gradient_checkpointing=config.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
             bf16=config.precision == "bfloat16",
             fp16=config.precision == "float16",
             seed=job.seed,

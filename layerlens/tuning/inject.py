@@ -92,10 +92,31 @@ def apply(
 
 
 def _let_gradients_into_checkpoints(model: Any) -> None:
-    """Reentrant checkpoints pass no gradient on where no input has one; PEFT and text models see to it themselves."""
-    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    if checkpointing and not getattr(model, "_require_grads_hooks", None):
+    """Reentrant checkpoints pass no gradient on where no input has one; PEFT and text models see to it themselves.
+
+    Others do, so that the backward pass ends at the lowest adapted layer.
+    """
+    if checkpoints_reenter(model) and not getattr(model, "_require_grads_hooks", None):
         model.enable_input_require_grads()
+
+
+def checkpoints_reenter(model: torch.nn.Module) -> bool:
+    """Whether a module checkpoints its activations in torch's reentrant way, which needs inputs with gradients."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False) is True:
+            function: Any = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(function, "keywords", {}).get("use_reentrant", True):
+                return True
+    return False
+
+
+def stop_at_the_lowest(model: torch.nn.Module) -> None:
+    """Take back gradients of the embeddings' output, which transformers asks for when it checkpoints: the backward pass
+    would go through all frozen blocks below the lowest adapted one. Reentrant checkpoints need them.
+    """
+    base: Any = base_of(model)
+    if getattr(base, "_require_grads_hooks", None) and not checkpoints_reenter(base):
+        base.disable_input_require_grads()
 
 
 def _below(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from layerlens.tuning.checkpoints import (
     save_weights,
 )
 from layerlens.tuning.fine_tune import FineTune, TrainingResult, steps_per_epoch, total_steps, training_arguments
+from layerlens.tuning.inject import stop_at_the_lowest
 from layerlens.tuning.samples import INDEX, NumberedSamples, SeededOrder, evaluate
 from layerlens.tuning.short_training import FP16_LOSS_SCALE
 from layerlens.utils.atomic import cannot_write
@@ -272,6 +273,7 @@ class _Steps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.trainer.optimizer is not None
+        stop_at_the_lowest(self.trainer.job.model)
         for hook in self.trainer.job.hooks:
             hook.before_training(self.trainer.job.model, self.trainer.optimizer, state.max_steps)
 

@@ -75,6 +75,6 @@ def test_the_short_one_is_a_dozen_lines_that_mean_the_same() -> None:
 def test_a_budget_that_is_given_is_the_only_one() -> None:
     config = parse_run_config(short_config({"optimization.max_vram_gb": "8GB", "optimization.methods": ["lora"]}))
     assert config.optimization.budgets() == {
-        "trainable_params": None, "flops": None, "vram_gb": 8.0, "latency_ms": None
+        "trainable_params": None, "flops": None, "vram_gb": 8.0, "latency_ms": None, "step_ms": None
     }  # fmt: skip
     assert config.optimization.methods == ("lora",)

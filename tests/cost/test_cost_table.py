@@ -7,9 +7,9 @@ import pytest
 
 from layerlens.config import LatencyProfile, OptimizationConfig
 from layerlens.cost import base_use, cost_table
-from layerlens.cost.table import NOMINAL, Roofline
+from layerlens.cost.rates import NOMINAL, Roofline
 from layerlens.methods import enumerate_options, trainable_params
-from layerlens.models import LayerSpec, ModelSpec, ModelStatistics, Option
+from layerlens.models import RESOURCES, LayerSpec, ModelSpec, ModelStatistics, Option
 
 SPEC = ModelSpec(
     "m",
@@ -29,7 +29,7 @@ def config(**values: object) -> OptimizationConfig:
 
 def column(option: Option, **values: object) -> dict[str, float]:
     table = cost_table(SPEC, STATISTICS, [option], config(**values))
-    return dict(zip(("trainable_params", "flops", "vram_gb", "latency_ms"), table.cost__ro[:, 0], strict=True))
+    return dict(zip(RESOURCES, table.cost__ro[:, 0], strict=True))
 
 
 def test_trainable_parameters_follow_the_formulas():

@@ -103,7 +103,7 @@ def test_lora_on_an_embedding_keeps_what_is_predicted(rank: int):
     choice = Choice.of({"model.embed_tokens": ("lora", rank)}, lora=LoraSettings(2.0))
     profile = LatencyProfile(batch_size=BATCH, sequence_length=TOKENS)
     settings = OptimizationConfig(max_trainable_params=1, latency_profile=profile)
-    params, flops, vram_gb, _ = cost_table(spec, None, choice.chosen, settings).cost__ro[:, 0]
+    params, flops, vram_gb, *_ = cost_table(spec, None, choice.chosen, settings).cost__ro[:, 0]
     tuned = apply(copy.deepcopy(model), choice)
     assert params == rank * (50 + 32) == sum(x.numel() for x in tuned.parameters() if x.requires_grad)
     ids = torch.ones(BATCH, TOKENS, dtype=torch.int64)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from layerlens.cost.device import DeviceProfile, Rates, load_profile, save_profile
-from layerlens.cost.trace import (
+from layerlens.cost.trace import StepTrace, trace_step
+from layerlens.models.step import (
     ATTENTION,
     KINDS,
     MATMUL,
@@ -17,9 +18,7 @@ from layerlens.cost.trace import (
     REUSED_BYTES,
     SAFE_SOFTMAX,
     STRIDED,
-    StepTrace,
     TracedOperation,
-    trace_step,
 )
 
 

@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 from layerlens.cli.main import app
 from layerlens.cost.device import DeviceProfile, Rates, load_profile, save_profile
 from layerlens.cost.measure import peak_bytes
-from layerlens.cost.trace import KINDS, MATMUL, MEMORY, TracedOperation, trace_step
+from layerlens.cost.trace import trace_step
 from layerlens.exceptions import ManifestError, OutputError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.jobs.costs import Comparison, compare_costs
 from layerlens.models import Choice, LoraSettings, Option
+from layerlens.models.step import KINDS, MATMUL, MEMORY, TracedOperation
 
 PROFILE = DeviceProfile("a test", 1, {kind: Rates(1.0, 10.0, 100.0) for kind in KINDS}, 1.0)
 CHOICES = {

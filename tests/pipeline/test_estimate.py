@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -72,9 +73,10 @@ def test_another_batch_is_what_optimize_would_say(manifest, without_weights, sav
     costs = cost_table(spec, statistics, options, RunConfig.model_validate(settings).optimization)
     found = estimate_manifest(manifest, model=without_weights, batch=Batch(5, None, "gpu"))
     assert (found.batch_size, found.sequence_length, found.device) == (5, 16, "gpu")
-    for row, use in enumerate(found.resources):
+    totals = costs.total(np.arange(len(options)))
+    for use in found.resources:
         assert use.base == pytest.approx(costs.base[use.resource], rel=1e-14)
-        assert use.added == pytest.approx(costs.cost__ro[row].sum(), rel=1e-14)
+        assert use.total == pytest.approx(totals[use.resource], rel=1e-14)
     longer = estimate_manifest(manifest, model=without_weights, batch=Batch(5, 32))
     of_a_sample = 2 * 32 * 32 + 2 * 32 * 2  # the pooler and the classifier, whatever the length
     assert longer.base_flops == 2 * found.base_flops - 5 * of_a_sample

@@ -49,8 +49,12 @@ def test_every_resource_is_written_as_csv_and_svg(config, saved_statistics, tmp_
     result = trace_frontier(saved_statistics, config, resource, base_dir=tmp_path, points=3)
     with result.files["frontier_csv"].open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["kind"] for row in rows] == ["hull"] * len(result.hull) + ["certified"] * 3
-    assert [float(row["budget"]) for row in rows] == [row.budget for row in (*result.hull, *result.certified)]
+    marked = [row.layer for row in result.marked]
+    assert [row["kind"] for row in rows] == ["hull"] * len(result.hull) + ["certified"] * 3 + ["marked"] * len(marked)
+    written = (*result.hull, *result.certified, *result.marked)
+    assert [float(row["budget"]) for row in rows] == [row.budget for row in written]
+    assert bool(result.hull) == (resource not in ("vram_gb", "step_ms"))  # parts of these are paid once
+    assert marked[0].startswith("uniform LoRA")
     assert all(row["method"] for row in rows[1 : len(result.hull)])
     assert result.files["frontier_svg"].read_text(encoding="utf-8").rstrip().endswith("</svg>")
 

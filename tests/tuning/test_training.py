@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from layerlens.config import TrainingConfig
 from layerlens.exceptions import ConfigurationError, OutputError, TrainingError
+from layerlens.integrations.transformers import blocks_of
 from layerlens.tuning import apply
 from layerlens.tuning.checkpoints import trained_tensors
 from layerlens.tuning.fine_tune import TrainingHook, total_steps
@@ -313,6 +314,31 @@ def test_bfloat16_and_gradient_checkpointing_train(mixed_model: Any, data: Train
     result = fine_tune(model, data, config, task=CLASSIFICATION, checkpoints=tmp_path)
     assert result.steps == 2
     assert {model.get_parameter(name).dtype for name in names_of(model)} == {torch.float32}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_no_gradient_goes_below_the_lowest_adapted_layer(
+    tiny: Callable[..., Any], manifest_of: Any, data: TrainingData, tmp_path: Path, architecture: str,
+    checkpointing: bool,
+):  # fmt: skip
+    made = tiny(architecture)
+    last = [layer.name for layer in made.spec.layers if layer.role == "ffn_down"][-1]
+    tuned = apply(made.model, manifest_of(made.spec, {last: ("lora", 2)}))
+    seen: list[bool] = []
+    for block in blocks_of(made.model):
+        made.model.get_submodule(block).register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(
+                any(x.requires_grad for x in (*args, *kwargs.values()) if torch.is_tensor(x))
+            ),
+            with_kwargs=True,
+        )
+    config = TrainingConfig(max_steps=2, gradient_checkpointing=checkpointing, batch_size=4)
+    before = state(tuned)
+    fine_tune(tuned, data, config, task=CLASSIFICATION, checkpoints=tmp_path)
+    assert seen
+    assert not any(seen)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in state(tuned).items() if "lora_B" in name)
 
 
 def test_a_float16_model_does_not_lose_small_gradients(mixed_model: Any, data: TrainingData, tmp_path: Path):

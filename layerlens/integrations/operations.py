@@ -1,0 +1,136 @@
+"""Tensor operations as they run: the kind of each, its FLOPs and bytes, and what is allocated and alive.
+
+Works on tensors with data and on fake ones, which have shapes, strides and lifetimes and no data.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from layerlens.models.step import (
+    ATTENTION,
+    CURVE,
+    MATMUL,
+    MEMORY,
+    NORM,
+    RANDOM,
+    REUSED_BYTES,
+    SAFE_SOFTMAX,
+    STRIDED,
+    VIEW,
+    TracedOperation,
+)
+
+_NAMES = (
+    (RANDOM, ("bernoulli", "dropout", "normal_", "uniform_", "rand")),
+    (SAFE_SOFTMAX, ("_safe_softmax",)),
+    (NORM, ("softmax", "norm")),
+    (CURVE, ("gelu", "silu", "tanh", "exp", "erf", "pow", "sigmoid", "rsqrt")),
+)
+"""What the name of an operation contains that is of a kind; the first match counts."""
+
+
+class OperationRecorder(TorchDispatchMode):
+    """While open, notes every operation, and how many bytes are alive that were allocated since it was made.
+
+    Attributes:
+        operations: in the order they ran.
+        alive, peak: bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[TracedOperation] = []
+        self.alive, self.peak = 0, 0
+        self.known = weakref.WeakSet[Any]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":
+            return out
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        sources = {storage_id(tensor) for tensor in operands}
+        schema = func._schema
+        # A view of a weight has the storage of its fake twin, which is no allocation either.
+        aliases = any(returned.alias_info is not None for returned in schema.returns)
+        new = [] if aliases else [tensor for tensor in results if storage_id(tensor) not in sources]
+        fresh = sum([self._allocated(tensor.untyped_storage()) for tensor in new])
+        works = schema.is_mutable or bool(new)
+        packet, name = func._overloadpacket, str(func)
+        flops = 0.0
+        if packet in flop_registry:
+            flops = float(flop_registry[packet](*args, **(kwargs or {}), out_val=out))
+        kind = VIEW
+        if works:
+            kind = kind_of(name, flops, operands)
+        n_bytes = float(sum(map(touched, (*operands, *results)))) if kind != VIEW else 0.0
+        self.operations.append(TracedOperation(kind, flops, n_bytes, fresh))
+        self.ran(func, args, kwargs or {}, out)
+        return out
+
+    def ran(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Called after every operation, which is the last of ``operations``; nothing unless redefined."""
+
+    def _allocated(self, storage: Any) -> int:
+        """Bytes of it that are new to the process."""
+        if storage in self.known:
+            return 0
+        self.known.add(storage)
+        n_bytes = storage.nbytes()
+        self.alive += n_bytes
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._freed, n_bytes)
+        return n_bytes if n_bytes > REUSED_BYTES else 0
+
+    def _freed(self, n_bytes: int) -> None:
+        self.alive -= n_bytes
+
+
+def kind_of(name: str, flops: float, operands: list[torch.Tensor]) -> str:
+    """The kind of an operation that allocates or changes something."""
+    if flops:
+        return ATTENTION if "attention" in name else MATMUL
+    if "empty" in name:  # allocates, and writes nothing
+        return VIEW
+    for kind, words in _NAMES:
+        if any(word in name for word in words):
+            return kind
+    copies = name.startswith(("aten.clone", "aten.copy_", "aten._to_copy"))
+    return STRIDED if copies and not all(operand.is_contiguous() for operand in operands) else MEMORY
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def touched(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor that are read or written: not more than there are, where a dimension is only expanded."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+@contextmanager
+def buffers_standing_still(model: torch.nn.Module) -> Iterator[None]:
+    """Buffers stand still: a fake tensor copied into a real one (running statistics) is an error."""
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    fakes: dict[int, torch.Tensor] = {}
+    for module, name, buffer in buffers:
+        module._buffers[name] = fakes.setdefault(id(buffer), torch.empty_like(buffer))
+    try:
+        yield
+    finally:
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
