@@ -163,9 +163,9 @@ def _refuse_range(value: np.ndarray, largest: float, offset: np.ndarray) -> int:
         raise OptimizationError(
             f"values of up to {largest:g} in {n_groups} layers: their sum is no float64; divide all values by a number"
         )
-    sizes = np.abs(value[np.isfinite(value) & (value != 0.0)])
-    least = float(sizes.min(initial=largest))
-    if largest > 0.0 and math.frexp(largest)[1] - math.frexp(least)[1] > LARGEST_RANGE:
+    size = np.abs(value)
+    if np.count_nonzero(size < math.ldexp(largest, -LARGEST_RANGE)) > np.count_nonzero(size == 0.0):
+        least = float(np.min(size, where=size > 0.0, initial=largest))
         raise OptimizationError(
             f"values from {least:g} to {largest:g} lie too far apart to be added up; the solver takes those within "
             f"a factor of 2**{LARGEST_RANGE}. Set the smallest to 0"
@@ -175,9 +175,11 @@ def _refuse_range(value: np.ndarray, largest: float, offset: np.ndarray) -> int:
 
 def _refuse_costs(row: np.ndarray, too_large: np.ndarray | None, capacity: float, resource: str) -> None:
     """Refuse costs so far below their capacity that they would be lost beside it; as :func:`_refuse_range`."""
+    if np.count_nonzero(row < math.ldexp(capacity, -LARGEST_RANGE)) <= np.count_nonzero(row == 0.0):
+        return
     used = row > 0.0 if too_large is None else (row > 0.0) & ~too_large
     least = float(np.min(row, where=used, initial=capacity))
-    if capacity > 0.0 and math.frexp(capacity)[1] - math.frexp(least)[1] > LARGEST_RANGE:
+    if least < math.ldexp(capacity, -LARGEST_RANGE):
         raise OptimizationError(
             f"{resource} costs of {least:g} beside a capacity of {capacity:g} lie too far apart to be added up; the "
             f"solver takes those within a factor of 2**{LARGEST_RANGE}. Set the smallest to 0"
