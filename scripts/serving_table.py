@@ -210,7 +210,10 @@ def _cells(cells: dict[str, str], found: dict[str, Any], plain: torch.Tensor, wa
 
 
 def answered(engine: str, base: Path, adapters: dict[str, str], work: Path, folder: Path) -> dict[str, Any]:
-    """What a program of ``engine_checks`` says in the engine's own environment."""
+    """What a program of ``engine_checks`` says in the engine's own environment.
+
+    ``engine_checks/llama_cpp_logprobs.py`` and ``engine_checks/vllm_logprobs.py`` are these programs.
+    """
     output = work / f"{engine}.json"
     order = {"base": str(base), "tokens": TOKENS, "adapters": adapters, "vocabulary": VOCABULARY, "output": str(output)}
     (work / f"{engine}-order.json").write_text(json.dumps(order))

@@ -244,6 +244,7 @@ FILE_MEANINGS = {
     "report": "report, for a browser",
     "solver_log": "bound and incumbent after every stage of the solver",
     "statistics": "what was measured, for `layerlens optimize`",
+    "head": "the task head as it was fitted, for layerlens.tuning",
 }
 
 

@@ -93,7 +93,10 @@ def test_layers_that_see_tokens_in_another_way_equal_one_backward_per_sample(mak
         assert found.energy == pytest.approx(weight_statistics(measured)[name].energy, rel=1e-9), name
 
 
-def test_outputs_that_the_model_adds_to_in_place():
+def test_outputs_that_the_model_adds_to_in_place(monkeypatch: pytest.MonkeyPatch):
+    # Llama 4's norms go down to float32, whose sums over a batch and over single samples round differently (1e-8 of the
+    # energy with AVX-512). Everything stays in float64 here, so that the bound can be that of the others.
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)
     model = frozen(lambda: hf.Llama4ForCausalLM(hf.Llama4TextConfig(**LLAMA4)))
     batch = text(lambda ids: ids)
     measured = profile(model, spec_of(model), [batch], causal_loss, everything=False)
