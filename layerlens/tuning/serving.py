@@ -139,7 +139,7 @@ def served_adapter(engine: Engine, origin: Origin, *, lora_part: bool = False) -
     if lora_part:
         adapter = replace(adapter, modules=())
     heads = origin.manifest.choice.head_modules if origin.manifest else ()
-    if heads and not engine.holds_all and not adapter.config.get("modules_to_save"):
+    if heads and not engine.holds_all:
         raise ManifestError(f"{engine.title} cannot hold the task head {', '.join(heads)}: {MERGE}")
     adapter = replace(adapter, config={**adapter.config, "base_model_name_or_path": origin.resolved() or None})
     if not engine.fuses and not engine.every_block:

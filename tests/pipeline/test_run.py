@@ -205,7 +205,7 @@ def test_nan_in_saved_statistics_is_refused_by_layer(settings, tmp_path):
     object.__setattr__(statistics.layers[3].by_method["lora"], "energy", float("nan"))
     path = tmp_path / "nan.safetensors"
     path.write_bytes(statistics_to_bytes(spec, statistics))
-    with pytest.raises(ProfilingError, match=rf"{statistics.layers[3].layer}: the energy statistic for lora"):
+    with pytest.raises(ActivationCacheError, match=rf"{statistics.layers[3].layer}: lora: energy must be a finite"):
         optimize_statistics(path, RunConfig.model_validate(settings), base_dir=tmp_path)
     with pytest.raises(ActivationCacheError, match="no statistics file"):
         optimize_statistics(tmp_path / "none", RunConfig.model_validate(settings), base_dir=tmp_path)

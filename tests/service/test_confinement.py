@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from serving import Serving, ask, changed, run_config_of, submit
 
 from layerlens.exceptions import ConfigurationError
@@ -217,7 +218,7 @@ def test_folders_that_a_yolo_data_set_names_stay_below_the_roots(tmp_path: Path)
     root = tmp_path / "root"
     for folder in (root / "images/train", root / "labels/train", tmp_path / "images/train"):
         folder.mkdir(parents=True)
-    (root / "images/train/a.png").write_bytes(b"")
+    Image.new("L", (10, 10)).save(root / "images/train/a.png")
     (tmp_path / "images/train/a.png").write_bytes(b"")
     (tmp_path / "secret.txt").write_text("0 0.5 0.5 0.1 0.1")
     (root / "labels/train/a.txt").symlink_to(tmp_path / "secret.txt")
@@ -226,5 +227,6 @@ def test_folders_that_a_yolo_data_set_names_stay_below_the_roots(tmp_path: Path)
         with readable_below([root]), pytest.raises(DataError, match="not below a root"):
             load(DataConfig(source="set.yaml", max_image_pixels=100), root)
     (root / "labels/train/a.txt").unlink()
+    (root / "labels/train/a.txt").write_text("0 0.5 0.5 0.1 0.1")
     with readable_below([root]):
         assert len(load(DataConfig(source="set.yaml", max_image_pixels=100), root)) == 1
