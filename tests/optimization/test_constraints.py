@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from layerlens.config import OptimizationConfig
 from layerlens.exceptions import ConfigurationError, InfeasibleError
 from layerlens.methods import enumerate_options, trainable_params
-from layerlens.models import CostTable, LayerSpec, ModelSpec, Option, UtilityTable
+from layerlens.models import RESOURCES, CostTable, LayerSpec, ModelSpec, Option, UtilityTable
 from layerlens.optimization import build_problem, solve
 from layerlens.optimization.constraints import layers_alike
 
@@ -37,9 +37,9 @@ def chosen(seed: int = 0, budget: int = 150, **fields: Any) -> tuple[list[Option
     layers = {layer.name: layer for layer in SPEC.layers}
     rng = np.random.default_rng(seed)
     utility = np.array([option.rank * rng.random() for option in options])
-    cost__ro = np.zeros((4, len(options)))
+    cost__ro = np.zeros((len(RESOURCES), len(options)))
     cost__ro[0] = [trainable_params(layers[o.layer], o.method, o.rank) for o in options]
-    base = dict.fromkeys(("trainable_params", "flops", "vram_gb", "latency_ms"), 0.0)
+    base = dict.fromkeys(RESOURCES, 0.0)
     problem = build_problem(SPEC, UtilityTable(options, utility, "u", "1"), CostTable(options, cost__ro, base), config)
     allocation = solve(problem)
     picked = [options[entry] for entry in problem.entries(allocation.choice)]

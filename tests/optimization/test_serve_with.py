@@ -13,7 +13,7 @@ from layerlens.engines import FUSED, Engine
 from layerlens.exceptions import ConfigurationError
 from layerlens.jobs.solve import find_allocation
 from layerlens.methods import enumerate_options, trainable_params
-from layerlens.models import CostTable, LayerSpec, ModelSpec, Option, UtilityTable
+from layerlens.models import RESOURCES, CostTable, LayerSpec, ModelSpec, Option, UtilityTable
 from layerlens.registry import ENGINES
 
 NAMES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -56,10 +56,10 @@ def test_the_choice_is_the_best_that_the_engine_holds(name: str, seed: int) -> N
     layers = {layer.name: layer for layer in SPEC.layers}
     rng = np.random.default_rng(seed)
     utility = np.array([option.rank**0.5 * rng.random() for option in options])
-    cost__ro = np.zeros((4, len(options)))
+    cost__ro = np.zeros((len(RESOURCES), len(options)))
     cost__ro[0] = [trainable_params(layers[o.layer], o.method, o.rank) for o in options]
-    base = dict.fromkeys(("trainable_params", "flops", "vram_gb", "latency_ms"), 0.0)
-    tables = UtilityTable(options, utility, "u", "1"), CostTable(options, cost__ro, base)
+    base, source = dict.fromkeys(RESOURCES, 0.0), dict.fromkeys(RESOURCES, "exact")
+    tables = UtilityTable(options, utility, "u", "1"), CostTable(options, cost__ro, base, source)
     solution = find_allocation(SPEC, *tables, config, seed=0, threads=1)
     picked = tuple(options[entry] for entry in solution.problem.entries(solution.allocation.choice))
     assert held(ENGINES[name], picked)
