@@ -90,13 +90,13 @@ def large_problem(
 
 
 def small_model() -> tuple[ModelSpec, UtilityTable, CostTable]:
-    """Three layers × (none, lora 1, lora 4, adapter 2), with costs in all four resources and a base of two of them."""
+    """Three layers × (none, lora 1, lora 4, adapter 2), with costs in all five resources and a base of three of them."""
     layers = [LayerSpec(f"layer.{index}", hidden_size=8, methods=("lora", "adapter")) for index in range(3)]
     spec = ModelSpec("small", total_params=1000, layers=layers)
     options = enumerate_options(spec, {"lora": (1, 4), "adapter": (2,)})
     rank = np.array([option.rank for option in options], dtype=np.float64)
     layer = np.repeat(np.arange(1.0, 4.0), 4)
     params = np.array([trainable_params(spec.layers[i // 4], o.method, o.rank) for i, o in enumerate(options)], float)
-    cost__ro = np.stack([params, 1e6 * params, 0.25 * (rank > 0), 0.125 * rank])
-    base = {"trainable_params": 0.0, "flops": 0.0, "vram_gb": 0.5, "latency_ms": 4.0}
+    cost__ro = np.stack([params, 1e6 * params, 0.25 * (rank > 0), 0.125 * rank, 0.5 * rank])
+    base = {"trainable_params": 0.0, "flops": 0.0, "vram_gb": 0.5, "latency_ms": 4.0, "step_ms": 8.0}
     return spec, UtilityTable(options, layer * np.sqrt(rank), "test", "nats"), CostTable(options, cost__ro, base)
