@@ -101,9 +101,12 @@ def _uniform(path: Path, manifest: Manifest, rank: str) -> Manifest:
 
 
 def _show_layer(path: Path, layer: str, statistics: Path, json: bool) -> None:
+    from dataclasses import asdict
+
     from layerlens.jobs.explained import explained, solution_of
     from layerlens.jobs.recorded import statistics_at
     from layerlens.manifest import read_manifest
+    from layerlens.manifest.frozen import why_no_deeper
     from layerlens.profiling.statistics_file import load_statistics
 
     manifest = read_manifest(path)
@@ -113,11 +116,14 @@ def _show_layer(path: Path, layer: str, statistics: Path, json: bool) -> None:
         output.json_result({"layer": layer, "left_out": left_out[layer]}) if json else output.note(told)
         return
     spec, found = load_statistics(statistics_at(statistics))
-    told_of = explained(solution_of(manifest, spec, found), layer)
+    solution = solution_of(manifest, spec, found)
+    told_of = explained(solution, layer)
     if json:
-        output.json_result(told_of.to_dict())
-    else:
-        output.note(str(told_of))
+        output.json_result({**told_of.to_dict(), "frozen_stages": [asdict(stage) for stage in solution.frozen]})
+        return
+    output.note(str(told_of))
+    if sentence := why_no_deeper(manifest, solution.frozen):
+        output.note(sentence)
 
 
 def _show_manifest(manifest: Manifest, created_at: str, path: Path) -> None:

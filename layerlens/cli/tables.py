@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layerlens.cli.output import RESOURCE_NAMES, amount, command, gap, scaled, share, short, significant
+from layerlens.manifest.frozen import why_no_deeper
 from layerlens.manifest.grid import Grid, grid_of
 from layerlens.manifest.layer_names import Position, positions
 from layerlens.manifest.summary import expert_lines, left_out_lines, peft_holds, worth
@@ -271,6 +272,8 @@ def show(result: RunResult, console: Console, *, explain: bool = False, sample: 
         parts.append(told)
     if explain:
         parts.append(explanations(result.explanations))
+        if sentence := why_no_deeper(manifest, result.frozen):
+            parts.append(Text(sentence))
     for part in (*parts, measured(result.measured)):
         if part is not None:
             console.print(part)
@@ -310,6 +313,7 @@ def as_json(result: RunResult) -> dict[str, Any]:
         "predicted": written["predicted"],
         "measured": result.measured,
         "explanations": [asdict(explanation) for explanation in result.explanations],
+        "frozen_stages": [asdict(stage) for stage in result.frozen],
         "statistics_from_cache": result.statistics_from_cache,
         "seconds": result.seconds,
         "warnings": list(result.warnings),

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from layerlens.config import RunConfig
 from layerlens.jobs.recorded import STATISTICS
-from layerlens.models import LayerExplanation, Manifest
+from layerlens.models import FrozenStage, LayerExplanation, Manifest
 from layerlens.models.data_summary import DataSummary
 from layerlens.models.manifest import RunRecord
 from layerlens.storage import check_publishable, joined, local_or_url, publish
@@ -54,6 +54,8 @@ class RunResult:
         seconds: wall time of each stage.
         measured: predicted against measured figures (see ``jobs.checks``).
         explanations: for each layer (or group that chooses alike) the runner-up and what would make it win.
+        frozen: what going deeper than the lowest adapted layer would cost and gain, the nearest stage first; none where
+            no budget limits depth.
         warnings: what the user should know, a line each.
         data: what was read; None where the choice was made from saved statistics.
     """
@@ -65,6 +67,7 @@ class RunResult:
     seconds: dict[str, float] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
     explanations: tuple[LayerExplanation, ...] = ()
+    frozen: tuple[FrozenStage, ...] = ()
     warnings: tuple[str, ...] = ()
     data: DataSummary | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import metadata
 from typing import Any
 
@@ -23,6 +24,7 @@ from layerlens.models import (
     AllocationProblem,
     CalibrationSummary,
     CostTable,
+    FrozenStage,
     LayerExplanation,
     LoraSettings,
     Manifest,
@@ -37,7 +39,7 @@ from layerlens.models import (
     SolverEvent,
     UtilityTable,
 )
-from layerlens.optimization import build_problem, explain, solve
+from layerlens.optimization import build_problem, explain, frozen_stages, solve
 from layerlens.optimization.constraints import one_rank_each
 from layerlens.registry import METHODS
 from layerlens.utility import calibrated_table, model_for
@@ -60,6 +62,11 @@ class Solution:
     allocation: Allocation
     explanations: tuple[LayerExplanation, ...]
     events: tuple[SolverEvent, ...]
+
+    @cached_property
+    def frozen(self) -> tuple[FrozenStage, ...]:
+        """What going deeper than the lowest adapted layer would cost and gain; none where no budget limits depth."""
+        return tuple(frozen_stages(self.problem, self.allocation))
 
 
 def option_tables(

@@ -97,6 +97,7 @@ def report(
         statistics=statistics,
         measured=checked,
         explanations=solution.explanations,
+        frozen=solution.frozen,
         events=solution.events,
         data=data,
         hulls={
@@ -123,6 +124,7 @@ def result_of(
         seconds=job.clock.seconds,
         measured=checked,
         explanations=decision.solution.explanations,
+        frozen=decision.solution.frozen,
         warnings=tuple(job.warnings.lines),
         data=data,
     )

@@ -25,6 +25,7 @@ from layerlens.manifest.formats import (
     signed_percent,
 )
 from layerlens.manifest.frontier import frontier_section
+from layerlens.manifest.frozen import why_no_deeper
 from layerlens.manifest.layers import heat_map, layer_rows
 from layerlens.manifest.page import rendered
 from layerlens.manifest.summary import budget_facts, counts, expert_lines, left_out_lines, share_of_model, worth
@@ -33,6 +34,7 @@ from layerlens.models import (
     RESOURCES,
     CostTable,
     FrontierRow,
+    FrozenStage,
     LayerExplanation,
     Manifest,
     ModelStatistics,
@@ -61,6 +63,7 @@ def write_report(
     statistics: ModelStatistics,
     measured: dict[str, Any],
     explanations: Sequence[LayerExplanation] = (),
+    frozen: Sequence[FrozenStage] = (),
     events: Sequence[SolverEvent] = (),
     hulls: Mapping[str, Sequence[FrontierRow]] | None = None,
     data: DataSummary | None = None,
@@ -75,6 +78,7 @@ def write_report(
         measured: quantity -> {"predicted", "measured", "relative_error"}, or one number; empty when nothing was
             checked.
         explanations: for each layer, or group of layers that choose alike, the runner-up and what would make it win.
+        frozen: stages below the lowest adapted layer, the nearest first.
         events: the solver's log.
         hulls: resource -> the exact hull of score over its budget, other budgets left aside.
         data: what was read; None where the choice was made from saved statistics.
@@ -86,7 +90,7 @@ def write_report(
     page = rendered(
         "report.html.j2",
         model=manifest.model.name_or_path or "",
-        summary=_summary(manifest),
+        summary=_summary(manifest) | {"no_deeper": why_no_deeper(manifest, frozen)},
         budgets=[budget_facts(use) for use in manifest.resources],
         heat=heat_map(manifest.allocations),
         certificate=_certificate(manifest),

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
+from layerlens.cli.main import app
+from layerlens.cli.tables import as_json, show
 from layerlens.config import RunConfig
 from layerlens.exceptions import ActivationCacheError, ConfigurationError
 from layerlens.jobs.explained import explained, solution_of
 from layerlens.jobs.solve import find_allocation, option_tables
 from layerlens.manifest import read_manifest
+from layerlens.manifest.frozen import why_no_deeper
+from layerlens.models import RESOURCES, FrozenStage, Manifest, ManifestRow, ModelFacts, ResourceUse
 from layerlens.pipeline import optimize_statistics
 from layerlens.profiling.statistics_file import load_statistics
 
@@ -136,3 +143,60 @@ def test_statistics_of_something_else(parts):
     bare = dataclasses.replace(manifest, provenance=dataclasses.replace(manifest.provenance, config=None))
     with pytest.raises(ConfigurationError, match="does not record"):
         solution_of(bare, spec, statistics)
+
+
+def test_what_keeps_the_backward_pass_from_going_deeper_is_said_everywhere(saved_statistics, settings, tmp_path):
+    """In the result, its summary, its JSON, the report and ``show --layer``, with figures of the cost table."""
+    config = RunConfig.model_validate(settings)
+    config = config.model_copy(
+        update={"optimization": config.optimization.model_copy(update={"max_flops": None, "latency_target_ms": None})}
+    )
+    spec, statistics = load_statistics(saved_statistics)
+    _, costs = option_tables(spec, statistics, config)
+    assert costs.depth is not None
+    step = costs.depth.cost__sr[:, RESOURCES.index("step_ms")]
+    budget = costs.base["step_ms"] + 0.5 * float(step[0] + step[-1])  # half of the depth
+    optimization = config.optimization.model_copy(update={"max_step_ms": budget, "max_vram_gb": None})
+    config = config.model_copy(update={"optimization": optimization})
+    result = optimize_statistics(saved_statistics, config, base_dir=tmp_path)
+    assert result.frozen
+    for stage in result.frozen:
+        assert set(stage.cost) <= set(RESOURCES)
+        assert 0.0 < stage.cost["step_ms"] <= step[0]
+    told = why_no_deeper(result.manifest, result.frozen)
+    assert " frozen" in told
+    console = Console(record=True, width=300, file=io.StringIO())
+    show(result, console, explain=True)
+    assert told in console.export_text()
+    assert as_json(result)["frozen_stages"] == [dataclasses.asdict(stage) for stage in result.frozen]
+    assert told in result.files["report"].read_text(encoding="utf-8").replace("&#39;", "'")
+    layer = next(row.layer for row in result.manifest.allocations)
+    command = ["show", str(result.files["manifest_json"]), "--layer", layer, "--statistics", str(saved_statistics)]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.stderr
+    assert told in shown.stderr.replace("\n", " ")
+    asked = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert [stage["name"] for stage in asked["frozen_stages"]] == [stage.name for stage in result.frozen]
+
+
+def test_the_sentence_says_because_only_where_the_budget_is_the_reason():
+    def row(layer: str, method: str) -> ManifestRow:
+        return ManifestRow(layer, method, 4, 0.0, 9, 0.0, 0.0, 0.0, 0.0)
+
+    def manifest(price: float, *rows: ManifestRow) -> Manifest:
+        use = ResourceUse("step_ms", 90.0, 50.0, 40.0, 90.0, price, "")
+        return Manifest(ModelFacts(), rows, (use,), 0.0, 0.0, 0.0, "optimal", "", "", "")
+
+    half = (row("enc.3.q", "none"), row("enc.3.up", "lora"), row("dec.0.up", "lora"))
+    whole = (row("enc.2.q", "none"), row("enc.2.up", "none"), *half[1:])
+    near, far = FrozenStage("enc.2.up", {"step_ms": 1.0}, 0.0, 0.0), FrozenStage("enc.2.q", {"step_ms": 2.0}, 3.0, 0.1)
+    other = FrozenStage("enc.1.up", {"step_ms": 4.0}, 90.0, 0.9)
+    assert why_no_deeper(manifest(0.5, *whole), [near, far, other]) == (
+        "Block 2 of enc is frozen because going deeper costs 2 ms for 10 % of the score."
+    )
+    assert why_no_deeper(manifest(0.0, *half), [FrozenStage("enc.3.q", {"step_ms": 2.0}, 3.0, 0.1)]) == (
+        "enc.3.q is frozen; going deeper would cost 2 ms for 10 % of the score."
+    )
+    assert "no option there is worth its own costs" in why_no_deeper(manifest(0.5, *whole), [near])
+    assert why_no_deeper(manifest(0.5, *whole), []) == ""
+    assert why_no_deeper(manifest(0.5, row("a.0.q", "none")), [near]) == ""
