@@ -51,7 +51,10 @@ def why_no_deeper(manifest: Manifest, frozen: Sequence[FrozenStage]) -> str:
     amounts = " and ".join(quantity(name, cost) for name, cost in costs.items())
     if any(price.get(name, 0.0) > 0.0 for name in costs):
         return f"{what} frozen because going deeper costs {amounts} for {percent(stage.share)} of the score."
-    return f"{what} frozen; going deeper would cost {amounts} for {percent(stage.share)} of the score."
+    room = {use.resource: use.budget - use.total for use in manifest.resources if use.budget is not None}
+    over = any(cost > room.get(name, cost) for name, cost in costs.items())
+    fits = ", and does not fit into the budgets beside the other layers" if over else ""
+    return f"{what} frozen; going deeper would cost {amounts} for {percent(stage.share)} of the score{fits}."
 
 
 def _layers(stage: FrozenStage) -> list[str]:

@@ -183,8 +183,8 @@ def test_the_sentence_says_because_only_where_the_budget_is_the_reason():
     def row(layer: str, method: str) -> ManifestRow:
         return ManifestRow(layer, method, 4, 0.0, 9, 0.0, 0.0, 0.0, 0.0)
 
-    def manifest(price: float, *rows: ManifestRow) -> Manifest:
-        use = ResourceUse("step_ms", 90.0, 50.0, 40.0, 90.0, price, "")
+    def manifest(price: float, *rows: ManifestRow, room: float = 0.0) -> Manifest:
+        use = ResourceUse("step_ms", 90.0, 50.0, 40.0 - room, 90.0 - room, price, "")
         return Manifest(ModelFacts(), rows, (use,), 0.0, 0.0, 0.0, "optimal", "", "", "")
 
     half = (row("enc.3.q", "none"), row("enc.3.up", "lora"), row("dec.0.up", "lora"))
@@ -194,8 +194,11 @@ def test_the_sentence_says_because_only_where_the_budget_is_the_reason():
     assert why_no_deeper(manifest(0.5, *whole), [near, far, other]) == (
         "Block 2 of enc is frozen because going deeper costs 2 ms for 10 % of the score."
     )
-    assert why_no_deeper(manifest(0.0, *half), [FrozenStage("enc.3.q", {"step_ms": 2.0}, 3.0, 0.1)]) == (
-        "enc.3.q is frozen; going deeper would cost 2 ms for 10 % of the score."
+    deeper = [FrozenStage("enc.3.q", {"step_ms": 2.0}, 3.0, 0.1)]
+    said = "enc.3.q is frozen; going deeper would cost 2 ms for 10 % of the score"
+    assert why_no_deeper(manifest(0.0, *half, room=5.0), deeper) == f"{said}."
+    assert why_no_deeper(manifest(0.0, *half, room=1.0), deeper) == (
+        f"{said}, and does not fit into the budgets beside the other layers."
     )
     assert "no option there is worth its own costs" in why_no_deeper(manifest(0.5, *whole), [near])
     assert why_no_deeper(manifest(0.5, *whole), []) == ""
