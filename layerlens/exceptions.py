@@ -6,6 +6,7 @@ found; 1 is for what nobody foresaw.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import TypeVar
 
@@ -87,9 +88,16 @@ class OptimizationError(LayerLensError, RuntimeError):
 
 
 class InfeasibleError(OptimizationError):
-    """No allocation, or only the empty one, fits the budgets; the message has the smallest budgets that would do."""
+    """No allocation, or only the empty one, fits the budgets; the message has the smallest budgets that would do.
+
+    ``smallest`` has those by resource, unrounded and each alone where one alone is enough; empty where none is known.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, smallest: Mapping[str, float] | None = None) -> None:
+        super().__init__(message)
+        self.smallest = dict(smallest or {})
 
 
 class ManifestError(LayerLensError, ValueError):

@@ -13,7 +13,7 @@ from layerlens.config.compatibility import refuse_conflicts
 from layerlens.exceptions import ActivationCacheError
 from layerlens.jobs.checks import check
 from layerlens.jobs.choose import Decision, choose, compare, solve_stage, train_jointly, train_proxies
-from layerlens.jobs.hours import with_hours
+from layerlens.jobs.hours import told_in_hours, with_hours
 from layerlens.jobs.inputs import data_facts
 from layerlens.jobs.job import Job, Warn, job_with_model, job_without_model, unheard
 from layerlens.jobs.load import load
@@ -86,9 +86,11 @@ def _run(job: Job) -> RunResult:
     if measured is None:  # this process's share is handed in; process 0 goes on
         result: RunResult = job.processes.from_first("result")
         return result
-    job = replace(job, config=with_hours(job.config, measured.statistics))
+    given = job.config
+    job = replace(job, config=with_hours(given, measured.statistics))
     measured, trainings = train_proxies(job, loaded, measured)
-    decision = choose(job, loaded, measured)
+    with told_in_hours(given, measured.statistics):
+        decision = choose(job, loaded, measured)
     decision = compare(job, loaded, measured, decision)
     decision = train_jointly(job, loaded, measured, decision, trainings)
     with writing(job, RUN_FILES) as written:
@@ -129,8 +131,10 @@ def optimize_statistics(
 def _optimize(job: Job, statistics_path: Path) -> RunResult:
     spec, statistics = load_statistics(statistics_path)
     refuse_non_finite(statistics)
-    job = replace(job, config=with_hours(job.config, statistics))
-    solution = solve_stage(job, spec, statistics)
+    given = job.config
+    job = replace(job, config=with_hours(given, statistics))
+    with told_in_hours(given, statistics):
+        solution = solve_stage(job, spec, statistics)
     _warn_of_the_model_missing(job)
     facts = statistics.provenance
     if "model" not in facts or "data" not in facts.get("identity", {}):

@@ -11,7 +11,7 @@ from layerlens.exceptions import ActivationCacheError, ConfigurationError
 from layerlens.integrations.parameter_account import account_of
 from layerlens.jobs.choose import choose as choose_stage
 from layerlens.jobs.choose import compare, solve_stage, train_jointly, train_proxies
-from layerlens.jobs.hours import with_hours
+from layerlens.jobs.hours import told_in_hours, with_hours
 from layerlens.jobs.inputs import data_facts
 from layerlens.jobs.job import Job, Warnings
 from layerlens.jobs.load import Loaded
@@ -78,9 +78,11 @@ def plan(
     objects = Objects(model, data, task, loss, tokenizer, collator, new_head)
     with opened(objects, settings, budget_needed=True, progress=progress) as (job, loaded):
         measured = _measured(job, loaded)
-        job = replace(job, config=with_hours(job.config, measured.statistics))
+        given = job.config
+        job = replace(job, config=with_hours(given, measured.statistics))
         measured, trainings = train_proxies(job, loaded, measured)
-        decision = choose_stage(job, loaded, measured)
+        with told_in_hours(given, measured.statistics):
+            decision = choose_stage(job, loaded, measured)
         decision = compare(job, loaded, measured, decision)
         decision = train_jointly(job, loaded, measured, decision, trainings)
         factors = measured_factors(
@@ -161,9 +163,11 @@ def choose(statistics: Profile | str | Path, model: Any = None, **settings: Any)
     'optimal'
     """
     found = statistics if isinstance(statistics, Profile) else Profile.load(statistics)
-    config = with_hours(with_settings(found.config, settings), found.statistics)
+    given = with_settings(found.config, settings)
+    config = with_hours(given, found.statistics)
     job = Job(config, Path.cwd(), Path(), warnings=Warnings(), threads=max(1, config.runtime.threads))
-    solution = solve_stage(job, found.spec, found.statistics)
+    with told_in_hours(given, found.statistics):
+        solution = solve_stage(job, found.spec, found.statistics)
     provenance = run_provenance(config, job.threads, data_facts(found.statistics))
     manifest = make_manifest(found.spec, solution, config.optimization, model=found.model, provenance=provenance)
     notes = (*found.notes, *job.warnings.lines)

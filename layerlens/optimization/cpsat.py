@@ -144,7 +144,12 @@ def find_any(problem: AllocationProblem, deterministic_time: float, seed: int) -
     choice, infeasible = _search_whole(problem, deterministic_time, seed)
     if infeasible:
         needs = [_least_use(problem, r, deterministic_time, seed) for r in range(len(problem.resources))]
-        raise InfeasibleError(conflict_message(problem, needs))
+        smallest = {
+            name: float(problem.base[r]) + need
+            for r, (name, need) in enumerate(zip(problem.resources, needs, strict=True))
+            if need is not None
+        }
+        raise InfeasibleError(conflict_message(problem, needs), smallest)
     if choice is None:
         raise OptimizationError(
             "found no allocation that fits, and no proof that there is none; raise a budget or "

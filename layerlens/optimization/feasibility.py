@@ -68,20 +68,22 @@ def check_feasible(problem: AllocationProblem) -> None:
         return
     if (problem.capacity < least).any() and adapts.any():
         candidates = np.flatnonzero(adapts)  # the cheapest way to adapt anything, whichever layer was stuck first
-    raise InfeasibleError(_message(problem, candidates, need__ro[:, candidates], fits__ro[:, candidates], least))
+    raise InfeasibleError(*_message(problem, candidates, need__ro[:, candidates], fits__ro[:, candidates], least))
 
 
 def _message(
     problem: AllocationProblem, candidates: np.ndarray, need__rc: np.ndarray, fits__rc: np.ndarray, least: np.ndarray
-) -> str:
-    alternatives = []
+) -> tuple[str, dict[str, float]]:
+    """What to say, and the smallest budgets that would do."""
+    alternatives, smallest = [], {}
     for r in range(len(problem.resources)):
         others_fit = np.flatnonzero(np.all(np.delete(fits__rc, r, axis=0), axis=0))
         if others_fit.size:
             cheapest = others_fit[np.argmin(need__rc[r, others_fit])]
+            smallest[problem.resources[r]] = float(problem.base[r] + need__rc[r, cheapest])
             alternatives.append(_single(problem, r, float(need__rc[r, cheapest]), int(candidates[cheapest]), least))
     if alternatives:
-        return "; or ".join(alternatives)
+        return "; or ".join(alternatives), smallest
     total__rc = need__rc + problem.base[:, None]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         worst__c = np.max(np.where(fits__rc, 0.0, total__rc / problem.budget[:, None]), axis=0)
@@ -92,10 +94,12 @@ def _message(
         f"(got {_given(problem.budget[r])})"
         for r in exceeded
     )
-    return (
+    smallest = {problem.resources[r]: float(total__rc[r, nearest]) for r in exceeded}
+    told = (
         f"{len(exceeded)} budgets are too small for any option, and raising one alone is not enough: raise {wanted}, "
         f"which allows {option_name(problem.options[int(candidates[nearest])])}"
     )
+    return told, smallest
 
 
 def conflict_message(problem: AllocationProblem, needs: Sequence[float | None]) -> str:

@@ -19,6 +19,7 @@ def refusal(**budgets) -> str:
     with pytest.raises(InfeasibleError) as caught:
         solve(build_problem(spec, utilities, costs, OptimizationConfig(**budgets)))
     assert caught.value.exit_code == 3
+    assert caught.value.smallest
     return str(caught.value)
 
 

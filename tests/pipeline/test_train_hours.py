@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -95,7 +96,19 @@ def test_a_choice_keeps_the_hours_and_too_few_are_refused_with_the_smallest_that
     too_few = config_of(settings, {"max_steps": 500, "max_train_hours": 0.5 * hours_for(config, measured, use.base)})
     with pytest.raises(InfeasibleError, match=r"max_train_hours") as refused:
         optimize_statistics(saved_statistics, too_few, base_dir=tmp_path)
-    print(refused.value)
+    # The smallest that would do does, and a little less does not.
+    hours = float(re.search(r"at least (\S+) h are needed", str(refused.value)).group(1))
+    for share, fits in ((1.0, True), (0.9999, False)):
+        again = config_of(settings, {"max_steps": 500, "max_train_hours": share * hours})
+        if fits:
+            optimize_statistics(saved_statistics, again, base_dir=tmp_path)
+        else:
+            with pytest.raises(InfeasibleError, match=r"max_train_hours"):
+                optimize_statistics(saved_statistics, again, base_dir=tmp_path)
+    # Where the user's own budget of a step is the smaller one, the message is about that.
+    own = config_of(settings, {"max_steps": 500, "max_train_hours": 9.0}, max_step_ms=0.5 * use.base)
+    with pytest.raises(InfeasibleError, match=r"^optimization\.max_step_ms"):
+        optimize_statistics(saved_statistics, own, base_dir=tmp_path)
 
 
 def test_the_command_refuses_with_exit_code_3(settings, saved_statistics, tmp_path):
