@@ -43,7 +43,10 @@ def test_quickstart_runs_and_the_second_run_gives_the_same_bytes_from_the_cache(
     assert len({re.sub(r'"created_at": "[^"]*"', "", text) for text in texts}) == 1
     manifest = json.loads(texts[0])
     assert manifest["status"] == "optimal"
-    assert all(use["total"] <= use["budget"] for use in manifest["resources"])
+    limited = {use["resource"]: use for use in manifest["resources"] if use["budget"] is not None}
+    assert set(limited) == {"trainable_params", "flops", "vram_gb"}
+    assert all(use["total"] <= use["budget"] for use in limited.values())
+    assert "above the budget" not in first  # what is measured keeps the budgets too
     for name in ("manifest.yaml", "report.html", "statistics.safetensors", "peft/adapter_model.safetensors"):
         assert (tmp_path / "first" / name).stat().st_size > 0
 
