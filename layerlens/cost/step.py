@@ -81,7 +81,7 @@ def step_costs(
     scale = float(samples)
     if record.sequence_length:
         scale = samples * sequence_length / record.sequence_length
-    paid = _Paid(spec, options)
+    paid = _Paid(spec, record, options)
     for option, entry in paid.entries:
         paid.own[:, entry] = _own(
             paid.layers[option.layer], option, record, time_ms, parameter_ms, samples, sequence_length, state_values
@@ -199,7 +199,7 @@ def _readers(spec: ModelSpec, record: StepRecord, options: Sequence[Option]) -> 
 class _Paid:
     """Adds up costs by what causes them."""
 
-    def __init__(self, spec: ModelSpec, options: Sequence[Option]) -> None:
+    def __init__(self, spec: ModelSpec, record: StepRecord, options: Sequence[Option]) -> None:
         self.options = options
         self.layers = {layer.name: layer for layer in spec.layers}
         self.names = [layer.name for layer in spec.layers]
@@ -208,6 +208,7 @@ class _Paid:
         for option, entry in self.entries:
             of_layer[option.layer] |= 1 << entry
         self.of_layer = [of_layer[name] for name in self.names]
+        self.of_recorded = [of_layer[name] for name in record.layers]  # with layers that could not be measured
         self.own = np.zeros((2, len(options)))
         self.base = np.zeros(2)
         self.causes: dict[int, np.ndarray] = {}
@@ -220,7 +221,7 @@ class _Paid:
             return
         cause = 0
         for number in np.flatnonzero(layers[:-1]):
-            cause |= self.of_layer[number]
+            cause |= self.of_recorded[number]
         for entry in readers:
             cause |= 1 << entry
         if cause and cost.any():

@@ -229,3 +229,24 @@ def test_recording_changes_nothing_of_the_model():
     assert torch.equal(state, torch.get_rng_state())
     assert not model.training
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_layers_that_could_not_be_measured_change_nothing_for_the_others():
+    build, task, heads = MODELS["bert"]
+    torch.manual_seed(0)
+    model = build().requires_grad_(False)
+    batch = batch_of("bert")
+    labels = batch.pop("labels")
+    spec = model_spec(PretrainedModel(model, None, "", ()), "bert", methods=("lora",))
+    step = replace(recorded(StepOf(model, TASKS[task], batch, labels, heads), spec), rates=asdict(DEVICE))
+    left = spec.without({layer.name: "no gradient" for layer in spec.layers if ".layer.0." in layer.name})
+    profile = LatencyProfile(batch_size=SAMPLES, sequence_length=TOKENS)
+    config = OptimizationConfig(max_trainable_params=1, latency_profile=profile, methods=("lora",))
+    found = []
+    for one in (spec, left):
+        options = enumerate_options(one, {"lora": (2,)})
+        table = cost_table(one, Footprint(0.0, 0.0, step), options, config)
+        chosen = [n for n, option in enumerate(options) if option.rank and ".layer.0." not in option.layer]
+        totals = [table.total(np.array(part)) for part in (chosen, chosen[-2:], chosen[:1])]
+        found.append([(total["vram_gb"], total["step_ms"]) for total in totals])
+    assert found[1] == [pytest.approx(one, rel=1e-12) for one in found[0]]  # the same numbers, in another order
