@@ -117,7 +117,7 @@ class TransformersSource(ModelSource):
                 told = {"local_files_only": local_only, "trust_remote_code": request.trust_remote_code}
                 labels, heads = _head_settings(request, path, told)
                 model, info, streamed = _load_weights(request, path, heads, told)
-                tokenizer, images, processor = _load_processor(request, path, model.config, told)
+                tokenizer, images, processor, no_processor = _load_processor(request, path, model.config, told)
             except (ModelSpecError, DataError):
                 raise
             except (OSError, ValueError, KeyError) as error:
@@ -157,7 +157,7 @@ class TransformersSource(ModelSource):
             )
         new, drawn = trained_and_drawn(model, lacking)
         return PretrainedModel(
-            model, tokenizer, path, new, tuple(labels), images, streamed, drawn, processor, notes, tokens
+            model, tokenizer, path, new, tuple(labels), images, streamed, drawn, processor, notes, tokens, no_processor
         )
 
     def architectures(self, request: LoadRequest) -> tuple[str, ...]:
@@ -436,20 +436,23 @@ def _local_folder(path: str, local_only: bool) -> Path:
 
 def _load_processor(
     request: LoadRequest, path: str, config: Any, told: dict[str, Any]
-) -> tuple[Any, ImageInput | None, Any]:
-    """(tokenizer, images, processor): what was saved with the model of these three, as the task has use for."""
+) -> tuple[Any, ImageInput | None, Any, str]:
+    """What was saved with the model of (tokenizer, images, processor), as the task has use for, and why no processor."""
     from transformers import AutoProcessor, AutoTokenizer
 
+    reason = ""
     if request.kind.inputs == "image":
-        return None, _image_processor(path, config, told), None
+        return None, _image_processor(path, config, told), None, ""
     if has_towers(request.kind.auto_class, config):
-        with suppress(OSError, ValueError, KeyError, ImportError, TypeError):
+        try:
             processor = AutoProcessor.from_pretrained(path, **told)
             if hasattr(processor, "image_processor") and getattr(processor, "tokenizer", None) is not None:
-                return tokenizer_of(processor), None, processor
+                return tokenizer_of(processor), None, processor, ""
+        except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]  # said where the data has images
     spaced = request.kind.inputs == "words" and getattr(config, "model_type", "") in SPACE_BEFORE_WORDS
     settings = {"add_prefix_space": True} if spaced else {}
-    return tokenizer_of(AutoTokenizer.from_pretrained(path, **told, **settings)), None, None
+    return tokenizer_of(AutoTokenizer.from_pretrained(path, **told, **settings)), None, None, reason
 
 
 def _image_processor(path: str, config: Any, told: dict[str, Any]) -> ImageInput:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,11 @@ from layerlens.tasks.encoded import Encoded, common_prefix
 from layerlens.tasks.losses import IGNORED, causal_loss, logits_of
 from layerlens.tasks.metrics import TARGETS, Decode, Judged, Metrics, Record, finish_tokens, mean_loss
 from layerlens.tasks.task import Task
+
+PROCESSOR_FILE = "preprocessor_config.json"
+LEAVE_OUT = "; leave it out"
+TRIED = 3
+"""Samples of each number of images that the processor is tried with until it takes one."""
 
 
 def read(table: Table, config: DataConfig) -> Dataset:
@@ -52,9 +58,11 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
     """
     chat = Chat(pretrained)
     if pretrained.processor is None:
+        has = f"has no processor for them ({PROCESSOR_FILE}); take a vision-language model with its processor"
+        if pretrained.no_processor:
+            has = f"has one that cannot be loaded: {pretrained.no_processor}; mend that"
         raise ConfigurationError(
-            f"data.source: the rows have images, and {pretrained.path} has no processor for them "
-            "(preprocessor_config.json); take a vision-language model with its processor, or leave the column out"
+            f"data.source: the rows have images, and {pretrained.path} {has}, or leave the column out"
         )
     found = Encoded(len(dataset), config.max_length)
     for row in rows_of(dataset):
@@ -74,35 +82,108 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
     found.said |= chat.said
     if config.packing != "none":
         found.said["samples with images are not packed (data.packing)"] = None
-    return found
+    return _taken_by_processor(pretrained, found)
+
+
+def _taken_by_processor(pretrained: PretrainedModel, found: Encoded) -> Encoded:
+    """The samples without those that the processor refuses.
+
+    It is asked with a few samples of each number of images: of a number that it refuses every time, none is taken.
+
+    Raises:
+        ConfigurationError: it refuses all.
+    """
+    of_count = defaultdict[int, list[Features]](list)
+    for one in found:
+        of_count[len(one["images"])].append(one)
+    refused: dict[int, str] = {}
+    accepted: dict[bool, Features] = {}
+    for count, samples in sorted(of_count.items()):
+        for one in samples[:TRIED]:
+            reason = _refusal(pretrained, [one])
+            if not reason:
+                accepted[count > 0] = one
+                break
+            refused[id(one)] = reason
+        else:
+            refused |= dict.fromkeys(map(id, samples), reason)
+    if len(accepted) == len((False, True)):
+        reason = _refusal(pretrained, [accepted[False], accepted[True]])
+        if reason:
+            together = f"it has no image, and others have: together {reason}"
+            refused |= dict.fromkeys((id(one) for one in of_count[0]), together)
+    if found and len({id(one) for one in found} - set(refused)) == 0:
+        raise ConfigurationError(
+            f"data.source: no chat can be used: {next(iter(refused.values()))}; change the chats, or take a model "
+            "whose processor takes them"
+        )
+    kept = found.like()
+    for one in found:
+        if id(one) in refused:
+            kept.left_out[refused[id(one)]] += 1
+        else:
+            kept.append(one)
+    return kept
+
+
+def _refusal(pretrained: PretrainedModel, samples: Sequence[Features]) -> str:
+    """What a processor says against the samples; "" where it takes them."""
+    try:
+        collate(pretrained, samples)
+    except DataError as error:
+        return str(error).removeprefix("data.source: ").removesuffix(LEAVE_OUT)
+    return ""
 
 
 def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inputs, Any]:
-    """What the processor makes of the chats, with what the model takes of it, and labels [b, t]."""
+    """What the processor makes of the chats, with what the model takes of it, and labels [b, t].
+
+    Raises:
+        DataError: the processor refuses a chat, or an image cannot be read.
+    """
     import torch
 
     processor: Any = pretrained.processor
-    encoded = processor.apply_chat_template(
-        [_filled(row["turns"], row["images"]) for row in rows],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": len(rows) > 1},
-    )
+    filled = [_filled(row["turns"], row["images"]) for row in rows]
+    try:
+        encoded = processor.apply_chat_template(
+            filled,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": len(rows) > 1},
+        )
+    except Exception as error:  # processors raise whatever their code meets
+        counts = " and ".join(str(len(row["images"])) for row in rows)
+        said = " ".join(str(error).split())[:160]
+        raise DataError(
+            f"data.source: {type(processor).__name__} refuses a chat with {counts} images: "
+            f"{type(error).__name__}: {said}{LEAVE_OUT}"
+        ) from error
     taken = inspect.signature(pretrained.model.forward).parameters
     open_ended = any(one.kind is one.VAR_KEYWORD for one in taken.values())
     dtype = next(pretrained.model.parameters()).dtype
     inputs: Inputs = {
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in encoded.items()
-        if isinstance(value, torch.Tensor) and (open_ended or name in taken)
+        if isinstance(value, torch.Tensor) and name != "labels" and (open_ended or name in taken)
     }
+    by_suffix = "labels" in encoded and "token_type_ids" in inputs
     ids__bt = inputs["input_ids"]
     mask__bt = inputs.setdefault("attention_mask", torch.ones_like(ids__bt)).bool()
     labels__bt = torch.full_like(ids__bt, IGNORED)
     for place, row in enumerate(rows):
         whole = ids__bt[place][mask__bt[place]].tolist()
-        labels__bt[place][mask__bt[place]] = torch.tensor(spread_labels(row["input_ids"], row["labels"], whole))
+        labels = spread_labels(row["input_ids"], row["labels"], whole)
+        if _spoken(labels) != _spoken(row["labels"]):
+            raise DataError(
+                f"data.source: {type(processor).__name__} writes a chat otherwise than its chat template, so it is not "
+                f"known which tokens the assistant says{LEAVE_OUT}"
+            )
+        labels__bt[place][mask__bt[place]] = torch.tensor(labels)
+        if by_suffix:  # PaliGemma: tokens of type 0 see each other both ways, so what is predicted has to have type 1
+            first = int((labels__bt[place] != IGNORED).nonzero()[0])
+            inputs["token_type_ids"][place, first:] = mask__bt[place, first:].to(inputs["token_type_ids"].dtype)
     return inputs, labels__bt
 
 
@@ -121,6 +202,10 @@ def spread_labels(ids: Sequence[int], labels: Sequence[int], whole: Sequence[int
         return found
     found[len(whole) - tail :] = labels[len(ids) - tail :]
     return found
+
+
+def _spoken(labels: Sequence[int]) -> list[int]:
+    return [label for label in labels if label != IGNORED]
 
 
 def _filled(turns: Sequence[Any], images: Sequence[Any]) -> list[Any]:

@@ -247,6 +247,6 @@ def test_layers_that_could_not_be_measured_change_nothing_for_the_others():
         options = enumerate_options(one, {"lora": (2,)})
         table = cost_table(one, Footprint(0.0, 0.0, step), options, config)
         chosen = [n for n, option in enumerate(options) if option.rank and ".layer.0." not in option.layer]
-        totals = [table.total(np.array(part)) for part in (chosen, chosen[-2:], chosen[:1])]
+        totals = [table.total(np.array(part)) for part in (chosen, chosen[-2:])]
         found.append([(total["vram_gb"], total["step_ms"]) for total in totals])
     assert found[1] == [pytest.approx(one, rel=1e-12) for one in found[0]]  # the same numbers, in another order
