@@ -437,7 +437,7 @@ def _local_folder(path: str, local_only: bool) -> Path:
 def _load_processor(
     request: LoadRequest, path: str, config: Any, told: dict[str, Any]
 ) -> tuple[Any, ImageInput | None, Any, str]:
-    """What was saved with the model of (tokenizer, images, processor), as the task has use for, and why no processor."""
+    """(tokenizer, images, processor, why no processor): what was saved with the model, as the task has use for."""
     from transformers import AutoProcessor, AutoTokenizer
 
     reason = ""

@@ -1,4 +1,4 @@
-"""Tiny models with random weights and their processors, of the vision-language kinds that people tune, without a hub."""
+"""Tiny models with random weights and their processors, of the vision-language kinds that people tune."""
 
 from __future__ import annotations
 
@@ -196,9 +196,7 @@ def _idefics(name: str) -> Kind:
 
     def processor(words: Any) -> Any:
         if name == "idefics2":
-            images = hf.Idefics2ImageProcessor(
-                size={"shortest_edge": 4, "longest_edge": 8}, do_image_splitting=False
-            )
+            images = hf.Idefics2ImageProcessor(size={"shortest_edge": 4, "longest_edge": 8}, do_image_splitting=False)
             return hf.Idefics2Processor(images, words, image_seq_len=4)
         size = {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 8}}
         if name == "smolvlm":
@@ -254,8 +252,9 @@ def _aya() -> Kind:
     }  # fmt: skip
 
     def config(ids: dict[str, int]) -> Any:
+        vision = {**VISION, "model_type": "siglip_vision_model"}
         return hf.AyaVisionConfig(
-            text_config={**TEXT, "model_type": "cohere2"}, vision_config={**VISION, "model_type": "siglip_vision_model"},
+            text_config={**TEXT, "model_type": "cohere2"}, vision_config=vision,
             downsample_factor=2, image_token_index=ids["patch"], vision_feature_layer=-1, adapter_layer_norm_eps=1e-6,
             vision_feature_select_strategy="full",
         )  # fmt: skip

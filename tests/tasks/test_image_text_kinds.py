@@ -106,7 +106,9 @@ def test_a_model_whose_own_code_fails_is_named(rows: Path, tmp_path: Path):
         raise AttributeError("no image_outputs")
 
     pretrained.model.forward = fails
-    with pytest.raises(ModelSpecError, match="Llama4ForConditionalGeneration does not compute a batch .* no image_out"):
+    with pytest.raises(
+        ModelSpecError, match=r"Llama4ForConditionalGeneration does not compute a batch .* no image_out"
+    ):
         model_spec(pretrained, "x", inputs=inputs)
 
 
@@ -117,7 +119,7 @@ def test_what_a_processor_refuses_is_one_line(rows: Path, tmp_path: Path):
     row = {**ROWS[0], "images": [str(tmp_path / "thin.png")]}
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(row)}\n" * 2, encoding="utf-8")
-    with pytest.raises(ConfigurationError, match="no chat can be used: Qwen2VLProcessor refuses .* aspect ratio"):
+    with pytest.raises(ConfigurationError, match=r"no chat can be used: Qwen2VLProcessor refuses .* aspect ratio"):
         batches_of(pretrained, path)
     odd = [
         {**features[0], "images": load_dataset(DataConfig(source=str(path)), None, "causal-lm").columns["images"][0]}
