@@ -231,7 +231,8 @@ def _count_positions(
     except (AttributeError, TypeError, NotImplementedError) as error:  # of the model's own code, with right inputs
         raise ModelSpecError(
             f"model.name_or_path: {type(model).__name__} does not compute a batch of this data: "
-            f"{type(error).__name__}: {error}; try another version of the package that its code is from ({type(model).__module__})"
+            f"{type(error).__name__}: {error}; try another version of the package with its code "
+            f"({type(model).__module__})"
         ) from error
     finally:
         for handle in handles:
