@@ -17,8 +17,11 @@ from layerlens.cli.places import Debug, Json, Output, Quiet, Set, TrustRemoteCod
 from layerlens.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from layerlens.evaluation.from_config import StudyResult
     from layerlens.jobs.costs import Comparison
+    from layerlens.jobs.evaluated_costs import EvaluatedCosts
     from layerlens.models import Manifest
 
 NAMES = {
@@ -27,6 +30,9 @@ NAMES = {
     "step_memory_gb": "peak memory of a training step",
     "step_memory_above_weights_gb": "of it above weights and optimiser",
     "step_ms": "time of a training step",
+    "forward_ms": "of it forward pass and loss",
+    "backward_ms": "of it backward pass",
+    "optimizer_ms": "of it optimiser",
 }
 Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all cores.")]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Where the device's profile is kept.")]
@@ -83,12 +89,13 @@ def evaluate(
     manifest = subject
     plan = read_manifest(manifest)
     sizes = _sizes(plan, batch_size, sequence_length)
-    from layerlens.jobs.costs import device_profile, evaluate_costs
+    from layerlens.jobs.costs import device_profile
+    from layerlens.jobs.evaluated_costs import evaluate_costs
     from layerlens.utils.threads import set_threads
 
     set_threads(threads)
 
-    def job(progress: Any, warn: Any) -> dict[str, Comparison]:
+    def job(progress: Any, warn: Any) -> EvaluatedCosts:
         profile = device_profile(_cache(cache_dir), recalibrate=recalibrate, progress=progress)
         return evaluate_costs(
             plan,
@@ -100,11 +107,12 @@ def evaluate(
             sequence_length=sizes[1],
             trust_remote_code=trust_remote_code,
             progress=progress,
+            warn=warn,
         )
 
     result = do(job, quiet)
     if json:
-        output.json_result({name: _fields(each) for name, each in result.items()})
+        output.json_result(_as_json(result))
     elif not quiet:
         _show(result, sizes)
 
@@ -157,23 +165,57 @@ def _sizes(plan: Manifest, batch_size: int | None, sequence_length: int | None) 
     return found[0], found[1]
 
 
-def _fields(each: Comparison) -> dict[str, float]:
-    return {"predicted": each.predicted, "measured": each.measured, "relative_error": each.relative_error}
+def _as_json(result: EvaluatedCosts) -> dict[str, Any]:
+    def fields(found: dict[str, Comparison], parts: dict[str, float] | None) -> dict[str, Any]:
+        compared = {
+            name: {"predicted": each.predicted, "measured": each.measured, "relative_error": each.relative_error}
+            for name, each in found.items()
+        }
+        return compared | {name: {"measured": measured} for name, measured in (parts or {}).items()}
+
+    other = result.uniform_lora
+    return {
+        **fields(result.choice, result.parts),
+        "uniform_lora": None if other is None else fields(other, result.uniform_parts),
+    }
 
 
-def _show(result: dict[str, Comparison], sizes: tuple[int, int]) -> None:
+def _show(result: EvaluatedCosts, sizes: tuple[int, int]) -> None:
+    console = output.console()
+    console.print(_table(f"Costs of {sizes[0]} × {sizes[1]} tokens", result.choice, result.parts))
+    if result.uniform_lora is not None:
+        console.print(_table("Uniform LoRA of as many parameters", result.uniform_lora, result.uniform_parts or {}))
+        output.note(_beside(result.choice, result.uniform_lora))
+
+
+def _table(title: str, found: dict[str, Comparison], parts: dict[str, float]) -> Table:
     from layerlens.cli.output import amount
     from layerlens.cli.tables import new_table
 
-    table = new_table(f"Costs of {sizes[0]} × {sizes[1]} tokens")
+    table = new_table(title)
     table.add_column("")
     for name in ("predicted", "measured", "error"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, each in result.items():
+    for name, each in found.items():
         kind = "vram_gb" if name.endswith("_gb") else name
         error = f"{100 * each.relative_error:+.1f} %"
         table.add_row(NAMES[name], amount(kind, each.predicted), amount(kind, each.measured), error)
-    output.console().print(table)
+    for name, measured in parts.items():
+        table.add_row(NAMES[name], "", amount("step_ms", measured), "")
+    return table
+
+
+def _beside(own: dict[str, Comparison], other: dict[str, Comparison]) -> str:
+    """What the choice saves beside uniform LoRA, predicted and measured."""
+
+    def saved(name: str) -> str:
+        shares = []
+        for kind in ("predicted", "measured"):
+            share = 1.0 - getattr(own[name], kind) / getattr(other[name], kind)
+            shares.append(f"{abs(share):.0%} {'less' if share >= 0.0 else 'more'} {kind}")
+        return ", ".join(shares)
+
+    return f"Beside it, the choice takes: time a step {saved('step_ms')}; memory {saved('step_memory_gb')}."
 
 
 def _study(config: Path, directory: Path | None, settings: list[str] | None, *, json: bool, quiet: bool) -> None:

@@ -1,4 +1,4 @@
-"""``layerlens evaluate --costs``: what a manifest is predicted to cost, and what it costs on this machine."""
+"""What a choice is predicted to cost, by a trace of its very step, and what it costs on this machine."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from layerlens.integrations.expert_products import plain_products
 from layerlens.integrations.flops import FlopCounter
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
-from layerlens.models import Choice, Manifest
+from layerlens.models import Choice
 from layerlens.registry import METHODS, TASKS
-from layerlens.tuning import apply, read_factors
-from layerlens.tuning.base_model import fitting_choice, load_base
+from layerlens.tuning import apply, unapply
 from layerlens.utils.progress import Progress, silent
 
 STEP_SECONDS = 2.0
@@ -62,7 +61,7 @@ def compare_costs(
     cpu_time: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Comparison]:
-    """Inject the choice into the model (which keeps it) and hold the predictions against measurements.
+    """Inject the choice into the model, hold the predictions against measurements, and take the choice out again.
 
     Args:
         choice: what to inject.
@@ -114,6 +113,7 @@ def compare_costs(
         advance(1)
         measured_ms = time_ms(step, seconds=seconds, cpu_time=cpu_time)
         advance(1)
+    unapply(tuned)
     marks = [METHODS[method].parameter_mark for method in METHODS]
     own = sum(tensor.numel() for name, tensor in trained.items() if any(mark in name for mark in marks))
     return {
@@ -123,34 +123,6 @@ def compare_costs(
         "step_memory_above_weights_gb": Comparison(1e-9 * trace.peak_bytes, 1e-9 * measured_peak),
         "step_ms": Comparison(step_ms, measured_ms),
     }
-
-
-def evaluate_costs(
-    manifest: Manifest,
-    *,
-    model: str | None,
-    base_dir: Path,
-    measured_factors: Path,
-    profile: DeviceProfile,
-    batch_size: int,
-    sequence_length: int,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
-) -> dict[str, Comparison]:
-    """Load the manifest's base model and ``compare_costs``."""
-    with progress.stage("Loading model"):
-        pretrained = load_base(manifest, model, base_dir, trust_remote_code=trust_remote_code)
-    choice, _ = fitting_choice(pretrained.model, manifest)
-    factors = read_factors(measured_factors, choice)
-    return compare_costs(
-        choice,
-        pretrained,
-        profile,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        factors=factors,
-        progress=progress,
-    )
 
 
 def synthetic_batch(model: Any, task: str, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:

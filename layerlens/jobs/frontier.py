@@ -228,7 +228,13 @@ def _problems_with_any_budget(
 
 
 def is_shared(problem: AllocationProblem, resource: str) -> bool:
-    """Whether choices pay for some of the resource once: the frontier then has no hull of single options."""
+    """Whether choices pay for some of the resource once: the frontier is then traced by certified points alone.
+
+    ``optimization.frontier`` has the exact hull of such a resource too. It is not drawn, for two reasons. A point of it
+    may change many layers at once (a whole block opens), and a row of the hull names the one layer that changes. And
+    memory has a floor that is no sum over a choice (``CostTable.least``: a forward pass of the frozen model), so the
+    hull's lowest points would have budgets that no run accepts.
+    """
     row = problem.resources.index(resource)
     if any(charge.cost__r[row] for charge in problem.charges):
         return True

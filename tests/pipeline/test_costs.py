@@ -122,7 +122,7 @@ def test_commands(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.
     from layerlens.pipeline import run_config
 
     monkeypatch.setattr("layerlens.cost.device.SECONDS", 0.0)
-    monkeypatch.setattr("layerlens.jobs.costs.STEP_SECONDS", 0.01)
+    monkeypatch.setattr("layerlens.jobs.evaluated_costs.STEP_SECONDS", 0.01)
     monkeypatch.setattr("layerlens.jobs.costs.calibrate", lambda progress, cpu_time: PROFILE)
     path = str(run_config(RunConfig(**settings), base_dir=tmp_path).files["manifest_json"])
     cache = ["--cache-dir", str(tmp_path), "--threads", "1"]
@@ -134,7 +134,19 @@ def test_commands(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.
     found = json.loads(done.stdout)
     assert found["trainable_params"]["relative_error"] == 0.0
     assert abs(found["flops"]["relative_error"]) < 0.02
+    for each in (found, found["uniform_lora"]):
+        memory = each["step_memory_gb"]
+        assert 1.0 <= memory["predicted"] / memory["measured"] < 1.1
+        assert each["trainable_params"]["relative_error"] == 0.0
+        parts = [each[name]["measured"] for name in ("forward_ms", "backward_ms", "optimizer_ms")]
+        assert min(parts) > 0.0
+        assert each["step_ms"]["predicted"] > 0.0
+    assert found["uniform_lora"]["trainable_params"]["predicted"] <= found["trainable_params"]["predicted"]
+    # The prediction is the manifest's, but for the rates of the device.
+    uses = {use["resource"]: use for use in json.loads(Path(path).read_text(encoding="utf-8"))["resources"]}
+    assert found["step_memory_gb"]["predicted"] == pytest.approx(uses["vram_gb"]["total"], rel=0.02)
     shown = CliRunner().invoke(app, ["evaluate", path, "--costs", "--batch-size", "2", *cache])
-    assert "Costs of 2 × 16 tokens" in shown.stderr
+    for part in ("Costs of 2 × 16 tokens", "of it optimiser", "Uniform LoRA of as many parameters", "Beside it, "):
+        assert part in shown.stderr
     refused = CliRunner().invoke(app, ["evaluate", path])
     assert (refused.exit_code, "give --costs" in refused.stderr) == (2, True)
