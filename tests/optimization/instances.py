@@ -90,7 +90,7 @@ def large_problem(
 
 
 def small_model() -> tuple[ModelSpec, UtilityTable, CostTable]:
-    """Three layers × (none, lora 1, lora 4, adapter 2), with costs in all five resources and a base of three of them."""
+    """Three layers × (none, lora 1, lora 4, adapter 2), costs in all five resources and a base of three."""
     layers = [LayerSpec(f"layer.{index}", hidden_size=8, methods=("lora", "adapter")) for index in range(3)]
     spec = ModelSpec("small", total_params=1000, layers=layers)
     options = enumerate_options(spec, {"lora": (1, 4), "adapter": (2,)})
