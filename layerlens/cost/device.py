@@ -2,12 +2,14 @@
 
 Every kind of operation has time = overhead + FLOPs / rate + bytes / bandwidth, fitted by non-negative least squares on
 relative errors over sizes from tens of KiB to 16 MiB. Outputs are kept for a while, as a training step keeps them: what
-an operation writes to is not in the cache. Memory that is new to the process costs extra, by the GB.
+an operation writes to is not in the cache. Products take other operands in every call: weights and kept activations
+were last read long ago. Memory that is new to the process costs extra, by the GB.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import platform
 from collections import deque
@@ -40,7 +42,7 @@ from layerlens.models.step import (
 from layerlens.utils.atomic import atomic_write_text
 from layerlens.utils.progress import Progress, silent
 
-FORMAT = 2
+FORMAT = 3
 """A file of another format is measured again."""
 SECONDS = 0.08
 KEPT_BYTES = 64 * 2**20
@@ -127,11 +129,13 @@ def _cases(device: torch.device) -> Iterator[tuple[str, float, float, Callable[[
     def new(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device)
 
+    pool = new(KEPT_BYTES // 4)
+
     def product(a: torch.Tensor, b: torch.Tensor) -> tuple[str, float, float, Callable[[], object]]:
         rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
         batches = a.shape[0] if a.dim() == 3 else 1
         n_bytes = 4.0 * (a.numel() + b.numel() + batches * rows * columns)
-        return MATMUL, 2.0 * batches * rows * inner * columns, n_bytes, partial(torch.matmul, a, b)
+        return MATMUL, 2.0 * batches * rows * inner * columns, n_bytes, _on_other_operands(torch.matmul, (a, b), pool)
 
     for rows in (128, 512, 2048):
         for n_in, n_out in ((4, 384), (384, 4), (16, 768), (768, 16), (384, 384), (384, 1536), (1536, 384), (768, 768)):
@@ -160,6 +164,22 @@ def _cases(device: torch.device) -> Iterator[tuple[str, float, float, Callable[[
         yield RANDOM, 0.0, 8.0 * size, partial(torch.Tensor.bernoulli_, y.clone(), 0.9)
     yield VIEW, 0.0, 0.0, partial(torch.Tensor.view, new(64, 64), -1)
     yield VIEW, 0.0, 0.0, partial(torch.Tensor.t, new(64, 64))
+
+
+def _on_other_operands(
+    function: Callable[..., object], like: tuple[torch.Tensor, ...], pool: torch.Tensor
+) -> Callable[[], object]:
+    """``function`` on tensors of these shapes and strides, each call on the next ones in ``pool``, over and over."""
+    size = sum(tensor.numel() for tensor in like)
+    calls = []
+    for start in range(0, pool.numel() - size + 1, size)[:KEPT_OUTPUTS]:
+        operands = []
+        for tensor in like:
+            operands.append(pool.as_strided(tensor.shape, tensor.stride(), start))
+            start += tensor.numel()
+        calls.append(operands)
+    following = itertools.cycle(calls)
+    return lambda: function(*next(following))
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:

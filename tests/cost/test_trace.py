@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from layerlens.cost.device import DeviceProfile, Rates, load_profile, save_profile
+from layerlens.cost.device import FORMAT, DeviceProfile, Rates, load_profile, save_profile
 from layerlens.cost.trace import StepTrace, trace_step
 from layerlens.models.step import (
     ATTENTION,
@@ -84,5 +84,5 @@ def test_a_profile_is_read_as_written_and_measured_again_after_a_change_of_forma
     device = DeviceProfile("cpu", 2, dict.fromkeys(KINDS, Rates(1.0, 2.0, 3.0)), 4.0, 5.0, {MATMUL: 0.1})
     path = save_profile(device, tmp_path / "device.json")
     assert load_profile(path) == device
-    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    path.write_text(path.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
     assert load_profile(path) is None
