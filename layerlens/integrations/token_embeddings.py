@@ -7,12 +7,13 @@ names ``embed_tokens`` and ``lm_head`` alone. What comes out wrong is refused be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ModelSpecError
 from layerlens.models.tokens import ROWS, WHOLE, TokenRequest, TokenTraining
+
+if TYPE_CHECKING:
+    import torch
 
 RESIZE, TOKENS, TRAINING = "model.resize_token_embeddings", "model.trainable_tokens", "model.token_training"
 
@@ -87,6 +88,8 @@ def _why_not(by: str, first: str, tied: tuple[str, ...], output: Any) -> str:
 
 
 def _embedding(model: Any) -> torch.nn.Embedding:
+    import torch
+
     try:
         found = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
