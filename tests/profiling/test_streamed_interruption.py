@@ -47,8 +47,8 @@ def count_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return ran
 
 
-# Two blocks; 3 batches, and the footprint's, which runs each block twice; a block runs once more before its gradients, to see
-# which rows are of which sample. Blocks that are done do not run again.
+# Two blocks; 3 batches, and the footprint's, which runs each block twice; a block runs once more before its gradients,
+# to see which rows are of which sample. Blocks that are done do not run again.
 @pytest.mark.parametrize(
     ("stage", "count", "blocks_left"),
     [
