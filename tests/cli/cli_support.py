@@ -62,6 +62,7 @@ class FakePipeline(ModuleType):
             seconds={"profile": 1.25, "solve": 0.5},
             measured=measured,
             explanations=(),
+            frozen=(),
             warnings=("data.calibration_samples: asked for 256, the data has 9",),
             data=DataSummary("docstrings of the Python standard library", 9, 9),
         )
