@@ -75,7 +75,8 @@ def measure(job: Job, loaded: Loaded) -> Measured | None:
     with job.clock.stage("profile"):
         identity = statistics_identity(job, loaded)
         key = cache_key(identity)
-        same_everywhere(processes, "identity", identity)
+        # The user's code may know its rank, so what it is may differ where what is measured does not.
+        same_everywhere(processes, "identity", {name: one for name, one in identity.items() if name != "code"})
         cached = cache.get(key) if cache and processes.first else None
         statistics = None if cached is None else _with_head(job, loaded, cached[1])
         if not processes.from_first("statistics in the cache", cached is not None):

@@ -171,12 +171,12 @@ def _with_what_a_step_needs(costs: CostTable, config: OptimizationConfig) -> Opt
         if left < per_parameter:
             raise InfeasibleError(
                 f"optimization.{vocabulary.RESOURCES[resource].budget}: {budget:g} is less than a forward pass of the "
-                f"frozen model alone needs ({amount:.4g})"
+                f"frozen model alone needs ({amount:.4g}); the smallest that would do is above that"
             )
-        most = int(left / per_parameter)
+        most = left / per_parameter
         everything = float(costs.cost__ro[0].sum())
         if most < min(everything, config.max_trainable_params or everything):
-            config = config.model_copy(update={"max_trainable_params": most})
+            config = config.model_copy(update={"max_trainable_params": int(most)})
     return config
 
 

@@ -161,7 +161,7 @@ def test_run_from_a_saved_directory(settings: dict[str, Any], tmp_path: Path, so
     done = layerlens("run", configure(settings, tmp_path, source, name), "--json")
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)
-    assert not [line for line in told["warnings"] if not line.startswith("latency")]  # noise on a busy machine
+    assert not [line for line in told["warnings"] if not line.startswith(("latency", "optimization.max_vram_gb: "))]
     assert told["measured"]["step_zero_max_abs_delta"] == 0.0
     for resource in ("trainable_params", "flops"):
         assert told["measured"][resource]["predicted"] == told["measured"][resource]["measured"], resource
