@@ -181,6 +181,8 @@ def build(one: Architecture, directory: Path) -> None:
     torch.manual_seed(0)
     model = model_of(one).eval()
     ids = torch.arange(5, 29).reshape(2, 12)
+    if one.task == "sequence-classification":  # BART's and T5's classifiers read the state of the end of the text
+        ids[:, -1] = 1
     decoder = {"decoder_input_ids": ids} if one.task == "seq2seq" else {}
     with torch.no_grad():
         model(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder)

@@ -76,7 +76,7 @@ def measure(job: Job, loaded: Loaded) -> Measured | None:
         identity = statistics_identity(job, loaded)
         key = cache_key(identity)
         # The user's code may know its rank, so what it is may differ where what is measured does not.
-        same_everywhere(processes, "identity", {name: one for name, one in identity.items() if name != "code"})
+        same_everywhere(processes, "identity", _without_code(identity))
         cached = cache.get(key) if cache and processes.first else None
         statistics = None if cached is None else _with_head(job, loaded, cached[1])
         if not processes.from_first("statistics in the cache", cached is not None):
@@ -226,6 +226,11 @@ def by_batches_if_coupled(loaded: Loaded, warn: Warn) -> tuple[Sequence[Batch], 
         )
     warn(f"model.loss {why}: {BY_BATCHES}")
     return Units(batches), of_batches(loss, "model.loss")
+
+
+def _without_code(identity: dict[str, Any]) -> dict[str, Any]:
+    data = {name: one for name, one in identity.get("data", {}).items() if name != "functions"}
+    return {**{name: one for name, one in identity.items() if name != "code"}, "data": data}
 
 
 def fit_new_head(job: Job, loaded: Loaded, streams: Path | None = None) -> None:
