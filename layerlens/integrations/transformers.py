@@ -125,7 +125,7 @@ def full_batches() -> Iterator[None]:
     usual = MASKS["sdpa"]
 
     def full(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        if usual(*args, attention_mask=None, **kwargs) is None:
+        if attention_mask is not None and usual(*args, attention_mask=None, **kwargs) is None:
             return None
         return usual(*args, attention_mask=attention_mask, **kwargs)
 

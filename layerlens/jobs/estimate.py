@@ -22,6 +22,7 @@ from layerlens.jobs.recorded import config_of
 from layerlens.jobs.shapes import Shapes, shapes_of
 from layerlens.manifest.formats import quantity, resource_name
 from layerlens.manifest.tables import html_table, text_table
+from layerlens.methods import enumerate_options
 from layerlens.models import LORA, NONE, RESOURCES, LayerSpec, Manifest, ModelSpec, Option, ResourceUse
 from layerlens.registry import METHODS, TASKS
 from layerlens.sources import LoadRequest
@@ -257,19 +258,26 @@ def estimate_manifest(
     counted = profile.sequence_length if longer else config.data.max_length
     sites, methods = config.profiling.adapter_sites, config.optimization.methods
     on_cpu = profile.device_type == "cpu"
-    shapes = shapes_of(request, counted, adapter_sites=sites, methods=methods, on_cpu=on_cpu)
+    shapes = shapes_of(
+        request, counted, adapter_sites=sites, methods=methods, on_cpu=on_cpu, step_length=profile.sequence_length
+    )
     _refuse_other_shape(manifest, shapes.spec)
     options = [Option(row.layer, row.method, row.rank) for row in manifest.allocations if row.method != NONE]
     choice = f"{len(options)} of {len(manifest.allocations)} layers as in {name}"
-    return _estimate(shapes, options, settings, choice, {})
+    measured = {row.layer for row in manifest.allocations}
+    offered = [o for o in enumerate_options(shapes.spec, settings.ranks()) if o.layer in measured]
+    return _estimate(shapes, options, settings, choice, {}, among=offered)
 
 
 def _estimate(
-    shapes: Shapes, options: Sequence[Option], settings: OptimizationConfig, choice: str, left_out: Mapping[str, str]
-) -> Estimate:
+    shapes: Shapes, options: Sequence[Option], settings: OptimizationConfig, choice: str, left_out: Mapping[str, str],
+    among: Sequence[Option] = (),
+) -> Estimate:  # fmt: skip
+    """What ``options`` cost. Causes that cross are widened to options ``among`` those on offer, as in the run."""
     spec, profile = shapes.spec, settings.latency_profile
-    costs = cost_table(spec, shapes.footprint, options, settings)
-    uses, totals = [], costs.total(np.arange(len(options)))
+    every = tuple(dict.fromkeys((*among, *options)))
+    costs = cost_table(spec, shapes.footprint, every, settings)
+    uses, totals = [], costs.total(np.array([every.index(option) for option in options], dtype=np.int64))
     for name in RESOURCES:
         if name in costs.source:
             base, total = costs.base[name], totals[name]

@@ -73,10 +73,8 @@ def measure(job: Job, loaded: Loaded) -> Measured | None:
     """
     processes, cache = job.processes, job.cache
     with job.clock.stage("profile"):
-        identity = statistics_identity(job, loaded)
+        identity = _identity_of_all(job, statistics_identity(job, loaded))
         key = cache_key(identity)
-        # The user's code may know its rank, so what it is may differ where what is measured does not.
-        same_everywhere(processes, "identity", _without_code(identity))
         cached = cache.get(key) if cache and processes.first else None
         statistics = None if cached is None else _with_head(job, loaded, cached[1])
         if not processes.from_first("statistics in the cache", cached is not None):
@@ -228,9 +226,22 @@ def by_batches_if_coupled(loaded: Loaded, warn: Warn) -> tuple[Sequence[Batch], 
     return Units(batches), of_batches(loss, "model.loss")
 
 
-def _without_code(identity: dict[str, Any]) -> dict[str, Any]:
+def _identity_of_all(job: Job, identity: dict[str, Any]) -> dict[str, Any]:
+    """That of process 0, once all processes would measure the same.
+
+    The user's code may know its rank, so what it is may differ where what is measured does not: a warning says so.
+    """
     data = {name: one for name, one in identity.get("data", {}).items() if name != "functions"}
-    return {**{name: one for name, one in identity.items() if name != "code"}, "data": data}
+    told = {**{name: one for name, one in identity.items() if name != "code"}, "data": data}
+    same_everywhere(job.processes, "identity", told)
+    codes = job.processes.everyone("code", (identity.get("code"), identity.get("data", {}).get("functions")))
+    if any(code != codes[0] for code in codes):
+        job.warnings.add(
+            "the code of your functions, or what it refers to, is not the same in all processes (it may know its "
+            "rank); make sure that all machines have the same version"
+        )
+    first: dict[str, Any] = job.processes.from_first("identity of all", identity)
+    return first
 
 
 def fit_new_head(job: Job, loaded: Loaded, streams: Path | None = None) -> None:

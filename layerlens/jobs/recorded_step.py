@@ -31,6 +31,7 @@ from layerlens.utils.places import default_cache_dir
 UNRECORDABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 """What a model may raise that looks at numbers where there are none."""
 SAMPLES = (2, 4)
+MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class StepOf:
     def _made(self, samples: int) -> dict[str, torch.Tensor]:
         made = {}
         for name, like in self.inputs.items():
-            if name != "attention_mask" or "input_ids" not in self.inputs:  # a full batch needs none
+            if name not in MASKS or "input_ids" not in self.inputs:  # a full batch needs none
                 if self.real:
                     made[name] = like[torch.arange(samples) % len(like)]
                 else:

@@ -59,7 +59,7 @@ class Shapes:
 
 def shapes_of(
     request: LoadRequest, sequence_length: int, *, adapter_sites: str = "residual", methods: Collection[str] = (),
-    on_cpu: bool = True,
+    on_cpu: bool = True, step_length: int | None = None,
 ) -> Shapes:  # fmt: skip
     """Build the model of ``request`` from its configuration and count a step on full batches.
 
@@ -68,6 +68,7 @@ def shapes_of(
         sequence_length: tokens of the sequences that are counted; not read for models of images.
         adapter_sites, methods: see ``model_spec``.
         on_cpu: whether weights are for a CPU, on which some quantized ones are unpacked.
+        step_length: tokens of the sequences of the recorded training step; ``sequence_length`` unless given.
 
     Raises:
         ModelNotFoundError: the configuration cannot be found or read.
@@ -90,7 +91,8 @@ def shapes_of(
             )
             counted = frozen_footprint(model, next(iter(blocks_of(model)), None), inputs)
             heads = task_heads(model) if request.kind.new_head else ()
-            step = _step(StepOf(model, request.kind, inputs, torch.zeros(SAMPLES, dtype=torch.int64), heads), spec)
+            trained = _inputs(request, pretrained, step_length or sequence_length)
+            step = _step(StepOf(model, request.kind, trained, torch.zeros(SAMPLES, dtype=torch.int64), heads), spec)
     except (RuntimeError, NotImplementedError) as error:  # what some models do by the values that they see
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelSpecError(

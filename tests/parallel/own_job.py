@@ -44,6 +44,8 @@ def points() -> Points:
 
 
 def loss(output: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    if not output.requires_grad:  # a trial of half a batch, before the measurement
+        return torch.nn.functional.cross_entropy(output, numbers % 3, reduction="none")
     log = Path.cwd() / f"measured-{RANK}.txt"
     begun = log.read_text().splitlines() if log.exists() else []
     with log.open("a") as file:
