@@ -52,6 +52,7 @@ def model_spec(
     inputs: Mapping[str, torch.Tensor] | None = None,
     methods: Collection[str] = (),
     only: Sequence[str] = (),
+    counted: bool = False,
 ) -> ModelSpec:
     """The layers of a model in forward order.
 
@@ -68,6 +69,8 @@ def model_spec(
         methods: what is on offer: a method that is measured on request only is taken where it is named here.
         only: patterns for the names of layers, or for what follows a dot in them; empty for all.
 
+        counted: the layers are counted without weights, and none is measured from disk.
+
     Raises:
         ModelSpecError: the model has no layer that can take LoRA, or none that ``only`` names.
     """
@@ -80,7 +83,11 @@ def model_spec(
     around: tuple[str, ...] | None = blocks
     if len(of_block) < SHARE_OF_BLOCKS * sum(map(_is_layer, modules.values())):
         of_block, around = _other_layers(modules, new_modules(model, pretrained.new_parameters)), None
-    asked = layers_asked_for(model, of_block, only, streamed=pretrained.streamed is not None) if only else None
+    asked = (
+        layers_asked_for(model, of_block, only, streamed=pretrained.streamed is not None and not counted)
+        if only
+        else None
+    )
     of_block = of_block if asked is None else asked.of_block
     dense = [path for path in of_block if path not in stacks]
     reasons = {path: why_router(path, modules) or why_no_lora(path, modules[path]) for path in dense}

@@ -24,6 +24,7 @@ from layerlens.manifest.formats import quantity, resource_name
 from layerlens.manifest.tables import html_table, text_table
 from layerlens.methods import enumerate_options
 from layerlens.models import LORA, NONE, RESOURCES, LayerSpec, Manifest, ModelSpec, Option, ResourceUse
+from layerlens.models.tokens import TokenTraining
 from layerlens.registry import METHODS, TASKS
 from layerlens.sources import LoadRequest
 from layerlens.tasks.guess import task_of_class
@@ -259,8 +260,9 @@ def estimate_manifest(
     sites, methods = config.profiling.adapter_sites, config.optimization.methods
     on_cpu = profile.device_type == "cpu"
     shapes = shapes_of(
-        request, counted, adapter_sites=sites, methods=methods, on_cpu=on_cpu, step_length=profile.sequence_length
-    )
+        request, counted, adapter_sites=sites, methods=methods, on_cpu=on_cpu, step_length=profile.sequence_length,
+        only=config.profiling.layers, tokens=TokenTraining.of(facts.tokens) if facts.tokens else None,
+    )  # fmt: skip
     _refuse_other_shape(manifest, shapes.spec)
     options = [Option(row.layer, row.method, row.rank) for row in manifest.allocations if row.method != NONE]
     choice = f"{len(options)} of {len(manifest.allocations)} layers as in {name}"
@@ -307,6 +309,13 @@ def _notes(shapes: Shapes, left_out: Mapping[str, str]) -> Iterator[str]:
     )
     if shapes.head_params:
         yield f"A task head of {shapes.head_params:,} parameters is trained beside them."
+    if shapes.spec.tokens is not None:
+        yield f"Rows of embeddings with {shapes.spec.tokens.trainable_params:,} parameters are trained beside them."
+    if shapes.unrecorded:
+        yield (
+            f"No training step could be recorded ({shapes.unrecorded}), so memory is an upper bound and the time of a "
+            "step is not predicted."
+        )
     if shapes.stored:
         yield f"{shapes.stored} Weights that are not quantized are in {shapes.request.dtype}."
     for layer, reason in left_out.items():

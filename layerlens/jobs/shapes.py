@@ -6,7 +6,7 @@ only. It is counted here by the same functions, on tensors without data, on the 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from layerlens.integrations.transformers import blocks_of, longest_sequence, tas
 from layerlens.jobs.recorded_step import UNRECORDABLE, StepOf, recorded
 from layerlens.models import Footprint, ModelSpec
 from layerlens.models.step import StepRecord
+from layerlens.models.tokens import TokenTraining
 from layerlens.profiling.footprint import SAMPLES, frozen_footprint, without_data
 from layerlens.sources import LoadRequest
 
@@ -41,6 +42,7 @@ class Shapes:
         footprint: of a step of the frozen model, for each token, or each sample where ``spec.per_sample``.
         counted_length: tokens of the sequences that it was counted on; 0 where there are none.
         stored: how the size of quantized weights is known, a sentence; "" where they are dense.
+        unrecorded: why no training step could be recorded; "" where one is.
     """
 
     request: LoadRequest
@@ -49,6 +51,7 @@ class Shapes:
     footprint: Footprint
     counted_length: int
     stored: str = ""
+    unrecorded: str = ""
 
     @property
     def head_params(self) -> int:
@@ -59,7 +62,7 @@ class Shapes:
 
 def shapes_of(
     request: LoadRequest, sequence_length: int, *, adapter_sites: str = "residual", methods: Collection[str] = (),
-    on_cpu: bool = True, step_length: int | None = None,
+    on_cpu: bool = True, step_length: int | None = None, only: Sequence[str] = (), tokens: TokenTraining | None = None,
 ) -> Shapes:  # fmt: skip
     """Build the model of ``request`` from its configuration and count a step on full batches.
 
@@ -69,14 +72,18 @@ def shapes_of(
         adapter_sites, methods: see ``model_spec``.
         on_cpu: whether weights are for a CPU, on which some quantized ones are unpacked.
         step_length: tokens of the sequences of the recorded training step; ``sequence_length`` unless given.
+        only: as ``profiling.layers``: patterns for the layers on offer; empty for all of the blocks.
+        tokens: rows of the embeddings that are trained beside what is chosen.
 
     Raises:
         ModelNotFoundError: the configuration cannot be found or read.
         ModelSpecError: the model cannot be built from it, not for the task, or not be counted without its weights.
         ConfigurationError: the model takes no sequences so long.
     """
-    pretrained = request.source.without_weights(request)
-    model = pretrained.model
+    pretrained = replace(request.source.without_weights(request), tokens=tokens)
+    model: Any = pretrained.model
+    if tokens is not None:
+        model.resize_token_embeddings(tokens.rows, mean_resizing=False)
     limit = longest_sequence(model)
     if request.kind.inputs != "image" and limit is not None and sequence_length > limit:
         raise ConfigurationError(
@@ -87,12 +94,20 @@ def shapes_of(
             inputs = _inputs(request, pretrained, sequence_length)
             per_sample = None if "input_ids" in inputs else inputs
             spec = model_spec(
-                pretrained, request.reference, adapter_sites=adapter_sites, inputs=per_sample, methods=methods
+                pretrained,
+                request.reference,
+                adapter_sites=adapter_sites,
+                inputs=per_sample,
+                methods=methods,
+                only=only,
+                counted=True,
             )
             counted = frozen_footprint(model, next(iter(blocks_of(model)), None), inputs)
             heads = task_heads(model) if request.kind.new_head else ()
+            heads += tokens.whole_modules if tokens else ()
             trained = _inputs(request, pretrained, step_length or sequence_length)
-            step = _step(StepOf(model, request.kind, trained, torch.zeros(SAMPLES, dtype=torch.int64), heads), spec)
+            of = StepOf(model, request.kind, trained, torch.zeros(SAMPLES, dtype=torch.int64), heads)
+            step, unrecorded = _step(of, spec)
     except (RuntimeError, NotImplementedError) as error:  # what some models do by the values that they see
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelSpecError(
@@ -100,7 +115,8 @@ def shapes_of(
             "`layerlens run` measures it"
         ) from error
     spec, stored = _as_stored(request, pretrained, spec, on_cpu)
-    return Shapes(request, model, spec, Footprint(*counted, step), 0 if spec.per_sample else sequence_length, stored)
+    length = 0 if spec.per_sample else sequence_length
+    return Shapes(request, model, spec, Footprint(*counted, step), length, stored, unrecorded)
 
 
 def _as_stored(
@@ -118,12 +134,12 @@ def _as_stored(
     return (spec if sizes.bytes is None else replace(spec, weight_bytes=sizes.bytes)), sizes.said
 
 
-def _step(of: StepOf, spec: ModelSpec) -> StepRecord | None:
-    """A recorded training step; None where the model cannot be recorded."""
+def _step(of: StepOf, spec: ModelSpec) -> tuple[StepRecord | None, str]:
+    """A recorded training step; where the model cannot be recorded, None and the reason."""
     try:
-        return recorded(of, spec)
-    except UNRECORDABLE:
-        return None
+        return recorded(of, spec), ""
+    except UNRECORDABLE as error:
+        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _inputs(request: LoadRequest, pretrained: PretrainedModel, sequence_length: int) -> dict[str, torch.Tensor]:

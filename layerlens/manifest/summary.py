@@ -133,13 +133,15 @@ def worth(manifest: Manifest) -> str:
         return ""
     parts = []
     for resource, what, base in (
-        ("step_ms", "time a step", 0.0), ("vram_gb", "memory above the base", uses["vram_gb"].base),
+        ("step_ms", "time a step", 0.0), ("vram_gb", "memory beyond the frozen model", uses["vram_gb"].base),
     ):  # fmt: skip
         own, uniform = uses[resource].total - base, other[resource] - base
         if uniform > 0.0:
             share = 1.0 - own / uniform
             parts.append(f"{percent(abs(share), digits=0)} {'less' if share >= 0.0 else 'more'} {what}")
-    return f"Beside uniform LoRA of as many parameters: {' and '.join(parts)} (predicted)." if parts else ""
+    if not parts:
+        return ""
+    return f"Compared with uniform LoRA of the same number of parameters: {' and '.join(parts)} (predicted)."
 
 
 def budget_facts(use: ResourceUse) -> dict[str, Any]:

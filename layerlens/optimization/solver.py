@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -132,17 +132,8 @@ def solve(
         bound = max(value, min(bound, ldexp(incumbent.bound, unscaled)))
         stages.append("long-search")
     used = np.array([exact_sum(row[choice]) for row in problem.cost__ro])
-    if np.any(used > problem.capacity):
-        raise OptimizationError(f"internal: the allocation uses {used} of {problem.capacity}; please report this")
-    return Allocation(
-        choice=choice,
-        value=value,
-        upper_bound=bound,
-        used=used,
-        multipliers=_multipliers(problem, reduced, dual.price),
-        status="optimal" if _closed(value, bound, gap_tolerance) else "feasible",
-        solver=" + ".join(dict.fromkeys(stages)),
-    )
+    multipliers = _multipliers(problem, reduced, dual.price)
+    return _allocation(problem, choice, used, value, bound, multipliers, gap_tolerance, stages)
 
 
 def solve_charged(
@@ -180,6 +171,18 @@ def solve_charged(
     assert found.choice is not None
     choice, value, bound = found.choice, found.value, found.bound
     used = true_use(problem, choice)
+    return _allocation(problem, choice, used, value, bound, found.multipliers, gap_tolerance, found.stages)
+
+
+def _allocation(
+    problem: AllocationProblem, choice: np.ndarray, used: np.ndarray, value: float, bound: float,
+    multipliers: np.ndarray, gap_tolerance: float, stages: Sequence[str],
+) -> Allocation:  # fmt: skip
+    """The answer, whose exact use is within every budget.
+
+    Raises:
+        OptimizationError: it is not: a fault of the search.
+    """
     if np.any(used > problem.capacity):
         raise OptimizationError(f"internal: the allocation uses {used} of {problem.capacity}; please report this")
     return Allocation(
@@ -187,9 +190,9 @@ def solve_charged(
         value=value,
         upper_bound=bound,
         used=used,
-        multipliers=found.multipliers,
+        multipliers=multipliers,
         status="optimal" if _closed(value, bound, gap_tolerance) else "feasible",
-        solver=" + ".join(found.stages),
+        solver=" + ".join(dict.fromkeys(stages)),
     )
 
 

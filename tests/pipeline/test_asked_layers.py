@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does n
 
 import tokenizers_of_ones_own as own
 
+import layerlens
 from layerlens.cli.main import app
 from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError, ModelSpecError
@@ -104,6 +105,8 @@ def test_run_train_and_merge_with_embeddings_and_the_output_layer(tmp_path: Path
     chosen = {row.layer: (row.method, row.rank, row.cost) for row in manifest.allocations}
     assert chosen["model.embed_tokens"] == ("lora", 2, 2 * (len(tokenizer) + 16))
     assert chosen["lm_head"][0] == "lora"
+    for counted, recorded in zip(layerlens.estimate(manifest).resources, manifest.resources, strict=True):
+        assert counted.total == pytest.approx(recorded.total, rel=1e-12), (counted, recorded)
     base, ids = hf.AutoModelForCausalLM.from_pretrained("model"), torch.tensor([[1, 5, 7, 3]])
 
     def logits(model: Any) -> torch.Tensor:

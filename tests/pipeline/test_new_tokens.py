@@ -102,6 +102,9 @@ def test_run_train_apply_and_merge(folder: Path, tied: bool, by: str):
     use = next(one for one in manifest.resources if one.resource == "trainable_params")
     assert use.base == tokens.trainable_params
     assert use.total == tokens.trainable_params + manifest.trainable_params <= 40_000
+    # By the configuration alone, the same costs; sums of some float64 numbers, in another order.
+    for ours_, recorded in zip(layerlens.estimate(manifest).resources, manifest.resources, strict=True):
+        assert ours_.total == pytest.approx(recorded.total, rel=1e-12), (ours_, recorded)
     exported, anew = (Path(place) / "adapter_model.safetensors" for place in ("out/peft", "again/peft"))
     assert exported.read_bytes() == anew.read_bytes()  # the same rows are drawn again
     base = hf.AutoModelForCausalLM.from_pretrained("model")
