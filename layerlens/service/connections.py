@@ -6,7 +6,8 @@ sends half a header on many connections takes all descriptors. Here
 - the listener counts what it accepts, TLS handshakes included, so that the sum stays below the descriptor limit;
 - where there is no room, connections that wait for a request make way, oldest first; where all are at work, new ones
   wait in the kernel's queue;
-- every connection has a deadline for what is due next: a header, a body at a least rate, an answer that is read.
+- every connection has a deadline for what is due next: a header, a body at a least rate, an answer that is read;
+- whoever has filled the share of its address with requests at work may still ask for /healthz, as a guest.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import itertools
 import os
 import resource
 import socket
@@ -44,6 +46,12 @@ CLOSE_S = 5.0
 SWEEP_S = 0.25
 YOUNG_S = 0.05
 """A connection that has sent nothing yet, and came just now, makes way for nobody: its request is about to be read."""
+
+GUESTS = 64
+"""Connections beyond the share of their address that may be open: each may ask for /healthz, and for nothing else."""
+GUEST_S = 1.0
+"""For a guest's request."""
+GUEST_REQUEST = b"GET /healthz"
 
 SLOW_S, SLOW_BYTES_PER_S = 0.25, 8192.0
 """A body that has come more slowly than this makes way where there is no room."""
@@ -79,6 +87,11 @@ class Room:
     connections: int
     per_address: int
     files: int
+
+    @property
+    def guests(self) -> int:
+        """Connections beyond their address's share; the other half of what is left stays with other addresses."""
+        return min(GUESTS, (self.connections - self.per_address) // 2)
 
 
 def room_for(settings: ServiceSettings) -> Room:
@@ -125,6 +138,8 @@ class Counted(socket.socket):
     busy = False
     """Has a request whose answer is not complete."""
     deadline: float | None = None
+    guest = False
+    """Is beyond the share of its address."""
     protocol: TimedProtocol | None = None
 
     def waits(self, now: float) -> bool:
@@ -133,6 +148,14 @@ class Counted(socket.socket):
             return not self.busy
         seconds = now - self.protocol.body_since
         return seconds > SLOW_S and self.protocol.came < SLOW_BYTES_PER_S * seconds
+
+    @property
+    def unread(self) -> bool:
+        """Whether bytes came that this process has not read yet: then it is behind, and not the client."""
+        try:
+            return bool(self.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:  # there are none, or it is closed
+            return False
 
     @property
     def rank(self) -> int:
@@ -169,6 +192,7 @@ class Connections:
         self.open: dict[int, Counted] = {}
         self.leaving: set[Counted] = set()
         self.of_address: Counter[str] = Counter()
+        self.guests: dict[Counted, None] = {}
         self.made_way = self.refused = self.timed_out = 0
 
     def make_room(self) -> None:
@@ -186,17 +210,32 @@ class Connections:
         raise Full
 
     def admit(self, connection: Counted, address: str) -> bool:
-        """Whether a connection that was accepted may stay."""
+        """Whether a connection that was accepted may stay, as a guest where its address has its share."""
         counted_as = _counted_as(address)
-        if self.of_address[counted_as] >= self.room.per_address and not self._drop_waiting(counted_as):
+        guest = self.of_address[counted_as] >= self.room.per_address and not self._drop_waiting(counted_as)
+        if guest and not self._place_for_a_guest():
             self.refused += 1
             return False
-        connection.registry, connection.address = self, counted_as
+        connection.registry, connection.address, connection.guest = self, counted_as, guest
         connection.since = time.monotonic()
-        connection.deadline = connection.since + HEADER_S
+        connection.deadline = connection.since + (GUEST_S if guest else HEADER_S)
         self.open[connection.fileno()] = connection
-        self.of_address[counted_as] += 1
+        if guest:
+            self.guests[connection] = None
+        else:
+            self.of_address[counted_as] += 1
         return True
+
+    def _place_for_a_guest(self) -> bool:
+        """There is one, or the guest that has waited longest makes way."""
+        if len(self.guests) < self.room.guests:
+            return True
+        now = time.monotonic()
+        waiting = (one for one in self.guests if one.waits(now) and now - one.since > YOUNG_S and not one.unread)
+        chosen = next(waiting, None)
+        if chosen is not None:
+            self._leave(chosen)
+        return chosen is not None
 
     def forget(self, connection: Counted) -> None:
         """Its descriptor is about to be closed."""
@@ -205,29 +244,40 @@ class Connections:
             self.leaving.discard(connection)
 
     def _uncount(self, connection: Counted) -> None:
-        if connection not in self.leaving:
+        if connection.guest:
+            self.guests.pop(connection, None)
+        elif connection not in self.leaving:
             self.of_address[connection.address] -= 1
             if not self.of_address[connection.address]:
                 del self.of_address[connection.address]
 
     def _drop_waiting(self, address: str | None) -> bool:
-        """Close some that wait for a request, half-sent ones first, then those that have waited longest."""
+        """Close some that wait for a request, half-sent ones first, then those that have waited longest.
+
+        A guest counts for nobody's share.
+        """
         now = time.monotonic()
 
         waiting = [
             one
             for one in self.open.values()
-            if address in (None, one.address) and one.waits(now) and one not in self.leaving
+            if address is None or (address == one.address and not one.guest)
+            if one.waits(now) and one not in self.leaving
             if one.rank < NOTHING_YET or now - one.since > YOUNG_S
         ]
         waiting.sort(key=lambda one: (one.rank, one.since))
-        chosen = waiting[: max(1, self.room.connections // 20)]
+        silent = (one for one in waiting if one.rank == HALF_SENT or not one.unread)
+        chosen = list(itertools.islice(silent, max(1, self.room.connections // 20)))
         for one in chosen:
-            self._uncount(one)
-            self.leaving.add(one)
-            one.drop()
-        self.made_way += len(chosen)
+            self._leave(one)
         return bool(chosen)
+
+    def _leave(self, connection: Counted) -> None:
+        """Close one that makes way."""
+        self._uncount(connection)
+        self.leaving.add(connection)
+        connection.drop()
+        self.made_way += 1
 
     async def work(self) -> None:
         """End what is over its deadline, until cancelled."""
@@ -312,6 +362,8 @@ class TimedProtocol(H11Protocol):
     """Since when a body is incomplete."""
     writing = False
     """Bytes of an answer wait to be taken."""
+    asked = b""
+    """What a guest has sent, as long as it may become what it may ask."""
 
     def connection_made(self, transport: Any) -> None:
         """See ``asyncio.Protocol``, as for those below."""
@@ -321,11 +373,25 @@ class TimedProtocol(H11Protocol):
             self.place.protocol = self
 
     def data_received(self, data: bytes) -> None:
+        if self.place is not None and self.place.guest and not self.asked.startswith(GUEST_REQUEST):
+            self.asked += data
+            if not self.asked.startswith(GUEST_REQUEST):
+                if not GUEST_REQUEST.startswith(self.asked):
+                    self._send_away()
+                return
+            data = self.asked
         self.came += len(data)
         super().data_received(data)
         self._look()
 
+    def _send_away(self) -> None:
+        self.registry.refused += 1
+        self.transport.write(NO_ROOM)
+        self.transport.close()
+
     def on_response_complete(self) -> None:
+        if self.place is not None and self.place.guest:
+            self.transport.close()
         super().on_response_complete()
         self._look()
 
@@ -370,6 +436,8 @@ class TimedProtocol(H11Protocol):
             self.place.deadline = now + BODY_S  # it is the server that is behind
         elif answering and self.cycle.response_started:
             self.transport.abort()
+        elif self.place is not None and self.place.guest and not self.asked.startswith(GUEST_REQUEST):
+            self._send_away()
         else:
             if answering or self.half:
                 self.transport.write(TIMED_OUT)

@@ -41,6 +41,8 @@ from layerlens.utils.progress import Advance
 OUTCOME, LOG, TEMPORARY = "outcome.json", "log.txt", "tmp"
 PROGRESS_EVERY_S = 0.5
 UNEXPECTED, INTERRUPTED = 1, 130
+NICENESS = 5
+"""Jobs take what the server leaves: it answers while all cores compute."""
 
 
 class Stopped(BaseException):
@@ -72,6 +74,7 @@ class Order:
 def run_job(order: Order) -> None:
     """Entry point of the process."""
     os.setpgid(0, 0)  # Ctrl-C at the server's terminal is the server's business
+    os.nice(NICENESS)
     order.folder.mkdir(parents=True, exist_ok=True)
     _log_to(order.folder / LOG)
     _die_with_server()

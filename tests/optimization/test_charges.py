@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from charged_instances import exhaustive, random_charged
+from charged_instances import exhaustive_at_once, random_charged
 from instances import problem_of
 from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -39,7 +39,7 @@ def test_bound_budgets_and_optimum_hold_against_exhaustive_search(refine):
     found, closed = 0, 0
     for seed in range(120):
         problem = random_charged(seed + 120 * refine, max_allocations=250)
-        best = exhaustive(problem)
+        best = exhaustive_at_once(problem)
         try:
             allocation = solve(problem, refine=refine)
         except InfeasibleError:
@@ -195,7 +195,7 @@ def test_the_bound_of_each_mode_holds_at_any_price():
         price = price * charged.reduced.largest_value / charged.instance.capacity
         state = charged.at(price)
         bounds = [charged.bound(price, float(score)) for score in state.score]
-        best = exhaustive(problem)
+        best = exhaustive_at_once(problem)
         if best is not None:
             assert max(bounds) >= math.ldexp(best[0], charged.reduced.value_exponent)
             mode = int(np.argmax(state.score))

@@ -313,6 +313,44 @@ def test_who_makes_way_when_all_places_are_taken():
     assert not registry.of_address
 
 
+def test_whoever_has_filled_its_share_may_still_ask_whether_the_server_lives():
+    """Its share is at work, so that nothing can make way: what else it asks is refused, and guests are few."""
+
+    async def fill(served: Served) -> bytes:
+        held = [await asyncio.open_connection("127.0.0.1", served.port) for _ in range(4)]
+        for _, writer in held:
+            writer.write(b"POST /read HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        while sum(one.busy for one in served.connections.open.values()) < 4:
+            await asyncio.sleep(0.01)
+        health, other = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /heal HTTP/1.1\r\nHost: x\r\n\r\n"
+        assert (await served.talk(health)).endswith(b"\r\n\r\nok")  # and is closed: one request a guest
+        assert (await served.talk(health[:6], health[6:], pause_s=0.02)).endswith(b"\r\n\r\nok")
+        assert (await served.talk(other)).startswith(b"HTTP/1.1 503 ")
+        silent = [await asyncio.open_connection("127.0.0.1", served.port) for _ in range(2)]
+        await asyncio.sleep(module.YOUNG_S + 0.05)
+        assert (await served.talk(health)).endswith(b"\r\n\r\nok")  # the first of the silent ones made way
+        assert [await reader.read() for reader, _ in silent][1].startswith(b"HTTP/1.1 503 ")
+        for _, writer in held + silent:
+            writer.close()
+        return b""
+
+    _, served = run(fill, room=Room(8, 4, 1))
+    assert served.connections.refused == 2
+    assert not served.connections.guests
+
+
+def test_bytes_that_this_process_has_not_read_keep_a_place():
+    registry = Connections(Room(2, 2, 1))
+    behind, silent = pair(registry, "10.0.0.1", age_s=5.0), pair(registry, "10.0.0.2", age_s=1.0)
+    behind[1].sendall(b"GET / HTTP/1.1\r\n\r\n")
+    with pytest.raises(BlockingIOError):
+        registry.make_room()
+    assert registry.leaving == {silent[0]}
+    for counted, there in (behind, silent):
+        counted.close()
+        there.close()
+
+
 def test_addresses_of_one_network_are_one():
     assert (
         module._counted_as("2001:db8::1") == module._counted_as("2001:db8::ffff") != module._counted_as("2001:db9::1")

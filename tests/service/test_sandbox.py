@@ -92,8 +92,10 @@ def test_what_files_of_a_model_name_stays_below_the_roots(root: Path, file: str,
     ],
 )
 def test_what_names_nothing_outside_is_left_alone(root: Path, file: str, content: str):
+    before = confined(root)
     (root / "model" / file).write_text(content)
-    confined(root)
+    assert confined(root) == before
+    assert before.model.name_or_path == str(root / "model")
 
 
 def torch_archive(path: Path) -> None:
