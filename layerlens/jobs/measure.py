@@ -36,6 +36,7 @@ from layerlens.tasks import Batch, Loss
 from layerlens.tasks.encoded import tokens_digest
 from layerlens.tasks.losses import BatchLoss
 from layerlens.utils.atomic import atomic_write_bytes
+from layerlens.utils.processes import Processes
 
 STATISTICS_VERSION = 8
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
@@ -73,7 +74,7 @@ def measure(job: Job, loaded: Loaded) -> Measured | None:
     """
     processes, cache = job.processes, job.cache
     with job.clock.stage("profile"):
-        identity = _identity_of_all(job, statistics_identity(job, loaded))
+        identity = _identity_of_all(job.processes, statistics_identity(job, loaded), job.warnings.add)
         key = cache_key(identity)
         cached = cache.get(key) if cache and processes.first else None
         statistics = None if cached is None else _with_head(job, loaded, cached[1])
@@ -226,21 +227,21 @@ def by_batches_if_coupled(loaded: Loaded, warn: Warn) -> tuple[Sequence[Batch], 
     return Units(batches), of_batches(loss, "model.loss")
 
 
-def _identity_of_all(job: Job, identity: dict[str, Any]) -> dict[str, Any]:
+def _identity_of_all(processes: Processes, identity: dict[str, Any], warn: Warn) -> dict[str, Any]:
     """That of process 0, once all processes would measure the same.
 
     The user's code may know its rank, so what it is may differ where what is measured does not: a warning says so.
     """
     data = {name: one for name, one in identity.get("data", {}).items() if name != "functions"}
     told = {**{name: one for name, one in identity.items() if name != "code"}, "data": data}
-    same_everywhere(job.processes, "identity", told)
-    codes = job.processes.everyone("code", (identity.get("code"), identity.get("data", {}).get("functions")))
+    same_everywhere(processes, "identity", told)
+    codes = processes.everyone("code", (identity.get("code"), identity.get("data", {}).get("functions")))
     if any(code != codes[0] for code in codes):
-        job.warnings.add(
+        warn(
             "the code of your functions, or what it refers to, is not the same in all processes (it may know its "
             "rank); make sure that all machines have the same version"
         )
-    first: dict[str, Any] = job.processes.from_first("identity of all", identity)
+    first: dict[str, Any] = processes.from_first("identity of all", identity)
     return first
 
 

@@ -39,6 +39,13 @@ main()
 MOST_TRIALS = 10
 
 
+def _heard() -> None:
+    """A shell in the background hands down an ignored SIGINT, and nohup an ignored SIGHUP."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
@@ -97,8 +104,7 @@ def test_signals_unwind_the_run(tmp_path: Path, number: signal.Signals, code: in
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that runs tests in the background may hand down an ignored SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=_heard,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -161,7 +167,7 @@ def test_nothing_but_one_line_whenever_it_is_stopped(name: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=_heard,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -192,8 +198,9 @@ def test_who_starts_it_with_a_signal_ignored_is_heard() -> None:
         (">&-", 2, "it is closed"),
     ],
 )
-def test_a_document_that_cannot_be_shown_is_one_line(to: str, code: int, words: str) -> None:
-    shell = f"set -o pipefail; {{ sleep 0.5; {sys.executable} -m layerlens doctor --json; }} {to}"
+def test_a_document_that_cannot_be_shown_is_one_line(tmp_path: Path, to: str, code: int, words: str) -> None:
+    command = f"{sys.executable} -m layerlens cache ls --json --cache-dir {tmp_path}"
+    shell = f"set -o pipefail; {{ sleep 0.5; {command}; }} {to}"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert done.stderr == f"error: cannot write to standard output: {words}; files that were written stay\n"
