@@ -241,6 +241,13 @@ CONFLICTS = (
         ),
     ),
     Conflict(
+        "a collate function and another task",
+        lambda x: _where(
+            x.data.collate is not None and x.model.task not in ("custom", ""),
+            f"data.collate: is for the task custom; {x.model.task} makes its own batches, so leave it out",
+        ),
+    ),
+    Conflict(
         "serving and a task head",
         lambda x: _where(
             x.optimization.serve_with is not None

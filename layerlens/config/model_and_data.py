@@ -93,6 +93,14 @@ class ModelConfig(ConfigModel):
         "is made anew where their number differs, else it goes on from the trained weights. Without it the data's "
         "classes must be among the checkpoint's (see `data.label_names`).",
     )
+    head: tuple[str, ...] | None = Field(
+        default=None,
+        exclude_if=lambda head: head is None,
+        description="Modules that are trained whole and saved beside what is chosen (PEFT's `modules_to_save`), such "
+        "as a new last layer: patterns for their names, or for what follows a dot in them, with `*` and `?`: `[fc]`, "
+        "`[decode_head.classifier]`. They are not offered to other methods. When not given: the task head of a "
+        "checkpoint; of a `factory` model of transformers a head whose weights look as they were drawn. `[]`: none.",
+    )
     head_fit_samples: int = Field(
         default=512,
         ge=0,
@@ -231,6 +239,14 @@ class DataConfig(ConfigModel):
         description="Samples that are measured. When not given: 256, or, where nothing but the gradient energy is "
         "wanted (as for the utility model `auto`), a fiftieth of the samples that `training` will train on, at least "
         "16 and at most 256, so that measuring stays below a twentieth of the fine-tune.",
+    )
+    collate: str | None = Field(
+        default=None,
+        pattern=FUNCTION_NAME,
+        exclude_if=lambda collate: collate is None,
+        description="Of the task custom, `module:function` that makes a batch of a list of samples: (inputs, targets), "
+        "or a mapping with the targets under `labels`, with the samples along the first axis of every tensor. It pads "
+        "samples and targets of unequal length. When not given, torch's `default_collate`, which wants one shape.",
     )
     max_length: int = Field(
         default=128,

@@ -29,7 +29,6 @@ from layerlens.integrations.transformers import (
     blocks_of,
     dense_shape,
     is_dense,
-    new_modules,
     role_of,
     takes_prefix,
 )
@@ -82,13 +81,15 @@ def model_spec(
     of_block = _transformer_layers(modules, blocks, stacks) if blocks else {}
     around: tuple[str, ...] | None = blocks
     if len(of_block) < SHARE_OF_BLOCKS * sum(map(_is_layer, modules.values())):
-        of_block, around = _other_layers(modules, new_modules(model, pretrained.new_parameters)), None
+        of_block, around = _other_layers(modules, pretrained.trained_modules()), None
+    whole = tuple(f"{head}." for head in pretrained.heads or ())
     asked = (
         layers_asked_for(model, of_block, only, streamed=pretrained.streamed is not None and not counted)
         if only
         else None
     )
     of_block = of_block if asked is None else asked.of_block
+    of_block = {path: block for path, block in of_block.items() if not (whole and f"{path}.".startswith(whole))}
     dense = [path for path in of_block if path not in stacks]
     reasons = {path: why_router(path, modules) or why_no_lora(path, modules[path]) for path in dense}
     left_out = {path: reason for path, reason in reasons.items() if reason}
@@ -100,6 +101,7 @@ def model_spec(
     usual = [path for path in dense if path not in left_out and path not in by_parameter]
     left_out |= refused_by_peft(model, usual)
     norms = norm_layers(model, modules, blocks, methods)
+    norms = {path: block for path, block in norms.items() if not (whole and path.startswith(whole))}
     if norms:
         place = {path: number for number, path in enumerate(modules)}
         both = (of_block | norms).items()
@@ -164,7 +166,12 @@ def model_spec(
 
 def of_tokens_alone(inputs: Mapping[str, Any]) -> bool:
     """Whether the inputs are tokens and nothing else, so that every layer has as many positions as there are tokens."""
-    return "input_ids" in inputs and not any(name.startswith("pixel") for name in inputs)
+    others = (name for name, value in inputs.items() if name.startswith("pixel") or _has_point(name, value))
+    return "input_ids" in inputs and not any(others)
+
+
+def _has_point(name: str, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and not name.endswith("mask")
 
 
 def _transformer_layers(

@@ -48,6 +48,8 @@ class PretrainedModel:
         drawn: names of other parameters that the checkpoint does not have; they stay as they were drawn.
         notes: what the user should know of how it was loaded, a line each.
         tokens: rows of the embeddings that are trained; None for none.
+        heads: modules that are trained whole because the user says so, in place of a task head that is not new; None
+            where he says nothing.
     """
 
     model: torch.nn.Module
@@ -62,6 +64,7 @@ class PretrainedModel:
     notes: tuple[str, ...] = ()
     tokens: TokenTraining | None = None
     no_processor: str = ""
+    heads: tuple[str, ...] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -71,10 +74,24 @@ class PretrainedModel:
         device = next(self.model.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 
+    def trained_modules(self, task_head: bool = True) -> tuple[str, ...]:
+        """Modules that are trained whole: those that the user names, and those that the checkpoint lacks.
+
+        Args:
+            task_head: whether a task head that is not new is trained, too, where the user names none.
+        """
+        named = self.heads or ()
+        inside = tuple(f"{head}." for head in named)
+        lacking = [name for name in self.new_parameters if not (inside and name.startswith(inside))]
+        if not lacking and (self.heads is not None or not task_head):
+            return named
+        found = dict.fromkeys((*new_modules(self.model, lacking), *named))
+        return tuple(name for name in found if not any(name.startswith(f"{outer}.") for outer in found))
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of its weights without new ones, wherever they are; the same for both ways of loading a model."""
-        heads = new_modules(self.model, self.new_parameters) if self.new_parameters else ()
+        heads = self.trained_modules() if self.new_parameters else ()
         leave_out = not_of_checkpoint(self.model, heads, self.drawn)
         if self.streamed is not None:
             return self.streamed.fingerprint(self.model, leave_out)

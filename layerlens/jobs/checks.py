@@ -89,7 +89,7 @@ def check_manifest(
     """
     profile, model = config.latency_profile, loaded.pretrained.model
     inputs = loaded.batches[-1].inputs
-    batch = dense_inputs(inputs, profile.sequence_length, samples=profile.batch_size)
+    batch = dense_inputs(inputs, profile.sequence_length, samples=profile.batch_size, model=model)
     timed = here(profile.device_type)
     uses = {use.resource: use for use in manifest.resources}
     with progress.stage("Checking predictions", total=3) as advance:

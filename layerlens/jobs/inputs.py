@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from layerlens.config import ModelConfig, RunConfig
+from layerlens.config import DataConfig, ModelConfig, RunConfig
 from layerlens.config.optimization import UNIFORM_LORA
 from layerlens.data import Dataset
 from layerlens.data.dataset import TEST_SHARE
@@ -16,7 +16,7 @@ from layerlens.integrations.model_code import READERS
 from layerlens.integrations.parameter_account import account_of
 from layerlens.integrations.placement import offloaded
 from layerlens.integrations.pretrained import PretrainedModel
-from layerlens.integrations.transformers import longest_sequence, new_modules
+from layerlens.integrations.transformers import longest_sequence
 from layerlens.jobs.job import Warnings
 from layerlens.models import ModelFacts, ModelSpec, ModelStatistics
 from layerlens.models.statistics import EXPERT_TOKENS
@@ -83,13 +83,14 @@ def split_samples(
     return together.select(parts[0]), head, together.select(parts[1])
 
 
-def functions_of(model: ModelConfig, source: str, base_dir: Path) -> CodeIdentity | None:
+def functions_of(model: ModelConfig, data: DataConfig, base_dir: Path) -> CodeIdentity | None:
     """The user's functions that a configuration names, before any of them is called; None where it names none.
 
     Raises:
         ConfigurationError: there is no such function.
     """
-    named = {"model.factory": model.factory, "model.loss": model.loss}
+    source = data.source
+    named = {"model.factory": model.factory, "model.loss": model.loss, "data.collate": data.collate}
     if REFERENCE.fullmatch(source) and not source.startswith("builtin:") and not (base_dir / source).exists():
         named["data.source"] = source
     functions = {key: load_function(name, key, base_dir) for key, name in named.items() if name is not None}
@@ -161,8 +162,7 @@ def check_identity(identity: dict[str, Any], train: Dataset, held_out: Dataset, 
 def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset, spec: ModelSpec) -> ModelFacts:
     """What the manifest records so that the base model can be loaded again."""
     task, tokens = TASKS[config.model.task], pretrained.tokens
-    has_head = task.new_head or bool(pretrained.new_parameters)
-    heads = new_modules(pretrained.model, pretrained.new_parameters) if has_head else ()
+    heads = pretrained.trained_modules(task_head=task.new_head or bool(pretrained.new_parameters))
     trained = (*heads, *(tokens.whole_modules if tokens else ()))
     return ModelFacts(
         task=config.model.task,

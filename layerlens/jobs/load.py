@@ -15,6 +15,7 @@ from layerlens.data import Dataset, load_dataset
 from layerlens.data.labels import HEAD_ADVICE, in_order_of
 from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.layers import model_spec, of_tokens_alone
+from layerlens.integrations.named_heads import note_of_fresh
 from layerlens.integrations.placement import placed, placement_arguments
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.jobs.inputs import calibration_samples, check_model, functions_of, split_samples, statistics_request
@@ -33,6 +34,7 @@ from layerlens.models.data_summary import DataSummary
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.sources import load_pretrained
 from layerlens.tasks import Batch, Batches, Task, make_batches, task_for
+from layerlens.tasks.batches import untaken_note
 from layerlens.tasks.encoded import notes_of
 from layerlens.tasks.summary import summarise
 from layerlens.tasks.token_ids import told_of_tokens
@@ -114,7 +116,7 @@ def load(job: Job) -> Loaded:
         LayerLensError: with one line that says what to do.
     """
     config = job.config
-    functions = functions_of(config.model, config.data.source, job.base_dir)
+    functions = functions_of(config.model, config.data, job.base_dir)
     with job.clock.stage("load"), job.progress.stage("Loading model and data"):
         placement = placement_arguments(config.model.device_map, config.model.max_memory, config.model.offload_folder)
         dataset = load_dataset(config.data, job.base_dir, config.model.task)
@@ -173,13 +175,15 @@ def _load(
         trust_remote_code=config.model.trust_remote_code,
         quantization=config.model.quantization,
         tokens=config.model.token_request or None,
+        heads=config.model.head,
     )
     check_model(pretrained, config)
     dataset = in_order_of(dataset, pretrained.labels, advice=HEAD_ADVICE)
     if pretrained.streamed is None and not placed(pretrained.model):
         pretrained.model.to(job.device)
     heard = warnings or job.warnings
-    for line in (*pretrained.notes, *told_of_tokens(pretrained)):
+    fresh = note_of_fresh(pretrained) if config.model.factory and config.model.head is None else ""
+    for line in (*pretrained.notes, *told_of_tokens(pretrained), *([fresh] if fresh else [])):
         heard.add(line)
     for name in pretrained.drawn:
         heard.add(f"model: the checkpoint lacks {name}, which is not trained; it stays as it is drawn from the seed")
@@ -193,6 +197,8 @@ def _load(
     for line in (*dataset.notes, *notes_of(batches.features)):
         heard.add(line)
     inputs = batches[0].inputs
+    for name in batches.untaken:
+        heard.add(untaken_note(pretrained.model, name))
     spec = model_spec(
         pretrained,
         config.model.reference,

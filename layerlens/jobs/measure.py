@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.placement import placed, shard, sharded
-from layerlens.integrations.transformers import blocks_of, new_modules
+from layerlens.integrations.transformers import blocks_of
 from layerlens.integrations.weight_matrices import measurable_modules
 from layerlens.jobs.hours import SAMPLES
 from layerlens.jobs.inputs import model_facts
@@ -117,7 +117,7 @@ def _head(loaded: Loaded) -> dict[str, np.ndarray]:
     pretrained = loaded.pretrained
     if not pretrained.new_parameters:
         return {}
-    modules = loaded.heads or new_modules(pretrained.model, pretrained.new_parameters)
+    modules = loaded.heads or pretrained.trained_modules()
     return head_arrays(pretrained.model, modules, pretrained.streamed)
 
 

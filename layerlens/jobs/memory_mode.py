@@ -112,7 +112,7 @@ def predict_memory(
     """
     model = pretrained.model
     inputs = dense_inputs(
-        batches[-1].inputs, _longest(batches[-1].inputs), samples=len(batches[-1].index) * batches[-1].rows
+        batches[-1].inputs, _longest(batches[-1].inputs), samples=len(batches[-1].index) * batches[-1].rows, model=model
     )
     inputs.pop("attention_mask", None)  # models look into it, which a trace cannot
     twin = _without_data(model)

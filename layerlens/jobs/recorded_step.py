@@ -21,7 +21,7 @@ from layerlens.jobs.job import Job
 from layerlens.jobs.load import Loaded
 from layerlens.models import ModelStatistics
 from layerlens.models.step import StepRecord
-from layerlens.profiling.footprint import dense_inputs
+from layerlens.profiling.footprint import TOKENS, dense_inputs
 from layerlens.profiling.step_record import record_step
 from layerlens.tasks import Task
 from layerlens.tasks.batches import Batch
@@ -57,7 +57,8 @@ class StepOf:
     @property
     def length(self) -> int:
         """Tokens of a sample; 0 where they are no tokens."""
-        return self.inputs["input_ids"].shape[1] if "input_ids" in self.inputs else 0
+        of_tokens = "input_ids" in self.inputs and all(name in TOKENS for name in self.inputs)
+        return self.inputs["input_ids"].shape[1] if of_tokens else 0
 
     def losses(self) -> Iterator[Callable[[int], torch.Tensor]]:
         """Ways to make the loss of so many samples, the likest to training first."""
@@ -151,7 +152,8 @@ def step_of(loaded: Loaded, heads: tuple[str, ...], length: int, *, real: bool =
     batch = loaded.batches[0]
     example = batch.inputs if loaded.example is None else dict(loaded.example)
     labels = batch.labels if isinstance(batch.labels, torch.Tensor) else None
-    return StepOf(loaded.pretrained.model, loaded.task, dense_inputs(example, length), labels, heads, real)
+    model = loaded.pretrained.model
+    return StepOf(model, loaded.task, dense_inputs(example, length, model=model), labels, heads, real)
 
 
 def with_step(job: Job, loaded: Loaded, statistics: ModelStatistics, heads: tuple[str, ...]) -> ModelStatistics:

@@ -88,7 +88,7 @@ class Sweep:
         config = config or self.config_of(task)
         wanted, made_by = recorded_config(config), manifest.provenance.config
         wanted["model"]["task"] = wanted["model"]["task"] or manifest.model.task  # what was guessed is recorded
-        functions = functions_of(config.model, config.data.source, self.folder / task.base_dir)
+        functions = functions_of(config.model, config.data, self.folder / task.base_dir)
         if functions is not None and (functions.unknown or functions.digest != _functions_in(manifest)):
             return None
         return manifest if made_by == wanted else None

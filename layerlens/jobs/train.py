@@ -21,6 +21,7 @@ from layerlens.integrations.model_code import model_code
 from layerlens.integrations.peft import base_of
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.torch_modules import in_evaluation_mode, without_dropout
+from layerlens.integrations.torchvision_import import make_torchvision_importable
 from layerlens.jobs.baseline import baseline_facts, prepare_baseline
 from layerlens.jobs.inputs import check_model
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
@@ -140,6 +141,7 @@ def train_config(manifest: Manifest, overrides: Sequence[str] = (), origin: str 
         "model.factory": (recorded.get("model") or {}).get("factory"),
         "model.loss": (recorded.get("model") or {}).get("loss"),
         "data.source": (recorded.get("data") or {}).get("source"),
+        "data.collate": (recorded.get("data") or {}).get("collate"),
     }
     said = any(str(one).startswith("model.trust_remote_code=") for one in overrides)
     if (recorded.get("model") or {}).get("trust_remote_code") and not said:
@@ -276,6 +278,7 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
     with observed_stage("load"), job.progress.stage("Loading model and data"):
         named = {"task": manifest.model.task, "name_or_path": base_reference(manifest, model)}
         config = config.model_copy(update={"model": config.model.model_copy(update=named)})
+        make_torchvision_importable()  # before modules of the user are imported, which may ask transformers for a model
         job = replace(job, config=config)
         dataset = load_dataset(config.data, job.base_dir, config.model.task)
         advice = "train on data with the manifest's classes, or name them in data.label_names"

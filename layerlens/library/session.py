@@ -21,6 +21,7 @@ from layerlens.data.read import dataset_of
 from layerlens.data.rows import SourceRows
 from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.layers import model_spec, of_tokens_alone
+from layerlens.integrations.new_head import new_head_of
 from layerlens.integrations.placement import input_device
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for, tokenizer_of
 from layerlens.integrations.quantized_loading import notes_on
@@ -32,7 +33,6 @@ from layerlens.jobs.job import Job, Warn, Warnings, unheard
 from layerlens.jobs.load import Loaded, load
 from layerlens.jobs.memory_mode import PLAIN, MemoryPlan
 from layerlens.library import given, samples, trainers
-from layerlens.library.new_head import new_head_of
 from layerlens.library.settings import by_section, configuration
 from layerlens.library.single_losses import single_losses
 from layerlens.library.trainers import is_trainer

@@ -9,12 +9,22 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from layerlens.integrations.arguments import required, untaken
 from layerlens.integrations.expert_products import plain_products
 from layerlens.integrations.flops import FlopCounter
 from layerlens.integrations.transformers import full_batches
 from layerlens.tasks.losses import output_tensors
 
 SAMPLES = 2
+TOKENS = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+)
+"""The arguments of models that read nothing but tokens."""
 PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 """Not those that are spread over processes."""
 
@@ -121,16 +131,18 @@ def without_data(model: torch.nn.Module) -> Iterator[None]:
 
 
 def dense_inputs(
-    batch_inputs: dict[str, torch.Tensor], sequence_length: int, *, samples: int = SAMPLES
+    batch_inputs: dict[str, torch.Tensor], sequence_length: int, *, samples: int = SAMPLES, model: Any = None
 ) -> dict[str, torch.Tensor]:
     """A full batch (no padding) of ``samples`` × ``sequence_length`` tokens, repeating those of a real sample.
 
     All rows are alike and end as the sample does: BART's and T5's classifiers read the last end of a text, and want as
     many of them in every sample.
 
-    Other inputs than tokens (images) are those of the batch's samples, over and over.
+    Other inputs than tokens (images) are those of the batch's samples, over and over; so are all where ``model`` cannot
+    do without some that are no tokens.
     """
-    if "input_ids" not in batch_inputs:
+    needed = () if model is None else required(model)
+    if "input_ids" not in batch_inputs or any(name in batch_inputs and name not in TOKENS for name in needed):
         n = len(next(iter(batch_inputs.values())))
         return {name: tensor[torch.arange(samples) % n] for name, tensor in batch_inputs.items()}
     ids = batch_inputs["input_ids"][0].reshape(-1)
@@ -139,7 +151,9 @@ def dense_inputs(
     row = ids.repeat(-(-sequence_length // ids.numel()))[:sequence_length].clone()
     row[-1] = ids[-1]
     full = row.repeat(samples, 1)
-    inputs = {"input_ids": full, "attention_mask": torch.ones_like(full)}
+    inputs = {"input_ids": full}
+    if model is None or not untaken(model, ["attention_mask"]):
+        inputs["attention_mask"] = torch.ones_like(full)
     return inputs | ({"decoder_input_ids": full} if "decoder_input_ids" in batch_inputs else {})
 
 

@@ -20,14 +20,15 @@ from layerlens.integrations.ultralytics_head import is_detector
 from layerlens.profiling.streamed.forward import ForwardSweep
 from layerlens.profiling.streamed.on_disk import stream_directory
 from layerlens.profiling.streamed.residency import Weights
-from layerlens.tasks import Batch, Loss, logits_of
-from layerlens.tasks.losses import classification_loss
+from layerlens.tasks import Batch, Loss
+from layerlens.tasks.losses import classification_loss, output_tensors
 from layerlens.utils.progress import Progress
 
 RIDGE = 1e-3
 MAX_ITERATIONS = 200
 DETECTOR_RATE, STEPS_ON_A_BATCH = 1e-2, 8
-"""Of the training of a detector's head: Adam's first learning rate, and steps on the features of one batch."""
+"""Of the training of a detector's head, or one of convolutions: Adam's first learning rate, and steps on the features
+of one batch."""
 
 
 def fit_head(
@@ -40,8 +41,8 @@ def fit_head(
 ) -> float:
     """Fit the new head in place by ridge-penalised maximum likelihood (L-BFGS on cached features); its final mean loss.
 
-    A detector's loss is not smooth (which boxes are compared depends on the scores), so its head is trained instead:
-    one pass over the data by Adam.
+    A detector's loss is not smooth (which boxes are compared depends on the scores), and a head of convolutions works
+    at every place of an image: these are trained instead, in one pass over the data by Adam.
 
     Only the parameters in ``new_parameters`` change. Deterministic for a given model, data and thread count. ``replay``
     says how the frozen modules are computed, where that is not by calling the model.
@@ -50,9 +51,9 @@ def fit_head(
         ProfilingError: a transformer block has new parameters, the features are not finite, or the fit diverges.
     """
     batches = list(batches)  # they may be made anew each time they are asked for
-    if is_detector(model):
-        return _trained(model, new_parameters, batches, progress, loss_of)
     replay = replay or _replay_of(model, new_parameters)
+    if is_detector(model) or has_convolutions(model, new_parameters):
+        return _trained(model, new_parameters, batches, progress, loss_of, replay)
     features = [_as_float32(found) for found in replay.features(batches, progress)]
     widened = _widen(model, replay.frozen)
     parameters = [model.get_parameter(name) for name in new_parameters]
@@ -83,29 +84,31 @@ def fit_head(
     return final
 
 
+def has_convolutions(model: torch.nn.Module, new_parameters: Sequence[str]) -> bool:
+    """Whether a head has convolutions: it then sees all places of an image, too much for L-BFGS over all samples."""
+    holders = {name.rpartition(".")[0] for name in new_parameters}
+    return any(isinstance(model.get_submodule(path), torch.nn.modules.conv._ConvNd) for path in holders)
+
+
 def _trained(
-    model: Any, new_parameters: Sequence[str], batches: Sequence[Batch], progress: Progress, loss_of: Loss
-) -> float:
-    """Train the last module's new parameters on features of each batch in turn; the mean loss of the last pass."""
+    model: torch.nn.Module, new_parameters: Sequence[str], batches: Sequence[Batch], progress: Progress,
+    loss_of: Loss, replay: Replay,
+) -> float:  # fmt: skip
+    """Train new parameters by Adam, a few steps on the features of each batch in turn; the mean loss of the pass."""
     parameters = [model.get_parameter(name) for name in new_parameters]
     optimizer = torch.optim.Adam(parameters, lr=DETECTOR_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, STEPS_ON_A_BATCH * len(batches))
-    head = model.model[-1]
     losses = []
     with progress.stage("Fitting the task head", total=len(batches)) as advance:
         for batch in batches:
-            found: list[Any] = []
-            handle = head.register_forward_pre_hook(lambda module, args, found=found: found.append([*args[0]]))
-            try:
-                with torch.no_grad():
-                    model(**batch.inputs)
-            finally:
-                handle.remove()
+            with torch.no_grad():
+                features, output = replay.run(batch)
+            refuse_non_finite_logits(output)
             for parameter in parameters:
                 parameter.requires_grad_(True)
             for _ in range(STEPS_ON_A_BATCH):
                 optimizer.zero_grad()
-                value = loss_of(head(list(found[-1])), batch).mean()
+                value = loss_of(replay.output(batch, features), batch).mean()
                 value.backward()
                 optimizer.step()
                 schedule.step()
@@ -156,13 +159,14 @@ class Replay:
 
 def refuse_non_finite_logits(output: Any) -> None:
     """Raise ProfilingError where the model overflows, before anything is fitted to its features."""
-    logits = logits_of(output).detach().cpu()
-    bad = np.count_nonzero(kernels.row_statistics(logits.reshape(len(logits), -1)).non_finite)
-    if bad:
-        raise ProfilingError(
-            f"the model's outputs are not finite (NaN or infinity) on {bad} of {len(logits)} samples of the data; look "
-            "for NaN weights"
-        )
+    for tensor in output_tensors(output):
+        rows = tensor.detach().cpu()
+        bad = np.count_nonzero(kernels.row_statistics(rows.reshape(len(rows), -1)).non_finite)
+        if bad:
+            raise ProfilingError(
+                f"the model's outputs are not finite (NaN or infinity) on {bad} of {len(rows)} samples of the data; "
+                "look for NaN weights"
+            )
 
 
 def _widen(model: torch.nn.Module, frozen: Sequence[torch.nn.Module]) -> list[tuple[torch.nn.Parameter, torch.dtype]]:
@@ -184,8 +188,8 @@ def _as_float32(output: Any) -> Any:
     """A module's output with half-precision tensors as float32."""
     if isinstance(output, torch.Tensor):
         return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-    if isinstance(output, tuple):
-        return tuple(map(_as_float32, output))
+    if isinstance(output, (tuple, list)) and not hasattr(output, "_fields"):
+        return type(output)(map(_as_float32, output))
     if isinstance(output, dict):  # transformers' ModelOutput, which is made from its fields
         return type(output)(**{name: _as_float32(value) for name, value in output.items()})
     return output
@@ -206,9 +210,88 @@ class _TimmReplay(Replay):
         return self.model.forward_head(features)
 
 
+class _DetectorReplay(Replay):
+    """A detector of ultralytics: its last module is the head, which takes a list of features."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.frozen = []
+
+    def run(self, batch: Batch) -> tuple[Any, Any]:
+        found: list[Any] = []
+        handle = self.model.model[-1].register_forward_pre_hook(lambda module, args: found.append([*args[0]]))
+        try:
+            output = self.model(**batch.inputs)
+        finally:
+            handle.remove()
+        return found[-1], output
+
+    def output(self, batch: Batch, features: Any) -> Any:
+        return self.model.model[-1](list(features))
+
+
+class _RecordedReplay(Replay):
+    """A model of which nothing is known: its largest modules without new parameters, as far as they are called before
+    the first one with some; each call returns again what it returned.
+    """
+
+    def __init__(self, model: Any, new_parameters: Sequence[str]) -> None:
+        self.model = model
+        holders = {name.rpartition(".")[0] for name in new_parameters}
+        self.heads = [model.get_submodule(path) for path in holders]
+        around = {path.rsplit(".", cut)[0] for path in holders for cut in range(path.count(".") + 1)} | {""}
+        self.frozen = []
+        opened = set(around)
+        for path, module in model.named_modules():
+            if path in around or path.rpartition(".")[0] not in opened:
+                continue
+            if isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)):  # never called itself
+                opened.add(path)
+            else:
+                self.frozen.append(module)
+
+    def run(self, batch: Batch) -> tuple[Any, Any]:
+        calls: list[list[Any]] = [[] for _ in self.frozen]
+        reached: list[bool] = []
+        handles = [head.register_forward_pre_hook(lambda module, args: reached.append(True)) for head in self.heads]
+        for module, found in zip(self.frozen, calls, strict=True):
+            handles.append(
+                module.register_forward_hook(
+                    lambda module, args, output, found=found: None if reached else found.append(output)
+                )
+            )
+        try:
+            output = self.model(**batch.inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return tuple(map(tuple, calls)), output
+
+    def output(self, batch: Batch, features: Any) -> Any:
+        with ExitStack() as stack:
+            for module, calls in zip(self.frozen, features, strict=True):
+                stack.enter_context(_replaying(module, calls))
+            return self.model(**batch.inputs)
+
+
+@contextmanager
+def _replaying(module: torch.nn.Module, outputs: Sequence[Any]) -> Iterator[None]:
+    """While open, the first calls of ``module`` return ``outputs``, one after the other; further ones are its own."""
+    own, left = module.forward, list(outputs)
+    module.forward = lambda *args, **kwargs: left.pop(0) if left else own(*args, **kwargs)
+    try:
+        yield
+    finally:
+        del module.forward
+
+
 def _replay_of(model: Any, new_parameters: Sequence[str]) -> Replay:
-    in_two_parts = hasattr(model, "forward_features") and hasattr(model, "forward_head")
-    return _TimmReplay(model) if in_two_parts else Replay(model, new_parameters)
+    if is_detector(model):
+        return _DetectorReplay(model)
+    if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
+        return _TimmReplay(model)
+    base = getattr(model, "base_model_prefix", "")
+    return Replay(model, new_parameters) if base and hasattr(model, base) else _RecordedReplay(model, new_parameters)
 
 
 @contextmanager

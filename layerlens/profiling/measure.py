@@ -170,7 +170,7 @@ def _costs(
 ) -> tuple[float, float, dict[str, ModuleCosts]]:
     """(activation bytes, forward FLOPs) of the model for a token, and the costs of its modules."""
     with frozen_without_dropout(model, checkpointing=False), without_cache(model):
-        inputs = dense_inputs(example, sequence_length)
+        inputs = dense_inputs(example, sequence_length, model=model)
         embeddings = [layer.name for layer in spec.layers if layer.layer_type == EMBEDDING]
         embeddings += spec.tokens.modules[:1] if spec.tokens else []
         first_block = next(iter((*embeddings, *blocks_of(model))), None)

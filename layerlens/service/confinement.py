@@ -98,7 +98,11 @@ def _refuse_own_code(config: RunConfig, settings: ServiceSettings) -> None:
     """Functions that a configuration names (``module:function``) are code, which the operator must have allowed."""
     if config.model.trust_remote_code:
         raise ConfigurationError("model.trust_remote_code: this server runs no code of models; leave it out")
-    asked = {"model.factory": config.model.factory, "model.loss": config.model.loss}
+    asked = {
+        "model.factory": config.model.factory,
+        "model.loss": config.model.loss,
+        "data.collate": config.data.collate,
+    }
     if _names_code(config.data.source):
         asked["data.source"] = config.data.source
     for key, value in asked.items():
@@ -108,7 +112,7 @@ def _refuse_own_code(config: RunConfig, settings: ServiceSettings) -> None:
 
 def runs_own_code(config: RunConfig) -> bool:
     """Whether a configuration names functions."""
-    return bool(config.model.factory or config.model.loss or _names_code(config.data.source))
+    return bool(config.model.factory or config.model.loss or config.data.collate or _names_code(config.data.source))
 
 
 def _code_refused(named: str, module: str) -> str:

@@ -35,6 +35,7 @@ class LoadRequest:
         trust_remote_code: whether Python code beside the weights may run; of transformers' models alone.
         quantization: what transformers makes a quantization configuration of; None for the weights as they are saved.
         tokens: rows of the embeddings that are wanted and trained; None where these stay as they are.
+        heads: patterns for modules that are trained whole; None where the user does not say.
         new_head: whether ``labels`` replace those of a trained head; None where they do unless they are the same.
     """
 
@@ -48,6 +49,7 @@ class LoadRequest:
     placement: Mapping[str, Any] | None = None
     streamed: bool = False
     new_head: bool | None = None
+    heads: Sequence[str] | None = None
     trust_remote_code: bool = False
     quantization: Mapping[str, Any] | None = None
     tokens: TokenRequest | TokenTraining | None = None
@@ -203,6 +205,7 @@ def load_pretrained(name_or_path: str, task: str, labels: Sequence[str], **setti
         ModelNotFoundError: the model cannot be found or read.
         ModelSpecError: it cannot be streamed, or not be used for this task.
     """
+    from layerlens.integrations.named_heads import with_heads
     from layerlens.integrations.torchvision_import import make_torchvision_importable
 
     request = LoadRequest(name_or_path, task, labels, **settings)
@@ -213,7 +216,7 @@ def load_pretrained(name_or_path: str, task: str, labels: Sequence[str], **setti
         if reason:
             raise ModelSpecError(reason)
     make_torchvision_importable()
-    return source.load(request)
+    return with_heads(source.load(request), request.heads, built_here=source.built_by == ModelSource.built_by)
 
 
 def load_model(name_or_path: str, task: str, labels: Sequence[str], **settings: Any) -> torch.nn.Module:

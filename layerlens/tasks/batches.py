@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, overload
 
 from layerlens.exceptions import ProfilingError
+from layerlens.integrations.arguments import untaken
 from layerlens.integrations.placement import input_device
 from layerlens.integrations.pretrained import PretrainedModel
 
@@ -86,6 +87,9 @@ class Batches(Sequence[Batch]):
 
     The shortest samples come first and the longest last. Samples of tensors share a batch only with others of the same
     shapes, since nothing says how those are padded.
+
+    Attributes:
+        untaken: names of inputs that the model has no argument for, so that it is not given them.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class Batches(Sequence[Batch]):
         self.collate = collate
         self.pretrained = pretrained
         self.features = features
+        self.untaken: dict[str, None] = {}
         shapes = [_shapes(one) for one in features]
         order = sorted(range(len(features)), key=lambda sample: (_length(features[sample]), shapes[sample], sample))
         self.plan: list[list[int]] = []
@@ -127,6 +132,8 @@ class Batches(Sequence[Batch]):
             return part
         chosen = self.plan[index]
         inputs, labels = self.collate(self.pretrained, [self.features[sample] for sample in chosen])
+        self.untaken |= dict.fromkeys(untaken(self.pretrained.model, inputs))
+        inputs = {name: value for name, value in inputs.items() if name not in self.untaken}
         rows = len(inputs["input_ids"]) // len(chosen) if "input_ids" in inputs else 1
         return Batch(inputs, labels, torch.tensor(chosen), rows).to(input_device(self.pretrained.model))
 
@@ -164,6 +171,12 @@ def _each_tensor(
 
 def _length(features: Features) -> int:
     return len(features.get("input_ids", ()))
+
+
+def untaken_note(model: torch.nn.Module, name: str) -> str:
+    """What the user should know of an input that the model has no argument for."""
+    consequence = ": padding counts as tokens" if name in MASKS else ""
+    return f"model: {type(model).__name__}.forward takes no {name}, so it is not given it{consequence}"
 
 
 def _shapes(features: Features) -> tuple[tuple[str, tuple[int, ...]], ...]:

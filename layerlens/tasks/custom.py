@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,10 @@ from layerlens.utils.user_code import REFERENCE, load_function
 if TYPE_CHECKING:
     import torch
 
+OWN = "own_sample"
+"""Under this name an encoded sample has the user's own, where ``data.collate`` makes the batches."""
+Joined = Callable[[Sequence[Any]], Any]
+PAD = "pad them in a function of yours and name it: data.collate: module:function, from a list of samples to a batch"
 FUNCTIONS_ONLY = "data.source: the task custom takes module:function, which returns a data set or batches"
 
 
@@ -33,11 +37,13 @@ class OwnSample:
         number: its place in the data set.
         source: the map-style data set.
         part: of a batch, which sample; None where the data set has single samples.
+        join: the user's function that makes a batch of samples; None for ``default_collate``.
     """
 
     number: int
     source: Any = field(repr=False)
     part: int | None = None
+    join: Joined | None = field(default=None, repr=False)
 
     @property
     def identity(self) -> str:
@@ -61,6 +67,10 @@ class OwnSample:
         inputs, labels = _pair(self.source[self.number], f"sample {self.number}")
         return (inputs, labels) if self.part is None else (_row(inputs, self.part), _row(labels, self.part))
 
+    def raw(self) -> Any:
+        """The sample as the data set has it; of a batch as (inputs, target)."""
+        return self.source[self.number] if self.part is None else self.read()
+
 
 def load(config: DataConfig, base_dir: Path | None) -> Dataset:
     """The samples that the user's function gives: a map-style data set, or batches, which are cut into samples.
@@ -70,7 +80,8 @@ def load(config: DataConfig, base_dir: Path | None) -> Dataset:
     """
     if not REFERENCE.fullmatch(config.source) or config.source.startswith("builtin:"):
         raise DataError(FUNCTIONS_ONLY)
-    return own_dataset(load_function(config.source, "data.source", base_dir)(), config.source)
+    join = None if config.collate is None else load_function(config.collate, "data.collate", base_dir)
+    return own_dataset(load_function(config.source, "data.source", base_dir)(), config.source, join)
 
 
 def read(table: Table, config: DataConfig) -> Dataset:
@@ -78,8 +89,8 @@ def read(table: Table, config: DataConfig) -> Dataset:
     raise DataError(FUNCTIONS_ONLY)
 
 
-def own_dataset(value: Any, source: str) -> Dataset:
-    """The samples of ``value``, what the function ``source`` returned.
+def own_dataset(value: Any, source: str, join: Joined | None = None) -> Dataset:
+    """The samples of ``value``, what the function ``source`` returned, which ``join`` makes batches of.
 
     Raises:
         DataError: it is neither a map-style data set (``__len__`` and ``__getitem__``) of samples nor an iterable of
@@ -93,18 +104,23 @@ def own_dataset(value: Any, source: str) -> Dataset:
         )
     if batched:
         value = list(value)
-        samples = [OwnSample(batch, value, part) for batch in range(len(value)) for part in range(_size(value, batch))]
+        places = [(batch, part) for batch in range(len(value)) for part in range(_size(value, batch))]
+        samples = [OwnSample(batch, value, part, join) for batch, part in places]
     else:
-        samples = [OwnSample(number, value) for number in range(len(value))]
+        samples = [OwnSample(number, value, join=join) for number in range(len(value))]
     if not samples:
         raise DataError(f"data.source: {source} returned no samples")
     return Dataset({"sample": tuple(samples)}, (None,) * len(samples), (), source)
 
 
 def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:
-    """Every sample's inputs as tensors by argument of the model, read once."""
+    """Every sample's inputs as tensors by argument of the model, read once; the samples themselves where
+    ``data.collate`` reads them batch by batch.
+    """
     import torch
 
+    if config.collate is not None:
+        return [{OWN: sample, "labels": None} for sample in dataset.columns["sample"]]
     argument = first_argument(pretrained.model)
     found = []
     for number, sample in enumerate(dataset.columns["sample"]):
@@ -118,23 +134,77 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
 
 
 def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inputs, Any]:
-    """Inputs of one shape, those with a point in the model's precision; targets by torch's ``default_collate``."""
+    """A batch by ``data.collate``, else of inputs of one shape and targets that ``default_collate`` takes; inputs with
+    a point are in the model's precision.
+
+    Raises:
+        DataError: shapes differ, or the user's function makes something else.
+    """
+    if OWN in rows[0]:
+        inputs, labels = _joined(pretrained, [row[OWN] for row in rows])
+    else:
+        inputs, labels = _stacked(rows)
+    dtype = next(pretrained.model.parameters()).dtype
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}, labels
+
+
+def _stacked(rows: Sequence[Features]) -> tuple[Inputs, Any]:
     import torch
     from torch.utils.data import default_collate
 
-    dtype = next(pretrained.model.parameters()).dtype
-    stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "labels"}
-    inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in stacked.items()}
-    return inputs, default_collate([row["labels"] for row in rows])
+    inputs = {}
+    for name in rows[0]:
+        shapes = {tuple(row[name].shape): None for row in rows} if name != "labels" else {}
+        if len(shapes) > 1:
+            one, other = list(shapes)[:2]
+            raise DataError(
+                f"data.source: samples in one batch have inputs {name!r} of the shapes {list(one)} and {list(other)}; "
+                f"{PAD}"
+            )
+        if name != "labels":
+            inputs[name] = torch.stack([row[name] for row in rows])
+    try:
+        return inputs, default_collate([row["labels"] for row in rows])
+    except (RuntimeError, TypeError, KeyError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise DataError(f"data.source: the targets of a batch cannot be put together ({said}); {PAD}") from error
 
 
-def _pair(value: Any, name: str) -> tuple[Any, Any]:
+def _joined(pretrained: PretrainedModel, samples: Sequence[OwnSample]) -> tuple[Inputs, Any]:
+    import torch
+
+    function: Any = samples[0].join
+    inputs, labels = _pair(function([sample.raw() for sample in samples]), "what data.collate made", key="data.collate")
+    named = dict(inputs) if isinstance(inputs, Mapping) else {first_argument(pretrained.model): inputs}
+    for name, value in (*named.items(), *_tensors(labels)):
+        if name in named and not isinstance(value, torch.Tensor):
+            raise DataError(f"data.collate: the input {name!r} must be a tensor, got {type(value).__name__}")
+        if not value.dim() or len(value) != len(samples):
+            raise DataError(
+                f"data.collate: {name} must have the samples along the first axis ({len(samples)} of them), got the "
+                f"shape {list(value.shape)}; pad samples of unequal length, and give their lengths as one more tensor"
+            )
+    return named, labels
+
+
+def _tensors(value: Any, name: str = "targets") -> list[tuple[str, Any]]:
+    """Every tensor of some targets, by the name that messages use."""
+    if hasattr(value, "dim"):
+        return [(name, value)]
+    if isinstance(value, Mapping):
+        return [found for key, part in value.items() for found in _tensors(part, f"{name}[{key!r}]")]
+    if isinstance(value, (tuple, list)):
+        return [found for place, part in enumerate(value) for found in _tensors(part, f"{name}[{place}]")]
+    return []
+
+
+def _pair(value: Any, name: str, key: str = "data.source") -> tuple[Any, Any]:
     if isinstance(value, Mapping) and "labels" in value:
         return {key: part for key, part in value.items() if key != "labels"}, value["labels"]
     if isinstance(value, (tuple, list)) and len(value) == 2:
         return value[0], value[1]
     raise DataError(
-        f"data.source: {name} is a {type(value).__name__}; give (inputs, target), or a mapping of the model's "
+        f"{key}: {name} is a {type(value).__name__}; give (inputs, target), or a mapping of the model's "
         "arguments with the target under 'labels'"
     )
 

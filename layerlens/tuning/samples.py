@@ -12,10 +12,12 @@ import torch
 from layerlens.config import RunConfig
 from layerlens.data import Dataset
 from layerlens.exceptions import DataError, TrainingError
+from layerlens.integrations.arguments import takes_all, untaken
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.tasks import IGNORED, Batch, Batches, Task, make_batches, task_metrics
 from layerlens.tasks.encoded import Encoded, notes_of, tokens_digest
+from layerlens.tasks.losses import logits_of
 from layerlens.tasks.metrics import TARGETS, Decode, Record
 from layerlens.utils.progress import Progress, silent
 
@@ -139,7 +141,7 @@ def training_data(
     more: dict[str, Any] = {"labels": dataset.label_names}
     if tokenizer is not None:
         more["decode"] = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
-    if not task.model_targets:
+    if not (task.model_targets and takes_all(pretrained.model, task.model_targets)):
         seed = config.runtime.seed
         first, last = (
             make_batches(task, pretrained, part, config.data, batch_size=1, seed=seed, limit=most).features
@@ -182,15 +184,32 @@ class Output:
     items: int
     output: Any
 
+    @property
+    def logits(self) -> torch.Tensor:
+        """Those of the model, or its output where that is a tensor."""
+        return logits_of(self.output)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "output":  # while it is being made
+            raise AttributeError(name)
+        return getattr(self.output, name)
+
 
 def _join(task: Task, pretrained: PretrainedModel, rows: Sequence[Any]) -> dict[str, Any]:
-    """A batch whose targets only the task's loss can read; images are opened, and targets joined, batch by batch."""
+    """A batch whose targets only the task's loss can read; images are opened, and targets joined, batch by batch.
+
+    Metrics find the targets under the names that other models take them by, too.
+    """
     inputs, targets = task.collate(pretrained, rows)
-    return {**inputs, TARGETS: targets}
+    left_out = untaken(pretrained.model, inputs)
+    names = task.model_targets
+    columns = {name: targets[:, place] for place, name in enumerate(names)} if len(names) > 1 else {}
+    named = columns or dict.fromkeys(names, targets)
+    return {**{name: value for name, value in inputs.items() if name not in left_out}, **named, TARGETS: targets}
 
 
 def _output(task: Task, model: Any, batch: Mapping[str, Any]) -> Output:
-    inputs = {name: value for name, value in batch.items() if name != TARGETS}
+    inputs = {name: value for name, value in batch.items() if name not in (*task.model_targets, TARGETS)}
     rows = 1 if task.reference is None else 2
     n = len(next(iter(inputs.values()))) // rows
     whole = Batch(inputs, batch[TARGETS], torch.arange(n), rows).to(next(model.parameters()).device)

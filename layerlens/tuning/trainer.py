@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from layerlens.exceptions import ConfigurationError, LayerLensError, OutputError, TrainingError
 from layerlens.tasks import IGNORED, TASKS, task_metrics
+from layerlens.tasks.metrics import TARGETS
 from layerlens.tuning.checkpoints import (
     HOOKS_FILE,
     WEIGHTS_FILE,
@@ -166,7 +167,7 @@ class _Trainer(Trainer):
 
     def items(self, batch: dict[str, torch.Tensor]) -> int:
         """What the model's loss is the mean over: labelled tokens, or samples."""
-        labels = batch.get("labels")
+        labels = batch.get("labels") if TASKS[self.job.task].token_labels or TARGETS not in batch else None
         if labels is None or labels.dim() < 2 or labels.is_floating_point():
             return len(batch[INDEX])
         return int((labels[:, TASKS[self.job.task].shift :] != IGNORED).sum())

@@ -38,7 +38,7 @@ def load_function(reference: str, key: str, base_dir: Path | None = None) -> Cal
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name and not f"{module_name}.".startswith(f"{error.name}."):
+        if not error.name or not f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigurationError(f"{key}: importing {module_name} fails: {error}") from error
         raise ConfigurationError(
             f"{key}: found no module {module_name!r}; install it, put it on PYTHONPATH, or beside the configuration in "

@@ -45,6 +45,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "detection by another model": {"model.task": "object-detection"},
     "packing and another task": {"data.packing": "bfd", "model.task": "masked-lm"},
+    "a collate function and another task": {"data.collate": "own:padded", "model.task": "masked-lm"},
     "serving and a task head": {"optimization.serve_with": "any", "model.task": "sequence-classification"},
     "layers of a method that is not on offer": {
         "optimization.methods": ["lora"], "optimization.constraints.min_layers": {"prefix": 1}

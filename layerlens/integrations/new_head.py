@@ -80,8 +80,9 @@ def new_head_of(model: torch.nn.Module, task: Any, wanted: bool | Sequence[str] 
             new_modules(model, new),
             "the checkpoint that the model was loaded from lacks it",
         )
-    as_initialised = bool(parameters) and _as_initialised(model, parameters)
-    return NewHead(parameters, heads, "it looks as it was initialised") if as_initialised else NewHead()
+    if not parameters or not as_initialised(model, parameters):
+        return NewHead()
+    return NewHead(parameters, heads, "it looks as it was initialised")
 
 
 def _stored_names(model: Any) -> set[str] | None:
@@ -106,7 +107,8 @@ def _same(name: str, stored: str) -> bool:
     return name == stored or name.endswith(f".{stored}") or stored.endswith(f".{name}")
 
 
-def _as_initialised(model: Any, parameters: Sequence[str]) -> bool:
+def as_initialised(model: Any, parameters: Sequence[str]) -> bool:
+    """Whether the weights have the spread that the model's configuration initialises with, and the biases are zeros."""
     spread = getattr(getattr(model, "config", None), "initializer_range", None)
     if not isinstance(spread, float) or not spread > 0:
         return False
