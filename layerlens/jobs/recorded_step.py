@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from layerlens.jobs.job import Job
 from layerlens.jobs.load import Loaded
 from layerlens.models import ModelStatistics
 from layerlens.models.step import StepRecord
-from layerlens.profiling.footprint import TOKENS, dense_inputs
+from layerlens.profiling.footprint import TOKENS, dense_inputs, without_data
 from layerlens.profiling.step_record import record_step
 from layerlens.tasks import Task
 from layerlens.tasks.batches import Batch
@@ -173,16 +173,16 @@ def with_step(job: Job, loaded: Loaded, statistics: ModelStatistics, heads: tupl
 
 def _record(job: Job, loaded: Loaded, heads: tuple[str, ...], length: int) -> StepRecord | None:
     model, reason = loaded.pretrained.model, ""
-    if loaded.pretrained.streamed is not None:
-        reason = "its weights stay on disk"
-    elif sharded(model) or offloaded(model):
+    on_disk = loaded.pretrained.streamed is not None
+    if sharded(model) or offloaded(model):
         reason = "its weights are spread"
     elif quantized_layers(model):
         reason = "quantized weights are unpacked in ways that autograd does not show"
     if not reason:
         try:
             of = step_of(loaded, heads, length)
-            with job.progress.stage("Recording a training step", total=None):
+            shapes = without_data(model) if on_disk else nullcontext()
+            with job.progress.stage("Recording a training step", total=None), shapes:
                 return recorded(of, loaded.spec)
         except UNRECORDABLE as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,6 +11,7 @@ from layerlens.models import LayerSpec, ModelSpec
 from layerlens.profiling.proxies import SavedProxies, evenly, plan_proxies
 
 ROLES = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
+WIDTH = 32  # no rank is above it
 RANKS = {"lora": (1, 2, 4, 8, 16, 32), "adapter": (2, 4, 8), "prefix": (2, 4)}
 
 
@@ -18,11 +19,11 @@ def spec(blocks: int) -> ModelSpec:
     layers = []
     for block in range(blocks):
         layers.append(
-            LayerSpec(f"{block}.attention", 8, "attention", methods=("prefix",), block=block, role="attention")
+            LayerSpec(f"{block}.attention", WIDTH, "attention", methods=("prefix",), block=block, role="attention")
         )
         for role in ROLES:
             methods = ("lora", "adapter") if role in ("attention_output", "ffn_down") else ("lora",)
-            layers.append(LayerSpec(f"{block}.{role}", 8, "linear", methods=methods, block=block, role=role))
+            layers.append(LayerSpec(f"{block}.{role}", WIDTH, "linear", methods=methods, block=block, role=role))
     return ModelSpec("test", 100, layers)
 
 
