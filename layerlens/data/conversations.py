@@ -84,5 +84,5 @@ def turns_of(value: Any) -> Any:
         return list(value) if hasattr(value, "tolist") else value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value

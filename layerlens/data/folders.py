@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from layerlens.config import DataConfig
 from layerlens.data.readers import reader_of
-from layerlens.data.rows import SourceRows
 from layerlens.exceptions import DataError
-from layerlens.utils.places import check_readable
 
 SPLIT = re.compile(r"(?:^|[^a-z])(train(?:ing)?|test|dev|eval|valid|validation)(?:[^a-z]|$)")
 TRAIN = "train"
@@ -56,16 +53,11 @@ def shards(root: Path, of_words: bool) -> list[Path]:
     return files
 
 
-def read_folder(root: Path, files: list[Path], of_words: bool, config: DataConfig, found: SourceRows) -> None:
-    """The rows of all files, one after the other."""
-    for path in files:
-        check_readable(path, root)
-        reader = reader_of(path, of_words)
-        assert reader is not None
-        reader(path, config, found)
+def folder_note(root: Path, files: list[Path]) -> str:
+    """Which files the rows of a folder come from."""
     shown = [path.relative_to(root).as_posix() for path in files[:MOST_SHOWN]]
     more = f" and {len(files) - MOST_SHOWN} more" if len(files) > MOST_SHOWN else ""
-    found.note(f"{len(files)} file{'s' if len(files) > 1 else ''} of the folder: {', '.join(shown)}{more}")
+    return f"{len(files)} file{'s' if len(files) > 1 else ''} of the folder: {', '.join(shown)}{more}"
 
 
 def _refuse_configurations(root: Path) -> None:
@@ -78,7 +70,7 @@ def _refuse_configurations(root: Path) -> None:
     _, opened, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
     try:
         facts = yaml.safe_load(rest.partition("\n---")[0]) if opened else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):  # what is no card; ValueError: 2024-99-99 as a date
         return
     listed = facts.get("configs") if isinstance(facts, dict) else None
     names = [str(one["config_name"]) for one in listed or () if isinstance(one, dict) and "config_name" in one]

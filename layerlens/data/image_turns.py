@@ -50,6 +50,7 @@ class Images:
 
 def _has_images(row: Mapping[str, Any]) -> bool:
     turns = [one for value in row.values() if is_conversation(value) for one in turns_of(value)]
+    turns = [one for one in turns if isinstance(one, Mapping)]
     return any(_is_image(part) for turn in turns for part in parts_of(turn.get("content", turn.get("value"))))
 
 

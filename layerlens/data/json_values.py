@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,33 @@ from layerlens.exceptions import DataError
 SPACE = " \t\r\n"
 
 
+class BeyondParser(json.JSONDecodeError):
+    """JSON that Python does not read, however much of it comes: nested too deep, or a number of too many digits."""
+
+
+def parsed(text: str, decode: Callable[[str], Any] = json.loads) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        json.JSONDecodeError: it is none, or (``BeyondParser``) none that Python reads.
+    """
+    try:
+        return decode(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise BeyondParser("it is nested too deep", text, 0) from error
+    except ValueError as error:
+        raise BeyondParser("a number has more digits than can be read", text, 0) from error
+
+
 def object_of(text: str, found: SourceRows) -> Any:
-    """The value of a JSON text; a key that an object has twice is noted, and the last of them is taken."""
-    return json.loads(text, object_pairs_hook=_noting(found))
+    """The value of a JSON text; a key that an object has twice is noted, and the last of them is taken.
+
+    Raises:
+        json.JSONDecodeError: see ``parsed``.
+    """
+    return parsed(text, json.JSONDecoder(object_pairs_hook=_noting(found)).decode)
 
 
 def _noting(found: SourceRows) -> Any:
@@ -76,9 +100,9 @@ def array_items(path: Path, lines: Iterator[Line], found: SourceRows) -> Iterato
             raise refused(f"a comma is missing before {buffer[:40]!r}")
         else:
             try:
-                value, end = decoder.raw_decode(buffer)
+                value, end = parsed(buffer, decoder.raw_decode)
             except json.JSONDecodeError as error:
-                if more(len(buffer)):
+                if not isinstance(error, BeyondParser) and more(len(buffer)):
                     continue
                 raise refused(error.msg) from error
             if end == len(buffer) and not isinstance(value, (dict, list)) and more(64):

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import inspect
 import sysconfig
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
-from layerlens.data.folders import read_folder, shards
+from layerlens.data.folders import folder_note, shards
 from layerlens.data.hub import read_hub_dataset, read_saved_dataset
 from layerlens.data.images import StoredImage
 from layerlens.data.pixels import SUFFIXES as IMAGE_SUFFIXES
@@ -26,6 +27,7 @@ from layerlens.data.table import Table
 from layerlens.exceptions import DataError, DataNotFoundError
 from layerlens.registry import TASKS
 from layerlens.storage import local_file
+from layerlens.utils.places import check_readable
 from layerlens.utils.user_code import REFERENCE, load_function
 
 HUB_PREFIX, BUILT_IN_PREFIX = "hf:", "builtin:"
@@ -124,17 +126,27 @@ def _read_place(path: Path, config: DataConfig, found: SourceRows, of_words: boo
     if path.is_dir():
         files = [] if is_saved_dataset(path) else shards(path, of_words is not False)
         if files:
-            read_folder(path, files, of_words is not False, config, found)
+            for file in files:
+                check_readable(file, path)
+                _read_file(file, of_words is not False, config, found)
+            found.note(folder_note(path, files))
         else:
             read_saved_dataset(path, found)
         return
-    reader = reader_of(path, bool(of_words)) or (reader_of(path, True) if of_words is None else None)
+    if reader_of(path, bool(of_words)) is None and of_words is None:
+        of_words = True
+    _read_file(path, bool(of_words), config, found)
+
+
+def _read_file(path: Path, of_words: bool, config: DataConfig, found: SourceRows) -> None:
+    reader = reader_of(path, of_words)
     if reader is None:
         raise DataError(f"data.source: {path.name} is not {FORMATS}; convert it, or give another file")
     try:
         reader(path, config, found)
-    except OSError as error:  # of a damaged .gz file
-        raise DataError(f"data.source: cannot read {path}: {error.strerror or error}") from error
+    except (OSError, EOFError, zlib.error) as error:  # the last two: of a damaged .gz file
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise DataError(f"data.source: cannot read {path}: {why}") from error
 
 
 def is_saved_dataset(folder: Path) -> bool:

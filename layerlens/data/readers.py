@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerlens.config import DataConfig
 from layerlens.data.conll import read_conll, read_conllu
-from layerlens.data.json_values import array_items, columns_as_rows, object_of
+from layerlens.data.json_values import BeyondParser, array_items, columns_as_rows, object_of, parsed
 from layerlens.data.rows import SourceRows
 from layerlens.data.text_files import Line, encoding_of, lines_of, suffix_of
 from layerlens.exceptions import DataError
@@ -47,11 +48,11 @@ def _add_object(line: Line, found: SourceRows) -> None:
         return
     try:
         value = object_of(line.text.rstrip(), found)
+    except BeyondParser as error:
+        found.leave_out(f"(line {line.number}) is not JSON that can be read: {error.msg}")
+        return
     except json.JSONDecodeError as error:
         found.leave_out(f"(line {line.number}, column {error.colno}) is not JSON: {error.msg}")
-        return
-    except RecursionError:
-        found.leave_out(f"(line {line.number}) is not JSON that can be read: it is nested too deep")
         return
     if isinstance(value, dict):
         found.add(value, line.n_bytes)
@@ -71,7 +72,9 @@ def read_json(path: Path, config: DataConfig, found: SourceRows) -> None:
         _read_array(path, encoding, found)
         return
     try:
-        json.loads(start)
+        parsed(start)
+    except BeyondParser:
+        whole = False  # which of the lines can be read is then said line by line
     except json.JSONDecodeError as error:
         if error.msg.startswith("Extra data"):
             raise DataError(f"data.source: {path}: line 1: not JSON: {error.msg}; give one object a line") from error
@@ -84,10 +87,10 @@ def read_json(path: Path, config: DataConfig, found: SourceRows) -> None:
         read_jsonl(path, config, found)
         return
     try:
-        value = json.loads("".join(line.text for line in lines_of(path, encoding)))
-    except (json.JSONDecodeError, RecursionError) as error:
-        place = f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "it"
-        raise DataError(f"data.source: {path}: {place} is not JSON: {error}") from error
+        value = parsed("".join(line.text for line in lines_of(path, encoding)))
+    except json.JSONDecodeError as error:
+        place = "it" if isinstance(error, BeyondParser) else f"line {error.lineno}, column {error.colno}"
+        raise DataError(f"data.source: {path}: {place} is not JSON: {error.msg}") from error
     for row in columns_as_rows(value, path, found):
         if found.wanted():
             _add_item(row, found)
@@ -199,12 +202,40 @@ def read_parquet(path: Path, config: DataConfig, found: SourceRows) -> None:
             names = unique_names(file.schema_arrow.names, found)
             for batch in file.iter_batches(BATCH_ROWS):
                 n_bytes = batch.nbytes // max(1, batch.num_rows)
-                wanted_of = [column.to_pylist() for column in batch.columns]
+                wanted_of = [_values_of(column) for column in batch.columns]
                 for values in zip(*wanted_of, strict=True):
-                    if found.wanted():
+                    odd = next((value for value in values if isinstance(value, OddValue)), None)
+                    if not found.wanted():
+                        continue
+                    if odd is None:
                         found.add(dict(zip(names, values, strict=True)), n_bytes)
+                    else:
+                        found.leave_out(f"has a value that Python cannot hold: {odd.why}")
     except (ArrowException, OSError) as error:
         raise DataError(f"data.source: {path} is not a Parquet file: {str(error).splitlines()[0]}") from error
+
+
+@dataclass(frozen=True)
+class OddValue:
+    """A value of a column that has no Python value, such as a date in the year 5881580."""
+
+    why: str
+
+
+def _values_of(column: Any) -> list[Any]:
+    """The values of a column of Arrow's, as Python has them."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except (OverflowError, ValueError):  # Arrow's own exceptions are ValueErrors, too
+        return [_value_of(one) for one in column]
+    return values
+
+
+def _value_of(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except (OverflowError, ValueError) as error:
+        return OddValue(str(error).splitlines()[0])
 
 
 def read_text(path: Path, config: DataConfig, found: SourceRows) -> None:

@@ -97,7 +97,7 @@ def _stored_names(model: Any) -> set[str] | None:
         if single.is_file():
             with safe_open(single, "pt") as file:
                 return set(file.keys())
-    except (OSError, ValueError, KeyError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
         return None
     return None
 

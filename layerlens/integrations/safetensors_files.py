@@ -70,12 +70,12 @@ def checkpoint_tensors(directory: Path) -> dict[str, TensorPlace]:
             )
         return read_header(directory / SINGLE)
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        weight_map = _weight_map(index)
+    except (OSError, ValueError) as error:
         raise ModelNotFoundError(
             f"model.name_or_path: {index} is not an index of shards ({error}); save it again"
         ) from error
+    shards = sorted(set(weight_map.values()))
     headers = {shard: read_header(directory / shard) for shard in shards}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
@@ -84,6 +84,23 @@ def checkpoint_tensors(directory: Path) -> dict[str, TensorPlace]:
                 "incomplete: copy it again"
             )
     return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """tensor -> file, as an index of shards has it.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is none.
+    """
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (KeyError, TypeError) as error:
+        raise ValueError("it has no weight_map") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    if not isinstance(found, dict) or not all(isinstance(one, str) and one for one in found.values()):
+        raise ValueError("its weight_map is no table of file names")
+    return found
 
 
 def read_header(file: Path) -> dict[str, TensorPlace]:
@@ -104,7 +121,7 @@ def read_header(file: Path) -> dict[str, TensorPlace]:
         raise ModelNotFoundError(f"model.name_or_path: no shard at {file}; the checkpoint is incomplete") from error
     except OSError as error:
         raise ModelNotFoundError(f"model.name_or_path: cannot read {file}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, ModelNotFoundError):
             raise
         raise _damaged(file, f"its header is no table of tensors ({error})") from error
@@ -188,8 +205,10 @@ def _load_files(path: Path, place: str) -> dict[str, torch.Tensor]:
     if path.is_dir():
         files = [path / SINGLE]
         if (path / INDEX).is_file():
-            shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-            files = [path / name for name in sorted(set(shards))]
+            try:
+                files = [path / name for name in sorted(set(_weight_map(path / INDEX).values()))]
+            except (OSError, ValueError) as error:
+                raise ModelNotFoundError(f"model.weights: {path / INDEX} is no index of shards ({error})") from error
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:
@@ -198,7 +217,7 @@ def _load_files(path: Path, place: str) -> dict[str, torch.Tensor]:
             raise ModelNotFoundError(
                 f"model.weights: no file at {file}; give a .safetensors file, or a directory with {SINGLE}"
             ) from error
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:  # ValueError: no file can have such a name
             raise ModelNotFoundError(f"model.weights: {place} is not a readable safetensors file: {error}") from error
     return tensors
 
@@ -208,6 +227,8 @@ def _place(file: Path, start: int, entry: dict[str, Any]) -> TensorPlace:
         raise ValueError(f"dtype {entry['dtype']}, known are {', '.join(DTYPES)}")
     first, end = entry["data_offsets"]
     place = TensorPlace(file, start + int(first), DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])))
+    if int(first) < 0 or any(size < 0 for size in place.shape):
+        raise ValueError(f"a shape of {list(place.shape)} at {first}")
     if int(end) - int(first) != place.numel * _width(place.dtype):
         raise ValueError(f"{end} - {first} bytes for a shape of {list(place.shape)}")
     return place

@@ -189,7 +189,7 @@ def _below_roots(path: Path, settings: ServiceSettings) -> Path | None:
         real_root = root.resolve()
         try:
             found = (real_root / path).resolve(strict=True)
-        except (OSError, RuntimeError):  # not there, or links that go round in circles
+        except (OSError, RuntimeError, ValueError):  # not there, links that go round in circles, or no name of a file
             continue
         if found.is_relative_to(real_root):
             return found
@@ -227,7 +227,15 @@ def check_contents(config: RunConfig, settings: ServiceSettings) -> None:
 
 def _is_below(settings: ServiceSettings) -> Below:
     roots = [root.resolve() for root in settings.roots]
-    return lambda path: any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots)
+
+    def below(path: Path) -> bool:
+        try:
+            real = Path(os.path.realpath(path))
+        except (OSError, ValueError):  # no file can have such a name: a zero byte, half a character
+            return False
+        return any(real.is_relative_to(root) for root in roots)
+
+    return below
 
 
 def _as_given(place: Path, settings: ServiceSettings) -> str:

@@ -119,11 +119,18 @@ def _refuse_named(key: str, name: str, folder: Path, path: Path, below: Below, *
             raise ConfigurationError(
                 f"{key}: {shown} in {name!r} names {place!r} ({told}), which is not below a root of this server"
             )
-        if told == WEIGHT_MAP and not allow_pickles and found.is_file() and is_pickle(found):
+        if told == WEIGHT_MAP and not allow_pickles and _is_file(found) and is_pickle(found):
             raise ConfigurationError(
                 f"{key}: {shown} in {name!r} names {place}, which can run code when it is loaded; convert it to "
                 "safetensors"
             )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no file can have such a name
+        return False
 
 
 def _refuse_modules(key: str, name: str, content: Any) -> None:

@@ -71,7 +71,7 @@ class TransformersSource(ModelSource):
         file = Path(path) / "config.json" if Path(path).is_dir() else _config_from_hub(path, request.reference)
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelNotFoundError(f"model.name_or_path: cannot read {file}: {error}") from error
         return found if isinstance(found, dict) else {}
 
