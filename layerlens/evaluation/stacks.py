@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from layerlens.integrations.torch_modules import first_input
 from layerlens.rank_rules.adalora import ORTHOGONALITY, SMOOTHING, Schedule
 
 INITIAL_DEVIATION = 0.02
@@ -133,14 +134,14 @@ class LoraStack:
         with ExitStack() as stack:
             for layer in self.layers:
                 module = self.model.get_submodule(layer.name)
-                stack.callback(module.register_forward_hook(self._layer_hook(layer)).remove)
+                stack.callback(module.register_forward_hook(self._layer_hook(layer), with_kwargs=True).remove)
             if self.head is not None:
                 head, module = self.head, self.model.get_submodule(str(self.head_name))
                 stack.callback(module.register_forward_hook(lambda _, args, __: head.apply(args[0])).remove)
             yield
 
-    def _layer_hook(self, layer: Any) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
-        return lambda module, args, output: layer.add_to(output, args[0], self.scale)
+    def _layer_hook(self, layer: Any) -> Callable[..., torch.Tensor]:
+        return lambda module, args, kwargs, output: layer.add_to(output, first_input(args, kwargs), self.scale)
 
 
 class TripletStack(LayerStack):

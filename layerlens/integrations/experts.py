@@ -19,6 +19,10 @@ ROUTERS = ("gate", "router")
 """What blocks with experts call the module that says which experts a token goes to."""
 EXPERTS = "experts"
 
+IN_MULTIHEAD = (
+    "torch.nn.MultiheadAttention multiplies with it without calling a module, so its products are not seen; PEFT "
+    "adapts in_proj_weight and out_proj only together"
+)
 BASE_LAYER = ".base_layer"
 """What PEFT calls the module that it has put one of its own around."""
 
@@ -105,6 +109,8 @@ def other_weights(
 
 
 def _described(path: str, module: torch.nn.Module, name: str, parameter: torch.Tensor) -> str:
+    import torch
+
     kind, size = type(module).__name__, _size(parameter)
     if "router" in kind.lower() or path.rpartition(".")[2] in ROUTERS:
         return f"a router ({size}), and a choice leaves routers alone"
@@ -112,7 +118,9 @@ def _described(path: str, module: torch.nn.Module, name: str, parameter: torch.T
         return f"the experts of a block in one parameter of {kind} ({size}), whose products are not seen"
     if "expert" in f"{kind}{path}".lower():
         return f"a bias for each expert ({size})"
-    return f"a parameter of {kind} ({size}), not the weight of a Linear, Conv1D or Conv2d"
+    if isinstance(module, torch.nn.MultiheadAttention) and name.endswith("proj_weight"):
+        return f"queries, keys and values in one parameter ({size}): {IN_MULTIHEAD}"
+    return f"a parameter of {kind} ({size}), not the weight of a Linear, Conv1D or convolution"
 
 
 def _size(parameter: torch.Tensor) -> str:

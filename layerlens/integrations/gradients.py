@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.quantized import device_of, is_quantized
-from layerlens.integrations.torch_modules import find_module, frozen_without_dropout
+from layerlens.integrations.torch_modules import find_module, first_input, frozen_without_dropout
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ def layer_moments(
 
     Args:
         model: without LoRA.
-        layers: names of Linear, Conv1D or Conv2d modules.
+        layers: names of Linear, Conv1D or convolution modules.
         batches: gone through once.
         covariances, gradients: what is measured.
 
@@ -72,7 +72,7 @@ def layer_moments(
         stack.enter_context(frozen_without_dropout(model))
         stack.enter_context(nullcontext() if gradients else torch.no_grad())
         for name, seen in inputs.items():
-            stack.callback(modules[name].register_forward_pre_hook(seen).remove)
+            stack.callback(modules[name].register_forward_pre_hook(seen, with_kwargs=True).remove)
         weights = [stack.enter_context(_weight(module, gradients)) for module in modules.values()]
         for batch in batches:
             for seen in inputs.values():
@@ -105,10 +105,10 @@ def _weight(module: Any, gradients: bool) -> Iterator[torch.Tensor]:
         return
     change = torch.zeros(module.out_features, module.in_features, device=device_of(module), requires_grad=gradients)
 
-    def add(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + torch.nn.functional.linear(args[0].float(), change).to(output.dtype)
+    def add(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        return output + torch.nn.functional.linear(first_input(args, kwargs).float(), change).to(output.dtype)
 
-    handle = module.register_forward_hook(add)
+    handle = module.register_forward_hook(add, with_kwargs=True)
     try:
         yield change
     finally:
@@ -124,8 +124,8 @@ class _InputSums:
         self.total: torch.Tensor | float = 0.0
         self.count = 0
 
-    def __call__(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        rows = _input_rows(module, args[0].detach(), self.mask).float()
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows = _input_rows(module, first_input(args, kwargs).detach(), self.mask).float()
         self.gram = self.gram + rows.T @ rows
         self.total = self.total + rows.sum(0)
         self.count += len(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.asked_layers import layers_asked_for
 from layerlens.integrations.experts import (
+    IN_MULTIHEAD,
     Stack,
     experts_per_token,
     other_weights,
@@ -23,16 +25,17 @@ from layerlens.integrations.norms import norm_layer, norm_layers
 from layerlens.integrations.peft_refusals import refused_by_peft
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.quantized import parameter_count, weight_bytes
+from layerlens.integrations.torch_modules import first_input
 from layerlens.integrations.transformers import (
-    HEAD_WIDTHS,
     RESIDUAL_WRITERS,
+    attention_heads,
     blocks_of,
     dense_shape,
     is_dense,
     role_of,
     takes_prefix,
 )
-from layerlens.integrations.weight_matrices import why_no_lora
+from layerlens.integrations.weight_matrices import is_convolution, why_no_lora
 from layerlens.models import LayerSpec, ModelSpec
 from layerlens.models.model_spec import EMBEDDING
 from layerlens.registry import METHODS
@@ -55,9 +58,9 @@ def model_spec(
 ) -> ModelSpec:
     """The layers of a model in forward order.
 
-    Where most layers are in transformer blocks: every Linear, Conv1D and Conv2d in them, and every attention block that
-    takes prefixes. Else every Linear and Conv2d that is not the task head's. With ``only``, those of these that it
-    names, and what it names outside the blocks (``lm_head``, ``embed_tokens``).
+    Where most layers are in transformer blocks: every Linear, Conv1D and convolution in them, and every attention block
+    that takes prefixes. Else every Linear and convolution that is not the task head's. With ``only``, those of these
+    that it names, and what it names outside the blocks (``lm_head``, ``embed_tokens``).
 
     Args:
         pretrained: the model.
@@ -91,7 +94,7 @@ def model_spec(
     of_block = of_block if asked is None else asked.of_block
     of_block = {path: block for path, block in of_block.items() if not (whole and f"{path}.".startswith(whole))}
     dense = [path for path in of_block if path not in stacks]
-    reasons = {path: why_router(path, modules) or why_no_lora(path, modules[path]) for path in dense}
+    reasons = {path: _why_not(path, modules) for path in dense}
     left_out = {path: reason for path, reason in reasons.items() if reason}
     left_out |= {} if asked is None else asked.left_out
     own = pretrained.tokens.modules if pretrained.tokens else ()
@@ -128,18 +131,18 @@ def model_spec(
             done.add(attention)
             if takes_prefix(modules[attention]):
                 own = _config_around(modules, attention, config)
-                layer = _attention_layer(attention, modules[attention], own, block, positions.get(path))
+                layer = _attention_layer(attention, modules[attention], module, own, block, positions.get(path))
                 layers += _with_methods(layer, modules[attention], adapter_sites, methods)
         if path in left_out:
             continue
-        if isinstance(module, torch.nn.Conv2d):
+        if is_convolution(module):
             layer = _conv_layer(path, module, block, positions.get(path))
         elif isinstance(module, torch.nn.Embedding):
             layer = _embedding_layer(path, module, block, positions.get(path))
         elif path in norms:
             layer = norm_layer(path, module, block, positions.get(path), config)
         else:
-            width = getattr(_config_around(modules, path, config), "hidden_size", None) or dense_shape(module)[1]
+            width = _stream_width(_config_around(modules, path, config)) or dense_shape(module)[1]
             layer = _dense_layer(path, module, width, block, positions.get(path), writes_residual=path in writers)
             layer = replace(layer, by_parameter=path in by_parameter)
         taken, refused = _without_refused(_with_methods(layer, module, adapter_sites, methods), module, methods)
@@ -149,8 +152,8 @@ def model_spec(
     if not layers:
         some = "; ".join(f"{path}: {reason}" for path, reason in list(left_out.items())[:3])
         raise ModelSpecError(
-            f"model.name_or_path: found no layer in {type(model).__name__} that can take LoRA (Linear, Conv1D, Conv2d)"
-            + (f"; {some}" if some else "")
+            f"model.name_or_path: found no layer in {type(model).__name__} that can take LoRA (Linear, Conv1D, "
+            "convolutions)" + (f"; {some}" if some else "")
         )
     return ModelSpec(
         model_name=name_or_path,
@@ -177,7 +180,7 @@ def _has_point(name: str, value: Any) -> bool:
 def _transformer_layers(
     modules: Mapping[str, torch.nn.Module], blocks: tuple[str, ...], stacks: Mapping[str, Stack]
 ) -> dict[str, int | None]:
-    """Path -> block of every Linear, Conv1D and Conv2d of the blocks, and of their stacked experts."""
+    """Path -> block of every Linear, Conv1D and convolution of the blocks, and of their stacked experts."""
     found: dict[str, int | None] = {}
     of_module: dict[str, list[str]] = {}
     for name in stacks:
@@ -217,8 +220,15 @@ def _holds_several(outer: str, paths: list[str]) -> bool:
     return sum(path.startswith(f"{outer}.") for path in paths) >= BLOCK_LAYERS
 
 
+def _why_not(path: str, modules: Mapping[str, torch.nn.Module]) -> str:
+    """Why a layer can take no LoRA; "" where it can."""
+    if isinstance(modules.get(path.rpartition(".")[0]), torch.nn.MultiheadAttention):
+        return IN_MULTIHEAD
+    return why_router(path, modules) or why_no_lora(path, modules[path])
+
+
 def _is_layer(module: torch.nn.Module) -> bool:
-    return is_dense(module) or isinstance(module, torch.nn.Conv2d)
+    return is_dense(module) or is_convolution(module)
 
 
 def _count_positions(
@@ -232,13 +242,13 @@ def _count_positions(
         inputs = {name: tensor.to("meta") for name, tensor in inputs.items()}
 
     def count(path: str) -> Any:
-        def hook(module: Any, args: Any, output: torch.Tensor) -> None:
-            n_out = module.out_channels if isinstance(module, torch.nn.Conv2d) else output.shape[-1]
-            found[path] = (max(1, output.numel() // (n * n_out)), max(1, args[0].numel() // n))
+        def hook(module: Any, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+            n_out = module.out_channels if is_convolution(module) else output.shape[-1]
+            found[path] = (max(1, output.numel() // (n * n_out)), max(1, first_input(args, kwargs).numel() // n))
 
         return hook
 
-    handles = [model.get_submodule(path).register_forward_hook(count(path)) for path in paths]
+    handles = [model.get_submodule(path).register_forward_hook(count(path), with_kwargs=True) for path in paths]
     try:
         with torch.no_grad():
             model(**inputs)
@@ -267,7 +277,7 @@ def _residual_writers(
         around, module = path.rpartition(".")[0], modules[path]
         if block is None or around in named or role_of(path) or not is_dense(module):
             continue
-        if dense_shape(module)[1] == getattr(_config_around(modules, path, config), "hidden_size", None):
+        if dense_shape(module)[1] == _stream_width(_config_around(modules, path, config)):
             last[around] = path
     return writers | set(last.values())
 
@@ -280,6 +290,12 @@ def _config_around(modules: Mapping[str, torch.nn.Module], path: str, default: A
             return config
         path = path.rpartition(".")[0]
     return default
+
+
+def _stream_width(config: Any) -> int | None:
+    """The width of the residual stream; None where the configuration does not say it, or has stages of several."""
+    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    return width if isinstance(width, int) and not isinstance(heads, (list, tuple)) else None
 
 
 def _text_config(model: Any) -> Any:
@@ -347,9 +363,9 @@ def _is_formed(module: Any) -> bool:
     return bool(weight.is_floating_point() and weight.dim() == 2 and weight.element_size() > 1)
 
 
-def _conv_layer(path: str, module: torch.nn.Conv2d, block: int | None, places: tuple[int, int] | None) -> LayerSpec:
+def _conv_layer(path: str, module: Any, block: int | None, places: tuple[int, int] | None) -> LayerSpec:
     positions, elements = places or (0, 0)
-    patch = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+    patch = module.in_channels * math.prod(module.kernel_size)
     return LayerSpec(
         name=path, hidden_size=module.out_channels, layer_type="conv", n_in=patch, n_out=module.out_channels,
         block=block, role=role_of(path), positions=positions, input_elements=elements, groups=module.groups,
@@ -357,14 +373,13 @@ def _conv_layer(path: str, module: torch.nn.Conv2d, block: int | None, places: t
 
 
 def _attention_layer(
-    path: str, module: Any, config: Any, block: int | None, places: tuple[int, int] | None
+    path: str, module: Any, query: Any, config: Any, block: int | None, places: tuple[int, int] | None
 ) -> LayerSpec:
-    heads = config.num_attention_heads
-    head_dim = next((width for name in HEAD_WIDTHS if (width := getattr(module, name, None))), None)
-    head_dim = head_dim or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    hidden_size = dense_shape(query)[0]
+    heads, kv_heads, head_dim = attention_heads(module, config, query)
+    head_dim = head_dim or hidden_size // heads
     return LayerSpec(
-        name=path, hidden_size=config.hidden_size, layer_type="attention", n_in=heads * head_dim,
+        name=path, hidden_size=hidden_size, layer_type="attention", n_in=heads * head_dim,
         n_out=heads * head_dim, d_kv=kv_heads * head_dim, num_heads=heads, block=block, role="attention",
         positions=places[0] if places else 0,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from layerlens.integrations.norms import is_norm
 from layerlens.integrations.quantized import is_quantized, quantized_layers, weight_count, weight_in_buffers
 from layerlens.integrations.transformers import blocks_of, is_dense, task_heads
+from layerlens.integrations.weight_matrices import is_convolution
 from layerlens.models import ModelSpec
 from layerlens.models.model_spec import ATTENTION, EXPERTS
 
@@ -88,7 +89,7 @@ def _reason(model: torch.nn.Module, name: str, spec: ModelSpec, blocks: Collecti
     if _within(path, heads):
         return FROZEN_HEAD
     inside = not blocks or _within(path, blocks)
-    if is_dense(module) or isinstance(module, torch.nn.Conv2d) or is_quantized(module):
+    if is_dense(module) or is_convolution(module) or is_quantized(module):
         return NO_METHOD if inside else OUTSIDE
     if part in ("weight", "bias"):
         return f"of {type(module).__name__}, which no method on offer takes"

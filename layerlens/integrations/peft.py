@@ -333,16 +333,14 @@ def lora_module(model: torch.nn.Module, row: Option) -> torch.nn.Module | Stack:
 
 def why_not_adaptable(name: str, module: Any) -> str:
     """Why PEFT's LoRA cannot go on this module; "" where it can. Any kind of Linear can take it, measurable or not."""
-    import torch
+    from layerlens.integrations.weight_matrices import is_convolution, why_no_lora
 
-    from layerlens.integrations.weight_matrices import why_no_lora
-
-    if isinstance(module, torch.nn.Conv2d):
+    if is_convolution(module):
         return why_no_lora(name, module)
     if is_dense(module) or is_embedding(module):
         return ""
     return (
-        f"LoRA goes on a Linear, Conv1D, Conv2d or Embedding, this is a {type(module).__name__}; "
+        f"LoRA goes on a Linear, Conv1D, convolution or Embedding, this is a {type(module).__name__}; "
         "profile the model with module granularity"
     )
 
@@ -351,12 +349,12 @@ def lora_shape(module: Any) -> tuple[int, int, int]:
     """(n_in, n_out, groups): A is [r, n_in], B is [n_out, r / groups]; of a convolution n_in is a patch, of an
     embedding the number of its rows.
     """
-    import torch
+    from layerlens.integrations.weight_matrices import is_convolution
 
     if isinstance(module, Stack):
         return module.n_in, module.n_out, 1
-    if isinstance(module, torch.nn.Conv2d):
-        patch = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+    if is_convolution(module):
+        patch = module.in_channels * math.prod(module.kernel_size)
         return patch, module.out_channels, module.groups
     if is_embedding(module):
         return module.num_embeddings, module.embedding_dim, 1

@@ -180,6 +180,7 @@ def load_weights(model: torch.nn.Module, place: str, base_dir: Path | None, opti
     import torch
 
     found = _load_files(((base_dir or Path()) / Path(place).expanduser()).resolve(), place)
+    found = {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()}  # of a compiled model
     own = model.state_dict()
     lacking = {name for name in own if name not in found or found[name].shape != own[name].shape}
     wrong = sorted(lacking - set(optional)) + sorted(found.keys() - own.keys())

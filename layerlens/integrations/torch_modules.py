@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,48 @@ def find_module(model: torch.nn.Module, name: str) -> torch.nn.Module:
     near += [known for known in modules if known.endswith("." + name) and known not in near][:3]
     hint = f"; nearest: {', '.join(near)}" if near else ""
     raise ManifestError(f"{type(model).__name__} has no module {name!r}{hint}. Was the manifest made for this model?")
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module is called with first, by place or by keyword (``linear(input=x)``); None where that is nothing."""
+    import torch
+
+    if args:
+        return args[0]
+    return next((value for value in kwargs.values() if isinstance(value, torch.Tensor)), None)
+
+
+def without_compilation(model: Any) -> tuple[Any, tuple[str, ...]]:
+    """The model that ``torch.compile`` was called with, called by Python again; and what to say of it.
+
+    ``torch.compile(model)`` is a module around the model, which then has ``_orig_mod.`` before all names;
+    ``model.compile()`` changes how the model is called. Both may be done to modules inside it too. Replicas over
+    devices (``DataParallel``) are taken off as well.
+    """
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        return model, ()
+    found: list[str] = []
+    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
+        found.append("" if hasattr(model, "_orig_mod") else type(model).__name__)
+        model = getattr(model, "_orig_mod", None) or model.module
+    for path, module in list(model.named_modules()):
+        for name, child in module.named_children():
+            if hasattr(child, "_orig_mod"):
+                found.append(f"{path}.{name}".lstrip("."))
+                setattr(module, name, child._orig_mod)
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            found.append(path)
+            module._compiled_call_impl = None
+    if not found:
+        return model, ()
+    what = ", ".join(name or "the whole of it" for name in dict.fromkeys(found))
+    return model, (
+        f"model: is compiled or replicated ({what}); it is measured and adapted as it was before that, which the names "
+        "in the adapter are of: put the adapter in first, and compile after that",
+    )
 
 
 def usable_device(name: str) -> torch.device:

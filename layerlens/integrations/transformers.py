@@ -311,6 +311,31 @@ def frozen_part(model: torch.nn.Module, new_parameters: Sequence[str]) -> tuple[
     return blocks if in_base or not hasattr(model, base) else (base,)
 
 
+def attention_heads(attention: Any, config: Any, query: Any = None) -> tuple[int, int, int | None]:
+    """(query heads, key/value heads, width of one) of an attention module; None for a width that it does not tell.
+
+    Models with stages (Swin, SegFormer) have other heads in each, and a list of them in their configuration.
+
+    Args:
+        attention: the module.
+        config: of the tower around it.
+        query: the module that makes the queries, where neither of them counts the heads.
+    """
+    width = next((width for name in HEAD_WIDTHS if (width := getattr(attention, name, None))), None)
+    names = ("num_attention_heads", "num_heads", "n_heads")
+    counts = [
+        count for one in (config, attention) for name in names if isinstance(count := getattr(one, name, None), int)
+    ]
+    if counts:
+        heads = counts[0]
+    elif query is not None and width:
+        heads = dense_shape(query)[1] // width
+    else:
+        heads = 1
+    shared = getattr(config, "num_key_value_heads", None)
+    return heads, shared if isinstance(shared, int) and shared else heads, width
+
+
 def takes_prefix(attention: torch.nn.Module) -> bool:
     """Whether the attention module goes through transformers' AttentionInterface, where prefixes are added."""
     return hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS")

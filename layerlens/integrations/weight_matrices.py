@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -12,6 +13,7 @@ from layerlens.exceptions import ProfilingError
 from layerlens.integrations.quantized import is_quantized
 from layerlens.models import ModelSpec
 
+CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 RELATIVE_BIASES = ("relative_attention_bias",)
 """Embeddings that are indexed by pairs of positions, without a batch axis (T5)."""
 
@@ -20,29 +22,51 @@ def matrix_shape(module: Any) -> tuple[int, int, int]:
     """(groups, n_out, n_in) of a module's weight as a matrix for each group; an Embedding's rows are its outputs."""
     if isinstance(module, torch.nn.Embedding):
         return 1, module.num_embeddings, module.embedding_dim
-    if isinstance(module, torch.nn.Conv2d):
-        patch = module.kernel_size[0] * module.kernel_size[1]
+    if is_convolution(module):
+        patch = math.prod(module.kernel_size)
         return module.groups, module.out_channels // module.groups, module.in_channels // module.groups * patch
     if isinstance(module, torch.nn.Linear) or is_quantized(module):
         return 1, module.out_features, module.in_features
     return 1, module.nf, module.nx  # transformers' Conv1D, a Linear with a transposed weight
 
 
-def conv_patches(module: torch.nn.Conv2d, images__bchw: torch.Tensor, *, groups: int | None = None) -> torch.Tensor:
-    """The inputs that each output pixel of a convolution sees, [b, groups, pixels, n_in of a group].
+def is_convolution(module: Any) -> bool:
+    """Whether a module convolves along one, two or three axes."""
+    return isinstance(module, CONVOLUTIONS)
+
+
+def conv_patches(module: Any, inputs__bc: torch.Tensor, *, groups: int | None = None) -> torch.Tensor:
+    """The inputs that each output of a convolution sees, [b, groups, outputs along its axes, n_in of a group].
 
     In the order of ``module.weight[out].flatten()``, so that the layer is a Linear on them, group by group. With
     ``groups`` 1 every output sees all input channels, as the A of PEFT's LoRA does also where the layer has groups.
+
+    Raises:
+        ProfilingError: the inputs have no axis of samples.
     """
-    padding: Any = module.padding  # a string is refused by why_not_measurable
-    patches__bkt = torch.nn.functional.unfold(
-        images__bchw,
-        module.kernel_size,
-        dilation=module.dilation,
-        padding=padding,
-        stride=module.stride,
-    )
-    return patches__bkt.unflatten(1, (groups or module.groups, -1)).mT
+    axes = len(module.kernel_size)
+    if inputs__bc.dim() != axes + 2:
+        raise ProfilingError(f"gets {list(inputs__bc.shape)}, which has no axis of samples")
+    groups, padding = groups or module.groups, module.padding
+    if isinstance(padding, str) or axes == 3:
+        inputs__bc, padding = torch.nn.functional.pad(inputs__bc, module._reversed_padding_repeated_twice), (0,) * axes
+    if axes == 3:
+        return _patches_of_volumes(module, inputs__bc, groups)
+    images = inputs__bc[:, :, None] if axes == 1 else inputs__bc
+    wide = [(first, *given) if axes == 1 else given for first, given in
+            ((1, module.kernel_size), (1, module.dilation), (0, padding), (1, module.stride))]  # fmt: skip
+    patches__bkt = torch.nn.functional.unfold(images, *wide)
+    return patches__bkt.unflatten(1, (groups, -1)).mT
+
+
+def _patches_of_volumes(module: Any, padded__bcdhw: torch.Tensor, groups: int) -> torch.Tensor:
+    """What ``torch.nn.functional.unfold``, which takes images alone, would make of volumes."""
+    found = padded__bcdhw
+    for axis in range(3):
+        size, dilation = module.kernel_size[axis], module.dilation[axis]
+        found = found.unfold(axis + 2, dilation * (size - 1) + 1, module.stride[axis])[..., ::dilation]
+    by_group = found.unflatten(1, (groups, -1))  # [b, g, c, three axes, three of the kernel]
+    return by_group.permute(0, 1, 3, 4, 5, 2, 6, 7, 8).flatten(5).flatten(2, 4)
 
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
@@ -77,10 +101,10 @@ def why_not_measurable(name: str, module: torch.nn.Module) -> str:
     """Why a module's weight cannot be measured; "" where it can."""
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(module, torch.nn.Conv2d):
-        if module.padding_mode != "zeros" or isinstance(module.padding, str):
-            return "convolutions with padding other than zeros of a given width are not measured"
-        return _overridden(module, torch.nn.Conv2d)
+    if is_convolution(module):
+        if module.padding_mode != "zeros":
+            return "convolutions with padding other than zeros are not measured"
+        return _overridden(module, next(base for base in CONVOLUTIONS if isinstance(module, base)))
     if isinstance(module, torch.nn.Embedding):
         if name.endswith(RELATIVE_BIASES):
             return "biases of relative positions are looked up once for the whole batch"
@@ -151,15 +175,15 @@ def _multiplies(module: torch.nn.Module) -> bool:
 
 
 def why_no_lora(name: str, module: Any) -> str:
-    """Why Hugging Face PEFT's LoRA does not fit a Linear, Conv1D or Conv2d; "" where it does.
+    """Why Hugging Face PEFT's LoRA does not fit a Linear, Conv1D or convolution; "" where it does.
 
     PEFT (0.21) gives a convolution an A of r × all input channels, with the kernel, stride and padding of the layer but
     without its dilation, and a 1 × 1 B with the layer's groups; so r must be a multiple of the groups.
     """
     left_out = getattr(module, "layerlens_left_out", "")
-    if left_out or not isinstance(module, torch.nn.Conv2d):
+    if left_out or not is_convolution(module):
         return left_out or why_not_measurable(name, module)
-    if module.dilation != (1, 1) and module.kernel_size != (1, 1):
+    if set(module.dilation) != {1} and set(module.kernel_size) != {1}:
         return "PEFT's LoRA drops the dilation of a convolution"
     if module.padding_mode != "zeros":
         return "PEFT's LoRA drops the padding mode of a convolution"

@@ -75,13 +75,14 @@ def _parts(folder: Path) -> tuple[Path | None, Path | None]:
 def _with_peft(model: Any, peft: Path | None, folder: Path, *, merge: bool) -> Any:
     from peft import PeftModel
 
+    from layerlens.integrations.peft_calls import take_keywords
     from layerlens.integrations.quantized_merge import merge_with_cost
 
     assert peft is not None
     if (folder / MANIFEST_FILE).is_file():
         _check(model, folder)
     try:
-        tuned = PeftModel.from_pretrained(model, str(peft))
+        tuned = take_keywords(PeftModel.from_pretrained(model, str(peft)))
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         raise ManifestError(
             f"{peft}: does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"

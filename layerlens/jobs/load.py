@@ -16,6 +16,7 @@ from layerlens.data.labels import HEAD_ADVICE, in_order_of
 from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.layers import model_spec, of_tokens_alone
 from layerlens.integrations.named_heads import note_of_fresh
+from layerlens.integrations.peft_calls import told_of_keywords
 from layerlens.integrations.placement import placed, placement_arguments
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.jobs.inputs import calibration_samples, check_model, functions_of, split_samples, statistics_request
@@ -31,6 +32,7 @@ from layerlens.jobs.memory_mode import (
 )
 from layerlens.models import ModelSpec
 from layerlens.models.data_summary import DataSummary
+from layerlens.optimization.constraints import without_idle_layers
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.sources import load_pretrained
 from layerlens.tasks import Batch, Batches, Task, make_batches, task_for
@@ -207,6 +209,10 @@ def _load(
         only=config.profiling.layers,
         methods=config.optimization.methods,
     )
+    spec = without_idle_layers(spec, config.optimization.constraints.rules)
+    if not config.model.source.of_transformers and pretrained.streamed is None:
+        for line in told_of_keywords(pretrained.model, [layer.name for layer in spec.layers], inputs):
+            heard.add(line)
     request = statistics_request(config)
     return Loaded(pretrained, dataset, calibration, head_data, held_out, batches, spec, plan, task, request,
                   functions=functions)  # fmt: skip

@@ -20,7 +20,7 @@ from layerlens.exceptions import ConfigurationError, LayerLensError
 from layerlens.integrations.expert_products import plain_products
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.quantized import quantized_layers
-from layerlens.integrations.torch_modules import frozen_without_dropout
+from layerlens.integrations.torch_modules import first_input, frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, dense_shape, without_cache
 from layerlens.methods import OUTPUT
 from layerlens.models import LayerSpec, ModelSpec, Provenance
@@ -204,10 +204,11 @@ def _traced_bytes(model: Any, spec: ModelSpec, inputs: dict[str, torch.Tensor]) 
             continue
         with_output = any(METHODS[name].reads == OUTPUT for name in layer.methods)
 
-        def hook(module: Any, args: Any, output: Any, with_output: bool = with_output) -> Any:
-            return _Keep.apply(output, anchor, args[0].detach(), *((output.detach(),) if with_output else ()))
+        def hook(module: Any, args: Any, kwargs: Any, output: Any, with_output: bool = with_output) -> Any:
+            kept = (output.detach(),) if with_output else ()
+            return _Keep.apply(output, anchor, first_input(args, kwargs).detach(), *kept)
 
-        handles.append(model.get_submodule(layer.name).register_forward_hook(hook))
+        handles.append(model.get_submodule(layer.name).register_forward_hook(hook, with_kwargs=True))
     try:
         with frozen_without_dropout(model, checkpointing=True), without_cache(model), plain_products(model):
             return trace_step(model, inputs, _loss).peak_bytes

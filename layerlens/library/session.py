@@ -38,6 +38,7 @@ from layerlens.library.single_losses import single_losses
 from layerlens.library.trainers import is_trainer
 from layerlens.library.untouched import random_states_kept, untouched
 from layerlens.models import ModelSpec
+from layerlens.optimization.constraints import without_idle_layers
 from layerlens.profiling.head import fit_head
 from layerlens.registry import TASKS
 from layerlens.sources.factory import first_argument
@@ -414,6 +415,7 @@ def _spec(pretrained: PretrainedModel, config: RunConfig, inputs: Mapping[str, t
         inputs=None if of_tokens_alone(inputs) else inputs, methods=config.optimization.methods,
         only=config.profiling.layers,
     )  # fmt: skip
+    spec = without_idle_layers(spec, config.optimization.constraints.rules)
     new = pretrained.new_parameters
     layers = [layer for layer in spec.layers if not any(name.startswith(f"{layer.name}.") for name in new)]
     return replace(spec, layers=layers)

@@ -115,6 +115,8 @@ class PeftMethod(Method):
         import torch
         from peft import get_peft_model
 
+        from layerlens.integrations.peft_calls import take_keywords
+
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT 0.21 still reads a name of gradient checkpointing that transformers 5.23 has renamed.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -128,6 +130,7 @@ class PeftMethod(Method):
             raise ManifestError(
                 f"PEFT did not give these layers their {self.unit}: {', '.join(missed)}; are they in the task head?"
             )
+        take_keywords(tuned)
         places = {_in_file(name): parameter for name, parameter in tuned.named_parameters()}
         with torch.no_grad():
             for key, tensor in tensors.items():

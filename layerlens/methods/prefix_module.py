@@ -10,7 +10,7 @@ import torch
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.attention import attention_function
 from layerlens.integrations.torchvision_import import make_torchvision_importable
-from layerlens.integrations.transformers import HEAD_WIDTHS, takes_prefix
+from layerlens.integrations.transformers import attention_heads, takes_prefix
 from layerlens.methods.added_module import CHILD_START
 from layerlens.models import PREFIX
 
@@ -75,13 +75,10 @@ def attention_shape(model: torch.nn.Module, target: Any, name: str) -> tuple[int
             f"{name}: {type(target).__name__} does not go through transformers' AttentionInterface, where a prefix is "
             f"added; {type(model).__name__} can take lora and adapter"
         )
-    widths = (getattr(target, key, None) for key in HEAD_WIDTHS)
-    head_dim = next((width for width in widths if width), None)
+    heads, kv_heads, head_dim = attention_heads(target, attention_config(model, target))
     if head_dim is None:
         raise ManifestError(f"{name}: a prefix goes on an attention block, this is a {type(target).__name__}")
-    config = attention_config(model, target)
-    heads = config.num_attention_heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
+    return heads, kv_heads, head_dim
 
 
 def check_attention(config: Any) -> None:

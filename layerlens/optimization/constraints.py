@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -21,6 +22,7 @@ from layerlens.config import OptimizationConfig
 from layerlens.config.optimization import LayerRule
 from layerlens.engines import Engine
 from layerlens.exceptions import ConfigurationError
+from layerlens.integrations.transformers import role_of
 from layerlens.methods import trainable_params
 from layerlens.models import LayerSpec, ModelSpec, Option
 from layerlens.models.model_spec import NONE
@@ -43,7 +45,7 @@ def matching(spec: ModelSpec, pattern: str, field: str) -> list[str]:
         ConfigurationError: there is none; shows the nearest names and roles.
     """
     found = [layer.name for layer in spec.layers if layer.role == pattern or fnmatchcase(layer.name, pattern)]
-    if not found and not any(fnmatchcase(name, pattern) for name in spec.left_out):
+    if not found and not any(role_of(name) == pattern or fnmatchcase(name, pattern) for name in spec.left_out):
         whole = next((layer for layer in spec.layers if layer.role and layer.role == FUSED.get(pattern)), None)
         if whole is not None:
             parts = [role for role, fused in FUSED.items() if fused == whole.role]
@@ -55,6 +57,21 @@ def matching(spec: ModelSpec, pattern: str, field: str) -> list[str]:
         near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
         raise ConfigurationError(f"{field}: no layer is called {pattern!r}; nearest: {', '.join(near)}")
     return found
+
+
+def without_idle_layers(spec: ModelSpec, rules: Sequence[LayerRule]) -> ModelSpec:
+    """The layers without those that a rule leaves alone, which need not be measured; all where it leaves all alone.
+
+    Raises:
+        ConfigurationError: such a rule names no layer.
+    """
+    idle: dict[str, str] = {}
+    for number, rule in enumerate(rules):
+        if rule.max_rank == 0 or rule.methods == ():
+            field = f"optimization.constraints.rules[{number}]"
+            idle |= dict.fromkeys(matching(spec, rule.layers, f"{field}.layers"), f"{field} leaves it alone")
+    left = [layer for layer in spec.layers if layer.name not in idle]
+    return replace(spec, layers=left, left_out=spec.left_out | idle) if idle and left else spec
 
 
 def allowed_options(spec: ModelSpec, options: Sequence[Option], config: OptimizationConfig) -> np.ndarray:

@@ -72,9 +72,11 @@ def opened_at(
     """
 
     def open_graph(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}
+        for place, given in enumerate(args):
+            if _opens(given):
+                return (*args[:place], given.detach().requires_grad_(True), *args[place + 1 :]), kwargs
+        name = next((name for name, given in kwargs.items() if _opens(given)), None)
+        return args, kwargs if name is None else {**kwargs, name: kwargs[name].detach().requires_grad_(True)}
 
     if first_block is None:
         opened = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
@@ -89,6 +91,10 @@ def opened_at(
         yield lambda: _total(model(**inputs))
     finally:
         handle.remove()
+
+
+def _opens(given: Any) -> bool:
+    return isinstance(given, torch.Tensor) and given.is_floating_point()
 
 
 def frozen_footprint(
@@ -138,15 +144,17 @@ def dense_inputs(
     All rows are alike and end as the sample does: BART's and T5's classifiers read the last end of a text, and want as
     many of them in every sample.
 
-    Other inputs than tokens (images) are those of the batch's samples, over and over; so are all where ``model`` cannot
-    do without some that are no tokens.
+    Other inputs than tokens (images) are those of the batch's samples, over and over. So are all where ``model`` cannot
+    do without some that are no tokens, and the tokens of a model that takes no mask, which is the user's own: it may
+    have a length of its own, and other arguments.
     """
     needed = () if model is None else required(model)
-    if "input_ids" not in batch_inputs or any(name in batch_inputs and name not in TOKENS for name in needed):
+    own = "input_ids" not in batch_inputs or "attention_mask" not in batch_inputs
+    if own or any(name in batch_inputs and name not in TOKENS for name in needed):
         n = len(next(iter(batch_inputs.values())))
         return {name: tensor[torch.arange(samples) % n] for name, tensor in batch_inputs.items()}
     ids = batch_inputs["input_ids"][0].reshape(-1)
-    if "attention_mask" in batch_inputs and batch_inputs["attention_mask"][0].shape == ids.shape:
+    if batch_inputs["attention_mask"][0].shape == ids.shape:
         ids = ids[batch_inputs["attention_mask"][0] != 0]
     row = ids.repeat(-(-sequence_length // ids.numel()))[:sequence_length].clone()
     row[-1] = ids[-1]

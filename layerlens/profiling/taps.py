@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
@@ -19,17 +19,20 @@ import torch
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.attention import attention_outputs
 from layerlens.integrations.expert_products import Routing, plain_products
-from layerlens.integrations.weight_matrices import conv_patches, embedding_scale
+from layerlens.integrations.torch_modules import first_input
+from layerlens.integrations.weight_matrices import conv_patches, embedding_scale, is_convolution
 from layerlens.methods import OUTPUT
 from layerlens.models import LORA, LayerSpec, ModelSpec
 from layerlens.models.model_spec import EMBEDDING, EXPERTS
 from layerlens.profiling.expert_rows import by_expert
+from layerlens.profiling.layouts import Layout
 from layerlens.profiling.pass_sums import Key
 from layerlens.profiling.sample_matrices import SampleMatrices
 from layerlens.registry import METHODS
 
 Recorder = Callable[..., None]
-Hook = Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]
+Hook = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any], torch.Tensor], torch.Tensor]
+IN_FRONT = Layout()
 
 
 class _Tap(torch.autograd.Function):
@@ -73,7 +76,7 @@ class Taps:
     Args:
         model: the frozen model, in evaluation mode.
         spec: its layers.
-        other_modules: modules outside the layers whose weights are measured too (Linear, Conv1D, Conv2d, Embedding).
+        other_modules: modules outside the layers whose weights are measured too (Linear, convolutions, Embedding).
             Weights that several of them share are measured as one: the gradient of a tied weight is the sum over its
             uses.
         backward: whether gradients are wanted; without, nothing is tapped.
@@ -93,7 +96,7 @@ class Taps:
         self.by_batches = by_batches
         self._anchor = torch.zeros((), requires_grad=True)
         self.unmeasured: dict[str, str] = {}
-        self.traced: frozenset[str] | None = None
+        self.layouts: Mapping[str, Layout] | None = None
         self._calls: Counter[str] = Counter()
         self._users: dict[Key, set[str]] = {}
         self._leaders: dict[str, str] = {}
@@ -163,9 +166,10 @@ class Taps:
                     attentions[id(module)] = layer
                 elif layer.layer_type == EMBEDDING:
                     hook = self._lookup_hook(layer.name, (layer.name, LORA), cast("torch.nn.Embedding", module))
-                    stack.callback(module.register_forward_hook(hook).remove)
+                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
                 else:
-                    stack.callback(module.register_forward_hook(self._dense_hook(layer)).remove)
+                    hook = self._dense_hook(layer)
+                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             for module in self.model.modules():
                 if getattr(module, "gradient_checkpointing", False) and self._with_backward:
                     stack.callback(module.register_forward_pre_hook(_open_graph).remove)
@@ -173,7 +177,8 @@ class Taps:
                 if self._weight_keys[name][0] in self.unmeasured:
                     continue
                 module = self.model.get_submodule(name)
-                stack.callback(module.register_forward_hook(self._weight_hook(name, module)).remove)
+                hook = self._weight_hook(name, module)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             for module in self.model.modules() if self.by_batches else ():
                 if "attention_mask" in inspect.signature(module.forward).parameters and hasattr(module, "config"):
                     stack.callback(module.register_forward_pre_hook(self._see_mask, with_kwargs=True).remove)
@@ -198,10 +203,12 @@ class Taps:
         methods = [METHODS[name] for name in layer.methods]
         with_output = any(method.reads == OUTPUT for method in methods)
         module = self.model.get_submodule(layer.name)
-        convolution = module if isinstance(module, torch.nn.Conv2d) else None
+        convolution = module if is_convolution(module) else None
 
         def tokens(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.flatten(2).mT[:, None] if convolution is not None else self._as_tokens(layer.name, tensor)
+            if convolution is None:
+                return self._as_tokens(layer.name, tensor)
+            return self._of_samples(layer.name, tensor.flatten(2).mT[:, None])
 
         def record(
             mask__bt: torch.Tensor | None, gradient: torch.Tensor, h: torch.Tensor, y: torch.Tensor | None = None
@@ -210,7 +217,10 @@ class Taps:
                 return
             try:
                 d__bgto, y__bgto = tokens(gradient), None if y is None else tokens(y)
-                h__bgti = tokens(h) if convolution is None else conv_patches(convolution, h, groups=1)
+                if convolution is None:
+                    h__bgti = tokens(h)
+                else:
+                    h__bgti = self._of_samples(layer.name, conv_patches(convolution, h, groups=1))
             except ProfilingError as error:
                 self.leave_out(layer.name, str(error))
                 return
@@ -220,14 +230,17 @@ class Taps:
                 d, z = method.layer_operands(layer, module, d__bgto, h__bgti, y__bgto)
                 self.collect((layer.name, method.name), d, z, mask__bt, leader)
 
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        def hook(
+            module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+        ) -> torch.Tensor:
             self._count_call(layer.name)
+            h = first_input(args, kwargs)
             if convolution is None and LORA in layer.methods:  # inputs of a convolution are patches
-                self._follow(layer.name, args[0])
+                self._follow(layer.name, h)
             # The model may change its output in place, so what is kept of it is a copy.
-            saved = (args[0].detach(), output.detach().clone()) if with_output else (args[0].detach(),)
-            mask__bt = self._mask_of(output) if convolution is None else None
-            return self._tap(layer.name, output, partial(record, mask__bt), *saved)
+            saved = (h.detach(), output.detach().clone()) if with_output else (h.detach(),)
+            mask__bt = self._mask_of(layer.name, output) if convolution is None else None
+            return self._tap(layer.name, layer.name, output, partial(record, mask__bt), *saved)
 
         return hook
 
@@ -241,21 +254,24 @@ class Taps:
         def record(mask__bt: torch.Tensor | None, gradient: torch.Tensor, saved: torch.Tensor) -> None:
             if key[0] in self.unmeasured:
                 return
-            if isinstance(module, torch.nn.Conv2d):
-                d__bgto = gradient.reshape(len(gradient), module.groups, -1, gradient[0, 0].numel()).mT
-                z__bgti = conv_patches(module, saved)
-            else:
-                try:
+            try:
+                if is_convolution(module):
+                    of_groups = gradient.reshape(len(gradient), module.groups, -1, gradient[0, 0].numel()).mT
+                    d__bgto = self._of_samples(name, of_groups)
+                    z__bgti = self._of_samples(name, conv_patches(module, saved))
+                else:
                     d__bgto, z__bgti = self._as_tokens(name, gradient), self._as_tokens(name, saved)
-                except ProfilingError as error:
-                    self.leave_out(key[0], str(error))
-                    return
+            except ProfilingError as error:
+                self.leave_out(key[0], str(error))
+                return
             self.collect(key, d__bgto, z__bgti, mask__bt, f"{name}|weight")
 
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        def hook(
+            module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+        ) -> torch.Tensor:
             self._count_call(name)
-            mask__bt = None if isinstance(module, torch.nn.Conv2d) else self._mask_of(output)
-            return self._tap(key[0], output, partial(record, mask__bt), args[0].detach())
+            mask__bt = None if is_convolution(module) else self._mask_of(name, output)
+            return self._tap(name, key[0], output, partial(record, mask__bt), first_input(args, kwargs).detach())
 
         return hook
 
@@ -266,11 +282,13 @@ class Taps:
         def record(mask__bt: torch.Tensor | None, gradient: torch.Tensor, saved: torch.Tensor) -> None:
             if key[0] in self.unmeasured:
                 return
-            if saved.shape[0] not in (1, len(gradient)) or gradient.dim() < 2:
-                self.leave_out(key[0], f"is looked up with {list(saved.shape)} indices, not for each sample")
+            try:
+                d__bgto, ids__bgti = self._as_tokens(name, gradient), self._as_tokens(name, saved[..., None])
+            except ProfilingError as error:
+                self.leave_out(key[0], str(error))
                 return
-            ids__bt = saved.expand(len(gradient), *saved.shape[1:]).flatten(1)
-            rows__bti = (gradient if self.loss_scale == 1.0 else gradient.float()).flatten(1, -2)
+            ids__bt, rows__bti = ids__bgti[:, 0, :, 0].expand(len(d__bgto), -1), d__bgto[:, 0]
+            rows__bti = rows__bti if self.loss_scale == 1.0 else rows__bti.float()
             rows__bti = rows__bti * (scale / self.loss_scale)
             if module.padding_idx is not None:
                 rows__bti = rows__bti * (ids__bt != module.padding_idx)[..., None]
@@ -278,23 +296,34 @@ class Taps:
                 mask__bt = None
             self.collect_lookup(key, SampleMatrices(ids__bt=ids__bt, rows__bti=rows__bti), module, mask__bt)
 
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        def hook(
+            module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+        ) -> torch.Tensor:
             self._count_call(name)
-            return self._tap(key[0], output, partial(record, self._mask_of(output)), args[0].detach())
+            ids = first_input(args, kwargs).detach()
+            return self._tap(name, key[0], output, partial(record, self._mask_of(name, output)), ids)
 
         return hook
 
     def _tap_attention(self, layer: LayerSpec, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         self._count_call(layer.name)
         methods = [METHODS[name] for name in layer.methods]
-        mask__bt = self._mask_of(output.flatten(2))
+        mask__bt = self._mask_of(layer.name, output.flatten(2))
 
         def record(gradient__btgo: torch.Tensor, query__bgti: torch.Tensor) -> None:
+            if layer.name in self.unmeasured:
+                return
+            try:
+                d__bgto = self._of_samples(layer.name, gradient__btgo.transpose(1, 2))
+                z__bgti = self._of_samples(layer.name, query__bgti)
+            except ProfilingError as error:
+                self.leave_out(layer.name, str(error))
+                return
             for method in methods:
-                d, z = method.gradient_operands(gradient__btgo.transpose(1, 2), query__bgti)
+                d, z = method.gradient_operands(d__bgto, z__bgti)
                 self.collect((layer.name, method.name), d, z, mask__bt, layer.name)
 
-        return self._tap(layer.name, output, record, query.detach())
+        return self._tap(layer.name, layer.name, output, record, query.detach())
 
     def _tap_experts(
         self, layer: LayerSpec, rows: torch.Tensor, output: torch.Tensor, routing: Routing
@@ -316,12 +345,16 @@ class Taps:
             d__bgto, z__bgti, counts__bg = by_expert(gradient, z, routing, batch, mask__n)
             self.collect((layer.name, LORA), d__bgto, z__bgti, None, layer.name, counts__bg)
 
-        return self._tap(layer.name, output, record, rows.detach())
+        return self._tap(layer.name, layer.name, output, record, rows.detach())
 
-    def _tap(self, name: str, output: torch.Tensor, record: Recorder, *saved: torch.Tensor) -> torch.Tensor:
+    def _tap(
+        self, module: str, name: str, output: torch.Tensor, record: Recorder, *saved: torch.Tensor
+    ) -> torch.Tensor:
+        """The output of a module with a tap on it; ``name`` is left out where its input is lost."""
         if not self._with_backward:
             return output
-        batch = 1 if self.by_batches else self._n_batch  # a batch that is one sample has no samples to tell apart
+        alone = self.by_batches or self._layout(module).axis > 0  # no samples to tell apart, or none in front
+        batch = 1 if alone else self._n_batch
         lost = partial(self.leave_out, name, "its input is changed in place after it was read")
         return _Tap.apply(output, self._anchor, batch, (record, lost), *saved)
 
@@ -356,31 +389,60 @@ class Taps:
         if isinstance(given, torch.Tensor) and given.dim() == 2 and not self._in_backward:
             self._masks[tuple(given.shape)] = None if bool(given.all()) else given
 
-    def _mask_of(self, output: torch.Tensor) -> torch.Tensor | None:
-        """The mask [b, t] of an output [b, t, k], or [b · t, k], where there is padding."""
+    def _layout(self, module: str) -> Layout:
+        return IN_FRONT if self.layouts is None else self.layouts.get(module, IN_FRONT)
+
+    def _mask_of(self, module: str, output: torch.Tensor) -> torch.Tensor | None:
+        """The mask [b, t] of an output [b, t, k], [t, b, k] or [b · t, k], where there is padding."""
         if self.by_batches:
             return self._masks.get(tuple(output.shape[:2])) if output.dim() == 3 else None
-        if output.dim() == 3:
-            return self._masks.get(output.shape[1]) if len(output) == self._n_batch else None
-        return self._masks.get(len(output) // self._n_batch) if output.dim() == 2 else None
+        axis, batch = self._layout(module).axis, self._n_batch
+        if output.dim() == 2 and axis == 0:
+            return self._masks.get(len(output) // batch)
+        if output.dim() == 3 and axis < 2:
+            size, other = output.shape[axis], output.shape[1 - axis]
+            if size == batch:
+                return self._masks.get(other)
+            return self._masks.get(size // batch) if other == 1 else None
+        return None
 
-    def _as_tokens(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """[b, ..., k] as [b, 1, t, k], and so [b · t, k] where every row is known to be of the sample at its place.
+    def _as_tokens(self, module: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What a module gets, or puts out, as [b, 1, t, k]; one row stands for all samples.
 
         Raises:
             ProfilingError: the samples of the rows are not known.
         """
-        batch = self._n_batch
         if self.by_batches:
             return tensor.reshape(len(tensor) if tensor.dim() > 1 else 1, 1, -1, tensor.shape[-1])
-        n = len(tensor) if tensor.dim() > 1 else 0
-        if n in (1, batch):
-            return tensor.reshape(n, 1, -1, tensor.shape[-1])
-        if n and n % batch == 0 and (batch == 1 or self.traced is None or name in self.traced):
-            return tensor.reshape(batch, 1, -1, tensor.shape[-1])
-        raise ProfilingError(
-            f"gets activations {list(tensor.shape)} of {batch} samples, and which row is of which sample is not known"
-        )
+        if self._n_batch == 1:
+            return tensor.reshape(1, 1, -1, tensor.shape[-1])
+        found = self._in_front(module, tensor)
+        return found.reshape(len(found), 1, -1, found.shape[-1])
+
+    def _of_samples(self, module: str, rows__ngtk: torch.Tensor) -> torch.Tensor:
+        """[rows of the leading axis, g, t, k] as [b, g, rows of a sample · t, k]; see ``_as_tokens``."""
+        if self.by_batches or len(rows__ngtk) == 1:
+            return rows__ngtk
+        if self._n_batch == 1:
+            return rows__ngtk.transpose(0, 1).flatten(1, 2)[None]
+        found = self._in_front(module, rows__ngtk)
+        return found if found.dim() == 4 else found.transpose(1, 2).flatten(2, 3)
+
+    def _in_front(self, module: str, tensor: torch.Tensor) -> torch.Tensor:
+        """[b, ...], or [1, ...] where one row stands for all samples."""
+        batch = self._n_batch
+        known = self.layouts is not None and module in self.layouts
+        if not known and tensor.dim() > 1 and len(tensor) in (1, batch):
+            return tensor
+        if (not known and self.layouts is not None) or tensor.dim() < 2:
+            raise ProfilingError(
+                f"gets activations {list(tensor.shape)} of {batch} samples, and which row is of which sample is not "
+                "known"
+            )
+        layout = self._layout(module)
+        if layout.axis == 0 and len(tensor) == 1:
+            return tensor
+        return layout.in_front(tensor, batch)
 
 
 def _open_graph(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

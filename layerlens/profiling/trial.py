@@ -1,38 +1,42 @@
 """Which rows of an activation are of which sample: tried on two samples before anything is measured.
 
-Taps take it that activations are [samples, ..., features]. Some modules see others: all tokens of a batch one after
-the other ([samples · tokens, features]: OPT's feed-forward layers, gates of shared experts, windows of an image), or
-one row for all samples ([1, ...]: tables of positions), which a tap expands to the batch. Whether either is right is
-found out, not assumed: exchanging two samples must exchange two halves of the rows; and the expanded rows must not
-change what the model computes. Where they do (DeBERTa repeats its projected positions itself), samples are measured
-one by one.
+Where the samples are is found out for every module, not assumed (``layouts``): the model is run on two samples, and on
+the same two exchanged. Activations that are the same for all samples (queries of a decoder that are learned) show
+nothing then; for these the axis counts that is longer with a third sample.
+
+Some modules see one row for all samples ([1, ...]: tables of positions), which a tap expands to the batch. The expanded
+rows must not change what the model computes. Where they do (DeBERTa repeats its projected positions itself), samples
+are measured one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerlens.integrations.attention import attention_outputs
 from layerlens.integrations.expert_products import of_interface
+from layerlens.integrations.torch_modules import first_input
+from layerlens.integrations.weight_matrices import is_convolution
 from layerlens.models import ModelSpec
 from layerlens.models.model_spec import ATTENTION, EXPERTS
-from layerlens.profiling.taps import Taps
+from layerlens.profiling.layouts import Layout, changes, counted_layout, exchanged_layout, rows_of
+from layerlens.profiling.taps import IN_FRONT, Taps
 from layerlens.tasks import Batch
 from layerlens.tasks.losses import output_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from layerlens.profiling.capture import Capture
 
 TOLERANCE = 2e-2
 """Largest relative difference of two activations that are the same: batches are added up in other orders (bfloat16 has
 three digits, but whole activations are compared, not single numbers)."""
 UNKNOWN = "gets the tokens of all samples one after the other, and which is of which sample is not known"
+SHARED = "is called once for all samples of a batch, so what it has of each sample is not known"
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,12 @@ class Trial:
     """What two samples have shown.
 
     Args:
-        traced: modules whose rows are known to be of the sample at their place; None where nobody asks.
-        unmeasured: layers and modules whose rows are not, with the reason.
+        layouts: where the samples are in what a module gets; None where nobody asks.
+        unmeasured: layers and modules where that is not known, with the reason.
         expanded: modules whose [1, ...] outputs the model does not take expanded to the batch.
     """
 
-    traced: frozenset[str] | None = None
+    layouts: Mapping[str, Layout] | None = None
     unmeasured: dict[str, str] = field(default_factory=dict)
     expanded: tuple[str, ...] = ()
 
@@ -54,7 +58,7 @@ class Trial:
 
         Over several processes a model makes its passes batch by batch, so there the modules are left out instead.
         """
-        capture.traced = self.traced
+        capture.layouts = self.layouts
         for name, reason in self.unmeasured.items():
             capture.leave_out_module(name, reason)
         for name in self.expanded if sharded else ():
@@ -80,7 +84,7 @@ def tried(model: torch.nn.Module, spec: ModelSpec, other_modules: Sequence[str],
         return Trial()
     rows = len(batch.index) * batch.rows
     if any(not isinstance(x, torch.Tensor) or x.dim() < 1 or len(x) != rows for x in batch.inputs.values()):
-        return Trial(frozenset())  # inputs without an axis of samples: nothing can be exchanged
+        return Trial({})  # inputs without an axis of samples: nothing can be exchanged
 
     def run(order: Sequence[int]) -> list[torch.Tensor]:
         return list(output_tensors(model(**batch.taken(torch.tensor(list(order))).inputs)))
@@ -102,82 +106,141 @@ def tried_on(
     experts = {layer.name: layer.module for layer in spec.layers if layer.layer_type == EXPERTS}
     layers = [layer.name for layer in spec.layers if layer.layer_type not in (ATTENTION, EXPERTS)]
     layers += [path for path in experts.values() if of_interface(model.get_submodule(path))]
-    seen = _Seen(model, dict.fromkeys([*layers, *other_modules]), run)
-    plain = seen.run(pair)
+    attentions = {layer.name: layer.module for layer in spec.layers if layer.layer_type == ATTENTION}
+    seen = _Seen(model, list(dict.fromkeys([*layers, *other_modules])), attentions, run)
+    plain, first = seen.run(pair)
+    _, second = seen.run(pair[::-1])
     n = 2 * rows
-    odd = [name for name, calls in seen.shapes.items() if any(inputs[0] not in (1, n) for inputs, _ in calls)]
-    traced = set(seen.shapes) - set(odd)
-    unmeasured = {}
-    if odd:
-        first, second = seen.inputs_of(odd, pair), seen.inputs_of(odd, pair[::-1])
-        for name in odd:
-            if _exchanged(first[name], second[name]):
-                traced.add(name)
-            else:
-                unmeasured[name] = UNKNOWN
-    unmeasured |= {name: UNKNOWN for name, path in experts.items() if path in unmeasured}
+    layouts, unmeasured, unclear = {}, {}, []
+    for name, calls in first.items():
+        again = second.get(name, [])
+        if len(calls) == len(again) and not any(_changed(one, two) for one, two in zip(calls, again, strict=True)):
+            unclear.append(name)
+        elif layout := _layout(model, name, calls, again):
+            layouts[name] = layout
+        else:
+            unmeasured[name] = UNKNOWN
+    for name, found in _counted(seen, {name: first[name] for name in unclear}, pair, n).items():
+        if isinstance(found, Layout):
+            layouts[name] = found
+        else:
+            unmeasured[name] = found
+    for name, path in experts.items():
+        if path in unmeasured or layouts.get(path, IN_FRONT) != IN_FRONT:
+            unmeasured[name] = UNKNOWN
     unmeasured = {name: reason for name, reason in unmeasured.items() if name not in experts.values()}
-    shared = tuple(name for name, calls in seen.shapes.items() if any(output[0] == 1 for _, output in calls))
+    shared = tuple(
+        name
+        for name, calls in first.items()
+        if name not in attentions and layouts.get(name, IN_FRONT).axis == 0 and any(call.one_row for call in calls)
+    )
     taps = Taps(model, spec, other_modules, backward=True)
+    taps.layouts = layouts
     taps.expect(n)
     expanded = shared if shared and not _same_when_expanded(taps, run, pair, plain) else ()
-    return Trial(frozenset(traced), unmeasured, expanded)
+    return Trial(layouts, unmeasured, expanded)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a module gets in one call: few features of every row, and whether it puts out one row for all samples."""
+
+    rows: torch.Tensor
+    half: bool
+    one_row: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.rows.shape[:-1])
+
+
+def _changed(one: _Call, two: _Call) -> bool:
+    return one.shape != two.shape or changes(one.rows, two.rows, half=one.half)
+
+
+def _layout(model: torch.nn.Module, name: str, first: Sequence[_Call], second: Sequence[_Call]) -> Layout | None:
+    """Where the exchange of two samples has shown them."""
+    module = model.get_submodule(name)
+    leading = 1 if is_convolution(module) or not _has_weight(module) else None  # images, and heads of attention
+    half = any(call.half for call in first)
+    return exchanged_layout([call.rows for call in first], [call.rows for call in second], leading, half=half)
+
+
+def _has_weight(module: torch.nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), torch.Tensor)
+
+
+def _counted(
+    seen: _Seen, unclear: Mapping[str, Sequence[_Call]], pair: tuple[int, int], n: int
+) -> dict[str, Layout | str]:
+    """The layout of what is the same for all samples, by what a third sample adds to; or why there is none."""
+    one_row = {name for name, calls in unclear.items() if all(call.shape[:1] == (1,) for call in calls)}
+    found: dict[str, Layout | str] = {name: IN_FRONT for name in unclear if name in one_row}
+    if len(found) == len(unclear):
+        return found
+    try:
+        _, three = seen.run((*pair, pair[0]))
+    except (RuntimeError, ValueError, IndexError):  # a model that takes pairs alone
+        three = {}
+    for name, calls in unclear.items():
+        if name in found:
+            continue
+        two, again = [call.shape for call in calls], [call.shape for call in three.get(name, [])]
+        layout = counted_layout(two, again, n)
+        if layout and all(_of_all_samples(layout, call) for call in calls):
+            found[name] = layout
+        else:
+            found[name] = SHARED if two == again else UNKNOWN
+    return found
+
+
+def _of_all_samples(layout: Layout, call: _Call) -> bool:
+    """Whether both samples have the same there; else it is sorted, and the rows are where their values put them."""
+    one, other = layout.in_front(call.rows, 2)
+    return not changes(one, other, half=call.half)
 
 
 class _Seen:
     """Forward passes of a model, and what some of its modules get in them."""
 
-    def __init__(self, model: torch.nn.Module, names: Any, run: Run) -> None:
+    def __init__(self, model: torch.nn.Module, names: Sequence[str], attentions: Mapping[str, str], run: Run) -> None:
         self.model = model
-        self.names = list(names)
+        self.names = names
+        self.attentions = {id(model.get_submodule(path)): name for name, path in attentions.items()}
         self.forward = run
-        self.shapes: dict[str, list[tuple[torch.Size, torch.Size]]] = {}
 
-    def run(self, order: Sequence[int]) -> list[torch.Tensor]:
-        """The outputs; the shapes of the modules' inputs and outputs are noted, call by call."""
+    def run(self, order: Sequence[int]) -> tuple[list[torch.Tensor], dict[str, list[_Call]]]:
+        """The outputs, and every call of a module by its name."""
+        calls: dict[str, list[_Call]] = {}
 
-        def note(name: str, args: Any, output: Any) -> None:
-            self.shapes.setdefault(name, []).append((_size(args[0]), _size(output)))
+        def hook_of(name: str, module: torch.nn.Module) -> Any:
+            lookup, image = isinstance(module, torch.nn.Embedding), is_convolution(module)
 
-        with self._hooks(self.names, note):
-            return list(self.forward(order))
+            def hook(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                features = None if lookup else 1 if image else -1
+                calls.setdefault(name, []).append(_call(first_input(args, kwargs), features, output))
 
-    def inputs_of(self, names: Sequence[str], order: Sequence[int]) -> dict[str, list[torch.Tensor]]:
-        """The inputs of some modules, call by call."""
-        found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        with self._hooks(names, lambda name, args, output: found[name].append(args[0].detach().float().clone())):
-            self.forward(order)
-        return found
+            return hook
 
-    @contextmanager
-    def _hooks(self, names: Sequence[str], note: Any) -> Iterator[None]:
-        def hook_of(name: str) -> Any:
-            return lambda module, args, output: note(name, args, output)
+        def on_attention(module: torch.nn.Module, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+            if name := self.attentions.get(id(module)):
+                calls.setdefault(name, []).append(_call(query, -1, None))
+            return output
 
-        handles = [self.model.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack:
+            for name in self.names:
+                module = self.model.get_submodule(name)
+                stack.callback(module.register_forward_hook(hook_of(name, module), with_kwargs=True).remove)
+            if self.attentions:
+                stack.enter_context(attention_outputs(self.model, on_attention))
+            stack.enter_context(torch.no_grad())
+            return list(self.forward(order)), calls
 
 
-def _size(tensor: Any) -> torch.Size:
-    """The shape of a tensor that has two axes or more, else one that fits no batch."""
-    return tensor.shape if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 else torch.Size([0])
-
-
-def _exchanged(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
-    """Whether the halves of the rows are exchanged in the second of two passes, in every call, and are not alike."""
-    if len(first) != len(second) or not first:
-        return False
-    for one, other in zip(first, second, strict=True):
-        if one.shape != other.shape or one.dim() < 2 or len(one) % 2:
-            return False
-        if not _alike(one.unflatten(0, (2, -1)).flip(0).flatten(0, 1), other) or _alike(one, other):
-            return False
-    return True
+def _call(given: torch.Tensor, features: int | None, output: Any) -> _Call:
+    half = given.is_floating_point() and given.element_size() < 4
+    one_row = isinstance(output, torch.Tensor) and output.dim() > 1 and len(output) == 1
+    return _Call(rows_of(given, features), half, one_row)
 
 
 def _same_when_expanded(taps: Taps, run: Run, pair: Sequence[int], plain: Sequence[torch.Tensor]) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel
 from layerlens.integrations.safetensors_files import load_weights
+from layerlens.integrations.torch_modules import without_compilation
 from layerlens.sources.source import LoadRequest, ModelSource, Trust
 from layerlens.utils.user_code import load_function
 
@@ -41,6 +42,7 @@ class FactorySource(ModelSource):
             except Exception as error:
                 raise ConfigurationError(f"model.factory: {name} fails: {type(error).__name__}: {error}") from error
         model, processor = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+        model, notes = without_compilation(model)
         if not isinstance(model, torch.nn.Module):
             raise ConfigurationError(
                 f"model.factory: {name} must return a torch.nn.Module, or (module, tokenizer or image transform), got "
@@ -53,7 +55,7 @@ class FactorySource(ModelSource):
         images = None
         if processor is not None and tokenizer is None:
             images = ImageInput(processor, first_argument(model), "RGB")
-        return PretrainedModel(model, tokenizer, request.reference, (), tuple(request.labels), images)
+        return PretrainedModel(model, tokenizer, request.reference, (), tuple(request.labels), images, notes=notes)
 
 
 SOURCE = FactorySource()

@@ -24,6 +24,7 @@ from layerlens.integrations.peft import (
     tensor_shapes,
     why_not_adaptable,
 )
+from layerlens.integrations.peft_calls import take_keywords
 from layerlens.integrations.torch_modules import find_module
 from layerlens.methods import injected_sizes
 from layerlens.methods.peft_method import VectorMethod
@@ -144,6 +145,7 @@ def _with_peft(base: torch.nn.Module, directory: Path, facts: ModelFacts, traina
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ManifestError(f"{directory}: PEFT cannot load this onto {type(base).__name__}: {first}") from error
+    take_keywords(model)
     keep_statistics(base, [module for module in base.modules() if isinstance(module, ModulesToSaveWrapper)])
     assert before_of(model) is not None
     return model

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from brute_force import assert_equal, pieces, profile, sample_gradients, singles
+from brute_force import assert_equal, pieces, profile, sample_gradients, singles, weight_statistics
 from peft import LoraConfig, get_peft_model
 from test_architectures import CLASSES, RELATIVE, ConvNet, images
 
@@ -87,6 +87,41 @@ def test_the_lora_of_a_convolution_is_measured_on_the_matrix_that_it_moves(batch
             blocks = moved__or.view(conv.groups, -1, conv.groups, share)
             expected = torch.cat([blocks[group, :, group] for group in range(conv.groups)])
             assert torch.allclose(found_b.flatten(1), expected, rtol=1e-9, atol=1e-12)
+
+
+class Along(torch.nn.Module):
+    """Convolutions along one and three axes, by their paddings, steps and groups; activations change in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waves = torch.nn.Sequential(
+            torch.nn.Conv1d(2, 4, 5, stride=2, padding=1), torch.nn.ReLU(inplace=True),
+            torch.nn.Conv1d(4, 6, 4, padding="same"), torch.nn.SiLU(inplace=True),
+            torch.nn.Conv1d(6, 6, 3, dilation=2, groups=3),
+        )  # fmt: skip
+        self.volumes = torch.nn.Sequential(
+            torch.nn.Conv3d(1, 4, (3, 2, 3), stride=(1, 2, 1), padding=(1, 0, 1)), torch.nn.ReLU(inplace=True),
+            torch.nn.Conv3d(4, 4, 2, groups=2, padding="valid"), torch.nn.Conv3d(4, 2, 2, dilation=(1, 2, 1)),
+        )  # fmt: skip
+        self.head = torch.nn.Linear(8, CLASSES)
+
+    def forward(self, waves: torch.Tensor, volumes: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.cat([self.waves(waves).mean(-1), self.volumes(volumes).flatten(2).mean(-1)], dim=-1))
+
+
+def test_convolutions_along_one_and_three_axes_equal_one_backward_pass_for_each_sample():
+    torch.manual_seed(0)
+    model = Along().double().eval()
+    inputs = {"waves": torch.randn(5, 2, 30).double(), "volumes": torch.randn(5, 1, 4, 9, 5).double()}
+    several = Batch(inputs, torch.arange(5) % CLASSES, torch.arange(5))
+    spec = spec_of(model, several)
+    assert [layer.name for layer in spec.layers] == ["waves.0", "waves.2", "volumes.0", "volumes.2", "head"]
+    assert spec.left_out == dict.fromkeys(("waves.4", "volumes.3"), "PEFT's LoRA drops the dilation of a convolution")
+    assert [(layer.n_in, layer.positions) for layer in spec.layers[:3]] == [(10, 14), (16, 14), (18, 4 * 4 * 5)]
+    found = profile(model, spec, pieces(several, 3, 2), classification_loss)
+    assert_equal(found, sample_gradients(model, several, classification_loss), RELATIVE)
+    weights = {name for name in weight_statistics(found) if name.startswith(("waves", "volumes"))}
+    assert weights >= {f"waves.{n}.weight" for n in (0, 2, 4)} | {f"volumes.{n}.weight" for n in (0, 2, 3)}
 
 
 def test_weights_of_grouped_layers_are_measured_beside_their_lora(batch: Batch):

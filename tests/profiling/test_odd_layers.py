@@ -117,8 +117,10 @@ class Odd(torch.nn.Module):
 
 
 def mixed(model: Odd, h: torch.Tensor) -> torch.Tensor:
-    """Tokens in the order of the positions."""
-    return model.inner(h.transpose(0, 1).reshape(-1, 4)).unflatten(0, (h.shape[1], -1)).transpose(0, 1)
+    """Tokens in the order of their values."""
+    flat = h.reshape(-1, 4)
+    order = flat.sum(-1).argsort()
+    return model.inner(flat[order])[order.argsort()].view_as(h)
 
 
 def weight_alone(model: Odd, h: torch.Tensor) -> torch.Tensor:

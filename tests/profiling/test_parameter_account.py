@@ -70,15 +70,16 @@ def test_modules_of_every_kind_are_left_out_with_their_reasons():
     assert "tied.weight" not in status  # it is the same parameter
     assert status["tied.bias"] == OFFERED
     for name in (
-        "place", "mix.weight", "deep.weight", "up.weight", "attention.in_proj_weight", "other.q_proj_weight",
-        "memory.weight_ih_l0", "pair.weight",
+        "place", "up.weight", "attention.in_proj_weight", "other.q_proj_weight", "memory.weight_ih_l0", "pair.weight",
     ):  # fmt: skip
         assert name in spec.left_out, name
         assert status[name] == spec.left_out[name]
     assert "embedding" in status["embed.weight"]
     assert "norm" in status["norm.weight"]
     assert "norm" in status["batch.bias"]
-    assert "Conv1d" in status["mix.bias"]
+    assert status["mix.weight"] == status["deep.weight"] == OFFERED
+    assert "PEFT adapts in_proj_weight and out_proj only together" in status["attention.in_proj_weight"]
+    assert "PEFT adapts in_proj_weight and out_proj only together" in status["attention.out_proj.weight"]
     assert "uses itself" in status["scale"]
 
 

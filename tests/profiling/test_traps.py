@@ -53,9 +53,10 @@ def test_gradient_checkpointing_gives_the_same_and_keeps_dropout_off(reentrant: 
     handle = model.bert.encoder.layer[0].attention.self.query.register_forward_hook(lambda *call: calls.append(1))
     checkpointed = profile(model, spec, plain, classification_loss, everything=everything)
     handle.remove()
-    # Again inside each backward pass; once each for memory and FLOPs; before on two samples, and where all weights are
-    # measured with taps, since rows of positions are expanded to the batch.
-    assert len(calls) == 2 * len(plain) + 2 + (2 if everything else 1)
+    # Again inside each backward pass; once each for memory and FLOPs; before on two samples, and on these exchanged.
+    # Where all weights are measured, with a third sample, since token types are the same for all, and with taps, since
+    # rows of positions are expanded to the batch.
+    assert len(calls) == 2 * len(plain) + 2 + (4 if everything else 2)
     assert model.training
     assert model.bert.encoder.layer[0].training
     for name, found in weight_statistics(expected).items():

@@ -148,7 +148,8 @@ class _Gate:
 
     def __call__(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         gate = self.alpha.softmax(0) * len(self.alpha)
-        return output * (gate[:, None, None] if hasattr(module, "kernel_size") else gate).to(output.dtype)
+        axes = len(getattr(module, "kernel_size", ()))  # which come after the channels
+        return output * gate.view(-1, *(1 for _ in range(axes))).to(output.dtype)
 
 
 AUTOLORA = Baseline("AutoLoRA: ranks by meta-learned selection variables", autolora)

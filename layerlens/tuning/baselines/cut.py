@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.peft import BASE_PREFIX, base_of, target_modules, task_type
+from layerlens.integrations.peft_calls import take_keywords
 from layerlens.models import LORA, Choice
 from layerlens.rank_rules.adalora import ORTHOGONALITY, SMOOTHING, Schedule, final_ranks, first_rank
 from layerlens.tuning.baselines.baseline import Baseline, BaselineRequest, Finished, Prepared
@@ -141,7 +142,7 @@ def adalora(request: BaselineRequest) -> Prepared:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, and a renamed property of transformers
         torch.manual_seed(request.seed)
-        model: Any = get_peft_model(request.model, config)
+        model: Any = take_keywords(get_peft_model(request.model, config))
     model.base_model.rankallocator.target_bgt = ranks
 
     def finish(trained: torch.nn.Module) -> Finished:
