@@ -62,6 +62,22 @@ def figure_style() -> Iterator[None]:
         yield
 
 
+def framed(width: float, height: float, *, above: float = 0.1) -> tuple[Any, Any]:
+    """A figure of one axes, inches; room for labels is given, since measuring it takes longer than the drawing.
+
+    Args:
+        width, height: of the figure.
+        above: what is left free above the axes.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0.8 / width, 0.5 / height, (width - 0.95) / width, (height - 0.5 - above) / height))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _compact(value)))  # never wider than the room
+    return figure, axes
+
+
 @dataclass(frozen=True)
 class Curve:
     """Utility of the options of one method on one layer.
@@ -94,11 +110,8 @@ def utility_curves(
         title, description: what a screen reader says.
         prefix: makes the figure's ids unique on the page.
     """
-    from matplotlib.figure import Figure
-
     with figure_style():
-        figure = Figure(figsize=(3.6, 2.3), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = framed(3.6, 2.3)
         for curve in curves:
             colour, marker = method_colour(curve.method), METHODS[curve.method].marker
             if curve.low:
@@ -125,12 +138,9 @@ def solver_progress(events: Sequence[SolverEvent], *, title: str, prefix: str) -
         title: what a screen reader says; the page has the figures as a table beside it.
         prefix: makes the figure's ids unique on the page.
     """
-    from matplotlib.figure import Figure
-
     found = [event for event in events if event.value is not None]
     with figure_style():
-        figure = Figure(figsize=(8.4, 2.0), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = framed(8.4, 2.0, above=0.3)
         lines = (
             (events, "upper_bound", INK, "proved bound", "v"),
             (found, "value", method_colour(LORA), "best found", "o"),
@@ -168,11 +178,8 @@ def budget_frontier(
         title, description: what a screen reader says.
         prefix: makes the figure's ids unique on the page.
     """
-    from matplotlib.figure import Figure
-
     with figure_style():
-        figure = Figure(figsize=(3.6, 2.3), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = framed(3.6, 2.3)
         axes.fill_between(budgets, scores, color=method_colour(LORA), alpha=0.10, linewidth=0)
         axes.plot(budgets, scores, color=method_colour(LORA), linewidth=1.8)
         if budget is not None:

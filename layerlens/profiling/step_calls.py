@@ -9,7 +9,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -141,11 +141,14 @@ class BackwardOf:
     gradients: dict[int, int | None]
 
 
-class Autograd:
-    """Asks autograd about single operations; every question once."""
+MOST_KNOWN = 20_000
+"""Answers that a process keeps; a model of one kind of block asks for about a hundred."""
 
-    def __init__(self) -> None:
-        self.known: dict[Any, BackwardOf] = {}
+
+class Autograd:
+    """Asks autograd about single operations; every question once in a process, for the answer depends on it alone."""
+
+    known: ClassVar[dict[Any, BackwardOf]] = {}
 
     def __call__(self, call: RecordedCall, active: tuple[int, ...]) -> BackwardOf:
         first: dict[Any, int] = {}
@@ -157,6 +160,8 @@ class Autograd:
                 leaves.append(repr(leaf))
         key = (call.function, str(call.spec), tuple(leaves), active)
         if key not in self.known:
+            if len(self.known) >= MOST_KNOWN:
+                self.known.clear()
             self.known[key] = _differentiated(call, active)
         return self.known[key]
 

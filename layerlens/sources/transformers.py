@@ -117,6 +117,9 @@ class TransformersSource(ModelSource):
                 told = {"local_files_only": local_only, "trust_remote_code": request.trust_remote_code}
                 labels, heads = _head_settings(request, path, told)
                 model, info, streamed = _load_weights(request, path, heads, told)
+                if _outputs_of_data(request, labels, info):
+                    labels, heads = request.labels, heads | _named(request.labels)
+                    model, info, streamed = _load_weights(request, path, heads, told)
                 tokenizer, images, processor, no_processor = _load_processor(request, path, model.config, told)
             except (ModelSpecError, DataError):
                 raise
@@ -347,10 +350,29 @@ def _head_settings(request: LoadRequest, path: str, told: dict[str, Any]) -> tup
     labels, heads = request.labels, dict(request.kind.head_config)
     if request.kind.classes:
         labels = _labels_of_head(request, AutoConfig.from_pretrained(path, **told))
-        heads["id2label"] = dict(enumerate(labels))
-        heads["label2id"] = {name: index for index, name in enumerate(labels)}
-        heads["num_labels"] = len(labels)
+        heads |= _named(labels)
     return labels, heads
+
+
+def _named(labels: Sequence[str]) -> dict[str, Any]:
+    """What a configuration says of these outputs."""
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: index for index, name in enumerate(labels)},
+        "num_labels": len(labels),
+    }
+
+
+def _outputs_of_data(request: LoadRequest, labels: Sequence[str], info: dict[str, Any]) -> bool:
+    """Whether the saved head has as many outputs as the data has classes, and another number than the configuration.
+
+    transformers leaves two classes out of config.json, since two are usual; the number of classes of a BART that was
+    saved with two is then read as three, which is BART's own default.
+    """
+    if not request.kind.classes or len(labels) == len(request.labels):
+        return False
+    saved = {shape[0] for _, shape, *_ in info["mismatched_keys"] if shape}
+    return saved == {len(request.labels)}
 
 
 def _labels_of_head(request: LoadRequest, config: Any) -> Sequence[str]:
