@@ -374,12 +374,18 @@ def _of_directory(top: str) -> bool:
 
 @functools.cache
 def _distribution(top: str) -> metadata.Distribution | None:
-    for name in (lambda: top, lambda: metadata.packages_distributions()[top][0]):
-        try:
-            return metadata.distribution(name())
-        except (metadata.PackageNotFoundError, KeyError, ValueError):
-            continue
-    return None
+    try:
+        return metadata.distribution(top)
+    except (metadata.PackageNotFoundError, ValueError):  # PIL is of Pillow
+        return next((one for one in metadata.distributions() if _holds(one, top)), None)
+
+
+def _holds(distribution: metadata.Distribution, top: str) -> bool:
+    """Whether a package or module ``top`` is of it; ``packages_distributions`` makes all paths, which takes seconds."""
+    if top in (distribution.read_text("top_level.txt") or "").split():
+        return True
+    files = "\n" + (distribution.read_text("RECORD") or "")
+    return f"\n{top}/" in files or f"\n{top}.py," in files
 
 
 @functools.cache
