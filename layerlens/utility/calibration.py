@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import isotonic_regression
-from scipy.stats import rankdata
 
 from layerlens.models import Calibration, Option, Prediction, ProxyStudy, UtilityTable
 
@@ -96,6 +94,8 @@ def monotone_fit(utility: np.ndarray, gain: np.ndarray, weight: np.ndarray) -> K
     values, inverse = np.unique(utility, return_inverse=True)  # equal utilities are one point
     total = np.bincount(inverse, weight)
     means = np.bincount(inverse, weight * gain) / total
+    from scipy.optimize import isotonic_regression  # a second of every start, for runs that calibrate alone
+
     found = isotonic_regression(means, weights=total)
     knots = [] if values[0] <= 0.0 else [(0.0, 0.0)]
     for start, end in zip(found.blocks[:-1], found.blocks[1:], strict=True):
@@ -119,6 +119,8 @@ def prediction(utility: np.ndarray, gain: np.ndarray, rng: np.random.Generator) 
     if found is None or n < 4:
         return Prediction(n, found, None)
     chosen = rng.integers(n, size=(SPEARMAN_REPLICATES, n))
+    from scipy.stats import rankdata  # a second of every start, for runs that calibrate alone
+
     one, other = (rankdata(values[chosen], axis=1) - (n + 1) / 2 for values in (utility, gain))
     lengths = np.sqrt(np.square(one).sum(axis=1) * np.square(other).sum(axis=1))
     told = lengths > 0.0  # a resample of nothing but ties says nothing
@@ -129,6 +131,8 @@ def prediction(utility: np.ndarray, gain: np.ndarray, rng: np.random.Generator) 
 def _spearman(one: np.ndarray, other: np.ndarray) -> float | None:
     if len(one) < 2 or np.ptp(one) == 0.0 or np.ptp(other) == 0.0:
         return None
+    from scipy.stats import rankdata  # a second of every start, for runs that calibrate alone
+
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
 
