@@ -348,29 +348,30 @@ def read_index(case: Case, folder: Path) -> None:
     checkpoint_tensors(folder)
 
 
-def parsers(folder: Path) -> dict[str, tuple[st.SearchStrategy[Case], Callable[[Case, Path], None]]]:
-    """parser -> files for it, and what reads them."""
-    readers = _readers(make_job(folder / "job"), folder / "job")
+Parser = tuple[st.SearchStrategy[Case], Callable[[Case, Path], None]]
+OF_OTHERS: dict[str, Parser] = {
+    "CSV": (csv_files(), read_data),
+    "JSON lines": (json_lines(), read_data),
+    "JSON": (json_files(), read_data),
+    "Parquet": (parquet_files(), read_data),
+    "CoNLL": (conll_files(), read_data),
+    "chats": (json_lines(chats=True), read_data),
+    "index of shards": (index_files(), read_index),
+}
+"""Parsers of what others write: files for each, and what reads them."""
 
-    def own(kind: str) -> tuple[st.SearchStrategy[Case], Callable[[Case, Path], None]]:
-        name, make, read = readers[kind]
 
-        def reads(case: Case, place: Path) -> None:
-            (place / case.name).write_bytes(case.content)
-            read(place / case.name, Random(len(case.content)))
+def parser_of(name: str, folder: Path) -> Parser:
+    """Files for a parser, and what reads them."""
+    if name in OF_OTHERS:
+        return OF_OTHERS[name]
+    file_name, make, read = _readers(make_job(folder / "job"), folder / "job")[OWN[name]]
 
-        return _own(make, name), reads
+    def reads(case: Case, place: Path) -> None:
+        (place / case.name).write_bytes(case.content)
+        read(place / case.name, Random(len(case.content)))
 
-    return {
-        **{parser: own(kind) for parser, kind in OWN.items()},
-        "CSV": (csv_files(), read_data),
-        "JSON lines": (json_lines(), read_data),
-        "JSON": (json_files(), read_data),
-        "Parquet": (parquet_files(), read_data),
-        "CoNLL": (conll_files(), read_data),
-        "chats": (json_lines(chats=True), read_data),
-        "index of shards": (index_files(), read_index),
-    }
+    return _own(make, file_name), reads
 
 
 def tried(parser: str, seconds: float, first_seed: int) -> dict[str, Any]:
@@ -380,7 +381,7 @@ def tried(parser: str, seconds: float, first_seed: int) -> dict[str, Any]:
     unexpected: dict[str, dict[str, Any]] = {}
     sound, number, begun = 0, first_seed, time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="layerlens-") as name:
-        strategy, read = parsers(Path(name))[parser]
+        strategy, read = parser_of(parser, Path(name))
         place = Path(name) / "damaged"
         place.mkdir(exist_ok=True)
         begun, of_processor = time.perf_counter(), time.process_time()
@@ -431,7 +432,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--out", type=Path, help="counts of parsers that are not tried now stay")
     arguments = parser.parse_args()
-    names = arguments.only or [*OWN, "CSV", "JSON lines", "JSON", "Parquet", "CoNLL", "chats", "index of shards"]
+    names = arguments.only or [*OWN, *OF_OTHERS]
     found: dict[str, Any] = {}
     if arguments.out is not None and arguments.out.exists():
         found = json.loads(arguments.out.read_text(encoding="utf-8"))

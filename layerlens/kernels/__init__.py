@@ -5,8 +5,9 @@ through DLPack), and an explicit thread count, and give the same bits for every 
 
 For every instruction set, too, all give the same bits but the ghost norms, forms and Gram matrices. Those add float32
 products in as many lanes as a register has, so that from one set to another they differ by their rounding: up to 2.4e-7
-of the value was seen, below the 1e-6 that each of them is held to against its twin. Fisher traces and signals, and what
-follows from them (utilities, scores), then differ as much; one machine always gives the same.
+of the value was seen, below the 1e-6 that each of them is held to against its twin. Only Fisher traces, signals and the
+tangent kernel, which are measured on request, come from them. Utilities from traces and signals are rounded to five
+digits, so that a manifest's figures do not depend on the instruction set; all others are the same bits anyway.
 """
 
 from layerlens.kernels._aggregate import aggregate_scores

@@ -215,7 +215,9 @@ class ChargedSearch:
 
     def _at_prices(self, mode: _Mode, factor: float) -> np.ndarray | None:
         """The mode's best choice at its prices times a factor; None where the prices are too high to tell."""
-        state = self.charged.at(factor * mode.state.price)
+        with np.errstate(over="ignore"):  # such prices are too high to tell
+            price = factor * mode.state.price
+        state = self.charged.at(price)
         if not np.isfinite(state.score[mode.index]):
             return None
         return self.charged.choice(state, self.charged.items(state, mode.index))

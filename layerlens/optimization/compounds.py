@@ -71,14 +71,14 @@ def build_compounds(
     Returns None where not even the favourites can be listed.
     """
     found, reached = None, 0.0
-    at = limit * FIRST_SHARE
+    at = limit * FIRST_SHARE or limit  # where all values are 0, the limit is a rounding error that has no 64th
     while True:
         try:
             listed = _listed(charged, state, mode, min(at, limit), most)
         except TooManyError:
             break
         found, reached = listed, min(at, limit)
-        if at >= limit:
+        if not at < limit:
             break
         # Numbers grow at least with the limit, so the next step is left out where it would surely be too much.
         if sum(map(len, found)) * GROWTH > most and at * GROWTH < limit:

@@ -55,6 +55,13 @@ def test_bound_budgets_and_optimum_hold_against_exhaustive_search(refine):
     assert closed == found if refine else closed > 0.9 * found
 
 
+def test_a_problem_without_a_value_to_choose_for_ends():
+    """The limit of regrets is then a multiple of the smallest float64, which has no smaller share to begin with."""
+    problem = random_charged(7_000_010, max_allocations=25)
+    allocation = solve(problem)
+    assert (allocation.value, allocation.status) == (exhaustive_at_once(problem)[0], "optimal")
+
+
 def fixed_stage(problem: AllocationProblem, s: int) -> AllocationProblem | None:
     """The problem with the backward pass down to stage s at most, what that costs taken off the budgets.
 
