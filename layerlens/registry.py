@@ -140,6 +140,7 @@ TASKS: Registry[Any] = Registry(
         "question-answering": "layerlens.tasks.question_answering:TASK",
         "causal-lm": "layerlens.tasks.causal_lm:TASK",
         "dpo": "layerlens.tasks.dpo:TASK",
+        "sentence-embedding": "layerlens.tasks.sentence_embedding:TASK",
         "image-text": "layerlens.tasks.image_text:TASK",
         "masked-lm": "layerlens.tasks.masked_lm:TASK",
         "seq2seq": "layerlens.tasks.seq2seq:TASK",

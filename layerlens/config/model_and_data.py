@@ -45,6 +45,12 @@ class ModelConfig(ConfigModel):
         gt=0,
         description="Of preference pairs: how much a change of log-probabilities weighs in DPO's loss.",
     )
+    embedding_loss: Literal["auto", "multiple-negatives", "cosent", "triplet"] = Field(
+        default="auto",
+        exclude_if=lambda loss: loss == "auto",
+        description="Of sentence-embedding: the loss of sentence-transformers. `auto`: CoSENT for scored pairs, else "
+        "multiple negatives ranking, where the texts of other samples in the batch are negatives.",
+    )
     task: TaskName = Field(
         default="",
         description="What the model is to be fine-tuned for; docs/configuration.md says of each task what its samples "

@@ -75,7 +75,22 @@ def load_dataset(
         read: Dataset = kind.read_folder(folder, config)
         return read
     found, place = source_rows(config, base_dir, first, of_words=kind.inputs == "words")
-    return replace(dataset_of(found.finished(), place, config, kind.read), description=Path(place).name)
+    try:
+        return replace(dataset_of(found.finished(), place, config, kind.read), description=Path(place).name)
+    except DataError as error:
+        raise DataError(f"{error}{_others_for(task, found, place, config)}") from error
+
+
+def _others_for(task: str, found: SourceRows, place: str, config: DataConfig) -> str:
+    """What other tasks say of rows that are not for this one, as the end of a message."""
+    table = Table(found.rows[:FIRST], place, found.numbers, whole=False)
+    kinds = [kind for name, kind in ((name, TASKS[name]) for name in TASKS) if name != task and kind.claim is not None]
+    if not len(table.rows) or TASKS[task].claim is None or TASKS[task].claim(table, config) is not None:
+        return ""
+    claims = [(kind.name, claim) for kind in kinds if (claim := kind.claim(table, config)) is not None]
+    most = max((claim.columns for _, claim in claims), default=0)
+    said = [f"model.task: {name} ({claim.why})" for name, claim in claims if claim.columns == most]
+    return f"; the rows look as if they were for {' or '.join(said)}" if said else ""
 
 
 def first_rows(config: DataConfig, base_dir: Path | None = None) -> Table:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-TEXT = "AutoModelForCausalLM"
+TEXT, BASE = "AutoModelForCausalLM", "AutoModel"
 TOWERS = {
     "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
 }
 """Where transformers has language models with towers for images, sound or video, and its table of their classes."""
+ENCODERS_ALONE = ("t5", "mt5", "umt5")
+"""Types whose embeddings are of the encoder alone."""
 
 
 def auto_class_for(auto_class: str, model_type: str, architectures: Sequence[str] | None = None) -> str:
@@ -23,6 +25,8 @@ def auto_class_for(auto_class: str, model_type: str, architectures: Sequence[str
         auto_class: of the task.
         model_type, architectures: what the checkpoint's configuration says.
     """
+    if auto_class == BASE and model_type in ENCODERS_ALONE:
+        return "AutoModelForTextEncoding"
     if auto_class not in (TEXT, *TOWERS):
         return auto_class
     tables = {TEXT: _classes("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", model_type)}

@@ -86,6 +86,8 @@ def note_of_fresh(pretrained: PretrainedModel) -> str:
 
 def _guessed(pretrained: PretrainedModel) -> PretrainedModel:
     model: Any = pretrained.model
+    if not hasattr(model, "get_classifier") and not hasattr(model, getattr(model, "base_model_prefix", "") or "-"):
+        return pretrained
     heads = tuple(head for head in task_heads(model) if head and not _shared(model, head))
     parameters = tuple(name for head in heads for name in _parameters_of(model, head))
     drawn = all(looks_drawn(model.get_submodule(head), model) for head in heads)

@@ -230,7 +230,7 @@ def task_heads(model: torch.nn.Module) -> tuple[str, ...]:
     if hasattr(model, "get_classifier"):
         return (timm_head(model),)
     base = getattr(model, "base_model_prefix", "")
-    if not base:
+    if not base or (not hasattr(model, base) and type(model).__name__.endswith("Model")):  # the base itself
         return ()
     return tuple(
         name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())

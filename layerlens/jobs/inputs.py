@@ -40,7 +40,11 @@ def calibration_samples(config: RunConfig, n_samples: int) -> int:
     asked, training = config.data.calibration_samples, config.training
     if asked is not None:
         return asked
-    if config.profiling.proxies.options or not all(x.steady for x in statistics_request(config).statistics):
+    if (
+        TASKS[config.model.task].coupled
+        or config.profiling.proxies.options
+        or not all(x.steady for x in statistics_request(config).statistics)
+    ):
         return CALIBRATION_SAMPLES
     n_train = (1.0 - TEST_SHARE) * n_samples
     trained = training.epochs * min(n_train, training.train_samples or n_train)

@@ -85,7 +85,7 @@ def measure(job: Job, loaded: Loaded) -> Measured | None:
             return None
         assert statistics is not None
         if cached is not None and statistics.n_samples == len(loaded.batches) < len(loaded.calibration):
-            job.warnings.add(f"model.loss depends on the other samples in a batch: {BY_BATCHES}")
+            job.warnings.add(f"the loss depends on the other samples in a batch: {BY_BATCHES}")
         spec = loaded.spec.without(statistics.unmeasured)
         model = model_facts(loaded.pretrained, job.config, loaded.dataset, spec)
         training_samples = len(loaded.dataset.split_test()[0])
@@ -211,6 +211,8 @@ def by_batches_if_coupled(loaded: Loaded, warn: Warn) -> tuple[Sequence[Batch], 
     batches, loss = loaded.batches, loaded.task.loss
     known = loaded.pretrained.streamed is not None or isinstance(loss, BatchLoss) or not loaded.request.backward
     found = Coupling() if known else coupling(loaded.pretrained.model, batches, loss)
+    if loaded.task.coupled and not isinstance(loss, BatchLoss):
+        found = Coupling("it compares texts of several samples")
     if found.random:
         warn("model.loss: the same samples have another loss in every pass (it draws numbers); whether it depends on "
              "other samples in the batch is not known, and another data.batch_size gives other statistics")  # fmt: skip

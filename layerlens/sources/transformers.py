@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.data.labels import HEAD_ADVICE, UNNAMED, outputs_of, unmatched
 from layerlens.exceptions import DataError, ModelNotFoundError, ModelSpecError
-from layerlens.integrations.auto_classes import auto_class_for, has_towers, model_class
+from layerlens.integrations.auto_classes import BASE, auto_class_for, has_towers, model_class
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for, tokenizer_of
 from layerlens.integrations.quantized import is_quantized, keep_weights
 from layerlens.integrations.quantized_loading import (
@@ -23,6 +23,7 @@ from layerlens.integrations.quantized_loading import (
     saved_quantization,
     sparing,
 )
+from layerlens.integrations.sentence_models import transformer_folder
 from layerlens.integrations.token_embeddings import with_tokens
 from layerlens.integrations.transformers import output_names, task_heads, trained_and_drawn
 from layerlens.registry import TASKS
@@ -51,6 +52,7 @@ class TransformersSource(ModelSource):
     def resolve(self, request: LoadRequest) -> str:
         folder = (request.base_dir or Path()) / local_file(request.place).expanduser()
         if folder.is_dir():
+            folder = transformer_folder(folder)
             if not (folder / "config.json").is_file():
                 raise ModelNotFoundError(
                     f"model.name_or_path: {folder} has no config.json; give the directory of a transformers model "
@@ -153,12 +155,12 @@ class TransformersSource(ModelSource):
         mismatched = (entry[0] for entry in info["mismatched_keys"])
         lacking = tuple(sorted({*info["missing_keys"], *mismatched}))
         finish_placement(model, lacking)
-        if lacking and not request.kind.new_head:
+        if lacking and not request.kind.new_head and request.kind.auto_class != BASE:
             raise ModelSpecError(
                 f"model.task: {request.reference!r} has no weights for {lacking[0]} and cannot predict tokens; "
                 "give a language model's checkpoint"
             )
-        new, drawn = trained_and_drawn(model, lacking)
+        new, drawn = ((), lacking) if request.kind.auto_class == BASE else trained_and_drawn(model, lacking)
         return PretrainedModel(
             model, tokenizer, path, new, tuple(labels), images, streamed, drawn, processor, notes, tokens, no_processor
         )
@@ -248,7 +250,7 @@ class PackageSource(TransformersSource):
             raise ModelNotFoundError(
                 f"model.name_or_path: package {package!r} has no get_model_path(); give the model's directory instead"
             )
-        return str(module.get_model_path())
+        return str(transformer_folder(Path(module.get_model_path())))
 
     def _path_in_snippet(self, request: LoadRequest) -> tuple[list[str], str]:
         return [f"from {request.place} import get_model_path"], "get_model_path()"

@@ -7,6 +7,7 @@ no other pair. The reference is the model as training begins; its log-probabilit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -181,5 +182,7 @@ TASK = Task(
     model_targets=(),
     synthetic_labels=lambda ids__bt: ids__bt.clone(),
     reference=add_reference,
+    row_names=("chosen", "rejected"),
+    configure=lambda task, config, dataset: replace(task, loss=partial(dpo_loss, beta=config.dpo_beta)),
     study=False,
 )

@@ -15,7 +15,7 @@ from layerlens.config import DataConfig, RunConfig
 from layerlens.data.load import BUILT_IN, BUILT_IN_PREFIX, first_rows, image_folder_of
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError
-from layerlens.integrations.auto_classes import TEXT, TOWERS
+from layerlens.integrations.auto_classes import BASE, TEXT, TOWERS
 from layerlens.registry import TASKS
 from layerlens.sources import LoadRequest
 from layerlens.storage import url_of
@@ -146,6 +146,8 @@ def possible(task: Any, architectures: Sequence[str]) -> bool:
     if task.auto_class in known or (task.auto_class in TOWERS and TEXT in known):
         return True
     images = {other.inputs == "image" for other in of_model}
+    if task.auto_class == BASE:  # every checkpoint has a model without a head
+        return True
     return not architectures or (task.new_head and images in (set(), {task.inputs == "image"}))
 
 

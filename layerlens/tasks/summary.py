@@ -125,7 +125,9 @@ def _shown(task: Task, pretrained: PretrainedModel, samples: Dataset, batches: B
     decode = pretrained.tokenizer.decode
     rows = range(place * batch.rows, (place + 1) * batch.rows)
     texts = [_short(decode(batch.inputs["input_ids"][row][batch.mask[row].bool()])) for row in rows]
-    found = dict(zip(("chosen", "rejected") if batch.rows == 2 else ("input",), texts, strict=True))
+    last = len(task.row_names) - 1
+    names = [task.row_names[min(row, last)] + (f" {row - last + 1}" if row > last else "") for row in range(batch.rows)]
+    found = dict(zip(names, texts, strict=True))
     labels = _token_labels(batch)
     if labels is None:
         return {**found, **_target(samples, batch, place)}

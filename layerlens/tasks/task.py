@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +81,9 @@ class Task:
             the model with, of the model as it is; None where the loss compares it with nothing.
         study: whether ``layerlens evaluate`` can stack several trainings of it: targets are a tensor, and inputs and
             logits have one shape.
+        row_names: what the rows of a sample are called, where it is several; the last one stands for further ones.
+        coupled: whether the loss of a sample depends on the others in its batch, so that it is measured batch by batch.
+        configure: (task, model configuration, data set) -> the task with what the configuration says of its loss.
         alone: whether each sample is measured in a batch of its own, as its inputs have no axis of samples.
     """
 
@@ -110,6 +112,9 @@ class Task:
     of_classes: Callable[[Dataset], Dataset] | None = None
     reference: Callable[[torch.nn.Module, PretrainedModel, Sequence[Features], int], None] | None = None
     study: bool = True
+    row_names: tuple[str, ...] = ("input",)
+    coupled: bool = False
+    configure: Callable[[Task, ModelConfig, Dataset | None], Task] | None = None
     alone: bool = False
 
     @property
@@ -134,9 +139,8 @@ def task_for(config: ModelConfig, base_dir: Path | None = None, dataset: Dataset
         ConfigurationError: the loss cannot be imported.
     """
     task: Task = TASKS[(dataset.task if dataset is not None else "") or config.task]
-    if task.name == "dpo":
-        of_pairs: Any = task.loss
-        return replace(task, loss=partial(of_pairs, beta=config.dpo_beta))
+    if task.configure is not None:
+        return task.configure(task, config, dataset)
     if config.loss is None:
         return task
     return replace(task, loss=own_loss(load_function(config.loss, "model.loss", base_dir), config.loss))

@@ -211,7 +211,8 @@ def _join(task: Task, pretrained: PretrainedModel, rows: Sequence[Any]) -> dict[
 def _output(task: Task, model: Any, batch: Mapping[str, Any]) -> Output:
     inputs = {name: value for name, value in batch.items() if name not in (*task.model_targets, TARGETS)}
     rows = 1 if task.reference is None else 2
-    n = len(next(iter(inputs.values()))) // rows
+    n = len(batch[TARGETS]) if task.coupled else len(next(iter(inputs.values()))) // rows
+    rows = len(next(iter(inputs.values()))) // n
     whole = Batch(inputs, batch[TARGETS], torch.arange(n), rows).to(next(model.parameters()).device)
     returned = model(**whole.inputs)
     loss__b = task.loss(returned, whole)
