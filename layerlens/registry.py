@@ -145,6 +145,7 @@ TASKS: Registry[Any] = Registry(
         "masked-lm": "layerlens.tasks.masked_lm:TASK",
         "seq2seq": "layerlens.tasks.seq2seq:TASK",
         "image-classification": "layerlens.tasks.image_classification:TASK",
+        "image-regression": "layerlens.tasks.image_regression:TASK",
         "object-detection": "layerlens.tasks.object_detection:TASK",
         "custom": "layerlens.tasks.custom:TASK",
     },

@@ -78,7 +78,8 @@ def load_dataset(
     try:
         return replace(dataset_of(found.finished(), place, config, kind.read), description=Path(place).name)
     except DataError as error:
-        raise DataError(f"{error}{_others_for(task, found, place, config)}") from error
+        error.args = (f"{error}{_others_for(task, found, place, config)}",)
+        raise
 
 
 def _others_for(task: str, found: SourceRows, place: str, config: DataConfig) -> str:

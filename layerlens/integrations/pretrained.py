@@ -30,6 +30,11 @@ class ImageInput:
     argument: str = "pixel_values"
     mode: str = "RGB"
 
+    def inputs(self, model: torch.nn.Module, images: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Stored images as the input of the model, in its precision."""
+        pixels = self.transform([image.open(self.mode) for image in images])
+        return {self.argument: pixels.to(next(model.parameters()).dtype)}
+
 
 @dataclass(frozen=True)
 class PretrainedModel:

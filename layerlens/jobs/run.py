@@ -26,6 +26,7 @@ from layerlens.manifest import write_manifest
 from layerlens.models import ModelFacts
 from layerlens.profiling.measure import refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics
+from layerlens.registry import TASKS
 from layerlens.tasks.guess import with_task
 from layerlens.tuning.task_head import write_head
 from layerlens.utils.processes import joined
@@ -66,7 +67,7 @@ def run_config(
                 progress, warn = silent, unheard
             refuse_conflicts(config, "run", processes.size)
             guess = None
-            if not config.model.task:
+            if not config.model.task or TASKS[config.model.task].of_images:
                 config, guess = with_task(config, base_dir)
             if guess is not None:
                 refuse_conflicts(config, "run", processes.size)

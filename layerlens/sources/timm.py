@@ -32,13 +32,13 @@ class TimmSource(ModelSource):
     built_by = "timm"
 
     def fits(self, kind: Any) -> bool:
-        return bool(kind.inputs == "image" and kind.classes)
+        return bool(kind.inputs == "image" and kind.auto_class == "AutoModelForImageClassification")
 
     def trust(self, request: LoadRequest) -> Trust:
         return Trust(hub=request.weights is None)
 
     def snippet(self, request: LoadRequest) -> tuple[list[str], str]:
-        known = f", pretrained={request.weights is None}, num_classes={len(request.labels)}"
+        known = f", pretrained={request.weights is None}, num_classes={_outputs(request)}"
         return ["import timm"], f"timm.create_model({request.place!r}{known})"
 
     def load(self, request: LoadRequest) -> PretrainedModel:
@@ -53,7 +53,7 @@ class TimmSource(ModelSource):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(request.seed)
             try:
-                model: Any = timm.create_model(name, pretrained=weights is None, num_classes=len(request.labels))
+                model: Any = timm.create_model(name, pretrained=weights is None, num_classes=_outputs(request))
             except Exception as error:  # hub errors and unknown tags share no narrower base class
                 raise ModelNotFoundError(
                     f"model.name_or_path: cannot load the weights of {request.reference}: "
@@ -75,6 +75,10 @@ class TimmSource(ModelSource):
 
 
 SOURCE = TimmSource()
+
+
+def _outputs(request: LoadRequest) -> int:
+    return len(request.labels) if request.kind is None else int(request.kind.n_outputs(request.labels))
 
 
 def _library() -> Any:

@@ -19,6 +19,7 @@ from layerlens.integrations.auto_classes import BASE, TEXT, TOWERS
 from layerlens.registry import TASKS
 from layerlens.sources import LoadRequest
 from layerlens.storage import url_of
+from layerlens.tasks.image_classification import has_images
 
 TOWER_CONFIGS = {"vision_config", "audio_config"}
 """What the ``config.json`` of a language model with other towers has beside the one of its text."""
@@ -86,7 +87,7 @@ def guess_task(architectures: Sequence[str], table: Table, config: DataConfig) -
 
 
 def with_task(config: RunConfig, base_dir: Path | None = None) -> tuple[RunConfig, Guess | None]:
-    """The configuration with a task; and, where it had none, the guess.
+    """The configuration with a task; and the guess, where it had none, or one that is another on images.
 
     Opens the model's ``config.json`` and the first rows of the data, nothing else. A function of the user that returns
     rows is called.
@@ -95,10 +96,21 @@ def with_task(config: RunConfig, base_dir: Path | None = None) -> tuple[RunConfi
         ConfigurationError: none or several tasks would do.
         ModelNotFoundError, DataNotFoundError, DataError: there is no such model, no such data, or it cannot be read.
     """
-    if config.model.task:
+    guess = _on_images(config.model.task, config.data, base_dir) if config.model.task else _guess(config, base_dir)
+    if guess is None:
         return config, None
-    guess = _guess(config, base_dir)
     return config.model_copy(update={"model": config.model.model_copy(update={"task": guess.task})}), guess
+
+
+def _on_images(name: str, data: DataConfig, base_dir: Path | None) -> Guess | None:
+    """The task that the one of this name is on images, where the rows have images and no texts."""
+    task = TASKS[name]
+    if not task.of_images or url_of(data.source) is not None or not ((base_dir or Path()) / data.source).is_file():
+        return None
+    table = first_rows(data, base_dir)
+    if not has_images(table, data) or (data.image_column is None and task.claim(table, data) is not None):
+        return None
+    return Guess(task.of_images, f"model.task: {task.name} and the images of {Path(table.place).name}")
 
 
 def model_description(config: RunConfig, base_dir: Path | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
@@ -40,17 +40,21 @@ def read(table: Table, config: DataConfig) -> Dataset:
 
 def claim(table: Table, config: DataConfig) -> Claim | None:
     """Images (encoded, or names of image files), and their classes."""
-    image = table.named(config.image_column, IMAGES)
     labels = bits_of_classes(table, config) or [table.labelled(config) or "", *table.repeating(config)]
     label = next(filter(None, labels), None)
-    if image is None or label is None:
+    if label is None or not has_images(table, config):
         return None
-    values = [value for value in table.peek(image) if value is not None]
-    known = any(
+    return Claim(2, f"images in column {table.named(config.image_column, IMAGES)!r} and classes in {label!r}")
+
+
+def has_images(table: Table, config: DataConfig) -> bool:
+    """Whether the rows have a column of images: encoded, or names of image files."""
+    image = table.named(config.image_column, IMAGES)
+    return image is not None and any(
         isinstance(value, (bytes, dict)) or Path(str(value)).suffix.lower() in SUFFIXES or hasattr(value, "shape")
-        for value in values
+        for value in table.peek(image)
+        if value is not None
     )
-    return Claim(2, f"images in column {image!r} and classes in {label!r}") if known else None
 
 
 def read_folder(folder: Path, config: DataConfig) -> Dataset:
@@ -62,27 +66,30 @@ def read_folder(folder: Path, config: DataConfig) -> Dataset:
 
 
 def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:
-    """Images that are still encoded, with their classes.
+    """Images that are still encoded, with their classes."""
+    return with_images(pretrained, dataset, TASK.name, label_values(dataset))
+
+
+def with_images(pretrained: PretrainedModel, dataset: Dataset, task: str, labels: Sequence[Any]) -> list[Features]:
+    """Images that are still encoded, with their labels.
 
     Raises:
         ConfigurationError: the model has no image processor.
     """
     if pretrained.images is None:
         raise ConfigurationError(
-            "model.factory: image-classification needs to know how images become the model's inputs; return (model, "
-            "transform) from the factory, with transform: list of PIL images -> tensor [batch, channels, height, width]"
+            f"model.factory: {task} needs to know how images become the model's inputs; return (model, transform) from "
+            "the factory, with transform: list of PIL images -> tensor [batch, channels, height, width]"
         )
     images = dataset.columns["image"]
-    return [{"image": image, "labels": label} for image, label in zip(images, label_values(dataset), strict=True)]
+    return [{"image": image, "labels": label} for image, label in zip(images, labels, strict=True)]
 
 
 def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inputs, torch.Tensor]:
     """Pixels [b, channels, height, width] by the model's own argument; classes int64 [b], or float32 [b, classes]."""
     images = pretrained.images
     assert images is not None
-    pixels = images.transform([row["image"].open(images.mode) for row in rows])
-    dtype = next(pretrained.model.parameters()).dtype
-    return {images.argument: pixels.to(dtype)}, label_tensor(rows)
+    return images.inputs(pretrained.model, [row["image"] for row in rows]), label_tensor(rows)
 
 
 def finish(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]:

@@ -80,5 +80,6 @@ TASK = Task(
     new_head=True,
     head_config={"num_labels": 1, "problem_type": "regression"},
     peft_type="SEQ_CLS",
+    of_images="image-regression",
     synthetic_labels=lambda ids__bt: ids__bt.new_zeros(len(ids__bt)).float(),
 )

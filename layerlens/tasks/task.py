@@ -84,6 +84,7 @@ class Task:
         row_names: what the rows of a sample are called, where it is several; the last one stands for further ones.
         coupled: whether the loss of a sample depends on the others in its batch, so that it is measured batch by batch.
         configure: (task, model configuration, data set) -> the task with what the configuration says of its loss.
+        of_images: name of the task that is this one on images; "" where there is none.
         alone: whether each sample is measured in a batch of its own, as its inputs have no axis of samples.
     """
 
@@ -115,6 +116,7 @@ class Task:
     row_names: tuple[str, ...] = ("input",)
     coupled: bool = False
     configure: Callable[[Task, ModelConfig, Dataset | None], Task] | None = None
+    of_images: str = ""
     alone: bool = False
 
     @property
