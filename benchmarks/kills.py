@@ -57,20 +57,23 @@ def main() -> None:
             given = {**os.environ, "LD_PRELOAD": str(library), "LAYERLENS_KILLS": str(library), "OMP_NUM_THREADS": "1"}
             raise SystemExit(subprocess.run([sys.executable, *sys.argv], env=given, check=False).returncode)
     del os.environ["LD_PRELOAD"]  # what the commands start is not met
-    result, begun = {}, time.perf_counter()
+    result: dict[str, Any] = {}
+    if arguments.out is not None and arguments.out.exists():  # commands that are not tried now keep what is there
+        result = json.loads(arguments.out.read_text(encoding="utf-8"))["commands"]
+    tried = []
     with tempfile.TemporaryDirectory(prefix="layerlens-") as name:
         _import_everything()
         pristine = _pristine(Path(name))
         for command in COMMANDS:
             if arguments.only in (None, command):
-                result[command] = _Trial(Path(name), pristine, command, arguments.seed).kills(
-                    arguments.kills, arguments.seconds
-                )
+                trial = _Trial(Path(name), pristine, command, arguments.seed)
+                result[command] = trial.kills(arguments.kills, arguments.seconds)
+                tried.append(result[command])
                 print(command, json.dumps(result[command]), flush=True)
-    result = {"seed": arguments.seed, "seconds": round(time.perf_counter() - begun, 1), "commands": result}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    raise SystemExit(any(found["faults"] for found in result["commands"].values()))
+                if arguments.out:
+                    whole = {"seed": arguments.seed, "commands": result}
+                    arguments.out.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    raise SystemExit(any(found["faults"] for found in tried))
 
 
 def _import_everything() -> None:

@@ -119,13 +119,23 @@ def _keep(dataset: Any, found: SourceRows) -> None:
 
 
 def dataset_rows(dataset: Any) -> Rows:
-    """Rows with the names of classes, single ones or lists of them, in place of their numbers; images encoded."""
+    """Rows with the names of classes, single ones or lists of them, in place of their numbers; images encoded.
+
+    Raises:
+        DataError: a value has no Python value, such as a date in the year 5881580.
+    """
     from datasets import Image
 
     images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
     for name in images:
         dataset = dataset.cast_column(name, Image(decode=False))
-    rows: Rows = [dict(row) for row in dataset]
+    rows: Rows = []
+    try:
+        rows.extend(dict(row) for row in dataset)
+    except (OverflowError, ValueError) as error:
+        raise DataError(
+            f"data.source: row {len(rows) + 1} of the data set has a value that Python cannot hold: {error}"
+        ) from error
     for name, feature in dataset.features.items():
         inner = getattr(feature, "feature", None)  # of a list
         if hasattr(feature, "int2str"):

@@ -211,7 +211,7 @@ def read_parquet(path: Path, config: DataConfig, found: SourceRows) -> None:
                         found.add(dict(zip(names, values, strict=True)), n_bytes)
                     else:
                         found.leave_out(f"has a value that Python cannot hold: {odd.why}")
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:  # the last: names of columns that are no text
         raise DataError(f"data.source: {path} is not a Parquet file: {str(error).splitlines()[0]}") from error
 
 

@@ -67,6 +67,16 @@ def test_a_value_of_parquet_that_python_cannot_hold_is_a_row_left_out(tmp_path: 
     assert len(found.texts) == 5
     assert list(found.reading.left_out) == [2]
     assert "has a value that Python cannot hold: " in found.reading.left_out[2]
+    whole = (tmp_path / "rows.parquet").read_bytes()
+    (tmp_path / "rows.parquet").write_bytes(whole.replace(b"text", b"\xff\xfext"))
+    with pytest.raises(DataError, match="is not a Parquet file"):
+        load(tmp_path / "rows.parquet")
+
+    import datasets
+
+    datasets.Dataset(pyarrow.table({**columns, "day": dates})).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match="row 2 of the data set has a value that Python cannot hold"):
+        load(tmp_path / "saved")
 
 
 def test_a_turn_that_is_none_is_a_row_left_out(tmp_path: Path):
