@@ -33,7 +33,7 @@ from layerlens.tasks import TASKS, make_batches
 from layerlens.tuning import apply
 from layerlens.utils.places import default_cache_dir
 
-SIDE, EPOCHS, LEARNING_RATE = 128, 6, 4e-3
+SIDE, EPOCHS, LEARNING_RATE = 128, 4, 4e-3
 BUDGET = 6000
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     print(f"  mAP50 on 60 held-out plates      {mean_average_precision(weights, CLASSES, held_out)['map50']:.3f}")
     print(f"  mAP50 on the same as negatives   {mean_average_precision(weights, CLASSES, test)['map50']:.3f}")
 
-    data = write_dataset(output / "data", negatives(240, 30_003))
+    data = write_dataset(output / "data", negatives(200, 30_003))
     config = RunConfig.model_validate(
         {
             "model": {"name_or_path": f"ultralytics:{weights}", "task": "object-detection"},
@@ -102,7 +102,7 @@ def main() -> None:
     result = run_vision_language(
         PipelineConfig(
             images=(str(output / "images"),), detector=str(weights), detector_adapter=str(tuned_folder),
-            llm=str(cached_language_model(default_cache_dir())), repeats=5, threads=1,
+            llm=str(cached_language_model(default_cache_dir())), repeats=3, threads=1,
         ),
         output / "report",
     )  # fmt: skip

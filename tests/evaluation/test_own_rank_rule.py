@@ -40,9 +40,7 @@ def rule() -> Iterator[None]:
 
 
 @pytest.fixture
-def config(tiny_bert_dir: Path, reviews_jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for place in ("layerlens.jobs.checks", "layerlens.jobs.train"):
-        monkeypatch.setattr(f"{place}.TIMING_SECONDS", 0.005)
+def config(tiny_bert_dir: Path, reviews_jsonl: Path, tmp_path: Path) -> Path:
     settings = {
         "model": {"name_or_path": str(tiny_bert_dir), "head_fit_samples": 16},
         "data": {"source": str(reviews_jsonl), "calibration_samples": 16, "max_length": 16, "batch_size": 8},

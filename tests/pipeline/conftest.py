@@ -12,12 +12,6 @@ from layerlens.config import RunConfig
 from layerlens.pipeline import run_config
 
 
-@pytest.fixture(autouse=True)
-def _short_timings(monkeypatch: pytest.MonkeyPatch):
-    """Times are not judged here, so a few milliseconds of measuring are enough."""
-    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
-
-
 @pytest.fixture(scope="session")
 def _session_settings(tiny_bert_dir: Path, reviews_jsonl: Path) -> dict[str, Any]:
     return {

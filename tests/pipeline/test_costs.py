@@ -121,8 +121,6 @@ def test_commands(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.
     from layerlens.config import RunConfig
     from layerlens.pipeline import run_config
 
-    monkeypatch.setattr("layerlens.cost.device.SECONDS", 0.0)
-    monkeypatch.setattr("layerlens.jobs.evaluated_costs.STEP_SECONDS", 0.01)
     monkeypatch.setattr("layerlens.jobs.costs.calibrate", lambda progress, cpu_time: PROFILE)
     path = str(run_config(RunConfig(**settings), base_dir=tmp_path).files["manifest_json"])
     cache = ["--cache-dir", str(tmp_path), "--threads", "1"]

@@ -64,11 +64,6 @@ def train(folder: Path, name: str, output: str, *more: str) -> Result:
     return CliRunner().invoke(app, [*arguments, "-o", str(folder / output), *more])
 
 
-@pytest.fixture(autouse=True)
-def _short_inference_timings(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("layerlens.jobs.train.TIMING_SECONDS", 0.005)
-
-
 def utilities(folder: Path) -> list[float]:
     return [row.utility for row in read_manifest(folder / "out/manifest.json").allocations]
 

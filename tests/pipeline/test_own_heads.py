@@ -92,9 +92,8 @@ def ctc(output, targets):
 
 
 @pytest.fixture
-def own(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], str]:
+def own(settings: dict[str, Any], tmp_path: Path) -> tuple[dict[str, Any], str]:
     """Settings without a model, and the name of a module of the user's beside the configuration."""
-    monkeypatch.setattr("layerlens.jobs.train.TIMING_SECONDS", 0.005)
     module = f"own_heads_{next(NUMBERS)}"
     (tmp_path / f"{module}.py").write_text(MODULE)
     settings["profiling"] = {}

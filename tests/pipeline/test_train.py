@@ -28,11 +28,6 @@ from layerlens.tuning import load
 TRAINING = {"epochs": 3, "batch_size": 4, "save_every": 5, "learning_rate": 5e-3}
 
 
-@pytest.fixture(autouse=True)
-def _short_inference_timings(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("layerlens.jobs.train.TIMING_SECONDS", 0.005)
-
-
 @pytest.fixture(scope="module")
 def job(_session_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run: config.yaml and out/manifest.json."""
@@ -41,9 +36,7 @@ def job(_session_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFact
     every_method = {"min_layers": {"lora": 1, "adapter": 1, "prefix": 1}}
     settings["optimization"] = {**settings["optimization"], "constraints": every_method}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
-        run_config(RunConfig(**settings), base_dir=folder)
+    run_config(RunConfig(**settings), base_dir=folder)
     return folder
 
 

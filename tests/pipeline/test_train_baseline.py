@@ -32,17 +32,10 @@ def job(_session_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFact
         "use_rslora": True, "constraints": {"min_layers": {"lora": 10}}, "lora_ranks": [2, 4],
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
-        result = run_config(RunConfig(**settings), base_dir=folder)
+    result = run_config(RunConfig(**settings), base_dir=folder)
     assert result.measured["step_zero_max_abs_delta"] == 0.0
     assert result.manifest.lora == LoraSettings(2.0, use_rslora=True, initialization="pca")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _short_inference_timings(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("layerlens.jobs.train.TIMING_SECONDS", 0.005)
 
 
 def train(job: Path, *more: str):

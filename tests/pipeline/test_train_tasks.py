@@ -47,11 +47,6 @@ CASES: dict[str, tuple[str, list[dict[str, Any]] | None, set[str]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _short_inference_timings(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("layerlens.jobs.train.TIMING_SECONDS", 0.005)
-
-
 def prepare(settings: dict[str, Any], folder: Path) -> Path:
     """A finished run of the settings and its configuration in a file."""
     settings |= {"training": TRAINING}

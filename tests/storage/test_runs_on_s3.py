@@ -16,9 +16,8 @@ from layerlens.storage import read_bytes, read_text
 
 
 @pytest.fixture
-def config_url(s3: S3Server, bucket: str, tiny_bert_dir: Path, reviews_jsonl: Path, monkeypatch) -> str:
+def config_url(s3: S3Server, bucket: str, tiny_bert_dir: Path, reviews_jsonl: Path) -> str:
     """A configuration in the bucket beside its model and its data."""
-    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
     client, name = client_of(s3), bucket.removeprefix("s3://")
     for path in tiny_bert_dir.iterdir():
         client.put_object(Bucket=name, Key=f"job/model/{path.name}", Body=path.read_bytes())

@@ -28,11 +28,6 @@ SWEEP = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _short_timings(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
-
-
 @pytest.fixture
 def folder(tmp_path: Path, tiny_bert_dir: Path, reviews_jsonl: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with sweep.yaml, its base in another one, and the model and data beside the base."""

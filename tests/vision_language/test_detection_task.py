@@ -78,9 +78,7 @@ def test_a_detector_is_chosen_for_and_its_adapter_runs_in_the_pipeline(
     plates: Path,
     plates_data: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
     settings = {
         "model": {"name_or_path": f"ultralytics:{detector_weights}", "task": TASK},
         "data": {"source": plates_data, "calibration_samples": 16, "batch_size": 8},

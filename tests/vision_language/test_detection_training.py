@@ -40,11 +40,7 @@ def test_average_precision_is_that_of_ultralytics_validator(detector_weights: Pa
     assert average_precision(empty) == {"map50_95": 0.0, "map50": 0.0}
 
 
-def test_a_detector_is_trained(
-    detector_weights: Path, plates_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
-    monkeypatch.setattr("layerlens.jobs.train.TIMING_SECONDS", 0.005)
+def test_a_detector_is_trained(detector_weights: Path, plates_data: str, tmp_path: Path):
     settings = {
         "model": {"name_or_path": f"ultralytics:{detector_weights}", "task": TASK},
         "data": {"source": plates_data, "calibration_samples": 8, "batch_size": 8},
