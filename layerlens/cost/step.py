@@ -9,26 +9,34 @@ What depth is: the cause of what lies above a block is every layer up to it, so 
 nested, and the deepest one that is paid pays for all above it. What shared inputs are: q, k and v keep one tensor,
 whose cause is the LoRA options of the three.
 
-The solver wants causes that are nested or apart. Where two cross (only the gate, or only the up projection of one
-block is adapted), one is widened to both: it is then paid too often, and only where a block is adapted in part.
+That is ``StepUse``, the prediction for a given choice; its peak memory is that of a timeline.
+
+The solver wants sums, and causes that are nested or apart. Where two cross (only the gate, or only the up projection of
+one block is adapted), one is widened to both. In place of the timeline it has all that is kept, and the most that
+any of many choices has alive beside that. So the solver's memory and time are upper bounds.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from layerlens.methods import Method, Operation
-from layerlens.methods.method import INPUT, OUTPUT
+from layerlens.methods.method import INPUT, OUTPUT, QUERY
 from layerlens.models import NONE, DepthCharge, GroupCharge, LayerSpec, ModelSpec, Option
+from layerlens.models.model_spec import ATTENTION
 from layerlens.models.step import KINDS, MATMUL, MEMORY, REUSED_BYTES, VIEW, StepRecord, TracedOperation
+from layerlens.models.step_use import StepUse
 from layerlens.registry import METHODS
 
 FLOAT_BYTES = 4
-SIDES = {INPUT: 0, OUTPUT: 1}
+SIDES = {INPUT: 0, OUTPUT: 1, QUERY: 2}
+RESULT = 3
+LOSS_BYTES = 64
+"""The loss, and what its operation counts: a few numbers."""
 
 OperationTime = Callable[[TracedOperation], float]
 """Milliseconds of one operation."""
@@ -39,19 +47,21 @@ class StepCosts:
     """Memory and time of a training step.
 
     Args:
-        base: (GB, ms) of every choice that adapts something.
+        base_ms: ms of every choice that adapts something.
         own__xo: float64 [2, options], (GB, ms) of each option by itself.
         charges: what is paid once; ``cost__r`` is (GB, ms).
         depth: what the lowest adapted layer costs; None where the layers form no chain.
-        least_gb: what a step needs at least, whatever is adapted: a forward pass of the frozen model; and for each
-            trainable parameter.
+        least_gb: what a step needs at least, whatever is adapted: a forward pass of the frozen model, and what an
+            option has alive for a moment in it; and for each trainable parameter.
+        use: what a given choice needs and takes, which the sums are bounds of.
     """
 
-    base: tuple[float, float]
+    base_ms: float
     own__xo: np.ndarray
     charges: tuple[GroupCharge, ...]
     depth: DepthCharge | None
     least_gb: tuple[float, float]
+    use: StepUse
 
 
 def step_costs(
@@ -64,6 +74,7 @@ def step_costs(
     samples: int,
     sequence_length: int,
     state_values: int,
+    accumulates: bool = False,
 ) -> StepCosts:
     """Costs of a training step with a batch of ``samples``.
 
@@ -77,15 +88,20 @@ def step_costs(
         sequence_length: tokens of each; not read where the model takes no tokens. Another one than was recorded counts
             in proportion.
         state_values: of the optimiser, for each parameter.
+        accumulates: gradients of several batches are added up.
     """
     scale = float(samples)
     if record.sequence_length:
         scale = samples * sequence_length / record.sequence_length
     paid = _Paid(spec, record, options)
-    for option, entry in paid.entries:
-        paid.own[:, entry] = _own(
-            paid.layers[option.layer], option, record, time_ms, parameter_ms, samples, sequence_length, state_values
-        )
+    own = [
+        _own(paid.layers[o.layer], o, record, time_ms, parameter_ms, samples, sequence_length, state_values)
+        for o, _ in paid.entries
+    ]
+    parts__xo = np.zeros((_PARTS, len(options)))
+    parts__xo[:, [entry for _, entry in paid.entries]] = np.array(own).reshape(-1, _PARTS).T
+    fixed, gradient, kept, ms = parts__xo[:4]
+    paid.own[:] = 1e-9 * (fixed + gradient + kept), ms
     forward = _operations(record.forward_kind, record.at("forward__bfx", scale))
     base_ms = sum(map(time_ms, forward))
     backward = _operations(record.backward_kind, record.at("backward__bkx", scale))
@@ -94,36 +110,73 @@ def step_costs(
         cause_ms[cause] += time_ms(operation)
     for cause, layers in enumerate(record.cause__cl):
         paid.add(layers, (), 0.0, float(cause_ms[cause]))
-    readers = _readers(spec, record, options)
+    readers, changed = _readers(spec, record, options)
     none = np.zeros(len(record.layers) + 1, dtype=bool)
-    for storage, n_bytes in enumerate(record.at("storage__bs", scale)):
+    storage_bytes = record.at("storage__bs", scale)
+    kept_by = defaultdict[int, list[int]](list)
+    for storage, n_bytes in enumerate(storage_bytes):
         cause = record.storage_cause[storage]
         layers = record.cause__cl[cause] if cause >= 0 else none
         paid.add(layers, readers.get(storage, ()), 1e-9 * float(n_bytes), 0.0)
+        for entry in readers.get(storage, ()):
+            kept_by[entry].append(storage)
     head = record.head_elements
     base_ms += time_ms(_update(head, state_values)) + parameter_ms * record.head_tensors
-    weights = spec.weight_bytes + FLOAT_BYTES * (1 + state_values) * head
-    passing = max(
-        (_passing(paid.layers[name], samples, sequence_length) for name in {o.layer for o, _ in paid.entries}),
-        default=0.0,
+    weights = spec.weight_bytes + FLOAT_BYTES * (1 + state_values) * head + LOSS_BYTES  # PEFT trains a copy of the head
+    place = {name: number for number, name in enumerate(record.layers)}
+    layer__o = np.array([-1 if o.method == NONE else place.get(o.layer, -1) for o in options], dtype=np.int64)
+    everywhere = np.array([0, len(record.forward_kind)], dtype=np.int64)
+    use = StepUse(
+        base_bytes=float(weights),
+        base_ms=float(base_ms),
+        cause__cl=record.cause__cl,
+        cause_ms=cause_ms,
+        storage_bytes=storage_bytes,
+        storage_cause=record.storage_cause,
+        storage_span__st=record.storage_span__st,
+        alive=record.at("alive__bf", scale),
+        held=record.at("held__bf", scale),
+        passing=record.at("passing__bf", scale),
+        step_cause=record.step_cause,
+        layer__o=layer__o,
+        span__ot=np.where((layer__o >= 0)[:, None], record.layer_span__lt[layer__o], everywhere),
+        fixed__o=fixed,
+        gradient__o=gradient,
+        kept__o=kept,
+        passing__ox=np.ascontiguousarray(parts__xo[4:].T),
+        ms__o=ms,
+        readers={entry: np.array(storages) for entry, storages in kept_by.items()},
+        changed=changed,
+        accumulates=accumulates,
     )
-    base_gb = 1e-9 * (weights + float(record.at("workspace__b", scale)) + passing)
     per_parameter = FLOAT_BYTES * (1 + state_values)  # itself and its state; the gradients come after the peak
-    least_gb = 1e-9 * (weights + float(record.at("forward_peak__b", scale))), 1e-9 * per_parameter
+    forward_peak = float(record.at("forward_peak__b", scale)) + use.passing__ox[:, 0].max(initial=0.0)
+    least_gb = 1e-9 * (weights + forward_peak), 1e-9 * per_parameter
     charges, depth = paid.charges()
-    return StepCosts((float(base_gb + paid.base[0]), float(base_ms + paid.base[1])), paid.own, charges, depth, least_gb)
+    return StepCosts(float(base_ms + paid.base[1]), paid.own, charges, depth, least_gb, use)
 
 
-def _passing(layer: LayerSpec, samples: int, sequence_length: int) -> float:
-    """Bytes that an option of the layer has alive for a moment, beside the workspace of the frozen model.
-
-    In the backward pass of a feed-forward with inner width m and outer width d, the frozen model has at most 2 m alive
-    for each token: the gradients on both sides of the activation function. LoRA on the second matrix has its gradient
-    and the scaled one, 2 d, beside two gradients of its input, 2 m, until they are added up: 2 d more. On the first
-    matrix it is d more. Attention of width d has room for as much below 2 m.
+def typical(options: Sequence[Option], names: Sequence[str]) -> Iterator[np.ndarray]:
+    """Choices whose memory stands for that of all: each method on one layer, each on all layers from
+    every layer up (from 64 of them, where there are more), and as many mixed at random, the same ones every time.
     """
-    narrow = min(layer.inputs_per_position, layer.n_out)
-    return FLOAT_BYTES * 2.0 * narrow * samples * (layer.positions or sequence_length)
+    by_method = defaultdict[str, dict[str, int]](dict)
+    by_layer = defaultdict[str, list[int]](list)
+    for entry, option in enumerate(options):
+        if option.method != NONE:
+            by_method[option.method][option.layer] = entry
+            by_layer[option.layer].append(entry)
+    for entries in by_method.values():
+        upwards = np.array([entries[name] for name in names if name in entries])
+        for start in np.unique(np.linspace(0, len(upwards) - 1, min(len(upwards), 64)).astype(int)):
+            yield upwards[start:]
+            yield upwards[start : start + 1]
+    draw, layers = np.random.default_rng(0), [by_layer[name] for name in names if name in by_layer]
+    for mixed in range(64 if layers else 0):
+        share = (0.2, 0.5, 1.0)[mixed % 3]
+        above = [entries for entries in layers[draw.integers(len(layers)) :] if draw.random() < share]
+        if above:
+            yield np.array([entries[draw.integers(len(entries))] for entries in above])
 
 
 def _operations(kinds: np.ndarray, figures: np.ndarray) -> list[TracedOperation]:
@@ -135,6 +188,11 @@ def _update(elements: int, state_values: int) -> TracedOperation:
     return TracedOperation(MEMORY, 0.0, float(FLOAT_BYTES * (3 + 2 * state_values) * elements))
 
 
+_PARTS = 7
+"""What an option has by itself: bytes of parameters and optimiser state, of gradients, of what it keeps; ms; and bytes
+alive for a moment, as in ``StepUse.passing__ox``."""
+
+
 def _own(
     layer: LayerSpec,
     option: Option,
@@ -144,20 +202,26 @@ def _own(
     samples: int,
     sequence_length: int,
     state_values: int,
-) -> tuple[float, float]:
-    """(GB, ms) of one option by itself: its parameters, what only it keeps, its operations, its optimiser step."""
+) -> tuple[float, ...]:
+    """The ``_PARTS`` of one option."""
     method = METHODS[option.method]
     params = method.trainable_params(layer, option.rank)
     tokens = samples * (layer.positions or sequence_length)
     elements = method.kept_elements(layer, option.rank) * tokens + method.kept_once(layer, option.rank)
     for side in _shared(method, layer, record):
         elements -= method.tensor_elements(layer, side) * tokens
-    n_bytes = FLOAT_BYTES * ((2 + state_values) * params + max(0.0, elements))
     steps = [*method.operations(layer, option.rank), *method.backward(layer, option.rank)]
     time = sum(time_ms(one) for step in steps for one in _traced(step, tokens))
     time += method.views * time_ms(TracedOperation(VIEW, 0.0, 0.0))
     time += time_ms(_update(params, state_values)) + parameter_ms * method.parameter_tensors
-    return 1e-9 * n_bytes, time
+    once = method.passing_once(layer, option.rank)
+    return (
+        FLOAT_BYTES * (1 + state_values) * params,
+        FLOAT_BYTES * params,
+        FLOAT_BYTES * max(0.0, elements),
+        time,
+        *(FLOAT_BYTES * (per_token * tokens + once) for per_token in method.passing(layer, option.rank)),
+    )
 
 
 def _traced(step: Operation, tokens: int) -> list[TracedOperation]:
@@ -180,20 +244,27 @@ def _shared(method: Method, layer: LayerSpec, record: StepRecord) -> list[str]:
     ]
 
 
-def _readers(spec: ModelSpec, record: StepRecord, options: Sequence[Option]) -> dict[int, list[int]]:
-    """Storage -> the options that keep it."""
+def _readers(
+    spec: ModelSpec, record: StepRecord, options: Sequence[Option]
+) -> tuple[dict[int, list[int]], dict[int, np.ndarray]]:
+    """(storage -> the options that keep it; option -> the storages in whose place it puts others,
+    where what made them, or the option itself, keeps them)."""
     storages = defaultdict[tuple[int, int], list[int]](list)
     for layer, side, storage in record.read__ns.tolist():
         storages[layer, side].append(storage)
     layers = {layer.name: layer for layer in spec.layers}
     place = {name: number for number, name in enumerate(record.layers)}
     found = defaultdict[int, list[int]](list)
+    changed = {}
     for entry, option in enumerate(options):
         if option.method != NONE and option.layer in place:
-            for side in _shared(METHODS[option.method], layers[option.layer], record):
+            layer = layers[option.layer]
+            for side in _shared(METHODS[option.method], layer, record):
                 for storage in storages[place[option.layer], SIDES[side]]:
                     found[storage].append(entry)
-    return found
+            if layer.layer_type == ATTENTION or OUTPUT in METHODS[option.method].kept_tensors(layer):
+                changed[entry] = np.array(storages[place[option.layer], RESULT], dtype=np.int64)
+    return found, changed
 
 
 class _Paid:

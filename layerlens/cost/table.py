@@ -9,7 +9,7 @@ import numpy as np
 
 from layerlens.config import OptimizationConfig
 from layerlens.cost.rates import FLOAT_BYTES, Device, DeviceProfile, Roofline
-from layerlens.cost.step import step_costs
+from layerlens.cost.step import StepCosts, step_costs, typical
 from layerlens.models import NONE, RESOURCES, CostTable, Footprint, ModelSpec, ModelStatistics, Option
 from layerlens.models.step import StepRecord
 from layerlens.registry import METHODS
@@ -24,6 +24,8 @@ def cost_table(
     statistics: ModelStatistics | Footprint | None,
     options: Sequence[Option],
     config: OptimizationConfig,
+    *,
+    accumulates: bool = False,
 ) -> CostTable:
     """Costs of every option for one batch of the latency profile.
 
@@ -32,6 +34,7 @@ def cost_table(
         statistics: footprint of the frozen model; None when only its parameter count is known.
         options: the options.
         config: latency profile and optimiser.
+        accumulates: gradients of several batches are added up in a step of the optimiser.
 
     Returns:
         rows as in ``RESOURCES``. Where the statistics have a recorded step, memory and ``step_ms`` follow from it, and
@@ -67,10 +70,12 @@ def cost_table(
     }
     table = CostTable(tuple(options), cost__ro, base_use(spec, statistics, config), source)
     step = None if statistics is None else statistics.step
-    return table if step is None else _with_step(table, spec, step, config)
+    return table if step is None else _with_step(table, spec, step, config, accumulates)
 
 
-def _with_step(table: CostTable, spec: ModelSpec, step: StepRecord, config: OptimizationConfig) -> CostTable:
+def _with_step(
+    table: CostTable, spec: ModelSpec, step: StepRecord, config: OptimizationConfig, accumulates: bool
+) -> CostTable:
     """The table with memory and time of the recorded step."""
     profile = config.latency_profile
     device: Device = Roofline.of(profile) if step.rates is None else DeviceProfile.of(step.rates)
@@ -83,6 +88,7 @@ def _with_step(table: CostTable, spec: ModelSpec, step: StepRecord, config: Opti
         samples=profile.batch_size,
         sequence_length=profile.sequence_length,
         state_values=OPTIMIZER_STATE[config.optimizer],
+        accumulates=accumulates,
     )
     cost__ro = table.cost__ro.copy()
     cost__ro[[VRAM, STEP]] = found.own__xo
@@ -94,10 +100,10 @@ def _with_step(table: CostTable, spec: ModelSpec, step: StepRecord, config: Opti
 
     depth = found.depth
     figures = "given" if profile.peak_gflops and profile.memory_bandwidth_gb_s else "nominal"
-    return replace(
+    without_base = replace(
         table,
         cost__ro=cost__ro,
-        base=table.base | {"vram_gb": found.base[0], "step_ms": found.base[1]},
+        base=table.base | {"vram_gb": 0.0, "step_ms": found.base_ms},
         source=table.source
         | {
             "vram_gb": "a recorded training step: weights, what is kept for this choice, workspace; optimiser state",
@@ -110,8 +116,24 @@ def _with_step(table: CostTable, spec: ModelSpec, step: StepRecord, config: Opti
         },
         charges=tuple(replace(charge, cost__r=row(charge.cost__r)) for charge in found.charges),
         depth=None if depth is None else replace(depth, cost__sr=row(depth.cost__sr)),
-        least={"vram_gb": found.least_gb},
     )
+    return replace(
+        without_base,
+        base=without_base.base | {"vram_gb": _base_gb(without_base, spec, found)},
+        least={"vram_gb": found.least_gb},
+        step=found.use,
+    )
+
+
+def _base_gb(table: CostTable, spec: ModelSpec, found: StepCosts) -> float:
+    """What every choice is charged, so that none of many needs more than the sum says or any step needs."""
+    amount, per_parameter = found.least_gb
+    base = 0.0
+    for entries in typical(table.options, [layer.name for layer in spec.layers]):
+        bound, needed = table.bound(entries), found.use.gb(entries)
+        if needed > amount + per_parameter * bound["trainable_params"]:
+            base = max(base, needed - bound["vram_gb"])
+    return base
 
 
 def base_use(

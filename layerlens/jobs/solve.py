@@ -92,7 +92,9 @@ def option_tables(
     utilities = calibrated_table(
         model, spec, statistics, options, config.profiling.metric_weights, seed=config.runtime.seed
     )
-    return _without_noise(utilities, statistics), cost_table(spec, statistics, options, config.optimization)
+    accumulates = config.training.gradient_accumulation > 1
+    costs = cost_table(spec, statistics, options, config.optimization, accumulates=accumulates)
+    return _without_noise(utilities, statistics), costs
 
 
 def _without_noise(utilities: UtilityTable, statistics: ModelStatistics) -> UtilityTable:
@@ -128,11 +130,37 @@ def find_allocation(
 ) -> Solution:
     """Build the allocation problem and solve it.
 
+    The solver adds up bounds of memory (``CostTable.bound``). They hold for the many choices that they were taken from;
+    should the answer need more than its bound says, and than the budget has, the base is raised and it is solved again.
+
     Raises:
         InfeasibleError: the budgets allow nothing; the message has the smallest that would do.
     """
     _refuse_what_is_not_predicted(costs, config)
-    config = _with_what_a_step_needs(costs, config)
+    narrowed = _with_what_a_step_needs(costs, config)
+    while True:
+        found = _solved(spec, utilities, costs, narrowed, seed=seed, threads=threads, progress=progress)
+        entries = found.problem.entries(found.allocation.choice)
+        total, bound = costs.total(entries), costs.bound(entries)
+        budgets = {name: budget for name, budget in config.budgets().items() if budget is not None}
+        over = [name for name, budget in budgets.items() if total[name] > max(budget, bound[name])]
+        if not over:
+            return found
+        # at least a thousandth more, so that this ends
+        more = {name: costs.base[name] + max(total[name] - bound[name], 1e-3 * total[name]) for name in over}
+        costs = replace(costs, base=costs.base | more)
+
+
+def _solved(
+    spec: ModelSpec,
+    utilities: UtilityTable,
+    costs: CostTable,
+    config: OptimizationConfig,
+    *,
+    seed: int,
+    threads: int,
+    progress: Callable[[str], None] | None,
+) -> Solution:
     events: list[SolverEvent] = []
     solved: list[tuple[AllocationProblem, Allocation]] = []
     refused: LayerLensError | None = None
@@ -303,7 +331,8 @@ def _resource_uses(solution: Solution, config: OptimizationConfig) -> tuple[Reso
     for resource in RESOURCES:
         if resource not in costs.source:  # not predicted for this model
             continue
-        base, total = costs.base[resource], totals[resource]
+        total = totals[resource]
+        base = min(costs.base[resource], total)  # the base is a bound
         budget = config.budgets()[resource]
         uses.append(
             ResourceUse(

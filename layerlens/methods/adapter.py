@@ -47,6 +47,10 @@ class Adapter(AddedModule):
     def kept_tensors(self, layer: LayerSpec) -> tuple[str, ...]:
         return (OUTPUT,)
 
+    def passing(self, layer: LayerSpec, size: int) -> tuple[float, float, float]:
+        """What it adds and the sum; the gradient of y, which the layer's own backward pass then begins with."""
+        return 2.0 * layer.n_out, float(layer.n_out), 0.0
+
     def build(
         self, model: torch.nn.Module, target: torch.nn.Module, layer: str, size: int, seed: int
     ) -> tuple[torch.nn.Module, str]:

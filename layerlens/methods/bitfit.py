@@ -41,6 +41,10 @@ class BitFit(VectorMethod):
         """Nothing: the gradient of a sum needs no activation."""
         return 0.0
 
+    def passing(self, layer: LayerSpec, size: int) -> tuple[float, float, float]:
+        """Nothing: the trained bias takes the place of the layer's own."""
+        return 0.0, 0.0, 0.0
+
     def layer_operands(self, layer: LayerSpec, module: Any, d__bgto: Any, h__bgti: Any, y: Any) -> tuple[Any, Any]:
         """d, added up over the tokens."""
         return sums_over_tokens(d__bgto)

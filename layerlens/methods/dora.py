@@ -76,6 +76,15 @@ class DoRA(LoRA):
         """m/‖·‖ with one taken off and without, and ‖·‖."""
         return 3 * layer.n_out
 
+    def passing(self, layer: LayerSpec, size: int) -> tuple[float, float, float]:
+        """LoRA's; and the multiples of y and of B A h with their sum, and the gradients of both."""
+        forwards, backwards, stays = super().passing(layer, size)
+        return forwards + 2.0 * layer.n_out, backwards + 2.0 * layer.n_out, stays
+
+    def passing_once(self, layer: LayerSpec, size: int) -> float:
+        """An identity, B A of it, its multiple, and the sum with W, of which the norms are taken."""
+        return layer.n_in * layer.n_in + 3 * layer.n_in * layer.n_out
+
     def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:
         return 1, layer.n_out, 1
 

@@ -53,6 +53,14 @@ class IA3(VectorMethod):
     def kept_tensors(self, layer: LayerSpec) -> tuple[str, ...]:
         return (INPUT,) if scales_input(layer.name) else (OUTPUT,)
 
+    def passing(self, layer: LayerSpec, size: int) -> tuple[float, float, float]:
+        """What is scaled, scaled; the product that the factors' gradient is the sum of, and the scaled gradient.
+
+        Beside these, where the input is scaled, the gradient that arrives there.
+        """
+        width = float(self.trainable_params(layer, size))
+        return width, (3.0 if scales_input(layer.name) else 2.0) * width, 0.0
+
     def kept_once(self, layer: LayerSpec, size: int) -> float:
         """The factors, which PEFT copies."""
         return self.trainable_params(layer, size)

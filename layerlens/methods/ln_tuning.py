@@ -40,14 +40,19 @@ class LNTuning(VectorMethod):
         return []
 
     def kept_elements(self, layer: LayerSpec, size: int) -> float:
-        """Its normalised input; a norm of heads has one of each."""
-        return layer.n_in * layer.num_heads
+        """What it normalises, with mean and deviation; a norm of heads has one of each."""
+        return (layer.n_in + 2) * layer.num_heads
 
     def kept_tensors(self, layer: LayerSpec) -> tuple[str, ...]:
-        return (INPUT,)
+        """Its input by torch's kernel; a norm without a bias is written out, and keeps the normalised input."""
+        return (INPUT,) if layer.n_out > layer.n_in else ()
 
     def tensor_elements(self, layer: LayerSpec, tensor: str) -> float:
         return layer.n_in * layer.num_heads
+
+    def passing(self, layer: LayerSpec, size: int) -> tuple[float, float, float]:
+        """The product that the gradient is the sum of, and the scaled gradient, where no kernel does both."""
+        return 0.0, 2.0 * layer.n_in * layer.num_heads, 0.0
 
     def layer_operands(self, layer: LayerSpec, module: Any, d__bgto: Any, h__bgti: Any, y: Any) -> tuple[Any, Any]:
         """d ∘ u of every parameter, one behind the other, added up over the tokens."""

@@ -90,6 +90,15 @@ class LoRA(PeftMethod):
             return [table, *steps[1:], *steps[1:], scaled]
         return [*steps, *steps, scaled, Operation(0, 3 * layer.inputs_per_position)]
 
+    def passing(self, layer: LayerSpec, size: int) -> tuple[float, float, float]:
+        """B A h and its multiple, or that and the sum; the gradient times alpha/r; and the gradient of h by A."""
+        stays = 0.0 if layer.layer_type == EMBEDDING else float(layer.inputs_per_position)
+        return 2.0 * layer.n_out, float(layer.n_out + size), stays
+
+    def passing_once(self, layer: LayerSpec, size: int) -> float:
+        """ΔW beside W + ΔW."""
+        return _formed(layer) if layer.by_parameter else 0.0
+
     def kept_once(self, layer: LayerSpec, size: int) -> float:
         """W + ΔW, which the gradient of its input needs."""
         return _formed(layer) if layer.by_parameter else 0.0

@@ -124,7 +124,7 @@ class Method(ABC):
         return 0.0
 
     def kept_tensors(self, layer: LayerSpec) -> tuple[str, ...]:
-        """``INPUT`` or ``OUTPUT`` where it keeps that tensor of the layer as it is: others may keep the same one.
+        """``INPUT``, ``OUTPUT`` or ``QUERY`` where it keeps that tensor of the layer as it is: others may keep it too.
 
         Their elements are part of ``kept_elements``.
         """
@@ -137,6 +137,19 @@ class Method(ABC):
     def backward(self, layer: LayerSpec, size: int) -> list[Operation]:
         """What it adds to the backward pass: of a product two, of its input and its weight; of other work as much."""
         return [step for step in self.operations(layer, size) for _ in range(2 if step.flops or step.call_flops else 1)]
+
+    def passing(self, layer: LayerSpec, size: int) -> tuple[float, float, float]:
+        """Elements per token that are alive for a moment, beside what is kept: at most so many.
+
+        In its forward pass (its result, and the sum with the layer's own); in its backward pass, beside the gradient
+        that arrives; and from then on until the frozen layer's own backward pass is done (the gradient of its input).
+        """
+        wide = float(max(layer.inputs_per_position, layer.n_out))
+        return 2.0 * wide, wide, float(layer.inputs_per_position)
+
+    def passing_once(self, layer: LayerSpec, size: int) -> float:
+        """Elements that are alive for a moment in each call of the layer, however many tokens it has."""
+        return 0.0
 
     def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:
         """(groups or experts, outputs, inputs) of the gradient matrix M = Σ_t d_t z_tᵀ that it can move."""

@@ -45,6 +45,17 @@ class Prefix(AddedModule):
         """q, its attention weights and its output."""
         return 2 * layer.n_out + 2 * layer.num_heads * size
 
+    def kept_once(self, layer: LayerSpec, size: int) -> float:
+        """Keys and values, repeated for every query head, and the gates' values."""
+        return 2.0 * layer.n_out * size + layer.num_heads
+
+    def kept_tensors(self, layer: LayerSpec) -> tuple[str, ...]:
+        return (QUERY,)
+
+    def passing(self, layer: LayerSpec, size: int) -> tuple[float, float, float]:
+        """What it adds and the sum; gradients of the gate's product, of what it is of, and of q, which stays."""
+        return 2.0 * layer.n_out, 3.0 * layer.n_out, float(layer.n_out)
+
     def matrix_shape(self, layer: LayerSpec) -> tuple[int, int, int]:
         width = layer.n_out // max(layer.num_heads, 1)
         return layer.num_heads, width, width + 1

@@ -4,8 +4,12 @@ The backward pass keeps a tensor, or runs an operation, because some layer below
 is its *cause*: as soon as any one of them is adapted, it is paid for, and it is paid for once. So what a step costs is
 a function of the set of adapted layers, and the record has all of it.
 
+Its times, at which something is alive, are the operations of the forward pass: the backward pass goes through them
+from the last to the first.
+
 Axes: b the recorded batch sizes, c causes, l layers, f operations of the forward pass, k operations of the backward
-pass, s storages. Figures of operations are FLOPs, bytes that are read or written, and bytes of large new blocks.
+pass, s storages, t times. Figures of operations are FLOPs, bytes that are read or written, and bytes of large new
+blocks.
 """
 
 from __future__ import annotations
@@ -56,10 +60,18 @@ class StepRecord:
         backward__bkx: float64 [b, k, 3].
         storage_cause: int32 [s]; -1 for what the frozen model never keeps.
         storage__bs: float64 [b, s], bytes.
-        read__ns: int32 [n, 3], (layer, 0 for its input or 1 for its output, storage); all calls of a layer.
-        element_bytes: int32 [l, 2], of one element of the layer's input and of its output.
+        read__ns: int32 [n, 3], (layer, side, storage) of all calls; sides are 0 for its input, 1 for its output, 2 for
+            its queries and 3 for what its options change.
+        element_bytes: int32 [l, 3], of one element of the layer's input, output and queries; 0: not seen as a whole.
         forward_peak__b: float64 [b], the most bytes alive at one time of a forward pass that keeps nothing.
-        workspace__b: float64 [b], the most bytes alive beside what is kept, less what has been let go by then.
+        alive__bf: float64 [b, f], bytes alive at each operation of a forward pass that keeps nothing.
+        held__bf: float64 [b, f], bytes of gradients alive when the backward pass comes to the operation, where
+            everything is adapted.
+        passing__bf: float64 [b, f], the most bytes that its backward pass has alive beside them.
+        step_cause: int32 [f], the cause of its backward pass; -1: it has none.
+        storage_span__st: int32 [s, 3], the operation that makes it, the first at which a forward pass without gradients
+            has let it go, and the lowest whose backward pass reads it.
+        layer_span__lt: int32 [l, 2], the first operation of the layer and the one after its last.
         head_tensors, head_elements: of the parameters that train in every choice.
         rates: measured rates of the device that it is for (``cost.device``), as JSON values; None where not measured.
     """
@@ -78,7 +90,12 @@ class StepRecord:
     read__ns: np.ndarray
     element_bytes: np.ndarray
     forward_peak__b: np.ndarray
-    workspace__b: np.ndarray
+    alive__bf: np.ndarray
+    held__bf: np.ndarray
+    passing__bf: np.ndarray
+    step_cause: np.ndarray
+    storage_span__st: np.ndarray
+    layer_span__lt: np.ndarray
     head_tensors: int = 0
     head_elements: int = 0
     rates: dict[str, Any] | None = None
@@ -133,24 +150,28 @@ class StepRecord:
             raise ValueError("step: causes do not fit the layers")
         for name, low, high in (
             ("forward_kind", 0, len(KINDS)), ("backward_kind", 0, len(KINDS)), ("backward_cause", 0, sizes["c"]),
-            ("storage_cause", -1, sizes["c"]),
+            ("storage_cause", -1, sizes["c"]), ("step_cause", -1, sizes["c"]), ("storage_span__st", 0, sizes["f"] + 1),
+            ("layer_span__lt", 0, sizes["f"] + 1),
         ):  # fmt: skip
             values = getattr(self, name)
             if values.size and (values.min() < low or values.max() >= high):
                 raise ValueError(f"step: {name} is out of range")
         read = self.read__ns
-        if read.size and ((read < 0).any() or (read >= (sizes["l"], 2, sizes["s"])).any()):
+        if read.size and ((read < 0).any() or (read >= (sizes["l"], 4, sizes["s"])).any()):
             raise ValueError("step: read__ns is out of range")
 
 
 _DTYPES: dict[str, Any] = {
     "cause__cl": bool, "forward_kind": np.int8, "forward__bfx": np.float64, "backward_kind": np.int8,
     "backward_cause": np.int32, "backward__bkx": np.float64, "storage_cause": np.int32, "storage__bs": np.float64,
-    "read__ns": np.int32, "element_bytes": np.int32, "forward_peak__b": np.float64, "workspace__b": np.float64,
+    "read__ns": np.int32, "element_bytes": np.int32, "forward_peak__b": np.float64, "alive__bf": np.float64,
+    "held__bf": np.float64, "passing__bf": np.float64, "step_cause": np.int32, "storage_span__st": np.int32,
+    "layer_span__lt": np.int32,
 }  # fmt: skip
 _AXES = {
     "forward_kind": "f", "forward__bfx": "bf3", "backward_kind": "k", "backward_cause": "k", "backward__bkx": "bk3",
-    "storage_cause": "s", "storage__bs": "bs", "read__ns": "n3", "element_bytes": "l2", "forward_peak__b": "b",
-    "workspace__b": "b",
+    "storage_cause": "s", "storage__bs": "bs", "read__ns": "n3", "element_bytes": "l3", "forward_peak__b": "b",
+    "alive__bf": "bf", "held__bf": "bf", "passing__bf": "bf", "step_cause": "f", "storage_span__st": "s3",
+    "layer_span__lt": "l2",
 }  # fmt: skip
 """Axes by letters; digits are lengths."""

@@ -11,6 +11,7 @@ from layerlens import vocabulary
 from layerlens.models.charges import Causes, DepthCharge, GroupCharge
 from layerlens.models.model_spec import NONE, Option
 from layerlens.models.statistics import Calibration
+from layerlens.models.step_use import StepUse
 
 RESOURCES = tuple(vocabulary.RESOURCES)
 
@@ -55,6 +56,8 @@ class CostTable:
         depth: what the lowest adapted stage costs; its groups are the layers of the specification, in their order.
         least: what a choice uses of a resource at least, whatever else adds up: an amount, and one for each trainable
             parameter; absent: its base.
+        step: what a given choice needs and takes in a training step; the rows, charges and depth of memory and of
+            ``step_ms`` are upper bounds of it, which the solver adds up.
     """
 
     options: tuple[Option, ...]
@@ -64,6 +67,7 @@ class CostTable:
     charges: tuple[GroupCharge, ...] = ()
     depth: DepthCharge | None = None
     least: dict[str, tuple[float, float]] = field(default_factory=dict)
+    step: StepUse | None = None
 
     @cached_property
     def _offset(self) -> np.ndarray:
@@ -90,6 +94,14 @@ class CostTable:
 
     def total(self, entries: np.ndarray) -> dict[str, float]:
         """What a choice uses of each resource, base included: the prediction for any choice."""
+        entries = np.asarray(entries, dtype=np.int64)
+        use = self.bound(entries)
+        if self.step is not None:
+            use |= {"vram_gb": self.step.gb(entries), "step_ms": self.step.ms(entries)}
+        return use
+
+    def bound(self, entries: np.ndarray) -> dict[str, float]:
+        """What the solver counts for a choice."""
         entries = np.asarray(entries, dtype=np.int64)
         added = self.cost__ro[:, entries].sum(axis=1) + self.paid_once__r(entries)
         use = {name: self.base[name] + float(added[row]) for row, name in enumerate(RESOURCES)}

@@ -5,7 +5,8 @@ a) The forward pass runs once on tensors without data, and nothing requires a gr
 b) Every operation that a gradient can go through is run once more by itself, with gradients, on made-up inputs of the
    same shapes. Autograd itself then says which tensors it keeps, for which input's sake, and what its backward pass
    runs. Operations that are alike (all blocks have the same) are asked about once.
-c) The causes follow from the graph of storages: the output of a layer has a gradient once the layer is adapted, and
+c) What is alive at each of these operations, forwards and backwards, follows (``step_timeline``).
+d) The causes follow from the graph of storages: the output of a layer has a gradient once the layer is adapted, and
    what is computed from it has one too. No name of a module matters.
 
 The result is ``models.step.StepRecord``.
@@ -25,20 +26,21 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from layerlens.integrations.attention import attention_outputs
 from layerlens.integrations.operations import buffers_standing_still
 from layerlens.models import ModelSpec
 from layerlens.models.model_spec import ATTENTION, LayerSpec
 from layerlens.models.step import KINDS, MEMORY, StepRecord, TracedOperation
 from layerlens.profiling.step_calls import (
     Autograd,
-    BackwardOf,
     DescribedTensor,
     ForwardRecorder,
     LayerEvent,
     RecordedCall,
 )
+from layerlens.profiling.step_timeline import BackwardStep, backward_timeline, forward_timeline, last_readers
 
-INPUT, OUTPUT = 0, 1
+INPUT, OUTPUT, QUERY, RESULT = 0, 1, 2, 3
 Step = Callable[[int], "torch.Tensor"]
 """Number of samples -> the loss of a batch of so many, computed by the model."""
 
@@ -49,14 +51,14 @@ class _Graph:
 
     forward: ForwardRecorder
     events: Sequence[LayerEvent]
-    opens: Mapping[int, Sequence[int]]
+    opens: Mapping[tuple[int, int], Sequence[int]]
     head: Mapping[int, int]
     n_layers: int = 0
     cause: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     kept: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    own_bytes: list[tuple[int, int]] = field(default_factory=list)
+    own_bytes: list[tuple[int, int, int]] = field(default_factory=list)
     backward: list[tuple[TracedOperation, int]] = field(default_factory=list)
-    steps: list[tuple[RecordedCall, tuple[int, ...], BackwardOf, list[int], int]] = field(default_factory=list)
+    steps: list[BackwardStep] = field(default_factory=list)
 
     def spread(self, asked: Autograd) -> None:
         """Go through the operations in their order; causes go from inputs to results."""
@@ -66,7 +68,7 @@ class _Graph:
         for at, call in enumerate([*self.forward.calls, None]):
             while waiting and waiting[0].at <= at:
                 event = waiting.pop(0)
-                for layer in self.opens.get(2 * event.layer + event.side, ()):
+                for layer in self.opens.get((event.layer, event.side), ()):
                     cause[event.storage] |= 1 << layer
             if call is None:
                 break
@@ -95,7 +97,7 @@ class _Graph:
                     for_sake |= of[one]
             for_sake = for_sake or together
             if name == "own":
-                self.own_bytes.append((place, for_sake))
+                self.own_bytes.append((place, for_sake, at))
                 continue
             kept_tensor = call.leaves[place] if name == "leaf" else call.results[place]
             if kept_tensor.storage not in self.forward.fixed:
@@ -112,74 +114,9 @@ class _Graph:
             if uses[leaf.serial]:  # gradients of one tensor from several operations are added up
                 self.backward.append((TracedOperation(MEMORY, 0.0, 3.0 * leaf.n_bytes), of[place]))
             uses[leaf.serial] += 1
-        self.steps.append((call, active, whole, kept_here, at))
+        self.steps.append(BackwardStep(call, active, whole, tuple(kept_here), at, together))
         for place in whole.needs_grad:
             cause[call.results[place].storage] |= together
-
-    def workspace(self) -> int:
-        """Most bytes alive beside what is kept, less what is kept that has been let go by then (or comes later)."""
-        return max(self._forward_workspace(), self._backward_workspace(), 0)
-
-    def _forward_workspace(self) -> int:
-        forward = self.forward
-        change = np.zeros(len(forward.calls) + 2, dtype=np.int64)
-        kept_later = np.zeros(len(forward.calls) + 2, dtype=np.int64)
-        for number, n_bytes in enumerate(forward.n_bytes):
-            if number in forward.fixed:
-                continue
-            if self.kept.get(number):
-                kept_later[: forward.born[number]] += n_bytes
-            else:
-                change[forward.born[number]] += n_bytes
-                change[forward.died.get(number, len(forward.calls)) + 1] -= n_bytes
-        for n_bytes, _ in self.own_bytes:
-            kept_later[:0] += n_bytes
-        return int((np.cumsum(change) - kept_later).max(initial=0))
-
-    def _backward_workspace(self) -> int:
-        savers: dict[int, int] = defaultdict(int)
-        for *_, kept, _at in self.steps:
-            for storage in kept:
-                savers[storage] += 1
-        most = released = 0
-        buffers: dict[int, int] = {}  # number of a gradient's memory -> bytes
-        gradient: dict[int, int] = {}  # storage -> number of its gradient's memory
-        users: dict[int, int] = defaultdict(int)
-        fresh = 0
-        for call, active, backward, kept, _at in reversed(self.steps):
-            results = {call.results[place].storage for place in backward.needs_grad}
-            for storage in results:
-                if storage not in gradient:  # of the loss
-                    fresh += 1
-                    gradient[storage], buffers[fresh] = fresh, 0
-                    users[fresh] += 1
-            most = max(most, sum(buffers.values()) + backward.peak - released)
-            inputs = {call.leaves[place].storage for place in active}
-            arriving = next(iter(results))
-            for place, size in backward.gradients.items():
-                storage = call.leaves[place].storage
-                if storage in results:
-                    continue
-                held = gradient.get(storage)
-                if held is not None:
-                    if users[held] == 1 or size is None:
-                        continue  # added to what is there
-                    users[held] -= 1
-                if size is None:
-                    gradient[storage] = gradient[arriving]
-                else:
-                    fresh += 1
-                    gradient[storage], buffers[fresh] = fresh, size
-                users[gradient[storage]] += 1
-            for storage in results - inputs:
-                users[gradient.pop(storage)] -= 1
-            for number in [number for number in buffers if users[number] <= 0]:
-                del buffers[number]
-            for storage in kept:
-                savers[storage] -= 1
-                if not savers[storage]:
-                    released += self.forward.n_bytes[storage]
-        return most
 
 
 def record_step(
@@ -236,7 +173,7 @@ def _recorded(
         forward = ForwardRecorder([*model.parameters(), *model.buffers()])
         trains = 1 << len(spec.layers)
         always = {forward.number(weight): trains for weight in head}
-        with _watched(model, spec.layers, forward, events), forward:
+        with _watched(model, spec.layers, forward, events), _queries(model, spec.layers, forward, events), forward:
             loss = step(samples)
             del loss
     graph = _Graph(forward, events, _openings(spec.layers), always, len(spec.layers))
@@ -272,15 +209,44 @@ def _watched(
             handle.remove()
 
 
-def _openings(layers: Sequence[LayerSpec]) -> dict[int, list[int]]:
-    """2 · layer + side of an event -> layers by whose options the storage gets a gradient.
+@contextmanager
+def _queries(
+    model: torch.nn.Module, layers: Sequence[LayerSpec], forward: ForwardRecorder, events: list[LayerEvent]
+) -> Iterator[None]:
+    """Note the queries of attention blocks that take a prefix, where a product with them takes them as they lie.
+
+    Elsewhere (after rotary embeddings) it copies them.
+    """
+    blocks = {
+        id(model.get_submodule(layer.module)): number
+        for number, layer in enumerate(layers)
+        if layer.layer_type == ATTENTION
+    }
+
+    def note(module: torch.nn.Module, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        number = blocks.get(id(module))
+        rows = query.transpose(0, 1)
+        try:
+            rows.view(rows.shape[0], -1, rows.shape[-1])
+        except RuntimeError:
+            return output
+        if number is not None:
+            events.append(LayerEvent(len(forward.calls), number, QUERY, forward.number(query), query.element_size()))
+        return output
+
+    with attention_outputs(model, note) if blocks else nullcontext():
+        yield
+
+
+def _openings(layers: Sequence[LayerSpec]) -> dict[tuple[int, int], list[int]]:
+    """(layer, side) of an event -> layers by whose options the storage gets a gradient.
 
     A layer's options change its output. A prefix changes what its block's attention gives to the output projection.
     """
-    opens: dict[int, list[int]] = defaultdict(list)
+    opens: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, layer in enumerate(layers):
         if layer.layer_type != ATTENTION:
-            opens[2 * number + OUTPUT].append(number)
+            opens[number, OUTPUT].append(number)
             continue
         after = [
             other
@@ -289,14 +255,22 @@ def _openings(layers: Sequence[LayerSpec]) -> dict[int, list[int]]:
         ]
         inside = [other for other in after if layers[other].name.startswith(f"{layer.name}.")]
         place = next(iter(inside or after), None)
-        opens[2 * number + INPUT if place is None else 2 * place + INPUT].append(number)
+        opens[number if place is None else place, INPUT].append(number)
     return opens
 
 
 def _joined(recorded: Sequence[_Graph]) -> dict[str, Any] | None:
     """The arrays of a record; None where the recordings are not of the same operations."""
     parts = [_arrays(graph) for graph in recorded]
-    for name in ("forward_kind", "backward_kind", "backward_cause", "storage_cause", "read__ns", "causes"):
+    for name in (
+        "forward_kind",
+        "backward_kind",
+        "backward_cause",
+        "storage_cause",
+        "read__ns",
+        "step_cause",
+        "causes",
+    ):
         if any(not np.array_equal(part[name], parts[0][name]) for part in parts[1:]):
             return None
     stacked = {name: np.stack([part[name] for part in parts]) for name in parts[0] if "__b" in name}
@@ -317,19 +291,36 @@ def _arrays(graph: _Graph) -> dict[str, Any]:
 
     backward = [(operation, place(cause)) for operation, cause in graph.backward if cause]
     read = [(event.layer, event.side, event.storage) for event in graph.events]
+    read += [
+        (opened, RESULT, event.storage)
+        for event in graph.events
+        for opened in graph.opens.get((event.layer, event.side), ())
+    ]
     wanted = sorted({storage for storage, cause in graph.kept.items() if cause} | {storage for *_, storage in read})
     number = {storage: position for position, storage in enumerate(wanted)}
     storage_cause = [place(graph.kept[storage]) if graph.kept.get(storage) else -1 for storage in wanted]
     storage_bytes = [0 if storage in forward.fixed else forward.n_bytes[storage] for storage in wanted]
-    for n_bytes, cause in graph.own_bytes:
+    n_calls = len(forward.calls)
+    released = last_readers(graph.steps)
+    spans = [
+        (forward.born[storage], forward.died.get(storage, n_calls), released.get(storage, n_calls))
+        for storage in wanted
+    ]
+    for n_bytes, cause, at in graph.own_bytes:
         storage_cause.append(place(cause))
         storage_bytes.append(n_bytes)
+        spans.append((at, at, at))
     n_layers = graph.n_layers
-    element_bytes = np.zeros((n_layers, 2), dtype=np.int32)
+    element_bytes = np.zeros((n_layers, 3), dtype=np.int32)
+    layer_span = np.tile(np.array([n_calls, 0], dtype=np.int32), (n_layers, 1))
     for event in graph.events:
         element_bytes[event.layer, event.side] = event.element_bytes
+        span = layer_span[event.layer]
+        span[:] = min(span[0], event.at), max(span[1], event.at)
+    held, passing, step_cause = backward_timeline(graph.steps, n_calls)
     return {
         "n_layers": n_layers,
+        "step_cause": np.array([place(cause) if cause else -1 for cause in step_cause], dtype=np.int32),
         "causes": np.array([f"{cause:x}" for cause in causes], dtype=object),
         "forward_kind": _kinds(call.traced for call in forward.calls),
         "forward__bfx": _figures(call.traced for call in forward.calls),
@@ -342,8 +333,12 @@ def _arrays(graph: _Graph) -> dict[str, Any]:
             sorted({(layer, side, number[storage]) for layer, side, storage in read}), dtype=np.int32
         ).reshape(-1, 3),
         "element_bytes": element_bytes,
+        "storage_span__st": np.array(spans, dtype=np.int32).reshape(-1, 3),
+        "layer_span__lt": layer_span,
         "forward_peak__b": np.float64(forward.peak),
-        "workspace__b": np.float64(graph.workspace()),
+        "alive__bf": forward_timeline(forward),
+        "held__bf": held,
+        "passing__bf": passing,
     }
 
 
