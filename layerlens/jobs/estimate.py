@@ -22,7 +22,6 @@ from layerlens.jobs.recorded import config_of
 from layerlens.jobs.shapes import Shapes, shapes_of
 from layerlens.manifest.formats import quantity, resource_name
 from layerlens.manifest.tables import html_table, text_table
-from layerlens.methods import enumerate_options
 from layerlens.models import LORA, NONE, RESOURCES, LayerSpec, Manifest, ModelSpec, Option, ResourceUse
 from layerlens.models.tokens import TokenTraining
 from layerlens.registry import METHODS, TASKS
@@ -266,23 +265,21 @@ def estimate_manifest(
     _refuse_other_shape(manifest, shapes.spec)
     options = [Option(row.layer, row.method, row.rank) for row in manifest.allocations if row.method != NONE]
     choice = f"{len(options)} of {len(manifest.allocations)} layers as in {name}"
-    measured = {row.layer for row in manifest.allocations}
-    offered = [o for o in enumerate_options(shapes.spec, settings.ranks()) if o.layer in measured]
-    return _estimate(shapes, options, settings, choice, {}, among=offered)
+    accumulates = config.training.gradient_accumulation > 1
+    return _estimate(shapes, options, settings, choice, {}, accumulates=accumulates)
 
 
 def _estimate(
     shapes: Shapes, options: Sequence[Option], settings: OptimizationConfig, choice: str, left_out: Mapping[str, str],
-    among: Sequence[Option] = (),
+    accumulates: bool = False,
 ) -> Estimate:  # fmt: skip
-    """What ``options`` cost. Causes that cross are widened to options ``among`` those on offer, as in the run."""
+    """What ``options`` cost."""
     spec, profile = shapes.spec, settings.latency_profile
-    every = tuple(dict.fromkeys((*among, *options)))
-    costs = cost_table(spec, shapes.footprint, every, settings)
-    uses, totals = [], costs.total(np.array([every.index(option) for option in options], dtype=np.int64))
+    costs = cost_table(spec, shapes.footprint, options, settings, accumulates=accumulates)
+    uses, totals = [], costs.total(np.arange(len(options)))
     for name in RESOURCES:
         if name in costs.source:
-            base, total = costs.base[name], totals[name]
+            base, total = costs.frozen[name], totals[name]
             uses.append(ResourceUse(name, None, base, total - base, total, 0.0, costs.source[name]))
     return Estimate(
         model=shapes.request.reference,

@@ -327,12 +327,11 @@ def _resource_uses(solution: Solution, config: OptimizationConfig) -> tuple[Reso
     costs, problem, allocation = solution.costs, solution.problem, solution.allocation
     price = dict(zip(problem.resources, (float(value) for value in allocation.multipliers), strict=True))
     entries = problem.entries(allocation.choice)
-    uses, totals = [], costs.total(entries)
+    uses, totals, frozen = [], costs.total(entries), costs.frozen
     for resource in RESOURCES:
         if resource not in costs.source:  # not predicted for this model
             continue
-        total = totals[resource]
-        base = min(costs.base[resource], total)  # the base is a bound
+        base, total = frozen[resource], totals[resource]
         budget = config.budgets()[resource]
         uses.append(
             ResourceUse(

@@ -126,7 +126,7 @@ def predicted_gain(manifest: Manifest) -> str:
 def worth(manifest: Manifest) -> str:
     """Step time and memory against uniform LoRA of as many parameters, as a sentence; "" where they are not predicted.
 
-    Memory is what comes on top of the frozen model's weights and of the workspace that every step needs.
+    Memory is what comes on top of the frozen model's weights and of its forward pass, which every step needs.
     """
     uses, other = {use.resource: use for use in manifest.resources}, manifest.predicted.uniform_lora
     if not other or "step_ms" not in uses:

@@ -100,6 +100,14 @@ class CostTable:
             use |= {"vram_gb": self.step.gb(entries), "step_ms": self.step.ms(entries)}
         return use
 
+    @cached_property
+    def frozen(self) -> dict[str, float]:
+        """What a choice that adapts nothing uses of each resource; ``base`` may have more in it (see ``step``)."""
+        if self.step is None:
+            return self.base
+        nothing = np.zeros(0, dtype=np.int64)
+        return self.base | {"vram_gb": self.step.gb(nothing), "step_ms": self.step.ms(nothing)}
+
     def bound(self, entries: np.ndarray) -> dict[str, float]:
         """What the solver counts for a choice."""
         entries = np.asarray(entries, dtype=np.int64)

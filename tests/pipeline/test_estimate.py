@@ -75,7 +75,7 @@ def test_another_batch_is_what_optimize_would_say(manifest, without_weights, sav
     assert (found.batch_size, found.sequence_length, found.device) == (5, 16, "gpu")
     totals = costs.total(np.arange(len(options)))
     for use in found.resources:
-        assert use.base == pytest.approx(costs.base[use.resource], rel=1e-14)
+        assert use.base == pytest.approx(costs.frozen[use.resource], rel=1e-14)
         assert use.total == pytest.approx(totals[use.resource], rel=1e-14)
     longer = estimate_manifest(manifest, model=without_weights, batch=Batch(5, 32))
     of_a_sample = 2 * 32 * 32 + 2 * 32 * 2  # the pooler and the classifier, whatever the length
