@@ -35,8 +35,8 @@ from layerlens.registry import METHODS
 FLOAT_BYTES = 4
 SIDES = {INPUT: 0, OUTPUT: 1, QUERY: 2}
 RESULT = 3
-LOSS_BYTES = 64
-"""The loss, and what its operation counts: a few numbers."""
+LOSS_BYTES = 1024
+"""The loss, what its operation counts, and what trainers count beside it: a few numbers."""
 
 OperationTime = Callable[[TracedOperation], float]
 """Milliseconds of one operation."""

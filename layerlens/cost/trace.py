@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layerlens.integrations.operations import OperationRecorder, buffers_standing_still
+from layerlens.integrations.transformers import full_batches
 from layerlens.models.step import TracedOperation
 
 
@@ -53,7 +54,7 @@ def trace_step(
             inputs = {name: fake.from_tensor(tensor) for name, tensor in batch.items()}
             for parameter in model.parameters():
                 parameter.grad = None
-            with buffers_standing_still(model), recorder:
+            with buffers_standing_still(model), full_batches(), recorder:
                 # As in a training loop, nothing but the loss lives on when the backward pass begins.
                 value = _own_loss(model(**inputs)) if loss is None else loss(model(**inputs))
                 if value.requires_grad:

@@ -114,15 +114,21 @@ def without_cache(model: torch.nn.Module) -> Iterator[None]:
             configs[key].use_cache = value
 
 
+PACKED = "find_packed_sequence_indices"
+"""What transformers finds several sequences in one row by."""
+
+
 @contextmanager
 def full_batches() -> Iterator[None]:
     """While open, attention takes a mask to hide no token where it could not look: on tensors without data.
 
-    With numbers at hand transformers leaves such masks out, and attention keeps less for the backward pass.
+    It takes positions to count up, too: a row holds one sequence. With numbers at hand transformers leaves such masks
+    out, and attention keeps less for the backward pass.
     """
+    from transformers import masking_utils
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
 
-    usual = MASKS["sdpa"]
+    usual, packed = MASKS["sdpa"], getattr(masking_utils, PACKED, None)
 
     def full(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         if attention_mask is not None and usual(*args, attention_mask=None, **kwargs) is None:
@@ -130,10 +136,14 @@ def full_batches() -> Iterator[None]:
         return usual(*args, attention_mask=attention_mask, **kwargs)
 
     MASKS.register("sdpa", full)
+    if packed is not None:
+        setattr(masking_utils, PACKED, lambda position_ids: None)
     try:
         yield
     finally:
         MASKS.register("sdpa", usual)
+        if packed is not None:
+            setattr(masking_utils, PACKED, packed)
 
 
 def is_dense(module: torch.nn.Module) -> bool:

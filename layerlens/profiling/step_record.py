@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from layerlens.integrations.attention import attention_outputs
 from layerlens.integrations.operations import buffers_standing_still
+from layerlens.integrations.transformers import full_batches
 from layerlens.models import ModelSpec
 from layerlens.models.model_spec import ATTENTION, LayerSpec
 from layerlens.models.step import KINDS, MEMORY, StepRecord, TracedOperation
@@ -169,6 +170,7 @@ def _recorded(
         FakeTensorMode(allow_non_fake_inputs=True) if active is None else nullcontext(),
         torch.random.fork_rng(devices=[]),
         buffers_standing_still(model),
+        full_batches(),
     ):
         forward = ForwardRecorder([*model.parameters(), *model.buffers()])
         trains = 1 << len(spec.layers)
