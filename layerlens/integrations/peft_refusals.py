@@ -38,6 +38,8 @@ def _refused(model: torch.nn.Module, paths: Sequence[str]) -> dict[str, str]:
     twin = _without_weights(model)
     if twin is None or not paths:
         return found
+    if refusal := _why_not_loaded(twin):
+        return found | dict.fromkeys(paths, refusal)
     refusal, without = _asked(twin, paths)
     if refusal:
         kinds: dict[tuple[str, type], list[str]] = {}
@@ -91,6 +93,17 @@ def refused_kind(layer: Any, peft_config: str, *, config: Any = None, **fields: 
     for parameter, required in flags:
         parameter.requires_grad_(required)
     return reason
+
+
+def _why_not_loaded(twin: torch.nn.Module) -> str:
+    """Why PEFT could not load an adapter onto the model, which it does by ``load_state_dict`` of its tensors alone."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of numbers that stay on the meta device
+            twin.load_state_dict({}, strict=False)
+    except Exception as error:  # torchvision's MNASNet wants the version that its own files have
+        return f"PEFT {_version()} cannot load an adapter onto {type(twin).__name__}: {_first_sentence(error)}"
+    return ""
 
 
 def _asked(twin: torch.nn.Module, paths: Sequence[str]) -> tuple[str, list[str]]:

@@ -432,7 +432,7 @@ class Taps:
         """[b, ...], or [1, ...] where one row stands for all samples."""
         batch = self._n_batch
         known = self.layouts is not None and module in self.layouts
-        if not known and tensor.dim() > 1 and len(tensor) in (1, batch):
+        if not known and not self.layouts and tensor.dim() > 1 and len(tensor) in (1, batch):
             return tensor
         if (not known and self.layouts is not None) or tensor.dim() < 2:
             raise ProfilingError(

@@ -2,7 +2,8 @@
 
 Where the samples are is found out for every module, not assumed (``layouts``): the model is run on two samples, and on
 the same two exchanged. Activations that are the same for all samples (queries of a decoder that are learned) show
-nothing then; for these the axis counts that is longer with a third sample.
+nothing then; for these the axis counts that is longer with a third sample. So it does in models that draw numbers
+(ViTMAE its masks), where the same samples do not give the same again.
 
 Some modules see one row for all samples ([1, ...]: tables of positions), which a tap expands to the batch. The expanded
 rows must not change what the model computes. Where they do (DeBERTa repeats its projected positions itself), samples
@@ -120,7 +121,9 @@ def tried_on(
             layouts[name] = layout
         else:
             unmeasured[name] = UNKNOWN
-    for name, found in _counted(seen, {name: first[name] for name in unclear}, pair, n).items():
+    drawn = _drawn(seen, {name: first[name] for name in unmeasured}, pair)
+    for name, found in _counted(seen, {name: first[name] for name in (*unclear, *drawn)}, pair, n, drawn).items():
+        unmeasured.pop(name, None)
         if isinstance(found, Layout):
             layouts[name] = found
         else:
@@ -170,10 +173,25 @@ def _has_weight(module: torch.nn.Module) -> bool:
     return isinstance(getattr(module, "weight", None), torch.Tensor)
 
 
+def _drawn(seen: _Seen, unknown: Mapping[str, Sequence[_Call]], pair: tuple[int, int]) -> list[str]:
+    """Those of the modules that get something else when the same is done again: the model draws numbers (masks, noise),
+    so that an exchange shows nothing.
+    """
+    if not unknown:
+        return []
+    _, again = seen.run(pair)
+    return [
+        name
+        for name, calls in unknown.items()
+        if len(calls) == len(again.get(name, []))
+        and any(_changed(one, two) for one, two in zip(calls, again[name], strict=True))
+    ]
+
+
 def _counted(
-    seen: _Seen, unclear: Mapping[str, Sequence[_Call]], pair: tuple[int, int], n: int
+    seen: _Seen, unclear: Mapping[str, Sequence[_Call]], pair: tuple[int, int], n: int, drawn: Sequence[str]
 ) -> dict[str, Layout | str]:
-    """The layout of what is the same for all samples, by what a third sample adds to; or why there is none."""
+    """The layout of what is the same for all samples, or drawn, by what a third sample adds to; or why not."""
     one_row = {name for name, calls in unclear.items() if all(call.shape[:1] == (1,) for call in calls)}
     found: dict[str, Layout | str] = {name: IN_FRONT for name in unclear if name in one_row}
     if len(found) == len(unclear):
@@ -187,7 +205,7 @@ def _counted(
             continue
         two, again = [call.shape for call in calls], [call.shape for call in three.get(name, [])]
         layout = counted_layout(two, again, n)
-        if layout and all(_of_all_samples(layout, call) for call in calls):
+        if layout and (name in drawn or all(_of_all_samples(layout, call) for call in calls)):
             found[name] = layout
         else:
             found[name] = SHARED if two == again else UNKNOWN

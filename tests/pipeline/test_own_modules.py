@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 
 from layerlens.config import RunConfig
+from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.peft import injected_ranks
 from layerlens.integrations.pretrained import PretrainedModel
@@ -127,3 +128,14 @@ def test_what_was_compiled_is_called_by_python_again():
     assert model[0]._compiled_call_impl is None
     assert "DataParallel, the whole of it, 0, 1" in notes[0] or "DataParallel, the whole of it, 1, 0" in notes[0]
     assert without_compilation(inner) == (inner, ())
+
+
+def test_a_model_that_loads_nothing_but_its_own_files_is_left_out_with_the_reason():
+    class Versioned(torch.nn.Sequential):
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+            if local_metadata.get("version") != 2:
+                raise ValueError("version should be 2")
+
+    model = Versioned(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    with pytest.raises(ModelSpecError, match="cannot load an adapter onto Versioned: version should be 2"):
+        model_spec(PretrainedModel(model, None, "", ()), "test")

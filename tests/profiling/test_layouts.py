@@ -56,22 +56,23 @@ def right(model: nn.Module, batch: Batch, sizes: Sequence[int] = (3, 2), **optio
 class TokensFirst(nn.Module):
     """PyTorch's own transformer with its default, [tokens, samples, features]: as many tokens as samples, the trap."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, batch_first: bool) -> None:
         super().__init__()
         self.up = nn.Linear(4, 8)
         self.places = nn.Parameter(torch.randn(tokens, 1, 8))
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12), 2)
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.encoder(self.up(x).transpose(0, 1) + self.places)
-        return self.head(h.mean(dim=0))
+        h = self.up(x).transpose(0, 1) + self.places
+        in_front = self.encoder.layers[0].self_attn.batch_first
+        return self.head(self.encoder(h.transpose(0, 1)).mean(1) if in_front else self.encoder(h).mean(0))
 
 
-@pytest.mark.parametrize("tokens", [2, N, 7])
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning")
-def test_tokens_before_samples(tokens: int):
-    model = frozen(lambda: TokensFirst(tokens))
+@pytest.mark.parametrize(("tokens", "batch_first"), [(2, False), (N, False), (7, False), (7, True)])
+def test_tokens_before_samples(tokens: int, batch_first: bool):
+    model = frozen(lambda: TokensFirst(tokens, batch_first))  # with samples in front, also beside torch's fused path
     found = right(model, batch_of(x=random(N, tokens, 4)))
     assert "encoder.layers.1.linear2" in found.by_name()
     assert all("in_proj" in name or "self_attn" in name for name in found.unmeasured)
@@ -157,6 +158,16 @@ def test_rows_that_are_where_their_values_put_them_are_left_out(between: Callabl
     found = profile(model, ModelSpec("", 0, layers), [batch], classification_loss, everything=False)
     assert "which is of which sample is not known" in found.unmeasured["inner"]
     assert_equal(found, sample_gradients(model, batch, classification_loss), 1e-9)
+
+
+def test_models_that_draw_numbers_have_their_samples_where_a_third_adds_to():
+    def noisy(model: Any, h: torch.Tensor) -> torch.Tensor:
+        return model.inner((h + torch.rand_like(h)).flatten(1, 2).transpose(0, 1)).transpose(0, 1)
+
+    model, batch = frozen(lambda: Cut(noisy)), batch_of(x=random(N, 4, 4, 3))
+    layers = [LayerSpec(name, 4, "linear", methods=("lora",)) for name in ("outer", "inner")]
+    spec, request = ModelSpec("", 0, layers), {"everything": False}
+    assert not profile(model, spec, [batch], classification_loss, **request).unmeasured
 
 
 def swin() -> nn.Module:
