@@ -146,6 +146,7 @@ TASKS: Registry[Any] = Registry(
         "seq2seq": "layerlens.tasks.seq2seq:TASK",
         "image-classification": "layerlens.tasks.image_classification:TASK",
         "image-regression": "layerlens.tasks.image_regression:TASK",
+        "semantic-segmentation": "layerlens.tasks.semantic_segmentation:TASK",
         "object-detection": "layerlens.tasks.object_detection:TASK",
         "custom": "layerlens.tasks.custom:TASK",
     },

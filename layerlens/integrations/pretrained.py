@@ -24,11 +24,13 @@ class ImageInput:
         transform: from PIL images to float32 [batch, channels, height, width].
         argument: the argument of the model's ``forward`` that takes them.
         mode: PIL's mode that the images are converted to: "RGB", or "L" for models with one channel.
+        processor: of transformers, which ``transform`` calls; None for another transform.
     """
 
     transform: Callable[[Sequence[Any]], torch.Tensor]
     argument: str = "pixel_values"
     mode: str = "RGB"
+    processor: Any = None
 
     def inputs(self, model: torch.nn.Module, images: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Stored images as the input of the model, in its precision."""

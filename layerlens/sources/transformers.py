@@ -153,7 +153,8 @@ class TransformersSource(ModelSource):
                 "and layers that only sound reaches are left out",
             )
         mismatched = (entry[0] for entry in info["mismatched_keys"])
-        lacking = tuple(sorted({*info["missing_keys"], *mismatched}))
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # no statistics of norms
+        lacking = tuple(sorted({*info["missing_keys"], *mismatched} & parameters))
         finish_placement(model, lacking)
         if lacking and not request.kind.new_head and request.kind.auto_class != BASE:
             raise ModelSpecError(
@@ -493,4 +494,4 @@ def _image_processor(path: str, config: Any, told: dict[str, Any]) -> ImageInput
     def transform(images: Sequence[Any]) -> Any:
         return processor(list(images), return_tensors="pt")["pixel_values"]
 
-    return ImageInput(transform, "pixel_values", mode_for(getattr(config, "num_channels", 3)))
+    return ImageInput(transform, "pixel_values", mode_for(getattr(config, "num_channels", 3)), processor)

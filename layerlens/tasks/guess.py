@@ -145,8 +145,10 @@ def _guess(config: RunConfig, base_dir: Path | None) -> Guess:
             if task.classes and task.of_classes is not None and task.inputs == BUILT_IN[source].column:
                 return Guess(task.name, f"the classes of {source}")
     if url_of(source) is None and (folder := image_folder_of(source, base_dir)) is not None:
-        for task in TASKS.values():
-            if task.read_folder is not None:
+        reading = [task for task in TASKS.values() if task.read_folder is not None]
+        claiming = [task for task in reading if task.claims_folder is not None and task.claims_folder(folder)]
+        for task in (*claiming, *reading):
+            if task in claiming or task.claims_folder is None:
                 return Guess(task.name, f"the folder {folder.name}")
     return guess_task(architectures, first_rows(config.data, base_dir), config.data)
 

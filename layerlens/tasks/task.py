@@ -75,6 +75,7 @@ class Task:
         load: (data configuration, folder that relative paths start from) -> the data set, where its sources are not
             rows.
         read_folder: (folder, data configuration) -> the data set, where a folder of files is one.
+        claims_folder: whether a folder looks as if it were for the task, more than for others that read folders.
         file_suffixes: of files that only it reads, by ``load``.
         of_classes: what it makes of a built-in data set of samples with classes; None where it can do nothing with it.
         reference: (model, pretrained, encoded samples, batch size) -> None: notes in the samples what the loss compares
@@ -109,6 +110,7 @@ class Task:
     load: Callable[[DataConfig, Path | None], Dataset] | None = None
     read_folder: Callable[[Path, DataConfig], Dataset] | None = None
     claim: Callable[[Table, DataConfig], Claim | None] | None = None
+    claims_folder: Callable[[Path], bool] | None = None
     file_suffixes: tuple[str, ...] = ()
     of_classes: Callable[[Dataset], Dataset] | None = None
     reference: Callable[[torch.nn.Module, PretrainedModel, Sequence[Features], int], None] | None = None

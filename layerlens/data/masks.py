@@ -1,0 +1,123 @@
+"""Images with masks: a number for the class of every pixel, in folders beside each other or named by a table."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerlens.data.images import Check, StoredImage, some
+from layerlens.data.pixels import looks_like_image
+from layerlens.data.rows import Reading
+from layerlens.exceptions import DataError
+from layerlens.utils.places import check_readable
+
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
+MASK_FOLDERS = ("masks", "mask", "annotations", "annotation", "labels", "segmentationclass", "segmentation", "gt")
+"""What the folders of images and of masks are called, in lower case."""
+ENDINGS = re.compile(r"[-_](mask|gt|seg|label|labels)$")
+UNLABELLED = 255
+"""Value of pixels without a class, as in Pascal VOC and the models of transformers."""
+INDEXED = ("P", "L", "1", "I", "I;16")
+
+
+def mask_folders(root: Path) -> tuple[Path, Path] | None:
+    """The folders of images and of masks below ``root``; None where it has not both."""
+    found = {folder.name.lower(): folder for folder in sorted(root.iterdir()) if folder.is_dir()}
+    images = next((found[name] for name in IMAGE_FOLDERS if name in found), None)
+    masks = next((found[name] for name in MASK_FOLDERS if name in found), None)
+    return None if images is None or masks is None else (images, masks)
+
+
+def read_mask(image: StoredImage) -> np.ndarray:
+    """The classes of the pixels, int64 [height, width].
+
+    Raises:
+        DataError: as the end of a sentence that begins with its name: it has colours, or cannot be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if image.pixels is not None:
+        pixels = np.asarray(image.pixels)
+    else:
+        image.header()  # refuses what is too large
+        try:
+            encoded: Any = image.path if image.data is None else io.BytesIO(image.data)
+            with Image.open(encoded) as opened:
+                if opened.mode not in INDEXED:
+                    raise DataError(
+                        f"is a mask of colours ({opened.mode}); give one number for each pixel (PNG, L or P)"
+                    )
+                pixels = np.asarray(opened)
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            raise DataError(f"cannot be read as a mask ({error})") from error
+    if pixels.ndim != 2:
+        raise DataError(f"is a mask of the shape {list(pixels.shape)}; give one number for each pixel")
+    return pixels.astype(np.int64)
+
+
+def values_of(mask: np.ndarray) -> tuple[int, ...]:
+    """The classes that are in a mask, without the pixels that have none."""
+    return tuple(int(value) for value in np.unique(mask) if value != UNLABELLED)
+
+
+def masked_images(root: Path, max_pixels: int) -> tuple[tuple[StoredImage, ...], tuple[StoredImage, ...], Reading]:
+    """The images below ``root``, their masks, and what was not read.
+
+    Raises:
+        DataError: there are no two folders of images and masks, or no image has a mask.
+    """
+    folders = mask_folders(root)
+    if folders is None:
+        raise DataError(
+            f"data.source: {root} has no folder of images ({', '.join(IMAGE_FOLDERS[:3])} ...) beside one of masks "
+            f"({', '.join(MASK_FOLDERS[:3])} ...); a mask has the name of its image and one number for each pixel"
+        )
+    images, masks = (_by_stem(folder) for folder in folders)
+    check = Check()
+    kept: list[tuple[StoredImage, StoredImage]] = []
+    left_out: dict[int, str] = {}
+    names: dict[int, str] = {}
+    for number, (stem, path) in enumerate(images.items(), 1):
+        names[number] = path.relative_to(root).as_posix()
+        if stem not in masks:
+            left_out[number] = "has no mask"
+            continue
+        check_readable(path, root)
+        check_readable(masks[stem], root)
+        image, mask = (
+            StoredImage(x.relative_to(root).as_posix(), x, max_pixels=max_pixels) for x in (path, masks[stem])
+        )
+        if fault := check.fault(image) or mask_fault(image, mask):
+            left_out[number] = fault
+        else:
+            kept.append((image, mask))
+    if not kept:
+        why = next(iter(left_out.values()), "there are none")
+        raise DataError(f"data.source: none of the {len(images)} images of {folders[0]} can be used: {why}")
+    notes = list(check.notes)
+    if spare := [path.relative_to(root).as_posix() for stem, path in masks.items() if stem not in images]:
+        notes.append(f"{len(spare)} masks without an image not read: {some(spare)}")
+    reading = Reading(
+        len(images), ("image", "mask"), left_out=left_out, names={n: names[n] for n in left_out}, notes=tuple(notes)
+    )
+    return tuple(image for image, _ in kept), tuple(mask for _, mask in kept), reading
+
+
+def mask_fault(image: StoredImage, mask: StoredImage) -> str:
+    """Why a mask cannot be used for its image, as the end of a sentence; "" where it can."""
+    try:
+        found, header = read_mask(mask), image.header()
+    except DataError as error:
+        return f"has a mask that {error}" if str(error).startswith(("is", "cannot", "has")) else str(error)
+    if found.shape not in ((header.height, header.width), (header.width, header.height)):
+        return f"has {header.width} × {header.height} pixels and its mask {found.shape[1]} × {found.shape[0]}"
+    return "" if values_of(found) else "has a mask without a class"
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and looks_like_image(path))
+    return {ENDINGS.sub("", path.relative_to(folder).with_suffix("").as_posix()): path for path in paths}
