@@ -76,7 +76,7 @@ def statistics_to_bytes(spec: ModelSpec, statistics: ModelStatistics) -> bytes:
         tensors[GRAM] = np.ascontiguousarray(kernel.gram, dtype=np.float64)
     of_model = {name: value for name, value in (statistics.extra or {}).items() if isinstance(value, np.ndarray)}
     tensors |= {f"{MODEL}|{name}": np.ascontiguousarray(value) for name, value in of_model.items()}
-    tensors |= {f"{HEAD}|{name}": np.ascontiguousarray(value) for name, value in statistics.head.items()}
+    tensors |= {f"{HEAD}|{name}": np.asarray(value, order="C") for name, value in statistics.head.items()}
     step = statistics.step
     if step is not None:
         tensors |= {f"{STEP}|{name}": np.ascontiguousarray(x, dtype=np.float64) for name, x in step.arrays().items()}

@@ -26,10 +26,14 @@ def _short_timings(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
 
 
-def trained(settings: dict[str, Any], folder: Path) -> tuple[Any, Any]:
-    """(result of the run, result of training)."""
-    config = RunConfig.model_validate(settings)
+def trained(settings: dict[str, Any], folder: Path, again: bool = False) -> tuple[Any, Any]:
+    """(result of the run, result of training); with ``again`` the run is made a second time, from the cache."""
+    config = RunConfig.model_validate(settings | {"runtime": {"threads": 1, "cache_dir": "cache"}})
     done = run_config(config, base_dir=folder)
+    if again:
+        head = (folder / "out/head.safetensors").read_bytes()
+        assert run_config(config, base_dir=folder).statistics_from_cache
+        assert (folder / "out/head.safetensors").read_bytes() == head  # a counter of batches has no axis
     return done, train_manifest(folder / "out/manifest.json", config, base_dir=folder, output=folder / "tuned")
 
 
@@ -99,6 +103,7 @@ def test_segmentation_learns_from_images_and_masks(tmp_path: Path):
             "training": {"max_steps": 12, "batch_size": 4, "learning_rate": 1e-2},
         },
         tmp_path,
+        again=True,
     )
     assert done.manifest.model.task == "semantic-segmentation"
     assert done.manifest.model.labels == ("plate", "red", "blue")
