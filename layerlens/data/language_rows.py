@@ -17,6 +17,7 @@ from layerlens.config import DataConfig
 from layerlens.data.conversations import OddRow, Turn, conversation, is_conversation, question_turns
 from layerlens.data.dataset import Dataset
 from layerlens.data.image_turns import Images
+from layerlens.data.json_values import parsed
 from layerlens.data.table import Table
 from layerlens.exceptions import DataError
 
@@ -196,7 +197,7 @@ def _sample(row: dict[str, Any], found: Recognised, config: DataConfig) -> dict[
     if "text" in columns:
         return {"text": _needed(row, "text", columns)}
     if "messages" in columns:
-        tools = {"tools": row.get("tools")} if "tools" in columns else {}
+        tools = {"tools": _readable(row.get("tools"))} if "tools" in columns else {}
         return {"messages": conversation(row["messages"], columns["messages"]), **tools}
     if found.shape.of_pairs:
         return _pair(row, found)
@@ -213,6 +214,15 @@ def _sample(row: dict[str, Any], found: Recognised, config: DataConfig) -> dict[
         "answer": _needed(row, "answer", columns),
         "system": text_of(row.get("system")),
     }
+
+
+def _readable(tools: Any) -> Any:
+    if isinstance(tools, str) and tools:
+        try:
+            parsed(tools)
+        except json.JSONDecodeError as error:
+            raise OddRow(f"its tools are not JSON: {error.msg}") from error
+    return tools
 
 
 def _pair(row: dict[str, Any], found: Recognised) -> dict[str, Any]:
