@@ -187,11 +187,15 @@ def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _kept(work: Callable[[], object]) -> Callable[[], object]:
-    """``work`` that keeps its last outputs; so many are there already."""
-    output = work()
-    n_bytes = output.untyped_storage().nbytes() if isinstance(output, torch.Tensor) else 0
+    """``work`` that keeps its last outputs; so many blocks of memory like them are there already."""
+    one: Any = work()
+    other: Any = work()
+    n_bytes = one.untyped_storage().nbytes() if isinstance(one, torch.Tensor) else 0
     kept = max(2, min(KEPT_OUTPUTS, KEPT_BYTES // max(1, n_bytes)))
-    outputs = deque((work() for _ in range(kept)), maxlen=kept)
+    outputs = deque([one, other], maxlen=kept)
+    # A view, or what is changed in place, needs no new memory.
+    if n_bytes and one.untyped_storage()._cdata != other.untyped_storage()._cdata:
+        outputs.extend(torch.empty_like(one).fill_(0.0) for _ in range(kept - 2))
     return lambda: outputs.append(work())
 
 
