@@ -1,10 +1,12 @@
-"""Every language architecture of the installed transformers through a whole job: the matrix in docs/architectures.md.
+"""Every language architecture of the installed transformers, and the vision families of timm and torchvision, through a
+whole job: the matrix in docs/architectures.md.
 
-    python -m benchmarks.architectures              try all, write the results and the page
-    python -m benchmarks.architectures opt mamba2   try these, keep the results of the others
-    python -m benchmarks.architectures --page       write the page from the results
+    python -m benchmarks.architectures                    try all, write the results and the page
+    python -m benchmarks.architectures opt mamba2         try these, keep the results of the others
+    python -m benchmarks.architectures torchvision levit  try one library, or one of a library
+    python -m benchmarks.architectures --page             write the page from the results
 
-Each is a tiny model with random weights (``tiny_models``). What is asked of it:
+Each is a tiny model with random weights (``tiny_models``, ``vision_models``). What is asked of it:
 
 - run: ``layerlens run`` ends with a choice; what could not be measured or adapted is left out with its reason;
 - PEFT: stock ``PeftModel.from_pretrained`` loads the adapter directory, and every chosen layer has its rank;
@@ -29,7 +31,9 @@ from typing import Any
 
 import torch
 
+from benchmarks import vision_architectures as vision
 from benchmarks.tiny_models import TASKS, WORDS, Architecture, architectures, build
+from benchmarks.vision_models import KEYS
 from layerlens.config.loader import load_run_config
 from layerlens.exceptions import LayerLensError, ModelSpecError, ProfilingError
 from layerlens.integrations.quantized import keep_weights
@@ -39,10 +43,12 @@ from layerlens.jobs.run import run_config
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
+VISION_RESULTS = ROOT / "benchmarks" / "results" / "vision_architectures.json"
 PAGE = ROOT / "docs" / "architectures.md"
 CELLS = ("run", "PEFT", "step 0", "3 steps")
 RIGHT, LEFT_OUT, UNEXPECTED = "right", "left out: ", "unexpected: "
 N_SAMPLES = 24
+WORKERS = 2
 CONFIGURATION = """\
 model: {{name_or_path: ./model, task: {task}, dtype: {dtype}, quantization: {quantization}}}
 data: {{source: data.jsonl, calibration_samples: 8, max_length: 24, batch_size: 4}}
@@ -179,7 +185,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def page(results: dict[str, dict[str, Any]]) -> str:
+def page(results: dict[str, dict[str, Any]], of_vision: dict[str, dict[str, Any]]) -> str:
     """docs/architectures.md."""
     right = sum(all(row[cell] == RIGHT for cell in CELLS) for row in results.values())
     lines = [
@@ -203,29 +209,40 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         reasons = "; ".join(f"{len(layers)}: {reason}" for reason, layers in row["left_out"].items())
         cells = [row[cell].replace("|", "\\|") for cell in CELLS]
         lines.append(f"| {key} | {row['class']} | {' | '.join(cells)} | {reasons.replace('|', chr(92) + '|')} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *vision.table(of_vision)]) + "\n"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Try, write, and say what was unexpected."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results, of_vision = _read(RESULTS), _read(VISION_RESULTS)
     names = [name for name in arguments if not name.startswith("--")]
     if "--page" not in arguments:
         wanted = [one for one in architectures() if not names or one.name in names]
         wanted.sort(key=lambda one: names.index(one.name) if names else 0)
-        with ProcessPoolExecutor(2, mp_context=get_context("spawn"), max_tasks_per_child=60) as pool:
-            waiting = {pool.submit(tried, one): one for one in wanted}
+        images = [key for key in KEYS if not names or set(names) & {key, *key.split()}]
+        with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn"), max_tasks_per_child=60) as pool:
+            waiting = {pool.submit(tried, one): (one.key, CELLS, results, RESULTS) for one in wanted}
+            waiting |= {
+                pool.submit(vision.tried, key): (key, vision.CELLS, of_vision, VISION_RESULTS) for key in images
+            }
             for done in as_completed(waiting):
-                one, found = waiting[done], done.result()
-                results.pop(one.key, None)
+                (key, cells, into, file), found = waiting[done], done.result()
+                into.pop(key, None)
                 if found is not None:
-                    results[one.key] = found
-                    print(f"{one.key}: {', '.join(found[cell] for cell in CELLS)}", flush=True)
-                    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    PAGE.write_text(page(results))
+                    into[key] = found
+                    print(f"{key}: {', '.join(found[cell] for cell in cells)}", flush=True)
+                    file.write_text(json.dumps(into, indent=1, sort_keys=True) + "\n")
+    PAGE.write_text(page(results, of_vision))
     bad = [f"{key}: {row[cell]}" for key, row in results.items() for cell in CELLS if row[cell].startswith(UNEXPECTED)]
-    print("\n".join(bad) or f"{len(results)} architectures, nothing unexpected")
+    for key, row in of_vision.items():
+        bad += [f"{key}: {row[cell]}" for cell in vision.CELLS if row[cell].startswith(UNEXPECTED)]
+    print("\n".join(bad) or f"{len(results) + len(of_vision)} architectures, nothing unexpected")
     return 1 if bad else 0
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
 
 
 if __name__ == "__main__":

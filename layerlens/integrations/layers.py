@@ -150,7 +150,8 @@ def model_spec(
         left_out |= refused
     left_out |= other_weights(modules, around, of_block)
     if not layers:
-        some = "; ".join(f"{path}: {reason}" for path, reason in list(left_out.items())[:3])
+        first = {reason: path for path, reason in reversed(left_out.items())}  # of every reason the first layer
+        some = "; ".join(f"{path}: {reason}" for reason, path in list(reversed(first.items()))[:3])
         raise ModelSpecError(
             f"model.name_or_path: found no layer in {type(model).__name__} that can take LoRA (Linear, Conv1D, "
             "convolutions)" + (f"; {some}" if some else "")
