@@ -7,7 +7,8 @@ For every instruction set, too, all give the same bits but the ghost norms, form
 products in as many lanes as a register has, so that from one set to another they differ by their rounding: up to 2.4e-7
 of the value was seen, below the 1e-6 that each of them is held to against its twin. Only Fisher traces, signals and the
 tangent kernel, which are measured on request, come from them. Utilities from traces and signals are rounded to five
-digits, so that a manifest's figures do not depend on the instruction set; all others are the same bits anyway.
+digits, so that a manifest's figures differ only where a value lies next to the edge of a rounding; all others are the
+same bits anyway.
 """
 
 from layerlens.kernels._aggregate import aggregate_scores
