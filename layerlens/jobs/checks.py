@@ -126,6 +126,8 @@ def _trained(model: torch.nn.Module, heads: tuple[str, ...]) -> int:
 
 def _step(model: torch.nn.Module, loaded: Loaded, manifest: Manifest, config: OptimizationConfig) -> dict[str, float]:
     """Peak memory in GB and time of a training step, task head and loss included, as far as the step can be made."""
+    if not any(weight.requires_grad for weight in model.parameters()):  # nothing was worth choosing
+        return {}
     profile = config.latency_profile
     heads = manifest.choice.head_modules
     of = replace(step_of(loaded, heads, profile.sequence_length, real=True), model=model)

@@ -267,18 +267,18 @@ def marked_rows(
 
 
 def _spread_shared(problem: AllocationProblem, costs: CostTable, resource: str, points: int) -> list[float]:
-    """Budgets from the cheapest option with a gain to the best option of every layer, evenly spread; none without."""
+    """Budgets as the solver counts them, from the cheapest option with a gain to the best of every layer."""
     assert problem.entry_value is not None
     gaining = [int(entry) for entry in np.flatnonzero(problem.entry_value > 0.0)]
     if not gaining:
         return []
-    low = min(costs.total(np.array([entry]))[resource] for entry in gaining)
+    low = min(costs.bound(np.array([entry]))[resource] for entry in gaining)
     best: dict[str, int] = {}
     for entry in gaining:
         layer = costs.options[entry].layer
         if layer not in best or problem.entry_value[entry] > problem.entry_value[best[layer]]:
             best[layer] = entry
-    high = costs.total(np.array(sorted(best.values())))[resource]
+    high = costs.bound(np.array(sorted(best.values())))[resource]
     slack = 1e-9 * high  # the budget less the base is rounded
     return [float(budget) + slack for budget in np.linspace(low, high, points)]
 
