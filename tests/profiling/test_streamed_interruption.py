@@ -47,15 +47,15 @@ def count_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return ran
 
 
-# Two blocks; 3 batches, and the footprint's, which runs each block twice; a block runs once more before its gradients,
-# to see which rows are of which sample. Blocks that are done do not run again.
+# Two blocks; 3 batches, and the footprint's, which runs each block twice; a block runs twice more before its gradients, on
+# two samples and on the same two exchanged, to see which rows are of which sample. Blocks that are done do not run again.
 @pytest.mark.parametrize(
     ("stage", "count", "blocks_left"),
     [
-        ("Running embeddings", 2, {0: 5 + 4, 1: 5 + 4}),
-        ("Running blocks", N_BATCHES + 1, {1: 5 + 4, 0: 4}),
-        ("Measuring gradients", 2, {1: 4, 0: 4}),
-        ("Measuring gradients", 2 * N_BATCHES + 1, {0: 4}),
+        ("Running embeddings", 2, {0: 5 + 5, 1: 5 + 5}),
+        ("Running blocks", N_BATCHES + 1, {1: 5 + 5, 0: 5}),
+        ("Measuring gradients", 2, {1: 5, 0: 5}),
+        ("Measuring gradients", 2 * N_BATCHES + 1, {0: 5}),
     ],
 )
 @pytest.mark.parametrize("sketched", [False, True])
