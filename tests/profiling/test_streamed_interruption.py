@@ -47,8 +47,8 @@ def count_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return ran
 
 
-# Two blocks; 3 batches, and the footprint's, which runs each block twice; a block runs twice more before its gradients, on
-# two samples and on the same two exchanged, to see which rows are of which sample. Blocks that are done do not run again.
+# Two blocks; 3 batches, and the footprint's, which runs each block twice; a block runs twice more before its gradients,
+# on two samples and on the same two exchanged, to see which rows are of which sample. What is done does not run again.
 @pytest.mark.parametrize(
     ("stage", "count", "blocks_left"),
     [
