@@ -79,17 +79,22 @@ class StepUse:
         paid, count = self.paid(entries), len(self.alive)
         born, gone, released = self.storage_span__st.T
         frozen = (self.storage_cause >= 0) & paid[self.storage_cause]
-        read, twice = np.zeros_like(frozen), np.zeros_like(frozen)
+        read, twice, its_own = np.zeros_like(frozen), np.zeros_like(frozen), np.zeros_like(frozen)
+        n_readers = np.zeros(len(frozen), dtype=np.int64)
         until = np.where(frozen, released, count)  # the lowest operation at which it is still there
         for entry in entries.tolist():
             own = self.readers.get(entry)
             if own is not None:
                 read[own] = True
+                n_readers[own] += 1
                 until[own] = np.minimum(until[own], np.maximum(self.span__ot[entry, 0], born[own]))
             if entry in self.changed:
                 twice[self.changed[entry]] = True
+                its_own[np.intersect1d(self.changed[entry], [] if own is None else own).astype(np.int64)] = True
+        # An option that reads what it replaces, as an adapter does, keeps the first; whoever else reads it, the second.
+        twice &= read & (frozen | (its_own & (n_readers > 1)))
         kept = frozen | read
-        n_bytes = (self.storage_bytes * (1.0 + (twice & frozen & read)))[kept]
+        n_bytes = (self.storage_bytes * (1.0 + twice))[kept]
         first, after = self.span__ot[entries].T
         own_bytes = _from(first, self.kept__o[entries], count)
         gradients = self.gradient__o[entries]

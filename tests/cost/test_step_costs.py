@@ -136,14 +136,14 @@ def batch_of(name: str) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def case(name: str, methods: tuple[str, ...] = ("lora", "adapter", "prefix")) -> Case:
+def case(name: str, methods: tuple[str, ...] = ("lora", "adapter", "prefix"), adapter_sites: str = "residual") -> Case:
     build, task, heads = MODELS[name]
     torch.manual_seed(0)
     model = build().requires_grad_(False)
     batch = batch_of(name)
     labels = batch.pop("labels")
     sites = {"inputs": batch} if name.startswith("vit") else {}
-    spec = model_spec(PretrainedModel(model, None, "", ()), name, methods=methods, **sites)
+    spec = model_spec(PretrainedModel(model, None, "", ()), name, methods=methods, adapter_sites=adapter_sites, **sites)
     step = recorded(StepOf(model, TASKS[task], batch, labels, heads), spec)
     assert step.rates is None
     profile = LatencyProfile(batch_size=SAMPLES, sequence_length=TOKENS)
@@ -181,6 +181,20 @@ def test_the_prediction_of_any_choice_is_what_its_step_does(name: str):
     assert np.abs(ms / traced_ms - 1).max() <= 0.20
     assert np.median(np.abs(ms / traced_ms - 1)) <= 0.10
     assert (ms <= bound_ms * (1 + 1e-12)).all()  # causes are widened, never narrowed
+
+
+def test_what_an_adapter_reads_and_what_others_read_in_its_place_are_two():
+    """An adapter after the query keeps the Linear's output, and a prefix in the same block what the adapter made."""
+    this = case("bert", adapter_sites="all")
+    wanted = {"attention.self": "prefix", "attention.self.query": "adapter", "attention.self.key": "adapter"}
+    found = [
+        entry
+        for entry, option in enumerate(this.table.options)
+        if wanted.get(option.layer.partition("layer.1.")[2]) == option.method
+    ]
+    assert len(found) == len(wanted)
+    for entries in (found, *some_choices(this, 3, seed=1)):
+        assert 1.0 <= this.table.total(np.array(entries))["vram_gb"] / this.traced(entries)[0] <= 1.02
 
 
 @pytest.mark.parametrize("method", ["dora", "ia3", "bitfit", "ln_tuning"])
