@@ -221,6 +221,23 @@ def test_no_choice_of_the_solver_needs_more_than_its_budget_of_memory():
             assert table.total(entries)["vram_gb"] <= share * amount
 
 
+def test_a_base_that_is_too_high_costs_no_score():
+    """What the answer is counted too much by is given back, so that the budget is used."""
+    this = case("bert")
+    utility = np.array([0.0 if x.method == NONE else 1.0 + x.rank for x in this.table.options])
+    utilities = UtilityTable(this.table.options, utility, "made up", "of nothing")
+    amount, _ = this.table.least["vram_gb"]
+    config = OptimizationConfig(max_vram_gb=1.8 * amount)
+    values = []
+    for factor in (1.0, 1.2):
+        table = replace(this.table, base=this.table.base | {"vram_gb": factor * this.table.base["vram_gb"]})
+        found = find_allocation(this.spec, utilities, table, config, seed=0, threads=1)
+        entries = found.problem.entries(found.allocation.choice)
+        assert table.total(entries)["vram_gb"] <= 1.8 * amount
+        values.append(found.allocation.value)
+    assert values[1] == pytest.approx(values[0], rel=0.02)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_what_lies_below_the_lowest_layer_is_free_and_shared_inputs_are_paid_once(name: str):
     this = case(name)
