@@ -15,7 +15,7 @@ from layerlens.cli.output import RESOURCE_NAMES, amount, command, gap, scaled, s
 from layerlens.manifest.frozen import why_no_deeper
 from layerlens.manifest.grid import Grid, grid_of
 from layerlens.manifest.layer_names import Position, positions
-from layerlens.manifest.summary import expert_lines, left_out_lines, peft_holds, worth
+from layerlens.manifest.summary import counted_as, expert_lines, left_out_lines, peft_holds, worth
 from layerlens.models import LayerExplanation, Manifest, ManifestRow, Option, Predicted, ResourceUse
 from layerlens.models.data_summary import DataSummary
 from layerlens.registry import METHODS
@@ -73,6 +73,8 @@ def certificate(manifest: Manifest) -> Text:
     else:
         proved, style = f"within {gap(manifest.gap)} of the optimum (proved)", "bold yellow"
     text = Text.assemble("This choice is ", (proved, style), f": {scores}. Solver: {manifest.solver}.")
+    if counted := counted_as(manifest):
+        text.append(f" {counted}")
     return text.append(f" Utility model: {manifest.utility_model}, in {manifest.utility_unit}.")
 
 

@@ -28,7 +28,15 @@ from layerlens.manifest.frontier import frontier_section
 from layerlens.manifest.frozen import why_no_deeper
 from layerlens.manifest.layers import heat_map, layer_rows
 from layerlens.manifest.page import rendered
-from layerlens.manifest.summary import budget_facts, counts, expert_lines, left_out_lines, share_of_model, worth
+from layerlens.manifest.summary import (
+    budget_facts,
+    counted_as,
+    counts,
+    expert_lines,
+    left_out_lines,
+    share_of_model,
+    worth,
+)
 from layerlens.models import (
     NONE,
     RESOURCES,
@@ -150,6 +158,7 @@ def _certificate(manifest: Manifest) -> dict[str, str]:
         "bound": f"{manifest.upper_bound:.7g}",
         "gap": percent(manifest.gap, digits=4),
         "status": manifest.status,
+        "counted": counted_as(manifest),
         "solver": manifest.solver,
         "utility_model": manifest.utility_model,
         "utility_unit": manifest.utility_unit,

@@ -123,6 +123,18 @@ def predicted_gain(manifest: Manifest) -> str:
     return f"{value}; ranks layers, and is not calibrated by training."
 
 
+def counted_as(manifest: Manifest) -> str:
+    """What the proof counts as sums and the prediction does not, where a budget is on it; "" else."""
+    names = [
+        resource_name(use.resource).lower()
+        for use in manifest.resources
+        if use.budget is not None and use.resource in ("vram_gb", "step_ms") and "recorded" in use.source
+    ]
+    if not names:
+        return ""
+    return f"The proof counts the {' and the '.join(names)} of other choices as sums, which are exact for this one."
+
+
 def worth(manifest: Manifest) -> str:
     """Step time and memory against uniform LoRA of as many parameters, as a sentence; "" where they are not predicted.
 
