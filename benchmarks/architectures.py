@@ -204,12 +204,7 @@ def page(results: dict[str, dict[str, Any]], of_vision: dict[str, dict[str, Any]
         "| architecture | class | " + " | ".join(CELLS) + " | layers left out |",
         "|---|---|" + "---|" * (len(CELLS) + 1),
     ]  # fmt: skip
-    for key in sorted(results):
-        row = results[key]
-        reasons = "; ".join(f"{len(layers)}: {reason}" for reason, layers in row["left_out"].items())
-        cells = [row[cell].replace("|", "\\|") for cell in CELLS]
-        lines.append(f"| {key} | {row['class']} | {' | '.join(cells)} | {reasons.replace('|', chr(92) + '|')} |")
-    return "\n".join([*lines, "", *vision.table(of_vision)]) + "\n"
+    return "\n".join([*lines, *vision.rows(results, CELLS), "", *vision.table(of_vision)]) + "\n"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,9 +201,13 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
         "| family | class | " + " | ".join(CELLS) + " | layers left out |",
         "|---|---|" + "---|" * (len(CELLS) + 1),
     ]  # fmt: skip
+    return [*lines, *rows(results, CELLS)]
+
+
+def rows(results: Mapping[str, Any], cells: Sequence[str]) -> Iterator[str]:
+    """The rows of a table: what was tried, its class, its cells, and the layers left out by reason."""
     for key in sorted(results):
         row = results[key]
         reasons = "; ".join(f"{len(layers)}: {reason}" for reason, layers in row["left_out"].items())
-        cells = [row[cell].replace("|", "\\|") for cell in CELLS]
-        lines.append(f"| {key} | {row['class']} | {' | '.join(cells)} | {reasons.replace('|', chr(92) + '|')} |")
-    return lines
+        shown = [row[cell].replace("|", "\\|") for cell in cells]
+        yield f"| {key} | {row['class']} | {' | '.join(shown)} | {reasons.replace('|', chr(92) + '|')} |"

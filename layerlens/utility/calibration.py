@@ -94,7 +94,7 @@ def monotone_fit(utility: np.ndarray, gain: np.ndarray, weight: np.ndarray) -> K
     values, inverse = np.unique(utility, return_inverse=True)  # equal utilities are one point
     total = np.bincount(inverse, weight)
     means = np.bincount(inverse, weight * gain) / total
-    from scipy.optimize import isotonic_regression  # a second of every start, for runs that calibrate alone
+    from scipy.optimize import isotonic_regression  # slow to import, and few runs calibrate
 
     found = isotonic_regression(means, weights=total)
     knots = [] if values[0] <= 0.0 else [(0.0, 0.0)]
@@ -119,7 +119,7 @@ def prediction(utility: np.ndarray, gain: np.ndarray, rng: np.random.Generator) 
     if found is None or n < 4:
         return Prediction(n, found, None)
     chosen = rng.integers(n, size=(SPEARMAN_REPLICATES, n))
-    from scipy.stats import rankdata  # a second of every start, for runs that calibrate alone
+    from scipy.stats import rankdata  # slow to import, and few runs calibrate
 
     one, other = (rankdata(values[chosen], axis=1) - (n + 1) / 2 for values in (utility, gain))
     lengths = np.sqrt(np.square(one).sum(axis=1) * np.square(other).sum(axis=1))
@@ -131,7 +131,7 @@ def prediction(utility: np.ndarray, gain: np.ndarray, rng: np.random.Generator) 
 def _spearman(one: np.ndarray, other: np.ndarray) -> float | None:
     if len(one) < 2 or np.ptp(one) == 0.0 or np.ptp(other) == 0.0:
         return None
-    from scipy.stats import rankdata  # a second of every start, for runs that calibrate alone
+    from scipy.stats import rankdata  # slow to import, and few runs calibrate
 
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
