@@ -3,7 +3,8 @@
 Every kind of operation has time = overhead + FLOPs / rate + bytes / bandwidth, fitted by non-negative least squares on
 relative errors over sizes from tens of KiB to 16 MiB. Outputs are kept for a while, as a training step keeps them: what
 an operation writes to is not in the cache. Products take other operands in every call: weights and kept activations
-were last read long ago. Memory that is new to the process costs extra, by the GB.
+were last read long ago. Memory that is new to the process costs extra, by the GB. In the end a step of a small
+transformer is timed, and the rates are scaled to it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from layerlens.cost.measure import time_ms
 from layerlens.cost.rates import DeviceProfile, Rates
@@ -36,13 +38,14 @@ from layerlens.models.step import (
     NORM,
     RANDOM,
     SAFE_SOFTMAX,
+    SLOPE,
     STRIDED,
     VIEW,
 )
 from layerlens.utils.atomic import atomic_write_text
 from layerlens.utils.progress import Progress, silent
 
-FORMAT = 3
+FORMAT = 4
 """A file of another format is measured again."""
 SECONDS = 0.08
 KEPT_BYTES = 64 * 2**20
@@ -70,7 +73,7 @@ def calibrate(progress: Progress = silent, *, seconds: float = SECONDS, cpu_time
         return time_ms(_synchronised(work, device), seconds=share * seconds, cpu_time=cpu_time)
 
     measured: dict[str, list[tuple[float, float, float, float]]] = {kind: [] for kind in KINDS}
-    with progress.stage("Timing operations", total=len(cases) + 3) as advance:
+    with progress.stage("Timing operations", total=len(cases) + 4) as advance:
         for kind, flops, n_bytes, work in cases:
             measured[kind].append((flops, n_bytes, 1.0, timed(_kept(work))))
             advance(1)
@@ -81,6 +84,8 @@ def calibrate(progress: Progress = silent, *, seconds: float = SECONDS, cpu_time
         fresh_ms_per_gb = _fresh_ms_per_gb(device, timed)
         advance(1)
         rates = _with_host_overhead(rates, device, timed)
+        advance(1)
+        rates = _as_in_a_step(rates, fresh_ms_per_gb, device, timed)
         advance(1)
     return DeviceProfile(
         device=device_name(device),
@@ -148,16 +153,26 @@ def _cases(device: torch.device) -> Iterator[tuple[str, float, float, Callable[[
         q = new(batch, heads, tokens, width)
         flops, n_bytes = 4.0 * batch * heads * tokens * tokens * width, 4.0 * 4 * q.numel()
         yield ATTENTION, flops, n_bytes, partial(torch.nn.functional.scaled_dot_product_attention, q, q, q)
+        yield ATTENTION, 2.5 * flops, 2.0 * n_bytes, _backward_of_attention(q)  # five products for two
     for size in (2**13, 2**16, 2**18, 2**20, 2**22):  # 32 KiB to 16 MiB: larger blocks are never reused
         x, y = new(size // 128, 128), new(size // 128, 128)
         split = new(size // 4096, 64, 2, 32)  # sequences, tokens, heads, width
-        yield MEMORY, 0.0, 12.0 * size, partial(torch.add, x, y)
-        yield MEMORY, 0.0, 8.0 * size, partial(torch.mul, x, 0.5)
-        yield MEMORY, 0.0, 8.0 * size, partial(torch.clone, x)
+
+        def over(
+            kind: str, tensors: int, function: Callable[..., object], *rest: Any, like: torch.Tensor = x, n: int = size
+        ) -> tuple[str, float, float, Callable[[], object]]:
+            """One operand was written long ago, as what is kept for the backward pass; the others just now."""
+            return kind, 0.0, 4.0 * tensors * n, _on_other_operands(lambda one: function(one, *rest), (like,), pool)
+
+        yield over(MEMORY, 3, torch.add, y)
+        yield over(MEMORY, 2, torch.mul, 0.5)
+        yield over(MEMORY, 2, torch.clone)
         yield STRIDED, 0.0, 8.0 * split.numel(), partial(_contiguous, split.permute(0, 2, 1, 3))
         yield STRIDED, 0.0, 8.0 * split.numel(), partial(_contiguous, split.permute(0, 2, 3, 1))
-        yield CURVE, 0.0, 8.0 * size, partial(torch.nn.functional.gelu, x)
-        yield CURVE, 0.0, 8.0 * size, partial(torch.tanh, x)
+        yield over(CURVE, 2, torch.nn.functional.gelu)
+        yield over(CURVE, 2, torch.tanh)
+        yield over(SLOPE, 3, torch.ops.aten.gelu_backward, y)
+        yield over(SLOPE, 3, torch.ops.aten.silu_backward, y)
         yield NORM, 0.0, 8.0 * size, partial(torch.softmax, x, dim=-1)
         yield NORM, 0.0, 8.0 * size, partial(torch.nn.functional.layer_norm, x, (128,))
         yield SAFE_SOFTMAX, 0.0, 8.0 * size, partial(torch.ops.aten._safe_softmax, x, -1)
@@ -182,6 +197,13 @@ def _on_other_operands(
     return lambda: function(*next(following))
 
 
+def _backward_of_attention(q: torch.Tensor) -> Callable[[], object]:
+    query, key, value = (q.clone().requires_grad_() for _ in range(3))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    gradient = torch.ones_like(out)
+    return lambda: torch.autograd.grad(out, (query, key, value), gradient, retain_graph=True)
+
+
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -190,12 +212,14 @@ def _kept(work: Callable[[], object]) -> Callable[[], object]:
     """``work`` that keeps its last outputs; so many blocks of memory like them are there already."""
     one: Any = work()
     other: Any = work()
-    n_bytes = one.untyped_storage().nbytes() if isinstance(one, torch.Tensor) else 0
+    tensors = [leaf for leaf in tree_leaves(one) if isinstance(leaf, torch.Tensor)]
+    n_bytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     kept = max(2, min(KEPT_OUTPUTS, KEPT_BYTES // max(1, n_bytes)))
     outputs = deque([one, other], maxlen=kept)
+    again = {leaf.untyped_storage()._cdata for leaf in tree_leaves(other) if isinstance(leaf, torch.Tensor)}
     # A view, or what is changed in place, needs no new memory.
-    if n_bytes and one.untyped_storage()._cdata != other.untyped_storage()._cdata:
-        outputs.extend(torch.empty_like(one).fill_(0.0) for _ in range(kept - 2))
+    if n_bytes and again.isdisjoint(tensor.untyped_storage()._cdata for tensor in tensors):
+        outputs.extend([torch.empty_like(tensor).fill_(0.0) for tensor in tensors] for _ in range(kept - 2))
     return lambda: outputs.append(work())
 
 
@@ -250,6 +274,48 @@ def _with_host_overhead(rates: dict[str, Rates], device: torch.device, timed: Ti
         kind: Rates(max(0.0, each.overhead_us + missing_us), each.ms_per_gflop, each.ms_per_gb)
         for kind, each in rates.items()
     }
+
+
+def _as_in_a_step(
+    rates: dict[str, Rates], fresh_ms_per_gb: float, device: torch.device, timed: Timing
+) -> dict[str, Rates]:
+    """Rates scaled to what operations take inside a step of usual size.
+
+    There they find less of their operands in caches, and less of the page table, than one operation that runs again and
+    again. Measured on four frozen blocks of a transformer, through which a gradient goes.
+    """
+    model = _Chain(torch.nn.Sequential(*(_Block(512, 8) for _ in range(4)))).to(device).requires_grad_(False)
+    batch = {"x": torch.randn(4, 256, 512, device=device, requires_grad=True)}
+
+    def step() -> None:
+        batch["x"].grad = None
+        model(**batch).backward()
+
+    trace = trace_step(model, batch, lambda output: output)
+    bare = DeviceProfile("", 1, rates, 0.0, fresh_ms_per_gb)
+    overhead_ms = sum(1e-3 * rates[operation.kind].overhead_us for operation in trace.operations)
+    predicted = sum(map(bare.operation_ms, trace.operations)) - overhead_ms
+    scale = max(1.0, (timed(step, 8.0) - overhead_ms) / predicted)
+    return {
+        kind: Rates(each.overhead_us, scale * each.ms_per_gflop, scale * each.ms_per_gb) for kind, each in rates.items()
+    }
+
+
+class _Block(torch.nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before, self.between = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (torch.nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (*x.shape[:-1], self.heads, -1)
+        inside = self.before(x)
+        parts = [each(inside).view(shape).transpose(1, 2) for each in (self.query, self.key, self.value)]
+        mixed = torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(x.shape)
+        x = x + self.out(mixed)
+        return torch.as_tensor(x + self.down(torch.nn.functional.gelu(self.up(self.between(x)))))
 
 
 class _Chain(torch.nn.Module):

@@ -19,17 +19,18 @@ any of many choices has alive beside that. So the solver's memory and time are u
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from layerlens.cost.checkpoints import checkpoints
 from layerlens.methods import Method, Operation
 from layerlens.methods.method import INPUT, OUTPUT, QUERY
 from layerlens.models import NONE, DepthCharge, GroupCharge, LayerSpec, ModelSpec, Option
 from layerlens.models.model_spec import ATTENTION
 from layerlens.models.step import KINDS, MATMUL, MEMORY, REUSED_BYTES, VIEW, StepRecord, TracedOperation
-from layerlens.models.step_use import StepUse
+from layerlens.models.step_use import RANDOM_STATE_BYTES, StepUse
 from layerlens.registry import METHODS
 
 FLOAT_BYTES = 4
@@ -75,6 +76,7 @@ def step_costs(
     sequence_length: int,
     state_values: int,
     accumulates: bool = False,
+    checkpointed: Collection[str] = (),
 ) -> StepCosts:
     """Costs of a training step with a batch of ``samples``.
 
@@ -89,6 +91,7 @@ def step_costs(
             in proportion.
         state_values: of the optimiser, for each parameter.
         accumulates: gradients of several batches are added up.
+        checkpointed: names of the blocks whose activations are computed again in the backward pass.
     """
     scale = float(samples)
     if record.sequence_length:
@@ -100,32 +103,45 @@ def step_costs(
     ]
     parts__xo = np.zeros((_PARTS, len(options)))
     parts__xo[:, [entry for _, entry in paid.entries]] = np.array(own).reshape(-1, _PARTS).T
-    fixed, gradient, kept, ms = parts__xo[:4]
-    paid.own[:] = 1e-9 * (fixed + gradient + kept), ms
+    fixed, gradient, kept, ms, forward_ms = parts__xo[:5]
+    place = {name: number for number, name in enumerate(record.layers)}
+    layer__o = np.array([-1 if o.method == NONE else place.get(o.layer, -1) for o in options], dtype=np.int64)
+    everywhere = np.array([0, len(record.forward_kind)], dtype=np.int64)
+    span__ot = np.where((layer__o >= 0)[:, None], record.layer_span__lt[layer__o], everywhere)
     forward = _operations(record.forward_kind, record.at("forward__bfx", scale))
-    base_ms = sum(map(time_ms, forward))
+    forward_ms__f = np.array([time_ms(operation) for operation in forward])
+    base_ms = float(forward_ms__f.sum())
     backward = _operations(record.backward_kind, record.at("backward__bkx", scale))
     cause_ms = np.zeros(len(record.cause__cl))
     for operation, cause in zip(backward, record.backward_cause, strict=True):
         cause_ms[cause] += time_ms(operation)
     for cause, layers in enumerate(record.cause__cl):
         paid.add(layers, (), 0.0, float(cause_ms[cause]))
+    found = checkpoints(record, checkpointed, layer__o, span__ot, forward_ms__f, forward_ms, scale)
+    hidden__s, hidden__o = np.zeros(len(record.storage_cause), dtype=bool), np.zeros(len(options), dtype=bool)
+    given: dict[int, np.ndarray] = {}
+    if found is not None:
+        hidden__s, hidden__o = found.call__s >= 0, found.call__o >= 0
+        ms = ms + found.again_ms__o
+        for layers, again_ms in zip(found.layers__gl, found.again_ms__g, strict=True):
+            paid.add(layers, (), 2e-9 * RANDOM_STATE_BYTES, float(again_ms))
+        for call, storage in found.given__ns.tolist():
+            given[storage] = given.get(storage, False) | found.layers__gl[call]
+    paid.own[:] = 1e-9 * (fixed + gradient + kept * ~hidden__o), ms
     readers, changed = _readers(spec, record, options)
     none = np.zeros(len(record.layers) + 1, dtype=bool)
     storage_bytes = record.at("storage__bs", scale)
     kept_by = defaultdict[int, list[int]](list)
     for storage, n_bytes in enumerate(storage_bytes):
         cause = record.storage_cause[storage]
-        layers = record.cause__cl[cause] if cause >= 0 else none
-        paid.add(layers, readers.get(storage, ()), 1e-9 * float(n_bytes), 0.0)
+        layers = (record.cause__cl[cause] if cause >= 0 else none) | given.get(storage, none)
+        if not hidden__s[storage]:
+            paid.add(layers, readers.get(storage, ()), 1e-9 * float(n_bytes), 0.0)
         for entry in readers.get(storage, ()):
             kept_by[entry].append(storage)
     head = record.head_elements
     base_ms += time_ms(_update(head, state_values)) + parameter_ms * record.head_tensors
     weights = spec.weight_bytes + FLOAT_BYTES * (1 + state_values) * head + LOSS_BYTES  # PEFT trains a copy of the head
-    place = {name: number for number, name in enumerate(record.layers)}
-    layer__o = np.array([-1 if o.method == NONE else place.get(o.layer, -1) for o in options], dtype=np.int64)
-    everywhere = np.array([0, len(record.forward_kind)], dtype=np.int64)
     use = StepUse(
         base_bytes=float(weights),
         base_ms=float(base_ms),
@@ -139,15 +155,16 @@ def step_costs(
         passing=record.at("passing__bf", scale),
         step_cause=record.step_cause,
         layer__o=layer__o,
-        span__ot=np.where((layer__o >= 0)[:, None], record.layer_span__lt[layer__o], everywhere),
+        span__ot=span__ot,
         fixed__o=fixed,
         gradient__o=gradient,
         kept__o=kept,
-        passing__ox=np.ascontiguousarray(parts__xo[4:].T),
-        ms__o=ms,
+        passing__ox=np.ascontiguousarray(parts__xo[5:].T),
+        ms__o=parts__xo[3],
         readers={entry: np.array(storages) for entry, storages in kept_by.items()},
         changed=changed,
         accumulates=accumulates,
+        checkpoints=found,
     )
     per_parameter = FLOAT_BYTES * (1 + state_values)  # itself and its state; the gradients come after the peak
     forward_peak = float(record.at("forward_peak__b", scale)) + use.passing__ox[:, 0].max(initial=0.0)
@@ -188,9 +205,9 @@ def _update(elements: int, state_values: int) -> TracedOperation:
     return TracedOperation(MEMORY, 0.0, float(FLOAT_BYTES * (3 + 2 * state_values) * elements))
 
 
-_PARTS = 7
-"""What an option has by itself: bytes of parameters and optimiser state, of gradients, of what it keeps; ms; and bytes
-alive for a moment, as in ``StepUse.passing__ox``."""
+_PARTS = 8
+"""What an option has by itself: bytes of parameters and optimiser state, of gradients, of what it keeps; ms, and those
+of its forward pass; and bytes alive for a moment, as in ``StepUse.passing__ox``."""
 
 
 def _own(
@@ -210,8 +227,10 @@ def _own(
     elements = method.kept_elements(layer, option.rank) * tokens + method.kept_once(layer, option.rank)
     for side in _shared(method, layer, record):
         elements -= method.tensor_elements(layer, side) * tokens
-    steps = [*method.operations(layer, option.rank), *method.backward(layer, option.rank)]
-    time = sum(time_ms(one) for step in steps for one in _traced(step, tokens))
+    forward_ms = sum(time_ms(one) for step in method.operations(layer, option.rank) for one in _traced(step, tokens))
+    time = forward_ms + sum(
+        time_ms(one) for step in method.backward(layer, option.rank) for one in _traced(step, tokens)
+    )
     time += method.views * time_ms(TracedOperation(VIEW, 0.0, 0.0))
     time += time_ms(_update(params, state_values)) + parameter_ms * method.parameter_tensors
     once = method.passing_once(layer, option.rank)
@@ -220,6 +239,7 @@ def _own(
         FLOAT_BYTES * params,
         FLOAT_BYTES * max(0.0, elements),
         time,
+        forward_ms,
         *(FLOAT_BYTES * (per_token * tokens + once) for per_token in method.passing(layer, option.rank)),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +26,7 @@ def cost_table(
     config: OptimizationConfig,
     *,
     accumulates: bool = False,
+    checkpointed: Collection[str] = (),
 ) -> CostTable:
     """Costs of every option for one batch of the latency profile.
 
@@ -35,6 +36,7 @@ def cost_table(
         options: the options.
         config: latency profile and optimiser.
         accumulates: gradients of several batches are added up in a step of the optimiser.
+        checkpointed: names of the blocks whose activations are computed again in the backward pass.
 
     Returns:
         rows as in ``RESOURCES``. Where the statistics have a recorded step, memory and ``step_ms`` follow from it, and
@@ -70,11 +72,16 @@ def cost_table(
     }
     table = CostTable(tuple(options), cost__ro, base_use(spec, statistics, config), source)
     step = None if statistics is None else statistics.step
-    return table if step is None else _with_step(table, spec, step, config, accumulates)
+    return table if step is None else _with_step(table, spec, step, config, accumulates, checkpointed)
 
 
 def _with_step(
-    table: CostTable, spec: ModelSpec, step: StepRecord, config: OptimizationConfig, accumulates: bool
+    table: CostTable,
+    spec: ModelSpec,
+    step: StepRecord,
+    config: OptimizationConfig,
+    accumulates: bool,
+    checkpointed: Collection[str],
 ) -> CostTable:
     """The table with memory and time of the recorded step."""
     profile = config.latency_profile
@@ -89,6 +96,7 @@ def _with_step(
         sequence_length=profile.sequence_length,
         state_values=OPTIMIZER_STATE[config.optimizer],
         accumulates=accumulates,
+        checkpointed=checkpointed,
     )
     cost__ro = table.cost__ro.copy()
     cost__ro[[VRAM, STEP]] = found.own__xo

@@ -1,4 +1,4 @@
-"""FLOPs of a forward pass as torch counts them, and those of quantized layers by their shapes."""
+"""FLOPs of a forward pass as torch counts them, and by their shapes those that it leaves out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from layerlens.integrations.operations import ATTENTION_FLOPS
 from layerlens.integrations.quantized import quantized_layers
+
+
+def plain_counter() -> FlopCounterMode:
+    """torch's counter, with the fused attention of a CPU, which it leaves out."""
+    return FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
 
 
 class FlopCounter(FlopCounterMode):
@@ -18,7 +24,7 @@ class FlopCounter(FlopCounterMode):
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__(display=False)
+        super().__init__(display=False, custom_mapping=ATTENTION_FLOPS)
         self._layers = list(quantized_layers(model).values())
         self._handles: list[Any] = []
         self._inside: list[tuple[set[str], int]] = []

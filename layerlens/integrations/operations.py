@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from layerlens.models.step import (
     ATTENTION,
@@ -24,15 +24,39 @@ from layerlens.models.step import (
     RANDOM,
     REUSED_BYTES,
     SAFE_SOFTMAX,
+    SLOPE,
     STRIDED,
     VIEW,
     TracedOperation,
 )
 
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    flops: int = sdpa_flop_count(query, key, value)
+    return flops
+
+
+def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    flops: int = sdpa_backward_flop_count(gradient, query, key, value)
+    return flops
+
+
+ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.aten._scaled_dot_product_fused_attention_overrideable: _attention_flops,
+    torch.ops.aten._scaled_dot_product_fused_attention_overrideable_backward: _attention_backward_flops,
+}
+"""FLOPs by shapes of the fused attentions that torch's own counter leaves out: that of a CPU is one of them."""
+FLOPS: Any = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS).flop_registry
+"""FLOPs of an operation, by its name without its overload."""
+
 _NAMES = (
     (RANDOM, ("bernoulli", "dropout", "normal_", "uniform_", "rand")),
     (SAFE_SOFTMAX, ("_safe_softmax",)),
     (NORM, ("softmax", "norm")),
+    (SLOPE, ("gelu_backward", "silu_backward", "mish_backward")),
+    (MEMORY, ("tanh_backward", "sigmoid_backward")),  # from the result, without a function
     (CURVE, ("gelu", "silu", "tanh", "exp", "erf", "pow", "sigmoid", "rsqrt")),
 )
 """What the name of an operation contains that is of a kind; the first match counts."""
@@ -67,8 +91,8 @@ class OperationRecorder(TorchDispatchMode):
         works = schema.is_mutable or bool(new)
         packet, name = func._overloadpacket, str(func)
         flops = 0.0
-        if packet in flop_registry:
-            flops = float(flop_registry[packet](*args, **(kwargs or {}), out_val=out))
+        if packet in FLOPS:
+            flops = float(FLOPS[packet](*args, **(kwargs or {}), out_val=out))
         kind = VIEW
         if works:
             kind = kind_of(name, flops, operands)

@@ -194,6 +194,18 @@ def blocks_of(model: torch.nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
+def blocks_to_checkpoint(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The modules whose activations transformers can checkpoint each by itself, by name; not those inside others."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found: dict[str, torch.nn.Module] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{block}.") for block in found)
+        if isinstance(module, GradientCheckpointingLayer) and not inside:
+            found[path] = module
+    return found
+
+
 def _holds_attention(module: torch.nn.Module) -> bool:
     return any(role_of(name) == "attention_output" for name, _ in module.named_modules())
 

@@ -8,8 +8,8 @@ Its times, at which something is alive, are the operations of the forward pass: 
 from the last to the first.
 
 Axes: b the recorded batch sizes, c causes, l layers, f operations of the forward pass, k operations of the backward
-pass, s storages, t times. Figures of operations are FLOPs, bytes that are read or written, and bytes of large new
-blocks.
+pass, s storages, g calls of blocks that can be checkpointed, t times. Figures of operations are FLOPs, bytes that are
+read or written, and bytes of large new blocks.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-MATMUL, ATTENTION, RANDOM, NORM, SAFE_SOFTMAX, CURVE, STRIDED, MEMORY, VIEW = (
-    "matmul", "attention", "random", "norm", "safe_softmax", "curve", "strided", "memory", "view",
+MATMUL, ATTENTION, RANDOM, NORM, SAFE_SOFTMAX, CURVE, STRIDED, MEMORY, VIEW, SLOPE = (
+    "matmul", "attention", "random", "norm", "safe_softmax", "curve", "strided", "memory", "view", "slope",
 )  # fmt: skip
-KINDS = (MATMUL, ATTENTION, RANDOM, NORM, SAFE_SOFTMAX, CURVE, STRIDED, MEMORY, VIEW)
+KINDS = (MATMUL, ATTENTION, RANDOM, NORM, SAFE_SOFTMAX, CURVE, STRIDED, MEMORY, VIEW, SLOPE)
 """Matrix products; fused attention; random numbers (dropout); normalisations of rows (softmax, layer norm); the softmax
 of attention that is not fused, which looks for rows that are masked whole; functions of every element (GELU, tanh);
-copies between layouts; operations that only move elements; and those that move nothing."""
+copies between layouts; operations that only move elements; those that move nothing; and slopes of functions of every
+element (the backward pass of GELU), which take two to three times as long as the functions."""
 
 REUSED_BYTES = 32 * 2**20
 """The largest block that glibc keeps for reuse once it is freed (mallopt(3), ``M_MMAP_THRESHOLD``); a larger one is
@@ -72,6 +73,12 @@ class StepRecord:
         storage_span__st: int32 [s, 3], the operation that makes it, the first at which a forward pass without gradients
             has let it go, and the lowest whose backward pass reads it.
         layer_span__lt: int32 [l, 2], the first operation of the layer and the one after its last.
+        block_call__g: int32 [g], places in ``blocks``: a block that is called twice has two.
+        block_span__gt: int32 [g, 3], the first operation of the call, the one after its last, and the one after the
+            last that is computed again where the block is checkpointed (what comes after keeps nothing of its own).
+        block_input__ns: int32 [n, 2], (call, storage) of all that goes into a block.
+        around__bf: float64 [b, f], bytes alive at each operation of a block that were there before the block began.
+        blocks: names of the modules that can be checkpointed.
         head_tensors, head_elements: of the parameters that train in every choice.
         rates: measured rates of the device that it is for (``cost.device``), as JSON values; None where not measured.
     """
@@ -96,6 +103,11 @@ class StepRecord:
     step_cause: np.ndarray
     storage_span__st: np.ndarray
     layer_span__lt: np.ndarray
+    block_call__g: np.ndarray
+    block_span__gt: np.ndarray
+    block_input__ns: np.ndarray
+    around__bf: np.ndarray
+    blocks: tuple[str, ...] = ()
     head_tensors: int = 0
     head_elements: int = 0
     rates: dict[str, Any] | None = None
@@ -129,7 +141,7 @@ class StepRecord:
         Raises:
             ValueError, TypeError: they do not belong together.
         """
-        lists = {name: tuple(numbers[name]) for name in ("layers", "batch_sizes")}
+        lists = {name: tuple(numbers[name]) for name in ("layers", "batch_sizes", "blocks")}
         typed = {name: np.asarray(arrays[name]).astype(dtype) for name, dtype in _DTYPES.items()}
         record = cls(**{**numbers, **lists, **typed})
         record.check()
@@ -151,7 +163,8 @@ class StepRecord:
         for name, low, high in (
             ("forward_kind", 0, len(KINDS)), ("backward_kind", 0, len(KINDS)), ("backward_cause", 0, sizes["c"]),
             ("storage_cause", -1, sizes["c"]), ("step_cause", -1, sizes["c"]), ("storage_span__st", 0, sizes["f"] + 1),
-            ("layer_span__lt", 0, sizes["f"] + 1),
+            ("layer_span__lt", 0, sizes["f"] + 1), ("block_call__g", 0, len(self.blocks)),
+            ("block_span__gt", 0, sizes["f"] + 1),
         ):  # fmt: skip
             values = getattr(self, name)
             if values.size and (values.min() < low or values.max() >= high):
@@ -159,6 +172,9 @@ class StepRecord:
         read = self.read__ns
         if read.size and ((read < 0).any() or (read >= (sizes["l"], 4, sizes["s"])).any()):
             raise ValueError("step: read__ns is out of range")
+        inputs = self.block_input__ns
+        if inputs.size and ((inputs < 0).any() or (inputs >= (sizes["g"], sizes["s"])).any()):
+            raise ValueError("step: block_input__ns is out of range")
 
 
 _DTYPES: dict[str, Any] = {
@@ -166,12 +182,13 @@ _DTYPES: dict[str, Any] = {
     "backward_cause": np.int32, "backward__bkx": np.float64, "storage_cause": np.int32, "storage__bs": np.float64,
     "read__ns": np.int32, "element_bytes": np.int32, "forward_peak__b": np.float64, "alive__bf": np.float64,
     "held__bf": np.float64, "passing__bf": np.float64, "step_cause": np.int32, "storage_span__st": np.int32,
-    "layer_span__lt": np.int32,
+    "layer_span__lt": np.int32, "block_call__g": np.int32, "block_span__gt": np.int32, "block_input__ns": np.int32,
+    "around__bf": np.float64,
 }  # fmt: skip
 _AXES = {
     "forward_kind": "f", "forward__bfx": "bf3", "backward_kind": "k", "backward_cause": "k", "backward__bkx": "bk3",
     "storage_cause": "s", "storage__bs": "bs", "read__ns": "n3", "element_bytes": "l3", "forward_peak__b": "b",
     "alive__bf": "bf", "held__bf": "bf", "passing__bf": "bf", "step_cause": "f", "storage_span__st": "s3",
-    "layer_span__lt": "l2",
+    "layer_span__lt": "l2", "block_call__g": "g", "block_span__gt": "g3", "block_input__ns": "i2", "around__bf": "bf",
 }  # fmt: skip
 """Axes by letters; digits are lengths."""

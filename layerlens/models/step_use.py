@@ -4,7 +4,10 @@ The peak is the largest sum of what is alive at one time. The forward pass has w
 what is kept so far for this choice. The backward pass has what is kept and not yet let go, the gradients that it
 carries down, and the gradients of the parameters above. Options have something alive for a moment, too.
 
-Letters: o options, c causes, l layers, s storages, f operations of the forward pass.
+A checkpointed block keeps what goes into it, and nothing inside. The backward pass runs it again when it comes to it,
+and has all that is kept inside alive from then until it has left the block.
+
+Letters: o options, c causes, l layers, s storages, g calls of checkpointed blocks, f operations of the forward pass.
 """
 
 from __future__ import annotations
@@ -12,6 +15,37 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+
+RANDOM_STATE_BYTES = 5056
+"""torch's state of random numbers: every checkpoint keeps it to draw the same dropout again, and the present one is
+kept while it does."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Calls of blocks that are checkpointed.
+
+    Args:
+        layers__gl: bool [g, l + 1], the layers for whose sake the backward pass enters the block, as in ``cause__cl``.
+        span__gt: int64 [g, 3], see ``StepRecord.block_span__gt``.
+        call__s: int64 [s], the call inside which a storage comes and goes; -1: none.
+        call__o: int64 [o], the call inside which an option works; -1: none.
+        given__ns: int64 [n, 2], (call, storage) of what goes into the blocks.
+        around: float64 [f], see ``StepRecord.around__bf``.
+        again_ms__g: float64 [g], milliseconds of the frozen block's part that is computed again.
+        again_ms__o: float64 [o], the same of an option, and of what is computed again for its sake alone.
+        late__o: bool [o], the option works after the part of its block that is computed again anyway.
+    """
+
+    layers__gl: np.ndarray
+    span__gt: np.ndarray
+    call__s: np.ndarray
+    call__o: np.ndarray
+    given__ns: np.ndarray
+    around: np.ndarray
+    again_ms__g: np.ndarray
+    again_ms__o: np.ndarray
+    late__o: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -38,6 +72,7 @@ class StepUse:
         changed: storages in whose place the option puts others, by option: what the frozen model keeps of one and what
             an option reads are then two.
         accumulates: a step begins with the gradients of the batch before it.
+        checkpoints: of the blocks that are checkpointed; None where none is.
     """
 
     base_bytes: float
@@ -61,18 +96,28 @@ class StepUse:
     readers: dict[int, np.ndarray] = field(default_factory=dict)
     changed: dict[int, np.ndarray] = field(default_factory=dict)
     accumulates: bool = False
+    checkpoints: Checkpoints | None = None
 
-    def paid(self, entries: np.ndarray) -> np.ndarray:
-        """bool [c], the causes that the choice has."""
+    def _adapted(self, entries: np.ndarray) -> np.ndarray:
+        """bool [l + 1], the layers that the choice adapts."""
         layers = self.layer__o[entries]
         adapted = np.zeros(self.cause__cl.shape[1], dtype=bool)
         adapted[layers[layers >= 0]] = True
         adapted[-1] = True
-        return np.asarray((self.cause__cl & adapted).any(axis=1))
+        return adapted
+
+    def paid(self, entries: np.ndarray) -> np.ndarray:
+        """bool [c], the causes that the choice has."""
+        return np.asarray((self.cause__cl & self._adapted(entries)).any(axis=1))
 
     def ms(self, entries: np.ndarray) -> float:
         """Milliseconds of the step with these options."""
-        return self.base_ms + float(self.cause_ms[self.paid(entries)].sum() + self.ms__o[entries].sum())
+        ms = self.base_ms + float(self.cause_ms[self.paid(entries)].sum() + self.ms__o[entries].sum())
+        found = self.checkpoints
+        if found is not None:
+            entered = (found.layers__gl & self._adapted(entries)).any(axis=1)
+            ms += float(found.again_ms__g[entered].sum() + found.again_ms__o[entries].sum())
+        return ms
 
     def gb(self, entries: np.ndarray) -> float:
         """GB at the peak of the step with these options."""
@@ -94,24 +139,57 @@ class StepUse:
         # An option that reads what it replaces, as an adapter does, keeps the first; whoever else reads it, the second.
         twice &= read & (frozen | (its_own & (n_readers > 1)))
         kept = frozen | read
-        n_bytes = (self.storage_bytes * (1.0 + twice))[kept]
+        n_bytes = self.storage_bytes * (1.0 + twice)
         first, after = self.span__ot[entries].T
-        own_bytes = _from(first, self.kept__o[entries], count)
-        gradients = self.gradient__o[entries]
-        forwards = self.alive + _from(gone[kept], n_bytes, count) + own_bytes
-        np.add.at(forwards, np.maximum(after - 1, 0), self.passing__ox[entries, 0])
-        stays = _from(first, self.passing__ox[entries, 2], count) - _from(after, self.passing__ox[entries, 2], count)
+        end = np.maximum(after - 1, 0)
+        own_kept, gradients = self.kept__o[entries], self.gradient__o[entries]
+        # What lies inside a checkpointed block that the backward pass enters: by its call, -1 where it does not.
+        inside__s, inside__o = np.full(len(kept), -1), np.full(len(entries), -1)
+        found, entered = self.checkpoints, np.zeros(0, dtype=np.int64)
+        if found is not None:
+            enters = (found.layers__gl & self._adapted(entries)).any(axis=1)
+            entered = np.flatnonzero(enters)
+            enters = np.append(enters, False)
+            inside__s = np.where(enters[found.call__s], found.call__s, -1)
+            inside__o = np.where(enters[found.call__o[entries]], found.call__o[entries], -1)
+            for call, storage in found.given__ns[enters[found.given__ns[:, 0]]].tolist():
+                kept[storage] = True
+                until[storage] = min(until[storage], found.span__gt[call, 0])
+        stays, lives = kept & (inside__s < 0), inside__o < 0
+        forwards = self.alive + _from(gone[stays], n_bytes[stays], count) + _from(first[lives], own_kept[lives], count)
+        np.add.at(forwards, end, self.passing__ox[entries, 0])
+        np.add.at(forwards, end[~lives], own_kept[~lives])
+        after_own = _from(first, self.passing__ox[entries, 2], count) - _from(
+            after, self.passing__ox[entries, 2], count
+        )
         runs = (self.step_cause >= 0) & paid[self.step_cause]
         moment = np.zeros(count)
-        np.add.at(moment, np.maximum(after - 1, 0), self.passing__ox[entries, 1])
-        moment = np.maximum(moment, (self.passing + stays) * runs)
-        backwards = self.held + moment + _from(until[kept], n_bytes, count) + own_bytes
+        np.add.at(moment, end, self.passing__ox[entries, 1])
+        moment = np.maximum(moment, (self.passing + after_own) * runs)
+        backwards = self.held + _from(until[stays], n_bytes[stays], count) + _from(first[lives], own_kept[lives], count)
         if self.accumulates:
             forwards, backwards = forwards + gradients.sum(), backwards + gradients.sum()
         else:
             backwards = backwards + gradients.sum() - _from(after, gradients, count)
-        runs[np.maximum(after - 1, 0)] = True
-        peak = max(forwards.max(initial=0.0), backwards[runs].max(initial=0.0))
+        again = np.zeros(count)
+        if found is not None and len(entered):
+            came_to = np.zeros(count)  # what is alive when the backward pass comes to the block
+            for call in entered.tolist():
+                start, stop, stop_again = found.span__gt[call]
+                if (found.late__o[entries] & (inside__o == call)).any():
+                    stop_again = stop
+                came_to[start:stop_again] = backwards[stop - 1]
+            hidden, its = kept & (inside__s >= 0), inside__o >= 0
+            ends__s, ends__o = found.span__gt[inside__s[hidden], 1], found.span__gt[inside__o[its], 1]
+            own_inside = _between(first[its], ends__o, own_kept[its], count)
+            computed = self.alive - found.around + _between(gone[hidden], ends__s, n_bytes[hidden], count) + own_inside
+            np.add.at(computed, end, self.passing__ox[entries, 0])
+            again = np.where(came_to > 0.0, came_to + computed, 0.0)
+            backwards = backwards + _between(until[hidden], ends__s, n_bytes[hidden], count) + own_inside
+        backwards = backwards + moment
+        runs[end] = True
+        peak = max(forwards.max(initial=0.0), backwards[runs].max(initial=0.0), again.max(initial=0.0))
+        peak += RANDOM_STATE_BYTES * (len(entered) + 1) * bool(len(entered))
         return 1e-9 * (self.base_bytes + float(self.fixed__o[entries].sum() + peak))
 
 
@@ -119,3 +197,8 @@ def _from(places: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
     """float64 [count], at each place the sum of the values whose place it is, or comes after."""
     sums: np.ndarray = np.cumsum(np.bincount(np.minimum(places, count), weights=values, minlength=count + 1))[:count]
     return sums
+
+
+def _between(places: np.ndarray, ends: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """float64 [count], at each place the sum of the values that begin there or before, and end after it."""
+    return _from(places, values, count) - _from(np.maximum(places, ends), values, count)

@@ -49,7 +49,7 @@ from layerlens.profiling.proxies import study_from_json, study_to_json
 from layerlens.storage import local_file
 from layerlens.utils.atomic import settle
 
-FORMAT = "layerlens-statistics-3"
+FORMAT = "layerlens-statistics-4"
 METADATA_KEY = "layerlens"
 """The only key: safetensors writes several in the order of a hash map that differs from run to run."""
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

@@ -28,10 +28,11 @@ from torch.utils._pytree import tree_leaves
 
 from layerlens.integrations.attention import attention_outputs
 from layerlens.integrations.operations import buffers_standing_still
-from layerlens.integrations.transformers import full_batches
+from layerlens.integrations.transformers import blocks_to_checkpoint, full_batches
 from layerlens.models import ModelSpec
 from layerlens.models.model_spec import ATTENTION, LayerSpec
 from layerlens.models.step import KINDS, MEMORY, StepRecord, TracedOperation
+from layerlens.profiling.step_blocks import BlockCall, block_arrays, watched_blocks
 from layerlens.profiling.step_calls import (
     Autograd,
     DescribedTensor,
@@ -54,6 +55,7 @@ class _Graph:
     events: Sequence[LayerEvent]
     opens: Mapping[tuple[int, int], Sequence[int]]
     head: Mapping[int, int]
+    blocks: Sequence[BlockCall] = ()
     n_layers: int = 0
     cause: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     kept: dict[int, int] = field(default_factory=lambda: defaultdict(int))
@@ -154,6 +156,7 @@ def record_step(
         layers=tuple(layer.name for layer in spec.layers),
         batch_sizes=tuple(batch_sizes),
         sequence_length=sequence_length,
+        blocks=tuple(blocks_to_checkpoint(model)),
         head_tensors=len(head),
         head_elements=sum(weight.numel() for weight in head),
         **joined,
@@ -165,6 +168,8 @@ def _recorded(
 ) -> _Graph:
     head = [weight for name in heads for weight in model.get_submodule(name).parameters()]
     events: list[LayerEvent] = []
+    calls: list[BlockCall] = []
+    blocks = blocks_to_checkpoint(model)
     active = detect_fake_mode()  # of a model whose weights have no data
     with (
         FakeTensorMode(allow_non_fake_inputs=True) if active is None else nullcontext(),
@@ -175,10 +180,15 @@ def _recorded(
         forward = ForwardRecorder([*model.parameters(), *model.buffers()])
         trains = 1 << len(spec.layers)
         always = {forward.number(weight): trains for weight in head}
-        with _watched(model, spec.layers, forward, events), _queries(model, spec.layers, forward, events), forward:
+        with (
+            _watched(model, spec.layers, forward, events),
+            _queries(model, spec.layers, forward, events),
+            watched_blocks(blocks, forward, calls),
+            forward,
+        ):
             loss = step(samples)
             del loss
-    graph = _Graph(forward, events, _openings(spec.layers), always, len(spec.layers))
+    graph = _Graph(forward, events, _openings(spec.layers), always, calls, len(spec.layers))
     graph.spread(asked)
     return graph
 
@@ -271,6 +281,8 @@ def _joined(recorded: Sequence[_Graph]) -> dict[str, Any] | None:
         "storage_cause",
         "read__ns",
         "step_cause",
+        "block_span__gt",
+        "block_input__ns",
         "causes",
     ):
         if any(not np.array_equal(part[name], parts[0][name]) for part in parts[1:]):
@@ -298,7 +310,11 @@ def _arrays(graph: _Graph) -> dict[str, Any]:
         for event in graph.events
         for opened in graph.opens.get((event.layer, event.side), ())
     ]
-    wanted = sorted({storage for storage, cause in graph.kept.items() if cause} | {storage for *_, storage in read})
+    wanted = sorted(
+        {storage for storage, cause in graph.kept.items() if cause}
+        | {storage for *_, storage in read}
+        | {storage for call in graph.blocks for storage in call.given}
+    )
     number = {storage: position for position, storage in enumerate(wanted)}
     storage_cause = [place(graph.kept[storage]) if graph.kept.get(storage) else -1 for storage in wanted]
     storage_bytes = [0 if storage in forward.fixed else forward.n_bytes[storage] for storage in wanted]
@@ -341,6 +357,7 @@ def _arrays(graph: _Graph) -> dict[str, Any]:
         "alive__bf": forward_timeline(forward),
         "held__bf": held,
         "passing__bf": passing,
+        **block_arrays(graph.blocks, forward, graph.steps, number),
     }
 
 

@@ -78,6 +78,11 @@ def backward_timeline(steps: Sequence[BackwardStep], n_calls: int) -> tuple[np.n
         for place, size in step.backward.gradients.items():
             storage = step.call.leaves[place].storage
             if storage in results:
+                if size is not None:  # a view of a part: the gradient of the whole is another block
+                    fresh += 1
+                    users[gradient[storage]] -= 1
+                    gradient[storage], buffers[fresh] = fresh, size
+                    users[fresh] += 1
                 continue
             there = gradient.get(storage)
             if there is not None:

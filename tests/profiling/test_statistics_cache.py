@@ -50,7 +50,7 @@ def test_unusable_files_are_named(tmp_path: Path):
         "truncated.safetensors": (good[:-5], "not a readable safetensors file"),
         "text.safetensors": (b"hello", "not a readable safetensors file"),
         "empty.safetensors": (b"", "not a readable safetensors file"),
-        "foreign.safetensors": (good.replace(b"layerlens-statistics-3", b"layerlens-statistics-0"), "is not a"),
+        "foreign.safetensors": (good.replace(b"layerlens-statistics-4", b"layerlens-statistics-0"), "is not a"),
         "damaged.safetensors": (good.replace(b"n_tokens", b"n_t0kens"), "n_tokens: field required"),
     }
     for name, (content, message) in cases.items():

@@ -82,7 +82,7 @@ def test_statistics_and_modules(tmp_path: Path) -> None:
     cases = {
         b"no": (StatisticsFault.UNREADABLE, ModulesFault.UNREADABLE),
         save({}, metadata={"layerlens": '{"format": "other"}'}): (StatisticsFault.FORMAT, ModulesFault.UNREADABLE),
-        save({}, metadata={"layerlens": '{"format": "layerlens-statistics-3"}'}): (
+        save({}, metadata={"layerlens": '{"format": "layerlens-statistics-4"}'}): (
             StatisticsFault.HEADER, ModulesFault.UNREADABLE
         ),
         save({}, metadata={"layerlens": '{"format": 2, "modules": [], "others": []}'}): (

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
+from layerlens.integrations.flops import plain_counter
 from layerlens.profiling.footprint import samples_in
 from layerlens.profiling.streamed.on_disk import Boundaries, TreeFile
 from layerlens.profiling.streamed.parts import (
@@ -70,7 +70,7 @@ class StreamedFootprint:
     def run_front(self, parts: ModelParts, device: torch.device) -> torch.Tensor:
         """The first block's activations."""
         self.inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        with FlopCounterMode(display=False) as counter:
+        with plain_counter() as counter:
             found = parts.run_front(self.inputs)
         self.flops = counter.get_total_flops()
         self._calls, self._shapes = found.calls, found.shapes
@@ -87,7 +87,7 @@ class StreamedFootprint:
         self._run(parts, hidden, lambda: _total(parts.run_tail(self.inputs, hidden, self._shapes)))
 
     def _run(self, parts: ModelParts, hidden: torch.Tensor, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), plain_counter() as counter:
             run()
         self.flops += counter.get_total_flops()
         seen = {x.untyped_storage().data_ptr() for x in (*parts.model.parameters(), *parts.model.buffers())}

@@ -1,0 +1,8 @@
+"""Tests here import one another's helpers by name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
