@@ -148,6 +148,7 @@ TASKS: Registry[Any] = Registry(
         "image-regression": "layerlens.tasks.image_regression:TASK",
         "semantic-segmentation": "layerlens.tasks.semantic_segmentation:TASK",
         "object-detection": "layerlens.tasks.object_detection:TASK",
+        "audio-classification": "layerlens.tasks.audio_classification:TASK",
         "custom": "layerlens.tasks.custom:TASK",
     },
 )

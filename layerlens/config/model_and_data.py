@@ -169,8 +169,9 @@ class DataConfig(ConfigModel):
         description="A .jsonl, .json, .csv, .tsv or .parquet file (.gz too); a .txt file with a text in each "
         "line; a .conll, .bio or .conllu file of words with their tags; a folder of such files, of which those of the "
         "split train are read; a directory that `datasets` saved with save_to_disk; `hf:NAME:SPLIT` or "
-        "`hf:NAME/CONFIG:SPLIT` for a data set of the Hugging Face hub; a folder with a sub-folder of images for each "
-        "class; `module:function` of yours, which returns rows (for the task custom: a map-style data set or batches); "
+        "`hf:NAME/CONFIG:SPLIT` for a data set of the Hugging Face hub; a folder with a sub-folder of images, or "
+        "of clips of sound, for each class; `module:function` of yours, which returns rows (for the task custom: a "
+        "map-style data set or batches); "
         "`builtin:stdlib-docstrings` (docstrings of the running Python's standard library, labelled by the package "
         "they come from); `builtin:digits` (8 × 8 handwritten digits; needs scikit-learn); for `object-detection` the "
         "YAML file of a YOLO data set.",
@@ -210,6 +211,20 @@ class DataConfig(ConfigModel):
         default=None,
         description="Column with the image, a path (from the table's folder) or encoded bytes; `image` or `img` when "
         "not given.",
+    )
+    audio_column: str | None = Field(
+        default=None,
+        exclude_if=lambda column: column is None,
+        description="Column with the clip of sound: a path (from the table's folder, or `clips`, `audio`, `wavs` in it "
+        "or beside it), encoded bytes, or what `datasets` has for an Audio feature; `audio`, `path`, `file` or "
+        "`file_name` when not given.",
+    )
+    max_seconds: float = Field(
+        default=20.0,
+        gt=0,
+        exclude_if=lambda seconds: seconds == 20.0,
+        description="Longest clip of sound. Of a longer one audio-classification takes the beginning; clips with a "
+        "transcript are left out.",
     )
     label_names: list[str] | dict[str, str] | None = Field(
         default=None,

@@ -119,16 +119,16 @@ def _keep(dataset: Any, found: SourceRows) -> None:
 
 
 def dataset_rows(dataset: Any) -> Rows:
-    """Rows with the names of classes, single ones or lists of them, in place of their numbers; images encoded.
+    """Rows with the names of classes, single ones or lists of them, in place of their numbers; media encoded.
 
     Raises:
         DataError: a value has no Python value, such as a date in the year 5881580.
     """
-    from datasets import Image
+    from datasets import Audio, Image
 
-    images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
-    for name in images:
-        dataset = dataset.cast_column(name, Image(decode=False))
+    for kind in (Image, Audio):
+        for name in [name for name, feature in dataset.features.items() if isinstance(feature, kind)]:
+            dataset = dataset.cast_column(name, kind(decode=False))
     rows: Rows = []
     try:
         rows.extend(dict(row) for row in dataset)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from layerlens.data.class_folders import FileKind, class_folders, some
 from layerlens.data.pixels import Header, from_array, in_mode, looks_like_image, read_header, read_pixels
-from layerlens.data.rows import MOST_NAMED, Reading
+from layerlens.data.rows import Reading
 from layerlens.exceptions import DataError, DataNotFoundError
 from layerlens.utils.places import check_readable
 
@@ -98,108 +98,57 @@ class StoredImage:
         return self.path
 
 
-class Check:
-    """Which images can be read, one after the other; whole as long as they are not too many, else by header and end.
+class Check(FileKind):
+    """Which images can be read, one after the other; whole as long as they are not too many, else by header and end."""
 
-    Attributes:
-        notes: what becomes of those that can be read, a line each.
-    """
+    column, one, many, endings = "image", "an image", "images", ".png, .jpg, .tif"
 
-    def __init__(self) -> None:
+    def __init__(self, max_pixels: int = 2**26) -> None:
+        self.max_pixels = max_pixels
         self._left = WHOLE_BYTES
         self._deep: list[str] = []
         self._several: list[str] = []
 
-    def fault(self, image: StoredImage) -> str:
-        """Why an image cannot be read, as the end of a sentence; "" where it can."""
+    def looks_right(self, path: Path) -> bool:
+        return looks_like_image(path)
+
+    def stored(self, name: str, path: Path) -> StoredImage:
+        return StoredImage(name, path=path, max_pixels=self.max_pixels)
+
+    def fault(self, item: StoredImage) -> str:
         try:
-            header = image.header()
-            self._left -= image.n_bytes
-            if self._left >= 0 and image.pixels is None:
-                read_pixels(image._encoded, "RGB", image.max_pixels, LIMIT)
+            header = item.header()
+            self._left -= item.n_bytes
+            if self._left >= 0 and item.pixels is None:
+                read_pixels(item._encoded, "RGB", item.max_pixels, LIMIT)
         except DataError as error:
             return str(error)
         if header.deep:
-            self._deep.append(image.name)
+            self._deep.append(item.name)
         if header.frames > 1:
-            self._several.append(image.name)
+            self._several.append(item.name)
         return ""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of those that can be read."""
         lines = {
             "with more than 8 bits a channel, scaled from the darkest to the brightest value of each": self._deep,
             "with several frames or pages, of which the first is read": self._several,
         }
-        return tuple(f"{_count(names, 'image')} {what}: {some(names)}" for what, names in lines.items() if names)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of several names, and how many more there are."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return f"{', '.join(names[:MOST_NAMED])}{more}"
-
-
-def _count(names: Sequence[str], what: str) -> str:
-    return f"{len(names)} {what}{'' if len(names) == 1 else 's'}"
+        return tuple(
+            f"{len(names)} image{'' if len(names) == 1 else 's'} {what}: {some(names)}"
+            for what, names in lines.items()
+            if names
+        )
 
 
 def image_folder(root: Path, max_pixels: int) -> tuple[tuple[StoredImage, ...], tuple[str, ...], Reading]:
     """The images below ``root``, the name of each one's class (the sub-folder it is in), and what was not read.
 
     Raises:
-        DataError: images stand outside the classes' folders, there are fewer than two classes, or none of the images of
-            one can be read.
+        DataError: there are fewer than two classes, or none of the images of one can be read.
     """
-    classes = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    images: list[StoredImage] = []
-    labels: list[str] = []
-    left_out: dict[int, str] = {}
-    names: dict[int, str] = {}
-    notes: list[str] = []
-    check = Check()
-    for folder in classes:
-        paths = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
-        found = [path for path in paths if looks_like_image(path)]
-        if len(found) < len(paths):
-            others = [path.relative_to(root).as_posix() for path in paths if path not in set(found)]
-            notes.append(f"{_count(others, 'file')} not read, since not an image: {some(others)}")
-        if not found:
-            notes.append(f"the folder {folder.name} has no images, so it is no class")
-        faults: list[str] = []
-        for path in found:
-            check_readable(path, root)
-            image = StoredImage(path.relative_to(root).as_posix(), path=path, max_pixels=max_pixels)
-            fault = check.fault(image)
-            if fault:
-                number = len(images) + len(left_out) + 1
-                left_out[number], names[number] = fault, image.name
-                faults.append(fault)
-            else:
-                images.append(image)
-                labels.append(folder.name)
-        if found and len(faults) == len(found):
-            raise DataError(
-                f"data.source: none of the {len(found)} images of the class {folder.name} can be read; "
-                f"{found[0].relative_to(root)} {faults[0]}; or move the folder away if it is no class"
-            )
-    outside = [path.name for path in sorted(root.iterdir()) if path.is_file() and looks_like_image(path)]
-    if len(set(labels)) < 2:
-        known = f"has images of {len(set(labels))} class" if labels else "has no images in sub-folders"
-        raise DataError(
-            f"data.source: {root} {known}; an image folder has one sub-folder for each of two or more classes "
-            "(.png, .jpg, .tif ...). If it has train and test folders, give the train folder"
-        )
-    if outside:
-        notes.append(f"{_count(outside, 'image')} outside the classes' folders not read: {some(outside)}")
-    total = len(images) + len(left_out)
-    reading = Reading(total, ("image",), left_out=left_out, names=names, notes=(*notes, *check.notes))
-    return tuple(images), tuple(labels), reading
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return class_folders(root, Check(max_pixels))
 
 
 def stored_image(value: Any, place: Path, number: int, max_pixels: int) -> StoredImage | None:

@@ -23,6 +23,7 @@ from layerlens.data.pixels import SUFFIXES as IMAGE_SUFFIXES
 from layerlens.data.read import check_rows, dataset_of
 from layerlens.data.readers import reader_of
 from layerlens.data.rows import FIRST, Enough, Rows, SourceRows
+from layerlens.data.sounds import has_sound_folder
 from layerlens.data.table import Table
 from layerlens.exceptions import DataError, DataNotFoundError
 from layerlens.registry import TASKS
@@ -71,7 +72,7 @@ def load_dataset(
         return loaded
     if config.source.startswith(BUILT_IN_PREFIX):
         return _built_in(config.source, kind)
-    if kind.read_folder is not None and (folder := image_folder_of(config.source, base_dir)):
+    if kind.read_folder is not None and (folder := media_folder_of(config.source, base_dir)):
         read: Dataset = kind.read_folder(folder, config)
         return read
     found, place = source_rows(config, base_dir, first, of_words=kind.inputs == "words")
@@ -130,8 +131,8 @@ def source_rows(
         return SourceRows.of(rows_of_function(source, base_dir)[:first], first=first), source
     if not path.is_file() and not path.is_dir():
         raise DataNotFoundError(
-            f"data.source: no file at {path}; give a {FORMATS} file, a folder of them or of images, a directory that "
-            f"datasets saved, hf:NAME, module:function, or {next(iter(BUILT_IN))}"
+            f"data.source: no file at {path}; give a {FORMATS} file, a folder of them, of images or of sound, a "
+            f"directory that datasets saved, hf:NAME, module:function, or {next(iter(BUILT_IN))}"
         )
     with contextlib.suppress(Enough):
         _read_place(path, config, found, of_words)
@@ -170,15 +171,17 @@ def is_saved_dataset(folder: Path) -> bool:
     return any((folder / name).exists() for name in SAVED_DATASET)
 
 
-def image_folder_of(source: str, base_dir: Path | None = None) -> Path | None:
-    """The directory that a source names, where it has images, or nothing else that could be read; else None."""
+def media_folder_of(source: str, base_dir: Path | None = None) -> Path | None:
+    """The directory that a source names, where it has images, or sound without a table, or nothing else that could be
+    read; else None.
+    """
     if source.startswith((BUILT_IN_PREFIX, HUB_PREFIX)):
         return None
     path = (base_dir or Path()) / local_file(source).expanduser()
     if not path.is_dir() or is_saved_dataset(path):
         return None
     has_images = any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*"))
-    return path if has_images or not shards(path, of_words=True) else None
+    return path if has_images or has_sound_folder(path) or not shards(path, of_words=True) else None
 
 
 def rows_of_function(source: str, base_dir: Path | None) -> Rows:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from layerlens.data.images import Check, StoredImage, some
+from layerlens.data.class_folders import some
+from layerlens.data.images import Check, StoredImage
 from layerlens.data.pixels import looks_like_image
 from layerlens.data.rows import Reading
 from layerlens.exceptions import DataError

@@ -16,6 +16,7 @@ from typing import Any
 from layerlens.config import DataConfig
 from layerlens.data.images import Check, StoredImage, stored_image
 from layerlens.data.rows import FIRST, Rows
+from layerlens.data.sounds import SoundCheck, StoredSound, folders_beside, stored_sound
 from layerlens.data.values import (
     Answers,
     answers_of,
@@ -35,7 +36,19 @@ TEXTS = (
     "text", "sentence", "content", "document", "review", "question", "comment", "tweet", "message", "body", "utterance",
 )  # fmt: skip
 IMAGES = ("image", "img", "file_name", "path")
-"""Where labels, texts and images usually stand."""
+SOUNDS = (
+    "audio",
+    "sound",
+    "audio_path",
+    "audio_file",
+    "audio_filepath",
+    "wav",
+    "file",
+    "filename",
+    "file_name",
+    "path",
+)
+"""Where labels, texts, images and clips of sound usually stand."""
 
 MOST_CLASSES, LONGEST_CLASS = 100, 60
 """A column of another name is taken for labels if its values repeat, and are neither many nor long."""
@@ -155,7 +168,8 @@ class Table:
 
     def repeating(self, config: DataConfig) -> tuple[str, ...]:
         """Columns of single words or whole numbers whose values repeat, other than texts and images that are known."""
-        named = {config.text_column, config.pair_column, config.image_column, *TEXTS, *IMAGES}
+        named = {config.text_column, config.pair_column, config.image_column, config.audio_column}
+        named |= {*TEXTS, *IMAGES, *SOUNDS}
         found = []
         for name in self._top:
             values = [row[name] for row in self.rows[:FIRST] if row.get(name) is not None]
@@ -194,7 +208,7 @@ class Table:
 
     def text_like(self, config: DataConfig, label_column: str | None) -> tuple[str, ...]:
         """Columns that may be the text: the only one of texts, or those with sentences."""
-        taken = {label_column, config.pair_column, *IMAGES}
+        taken = {label_column, config.pair_column, *IMAGES, *SOUNDS}
         texts = [name for name in self._top if name not in taken and self._is_text(name)]
         if len(texts) < 2:
             return tuple(texts)
@@ -232,6 +246,25 @@ class Table:
             images.append(image)
         self.notes.extend(check.notes)
         return tuple(images)
+
+    def sounds(self, config: DataConfig) -> tuple[StoredSound | None, ...]:
+        """Clips of sound: paths of files (relative ones from the table's folder), encoded bytes, or samples."""
+        column = self.find(config.audio_column, "audio_column", SOUNDS)
+        clips: list[StoredSound | None] = []
+        check, folders = SoundCheck(), folders_beside(Path(self.place))
+        for place, value in enumerate(self.values(column)):
+            clip, reason = None, f"has no clip of sound in column {column!r}, got {short(value)}"
+            try:
+                clip = stored_sound(value, folders, Path(self.place), self.number(place))
+            except DataNotFoundError as error:
+                reason = str(error)
+            if clip is None:
+                self.leave_out(place, f"{reason}; give the path of a file, encoded bytes, or samples with their rate")
+            elif fault := check.fault(clip):
+                self.leave_out(place, f"has a clip that {fault}, got {clip.name}")
+            clips.append(clip)
+        self.notes.extend(check.notes)
+        return tuple(clips)
 
     def numbers_of(self, column: str) -> tuple[float, ...]:
         """Finite numbers."""

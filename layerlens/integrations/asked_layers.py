@@ -11,7 +11,7 @@ import torch
 
 from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.transformers import is_dense
-from layerlens.integrations.weight_matrices import why_not_measurable
+from layerlens.integrations.weight_matrices import is_convolution, why_not_measurable
 
 FIELD = "profiling.layers"
 
@@ -52,7 +52,8 @@ def layers_asked_for(
     found: dict[str, int | None] = {}
     left_out: dict[str, str] = {}
     for path, module in modules.items():
-        wanted = path in of_block or is_dense(module) or isinstance(module, torch.nn.Embedding)
+        others = is_dense(module) or is_convolution(module) or isinstance(module, torch.nn.Embedding)
+        wanted = path in of_block or others
         if not path or not wanted:
             continue
         if not any(_names(pattern, path) for pattern in patterns):

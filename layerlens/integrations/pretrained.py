@@ -13,6 +13,7 @@ from layerlens.models.tokens import TokenTraining
 if TYPE_CHECKING:
     import torch
 
+    from layerlens.integrations.audio_input import AudioInput
     from layerlens.integrations.skeleton import StreamedWeights
 
 
@@ -55,6 +56,7 @@ class PretrainedModel:
         drawn: names of other parameters that the checkpoint does not have; they stay as they were drawn.
         notes: what the user should know of how it was loaded, a line each.
         tokens: rows of the embeddings that are trained; None for none.
+        audio: how sound becomes its inputs; None for models of anything else.
         heads: modules that are trained whole because the user says so, in place of a task head that is not new; None
             where he says nothing.
     """
@@ -72,6 +74,7 @@ class PretrainedModel:
     tokens: TokenTraining | None = None
     no_processor: str = ""
     heads: tuple[str, ...] | None = None
+    audio: AudioInput | None = None
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +83,13 @@ class PretrainedModel:
 
         device = next(self.model.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def transforms(self) -> dict[str, Any]:
+        """Functions, maybe of the user's, that make its inputs, by the name that messages use."""
+        found = {"the transform of images": None if self.images is None else self.images.transform}
+        own = self.audio is not None and not hasattr(self.audio.extractor, "sampling_rate")
+        return found | ({"the transform of sound": self.audio.extractor} if self.audio and own else {})
 
     def trained_modules(self, task_head: bool = True) -> tuple[str, ...]:
         """Modules that are trained whole: those that the user names, and those that the checkpoint lacks.

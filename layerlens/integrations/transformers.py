@@ -254,8 +254,13 @@ def task_heads(model: torch.nn.Module) -> tuple[str, ...]:
     base = getattr(model, "base_model_prefix", "")
     if not base or (not hasattr(model, base) and type(model).__name__.endswith("Model")):  # the base itself
         return ()
+    blocks = () if hasattr(model, base) else blocks_of(model)  # WhisperForAudioClassification has the encoder alone
     return tuple(
-        name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())
+        name
+        for name, child in model.named_children()
+        if name != base
+        and any(True for _ in child.parameters())
+        and not any(block.startswith(f"{name}.") for block in blocks)
     )
 
 

@@ -101,6 +101,8 @@ def why_not_measurable(name: str, module: torch.nn.Module) -> str:
     """Why a module's weight cannot be measured; "" where it can."""
     from transformers.pytorch_utils import Conv1D
 
+    if _is_computed(module):
+        return "its weight is computed from others in every pass (weight or spectral normalisation)"
     if is_convolution(module):
         if module.padding_mode != "zeros":
             return "convolutions with padding other than zeros are not measured"
@@ -118,6 +120,12 @@ def why_not_measurable(name: str, module: torch.nn.Module) -> str:
     if isinstance(module, Conv1D):
         return ""
     return f"weights of {type(module).__name__} are not measured"
+
+
+def _is_computed(module: torch.nn.Module) -> bool:
+    """Whether what a module calls its weight is no parameter: one is made of others when it is asked for."""
+    by_hook = any(f"weight_{part}" in module._parameters for part in ("g", "orig"))
+    return by_hook or torch.nn.utils.parametrize.is_parametrized(module, "weight")
 
 
 def _overridden(module: torch.nn.Module, base: type[torch.nn.Module]) -> str:

@@ -93,6 +93,11 @@ class Loaded:
         """Whether a program gave the objects, of which nothing is kept between runs."""
         return False
 
+    @property
+    def typical(self) -> Batch:
+        """The batch that costs are counted on."""
+        return self.batches.typical if isinstance(self.batches, Batches) else self.batches[0]
+
     def summary(self, config: DataConfig) -> DataSummary | None:
         """What was read, and one sample as the model sees it; None where the data came as batches."""
         if not isinstance(self.batches, Batches):
@@ -198,7 +203,7 @@ def _load(
         task.reference(pretrained.model, pretrained, batches.features, config.data.batch_size)
     for line in (*dataset.notes, *notes_of(batches.features)):
         heard.add(line)
-    inputs = batches[0].inputs
+    inputs = batches.typical.inputs
     for name in batches.untaken:
         heard.add(untaken_note(pretrained.model, name))
     spec = model_spec(

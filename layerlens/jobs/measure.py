@@ -197,7 +197,7 @@ def _measure(job: Job, loaded: Loaded, key: str) -> ModelStatistics | None:
     with checkpointed_activations(pretrained.model) if checkpointed else nullcontext():
         share = measure_share(
             pretrained.model, loaded.spec, batches, saved=saved, processes=job.processes,
-            example=loaded.example, **settings,
+            example=loaded.typical.inputs if loaded.example is None else loaded.example, **settings,
         )  # fmt: skip
     return None if share is None else replace(share, head=head)
 

@@ -22,10 +22,9 @@ MOST_NAMED = 3
 def code_of(loaded: Loaded) -> CodeIdentity:
     """The code that statistics and short trainings depend on: of the model, its loss, inputs, statistics, methods."""
     methods = {name: METHODS[name] for layer in loaded.spec.layers for name in layer.methods}
-    images = loaded.pretrained.images
     others = {
         **task_parts(loaded.task),
-        "the transform of images": None if images is None else images.transform,
+        **loaded.pretrained.transforms,
         "the statistics": list(loaded.request.statistics),
         "the methods": [methods[name] for name in sorted(methods)],
     }

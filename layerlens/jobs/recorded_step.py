@@ -12,6 +12,7 @@ import torch
 from layerlens.config import LatencyProfile, OptimizationConfig
 from layerlens.cost.device import load_profile, profile_path
 from layerlens.cost.measure import here
+from layerlens.integrations.audio_input import SPECTRA, WAVES
 from layerlens.integrations.expert_products import plain_products
 from layerlens.integrations.placement import offloaded, sharded
 from layerlens.integrations.quantized import quantized_layers
@@ -32,6 +33,8 @@ UNRECORDABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, Attrib
 """What a model may raise that looks at numbers where there are none."""
 SAMPLES = (2, 4)
 MASKS = ("attention_mask", "decoder_attention_mask")
+FULL = {"input_ids", WAVES, SPECTRA}
+"""Inputs that are full without a mask: tokens and sound."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class StepOf:
     def _made(self, samples: int) -> dict[str, torch.Tensor]:
         made = {}
         for name, like in self.inputs.items():
-            if name not in MASKS or "input_ids" not in self.inputs:  # a full batch needs none
+            if name not in MASKS or not FULL & set(self.inputs):  # a full batch needs none
                 if self.real:
                     made[name] = like[torch.arange(samples) % len(like)]
                 else:
@@ -149,7 +152,7 @@ def as_trained(model: torch.nn.Module) -> Iterator[None]:
 
 def step_of(loaded: Loaded, heads: tuple[str, ...], length: int, *, real: bool = False) -> StepOf:
     """What a step of the loaded model is recorded or measured of, with sequences of ``length`` tokens."""
-    batch = loaded.batches[0]
+    batch = loaded.typical
     example = batch.inputs if loaded.example is None else dict(loaded.example)
     labels = batch.labels if isinstance(batch.labels, torch.Tensor) else None
     model = loaded.pretrained.model

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from layerlens.exceptions import ConfigurationError, ModelSpecError
+from layerlens.integrations.audio_input import blank_inputs
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel, mode_for
 from layerlens.integrations.quantized_loading import saved_quantization
@@ -85,7 +86,7 @@ def shapes_of(
     if tokens is not None:
         model.resize_token_embeddings(tokens.rows, mean_resizing=False)
     limit = longest_sequence(model)
-    if request.kind.inputs != "image" and limit is not None and sequence_length > limit:
+    if request.kind.inputs not in ("image", "audio") and limit is not None and sequence_length > limit:
         raise ConfigurationError(
             f"sequence_length: {sequence_length} tokens, but the model has {limit} positions; use at most {limit}"
         )
@@ -143,8 +144,10 @@ def _step(of: StepOf, spec: ModelSpec) -> tuple[StepRecord | None, str]:
 
 
 def _inputs(request: LoadRequest, pretrained: PretrainedModel, sequence_length: int) -> dict[str, torch.Tensor]:
-    """A full batch as a run counts it: token ids, or images of the size that the model takes."""
+    """A full batch as a run counts it: token ids, images of the size that the model takes, or clips of ten seconds."""
     config: Any = getattr(pretrained.model, "config", None)
+    if request.kind.inputs == "audio":
+        return blank_inputs(config, SAMPLES)
     if request.kind.inputs != "image":
         ids = torch.ones(SAMPLES, sequence_length, dtype=torch.int64)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -289,9 +289,7 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
         data = training_data(dataset, pretrained, task, config, job.warnings.add)
         summary = _summary(task, pretrained, dataset, config)
         base = pretrained.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = pretrained.images
-    transform = None if images is None else images.transform
-    code = model_code(base, {**task_parts(task), "the transform of images": transform})
+    code = model_code(base, {**task_parts(task), **pretrained.transforms})
     timed = _timed_batch(data, config, task, base)
     before_ms = _inference_ms(base, timed) if is_main_process() else None
     prepared = _prepared(job, order, manifest, pretrained, data)

@@ -20,6 +20,7 @@ from layerlens.data.labels import in_order_of
 from layerlens.data.read import dataset_of
 from layerlens.data.rows import SourceRows
 from layerlens.exceptions import ConfigurationError, DataError
+from layerlens.integrations.audio_input import audio_input, extractor_in
 from layerlens.integrations.layers import model_spec, of_tokens_alone
 from layerlens.integrations.new_head import new_head_of
 from layerlens.integrations.placement import input_device
@@ -291,8 +292,8 @@ def _of_rows(
         f"data: {len(calibration)} of {len(dataset)} samples measured",
     )
     loaded = LoadedObjects(
-        pretrained, dataset, calibration, head_data, held_out, batches, _spec(pretrained, config, batches[0].inputs),
-        IN_MEMORY, task, statistics_request(config),
+        pretrained, dataset, calibration, head_data, held_out, batches,
+        _spec(pretrained, config, batches.typical.inputs), IN_MEMORY, task, statistics_request(config),
     )  # fmt: skip
     read = loaded.summary(config.data)
     facts = [] if read is None else [f"data: {TOLD[name]}{said}" for name, said in read.facts() if name in TOLD]
@@ -426,6 +427,9 @@ def _pretrained(objects: Objects, model: torch.nn.Module, new: tuple[str, ...]) 
     processor, reference = objects.tokenizer, given.reference_of(model)
     if processor is None:
         return PretrainedModel(model, None, reference, new)
+    if (extractor := extractor_in(processor, model)) is not None:
+        own = None if extractor is processor else tokenizer_of(copy.deepcopy(processor))
+        return PretrainedModel(model, own, reference, new, audio=audio_input(extractor, first_argument(model)))
     if hasattr(processor, "tokenizer") and hasattr(processor, "apply_chat_template"):
         whole = copy.deepcopy(processor)
         return PretrainedModel(model, tokenizer_of(whole), reference, new, processor=whole)

@@ -240,7 +240,7 @@ def _queries(
         rows = query.transpose(0, 1)
         try:
             rows.view(rows.shape[0], -1, rows.shape[-1])
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # ValueError: of tensors without data
             return output
         if number is not None:
             events.append(LayerEvent(len(forward.calls), number, QUERY, forward.number(query), query.element_size()))

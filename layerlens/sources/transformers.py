@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.data.labels import HEAD_ADVICE, UNNAMED, outputs_of, unmatched
 from layerlens.exceptions import DataError, ModelNotFoundError, ModelSpecError
-from layerlens.integrations.auto_classes import BASE, auto_class_for, has_towers, model_class
-from layerlens.integrations.pretrained import ImageInput, PretrainedModel, mode_for, tokenizer_of
+from layerlens.integrations.auto_classes import BASE, auto_class_for, model_class
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.quantized import is_quantized, keep_weights
 from layerlens.integrations.quantized_loading import (
     loading_of,
@@ -27,14 +27,12 @@ from layerlens.integrations.sentence_models import transformer_folder
 from layerlens.integrations.token_embeddings import with_tokens
 from layerlens.integrations.transformers import output_names, task_heads, trained_and_drawn
 from layerlens.registry import TASKS
+from layerlens.sources.processors import image_processor, processors_of, vocabulary_of
 from layerlens.sources.source import LoadRequest, ModelSource, Trust
 from layerlens.storage import local_file, url_of
 
 if TYPE_CHECKING:
     from layerlens.integrations.skeleton import StreamedWeights
-
-# Byte-level tokenizers that take a list of words only if they may put a space before each.
-SPACE_BEFORE_WORDS = ("bloom", "gpt2", "roberta", "deberta", "longformer")
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 STREAMED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json"]
@@ -122,7 +120,7 @@ class TransformersSource(ModelSource):
                 if _outputs_of_data(request, labels, info):
                     labels, heads = request.labels, heads | _named(request.labels)
                     model, info, streamed = _load_weights(request, path, heads, told)
-                tokenizer, images, processor, no_processor = _load_processor(request, path, model.config, told)
+                saved = processors_of(request, path, model.config, told)
             except (ModelSpecError, DataError):
                 raise
             except (OSError, ValueError, KeyError) as error:
@@ -134,6 +132,7 @@ class TransformersSource(ModelSource):
             except (ImportError, RuntimeError, TypeError, AttributeError) as error:
                 _refuse_quantized(error, request, self)
                 raise
+        tokenizer = saved.tokenizer
         if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         keep_weights(model)
@@ -143,6 +142,8 @@ class TransformersSource(ModelSource):
                 torch.manual_seed(request.seed)
                 tokens = with_tokens(model, tokenizer, request.tokens)
         model.eval().requires_grad_(False)
+        if hasattr(model, "freeze_feature_encoder"):  # else its convolutions keep activations, frozen or not
+            model.freeze_feature_encoder()
         notes: tuple[str, ...] = ()
         if streamed is None:
             refuse_other_dtype(model, getattr(torch, request.dtype))
@@ -163,8 +164,9 @@ class TransformersSource(ModelSource):
             )
         new, drawn = ((), lacking) if request.kind.auto_class == BASE else trained_and_drawn(model, lacking)
         return PretrainedModel(
-            model, tokenizer, path, new, tuple(labels), images, streamed, drawn, processor, notes, tokens, no_processor
-        )
+            model, tokenizer, path, new, tuple(labels), saved.images, streamed, drawn, saved.processor, notes, tokens,
+            saved.no_processor, audio=saved.audio,
+        )  # fmt: skip
 
     def architectures(self, request: LoadRequest) -> tuple[str, ...]:
         return tuple(getattr(self._configuration(request), "architectures", None) or ())
@@ -204,7 +206,7 @@ class TransformersSource(ModelSource):
             and (Path(self._config_place(request)) / "preprocessor_config.json").is_file()
         ):
             told = {"local_files_only": True, "trust_remote_code": request.trust_remote_code}
-            images = _image_processor(self._config_place(request), config, told)
+            images = image_processor(self._config_place(request), config, told)
         return PretrainedModel(model, None, self._config_place(request), (), tuple(request.labels), images, weights)
 
     def _config_place(self, request: LoadRequest) -> str:
@@ -354,6 +356,8 @@ def _head_settings(request: LoadRequest, path: str, told: dict[str, Any]) -> tup
     if request.kind.classes:
         labels = _labels_of_head(request, AutoConfig.from_pretrained(path, **told))
         heads |= _named(labels)
+    elif request.kind.vocabulary_head:
+        heads |= vocabulary_of(request, path, AutoConfig.from_pretrained(path, **told), told)
     return labels, heads
 
 
@@ -457,41 +461,3 @@ def _local_folder(path: str, local_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(path, allow_patterns=STREAMED_FILES, local_files_only=local_only))
-
-
-def _load_processor(
-    request: LoadRequest, path: str, config: Any, told: dict[str, Any]
-) -> tuple[Any, ImageInput | None, Any, str]:
-    """(tokenizer, images, processor, why no processor): what was saved with the model, as the task has use for."""
-    from transformers import AutoProcessor, AutoTokenizer
-
-    reason = ""
-    if request.kind.inputs == "image":
-        return None, _image_processor(path, config, told), None, ""
-    if has_towers(request.kind.auto_class, config):
-        try:
-            processor = AutoProcessor.from_pretrained(path, **told)
-            if hasattr(processor, "image_processor") and getattr(processor, "tokenizer", None) is not None:
-                return tokenizer_of(processor), None, processor, ""
-        except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:300]  # said where the data has images
-    spaced = request.kind.inputs == "words" and getattr(config, "model_type", "") in SPACE_BEFORE_WORDS
-    settings = {"add_prefix_space": True} if spaced else {}
-    return tokenizer_of(AutoTokenizer.from_pretrained(path, **told, **settings)), None, None, reason
-
-
-def _image_processor(path: str, config: Any, told: dict[str, Any]) -> ImageInput:
-    from transformers import AutoImageProcessor
-
-    try:
-        processor = AutoImageProcessor.from_pretrained(path, **told)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelNotFoundError(
-            f"model.name_or_path: {path} has no usable image processor ({str(error).strip().splitlines()[0]}); save "
-            "the one of the model beside its weights (preprocessor_config.json)"
-        ) from error
-
-    def transform(images: Sequence[Any]) -> Any:
-        return processor(list(images), return_tensors="pt")["pixel_values"]
-
-    return ImageInput(transform, "pixel_values", mode_for(getattr(config, "num_channels", 3)), processor)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.arguments import untaken
+from layerlens.integrations.audio_input import mask_of_frames
 from layerlens.integrations.placement import input_device
 from layerlens.integrations.pretrained import PretrainedModel
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 MASKS = ("attention_mask", "decoder_attention_mask")
+LENGTH = "sample_length"
+"""Under this name an encoded sample that is no tokens has its length, by which samples are put into batches."""
 Inputs = dict[str, "torch.Tensor"]
 Features = dict[str, Any]
 """One encoded sample: lists of token ids, an image, or tensors, by the name of the model's argument; and ``labels``."""
@@ -31,17 +34,21 @@ class Batch:
         labels: int64 [b] classes, int64 [b, t] labels of tokens, float targets, or what a user's own loss takes.
         index: int64 [b], position of each sample in its data set.
         rows: how many rows of the inputs make one sample: 2 for pairs, one after the other.
+        frames: int64 [b, t], the mask of an encoder's positions, where ``attention_mask`` is one of samples of sound.
     """
 
     inputs: Inputs
     labels: Any
     index: torch.Tensor
     rows: int = 1
+    frames: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on ``device``; ``index`` stays in main memory."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return replace(self, inputs=inputs, labels=_each_tensor(self.labels, lambda tensor: tensor.to(device)))
+        labels = _each_tensor(self.labels, lambda tensor: tensor.to(device))
+        frames = None if self.frames is None else self.frames.to(device)
+        return replace(self, inputs=inputs, labels=labels, frames=frames)
 
     def halves_apart(self) -> Batch:
         """The same samples, those with an even index first: each half of the calibration set is then one slice."""
@@ -59,7 +66,8 @@ class Batch:
 
         inputs = {name: together(tensor) for name, tensor in self.inputs.items()}
         labels = _each_tensor(self.labels, ordered, order.tolist())
-        return replace(self, inputs=inputs, labels=labels, index=self.index[order])
+        frames = None if self.frames is None else ordered(self.frames)
+        return replace(self, inputs=inputs, labels=labels, index=self.index[order], frames=frames)
 
     @property
     def masks(self) -> tuple[torch.Tensor, ...]:
@@ -67,6 +75,8 @@ class Batch:
 
         No two of them have the same t: activations are told to be the encoder's or the decoder's by their t.
         """
+        if self.frames is not None:
+            return (self.frames, *(self.inputs[name] for name in MASKS[1:] if name in self.inputs))
         return tuple(self.inputs[name] for name in MASKS if name in self.inputs)
 
     @property
@@ -135,7 +145,15 @@ class Batches(Sequence[Batch]):
         self.untaken |= dict.fromkeys(untaken(self.pretrained.model, inputs))
         inputs = {name: value for name, value in inputs.items() if name not in self.untaken}
         rows = len(inputs["input_ids"]) // len(chosen) if "input_ids" in inputs else 1
-        return Batch(inputs, labels, torch.tensor(chosen), rows).to(input_device(self.pretrained.model))
+        frames = mask_of_frames(self.pretrained.model, inputs)
+        return Batch(inputs, labels, torch.tensor(chosen), rows, frames).to(input_device(self.pretrained.model))
+
+    @property
+    def typical(self) -> Batch:
+        """The batch that costs are counted on: the one with the longest samples where these have a length of their own
+        (sound), else the first.
+        """
+        return self[-1 if len(self.features) and LENGTH in self.features[0] else 0]
 
 
 def _each_tensor(
@@ -170,7 +188,7 @@ def _each_tensor(
 
 
 def _length(features: Features) -> int:
-    return len(features.get("input_ids", ()))
+    return int(features[LENGTH]) if LENGTH in features else len(features.get("input_ids", ()))
 
 
 def untaken_note(model: torch.nn.Module, name: str) -> str:

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from typing import Any
 
+from layerlens.tasks.batches import LENGTH
 from layerlens.tasks.losses import IGNORED
 
 
@@ -66,10 +67,10 @@ def notes_of(features: Any) -> list[str]:
 
 
 def tokens_digest(features: Any) -> str:
-    """SHA-256 over token ids and labels; "" where samples are something else than tokens."""
+    """SHA-256 over token ids (or lengths of clips) and labels; "" where samples are something else."""
     digest = hashlib.sha256()
     for one in features:
-        if "input_ids" not in one:
+        if "input_ids" not in one and LENGTH not in one:
             return ""
         for name, value in sorted(one.items()):
             value = value.tolist() if hasattr(value, "tolist") else value

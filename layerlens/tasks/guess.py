@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerlens.config import DataConfig, RunConfig
-from layerlens.data.load import BUILT_IN, BUILT_IN_PREFIX, first_rows, image_folder_of
+from layerlens.data.load import BUILT_IN, BUILT_IN_PREFIX, first_rows, media_folder_of
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.auto_classes import BASE, TEXT, TOWERS
@@ -144,7 +144,7 @@ def _guess(config: RunConfig, base_dir: Path | None) -> Guess:
         for task in TASKS.values():
             if task.classes and task.of_classes is not None and task.inputs == BUILT_IN[source].column:
                 return Guess(task.name, f"the classes of {source}")
-    if url_of(source) is None and (folder := image_folder_of(source, base_dir)) is not None:
+    if url_of(source) is None and (folder := media_folder_of(source, base_dir)) is not None:
         reading = [task for task in TASKS.values() if task.read_folder is not None]
         claiming = [task for task in reading if task.claims_folder is not None and task.claims_folder(folder)]
         for task in (*claiming, *reading):
@@ -159,10 +159,15 @@ def possible(task: Any, architectures: Sequence[str]) -> bool:
     known = {other.auto_class for other in of_model if other.auto_class}
     if task.auto_class in known or (task.auto_class in TOWERS and TEXT in known):
         return True
-    images = {other.inputs == "image" for other in of_model}
+    kinds = {_kind(other) for other in of_model}
     if task.auto_class == BASE:  # every checkpoint has a model without a head
         return True
-    return not architectures or (task.new_head and images in (set(), {task.inputs == "image"}))
+    return not architectures or (task.new_head and kinds in (set(), {_kind(task)}))
+
+
+def _kind(task: Any) -> str:
+    """What a task's model reads."""
+    return task.inputs if task.inputs in ("image", "audio") else "text"
 
 
 def _listed(names: Sequence[str]) -> str:

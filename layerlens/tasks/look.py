@@ -7,7 +7,7 @@ from typing import Any
 
 from layerlens.config import RunConfig
 from layerlens.config.compatibility import refuse_conflicts
-from layerlens.data.load import BUILT_IN_PREFIX, HUB_PREFIX, image_folder_of, load_dataset
+from layerlens.data.load import BUILT_IN_PREFIX, HUB_PREFIX, load_dataset, media_folder_of
 from layerlens.data.rows import FIRST
 from layerlens.exceptions import ConfigurationError, ModelSpecError
 from layerlens.registry import TASKS
@@ -43,7 +43,7 @@ def look(config: RunConfig, base_dir: Path | None = None) -> tuple[RunConfig, Gu
             f"model.task: {config.model.reference!r} is a {' or '.join(architectures)}, which has no head for "
             f"{task.name}; give another checkpoint or another task"
         )
-    if task.inputs != "image" and (limit := positions(description)) is not None:
+    if task.inputs not in ("image", "audio") and (limit := positions(description)) is not None:
         for key, value in LENGTHS.items():
             if value(config) > limit:
                 raise ConfigurationError(
@@ -67,9 +67,10 @@ def _data(config: RunConfig, base_dir: Path | None, task: Any) -> str:
         return ""
     if REFERENCE.fullmatch(source) and not ((base_dir or Path()) / source).exists():
         return ""
-    if task.read_folder is not None and (folder := image_folder_of(source, base_dir)):
+    if task.read_folder is not None and (folder := media_folder_of(source, base_dir)):
         found = task.read_folder(folder, config.data)
-        return f"{found.description}: {len(found)} images of {len(found.label_names)} classes"
+        things = "clips" if task.inputs == "audio" else "images"
+        return f"{found.description}: {len(found)} {things} of {len(found.label_names)} classes"
     found = load_dataset(config.data, base_dir, task.name, FIRST)
     columns = found.reading.columns if found.reading is not None else ""
     return f"{found.description} ({columns})" if columns else found.description

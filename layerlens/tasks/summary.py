@@ -33,8 +33,10 @@ def summarise(
     """
     reading = dataset.reading
     left_out = [*reading.reasons] if reading is not None else []
+    notes = reading.notes if reading is not None else ()
     encoded = batches.features
     if isinstance(encoded, Encoded):
+        notes = (*notes, *encoded.said)
         left_out += [(n, f"{reason} (of the {len(samples):,} encoded)") for reason, n in encoded.left_out.items()]
     return DataSummary(
         source=dataset.description,
@@ -43,7 +45,7 @@ def summarise(
         used=reading.used if reading is not None else tuple(dataset.columns),
         unused=reading.unused if reading is not None else (),
         left_out=tuple(left_out),
-        notes=reading.notes if reading is not None else (),
+        notes=notes,
         encoded=len(encoded),
         tokens=_tokens(task, pretrained, samples, batches, config),
         classes=_classes(dataset),
@@ -119,7 +121,7 @@ def _shown(task: Task, pretrained: PretrainedModel, samples: Dataset, batches: B
         return {}
     batch = next((one for one in batches if 0 in one.index.tolist()), batches[0])
     place = batch.index.tolist().index(0) if 0 in batch.index.tolist() else 0
-    if not batch.masks or pretrained.tokenizer is None:
+    if not batch.masks or pretrained.tokenizer is None or "input_ids" not in batch.inputs:
         inputs = {name: f"{value.dtype} {list(value.shape[1:])}" for name, value in batch.inputs.items()}
         return {**inputs, **_target(samples, batch, place)}
     decode = pretrained.tokenizer.decode

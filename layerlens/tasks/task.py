@@ -50,7 +50,8 @@ class Task:
         name: as configurations have it.
         description: what it is and what its samples are, for the configuration's documentation.
         inputs: the column of a data set that its samples are made of: "text" or "words" (the model comes with a
-            tokenizer), "image" (with an image processor), or another (with either).
+            tokenizer), "image" (with an image processor), "audio" (with a feature extractor), or another (with any of
+            these).
         read: from the rows of a source to a data set.
         claim: (rows, data configuration) -> why the rows look as if they were for it, if they do (see ``Claim``); None
             for a task that has to be named.
@@ -87,6 +88,9 @@ class Task:
         configure: (task, model configuration, data set) -> the task with what the configuration says of its loss.
         of_images: name of the task that is this one on images; "" where there is none.
         alone: whether each sample is measured in a batch of its own, as its inputs have no axis of samples.
+        tokens: whether a model of sound also comes with a tokenizer, for its targets.
+        generate: (model, batch) -> what the model writes by itself for it, which metrics are given as ``generated``.
+        vocabulary_head: whether a new head has an output for each token of that tokenizer.
     """
 
     name: str
@@ -120,6 +124,9 @@ class Task:
     configure: Callable[[Task, ModelConfig, Dataset | None], Task] | None = None
     of_images: str = ""
     alone: bool = False
+    tokens: bool = False
+    vocabulary_head: bool = False
+    generate: Callable[[Any, Any], Any] | None = None
 
     @property
     def endings(self) -> tuple[str, ...]:

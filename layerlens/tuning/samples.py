@@ -178,11 +178,14 @@ def _fingerprint(train: Dataset, test: Dataset, features: Any, config: RunConfig
 
 @dataclass(frozen=True)
 class Output:
-    """What a model without a loss of its own returned, and the mean loss of its samples."""
+    """What a model without a loss of its own returned, the mean loss of its samples, and, where it is judged by that,
+    what it writes by itself.
+    """
 
     loss: torch.Tensor
     items: int
     output: Any
+    generated: Any = None
 
     @property
     def logits(self) -> torch.Tensor:
@@ -216,10 +219,11 @@ def _output(task: Task, model: Any, batch: Mapping[str, Any]) -> Output:
     whole = Batch(inputs, batch[TARGETS], torch.arange(n), rows).to(next(model.parameters()).device)
     returned = model(**whole.inputs)
     loss__b = task.loss(returned, whole)
+    written = None if task.generate is None or torch.is_grad_enabled() else task.generate(model, whole)
     if task.token_labels:  # a mean over tokens, as models compute it of texts
         items = int((whole.labels[:, task.shift :] != IGNORED).sum())
-        return Output(loss__b.sum() / max(1, items), items, returned)
-    return Output(loss__b.mean(), n, returned)
+        return Output(loss__b.sum() / max(1, items), items, returned, written)
+    return Output(loss__b.mean(), n, returned, written)
 
 
 def evaluate(

@@ -70,7 +70,8 @@ def measure_streamed(
     n_samples = batches.n_samples if isinstance(batches, Batches) else sum(len(batch.index) for batch in batches)
     request = dataclasses.replace(request, ntk_samples=min(request.ntk_samples, n_samples))
     with stream_directory(directory) as place, frozen_without_dropout(model, checkpointing=False), without_cache(model):
-        footprint = StreamedFootprint(dense_inputs(batches[0].inputs, sequence_length))
+        typical = batches.typical if isinstance(batches, Batches) else batches[0]
+        footprint = StreamedFootprint(dense_inputs(typical.inputs, sequence_length))
         sweep = ForwardSweep(model, weights, _HalvesApart(batches), place, device or torch.device("cpu"), footprint)
         try:
             one_pass = _Pass(sweep, Journal(place), spec, request, threads, loss, tuple(other_modules), n_samples)

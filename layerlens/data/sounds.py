@@ -1,0 +1,331 @@
+"""Sound: where it is kept until it is needed, and how it is read: one channel, at the rate that a model wants.
+
+Every clip goes this way, whether a model is measured or trained on it. Several channels become their mean, before
+anything else is done; another rate is changed by a polyphase filter, which leaves out what the new rate cannot hold.
+What cannot be read is said as the end of a sentence that begins with the clip's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerlens.data.class_folders import FileKind, class_folders, some
+from layerlens.data.rows import Reading
+from layerlens.exceptions import DataError, DataNotFoundError
+from layerlens.utils.places import check_readable
+
+READ = frozenset(
+    (".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64",
+     ".rf64", ".sph", ".nist")
+)  # fmt: skip
+NOT_READ = frozenset((".m4a", ".aac", ".wma", ".amr", ".webm", ".mp4", ".3gp", ".m4b", ".ape", ".wv"))
+SUFFIXES = READ | NOT_READ
+"""What files of sound are called, in lower case: those that libsndfile reads, and others."""
+SIGNATURES = (b"fLaC", b"OggS", b"ID3", b"FORM", b"caff", b".snd", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2", b"NIST_1A")
+NO_LIBRARY = "data.source: sound is read by soundfile, which is not installed; run: pip install 'layerlens[audio]'"
+BESIDE = ("clips", "audio", "wavs", "wav", "sounds", "../audio", "../clips", "../wavs", "../wav")
+"""Where files that a table names are looked for, if not in its own folder."""
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+WHOLE_BYTES = 2**26
+"""Clips of so many bytes are decoded when they are found; of further ones the header is read."""
+
+
+@dataclass(frozen=True)
+class SoundHeader:
+    """What the header of a clip says.
+
+    Args:
+        samples: of each channel.
+        rate: samples in a second.
+        channels: how many.
+    """
+
+    samples: int
+    rate: int
+    channels: int = 1
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.samples / self.rate
+
+    def samples_at(self, rate: int) -> int:
+        """Samples that it has at another rate."""
+        return -(-self.samples * rate // self.rate)
+
+
+@dataclass(frozen=True)
+class StoredSound:
+    """An encoded clip in a file or in memory, or its samples.
+
+    Args:
+        name: what messages call it, and what splits tell it apart by.
+        path: the file, if there is one.
+        data: the encoded bytes, if there is no file.
+        samples: float [n] or [n, channels], if it is not encoded.
+        rate: of ``samples``.
+    """
+
+    name: str
+    path: Path | None = None
+    data: bytes | None = field(default=None, repr=False)
+    samples: np.ndarray | None = field(default=None, repr=False)
+    rate: int = 0
+
+    @property
+    def identity(self) -> str:
+        """The name of a file, the content of anything else."""
+        return self.name if self.path is not None else hashlib.sha256(self.content()).hexdigest()
+
+    def content(self) -> bytes:
+        """The encoded bytes, or the samples with their shape and rate.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        if self.samples is not None:
+            return f"{self.samples.shape}{self.rate}".encode() + self.samples.tobytes()
+        if self.data is not None:
+            return self.data
+        assert self.path is not None
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise DataError(f"data.source: cannot read {self.name}: {error.strerror or error}") from error
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the file, or of what is in memory."""
+        if self.path is not None:
+            return self.path.stat().st_size
+        return len(self.data) if self.data is not None else 0
+
+    def header(self) -> SoundHeader:
+        """What it is, without its samples.
+
+        Raises:
+            DataError: as the end of a sentence that begins with its name.
+        """
+        if self.samples is not None:
+            found = SoundHeader(len(self.samples), self.rate, 1 if self.samples.ndim == 1 else self.samples.shape[1])
+        else:
+            with _opened(self) as file:
+                found = SoundHeader(file.frames, file.samplerate, file.channels)
+        if not found.samples:
+            raise DataError("is empty (it has no samples)")
+        return found
+
+    def read(self, rate: int, most: int | None = None) -> np.ndarray:
+        """Samples, float32 [n], of one channel at ``rate``; of a longer clip the first ``most``.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        try:
+            return self._read(rate, most)
+        except DataError as error:
+            raise DataError(f"data.source: {self.name} {error}; leave it out") from error
+
+    def _read(self, rate: int, most: int | None) -> np.ndarray:
+        own = self.header().rate
+        wanted = -1 if most is None else -(-most * own // rate)
+        if self.samples is not None:
+            decoded__nc = np.asarray(self.samples, np.float32).reshape(len(self.samples), -1)
+            decoded__nc = decoded__nc if wanted < 0 else decoded__nc[:wanted]
+        else:
+            with _opened(self) as file:
+                decoded__nc = file.read(wanted, dtype="float32", always_2d=True)
+        if not len(decoded__nc):
+            raise DataError("ends before its first sample")
+        if not np.isfinite(decoded__nc).all():
+            raise DataError("has samples that are no finite numbers")
+        found = at_rate(decoded__nc.mean(axis=1), own, rate)
+        return found if most is None else found[:most]
+
+
+def at_rate(samples: np.ndarray, own: int, rate: int) -> np.ndarray:
+    """Samples at another rate, float32 [ceil(n · rate / own)].
+
+    >>> at_rate(np.ones(8, np.float32), 2, 1).shape
+    (4,)
+    """
+    if own == rate:
+        return samples.astype(np.float32, copy=False)
+    from scipy.signal import resample_poly
+
+    common = math.gcd(own, rate)
+    found: np.ndarray = resample_poly(samples, rate // common, own // common)
+    return found.astype(np.float32, copy=False)
+
+
+def _opened(sound: StoredSound) -> Any:
+    """The clip as soundfile opens it.
+
+    Raises:
+        DataError: as the end of a sentence, where it is no sound that libsndfile reads; or soundfile is not installed.
+    """
+    try:
+        import soundfile
+    except (ModuleNotFoundError, OSError) as error:  # OSError: its library is not there
+        raise DataError(NO_LIBRARY) from error
+    try:
+        return soundfile.SoundFile(io.BytesIO(sound.data) if sound.data is not None else str(sound.path))
+    except soundfile.LibsndfileError as error:
+        said = str(error.error_string).strip().rstrip(".").lower()
+        if Path(sound.name).suffix.lower() in NOT_READ:
+            said = f"{Path(sound.name).suffix.lower()}; convert it to .wav, .flac or .mp3: ffmpeg -i IN OUT.wav"
+        elif not sound.n_bytes:
+            said = "the file is empty"
+        raise DataError(f"is no sound that soundfile can read ({said})") from error
+    except (OSError, RuntimeError, TypeError) as error:
+        raise DataError(f"cannot be read ({error})") from error
+
+
+class SoundCheck(FileKind):
+    """Which clips can be read, one after the other; whole as long as they are not too many, else by their header."""
+
+    column, one, many, endings = "audio", "a clip of sound", "clips of sound", ".wav, .flac, .mp3"
+
+    def __init__(self) -> None:
+        self._left = WHOLE_BYTES
+        self._silent: list[str] = []
+
+    def looks_right(self, path: Path) -> bool:
+        return looks_like_sound(path)
+
+    def stored(self, name: str, path: Path) -> StoredSound:
+        return StoredSound(name, path)
+
+    def fault(self, item: StoredSound) -> str:
+        try:
+            header = item.header()
+            self._left -= item.n_bytes
+            if self._left >= 0 and not item._read(header.rate, None).any():
+                self._silent.append(item.name)
+        except DataError as error:
+            if str(error) == NO_LIBRARY:
+                raise
+            return str(error)
+        return ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        n = len(self._silent)
+        return (f"{n} clip{'' if n == 1 else 's'} of silence alone: {some(self._silent)}",) if n else ()
+
+
+def looks_like_sound(path: Path) -> bool:
+    """Whether a file is called as files of sound are, or begins as they do."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    if path.suffix:
+        return False
+    try:
+        with path.open("rb") as file:
+            return begins_like_sound(file.read(16))
+    except OSError:
+        return False
+
+
+def begins_like_sound(start: bytes) -> bool:
+    """Whether bytes begin as an encoded clip does."""
+    return start.startswith(SIGNATURES) or (start[:4] in (b"RIFF", b"RF64") and start[8:12] == b"WAVE")
+
+
+def is_sound(value: Any) -> bool:
+    """Whether the cell of a table is a clip: the name of a file, encoded bytes, or samples with their rate."""
+    if isinstance(value, Mapping):
+        if value.get("array") is not None and value.get("sampling_rate"):
+            return True
+        data, path = value.get("bytes"), value.get("path")
+        return is_sound(data) or is_sound(path) if data is not None else is_sound(path)
+    if isinstance(value, (bytes, bytearray)):
+        return begins_like_sound(bytes(value[:16]))
+    return isinstance(value, str) and Path(value).suffix.lower() in SUFFIXES
+
+
+def stored_sound(value: Any, folders: Sequence[Path], place: Path, number: int) -> StoredSound | None:
+    """The clip that a row holds: a path, bytes as ``datasets`` keeps them, or samples with their rate.
+
+    None where the value is nothing of the kind.
+
+    Args:
+        value: what stands in the cell.
+        folders: where a relative path is looked for.
+        place: the table, for messages.
+        number: of the sample.
+
+    Raises:
+        DataNotFoundError: there is no such file.
+    """
+    name = f"clip of sample {number}"
+    if isinstance(value, Mapping):
+        if value.get("array") is not None:
+            if not value.get("sampling_rate"):
+                return None
+            return StoredSound(name, samples=np.asarray(value["array"]), rate=int(value["sampling_rate"]))
+        if isinstance(value.get("bytes"), bytes):
+            return StoredSound(value.get("path") or name, data=value["bytes"])
+        value = value.get("path")
+    if isinstance(value, (bytes, bytearray)):
+        return StoredSound(name, data=bytes(value))
+    if not isinstance(value, str) or not value:
+        return None
+    paths = [folder / Path(value).expanduser() for folder in folders]
+    path = next((one for one in paths if one.is_file()), None)
+    for one in (path, paths[0]):
+        if one is not None:
+            check_readable(one, place)
+    if path is None:
+        raise DataNotFoundError(f"has no file of sound at {paths[0]}")
+    return StoredSound(value, path=path)
+
+
+def folders_beside(place: Path) -> list[Path]:
+    """Where relative paths in a table are looked for: its own folder, and folders of clips beside and around it.
+
+    Common Voice has its clips in ``clips``, LJSpeech in ``wavs``, ESC-50 in ``../audio``.
+    """
+    own = place if place.is_dir() else place.parent
+    if place.is_dir() and len(tables := {path.parent for path in place.rglob("*") if path.suffix in TABLES}) == 1:
+        own = tables.pop()
+    return [own, *(folder for name in BESIDE if (folder := own / name).is_dir())]
+
+
+def has_sound_folder(root: Path) -> bool:
+    """Whether a folder has files of sound and no table that could name them."""
+    files = [path for path in root.rglob("*") if path.is_file()]
+    suffixes = {path.suffix.lower() for path in files}
+    return bool(suffixes & SUFFIXES) and not suffixes & set(TABLES)
+
+
+def sound_folder(root: Path) -> tuple[tuple[StoredSound, ...], tuple[str, ...], Reading]:
+    """The clips below ``root``, the name of each one's class (the sub-folder it is in), and what was not read.
+
+    Raises:
+        DataError: clips stand outside the classes' folders, there are fewer than two classes, or none of the clips of
+            one can be read.
+    """
+    return class_folders(root, SoundCheck())
+
+
+def told_of_rates(headers: Sequence[SoundHeader], rate: int) -> list[str]:
+    """How clips become what the model takes, a line each."""
+    others = Counter(header.rate for header in headers if header.rate != rate)
+    lines = []
+    if others:
+        rates = ", ".join(f"{one:,}" for one in sorted(others))
+        lines.append(f"{others.total()} of {len(headers)} clips are resampled to {rate:,} Hz, from {rates} Hz")
+    several = sum(header.channels > 1 for header in headers)
+    if several:
+        lines.append(f"{several} of {len(headers)} clips have several channels, which become their mean")
+    return lines

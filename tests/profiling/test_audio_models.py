@@ -1,0 +1,82 @@
+"""Models of sound: statistics against one backward pass for each clip, masks of positions, and what is offered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from brute_force import assert_equal, profile, sample_gradients, weight_statistics
+
+from benchmarks.audio_models import AUDIO
+from layerlens.config import DataConfig
+from layerlens.data.dataset import Dataset
+from layerlens.data.sounds import StoredSound
+from layerlens.integrations.audio_input import audio_input, mask_of_frames
+from layerlens.integrations.layers import model_spec
+from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.registry import TASKS
+from layerlens.tasks import Batch, make_batches
+
+TASK = TASKS["audio-classification"]
+RATE = 16_000
+CONFIG = DataConfig(source="clips")
+
+
+def noise(seconds: float, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.3, round(seconds * RATE)).astype(np.float32)
+
+
+def of(kind: str) -> tuple[PretrainedModel, Batch]:
+    """The classifier in float64, and four clips of different lengths for it."""
+    model: Any = AUDIO[kind].make(num_labels=2).double()
+    pretrained = PretrainedModel(model, None, "", (), ("a", "b"), audio=audio_input(AUDIO[kind].extractor))
+    clips = tuple(StoredSound(f"{n}", samples=noise(0.2 + 0.05 * n, n), rate=RATE) for n in range(4))
+    (batch,) = make_batches(TASK, pretrained, Dataset({"audio": clips}, (0, 1, 1, 0), ("a", "b")), CONFIG, batch_size=4)
+    return pretrained, batch
+
+
+@pytest.mark.parametrize("kind", AUDIO)
+def test_statistics_equal_one_backward_pass_for_each_clip(kind: str):
+    pretrained, batch = of(kind)
+    spec = model_spec(pretrained, "tiny", inputs=batch.inputs)
+    measured = profile(pretrained.model, spec, [batch], TASK.loss, everything=True)
+    # Both routes are float64, as in test_odd_layers.py.
+    assert_equal(measured, sample_gradients(pretrained.model, batch, TASK.loss), 1e-9)
+    found = set(weight_statistics(measured))
+    ends = ("fc1.weight", "intermediate_dense.weight", "intermediate.dense.weight")
+    assert any(name.endswith(ends) for name in found)
+    assert not any("pos_conv_embed" in name for name in found)
+    if kind == "wavlm":  # whose code reads the weights of its projections without calling them, as it would LoRA's
+        why = {name: reason for name, reason in spec.left_out.items() if "q_proj" in name}
+        assert why
+        assert all("does not call it as a module" in reason for reason in why.values())
+
+
+def test_convolutions_of_the_front_end_are_offered_where_they_are_named():
+    pretrained, batch = of("hubert")
+    spec = model_spec(pretrained, "tiny", inputs=batch.inputs, only=["conv_layers.*.conv", "pos_conv_embed.conv"])
+    assert [layer.layer_type for layer in spec.layers if "conv_layers" in layer.name] == ["conv"] * 3
+    assert "normalisation" in spec.left_out["hubert.encoder.pos_conv_embed.conv"]
+    measured = profile(pretrained.model, spec, [batch], TASK.loss, everything=False)
+    assert_equal(measured, sample_gradients(pretrained.model, batch, TASK.loss), 1e-9)
+
+
+def test_masks_are_of_positions():
+    pretrained, batch = of("wav2vec2")
+    model: Any = pretrained.model
+    lengths = [
+        int(model._get_feat_extract_output_lengths(torch.tensor(round((0.2 + 0.05 * n) * RATE)))) for n in range(4)
+    ]
+    assert batch.masks[0].sum(1).tolist() == lengths
+    assert batch.n_tokens == sum(lengths)
+    assert batch.halves_apart().masks[0].sum(1).tolist() == [lengths[n] for n in (0, 2, 1, 3)]
+    # A clip that is shorter than one mask of SpecAugment is padded so far that transformers trains on it.
+    way = pretrained.audio
+    assert way is not None
+    short = way.inputs(model, [noise(0.05, 0)])
+    model.train()(**short)
+    found = mask_of_frames(model, short)
+    assert found is not None
+    assert found.shape[1] >= model.config.mask_time_length
