@@ -213,6 +213,7 @@ UTILITY_MODELS: Registry[Any] = Registry(
         "signal": "layerlens.utility.signal:SIGNAL",
         "whitened": "layerlens.utility.whitened:MODEL",
         "gradient": "layerlens.utility.signal:GRADIENT",
+        "energy": "layerlens.utility.signal:ENERGY",
         "weighted": "layerlens.utility.weighted:MODEL",
         "uniform": "layerlens.utility.signal:UNIFORM",
     },

@@ -20,7 +20,9 @@ from layerlens.cli.flags import (
     MaxVram,
     Methods,
     Model,
+    Objective,
     OptionalConfig,
+    QualityMargin,
     TaskOption,
     all_settings,
     given_options,
@@ -68,6 +70,8 @@ def run(
     max_latency: MaxLatency = None,
     max_step: MaxStep = None,
     methods: Methods = None,
+    objective: Objective = None,
+    quality_margin: QualityMargin = None,
     directory: Output = None,
     settings: Set = None,
     explain: Explain = False,
@@ -84,7 +88,9 @@ def run(
 
     What is to be done stands in a configuration file, in options, or in a file of which options replace settings.
     """
-    options = given_options(model, data, task, methods, max_params, max_vram, max_flops, max_latency, max_step)
+    options = given_options(
+        model, data, task, methods, max_params, max_vram, max_flops, max_latency, max_step, objective, quality_margin
+    )
     settings = [*(settings or ()), *(["optimization.check_predictions=false"] if no_check else [])]
     checked = load(config, all_settings(config, options, settings), directory)
     from layerlens.cli.tables import as_json
@@ -120,6 +126,8 @@ def optimize(
     max_latency: MaxLatency = None,
     max_step: MaxStep = None,
     methods: Methods = None,
+    objective: Objective = None,
+    quality_margin: QualityMargin = None,
     directory: Output = None,
     settings: Set = None,
     explain: Explain = False,
@@ -139,7 +147,9 @@ def optimize(
     Options replace settings of the configuration; its other budgets stay. Without a file the result goes to optimized/
     beside the statistics.
     """
-    options = given_options(None, None, None, methods, max_params, max_vram, max_flops, max_latency, max_step)
+    options = given_options(
+        None, None, None, methods, max_params, max_vram, max_flops, max_latency, max_step, objective, quality_margin
+    )
     statistics, checked, base_dir = saved_job(statistics, config, options, settings, directory, OPTIMIZED)
     from layerlens.pipeline import optimize_statistics
 

@@ -43,6 +43,23 @@ MaxLatency = Annotated[
 MaxStep = Annotated[
     str | None, typer.Option("--max-step", help="Time of a training step: 250ms, 1.5s.", show_default=False)
 ]
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        "--objective",
+        help="score: the best within the budgets; cheapest: the least step time (or optimization.minimise) that is "
+        "predicted to be as good as uniform LoRA.",
+        show_default=False,
+    ),
+]
+QualityMargin = Annotated[
+    str | None,
+    typer.Option(
+        "--quality-margin",
+        help="With --objective cheapest: share of uniform LoRA's predicted improvement that may be lost: 0.05.",
+        show_default=False,
+    ),
+]
 OptionalConfig = Annotated[
     Path | None,
     typer.Argument(metavar="CONFIG", help="Configuration file (YAML); without: the options.", show_default=False),
@@ -57,6 +74,8 @@ KEYS = {
     "--max-flops": "optimization.max_flops",
     "--max-latency": "optimization.latency_target_ms",
     "--max-step": "optimization.max_step_ms",
+    "--objective": "optimization.objective",
+    "--quality-margin": "optimization.quality_margin",
 }
 NEEDED = {"--model": ("model.name_or_path", "model.factory"), "--data": ("data.source",)}
 BUDGETS = tuple(option for option in KEYS if option.startswith("--max-"))
@@ -66,10 +85,11 @@ EXAMPLE = "layerlens run --model DIRECTORY --data FILE --max-params 300k"
 def given_options(
     model: str | None, data: str | None, task: str | None, methods: Sequence[str] | None, max_params: str | None,
     max_vram: str | None, max_flops: str | None, max_latency: str | None,
-    max_step: str | None,
+    max_step: str | None, objective: str | None = None, quality_margin: str | None = None,
 ) -> dict[str, str | list[str]]:  # fmt: skip
     """The options that were given, by name."""
-    said = (model, data, task, list(methods or ()) or None, max_params, max_vram, max_flops, max_latency, max_step)
+    said = (model, data, task, list(methods or ()) or None, max_params, max_vram, max_flops, max_latency, max_step,
+            objective, quality_margin)  # fmt: skip
     return {option: value for option, value in zip(KEYS, said, strict=True) if value is not None}
 
 

@@ -15,7 +15,7 @@ from layerlens.cli.output import RESOURCE_NAMES, amount, command, gap, scaled, s
 from layerlens.manifest.frozen import why_no_deeper
 from layerlens.manifest.grid import Grid, grid_of
 from layerlens.manifest.layer_names import Position, positions
-from layerlens.manifest.summary import counted_as, expert_lines, left_out_lines, peft_holds, worth
+from layerlens.manifest.summary import counted_as, expert_lines, left_out_lines, peft_holds, proof, worth
 from layerlens.models import LayerExplanation, Manifest, ManifestRow, Option, Predicted, ResourceUse
 from layerlens.models.data_summary import DataSummary
 from layerlens.registry import METHODS
@@ -67,6 +67,11 @@ def budgets(resources: Sequence[ResourceUse]) -> RenderableType:
 
 def certificate(manifest: Manifest) -> Text:
     """How good the choice provably is."""
+    if manifest.predicted.cheapest is not None:
+        text = Text(f"{proof(manifest)} Solver: {manifest.solver}.")
+        if counted := counted_as(manifest):
+            text.append(f" {counted}")
+        return text.append(f" Utility model: {manifest.utility_model}, in {manifest.utility_unit}.")
     scores = f"its score is {manifest.score:.6g}, and no choice within the budgets exceeds {manifest.upper_bound:.6g}"
     if manifest.status == "optimal":
         proved, style = f"optimal (proved{f', gap {gap(manifest.gap)}' if manifest.gap else ''})", "bold green"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from layerlens.config.optimization import OptimizationConfig
+from layerlens.config.optimization import CHEAPEST, OptimizationConfig
 from layerlens.config.sections import RunConfig
 from layerlens.exceptions import ConfigurationError, LayerLensError, ModelSpecError
 from layerlens.models.choice import ONE_KIND, ROWS_NEED_LORA
@@ -304,6 +304,14 @@ CONFLICTS = (
             x.optimization.serve_with is not None and not ENGINES[x.optimization.serve_with].holds_all,
             f"optimization.serve_with: {x.optimization.serve_with} holds no rows of embeddings; leave it out, and "
             "serve what `layerlens export --merge` writes",
+        ),
+    ),
+    Conflict(
+        "the least cost and proxies",
+        lambda x: _where(
+            x.optimization.objective == CHEAPEST and x.profiling.proxies.options > 0,
+            "profiling.proxies calibrates the gains of single options, and optimization.objective: cheapest is about "
+            "the gains of sets; set proxies.options: 0, and optimization.proxy_check to train whole choices",
         ),
     ),
     Conflict("two methods of PEFT", lambda x: _two_of_peft(x.optimization)),

@@ -12,6 +12,12 @@ from layerlens.registry import ENGINES, METHODS, UTILITY_MODELS
 from layerlens.vocabulary import RESOURCES
 
 UNIFORM_LORA = "uniform-lora"
+SCORE: Literal["score"] = "score"
+CHEAPEST: Literal["cheapest"] = "cheapest"
+MARGIN = 0.05
+"""Share of uniform LoRA's predicted improvement that a cheaper choice may lose where nothing is said."""
+STEP: Literal["step_ms"] = "step_ms"
+Minimised = Literal["trainable_params", "flops", "vram_gb", "latency_ms", "step_ms"]
 CandidateName = Annotated[str, RegisteredName(UTILITY_MODELS, others=(UNIFORM_LORA,))]
 
 
@@ -241,6 +247,26 @@ class OptimizationConfig(ConfigModel):
     optimizer: Literal["adamw", "sgd"] = Field(
         default="adamw", description="Optimiser of the later fine-tune; its state is part of the memory prediction."
     )
+    objective: Literal["score", "cheapest"] = Field(
+        default=SCORE,
+        exclude_if=lambda objective: objective == SCORE,
+        description="What is sought within the budgets: `score`, the best score; `cheapest`, the least of `minimise` "
+        "that keeps uniform LoRA's predicted improvement but for `quality_margin`. Where that saves nothing, uniform "
+        "LoRA is written and the summary says why.",
+    )
+    quality_margin: float = Field(
+        default=MARGIN,
+        ge=0,
+        lt=1,
+        exclude_if=lambda margin: margin == MARGIN,
+        description="With `objective: cheapest`: share of uniform LoRA's predicted improvement that may be lost.",
+    )
+    minimise: Minimised | dict[Minimised, float] = Field(
+        default=STEP,
+        exclude_if=lambda minimised: minimised == STEP,
+        description="With `objective: cheapest`: the resource whose use is to be least (`step_ms`, `vram_gb` ...), or "
+        "several with weights (`{step_ms: 2, vram_gb: 1}`), each counted as a share of what uniform LoRA uses.",
+    )
     objective_weights: dict[str, float] = Field(
         default_factory=lambda: {"utility": 1.0},
         description="score = utility·w_utility − Σ_r w_r·(cost_r / budget_r) − penalty[method], with r in cost, flops, "
@@ -321,6 +347,31 @@ class OptimizationConfig(ConfigModel):
             raise ValueError("no option on offer; give sizes for at least one of the methods")
         return self
 
+    @field_validator("minimise")
+    @classmethod
+    def _some_weight(cls, minimise: Any) -> Any:
+        if isinstance(minimise, dict) and not all(0.0 < weight < float("inf") for weight in minimise.values()):
+            raise ValueError("weights must be finite and above 0")
+        if not minimise:
+            raise ValueError("name at least one resource")
+        return minimise
+
+    @model_validator(mode="after")
+    def _of_one_objective(self) -> OptimizationConfig:
+        if self.objective == SCORE:
+            for key, default in (("quality_margin", MARGIN), ("minimise", STEP)):
+                if getattr(self, key) != default:
+                    raise ValueError(f"{key} belongs to another objective; set objective: {CHEAPEST}, or leave it out")
+            return self
+        if self.objective_weights != {"utility": 1.0} or self.method_penalties:
+            key = "method_penalties" if self.method_penalties else "objective_weights"
+            raise ValueError(f"{key} weighs the score; with objective: {CHEAPEST}, say in minimise what is to be least")
+        if "lora" not in self.methods:
+            raise ValueError(
+                f"objective: {CHEAPEST} holds choices against uniform LoRA, which methods does not offer; add lora"
+            )
+        return self
+
     @model_validator(mode="after")
     def _servable(self) -> OptimizationConfig:
         if self.serve_with is None:
@@ -340,6 +391,12 @@ class OptimizationConfig(ConfigModel):
     def ranks(self) -> dict[str, tuple[int, ...]]:
         """Sizes on offer for each method on offer."""
         return {name: self._sizes(METHODS[name]) for name in self.methods}
+
+    def minimised(self) -> dict[str, float]:
+        """Resource -> weight of what ``objective: cheapest`` makes least; the weights sum to 1."""
+        weights = self.minimise if isinstance(self.minimise, dict) else {self.minimise: 1.0}
+        total = sum(weights.values())
+        return {name: weight / total for name, weight in weights.items()}
 
     def _sizes(self, method: Any) -> tuple[int, ...]:
         if method.sizes_key:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from layerlens.config import OptimizationConfig
 from layerlens.exceptions import ActivationCacheError, ConfigurationError
 from layerlens.jobs.recorded import config_of
 from layerlens.jobs.solve import Solution, option_tables
@@ -29,13 +30,16 @@ from layerlens.models import (
     RESOURCES,
     Allocation,
     AllocationProblem,
+    CostTable,
     LayerExplanation,
     Manifest,
     ModelSpec,
     ModelStatistics,
     Option,
+    UtilityTable,
 )
-from layerlens.optimization import build_problem, explain
+from layerlens.optimization import build_problem, cheapest_problem, explain, uniform_reference
+from layerlens.optimization.cheapest import SHORTFALL
 from layerlens.profiling.cache import cache_key
 from layerlens.vocabulary import MOST_DIGITS
 
@@ -227,10 +231,12 @@ def solution_of(manifest: Manifest, spec: ModelSpec, statistics: ModelStatistics
         )
     config = config_of(manifest)
     utilities, costs = option_tables(spec, statistics, config)
-    problem = build_problem(spec, utilities, costs, config.optimization)
+    problem = problem_of(manifest, spec, utilities, costs, config.optimization)
     chosen = {Option(row.layer, row.method, row.rank) for row in manifest.allocations}
     choice = np.array([_chosen_in(problem, group, utilities.options, chosen) for group in range(len(problem.layers))])
     prices = {use.resource: use.multiplier for use in manifest.resources}
+    if manifest.predicted.cheapest is not None:
+        prices[SHORTFALL] = manifest.predicted.cheapest.price
     allocation = Allocation(
         choice=choice,
         value=manifest.score,
@@ -241,6 +247,17 @@ def solution_of(manifest: Manifest, spec: ModelSpec, statistics: ModelStatistics
         solver=manifest.solver,
     )
     return Solution(utilities, costs, problem, allocation, tuple(explain(problem, allocation)), ())
+
+
+def problem_of(
+    manifest: Manifest, spec: ModelSpec, utilities: UtilityTable, costs: CostTable, config: OptimizationConfig
+) -> AllocationProblem:
+    """The problem that a manifest's choice was made in."""
+    saving = manifest.predicted.cheapest
+    if saving is None:
+        return build_problem(spec, utilities, costs, config)
+    reference = uniform_reference(spec, utilities, costs, config, saving.law)
+    return cheapest_problem(spec, utilities, costs, config, reference, saving.asked_share)
 
 
 def full_name(layer: str, known: list[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from layerlens.config import LatencyProfile, OptimizationConfig
+from layerlens.config.optimization import CHEAPEST, STEP
 from layerlens.cost.device import load_profile, profile_path
 from layerlens.cost.measure import here
 from layerlens.integrations.audio_input import SPECTRA, WAVES
@@ -206,6 +207,7 @@ def device_rates(job: Job, config: OptimizationConfig) -> dict[str, Any] | None:
         return None
     directory = default_cache_dir() if job.cache is None else job.cache.directory
     wanted = config.max_step_ms is not None or job.config.training.max_train_hours is not None
+    wanted = wanted or (config.objective == CHEAPEST and STEP in config.minimised())
     if job.cache is not None and wanted:
         found = device_profile(directory, progress=job.progress)
     else:

@@ -13,6 +13,7 @@ import numpy as np
 
 from layerlens import __version__, vocabulary
 from layerlens.config import OptimizationConfig, RunConfig
+from layerlens.config.optimization import CHEAPEST
 from layerlens.cost import cost_table
 from layerlens.exceptions import ConfigurationError, InfeasibleError, LayerLensError
 from layerlens.jobs.worth import beside_uniform
@@ -36,12 +37,23 @@ from layerlens.models import (
     Prediction,
     Provenance,
     ResourceUse,
+    Saving,
     SolverEvent,
     UtilityTable,
 )
-from layerlens.optimization import build_problem, explain, frozen_stages, solve
+from layerlens.optimization import (
+    as_uniform,
+    build_problem,
+    cheapest_problem,
+    explain,
+    frozen_stages,
+    saving_of,
+    solve,
+    uniform_reference,
+)
+from layerlens.optimization.cheapest import SHORTFALL, Reference
 from layerlens.optimization.constraints import one_rank_each
-from layerlens.registry import METHODS
+from layerlens.registry import METHODS, UTILITY_MODELS
 from layerlens.utility import calibrated_table, model_for
 
 RECORDED_PACKAGES = ("numpy", "torch", "transformers", "peft", "ortools")
@@ -51,6 +63,8 @@ NOT_RECORDED: Any = {
 }
 """Settings that change no number."""
 
+AUTO, OF_SETS = "auto", "energy"
+"""What ``auto`` means where the least cost is sought: a utility of whole sets of layers."""
 MOST_LOWERED = 4
 """Times that the problem is solved again because the answer needs less than it was counted for."""
 DIGITS = 5
@@ -59,7 +73,10 @@ DIGITS = 5
 
 @dataclass(frozen=True)
 class Solution:
-    """An allocation, everything it was made from, why each layer got its option, and how the solver got there."""
+    """An allocation, everything it was made from, why each layer got its option, and how the solver got there.
+
+    ``saving`` is there where the least cost was sought: what it saves against uniform LoRA.
+    """
 
     utilities: UtilityTable
     costs: CostTable
@@ -67,6 +84,7 @@ class Solution:
     allocation: Allocation
     explanations: tuple[LayerExplanation, ...]
     events: tuple[SolverEvent, ...]
+    saving: Saving | None = None
 
     @cached_property
     def frozen(self) -> tuple[FrozenStage, ...]:
@@ -90,7 +108,10 @@ def option_tables(
                 "the model has layers for it; run `layerlens run` with it, or leave it out"
             )
     options = enumerate_options(spec, config.optimization.ranks())
-    model = model_for(utility_model or config.profiling.utility_model, spec, config.optimization.max_trainable_params)
+    name = utility_model or config.profiling.utility_model
+    if name == AUTO and config.optimization.objective == CHEAPEST:
+        name = OF_SETS
+    model = model_for(name, spec, config.optimization.max_trainable_params)
     utilities = calibrated_table(
         model, spec, statistics, options, config.profiling.metric_weights, seed=config.runtime.seed
     )
@@ -129,6 +150,7 @@ def find_allocation(
     seed: int,
     threads: int,
     progress: Callable[[str], None] | None = None,
+    kept: float | None = None,
 ) -> Solution:
     """Build the allocation problem and solve it.
 
@@ -137,6 +159,9 @@ def find_allocation(
     solved again. Where it needs less, the base is lowered to what is predicted of it, as long as that finds a better
     answer within the budgets. The certificate is about costs as they are counted in the end: exact for the answer.
 
+    With ``objective: cheapest`` the least cost is sought that keeps the share ``kept`` of uniform LoRA's predicted
+    improvement (1 - ``quality_margin`` when None); where that saves nothing, the answer is uniform LoRA.
+
     Raises:
         InfeasibleError: the budgets allow nothing; the message has the smallest that would do.
     """
@@ -144,8 +169,17 @@ def find_allocation(
     narrowed = _with_what_a_step_needs(costs, config)
 
     def solved(counted: CostTable) -> Solution:
-        return _solved(spec, utilities, counted, narrowed, seed=seed, threads=threads, progress=progress)
+        def problem_of(each: OptimizationConfig) -> AllocationProblem:
+            if reference is None:
+                return build_problem(spec, utilities, counted, each)
+            return cheapest_problem(spec, utilities, counted, each, reference, kept)
 
+        return _solved(problem_of, utilities, counted, narrowed, seed=seed, threads=threads, progress=progress)
+
+    reference = None
+    if narrowed.objective == CHEAPEST:
+        power = UTILITY_MODELS[utilities.model].set_power
+        reference = uniform_reference(spec, utilities, costs, narrowed, power)
     found = _within_budgets(solved, costs, config)
     for _ in range(MOST_LOWERED):
         lower = _as_counted(found, config)
@@ -155,7 +189,20 @@ def find_allocation(
         if other.allocation.value <= found.allocation.value:
             break
         found = other
-    return found
+    return found if reference is None else _cheapest(spec, found, narrowed, reference, kept)
+
+
+def _cheapest(
+    spec: ModelSpec, found: Solution, config: OptimizationConfig, reference: Reference, kept: float | None
+) -> Solution:
+    """The cheapest choice with what it saves, or uniform LoRA where that is nothing."""
+    saving = saving_of(found.allocation, found.problem, found.costs, config, reference, kept)
+    if saving.saves:
+        return replace(found, saving=saving)
+    problem, uniform = as_uniform(spec, found.utilities, found.costs, reference, found.allocation)
+    return replace(
+        found, problem=problem, allocation=uniform, explanations=tuple(explain(problem, uniform)), saving=saving
+    )
 
 
 def _within_budgets(solved: Callable[[CostTable], Solution], costs: CostTable, config: OptimizationConfig) -> Solution:
@@ -186,7 +233,7 @@ def _as_counted(found: Solution, config: OptimizationConfig) -> CostTable | None
 
 
 def _solved(
-    spec: ModelSpec,
+    problem_of: Callable[[OptimizationConfig], AllocationProblem],
     utilities: UtilityTable,
     costs: CostTable,
     config: OptimizationConfig,
@@ -200,7 +247,7 @@ def _solved(
     refused: LayerLensError | None = None
     for each in one_rank_each(config):
         try:
-            problem = build_problem(spec, utilities, costs, each)
+            problem = problem_of(each)
             allocation = solve(
                 problem,
                 refine=config.refine,
@@ -319,6 +366,7 @@ def make_manifest(
         predicted=replace(
             _predicted(utilities, problem.entries(allocation.choice)),
             uniform_lora=beside_uniform(costs, problem.entries(allocation.choice)),
+            cheapest=solution.saving,
         ),
         provenance=provenance,
     )
@@ -379,7 +427,7 @@ def _resource_uses(solution: Solution, config: OptimizationConfig) -> tuple[Reso
             )
         )
     for row, resource in enumerate(problem.resources):
-        if resource not in RESOURCES:
+        if resource not in RESOURCES and resource != SHORTFALL:
             used = float(allocation.used[row])
             uses.append(
                 ResourceUse(

@@ -103,7 +103,7 @@ def report(
         hulls={
             resource: hull_rows(problem, frontier(problem, resource))
             for resource in problem.resources
-            if not is_shared(problem, resource)
+            if solution.saving is None and not is_shared(problem, resource)
         },
     )
     lines = "".join(json.dumps(asdict(event)) + "\n" for event in solution.events)

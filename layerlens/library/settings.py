@@ -105,4 +105,4 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     fields["optimization"] = {"methods": METHODS, **before, **given.pop("optimization", {})}
     for section, values in given.items():
         fields[section] = {**fields[section], **values}
-    return RunConfig.model_validate(fields)
+    return RunConfig(**fields)

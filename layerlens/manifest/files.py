@@ -17,7 +17,7 @@ import yaml
 from layerlens.exceptions import ManifestError
 from layerlens.faults import ManifestFault
 from layerlens.manifest.schema import check_document
-from layerlens.models import CalibrationSummary, Manifest, ManifestRow, ResourceUse
+from layerlens.models import CalibrationSummary, Manifest, ManifestRow, ResourceUse, Saving
 from layerlens.models.manifest import SCHEMA_VERSION, SECTIONS
 from layerlens.storage import local_or_url, read_bytes, shown
 from layerlens.utils.atomic import atomic_write_text, settle
@@ -53,6 +53,8 @@ def read_document(path: Path) -> tuple[Manifest, str]:
     fields["resources"] = tuple(ResourceUse(**row) for row in fields["resources"])
     if calibration := fields["predicted"].get("calibration"):
         fields["predicted"]["calibration"] = CalibrationSummary(**calibration)
+    if saving := fields["predicted"].get("cheapest"):
+        fields["predicted"]["cheapest"] = Saving(**saving)
     for name, kind in SECTIONS.items():
         fields[name] = kind.of(fields[name], order=tuple(raw[name]))
     return Manifest(**fields), document.created_at

@@ -34,6 +34,7 @@ from layerlens.manifest.summary import (
     counts,
     expert_lines,
     left_out_lines,
+    proof,
     share_of_model,
     worth,
 )
@@ -159,6 +160,7 @@ def _certificate(manifest: Manifest) -> dict[str, str]:
         "gap": percent(manifest.gap, digits=4),
         "status": manifest.status,
         "counted": counted_as(manifest),
+        "cheapest": proof(manifest) if manifest.predicted.cheapest is not None else "",
         "solver": manifest.solver,
         "utility_model": manifest.utility_model,
         "utility_unit": manifest.utility_unit,

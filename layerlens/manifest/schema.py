@@ -233,6 +233,24 @@ class CalibrationEntry(_Part):
     curves: dict[str, list[list[Number]]] = Field(description="Knots (utility, loss drop) by method.")
 
 
+class SavingEntry(_Part):
+    """What `objective: cheapest` found against uniform LoRA, by prediction."""
+
+    minimised: dict[str, Number] = Field(description="Weight of each resource; they sum to 1.")
+    asked_share: Number = Field(description="Of uniform LoRA's improvement that was to be kept at least.")
+    kept_share: Number = Field(description="Of it that the cheapest choice is predicted to keep.")
+    cost_share: Number = Field(description="What the cheapest choice costs, as a share of uniform LoRA.")
+    least_cost_share: Number = Field(description="No choice that keeps as much costs less (proved).")
+    saves: bool = Field(description="Whether it is written; else uniform LoRA is, or what the check kept.")
+    reason: Text = Field(description="Why not; empty where it is.")
+    law: Number = Field(description="The gain of a set is the sum of its utilities to this power.")
+    price: Number = Field(description="Cost for each unit of the sum of utilities, as shares of uniform LoRA's.")
+    uniform_lora: dict[str, Number] = Field(description="What uniform LoRA uses, by resource.")
+    measured: dict[str, Number] | None = Field(
+        default=None, description="kept, kept_low, kept_high: its share of uniform LoRA's held-out loss drop."
+    )
+
+
 class PredictedEntry(_OpenPart):
     """The predicted gain of the choice."""
 
@@ -245,6 +263,7 @@ class PredictedEntry(_OpenPart):
         default=None,
         description="What uniform LoRA of as many parameters would use, by resource, where a step is recorded.",
     )
+    cheapest: SavingEntry | None = Field(default=None, description="What was saved, with `objective: cheapest`.")
 
 
 class ProvenanceEntry(_OpenPart):

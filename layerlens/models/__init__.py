@@ -11,7 +11,7 @@ from layerlens.models.allocation import (
 from layerlens.models.charges import DepthCharge, GroupCharge
 from layerlens.models.choice import Choice
 from layerlens.models.detection import Box, Detection, LabelledImage
-from layerlens.models.facts import CalibrationSummary, LoraSettings, ModelFacts, Predicted, Provenance
+from layerlens.models.facts import CalibrationSummary, LoraSettings, ModelFacts, Predicted, Provenance, Saving
 from layerlens.models.manifest import Manifest, ManifestRow, ResourceUse, choice_of
 from layerlens.models.model_spec import ADAPTER, DORA, LORA, LORA_KINDS, NONE, PREFIX, LayerSpec, ModelSpec, Option
 from layerlens.models.statistics import (
@@ -71,6 +71,7 @@ __all__ = [
     "ProxyGain",
     "ProxyStudy",
     "ResourceUse",
+    "Saving",
     "SolverEvent",
     "UtilityTable",
     "choice_of",

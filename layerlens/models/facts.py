@@ -197,10 +197,43 @@ class CalibrationSummary:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """What ``objective: cheapest`` found against uniform LoRA, by prediction.
+
+    Args:
+        minimised: weight of each resource; they sum to 1.
+        asked_share: of uniform LoRA's improvement that was to be kept at least.
+        kept_share: of it that the cheapest choice is predicted to keep; above 1 where it is predicted to gain more.
+        cost_share: what the cheapest choice costs, as a share of uniform LoRA.
+        least_cost_share: no choice that keeps as much costs less (proved).
+        saves: whether it is written; else uniform LoRA is.
+        reason: why not; "" where it is.
+        law: the gain of a set is the sum of its utilities to this power.
+        price: cost for each unit of the sum of utilities, as shares of uniform LoRA's.
+        uniform_lora: what uniform LoRA uses, by resource.
+        measured: "kept", "kept_low" and "kept_high" where it was trained against uniform LoRA: its share of the
+            held-out loss drop, and the 95 % interval.
+    """
+
+    minimised: Mapping[str, float]
+    asked_share: float
+    kept_share: float
+    cost_share: float
+    least_cost_share: float
+    saves: bool
+    reason: str
+    law: float
+    price: float
+    uniform_lora: Mapping[str, float]
+    measured: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
 class Predicted(Section):
     """The predicted gain of the choice, in ``unit``, with its 95 % interval where proxies were trained.
 
-    ``uniform_lora`` has what uniform LoRA of as many parameters would use, by resource, where a step was recorded.
+    ``uniform_lora`` has what uniform LoRA of as many parameters would use, by resource, where a step was recorded, and
+    ``cheapest`` what was sought and found where the least cost was the objective.
     """
 
     gain: float | None = None
@@ -209,6 +242,7 @@ class Predicted(Section):
     calibrated: bool | None = None
     calibration: CalibrationSummary | None = None
     uniform_lora: Mapping[str, float] | None = None
+    cheapest: Saving | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -22,7 +22,13 @@ OBJECTIVE_OF_RESOURCE = {name: resource.objective for name, resource in vocabula
 
 
 def build_problem(
-    spec: ModelSpec, utilities: UtilityTable, costs: CostTable, config: OptimizationConfig
+    spec: ModelSpec,
+    utilities: UtilityTable,
+    costs: CostTable,
+    config: OptimizationConfig,
+    *,
+    weighed: Mapping[int, tuple[float, float]] | None = None,
+    limits: Sequence[tuple[str, np.ndarray, float]] = (),
 ) -> AllocationProblem:
     """The knapsack problem of one model: a group for each layer, a resource for each budget that was given.
 
@@ -39,6 +45,11 @@ def build_problem(
     A resource without a budget is no constraint. ``constraints`` says how rules, layers that choose alike, least
     numbers of layers and resources of the user become options, groups and rows; ``problem.entries(choice)`` leads
     back to the tables.
+
+    Args:
+        spec, utilities, costs, config: the model, what its options gain and cost, and what is asked for.
+        weighed: (w, reference) of rows of the cost table, in place of ``objective_weights``.
+        limits: further resources: name, cost of each entry of the tables, and budget.
 
     Raises:
         ActivationCacheError: a utility is NaN or infinite (its statistics are damaged).
@@ -63,14 +74,14 @@ def build_problem(
     if not np.all(np.isfinite(base) & (base >= 0.0)):
         raise OptimizationError(f"what the frozen model needs must be finite and at least 0, got {costs.base}")
 
-    weighed = _weighed(costs, offset, config)
+    weighed = _weighed(costs, offset, config) if weighed is None else dict(weighed)
     value = _scores(options, utility, cost__ro, config, weighed)
     rows = [
         (resource, cost__ro[row], float(budget), float(base[row]))
         for row, resource in enumerate(RESOURCES)
         if (budget := config.budgets()[resource]) is not None
     ]
-    rows += [(name, cost, budget, 0.0) for name, cost, budget in extra_rows(spec, options, config)]
+    rows += [(name, cost, budget, 0.0) for name, cost, budget in (*extra_rows(spec, options, config), *limits)]
     groups = layers_alike(spec, config)
     grouped = grouped_options(groups, options, allowed_options(spec, options, config))
     members = tuple(entries for _, entries in grouped)

@@ -22,15 +22,29 @@ def uniform_lora(problem: AllocationProblem, optimum: Allocation) -> Allocation 
         problem: options, budgets and scores.
         optimum: its solution, whose bound and prices hold for every allocation.
     """
-    ladders = [_ladder(problem, group, int(optimum.choice[group])) for group in range(len(problem.layers))]
+    choice = uniform_choice(problem, optimum.choice)
+    if choice is None:
+        return None
+    return allocation_of(problem, choice, optimum)
+
+
+def uniform_choice(problem: AllocationProblem, otherwise: np.ndarray) -> np.ndarray | None:
+    """The options of ``uniform_lora``, int64 [groups]; ``otherwise`` has one for groups with neither LoRA nor "none".
+
+    None where no such choice fits the budgets.
+    """
+    ladders = [_ladder(problem, group, int(otherwise[group])) for group in range(len(problem.layers))]
     ranks = sorted({problem.options[index].rank for ladder in ladders for index in ladder})
     levels = [[_step(problem, ladder, rank) for ladder in ladders] for rank in ranks]
     steps = raised_evenly(levels, lambda level: _fits(problem, _choice(ladders, level)))
     if steps is None:
         return None
     choice = _choice(ladders, steps)
-    if all(problem.options[index].method == NONE for index in choice):
-        return None
+    return None if all(problem.options[index].method == NONE for index in choice) else choice
+
+
+def allocation_of(problem: AllocationProblem, choice: np.ndarray, optimum: Allocation) -> Allocation:
+    """Uniform LoRA with the bound and the prices of the optimum of the same problem."""
     return Allocation(
         choice=choice,
         value=exact_sum(problem.value_terms(choice)),

@@ -22,12 +22,14 @@ class UtilityModel:
         function: (spec, statistics, options) -> float64 [n_options].
         unit: what its values are measured in.
         needs: the statistics it reads, by their names in the registry.
+        set_power: what a set of options gains is the sum of their utilities to this power.
     """
 
     name: str
     function: Callable[[ModelSpec, ModelStatistics, Sequence[Option]], np.ndarray]
     unit: str
     needs: tuple[str, ...] = ()
+    set_power: float = 1.0
 
     def for_budget(self, spec: ModelSpec, max_trainable_params: float | None) -> UtilityModel:
         """The model that is used with a budget of trainable parameters: itself unless redefined."""

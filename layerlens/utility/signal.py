@@ -26,6 +26,16 @@ def gradient(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Opt
     return root_law(spec, statistics, options, "energy")
 
 
+def energy(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
+    """‖M‖² · scale · √rank: the plain gradient energy itself.
+
+    It is for whole sets of layers, whose gains are far from additive: of a set with the share s of what all layers add
+    up to, √s of their gain is expected (docs/decisions.md, Utility).
+    """
+    rank = np.array([option.rank for option in options], dtype=np.float64)
+    return np.square(root_law(spec, statistics, options, "energy")) / np.sqrt(np.maximum(rank, 1.0))
+
+
 def uniform(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Option]) -> np.ndarray:
     """√rank for every layer and method: spreads the budget evenly, whatever was measured."""
     return np.sqrt(np.array([option.rank for option in options], dtype=np.float64))
@@ -98,4 +108,5 @@ SIGNAL = UtilityModel(
 GRADIENT = UtilityModel(
     "gradient", gradient, "relative gain (root of the gradient energy)", ("gradient", "input_scale")
 )
+ENERGY = UtilityModel("energy", energy, "gradient energy × √rank", ("gradient", "input_scale"), set_power=0.5)
 UNIFORM = UtilityModel("uniform", uniform, "relative gain (every layer equal)")
