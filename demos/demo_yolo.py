@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
 from toys.detector import cached_detector
 from toys.detector_training import mean_average_precision, save_checkpoint
 from toys.language_model import cached_language_model
 from toys.plates import CLASSES, draw_plates, write_dataset
 
+from layerlens.cli.progress import shown_progress
 from layerlens.config import RunConfig
 from layerlens.config.vision_language import PipelineConfig
 from layerlens.data import load_dataset
@@ -47,7 +49,9 @@ def main() -> None:
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "out" / "yolo"
     shutil.rmtree(output, ignore_errors=True)
     torch.set_num_threads(1)
-    weights = cached_detector(default_cache_dir())
+    with shown_progress(Console(stderr=True)) as progress:
+        weights = cached_detector(default_cache_dir(), progress=progress)
+        language_model = cached_language_model(default_cache_dir(), progress=progress)
     test, held_out = negatives(60, 10_001), draw_plates(60, 10_001)
     print(f"Detector: {weights} (ultralytics, AGPL-3.0)")
     print(f"  mAP50 on 60 held-out plates      {mean_average_precision(weights, CLASSES, held_out)['map50']:.3f}")
@@ -102,7 +106,7 @@ def main() -> None:
     result = run_vision_language(
         PipelineConfig(
             images=(str(output / "images"),), detector=str(weights), detector_adapter=str(tuned_folder),
-            llm=str(cached_language_model(default_cache_dir())), repeats=3, threads=1,
+            llm=str(language_model), repeats=3, threads=1,
         ),
         output / "report",
     )  # fmt: skip

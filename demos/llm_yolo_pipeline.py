@@ -19,6 +19,7 @@ from toys.language_model import DESCRIPTION, cached_language_model
 from toys.plates import CLASSES, draw_plates
 
 from layerlens.cli.pipeline_tables import show
+from layerlens.cli.progress import shown_progress
 from layerlens.config.vision_language import PipelineConfig
 from layerlens.jobs.vision_language import run_vision_language
 from layerlens.utils.places import default_cache_dir
@@ -30,7 +31,10 @@ def main() -> None:
     """Run the demonstration."""
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "out" / "pipeline"
     cache = default_cache_dir()
-    weights, language_model = cached_detector(cache), cached_language_model(cache)
+    console = Console(stderr=True)
+    with shown_progress(console) as progress:
+        weights = cached_detector(cache, progress=progress)
+        language_model = cached_language_model(cache, progress=progress)
     print(f"Detector: {weights}, mAP50 {held_out_precision(weights)['map50']:.3f} on {HELD_OUT_PLATES} held-out plates")
     print(f"Language model: {language_model}, {DESCRIPTION}; it words findings and can do nothing else")
     folder = output / "images"

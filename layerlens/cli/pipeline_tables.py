@@ -27,6 +27,8 @@ def show(result: VisionLanguageResult, console: Console) -> None:
         if outcome is not None:
             words = outcome.report or f"failed: {outcome.reason}"
             console.print(Text.assemble((f"{item.path.name}: ", "bold"), words), soft_wrap=True)
+            for line in _wrong(outcome.check or {}):
+                console.print(Text(f"  {line}", style="yellow"), soft_wrap=True)
     if len(result.items) > SHOWN_REPORTS:
         console.print(Text(f"... and {len(result.items) - SHOWN_REPORTS} more", style="dim"))
     console.print()
@@ -48,6 +50,13 @@ def show(result: VisionLanguageResult, console: Console) -> None:
     console.print(Text(f"{where['device']}, {conditions}", style="dim"), soft_wrap=True)
     for path in result.files.values():
         console.print(Text(f"  {short(path)}"), soft_wrap=True)
+
+
+def _wrong(check: Mapping[str, Any]) -> list[str]:
+    """What the check of a report found, a line each."""
+    lines = [f'wrong: "{one["text"]}": {"; ".join(one["faults"])}' for one in check.get("sentences", ())]
+    missing = [*check.get("left_out", ()), *check.get("missing", ())]
+    return [*lines, f"not in the report: {'; '.join(missing)}"] if missing else lines
 
 
 def timings(variant: Mapping[str, Any]) -> Table:
@@ -77,6 +86,9 @@ def _notes(variant: Mapping[str, Any]) -> str:
     parts = [f"{variant['done']} of {variant['images']} images done, {variant['detections']} detections"]
     if variant["without_findings"]:
         parts.append(f"{variant['without_findings']} without findings (language model not asked)")
+    if variant["reports_checked"]:
+        checked = variant["reports_checked"]
+        parts.append(f"{checked - variant['reports_wrong']} of {checked} reports agree with the boxes")
     parts.append(f"{tokens['prompt']} + {tokens['completion']} tokens")
     if steady["tokens_per_s"]:
         parts.append(f"{significant(steady['tokens_per_s'])} tokens/s")

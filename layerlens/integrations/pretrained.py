@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from layerlens.integrations.audio_input import AudioInput
+    from layerlens.integrations.sentence_models import SentenceModel
     from layerlens.integrations.skeleton import StreamedWeights
 
 
@@ -57,6 +58,7 @@ class PretrainedModel:
         notes: what the user should know of how it was loaded, a line each.
         tokens: rows of the embeddings that are trained; None for none.
         audio: how sound becomes its inputs; None for models of anything else.
+        sentence: what follows the transformer of a model of sentence-transformers that was given in memory.
         heads: modules that are trained whole because the user says so, in place of a task head that is not new; None
             where he says nothing.
     """
@@ -75,6 +77,7 @@ class PretrainedModel:
     no_processor: str = ""
     heads: tuple[str, ...] | None = None
     audio: AudioInput | None = None
+    sentence: SentenceModel | None = None
 
     @property
     def device(self) -> torch.device:

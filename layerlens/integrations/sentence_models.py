@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -116,15 +117,43 @@ def sentence_model(path: str, width: int) -> SentenceModel:
             ) from error
         modules.append(module.eval().requires_grad_(False))
     settings, told = _read(Path(path) / SETTINGS), _read(folder / PROMPTS)
-    prompts: Mapping[str, str] = {name: str(text) for name, text in (told.get("prompts") or {}).items()}
-    usual = prompts.get(str(told.get("default_prompt_name")), "")
+    return _with_prompts(
+        modules, told.get("prompts"), told.get("default_prompt_name"), settings.get("do_lower_case"),
+        settings.get("max_seq_length"),
+    )  # fmt: skip
+
+
+def sentence_model_of(model: Any) -> SentenceModel:
+    """What follows the transformer of a SentenceTransformer in memory; copies, which nothing done to them changes.
+
+    Raises:
+        ModelSpecError: its first module is no Transformer.
+    """
+    first, *rest = model
+    if getattr(model, "transformers_model", None) is None or getattr(first, "model", None) is None:
+        raise ModelSpecError(
+            f"model: the first module of this {type(model).__name__} is a {type(first).__name__}; LayerLens adapts "
+            "those of sentence-transformers that begin with a Transformer"
+        )
+    modules = [copy.deepcopy(module).eval().requires_grad_(False) for module in rest]
+    return _with_prompts(
+        modules, model.prompts, model.default_prompt_name, getattr(first, "do_lower_case", False), model.max_seq_length
+    )
+
+
+def _with_prompts(
+    modules: Sequence[Any], prompts: Mapping[str, Any] | None, usual: str | None, lower: Any, max_length: int | None
+) -> SentenceModel:
+    """The modules with the prompts that the library writes before queries and documents, by their names."""
+    texts = {name: str(text or "") for name, text in (prompts or {}).items()}
+    otherwise = texts.get(str(usual), "")
     return SentenceModel(
         tuple(modules),
-        query=next((prompts[name] for name in QUERY if name in prompts), usual),
-        document=next((prompts[name] for name in DOCUMENT if name in prompts), usual),
+        query=next((texts[name] for name in QUERY if name in texts), otherwise),
+        document=next((texts[name] for name in DOCUMENT if name in texts), otherwise),
         pool_prompt=all(getattr(module, "include_prompt", True) for module in modules),
-        lower=bool(settings.get("do_lower_case")),
-        max_length=settings.get("max_seq_length"),
+        lower=bool(lower),
+        max_length=max_length,
     )
 
 

@@ -18,16 +18,24 @@ MANIFEST_FILE = "manifest.json"
 def adapted_detector(detector: YoloDetector, folder: Path, *, merge: bool) -> YoloDetector:
     """``detector`` (not fused) with the LoRA layers of ``folder``; merged and then fused where ``merge``.
 
-    Batch normalisation is fused into convolutions only where no LoRA layer stands between them.
+    Batch normalisation is fused into convolutions only where no LoRA layer stands between them. A detector that was
+    tuned to other classes than its own gets the head that they were trained with.
 
     Raises:
         ManifestError: the folder has no adapter, or it does not fit.
     """
     from layerlens.integrations.ultralytics import fuse
+    from layerlens.integrations.ultralytics_head import take_classes
+    from layerlens.manifest import read_manifest
 
     peft, modules = _parts(folder)
     if modules is not None:
         raise ManifestError(f"detector_adapter: {modules} has adapters or prefixes, which detectors cannot take")
+    if (folder / MANIFEST_FILE).is_file():
+        labels = read_manifest(folder / MANIFEST_FILE).model.labels
+        if labels and labels != detector.names:
+            take_classes(detector.module, labels, 0)  # its weights are replaced by those of the adapter
+            detector.names = labels
     detector.module = _with_peft(detector.module, peft, folder, merge=merge)
     if merge:
         fuse(detector)

@@ -69,7 +69,7 @@ def run_vision_language(
         directory: for results/NAME.json, annotated/NAME.png, summary.json and report.html.
         base_dir: where relative paths of the configuration start; the working directory when None.
         progress: told of warm-up and images.
-        warn: told of every failed image.
+        warn: told of every failed image, and of reports that are wrong.
 
     Raises:
         DataNotFoundError, DataError: no image is there, or none of them can be used.
@@ -103,6 +103,12 @@ def run_vision_language(
         for variant in variants:
             if isinstance(variant.llm, ServerModel):
                 variant.llm.close()
+    wrong = [item for item in items if (last := item.latest(primary)) is not None and last.is_wrong]
+    if wrong:
+        warn(
+            f"{len(wrong)} of {len(items)} reports say something else than the boxes ({wrong[0].path.name}"
+            f"{' ...' if len(wrong) > 1 else ''}); `check` in results/ has their sentences"
+        )
     if all(_unusable(item) for item in items):
         first = next(outcome for passes in items[0].outcomes.values() for outcome in passes)
         raise DataError(f"images: none of {len(items)} can be used; {items[0].path}: {first.reason}")

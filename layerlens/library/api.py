@@ -44,8 +44,9 @@ def plan(
     """Measure a model on a little data and choose, within budgets, what to adapt; the objects are left as they were.
 
     Args:
-        model: a ``torch.nn.Module`` (of transformers, timm, your own), a trainer with its own data and loss
-            (``transformers.Trainer``, TRL's, sentence-transformers'), or the directory or name of a model.
+        model: a ``torch.nn.Module`` (of transformers, timm, your own), a ``SentenceTransformer``, a trainer with its
+            own data and loss (``transformers.Trainer``, TRL's, sentence-transformers'), or the directory or name of a
+            model.
         data: a DataLoader, a list or generator of batches, a ``datasets.Dataset``, rows, a map-style data set, or a
             file's path. Batches are mappings of the model's arguments with the targets under ``labels``, or (inputs,
             targets). None with a trainer.

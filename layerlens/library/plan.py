@@ -21,6 +21,7 @@ from layerlens.jobs.solve import Solution
 from layerlens.jobs.write import now, report, writing
 from layerlens.library.given import bare_model
 from layerlens.library.profile import Profile
+from layerlens.library.sentences import transformer_in
 from layerlens.library.tables import plan_html, plan_text
 from layerlens.manifest import write_manifest
 from layerlens.manifest.files import plain
@@ -268,7 +269,7 @@ class Plan:
         found = model if model is not None else None if self._model is None else self._model()
         if found is None:
             raise ManifestError("model: the one that was planned for is gone or was never given; give it: model=")
-        return bare_model(found)
+        return bare_model(transformer_in(found))
 
 
 def weak(model: Any) -> Any:

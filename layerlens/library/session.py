@@ -34,6 +34,7 @@ from layerlens.jobs.job import Job, Warn, Warnings, unheard
 from layerlens.jobs.load import Loaded, load
 from layerlens.jobs.memory_mode import PLAIN, MemoryPlan
 from layerlens.library import given, samples, trainers
+from layerlens.library.sentences import of_sentence_model
 from layerlens.library.settings import by_section, configuration
 from layerlens.library.single_losses import single_losses
 from layerlens.library.trainers import is_trainer
@@ -75,6 +76,7 @@ class Objects:
         trainer_loss_name: what that loss is called.
         batches_are_samples: whether each of these batches is one sample.
         notes: what is known already that the user should know.
+        sentence: the modules after the transformer of a SentenceTransformer.
     """
 
     model: Any
@@ -88,6 +90,7 @@ class Objects:
     trainer_loss_name: str = ""
     batches_are_samples: bool = False
     notes: tuple[str, ...] = ()
+    sentence: Any = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ def opened(
             job = Job(config, Path.cwd(), Path(), progress, warnings, threads=threads)
             yield job, load(job)
         return
+    objects = of_sentence_model(objects)
     model = given.bare_model(objects.model)
     head = new_head_of(model, given.task_of_model(model, objects.task)[0], objects.new_head)
     new = head.parameters
@@ -269,7 +273,7 @@ def _of_rows(
     if task.inputs == "image" and pretrained.images is None:
         raise DataError("tokenizer: give the model's image processor, or a transform from an image to a tensor")
     check_model(pretrained, config)
-    if dataset.task and dataset.task != task.name:
+    if (dataset.task and dataset.task != task.name) or objects.sentence is not None:
         task = task_for(config.model, None, dataset)
     if task.classes:
         names = output_names(getattr(pretrained.model, "config", None))
@@ -434,7 +438,8 @@ def _pretrained(objects: Objects, model: torch.nn.Module, new: tuple[str, ...]) 
         whole = copy.deepcopy(processor)
         return PretrainedModel(model, tokenizer_of(whole), reference, new, processor=whole)
     if hasattr(processor, "convert_tokens_to_ids"):
-        return PretrainedModel(model, tokenizer_of(copy.deepcopy(processor)), reference, new)
+        tokenizer = tokenizer_of(copy.deepcopy(processor))
+        return PretrainedModel(model, tokenizer, reference, new, sentence=objects.sentence)
     of_transformers = hasattr(processor, "preprocess") or hasattr(processor, "image_processor")
 
     def transform(images: Sequence[Any]) -> Any:

@@ -220,6 +220,8 @@ def configured(task: Task, config: ModelConfig, dataset: Dataset | None) -> Task
 
 
 def _after(pretrained: PretrainedModel) -> SentenceModel:
+    if pretrained.sentence is not None:
+        return pretrained.sentence
     config: Any = getattr(pretrained.model, "config", None)
     width = getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or getattr(config, "dim", None)
     if width is None:

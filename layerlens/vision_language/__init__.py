@@ -4,6 +4,7 @@
                                                              │
                               local_model.py (transformers) ─┴─ server_model.py (OpenAI-compatible, over HTTP)
 
+``prompt.py`` makes the chat from the boxes and holds the report against them, sentence by sentence (``claims.py``).
 ``run.py`` takes batches of images through all steps. Models are put together in ``layerlens.jobs.vision_language``.
 Nothing here imports torch or transformers before it is needed, apart from ``local_model.py``.
 """

@@ -18,7 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from layerlens.vision_language.results import STEPS, Item
+from layerlens.vision_language.claims import sentences_of
+from layerlens.vision_language.results import STEPS, Item, Outcome
 
 SHOWN_IMAGES, LARGEST_SIDE = 40, 640
 
@@ -104,9 +105,24 @@ def _image(item: Item, primary: str, pictures: Mapping[Path, Path]) -> dict[str,
     return {
         "name": item.path.name,
         "outcome": outcome,
+        "report": _marked(outcome) if outcome else None,
         "uri": _data_uri(picture) if picture is not None else None,
         "detections": outcome.detections if outcome else None,
     }
+
+
+def _marked(outcome: Outcome) -> Markup | None:
+    """The report with its wrong sentences marked."""
+    if not outcome.report:
+        return None
+    wrong = {one["number"] for one in (outcome.check or {}).get("sentences", ())}
+    parts, place = [], 0
+    for number, sentence in enumerate(sentences_of(outcome.report), 1):
+        start = outcome.report.index(sentence, place)
+        parts.append(escape(outcome.report[place:start]))
+        parts.append(f"<mark>{escape(sentence)}</mark>" if number in wrong else escape(sentence))
+        place = start + len(sentence)
+    return Markup("".join([*parts, escape(outcome.report[place:])]))
 
 
 def _data_uri(path: Path) -> str:
@@ -119,12 +135,13 @@ def _data_uri(path: Path) -> str:
 
 INK, FAINT = "#010101", "#020202"
 REST = "#9aa3ad"
+LEGEND_COLUMNS = 4
 # One colour for each step; the detector's are blue and green, the language model's warm.
 COLOURS = dict(
     zip(
         STEPS,
         ("#8ecae6", "#4f9fd0", "#1f6fb2", "#0b4a82", "#7a7a7a", "#c9a227", "#ffe08a", "#e9c46a", "#f4a261", "#e76f51",
-         "#b5362c", "#7f1d1d", "#000000"),
+         "#b5362c", "#7f1d1d", "#000000", "#2a9d8f"),
         strict=True,
     )
 )  # fmt: skip
@@ -147,7 +164,9 @@ def step_bars(rows: Sequence[tuple[str, Mapping[str, float]]], *, title: str, de
     with _style():
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(8.6, 1.2 + 0.42 * len(rows)), layout="constrained")
+        drawn = sum(any(values.get(step, 0.0) > 0.0 for _, values in rows) for step in shown)
+        keys = -(-drawn // LEGEND_COLUMNS)
+        figure = Figure(figsize=(8.6, 1.0 + 0.42 * len(rows) + 0.24 * keys), layout="constrained")
         axes = figure.subplots()
         left = np.zeros(len(rows))
         for step in shown:
@@ -158,6 +177,7 @@ def step_bars(rows: Sequence[tuple[str, Mapping[str, float]]], *, title: str, de
                     label=STEPS.get(step, step),
                 )  # fmt: skip
                 left += widths
+        figure.legend(loc="outside lower left", ncols=LEGEND_COLUMNS, frameon=False, handlelength=1.0)
         axes.invert_yaxis()
         axes.set_xlabel("ms")
         axes.set_xlim(left=0)

@@ -26,6 +26,7 @@ STEPS = {
     "llm_decode": "further tokens",
     "llm_finish": "end of the answer",
     "llm_failed": "failed attempts",
+    "check": "check the report",
 }
 """Every step in the order of time, with the words that tables use."""
 
@@ -71,7 +72,7 @@ class Outcome:
         report: its answer, or the sentence that nothing was found.
         report_source: "language model" or "no detections".
         partial_report: what had arrived of an answer that broke off.
-        check: classes that the report leaves out, and those it names although nothing of the kind was detected.
+        check: what of the report is wrong, see ``prompt.check_report``; None where there is none to check.
         usage: prompt and completion tokens, finish reason, attempts and why earlier ones failed.
         run: the timings.
     """
@@ -86,8 +87,13 @@ class Outcome:
     report: str | None = None
     report_source: str | None = None
     partial_report: str | None = None
-    check: dict[str, list[str]] | None = None
+    check: dict[str, list[Any]] | None = None
     usage: dict[str, Any] | None = None
+
+    @property
+    def is_wrong(self) -> bool | None:
+        """Whether the report says something else than the boxes; None where it was not checked."""
+        return None if self.check is None else any(self.check.values())
 
 
 @dataclass
@@ -146,6 +152,8 @@ def summarize(items: Sequence[Item], variant: str) -> dict[str, Any]:
         "failed": sum(outcome.status != DONE for outcome in latest),
         "without_findings": sum(outcome.report_source == "no detections" for outcome in latest),
         "detections": sum(len(outcome.detections or ()) for outcome in latest),
+        "reports_checked": sum(outcome.check is not None for outcome in latest),
+        "reports_wrong": sum(bool(outcome.is_wrong) for outcome in latest),
         "tokens": _usage(measured),
         "steady": _timings([outcome.run for outcome in measured if outcome.status == DONE]),
         "warmup": _timings([outcome.run for outcome in passes if outcome.run.warmup and outcome.status == DONE]),

@@ -13,15 +13,9 @@ from layerlens.config.vision_language import PipelineConfig
 from layerlens.exceptions import DataError
 from layerlens.models import Detection
 from layerlens.utils.progress import Progress, silent
-from layerlens.vision_language.generation import (
-    Generation,
-    GenerationError,
-    LanguageModel,
-    build_messages,
-    check_report,
-    no_findings,
-)
+from layerlens.vision_language.generation import Generation, GenerationError, LanguageModel
 from layerlens.vision_language.images import load_image
+from layerlens.vision_language.prompt import build_messages, check_report, no_findings
 from layerlens.vision_language.results import DONE, FAILED, Item, Outcome, Run
 
 if TYPE_CHECKING:
@@ -218,10 +212,11 @@ def _report(job: _Job, detector: Detector, llm: LanguageModel, config: PipelineC
     job.generation = made
     if not made.text:
         job.fail("language model", ValueError("the answer is empty"))
+    with _timed([job], "check"):
+        job.fields["check"] = check_report(made.text, detections, detector.names, job.fields["size"])
     job.fields.update(
         report=made.text or None,
         report_source="language model",
-        check=check_report(made.text, detections, detector.names),
         usage={
             "prompt_tokens": made.prompt_tokens,
             "completion_tokens": made.completion_tokens,

@@ -1,0 +1,56 @@
+"""A SentenceTransformer as what is planned on: the transformer in it, with its tokenizer and the modules after it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from layerlens.exceptions import ConfigurationError
+from layerlens.integrations.sentence_models import LIBRARY, LOSSES, sentence_model_of
+
+if TYPE_CHECKING:
+    from layerlens.library.session import Objects
+
+TASK = "sentence-embedding"
+
+
+def transformer_in(thing: Any) -> Any:
+    """The transformer in a model of sentence-transformers; anything else is given back. Imports nothing."""
+    inner = getattr(thing, "transformers_model", None) if _kinds(thing) else None
+    return thing if inner is None else inner
+
+
+def _kinds(thing: Any) -> list[str]:
+    """Names of the classes of sentence-transformers' models that this is of."""
+    of_library = (kind for kind in type(thing).mro() if kind.__module__.startswith(LIBRARY))
+    return [kind.__name__ for kind in of_library if hasattr(kind, "transformers_model")]
+
+
+def of_sentence_model(objects: Objects) -> Objects:
+    """The same, with the transformer in place of a SentenceTransformer, which is what PEFT adapts there.
+
+    Raises:
+        ConfigurationError: another task, or a loss of the library, is given beside it; it is a cross-encoder or such.
+        ModelSpecError: it does not begin with a Transformer.
+    """
+    model, name = objects.model, type(objects.model).__name__
+    if not _kinds(model):
+        return objects
+    if "SentenceTransformer" not in _kinds(model):
+        raise ConfigurationError(
+            f"model: a {name} makes no embeddings of single texts; give its trainer, or model.transformers_model with "
+            "tokenizer= and task="
+        )
+    if objects.task not in (None, TASK):
+        raise ConfigurationError(
+            f"task: a {name} is planned for the task {TASK}, got {objects.task!r}; for another give "
+            "model.transformers_model"
+        )
+    if objects.loss is not None:
+        raise ConfigurationError(
+            f"loss: a {name} takes one of sentence-transformers by name: embedding_loss={'|'.join(LOSSES)}; for "
+            "another give the SentenceTransformerTrainer that has it: layerlens.plan(trainer)"
+        )
+    after = sentence_model_of(model)
+    tokenizer = objects.tokenizer if objects.tokenizer is not None else model.tokenizer
+    return replace(objects, model=model.transformers_model, task=TASK, tokenizer=tokenizer, sentence=after)
