@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 
 from layerlens.exceptions import DataError
 from layerlens.library.untouched import loader_kept
+from layerlens.tasks import Batch
 
 TOKENS = "input_ids"
 FEWEST_BATCHES = 8
@@ -255,3 +257,27 @@ def _length(data: Any) -> int | None:
         return len(data)
     except TypeError:
         return None
+
+
+def digest_of(batches: Sequence[Batch]) -> str:
+    """SHA-256 over the inputs and targets of batches."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, Mapping):
+            for name in value:
+                digest.update(f"{name}=".encode())
+                add(value[name])
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                add(part)
+        else:
+            digest.update(repr(value).encode())
+
+    for batch in batches:
+        add(batch.inputs)
+        add(batch.labels)
+    return digest.hexdigest()

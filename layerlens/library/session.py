@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -312,7 +311,7 @@ def _of_batches(
     model, device = pretrained.model, input_device(pretrained.model)
     dropped: dict[str, None] = {}
     batches, head_batches = (_converted(model, raw, device, dropped) for raw in (taken.batches, taken.more))
-    digest = _digest(batches)
+    digest = samples.digest_of(batches)
     known = task if task is not None else TASKS[given.CUSTOM]
     if objects.trainer_loss is not None:
         dropped.clear()  # the trainer's loss takes them
@@ -479,26 +478,3 @@ def _function_name(function: Any) -> str:
     """A function as a configuration names one."""
     name = re.sub(r"\W", "_", getattr(function, "__qualname__", type(function).__qualname__))
     return f"{getattr(function, '__module__', None) or 'object'}:{name.lstrip('0123456789') or 'loss'}"
-
-
-def _digest(batches: Sequence[Batch]) -> str:
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype}{list(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, Mapping):
-            for name in value:
-                digest.update(f"{name}=".encode())
-                add(value[name])
-        elif isinstance(value, (list, tuple)):
-            for part in value:
-                add(part)
-        else:
-            digest.update(repr(value).encode())
-
-    for batch in batches:
-        add(batch.inputs)
-        add(batch.labels)
-    return digest.hexdigest()
