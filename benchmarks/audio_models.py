@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,34 @@ NORMED: dict[str, Any] = {**WAVES, "feat_extract_norm": "layer", "do_stable_laye
 WHISPER: dict[str, Any] = {
     "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
     "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_mel_bins": 8, "max_source_positions": 50,
-    "classifier_proj_size": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "classifier_proj_size": 8, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 1,
     "vocab_size": 40, "init_std": 0.2,
 }  # fmt: skip
+
+
+SPEECH_TO_TEXT: dict[str, Any] = {
+    **{name: value for name, value in WHISPER.items() if name not in ("num_mel_bins", "max_source_positions")},
+    "input_feat_per_channel": 8, "max_source_positions": 200, "conv_channels": 16, "max_target_positions": 60,
+}  # fmt: skip
+LETTERS = "ABCDEFGHIKLNORT'"
+BEFORE = ("<pad>", "<s>", "</s>", "<unk>", "|")
+"""Tokens of a vocabulary of CTC before its letters."""
+
+
+def ctc_tokenizer(folder: Path, letters: str = LETTERS, **more: Any) -> Any:
+    """A tokenizer of wav2vec2 with these letters; its vocabulary lies in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({name: n for n, name in enumerate((*BEFORE, *letters))}))
+    return hf.Wav2Vec2CTCTokenizer(folder / "vocab.json", **more)
+
+
+def whisper_tokenizer(letters: str = "abcdefghiklnort!") -> Any:
+    """A tokenizer of Whisper that knows these letters: a token for each."""
+    vocabulary = {name: n for n, name in enumerate(("<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"))}
+    vocabulary |= {name: n for n, name in enumerate(("\u0120", *letters), len(vocabulary))}
+    made = hf.WhisperTokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>")
+    made.add_special_tokens({"extra_special_tokens": ["<|startoftranscript|>", "<|notimestamps|>"]})
+    return made
 
 
 @dataclass(frozen=True)
@@ -50,7 +76,7 @@ class AudioModel:
         """A model with random weights: of the class with this ending, else of the classifier."""
         torch.manual_seed(0)
         kind = getattr(hf, self.name + (ending or self.classifier))
-        return kind(kind.config_class(**self.settings, **more)).eval().requires_grad_(False)
+        return kind(kind.config_class(**(self.settings | more))).eval().requires_grad_(False)
 
     def save(self, folder: Path, ending: str = "Model", **more: Any) -> Path:
         """One of them, by default without a head, as a checkpoint with its feature extractor."""
@@ -66,6 +92,9 @@ AUDIO: dict[str, AudioModel] = {
     "ast": AudioModel(
         "AST", {**WIDTHS, "num_mel_bins": 16, "max_length": 40}, hf.ASTFeatureExtractor(num_mel_bins=16, max_length=40),
         "ForAudioClassification",
+    ),
+    "speech2text": AudioModel(
+        "Speech2Text", SPEECH_TO_TEXT, hf.Speech2TextFeatureExtractor(num_mel_bins=8, feature_size=8), ""
     ),
     "whisper": AudioModel(
         "Whisper", WHISPER, hf.WhisperFeatureExtractor(feature_size=8, chunk_length=1), "ForAudioClassification"

@@ -149,6 +149,8 @@ TASKS: Registry[Any] = Registry(
         "semantic-segmentation": "layerlens.tasks.semantic_segmentation:TASK",
         "object-detection": "layerlens.tasks.object_detection:TASK",
         "audio-classification": "layerlens.tasks.audio_classification:TASK",
+        "speech-ctc": "layerlens.tasks.speech_ctc:TASK",
+        "speech-seq2seq": "layerlens.tasks.speech_seq2seq:TASK",
         "custom": "layerlens.tasks.custom:TASK",
     },
 )

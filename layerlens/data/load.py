@@ -145,7 +145,8 @@ def _read_place(path: Path, config: DataConfig, found: SourceRows, of_words: boo
         if files:
             for file in files:
                 check_readable(file, path)
-                _read_file(file, of_words is not False, config, found)
+                words = reader_of(file, of_words=False) is None if of_words is None else of_words
+                _read_file(file, words, config, found)
             found.note(folder_note(path, files))
         else:
             read_saved_dataset(path, found)

@@ -7,6 +7,7 @@ What cannot be read is said as the end of a sentence that begins with the clip's
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import math
@@ -163,8 +164,18 @@ def at_rate(samples: np.ndarray, own: int, rate: int) -> np.ndarray:
     from scipy.signal import resample_poly
 
     common = math.gcd(own, rate)
-    found: np.ndarray = resample_poly(samples, rate // common, own // common)
+    up, down = rate // common, own // common
+    found: np.ndarray = resample_poly(samples, up, down, window=_low_pass(max(up, down)))
     return found.astype(np.float32, copy=False)
+
+
+@functools.lru_cache
+def _low_pass(factor: int) -> np.ndarray:
+    """The filter that scipy's ``resample_poly`` makes by default for this larger one of its factors, made once."""
+    from scipy.signal import firwin
+
+    found: np.ndarray = firwin(20 * factor + 1, 1.0 / factor, window=("kaiser", 5.0))
+    return found
 
 
 def _opened(sound: StoredSound) -> Any:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from layerlens.data.labels import HEAD_ADVICE, UNNAMED, outputs_of, unmatched
@@ -86,6 +87,9 @@ class TransformersSource(ModelSource):
         said: Mapping[str, Any] = {}
         with suppress(ModelNotFoundError):
             said = self.description(request)
+        if kind.vocabulary_head and said:
+            own = vocabulary_of(request, self.resolve(request), SimpleNamespace(**said), {"local_files_only": True})
+            count += "".join(f", {key}={value}" for key, value in own.items())
         if quantization := loading_of(request.quantization, said.get("quantization_config")):
             imports.append("from transformers.quantizers.auto import AutoQuantizationConfig")
             count += f", quantization_config=AutoQuantizationConfig.from_dict({quantization!r})"

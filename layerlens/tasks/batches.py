@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 from layerlens.exceptions import ProfilingError
@@ -148,7 +149,7 @@ class Batches(Sequence[Batch]):
         frames = mask_of_frames(self.pretrained.model, inputs)
         return Batch(inputs, labels, torch.tensor(chosen), rows, frames).to(input_device(self.pretrained.model))
 
-    @property
+    @cached_property
     def typical(self) -> Batch:
         """The batch that costs are counted on: the one with the longest samples where these have a length of their own
         (sound), else the first.

@@ -111,9 +111,12 @@ def decoder_inputs(model: Any, labels__bt: torch.Tensor) -> torch.Tensor:
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         made: torch.Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels__bt)
         return made
-    config = model.config.get_text_config(decoder=True)
-    start, pad = config.decoder_start_token_id, config.pad_token_id
-    start = model.config.decoder_start_token_id if start is None else start
+    # The model's own configuration first: the part for a decoder of Whisper is made anew, with defaults.
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    start, pad = (
+        next((found for one in configs if (found := getattr(one, name, None)) is not None), None)
+        for name in ("decoder_start_token_id", "pad_token_id")
+    )
     if start is None:
         raise ConfigurationError(
             f"model.name_or_path: the configuration of {type(model).__name__} has no decoder_start_token_id; set it in "

@@ -24,10 +24,7 @@ SIGNAL = ("fisher", "gradient", "input_scale")
 
 def singles(batch: Batch) -> list[Batch]:
     """Every sample of a batch alone."""
-    return [
-        Batch({key: x[n : n + 1] for key, x in batch.inputs.items()}, batch.labels[n : n + 1], batch.index[n : n + 1])
-        for n in range(len(batch.index))
-    ]
+    return [batch.taken(torch.tensor([n])) for n in range(len(batch.index))]
 
 
 def pieces(batch: Batch, *sizes: int) -> list[Batch]:

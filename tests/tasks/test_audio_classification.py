@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import transformers as hf
+from scipy.signal import resample_poly
 from sounds import RATE, tone, write
 
 from benchmarks.audio_models import AUDIO
@@ -92,6 +93,7 @@ def test_a_rate_changes_the_samples_and_not_the_sound():
     low, high = tone(300.0, 0.5, RATE), tone(300.0, 0.5, 44_100)
     changed = at_rate(high, 44_100, RATE)
     assert changed.shape == low.shape
+    np.testing.assert_allclose(changed, resample_poly(high, 160, 441), rtol=0, atol=1e-6)
     # Both are the tone with independent noise of 0.02; the filter's ends are left out.
     assert float(np.abs(changed - low)[400:-400].std()) < 0.04
     several = StoredSound("pair", samples=np.stack([high, -high], 1), rate=44_100)
