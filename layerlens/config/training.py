@@ -36,8 +36,10 @@ class TrainingConfig(ConfigModel):
         description="Precision of the forward and backward passes (autocast); weights that train stay float32. "
         "float16 scales the loss and needs a GPU.",
     )
-    gradient_checkpointing: bool = Field(
-        default=False, description="Compute activations again in the backward pass: less memory, more time."
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        default=False,
+        description="Compute activations again in the backward pass: less memory, more time. true: in every block; "
+        "auto: in as few blocks as a budget of memory needs, the lowest first, as a part of the choice.",
     )
     train_samples: int | None = Field(default=None, ge=1, description="At most so many training samples.")
     eval_samples: int | None = Field(

@@ -130,6 +130,7 @@ def _with_step(
         base=without_base.base | {"vram_gb": _base_gb(without_base, spec, found)},
         least={"vram_gb": found.least_gb},
         step=found.use,
+        checkpointed=tuple(name for name in step.blocks if name in checkpointed),
     )
 
 

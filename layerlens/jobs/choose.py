@@ -8,6 +8,7 @@ from typing import Any
 
 from layerlens.config.optimization import UNIFORM_LORA
 from layerlens.data import Dataset
+from layerlens.jobs.checkpointed import fewest_checkpoints
 from layerlens.jobs.inputs import check_identity, data_facts, proxy_identity
 from layerlens.jobs.job import Job
 from layerlens.jobs.load import Loaded
@@ -16,8 +17,8 @@ from layerlens.jobs.memory_mode import memory_facts
 from layerlens.jobs.offers import told_of_offers
 from layerlens.jobs.proxies import ProxyTrainer, joint_gains, measure_proxies
 from layerlens.jobs.proxy_check import CHOICE, check_samples, run_check, tell_of_check, uniform_solution
-from layerlens.jobs.solve import Solution, find_allocation, make_manifest, option_tables, run_provenance
-from layerlens.models import Manifest, ModelSpec, ModelStatistics
+from layerlens.jobs.solve import Solution, costs_of, find_allocation, make_manifest, option_tables, run_provenance
+from layerlens.models import CostTable, Manifest, ModelSpec, ModelStatistics
 from layerlens.profiling.cache import cache_key
 
 
@@ -99,6 +100,8 @@ def solve_stage(job: Job, spec: ModelSpec, statistics: ModelStatistics) -> Solut
     """``solved`` as a stage of its own; says when nothing is adapted because no option has a gain."""
     with job.clock.stage("solve"), job.progress.stage("Solving"):
         solution = solved(job, spec, statistics)
+        if note := _not_checkpointed(job, statistics):
+            job.warnings.add(note)
         for line in told_of_offers(spec, job.config.optimization.ranks(), solution.problem):
             job.warnings.add(line)
         if not (solution.utilities.utility > 0.0).any():
@@ -110,11 +113,42 @@ def solve_stage(job: Job, spec: ModelSpec, statistics: ModelStatistics) -> Solut
     return solution
 
 
+def _not_checkpointed(job: Job, statistics: ModelStatistics) -> str:
+    """Why the configuration's checkpointing changes nothing; "" where it does, or none is asked for."""
+    wanted, step = job.config.training.gradient_checkpointing, statistics.step
+    if not wanted or step is None:  # that no step is recorded is said already
+        return ""
+    if not step.blocks:
+        return (
+            "training.gradient_checkpointing: transformers can checkpoint no block of this model by itself, so memory "
+            "and time of a step are predicted without"
+        )
+    if wanted == "auto" and job.config.optimization.max_vram_gb is None:
+        return (
+            "training.gradient_checkpointing: auto checkpoints nothing without a budget of memory; set "
+            "optimization.max_vram_gb"
+        )
+    return ""
+
+
 def solved(job: Job, spec: ModelSpec, statistics: ModelStatistics, utility_model: str | None = None) -> Solution:
     """Utilities and costs of every option, and the certified choice; by another utility model where one is given."""
     config = job.config
     utilities, costs = option_tables(spec, statistics, config, utility_model)
-    return find_allocation(spec, utilities, costs, config.optimization, seed=config.runtime.seed, threads=job.threads)
+
+    def with_costs(counted: CostTable) -> Solution:
+        return find_allocation(
+            spec, utilities, counted, config.optimization, seed=config.runtime.seed, threads=job.threads
+        )
+
+    if config.training.gradient_checkpointing != "auto":
+        return with_costs(costs)
+    blocks = () if statistics.step is None else statistics.step.blocks
+    return fewest_checkpoints(
+        blocks if config.optimization.max_vram_gb is not None else (),
+        lambda chosen: with_costs(costs_of(spec, statistics, utilities.options, config, chosen) if chosen else costs),
+        config.optimization.gap_tolerance,
+    )
 
 
 def compare(job: Job, loaded: Loaded, measured: Measured, decision: Decision) -> Decision:

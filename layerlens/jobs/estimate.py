@@ -266,16 +266,16 @@ def estimate_manifest(
     options = [Option(row.layer, row.method, row.rank) for row in manifest.allocations if row.method != NONE]
     choice = f"{len(options)} of {len(manifest.allocations)} layers as in {name}"
     accumulates = config.training.gradient_accumulation > 1
-    return _estimate(shapes, options, settings, choice, {}, accumulates=accumulates)
+    return _estimate(shapes, options, settings, choice, {}, accumulates=accumulates, checkpointed=manifest.checkpointed)
 
 
 def _estimate(
     shapes: Shapes, options: Sequence[Option], settings: OptimizationConfig, choice: str, left_out: Mapping[str, str],
-    accumulates: bool = False,
+    accumulates: bool = False, checkpointed: Sequence[str] = (),
 ) -> Estimate:  # fmt: skip
     """What ``options`` cost."""
     spec, profile = shapes.spec, settings.latency_profile
-    costs = cost_table(spec, shapes.footprint, options, settings, accumulates=accumulates)
+    costs = cost_table(spec, shapes.footprint, options, settings, accumulates=accumulates, checkpointed=checkpointed)
     uses, totals = [], costs.total(np.arange(len(options)))
     for name in RESOURCES:
         if name in costs.source:

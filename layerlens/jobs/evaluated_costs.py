@@ -84,10 +84,10 @@ def evaluate_costs(
     choice, _ = fitting_choice(pretrained.model, manifest)
     factors = read_factors(measured_factors, choice)
     config = _config(manifest, batch_size, sequence_length)
-    table = None
+    table = plain = None
     try:
         with progress.stage("Recording a training step"):
-            table = _table(choice, pretrained, profile, config)
+            table, plain = _tables(choice, pretrained, profile, config)
     except UNRECORDABLE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warn(
@@ -108,7 +108,7 @@ def evaluate_costs(
     with progress.stage("Timing a training step", total=None):
         own = _measured(pretrained.model, choice, batch, config, factors)
     parts = {name: own[name] for name in PARTS}
-    if table is None:
+    if table is None or plain is None:
         return EvaluatedCosts(found, parts)
     predicted = table.total(_entries(table, choice))
     found |= {
@@ -122,7 +122,7 @@ def evaluate_costs(
     uniform = Choice.of(picked, lora=LoraSettings(1.0), head_modules=choice.head_modules, task=choice.task)
     with progress.stage("Timing uniform LoRA", total=None):
         measured = _measured(pretrained.model, uniform, batch, config)
-    total = table.total(other)
+    total = plain.total(other)
     beside = {
         "trainable_params": Comparison(total["trainable_params"], measured["trainable_params"]),
         "step_memory_gb": Comparison(total["vram_gb"], measured["vram_gb"]),
@@ -141,10 +141,11 @@ def _config(manifest: Manifest, batch_size: int, sequence_length: int) -> Optimi
     return config.model_copy(update={"latency_profile": profile})
 
 
-def _table(
+def _tables(
     choice: Choice, pretrained: PretrainedModel, profile: DeviceProfile, config: OptimizationConfig
-) -> CostTable:
-    """Costs of everything that the choice and uniform LoRA are made of, for full batches of the configuration.
+) -> tuple[CostTable, CostTable]:
+    """Costs of everything that the choice and uniform LoRA are made of, for full batches of the configuration: with the
+    choice's blocks checkpointed, and with none.
 
     Raises:
         one of ``UNRECORDABLE``: no step can be recorded.
@@ -166,7 +167,10 @@ def _table(
     labels = batch.pop("labels")
     step = recorded(StepOf(model, TASKS[choice.task], batch, labels, choice.head_modules), spec)
     footprint = Footprint(0.0, 0.0, replace(step, rates=asdict(profile)))
-    return cost_table(spec, footprint, options, config)
+    plain = cost_table(spec, footprint, options, config)
+    if not choice.checkpointed:
+        return plain, plain
+    return cost_table(spec, footprint, options, config, checkpointed=choice.checkpointed), plain
 
 
 def _only(spec: ModelSpec, layers: set[str]) -> ModelSpec:

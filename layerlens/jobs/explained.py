@@ -230,7 +230,7 @@ def solution_of(manifest: Manifest, spec: ModelSpec, statistics: ModelStatistics
             "was chosen by"
         )
     config = config_of(manifest)
-    utilities, costs = option_tables(spec, statistics, config)
+    utilities, costs = option_tables(spec, statistics, config, checkpointed=manifest.checkpointed)
     problem = problem_of(manifest, spec, utilities, costs, config.optimization)
     chosen = {Option(row.layer, row.method, row.rank) for row in manifest.allocations}
     choice = np.array([_chosen_in(problem, group, utilities.options, chosen) for group in range(len(problem.layers))])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
@@ -33,6 +33,7 @@ from layerlens.models import (
     ModelFacts,
     ModelSpec,
     ModelStatistics,
+    Option,
     Predicted,
     Prediction,
     Provenance,
@@ -93,9 +94,19 @@ class Solution:
 
 
 def option_tables(
-    spec: ModelSpec, statistics: ModelStatistics, config: RunConfig, utility_model: str | None = None
+    spec: ModelSpec,
+    statistics: ModelStatistics,
+    config: RunConfig,
+    utility_model: str | None = None,
+    checkpointed: Collection[str] | None = None,
 ) -> tuple[UtilityTable, CostTable]:
-    """Utility and costs of every option on offer; by another utility model than the configuration's where one is given.
+    """Utility and costs of every option on offer.
+
+    Args:
+        spec, statistics: of the model.
+        config: what is offered, and what the costs are for.
+        utility_model: another one than the configuration's.
+        checkpointed: blocks whose activations are computed again; None: all or none, as the configuration says.
 
     Raises:
         ConfigurationError: the utility model needs what was not measured, or a method was not measured.
@@ -115,9 +126,25 @@ def option_tables(
     utilities = calibrated_table(
         model, spec, statistics, options, config.profiling.metric_weights, seed=config.runtime.seed
     )
-    accumulates = config.training.gradient_accumulation > 1
-    costs = cost_table(spec, statistics, options, config.optimization, accumulates=accumulates)
+    costs = costs_of(spec, statistics, options, config, checkpointed)
     return _without_noise(utilities, statistics), costs
+
+
+def costs_of(
+    spec: ModelSpec,
+    statistics: ModelStatistics,
+    options: Sequence[Option],
+    config: RunConfig,
+    checkpointed: Collection[str] | None = None,
+) -> CostTable:
+    """Costs of the options with these blocks checkpointed; None: all or none, as the configuration says."""
+    if checkpointed is None:
+        every = config.training.gradient_checkpointing is True and statistics.step is not None
+        checkpointed = statistics.step.blocks if every and statistics.step is not None else ()
+    accumulates = config.training.gradient_accumulation > 1
+    return cost_table(
+        spec, statistics, options, config.optimization, accumulates=accumulates, checkpointed=checkpointed
+    )
 
 
 def _without_noise(utilities: UtilityTable, statistics: ModelStatistics) -> UtilityTable:
@@ -369,6 +396,7 @@ def make_manifest(
             cheapest=solution.saving,
         ),
         provenance=provenance,
+        checkpointed=costs.checkpointed,
     )
 
 

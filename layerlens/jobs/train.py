@@ -17,6 +17,7 @@ from layerlens.cost.measure import forward_ms
 from layerlens.data import Dataset, load_dataset
 from layerlens.data.labels import in_order_of
 from layerlens.exceptions import ConfigurationError, ManifestError
+from layerlens.integrations.checkpointing import checkpoint_blocks
 from layerlens.integrations.model_code import model_code
 from layerlens.integrations.peft import base_of
 from layerlens.integrations.pretrained import PretrainedModel
@@ -319,11 +320,15 @@ def _prepared(job: Job, order: Order, manifest: Manifest, pretrained: Pretrained
             training, seed = job.config.training, job.config.runtime.seed
             seed = seed if training.seed is None else training.seed
             return prepare_baseline(order.baseline, pretrained, manifest, data, job.config, seed)
+        checkpointed = manifest.checkpointed if job.config.training.gradient_checkpointing == "auto" else ()
         if order.start is not None:
-            return _started(order.start, pretrained, manifest)
+            started = _started(order.start, pretrained, manifest)
+            if checkpointed:
+                checkpoint_blocks(started.model, checkpointed)
+            return started
         factors = read_factors(order.path.parent / PEFT_DIRECTORY, manifest.choice)
         kept = manifest.trainable_params
-        tuned = apply(pretrained.model, manifest, factors=factors)
+        tuned = apply(pretrained.model, replace(manifest, checkpointed=checkpointed), factors=factors)
         return Prepared(tuned, kept, manifest.choice, lambda tuned: Finished(tuned, kept, manifest.choice))
     except ManifestError as error:
         raise type(error)(f"{shown(order.path)}: {error}") from error

@@ -57,6 +57,7 @@ def read_document(path: Path) -> tuple[Manifest, str]:
         fields["predicted"]["cheapest"] = Saving(**saving)
     for name, kind in SECTIONS.items():
         fields[name] = kind.of(fields[name], order=tuple(raw[name]))
+    fields["checkpointed"] = tuple(fields.get("checkpointed", ()))
     return Manifest(**fields), document.created_at
 
 

@@ -308,6 +308,10 @@ class ManifestDocument(_Part):
     lora: LoraEntry = Field(description="Scale and initialisation of LoRA.")
     predicted: PredictedEntry = Field(description="Predicted gain and what it rests on.")
     provenance: ProvenanceEntry = Field(description="Fingerprints, versions, configuration, seed.")
+    checkpointed: list[Text] = Field(
+        default=[],
+        description="Blocks whose activations are computed again in the backward pass, by module path.",
+    )
 
     @model_validator(mode="after")
     def _finite_values(self) -> ManifestDocument:
@@ -318,6 +322,7 @@ class ManifestDocument(_Part):
     @model_validator(mode="after")
     def _complete(self) -> ManifestDocument:
         _refuse_repeats("allocations: layer", [row.layer for row in self.allocations])
+        _refuse_repeats("checkpointed", self.checkpointed)
         _refuse_repeats("resources: resource", [use.resource for use in self.resources])
         missing = [name for name in _NEEDED if name not in {use.resource for use in self.resources}]
         if missing:

@@ -165,7 +165,28 @@ def counted_as(manifest: Manifest) -> str:
     return f"The proof counts the {' and the '.join(names)} of other choices as sums, which are exact for this one."
 
 
+def checkpointed(manifest: Manifest) -> str:
+    """Which blocks are checkpointed, as a sentence; "" for none.
+
+    >>> from layerlens.models import ModelFacts
+    >>> found = Manifest(ModelFacts(), (), (), 0.0, 0.0, 0.0, "optimal", "", "", "", checkpointed=("h.0", "h.1", "h.2"))
+    >>> checkpointed(found)
+    'Activations of 3 blocks (h.0 to h.2) are checkpointed: computed again in the backward pass, to save memory.'
+    """
+    names = manifest.checkpointed
+    if not names:
+        return ""
+    which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    blocks = "1 block" if len(names) == 1 else f"{len(names)} blocks"
+    return f"Activations of {blocks} ({which}) are checkpointed: computed again in the backward pass, to save memory."
+
+
 def worth(manifest: Manifest) -> str:
+    """What is checkpointed, and step time and memory against uniform LoRA; "" where nothing is to say."""
+    return " ".join(sentence for sentence in (checkpointed(manifest), against_uniform(manifest)) if sentence)
+
+
+def against_uniform(manifest: Manifest) -> str:
     """Step time and memory against uniform LoRA of as many parameters, as a sentence; "" where they are not predicted.
 
     Memory is what comes on top of the frozen model's weights and of its forward pass, which every step needs.

@@ -27,6 +27,7 @@ class Choice:
         head_modules: modules of the task head, which is trained beside the options.
         task: what the model is tuned for; "" where it does not matter.
         tokens: rows of the embeddings that are trained too; None for none.
+        checkpointed: blocks whose activations are computed again in the backward pass, by module path.
     """
 
     options: tuple[Option, ...]
@@ -35,6 +36,7 @@ class Choice:
     head_modules: tuple[str, ...] = ()
     task: str = ""
     tokens: TokenTraining | None = None
+    checkpointed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.lora.alpha_over_r is None and self.lora_options:

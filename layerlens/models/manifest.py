@@ -84,6 +84,7 @@ class Manifest:
         lora: scale and beginning of the LoRA layers.
         predicted: predicted gain and what it rests on.
         provenance: data and statistics fingerprints, versions, configuration, seed.
+        checkpointed: blocks whose activations are computed again in the backward pass, by module path.
 
     ``choice`` is what is put into a model. Score, bound, gap, status and solver are its certificate: only a solver
     makes one.
@@ -102,6 +103,7 @@ class Manifest:
     lora: LoraSettings = field(default_factory=LoraSettings)
     predicted: Predicted = field(default_factory=Predicted)
     provenance: Provenance = field(default_factory=Provenance)
+    checkpointed: tuple[str, ...] = ()
 
     @cached_property
     def choice(self) -> Choice:
@@ -113,6 +115,7 @@ class Manifest:
             head_modules=self.model.heads,
             task=self.model.task or "",
             tokens=self.model.token_training,
+            checkpointed=self.checkpointed,
         )
 
     @property
@@ -138,7 +141,9 @@ class Manifest:
     def fields(self) -> dict[str, Any]:
         """The manifest by name as its file has it."""
         parts = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        return {name: _plain(part) for name, part in parts.items()}
+        if not self.checkpointed:  # most choices have none, and readers of older versions know none
+            del parts["checkpointed"]
+        return {name: list(part) if name == "checkpointed" else _plain(part) for name, part in parts.items()}
 
 
 def _plain(part: Any) -> Any:

@@ -58,6 +58,7 @@ class CostTable:
             parameter; absent: its base.
         step: what a given choice needs and takes in a training step; the rows, charges and depth of memory and of
             ``step_ms`` are upper bounds of it, which the solver adds up.
+        checkpointed: blocks whose activations are computed again in the backward pass.
     """
 
     options: tuple[Option, ...]
@@ -68,6 +69,7 @@ class CostTable:
     depth: DepthCharge | None = None
     least: dict[str, tuple[float, float]] = field(default_factory=dict)
     step: StepUse | None = None
+    checkpointed: tuple[str, ...] = ()
 
     @cached_property
     def _offset(self) -> np.ndarray:

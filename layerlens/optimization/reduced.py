@@ -71,11 +71,13 @@ class Reduced:
     def round_down(self, bound: float) -> float:
         """The largest attainable value that ``bound`` allows: values are multiples of the value unit.
 
-        Where the quotient is itself rounded up to an integer, the result is not below the bound.
+        Where the quotient is itself rounded up to an integer, the result is not below the bound. From 2^53 on every
+        float64 is an integer, and the quotient of a bound near the largest one is none.
         """
         if self.value_unit == 0.0 or not math.isfinite(bound):
             return bound
-        return math.floor(bound / self.value_unit) * self.value_unit
+        units = bound / self.value_unit
+        return bound if abs(units) >= 2.0**53 else math.floor(units) * self.value_unit
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class _Provenance(BaseModel):
 class _Step(_Part):
     layers: list[str]
     batch_sizes: list[int]
+    blocks: list[str]
     sequence_length: int
     head_tensors: int
     head_elements: int

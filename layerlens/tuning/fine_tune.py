@@ -145,7 +145,8 @@ def training_arguments(job: FineTune) -> TrainingArguments:
             f"model.dtype: {narrow[0]} would be trained in float16, where AdamW's averages underflow; use float32 or "
             "bfloat16 (LoRA, adapters and prefixes are float32 in a float16 model, a task head is not)"
         )
-    if config.gradient_checkpointing and not hasattr(job.model, "gradient_checkpointing_enable"):
+    everywhere = config.gradient_checkpointing is True
+    if everywhere and not hasattr(job.model, "gradient_checkpointing_enable"):
         raise ConfigurationError(
             f"training.gradient_checkpointing: a {type(job.model).__name__} cannot (transformers' models can)"
         )
@@ -162,8 +163,8 @@ def training_arguments(job: FineTune) -> TrainingArguments:
             max_grad_norm=config.max_grad_norm,
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation,
-            gradient_checkpointing=config.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+            gradient_checkpointing=everywhere,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if everywhere else None,
             bf16=config.precision == "bfloat16",
             fp16=config.precision == "float16",
             seed=job.seed,

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.checkpointing import checkpoint_blocks
 from layerlens.integrations.peft import TOKEN_ROWS, base_of, has_trained_rows
 from layerlens.integrations.torch_modules import find_module
+from layerlens.integrations.transformers import blocks_to_checkpoint
 from layerlens.methods import drop_hooks, injected_sizes
 from layerlens.models import LORA, Choice, Manifest, ModelFacts
 from layerlens.registry import METHODS
@@ -88,7 +90,19 @@ def apply(
         begin_head(tuned, head)
     if generator:
         attach_generator(tuned, generator, seed=choice.seed)
+    if choice.checkpointed:
+        remember_checkpoints(tuned)
+        checkpoint_blocks(tuned, choice.checkpointed)
     return tuned
+
+
+def remember_checkpoints(tuned: torch.nn.Module) -> None:
+    """Note which modules checkpoint their activations, for ``unapply``."""
+    base, before = base_of(tuned), before_of(tuned)
+    assert before is not None
+    before.checkpointing = frozenset(
+        name for name, module in base.named_modules() if getattr(module, "gradient_checkpointing", False) is True
+    )
 
 
 def _let_gradients_into_checkpoints(model: Any) -> None:
@@ -134,6 +148,7 @@ class Before:
         trained: names of the parameters that required gradients.
         weights: copies, by name, of the parameters that are trained in place.
         facts: which weights these are.
+        checkpointing: names of the modules that checkpointed their activations; None where that was left as it was.
         whole: every parameter is trained in place, and nothing was copied.
     """
 
@@ -141,6 +156,7 @@ class Before:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     facts: ModelFacts = field(default_factory=ModelFacts)
     whole: bool = False
+    checkpointing: frozenset[str] | None = None
 
 
 def note_before(base: torch.nn.Module, facts: ModelFacts, in_place: Sequence[str] = (), *, whole: bool = False) -> None:
@@ -186,6 +202,10 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
     for name in METHODS:
         METHODS[name].remove(model)
     release_statistics(base)
+    if before.checkpointing is not None:
+        for name, block in blocks_to_checkpoint(base).items():
+            one: Any = block
+            one.gradient_checkpointing = name in before.checkpointing
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             if name in before.weights:

@@ -95,6 +95,14 @@ def fixed_stage(problem: AllocationProblem, s: int) -> AllocationProblem | None:
     )
 
 
+def test_a_problem_that_nothing_fits_is_refused_at_any_price():
+    """Prices of resources rise without end where nothing fits, so bounds near the largest float64 are met."""
+    problem = random_charged(1_072_818, max_allocations=150)  # benchmarks/solver_fuzz.py found it
+    assert exhaustive_at_once(problem) is None
+    with pytest.raises(InfeasibleError):
+        solve(problem, refine=False)
+
+
 def test_one_solve_for_each_lowest_stage_is_the_same_optimum():
     compared = 0
     for seed in itertools.count(7000):

@@ -1,0 +1,73 @@
+"""``training.gradient_checkpointing: auto``: how many blocks are checkpointed is a part of the choice.
+
+A checkpointed block keeps only what goes into it, and its forward pass runs twice. Blocks are alike, and the highest
+one is computed again when most is alive, so the lowest ones are taken first, and their number is what is chosen: the
+problem is solved with each of a few numbers, and the fewest blocks are taken that cost next to no score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from layerlens.exceptions import InfeasibleError
+
+if TYPE_CHECKING:
+    from layerlens.jobs.solve import Solution
+
+SCORE_GIVEN_UP = 0.01
+"""Share of the best score that is given up for fewer checkpoints: each of them costs a forward pass of its block."""
+MOST_TRIED = 9
+"""Numbers of blocks that are tried first, evenly spread from none to all."""
+
+
+def fewest_checkpoints(
+    blocks: Sequence[str], solve_with: Callable[[tuple[str, ...]], Solution], gap_tolerance: float
+) -> Solution:
+    """The answer with the fewest checkpointed blocks whose score is within ``SCORE_GIVEN_UP`` of the best one's.
+
+    Args:
+        blocks: that can be checkpointed, in the order of the model.
+        solve_with: the answer with these blocks checkpointed.
+        gap_tolerance: below which the answer is called optimal.
+
+    Returns:
+        its bound is that of all numbers that were tried.
+
+    Raises:
+        InfeasibleError: no number of checkpoints meets the budgets; the error is that of all blocks.
+    """
+    found: dict[int, Solution | None] = {}
+    refused: InfeasibleError | None = None
+
+    def value(count: int) -> float:
+        nonlocal refused
+        if count not in found:
+            try:
+                found[count] = solve_with(tuple(blocks[:count]))
+            except InfeasibleError as error:
+                found[count], refused = None, error
+        one = found[count]
+        return -math.inf if one is None else one.allocation.value
+
+    tried = np.unique(np.linspace(0, len(blocks), min(len(blocks) + 1, MOST_TRIED)).round().astype(int)).tolist()
+    best = max(map(value, tried))
+    if best == -math.inf:
+        assert refused is not None
+        raise refused
+    enough = best - SCORE_GIVEN_UP * abs(best)
+    high = next(count for count in tried if value(count) >= enough)
+    low = max((count for count in tried if count < high), default=-1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if value(middle) >= enough else (middle, high)
+    chosen = found[high]
+    assert chosen is not None
+    bound = max(one.allocation.upper_bound for one in found.values() if one is not None)
+    allocation = replace(chosen.allocation, upper_bound=bound)
+    status = "optimal" if allocation.gap <= gap_tolerance else "feasible"
+    return replace(chosen, allocation=replace(allocation, status=status))
