@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,19 @@ RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"
 WIDER = """() => [...document.querySelectorAll('body *')]
   .filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll') && !e.closest('.skip'))
   .map(e => e.tagName + '.' + (e.className.baseVal ?? e.className)).slice(0, 5)"""
-FOCUSABLE = """() => [...document.querySelectorAll('a[href], summary, [tabindex="0"]')]
+FOCUSABLE = """() => [...document.querySelectorAll('a[href], button, summary, [tabindex="0"]')]
   .filter(e => e.checkVisibility()).map((e, i) => e.dataset.stop = String(i)).length"""
+SORTED = """() => {
+  const heads = [...document.querySelectorAll('#layers-table thead button')];
+  const found = heads.map((head, column) => [1, 2].map(() => {
+    head.click();
+    return [...document.querySelectorAll('#layers-table tbody.flat tr')].map(row => row.cells[column].dataset.v ?? '')
+      .map(value => value === '' ? -1e300 : Number(value)); }));
+  document.querySelector('#layers-tools button:nth-child(3)')?.click();
+  return found; }"""
+COLUMN = """name => {
+  const head = [...document.querySelectorAll('#layers-table thead th')].find(e => e.textContent.trim() === name);
+  return head ? [head.getBoundingClientRect().right, head.closest('.scroll').getBoundingClientRect().right] : null; }"""
 FOCUSED = "() => document.activeElement.dataset.stop ?? ''"
 
 
@@ -56,9 +68,14 @@ def check_report(report: Path, chromium: str, pictures: Path | None = None) -> I
             if scheme == "light":
                 yield "every link, table and detail is reached by the Tab key", unreachable(page)
                 yield "fits a desk's screen", too_wide(page)
+                yield "the table of layers sorts by every column", unsorted(page)
+                yield "blocks fold and open", not_foldable(page)
+                yield "the runner-up is on a desk's screen", hidden_column(page, "Runner-up")
             picture(page, pictures, f"desk-{scheme}")
             page.set_viewport_size(PHONE)
             yield f"fits a phone of {PHONE['width']} px, {scheme}", too_wide(page)
+            if scheme == "light":
+                yield "the runner-up is on a phone's screen", hidden_column(page, "Runner-up")
             picture(page, pictures, f"phone-{scheme}")
             if scheme == "light":
                 page.set_viewport_size(A4)
@@ -101,6 +118,38 @@ def unreachable(page: Any) -> str:
         page.keyboard.press("Tab")
         reached.append(page.evaluate(FOCUSED))
     return "" if reached == wanted else f"wanted stops {wanted}, reached {reached}"
+
+
+def unsorted(page: Any) -> str:
+    """Each head of the table of layers sorts it; its figures then fall, and a second time rise."""
+    wrong = []
+    for place, runs in enumerate(page.evaluate(SORTED)):
+        for sign, values in zip((1, -1), runs, strict=True):
+            if any(sign * (one - other) < 0 for one, other in pairwise(values)):
+                wrong.append(f"column {place}: {values[:8]}")
+    return "; ".join(wrong)
+
+
+def not_foldable(page: Any) -> str:
+    buttons = page.query_selector_all("#layers-table .block button")
+    if not buttons:
+        return ""
+    before, wrong = buttons[0].get_attribute("aria-expanded"), []
+    for _ in range(2):
+        buttons[0].click()
+        expanded = buttons[0].get_attribute("aria-expanded")
+        shown = page.evaluate("() => document.querySelector('#layers-table tr:nth-child(2)').checkVisibility()")
+        if shown != (expanded == "true"):
+            wrong.append(f"aria-expanded is {expanded}, and the rows are {'shown' if shown else 'hidden'}")
+    if buttons[0].get_attribute("aria-expanded") != before:
+        wrong.append("a second click does not undo the first")
+    return "; ".join(wrong)
+
+
+def hidden_column(page: Any, name: str) -> str:
+    """Whether the column of this name lies within the table's part of the screen; "" where there is none."""
+    found = page.evaluate(COLUMN, name)
+    return "" if found is None or found[0] <= found[1] else f"ends at {found[0]:.0f} px of {found[1]:.0f}"
 
 
 def not_white(page: Any) -> str:

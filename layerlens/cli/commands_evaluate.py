@@ -100,7 +100,7 @@ def evaluate(
         return evaluate_costs(
             plan,
             model=model,
-            base_dir=Path.cwd(),  # where `layerlens apply` and `train` look for the model too
+            base_dir=Path.cwd(),  # where `layerlens show` and `train` look for the model too
             measured_factors=manifest.parent / "peft",
             profile=profile,
             batch_size=sizes[0],

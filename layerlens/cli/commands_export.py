@@ -1,4 +1,4 @@
-"""``layerlens apply`` and ``layerlens export``: what a manifest becomes elsewhere, as a summary, a snippet or files."""
+"""``layerlens export``: what a manifest becomes elsewhere, as files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import typer
 
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
-from layerlens.cli.output import short
 from layerlens.cli.places import Debug, Json, TrustRemoteCode
 from layerlens.exceptions import ConfigurationError, ManifestError
 
@@ -138,121 +137,3 @@ def manifest_in(place: Path) -> Manifest | None:
         return read_manifest(place)
     found = next((path for path in (place / "manifest.json", place / "manifest.yaml") if path.is_file()), None)
     return None if found is None else read_manifest(found)
-
-
-@guarded("the output directory is as it was")
-def apply(
-    manifest: Annotated[
-        Path, typer.Argument(metavar="MANIFEST", help="manifest.json or manifest.yaml of a run.", show_default=False)
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Base model (directory, hub name or package:NAME), if not the manifest's."),
-    ] = None,
-    directory: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Inject the plan into the model, and write its adapter directory here."),
-    ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Show a manifest's plan and the Python code that uses it; with --output, write its adapter directory."""
-    from layerlens.manifest import read_manifest
-
-    plan = read_manifest(manifest)
-    files: dict[str, Path] = {}
-    if directory is not None:
-        from layerlens.cli.places import output_directory, published_files
-        from layerlens.tuning import apply_to_directory
-
-        with output_directory(directory) as local:
-            try:
-                files = apply_to_directory(
-                    plan, model, local, manifest.parent / "peft", trust_remote_code=trust_remote_code
-                )
-            except ManifestError as error:
-                raise type(error)(f"{output.short(manifest)}: {error}") from error
-        files = published_files(files, local, directory)
-
-    peft = files.get("peft", manifest.parent / "peft")
-    snippet = python_snippet(plan, manifest, peft if peft.is_dir() else None, model)
-    if json:
-        output.json_result({"manifest": plan.fields(), "files": files, "python": snippet})
-        return
-    from layerlens.cli import tables
-
-    console = output.console()
-    for part in (tables.chosen(plan), tables.budgets(plan.resources), tables.certificate(plan)):
-        console.print(part)
-        console.print()
-    for path in files.values():
-        output.note(f"Wrote {output.short(path)}")
-    output.note("In Python:\n")
-    output.result(snippet)
-
-
-def python_snippet(manifest: Manifest, path: Path, peft_directory: Path | None, model: str | None = None) -> str:
-    """Code that loads the base model and makes it ready to train.
-
-    Plain PEFT where the manifest has LoRA only and its adapter directory is there; else LayerLens, which can inject
-    adapters and prefixes too.
-
-    Args:
-        manifest: the plan.
-        path: its file.
-        peft_directory: its exported LoRA, if there is one.
-        model: the base model, if it is not the one that the manifest names.
-    """
-    imports, base = _base_model(manifest, model)
-    methods = {row.method for row in manifest.allocations} - {"none"}
-    from layerlens.models import LORA
-    from layerlens.tuning.card import resizing
-    from layerlens.tuning.task_head import HEAD_FILE
-
-    standard: list[str] = []
-    lines = resizing(manifest.model.token_training, "base").splitlines()
-    if methods == {LORA} and peft_directory is not None and _has_heads(peft_directory, manifest.model.heads):
-        imports = ["from peft import PeftModel", *imports]
-        tuned = f"PeftModel.from_pretrained(base, {short(peft_directory)!r}, is_trainable=True)"
-    else:
-        standard = ["from pathlib import Path", ""]
-        measured = manifest.lora.is_measured and LORA in methods
-        fitted = manifest.model.heads and (path.parent / HEAD_FILE).is_file()
-        names = ", ".join(["apply", *["read_factors"] * measured, *["read_head"] * bool(fitted)])
-        own = ["from layerlens.manifest import read_manifest", f"from layerlens.tuning import {names}"]
-        imports = [*imports, "", *own] if imports else own
-        given, plan = "", f"read_manifest(Path({short(path)!r}))"
-        if measured:  # LoRA's first A is in the exported adapter
-            peft = short(peft_directory or path.parent / "peft")
-            imports += ["", f"manifest = {plan}"]
-            given, plan = f", factors=read_factors(Path({peft!r}), manifest)", "manifest"
-        if fitted:
-            given += f", head=read_head(Path({short(path.parent)!r}))"
-        tuned = f"apply(base, {plan}{given})"
-    comment = "# Now train `model` as you would any other: Trainer, TRL, or your own loop."
-    return "\n".join([*standard, *imports, "", f"base = {base}", *lines, f"model = {tuned}", comment, ""])
-
-
-def _has_heads(peft_directory: Path, heads: tuple[str, ...]) -> bool:
-    """Whether PEFT trains the task head too; directories of earlier versions left it out."""
-    import json
-
-    config = peft_directory / "adapter_config.json"
-    if not heads or not config.is_file():
-        return True
-    return bool(json.loads(config.read_text(encoding="utf-8")).get("modules_to_save"))
-
-
-def _base_model(manifest: Manifest, model: str | None) -> tuple[list[str], str]:
-    """The imports and the expression that load the base model."""
-    from layerlens.sources import LoadRequest
-
-    facts = manifest.model
-    name = model or facts.name_or_path
-    if not name:
-        return [], "...  # your model: the one that was measured"
-    request = LoadRequest(
-        name, facts.task or "", facts.labels or (), weights=facts.weights, quantization=facts.quantization
-    )
-    return request.source.snippet(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,7 @@ from layerlens.cli.places import Debug, Json, Output, Quiet, Set, budget_of
 from layerlens.cli.saved import SavedConfig, SavedStatistics, saved_job
 
 if TYPE_CHECKING:
+    from layerlens.config import RunConfig
     from layerlens.pipeline import FrontierResult
 
 
@@ -34,11 +36,19 @@ def frontier(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Trace the whole budget-to-score curve of one resource, exactly, and certify allocations along it.
+    """The same as optimize --frontier: what more of one budget would buy, exactly.
 
     Without a configuration file the curve goes beside the statistics.
     """
     statistics, checked, base_dir = saved_job(statistics, config, {}, settings, directory)
+    trace(statistics, checked, base_dir, resource, at, points, json=json, quiet=quiet)
+
+
+def trace(
+    statistics: Path, checked: RunConfig, base_dir: Path, resource: str, at: list[str] | None, points: int, *,
+    json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Trace the whole budget-to-score curve of one resource, exactly, and certify allocations along it."""
     from layerlens.pipeline import trace_frontier
 
     result = do(

@@ -1,4 +1,4 @@
-"""The main job: ``run`` measures, chooses and writes; ``optimize`` chooses again from saved statistics."""
+"""The main job: ``run`` measures, chooses and writes everything."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from layerlens.cli.flags import (
     all_settings,
     given_options,
 )
-from layerlens.cli.output import RESOURCE_NAMES, amount, gap
 from layerlens.cli.places import (
     Debug,
     Explain,
@@ -38,15 +37,10 @@ from layerlens.cli.places import (
     Verbose,
     absolute,
     base_dir_of,
-    budget_of,
     read_config,
 )
-from layerlens.cli.saved import SavedConfig, SavedStatistics, saved_job
-from layerlens.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from layerlens.config import RunConfig
     from layerlens.config.loader import Setting
     from layerlens.pipeline import RunResult
@@ -54,8 +48,6 @@ if TYPE_CHECKING:
 
     Result = TypeVar("Result")
     Job = Callable[[Progress, Callable[[str], None]], RunResult]
-
-OPTIMIZED = "optimized"
 
 
 @guarded("no result was written; run it again, and statistics that were finished come from the cache")
@@ -113,57 +105,7 @@ def run(
     if json:
         output.json_result(as_json(result) | ({"guess": asdict(guess)} if guess else {}))
     else:
-        _show(result, json, quiet, explain, verbose)
-
-
-@guarded("no result was written")
-def optimize(
-    statistics: SavedStatistics,
-    config: SavedConfig = None,
-    max_params: MaxParams = None,
-    max_vram: MaxVram = None,
-    max_flops: MaxFlops = None,
-    max_latency: MaxLatency = None,
-    max_step: MaxStep = None,
-    methods: Methods = None,
-    objective: Objective = None,
-    quality_margin: QualityMargin = None,
-    directory: Output = None,
-    settings: Set = None,
-    explain: Explain = False,
-    budget_sweep: Annotated[
-        str | None,
-        typer.Option(
-            help="Choose once for each of several budgets, each into its own folder: "
-            "trainable_params=10k,20k,40k (or flops, vram_gb, latency_ms, step_ms)."
-        ),
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Choose again from saved statistics, with other budgets; the model is not loaded.
-
-    Options replace settings of the configuration; its other budgets stay. Without a file the result goes to optimized/
-    beside the statistics.
-    """
-    options = given_options(
-        None, None, None, methods, max_params, max_vram, max_flops, max_latency, max_step, objective, quality_margin
-    )
-    statistics, checked, base_dir = saved_job(statistics, config, options, settings, directory, OPTIMIZED)
-    from layerlens.pipeline import optimize_statistics
-
-    def job_for(wanted: RunConfig) -> Job:
-        return lambda progress, warn: optimize_statistics(
-            statistics, wanted, base_dir=base_dir, progress=progress, warn=warn
-        )
-
-    if budget_sweep is None:
-        _show(do(job_for(checked), quiet), json, quiet, explain)
-        return
-    swept = sweep_configs(budget_sweep, checked)
-    results = [(budget, do(job_for(wanted), quiet)) for budget, wanted in swept]
-    show_sweep(budget_sweep.partition("=")[0], results, json, quiet)
+        show_result(result, json, quiet, explain, verbose)
 
 
 def load(config: Path | None, settings: Sequence[str | Setting] | None, directory: Path | None) -> RunConfig:
@@ -193,7 +135,7 @@ def do(job: Callable[[Progress, Callable[[str], None]], Result], quiet: bool) ->
         output.state.live = None
 
 
-def _show(result: RunResult, json: bool, quiet: bool, explain: bool, verbose: bool = False) -> None:
+def show_result(result: RunResult, json: bool, quiet: bool, explain: bool, verbose: bool = False) -> None:
     from layerlens.cli.tables import as_json, show
 
     if json:
@@ -204,60 +146,3 @@ def _show(result: RunResult, json: bool, quiet: bool, explain: bool, verbose: bo
 
 def _unheard(_line: str) -> None:
     """Warnings under --quiet; the JSON result still has them."""
-
-
-def sweep_configs(text: str, config: RunConfig) -> list[tuple[float, RunConfig]]:
-    """(budget, configuration) for each budget in ``text``, which reads RESOURCE=B1,B2,...
-
-    Every configuration writes to a folder of its own in the configured output directory.
-
-    Raises:
-        ConfigurationError: the text does not read like that, or a budget is not allowed.
-    """
-    from layerlens.config import OptimizationConfig, OutputConfig
-    from layerlens.jobs.frontier import BUDGET_FIELDS
-    from layerlens.storage import shown
-
-    resource, _, amounts = text.partition("=")
-    if resource not in BUDGET_FIELDS or not amounts:
-        raise ConfigurationError(
-            f"--budget-sweep: got {text!r}; give RESOURCE=B1,B2,... with a resource of {', '.join(BUDGET_FIELDS)}"
-        )
-    swept = []
-    for part in amounts.split(","):
-        budget = budget_of(resource, part, "--budget-sweep")
-        fields = {**dict(config.optimization), BUDGET_FIELDS[resource]: int(budget) if budget.is_integer() else budget}
-        folder = shown(Path(config.output.directory) / f"{resource}-{part.strip()}")
-        changed = {"optimization": OptimizationConfig(**fields), "output": OutputConfig(directory=folder)}
-        swept.append((budget, config.model_copy(update=changed)))
-    return swept
-
-
-def show_sweep(resource: str, results: Sequence[tuple[float, RunResult]], json: bool, quiet: bool) -> None:
-    """One row for each budget, or one JSON value for each."""
-    from layerlens.cli.tables import as_json
-
-    if json:
-        output.json_result([{"budget": budget, **as_json(result)} for budget, result in results])
-    elif not quiet:
-        _print_table(resource, results, output.console())
-
-
-def _print_table(resource: str, results: Sequence[tuple[float, RunResult]], console: Console) -> None:
-    from layerlens.cli.tables import new_table
-
-    table = new_table(f"Budgets of {RESOURCE_NAMES[resource]}")
-    for name in ("budget", "score", "gap", "layers", "parameters"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("written to")
-    for budget, result in results:
-        rows = result.manifest.allocations
-        table.add_row(
-            amount(resource, budget),
-            f"{result.manifest.score:.6g}",
-            gap(result.manifest.gap),
-            str(sum(row.method != "none" for row in rows)),
-            f"{sum(row.cost for row in rows):,}",
-            output.short(result.directory),
-        )
-    console.print(table)

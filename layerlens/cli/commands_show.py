@@ -1,4 +1,4 @@
-"""``show`` and ``diff``: what a manifest chose, why a layer got its option, and how two choices differ."""
+"""``show`` (also ``apply``) and ``diff``: what a manifest chose and why, its code, and how two choices differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from layerlens.cli import output
 from layerlens.cli.errors import guarded
-from layerlens.cli.places import Debug, Json
+from layerlens.cli.places import Debug, Json, TrustRemoteCode
 
 if TYPE_CHECKING:
     from layerlens.models import Manifest
@@ -21,10 +21,13 @@ Place = Annotated[
     Path,
     typer.Argument(metavar="MANIFEST|DIRECTORY", help="A manifest, or the directory with one.", show_default=False),
 ]
+APPLY = "apply"
+"""The other name of ``show``, which shows the code too."""
 
 
-@guarded()
+@guarded("the output directory is as it was")
 def show(
+    context: typer.Context,
     place: Place,
     layer: Annotated[
         str | None,
@@ -33,10 +36,25 @@ def show(
     statistics: Annotated[
         Path | None, typer.Option(help="Statistics for --layer; those beside the manifest when not given.")
     ] = None,
+    code: Annotated[
+        bool, typer.Option("--code", help="Write the Python code that loads the model with the choice, to stdout.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Base model (directory, hub name or package:NAME), if not the manifest's."),
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Inject the choice into the model, and write its adapter directory here."),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a manifest chose, its use of each budget and its proof; or why one layer got its option."""
+    """Show what a manifest chose, its use of each budget and its proof, the code that uses it, or one layer's reasons.
+
+    `layerlens apply` is the same command, and always shows the code.
+    """
     from layerlens.jobs.recorded import manifest_at
 
     path = manifest_at(place)
@@ -46,10 +64,44 @@ def show(
     from layerlens.manifest import read_document
 
     manifest, created_at = read_document(path)
+    files = {} if directory is None else _written(manifest, path, directory, model, trust_remote_code)
+    code = code or context.info_name == APPLY or directory is not None
+    snippet = _snippet(manifest, path, files, model) if code else ""
     if json:
-        output.json_result({"manifest": path, "created_at": created_at, **manifest.fields()})
-    else:
-        _show_manifest(manifest, created_at, path)
+        more = {"files": files, "python": snippet} if code else {}
+        output.json_result({"manifest": path, "created_at": created_at, **manifest.fields(), **more})
+        return
+    _show_manifest(manifest, created_at, path)
+    for file in files.values():
+        output.note(f"Wrote {output.short(file)}")
+    if code:
+        output.note("In Python:\n")
+        output.result(snippet)
+
+
+def _written(
+    manifest: Manifest, path: Path, directory: Path, model: str | None, trust_remote_code: bool
+) -> dict[str, Path]:
+    """The adapter directory of a manifest, written for its model."""
+    from layerlens import tuning
+    from layerlens.cli.places import output_directory, published_files
+    from layerlens.exceptions import ManifestError
+
+    with output_directory(directory) as local:
+        try:
+            files = tuning.apply_to_directory(
+                manifest, model, local, path.parent / "peft", trust_remote_code=trust_remote_code
+            )
+        except ManifestError as error:
+            raise type(error)(f"{output.short(path)}: {error}") from error
+    return published_files(files, local, directory)
+
+
+def _snippet(manifest: Manifest, path: Path, files: dict[str, Path], model: str | None) -> str:
+    from layerlens.tuning.recipes import python_snippet
+
+    peft = files.get("peft", path.parent / "peft")
+    return python_snippet(manifest, path, peft if peft.is_dir() else None, model, named=output.short)
 
 
 @guarded()
@@ -130,6 +182,7 @@ def _show_manifest(manifest: Manifest, created_at: str, path: Path) -> None:
     from rich.text import Text
 
     from layerlens.cli.tables import budgets, calibration, certificate, chosen
+    from layerlens.manifest.summary import score_in_words
 
     console, model = output.console(), manifest.model
     data = manifest.provenance.statistics or {}
@@ -144,8 +197,9 @@ def _show_manifest(manifest: Manifest, created_at: str, path: Path) -> None:
         if part is not None:
             console.print(part)
             console.print()
-    for line in _remarks(manifest):
-        output.note(line)
+    for line in (score_in_words(manifest), *_remarks(manifest)):
+        if line:
+            output.note(line)
     layer = next((row.layer for row in manifest.allocations if row.method != "none"), None)
     if layer is not None:
         command = output.command("show", output.short(path), "--layer", layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from layerlens.jobs.train import TrainedModel
 
 DEFAULT_FOLDER = "tuned"
+BARS, CURVE_WIDTH = "▁▂▃▄▅▆▇█", 24
 
 
 @guarded("run the same command again to go on from the last checkpoint")
@@ -128,6 +130,7 @@ def _as_json(result: TrainedModel) -> dict[str, Any]:
 def _show(result: TrainedModel) -> None:
     from rich.text import Text
 
+    from layerlens.cli.next_steps import after_training, show_next
     from layerlens.cli.output import amount, scaled, significant
     from layerlens.cli.tables import data, new_table
 
@@ -157,6 +160,8 @@ def _show(result: TrainedModel) -> None:
     for when, what in (("before", "base model"), ("after", "with its options")):
         figures.add_row(f"inference, one batch: {what}", amount("latency_ms", result.inference_ms[when]))
     console.print(figures)
+    if training.losses:
+        output.note(f"Training loss: {_curve(training.losses)}")
     if result.baseline.get("note"):
         output.note(f"{result.baseline['name']}: {result.baseline['note']}.")
     if training.stopped_early:
@@ -169,3 +174,19 @@ def _show(result: TrainedModel) -> None:
     console.print()
     code = f"layerlens.tuning.load(base_model, {output.short(result.directory)!r})"
     console.print(Text.assemble("Use it: ", (code, "bold")), soft_wrap=True)
+    show_next(console, after_training(result))
+
+
+def _curve(losses: Sequence[float]) -> str:
+    """The training loss as a row of bars, each the mean of as many steps.
+
+    >>> _curve([4.0, 3.0, 2.0, 1.0])
+    '4 → 1  █▆▃▁'
+    """
+    import numpy as np
+
+    means = [float(part.mean()) for part in np.array_split(np.asarray(losses), min(len(losses), CURVE_WIDTH))]
+    low, high = min(means), max(means)
+    heights = [round((len(BARS) - 1) * (mean - low) / (high - low)) if high > low else 0 for mean in means]
+    ends = f"{output.significant(means[0])} → {output.significant(means[-1])}"
+    return f"{ends}  {''.join(BARS[each] for each in heights)}"

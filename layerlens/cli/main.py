@@ -19,6 +19,8 @@ from layerlens.cli import (
     commands_evaluate,
     commands_export,
     commands_frontier,
+    commands_open,
+    commands_optimize,
     commands_pipeline,
     commands_run,
     commands_serve,
@@ -28,6 +30,7 @@ from layerlens.cli import (
     output,
 )
 from layerlens.cli.errors import exit_cleanly
+from layerlens.utils.quiet import quiet_torch
 from layerlens.utils.threads import let_idle_threads_sleep
 
 app = typer.Typer(
@@ -64,12 +67,13 @@ app.command("validate")(commands_config.validate)
 app.command("schema")(commands_config.schema)
 app.command("run")(commands_run.run)
 app.command("sweep")(commands_sweep.sweep)
-app.command("optimize")(commands_run.optimize)
+app.command("optimize")(commands_optimize.optimize)
 app.command("frontier")(commands_frontier.frontier)
 app.command("show")(commands_show.show)
 app.command("diff")(commands_show.diff)
 app.command("estimate")(commands_estimate.estimate)
-app.command("apply")(commands_export.apply)
+app.command("apply", help="The same as show --code.")(commands_show.show)
+app.command("open")(commands_open.open_report)
 app.command("export")(commands_export.export)
 app.command("train")(commands_train.train)
 app.command("evaluate")(commands_evaluate.evaluate)
@@ -92,4 +96,5 @@ def version() -> None:
 def main() -> NoReturn:
     """Entry point of the ``layerlens`` program."""
     let_idle_threads_sleep()
+    quiet_torch()
     exit_cleanly(app)

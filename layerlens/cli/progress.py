@@ -1,7 +1,8 @@
-"""Progress bars on a terminal; one line for each finished stage where stderr is a file or a pipe."""
+"""Progress bars on a terminal; elsewhere a line for each finished stage, and some lines while a long one goes on."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ from rich.text import Text
 
 from layerlens.utils.progress import Advance, Progress
 
+LINE_EVERY_S = 10.0
+"""How often a stage that goes on says so where no bar can be drawn."""
+
 
 @contextmanager
 def shown_progress(console: Console) -> Iterator[Progress]:
@@ -35,6 +39,7 @@ def shown_progress(console: Console) -> Iterator[Progress]:
         BarColumn(bar_width=24),
         _Steps(),
         TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )
     with bars:
@@ -47,10 +52,12 @@ class _Bars:
 
     @contextmanager
     def stage(self, description: str, total: int | None = None) -> Iterator[Advance]:
-        task = self.bars.add_task(description, total=total)
+        task = self.bars.add_task(description, total=total, note="")
 
-        def advance(steps: int = 1, /) -> None:
-            self.bars.advance(task, steps)
+        def advance(steps: int = 1, /, note: str = "") -> None:
+            self.bars.update(task, advance=steps)
+            if note:
+                self.bars.update(task, note=note)
 
         try:
             yield advance
@@ -67,9 +74,42 @@ class _Lines:
 
     @contextmanager
     def stage(self, description: str, total: int | None = None) -> Iterator[Advance]:
-        start = time.monotonic()
-        yield _ignore
-        self.console.print(Text(f"{description}: {time.monotonic() - start:.1f} s"), soft_wrap=True)
+        start = said = time.monotonic()
+        done, last = 0, ""
+
+        def advance(steps: int = 1, /, note: str = "") -> None:
+            nonlocal done, said, last
+            done, last, now = done + steps, note or last, time.monotonic()
+            if now - said >= LINE_EVERY_S and (total is None or done < total):
+                said = now
+                self._line(f"{description}: {_so_far(done, total, now - start)}{f', {last}' if last else ''}")
+
+        yield advance
+        self._line(f"{description}: {time.monotonic() - start:.1f} s{f', {last}' if last else ''}")
+
+    def _line(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+
+def _so_far(done: int, total: int | None, seconds: float) -> str:
+    """``40 of 120, about 1 min 20 s left``."""
+    if total is None or not done:
+        return f"{done:,}" if total is None else f"{done:,} of {total:,}"
+    return f"{done:,} of {total:,}, about {duration(seconds * (total - done) / done)} left"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> duration(7.2), duration(80), duration(7300)
+    ('8 s', '1 min 20 s', '2 h 1 min')
+    """
+    whole = math.ceil(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 class _Steps(ProgressColumn):
@@ -85,7 +125,3 @@ class _Steps(ProgressColumn):
         if task.finished:
             return self.count.render(task)
         return Text.assemble(self.count.render(task), "  ", self.left.render(task), " left")
-
-
-def _ignore(steps: int = 1, /) -> None:
-    """Lines are written when a stage ends; steps are not shown."""

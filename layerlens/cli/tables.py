@@ -11,11 +11,20 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layerlens.cli.output import RESOURCE_NAMES, amount, command, gap, scaled, share, short, significant
+from layerlens.cli.next_steps import after_choice, show_next
+from layerlens.cli.output import RESOURCE_NAMES, amount, gap, scaled, share, short, significant
 from layerlens.manifest.frozen import why_no_deeper
 from layerlens.manifest.grid import Grid, grid_of
 from layerlens.manifest.layer_names import Position, positions
-from layerlens.manifest.summary import counted_as, expert_lines, left_out_lines, peft_holds, proof, worth
+from layerlens.manifest.summary import (
+    counted_as,
+    expert_lines,
+    left_out_lines,
+    peft_holds,
+    proof,
+    score_in_words,
+    worth,
+)
 from layerlens.models import LayerExplanation, Manifest, ManifestRow, Option, Predicted, ResourceUse
 from layerlens.models.data_summary import DataSummary
 from layerlens.registry import METHODS
@@ -272,6 +281,8 @@ def show(result: RunResult, console: Console, *, explain: bool = False, sample: 
     read = [data(result.data, sample=sample)] if result.data is not None else []
     left_out = [Text(line, style="dim") for line in (*expert_lines(manifest), *left_out_lines(manifest, most=1))]
     parts = [*read, chosen(manifest), *left_out, budgets(manifest.resources), certificate(manifest)]
+    if sentence := score_in_words(manifest):
+        parts.append(Text(sentence))
     if sentence := worth(manifest):
         parts.append(Text(sentence))
     told = calibration(manifest.predicted)
@@ -293,15 +304,7 @@ def show(result: RunResult, console: Console, *, explain: bool = False, sample: 
         )
     console.print()
     console.print(Text(_time(result), style="dim"), soft_wrap=True)
-    console.print(Text.assemble("Next: ", (next_command(result), "bold")), soft_wrap=True)
-
-
-def next_command(result: RunResult) -> str:
-    """The command to type after a run: see how to train; after ``optimize``, write the adapter first."""
-    manifest = short(result.files["manifest_json"])
-    if "peft" in result.files or "modules" in result.files:
-        return command("apply", manifest)
-    return command("apply", manifest, "--output", short(result.directory))
+    show_next(console, after_choice(result))
 
 
 def as_json(result: RunResult) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import torch
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as default_timer
 
+from layerlens.utils.quiet import quiet_profiler
+
 TIMING_SECONDS = 0.5
 TIME_SHARE = 1.0
 """All times of measuring are multiplied by it: less where nobody reads the figures, as in tests."""
@@ -136,6 +138,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
         return int(torch.cuda.max_memory_allocated()) - before
     from torch.profiler import ProfilerActivity, profile
 
+    quiet_profiler()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     recorded: Any = profiler.profiler

@@ -75,7 +75,7 @@ def _parts(folder: Path) -> tuple[Path | None, Path | None]:
     if peft is None and not modules.is_file():
         raise ManifestError(
             f"{folder}: no adapter_config.json, no {PEFT_DIRECTORY}/ and no {MODULES_FILE}; give a directory that "
-            "`layerlens run`, `layerlens apply --output` or PEFT's save_pretrained has written"
+            "`layerlens run`, `layerlens show --output` or PEFT's save_pretrained has written"
         )
     return peft, modules if modules.is_file() else None
 

@@ -21,7 +21,7 @@ from layerlens.jobs.measure import measure
 from layerlens.jobs.own_code import usable_cache
 from layerlens.jobs.result import CHOICE_FILES, STATISTICS_FILE, RunResult, observed, published
 from layerlens.jobs.solve import make_manifest, run_provenance
-from layerlens.jobs.write import export, now, report, result_of, writing
+from layerlens.jobs.write import export, report, result_of, writing
 from layerlens.manifest import write_manifest
 from layerlens.models import ModelFacts
 from layerlens.profiling.measure import refuse_non_finite
@@ -97,7 +97,7 @@ def _run(job: Job) -> RunResult:
     with writing(job, RUN_FILES) as written:
         factors = export(job, loaded, measured, decision, written)
         checked = check(job, loaded, decision, factors)
-        report(decision, measured.statistics, checked, written, data)
+        report(decision, measured.statistics, checked, written, data, given.output.directory)
     result = result_of(job, decision, written, checked, from_cache=measured.from_cache, data=data)
     job.processes.from_first("result", result)
     return result
@@ -113,7 +113,7 @@ def optimize_statistics(
 ) -> RunResult:
     """Choose again from saved statistics, with the budgets and options of ``config``; the model is not loaded.
 
-    Writes the manifest and the report; ``layerlens apply`` makes the adapter directory from the manifest.
+    Writes the manifest and the report; ``layerlens show --output`` makes the adapter directory from the manifest.
 
     Raises:
         ActivationCacheError: the statistics file cannot be used.
@@ -151,9 +151,9 @@ def _optimize(job: Job, statistics_path: Path) -> RunResult:
     )
     decision = Decision(solution, manifest)
     with writing(job, CHOICE_FILES) as written:
-        written.files |= write_manifest(manifest, written.directory, created_at=now())
+        written.files |= write_manifest(manifest, written.directory, created_at=written.created_at)
         written.files |= write_head(statistics.head, written.directory)
-        report(decision, statistics, {}, written)
+        report(decision, statistics, {}, written, output=job.config.output.directory)
     return result_of(job, decision, written, {}, from_cache=True)
 
 

@@ -16,14 +16,15 @@ from layerlens.config import OptimizationConfig, RunConfig
 from layerlens.config.optimization import CHEAPEST
 from layerlens.cost import cost_table
 from layerlens.exceptions import ConfigurationError, InfeasibleError, LayerLensError
-from layerlens.jobs.worth import beside_uniform
+from layerlens.jobs.predicted import predicted_gain
+from layerlens.jobs.worth import beside_rank_32, beside_uniform, lora_everywhere
 from layerlens.methods import enumerate_options
 from layerlens.models import (
+    LORA,
     NONE,
     RESOURCES,
     Allocation,
     AllocationProblem,
-    CalibrationSummary,
     CostTable,
     FrozenStage,
     LayerExplanation,
@@ -34,8 +35,6 @@ from layerlens.models import (
     ModelSpec,
     ModelStatistics,
     Option,
-    Predicted,
-    Prediction,
     Provenance,
     ResourceUse,
     Saving,
@@ -123,11 +122,17 @@ def option_tables(
     if name == AUTO and config.optimization.objective == CHEAPEST:
         name = OF_SETS
     model = model_for(name, spec, config.optimization.max_trainable_params)
-    utilities = calibrated_table(
-        model, spec, statistics, options, config.profiling.metric_weights, seed=config.runtime.seed
-    )
-    costs = costs_of(spec, statistics, options, config, checkpointed)
-    return _without_noise(utilities, statistics), costs
+
+    def table_of(options: Sequence[Option]) -> UtilityTable:
+        weights = config.profiling.metric_weights
+        return _without_noise(
+            calibrated_table(model, spec, statistics, options, weights, seed=config.runtime.seed), statistics
+        )
+
+    utilities = table_of(options)
+    if LORA in config.optimization.methods and config.optimization.objective != CHEAPEST:
+        utilities = replace(utilities, everywhere=lora_everywhere(spec, utilities, table_of))
+    return utilities, costs_of(spec, statistics, options, config, checkpointed)
 
 
 def costs_of(
@@ -391,45 +396,14 @@ def make_manifest(
         utility_unit=utilities.unit,
         lora=LoraSettings(config.alpha_over_r, config.use_rslora, config.lora_initialization),
         predicted=replace(
-            _predicted(utilities, problem.entries(allocation.choice)),
+            predicted_gain(utilities, problem.entries(allocation.choice)),
             uniform_lora=beside_uniform(costs, problem.entries(allocation.choice)),
             cheapest=solution.saving,
+            rank_32=beside_rank_32(utilities, problem.entries(allocation.choice)),
         ),
         provenance=provenance,
         checkpointed=costs.checkpointed,
     )
-
-
-def _predicted(utilities: UtilityTable, chosen: np.ndarray) -> Predicted:
-    """Predicted gain of the chosen options, and what the prediction rests on."""
-    gain = float(utilities.utility[chosen].sum())
-    found = utilities.calibration
-    if found is None:
-        return Predicted(gain, unit=utilities.unit, calibrated=False)
-    low, high = np.percentile(found.replicates__bo[:, chosen].sum(axis=1), [2.5, 97.5])
-    study = found.study
-    summary = CalibrationSummary(
-        proxies=len(study.gains),
-        planned=study.planned,
-        steps=study.steps,
-        learning_rate=study.learning_rate,
-        held_out_samples=study.held_out_samples,
-        base_loss=study.base_loss,
-        mean_standard_error=float(np.mean([one.standard_error for one in study.gains])),
-        leave_one_out_rmse=found.leave_one_out_rmse,
-        **_ranking(found.overall),
-        by_method={method: _ranking(each) for method, each in found.by_method.items()},
-        curves={method: [list(knot) for knot in knots] for method, knots in found.curves.items()},
-    )
-    return Predicted(gain, (float(low), float(high)), utilities.unit, calibrated=True, calibration=summary)
-
-
-def _ranking(found: Prediction) -> dict[str, Any]:
-    return {
-        "options": found.n_options,
-        "spearman": found.spearman,
-        "spearman_interval": found.interval,
-    }
 
 
 def _resource_uses(solution: Solution, config: OptimizationConfig) -> tuple[ResourceUse, ...]:

@@ -28,8 +28,9 @@ from layerlens.jobs.inputs import check_model
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
 from layerlens.jobs.own_code import task_parts, told
 from layerlens.jobs.recorded import config_of, recorded_settings
-from layerlens.jobs.result import observed, published
+from layerlens.jobs.result import REPORT_FILE, observed, published
 from layerlens.jobs.solve import versions
+from layerlens.jobs.train_report import METRICS_FILE, refresh_run_report, write_training_report
 from layerlens.manifest.files import read_document, write_manifest
 from layerlens.methods import injected_sizes
 from layerlens.models import Manifest
@@ -58,8 +59,8 @@ from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
 from layerlens.utils.user_code import REFERENCE
 
-METRICS_FILE, CHECKPOINTS = "metrics.json", "checkpoints"
-OWNED = (METRICS_FILE, "manifest.json", "manifest.yaml")
+CHECKPOINTS = "checkpoints"
+OWNED = (METRICS_FILE, "manifest.json", "manifest.yaml", REPORT_FILE)
 TRAINED_FILES = (*OWNED, ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULES_FILE)
 TIMING_SECONDS = 0.5
 SUMMARISED = 256
@@ -248,7 +249,7 @@ def _train(job: Job, order: Order, manifest: Manifest, created_at: str) -> Train
     if finished.model is not trainee.prepared.model and judged:  # cut or converted: what is judged is what is kept
         result = replace(result, metrics=_judge(job, trainee, finished.model.eval()))
     inference_ms = {"before": trainee.before_ms or 0.0, "after": _inference_ms(finished.model, trainee.timed)}
-    facts = _facts(job, trainee, before, result, inference_ms)
+    facts, params = _facts(job, trainee, before, result, inference_ms), manifest.trainable_params
     if order.baseline is not None:
         facts["baseline"] = baseline_facts(order.baseline, manifest, trainee.prepared, finished)
     with observed_stage("save"), staged_directory(job.output, owned=OWNED) as staging:
@@ -261,7 +262,9 @@ def _train(job: Job, order: Order, manifest: Manifest, created_at: str) -> Train
         elif order.baseline is None:
             files[CARD] = atomic_write_text(staging / CARD, _card(job, trainee, before, result))
         files["metrics"] = atomic_write_text(staging / METRICS_FILE, json.dumps(facts, indent=2) + "\n")
+        files["report"] = write_training_report(facts, job.output, order.path, params, staging)
         files = {name: job.output / file.relative_to(staging) for name, file in files.items()}
+    refresh_run_report(facts, job.output, order.path, params, job.warnings.add)
     if not order.keep_checkpoints:
         shutil.rmtree(job.output / CHECKPOINTS, ignore_errors=True)
     return TrainedModel(

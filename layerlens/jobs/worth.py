@@ -1,15 +1,21 @@
-"""What a choice is worth in time and memory: beside uniform LoRA of as many parameters, by the same predictions."""
+"""What a choice is worth: time and memory beside uniform LoRA of as many parameters, gain beside LoRA everywhere."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from layerlens.models import LORA, NONE, RESOURCES, CostTable
+from layerlens.methods import enumerate_options
+from layerlens.models import LORA, NONE, RESOURCES, CostTable, ModelSpec, Option, UtilityTable
+from layerlens.models.tables import Everywhere
+from layerlens.registry import METHODS
 from layerlens.utils.order import raised_evenly
 
 PARAMS = RESOURCES.index("trainable_params")
+EVERYWHERE_RANKS = (1, 2, 4, 8, 16, 32)
+"""The largest that a layer takes is its rank in LoRA everywhere: 32, but for small and grouped layers."""
 
 
 def lora_of_rank(costs: CostTable, rank: int, layers: frozenset[str] | None = None) -> np.ndarray:
@@ -46,7 +52,7 @@ def uniform_entries(costs: CostTable, most_params: float) -> np.ndarray:
 
 
 def beside_uniform(costs: CostTable, entries: np.ndarray) -> dict[str, float] | None:
-    """Step time and memory of uniform LoRA with as many parameters as a choice, by resource, and its parameters.
+    """What uniform LoRA with as many parameters as a choice uses of each resource.
 
     None where no step is recorded, or nothing is chosen, or there is no LoRA to compare with.
     """
@@ -56,4 +62,46 @@ def beside_uniform(costs: CostTable, entries: np.ndarray) -> dict[str, float] | 
     if not len(other):
         return None
     total = costs.total(other)
-    return {name: float(total[name]) for name in ("trainable_params", "vram_gb", "step_ms")}
+    return {name: float(total[name]) for name in RESOURCES if name in total}
+
+
+def lora_everywhere(
+    spec: ModelSpec, own: UtilityTable, table_of: Callable[[Sequence[Option]], UtilityTable]
+) -> Everywhere | None:
+    """What LoRA of rank 32 on every layer that takes LoRA would gain by the same utilities.
+
+    None where no layer takes LoRA, or where the utility of an option depends on the other options of the table.
+
+    Args:
+        spec: the model.
+        own: utilities of the options on offer.
+        table_of: the utilities of any options.
+    """
+    largest: dict[str, Option] = {}
+    for option in enumerate_options(spec, {LORA: EVERYWHERE_RANKS}):
+        if option.method == LORA:
+            largest[option.layer] = option  # ranks ascend
+    together = tuple(dict.fromkeys((*own.options, *largest.values())))
+    if not largest:
+        return None
+    table = table_of(together)
+    if not np.allclose(table.utility[: len(own.options)], own.utility, rtol=1e-4):
+        return None
+    place = {option: index for index, option in enumerate(together)}
+    entries = [place[option] for option in largest.values()]
+    layers = {layer.name: layer for layer in spec.layers}
+    replicates = np.zeros(0) if table.calibration is None else table.calibration.replicates__bo[:, entries].sum(axis=1)
+    params = sum(METHODS[LORA].trainable_params(layers[option.layer], option.rank) for option in largest.values())
+    return Everywhere(float(table.utility[entries].sum()), int(params), replicates)
+
+
+def beside_rank_32(utilities: UtilityTable, chosen: np.ndarray) -> dict[str, float] | None:
+    """The share of that gain which the chosen entries have, with its 95 % interval where proxies were trained."""
+    other = utilities.everywhere
+    if other is None or other.gain <= 0.0:
+        return None
+    found = {"share": float(utilities.utility[chosen].sum()) / other.gain, "trainable_params": other.trainable_params}
+    if utilities.calibration is not None and len(other.replicates__b) and (other.replicates__b > 0.0).all():
+        shares = utilities.calibration.replicates__bo[:, chosen].sum(axis=1) / other.replicates__b
+        found["low"], found["high"] = (float(end) for end in np.percentile(shares, [2.5, 97.5]))
+    return found

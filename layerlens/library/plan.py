@@ -18,7 +18,7 @@ from layerlens.jobs.frontier import traced
 from layerlens.jobs.job import Job
 from layerlens.jobs.result import CHOICE_FILES, STATISTICS_FILE
 from layerlens.jobs.solve import Solution
-from layerlens.jobs.write import now, report, writing
+from layerlens.jobs.write import report, writing
 from layerlens.library.given import bare_model
 from layerlens.library.profile import Profile
 from layerlens.library.sentences import transformer_in
@@ -239,7 +239,7 @@ class Plan:
         base, profile = self._base(model), self._profile()
         job = Job(profile.config, Path.cwd(), Path(directory).expanduser())
         with writing(job, (*CHOICE_FILES, STATISTICS_FILE)) as written:
-            written.files |= write_manifest(self.manifest, written.directory, created_at=now())
+            written.files |= write_manifest(self.manifest, written.directory, created_at=written.created_at)
             written.files |= export_adapter(self.manifest, base, written.directory, self.factors, head=self.head)
             written.files |= write_head(self.head, written.directory)
             written.files["statistics"] = atomic_write_bytes(

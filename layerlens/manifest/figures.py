@@ -162,6 +162,30 @@ def solver_progress(events: Sequence[SolverEvent], *, title: str, prefix: str) -
     return inline_svg(buffer.getvalue(), title=title, description="The table below has the figures.", prefix=prefix)
 
 
+def training_losses(
+    curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], *, title: str, description: str, prefix: str
+) -> str:
+    """Loss over the steps of one or several trainings.
+
+    Args:
+        curves: name, steps and losses; the first one is the choice.
+        title, description: what a screen reader says.
+        prefix: makes the figure's ids unique on the page.
+    """
+    styles: Sequence[Any] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
+    with figure_style():
+        figure, axes = framed(8.4, 2.4, above=0.3)
+        for place, (name, steps, losses) in enumerate(curves):
+            colour = INK if place else method_colour(LORA)
+            axes.plot(steps, losses, color=colour, label=name, linestyle=styles[place % len(styles)], linewidth=1.6)
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel("training loss")
+        axes.locator_params(nbins=6)
+        axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
+        svg = _finished(figure, axes)
+    return inline_svg(svg, title=title, description=description, prefix=prefix)
+
+
 def budget_frontier(
     budgets: Sequence[float], scores: Sequence[float], *, budget: float | None, base: float, room: float, total: float,
     score: float, axis: str, title: str, description: str, prefix: str,

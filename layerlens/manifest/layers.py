@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 
 from layerlens.integrations.transformers import role_of
 from layerlens.manifest.formats import method_name, number, percent, quantity
-from layerlens.models import LayerExplanation, Manifest, ManifestRow, ModelStatistics
+from layerlens.manifest.layer_names import positions
+from layerlens.models import NONE, LayerExplanation, Manifest, ManifestRow, ModelStatistics
 from layerlens.registry import METHODS
 
 
@@ -59,9 +61,44 @@ def heat_map(rows: Sequence[ManifestRow]) -> dict[str, Any]:
     }
 
 
+COLUMNS = ("Layer", "Choice", "Score", "Runner-up", "Utility", "Noise", "Parameters", "FLOPs", "Memory", "Latency")
+"""Of the table of layers; the runner-up is left out where nothing explains it."""
+
+
+def layer_groups(
+    manifest: Manifest, statistics: ModelStatistics, explanations: Sequence[LayerExplanation]
+) -> list[dict[str, Any]]:
+    """The rows of the table of layers by block, in the model's order: what a block is called, what it got, its rows."""
+    places = positions([row.layer for row in manifest.allocations])
+    groups: list[dict[str, Any]] = []
+    last: object = None
+    for row, shown in zip(manifest.allocations, layer_rows(manifest, statistics, explanations), strict=True):
+        place = places[row.layer]
+        block = (place.stack, place.block)
+        if block != last or not groups:
+            stack = f"{place.stack}.{place.block}" if place.stack else f"block {place.block}"
+            groups.append({"name": "outside of the blocks" if place.block is None else stack, "rows": [], "of": []})
+            last = block
+        prefix = f"{place.stack}.{place.block}." if place.stack and place.block is not None else ""
+        shown["prefix"] = prefix if row.layer.startswith(prefix) else ""
+        shown["layer"] = row.layer.removeprefix(shown["prefix"])
+        groups[-1]["rows"].append(shown)
+        groups[-1]["of"].append(row)
+    for group in groups:
+        rows: list[ManifestRow] = group.pop("of")
+        adapted = sum(row.method != NONE for row in rows)
+        parts = [f"{adapted} of {len(rows)} layers adapted"]
+        if adapted:
+            parts += [f"{number(sum(row.cost for row in rows))} parameters"]
+            parts += [f"score {number(sum(row.total_score for row in rows))}"]
+        group["summary"] = ", ".join(parts)
+    return groups
+
+
 def layer_rows(
     manifest: Manifest, statistics: ModelStatistics, explanations: Sequence[LayerExplanation]
 ) -> list[dict[str, Any]]:
+    """A row for each layer: its choice, the runner-up, and its figures as text and as a number to sort by."""
     by_name = statistics.by_name()
     runners_up = {name: _runner_up(each) for each in explanations for name in each.layers}
     rows = []
@@ -72,23 +109,30 @@ def layer_rows(
         noise = None
         if measured and measured.energy and measured.signal is not None:
             noise = 1.0 - max(measured.signal, 0.0) / measured.energy
+        figures = [
+            (row.total_score, number(row.total_score)),
+            (row.utility, number(row.utility)),
+            (row.cost, number(row.cost)),
+            (row.flops, quantity("flops", row.flops)),
+            (row.vram, quantity("vram_gb", row.vram)),
+            (row.latency, quantity("latency_ms", row.latency)),
+        ]
+        cells = [_cell(value, text) if row.rank else _cell(None, "–") for value, text in figures]
+        cells.insert(2, _cell(noise, "–" if noise is None else percent(noise)))
         rows.append(
             {
                 "layer": row.layer,
-                "method": row.method,
-                "name": method_name(row.method),
                 "rank": row.rank,
-                "utility": number(row.utility),
-                "params": number(row.cost),
-                "flops": quantity("flops", row.flops),
-                "vram": quantity("vram_gb", row.vram),
-                "latency": quantity("latency_ms", row.latency),
-                "score": number(row.total_score),
-                "noise": "–" if noise is None else percent(noise),
+                "choice": f"{method_name(row.method)} {row.rank}" if row.rank else method_name(row.method),
+                "cells": cells,
                 "runner_up": runners_up.get(row.layer, "–"),
             }
         )
     return rows
+
+
+def _cell(value: float | None, text: str) -> dict[str, str]:
+    return {"value": "" if value is None or not math.isfinite(value) else f"{value:.5g}", "text": text}
 
 
 def _runner_up(explanation: LayerExplanation) -> str:

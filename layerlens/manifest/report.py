@@ -1,7 +1,8 @@
 """report.html: what was chosen, what it uses of each budget, how good it provably is, and what checking it showed.
 
-One file that needs nothing else: no script, no request. This module turns manifest and tables into the values that the
-template shows; the template (templates/report.html.j2) only places them.
+One file that needs nothing else and asks for nothing. Its script sorts and folds; the page is whole without it. This
+module turns manifest and tables into the values that the template shows; the template (templates/report.html.j2) only
+places them.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from layerlens.manifest.formats import (
 )
 from layerlens.manifest.frontier import frontier_section
 from layerlens.manifest.frozen import why_no_deeper
-from layerlens.manifest.layers import heat_map, layer_rows
-from layerlens.manifest.page import rendered
+from layerlens.manifest.layers import COLUMNS, heat_map, layer_groups
+from layerlens.manifest.page import rendered, report_script, script_hash
 from layerlens.manifest.summary import (
     budget_facts,
     counted_as,
@@ -35,6 +36,7 @@ from layerlens.manifest.summary import (
     expert_lines,
     left_out_lines,
     proof,
+    score_in_words,
     share_of_model,
     worth,
 )
@@ -53,6 +55,7 @@ from layerlens.models import (
     UtilityTable,
 )
 from layerlens.models.data_summary import DataSummary
+from layerlens.models.recipe import Recipe
 from layerlens.registry import METHODS
 from layerlens.utils.atomic import atomic_write_text
 
@@ -61,6 +64,20 @@ PROXY_CHECKS = {
     "uniform_loss_drop": "the same with all layers alike",
     "loss_drop_over_uniform": "loss drop of the choice over that with all layers alike",
 }
+
+MARKED_ERROR = 0.2
+"""Relative errors above this are marked and explained."""
+WHY_OFF = {
+    "trainable_params": "the model has parameters that its layers do not tell of; please report this.",
+    "flops": "a module computes what its shape does not say, so a budget of FLOPs holds only about as well as this.",
+    "vram_gb": "the allocator rounds and keeps memory, and libraries have workspaces of their own; leave this much "
+    "room in a memory budget.",
+    "latency_ms": "the profile is of an idle machine, and this one may have been at work, or its clock lower. Run "
+    "again when it is idle, or give optimization.latency_profile the figures of your device.",
+    "step_ms": "the time of a step depends on what else the machine does, and on kernels that the profile does not "
+    "know. Run again when it is idle.",
+}
+"""Resource -> why its prediction may be far off, and what to do."""
 
 
 def write_report(
@@ -76,6 +93,10 @@ def write_report(
     events: Sequence[SolverEvent] = (),
     hulls: Mapping[str, Sequence[FrontierRow]] | None = None,
     data: DataSummary | None = None,
+    created_at: str = "",
+    recipes: Sequence[Recipe] = (),
+    recipes_from: str = "",
+    fewer_recipes: str = "",
 ) -> None:
     """Write the report to ``path``, atomically; the same arguments give the same bytes.
 
@@ -91,14 +112,27 @@ def write_report(
         events: the solver's log.
         hulls: resource -> the exact hull of score over its budget, other budgets left aside.
         data: what was read; None where the choice was made from saved statistics.
+        created_at: when the choice was written, as the manifest has it.
+        recipes: code that uses the choice.
+        recipes_from: where paths in it start from.
+        fewer_recipes: why there is none for some programs.
 
     Raises:
         OutputError: the file cannot be written.
     """
     curves, written = curves_section(manifest, utilities, costs, statistics), manifest.fields()
+    about = _about(manifest, data, created_at)
     page = rendered(
         "report.html.j2",
-        model=manifest.model.name_or_path or "",
+        model=manifest.model.name_or_path or "a model that is not named",
+        title=" · ".join((manifest.model.name_or_path or "a model", *(fact for fact in about))),
+        about=about,
+        script=Markup(report_script()),
+        script_hash=script_hash(report_script()),
+        recipes=recipes,
+        recipes_from=recipes_from,
+        fewer=fewer_recipes,
+        beside=_beside_uniform(manifest),
         summary=_summary(manifest) | {"no_deeper": why_no_deeper(manifest, frozen)},
         budgets=[budget_facts(use) for use in manifest.resources],
         heat=heat_map(manifest.allocations),
@@ -109,7 +143,8 @@ def write_report(
         curves=curves,
         curve_methods=methods_shown(curves["figures"], METHODS.names()),
         utility_unit=utilities.unit,
-        layers=layer_rows(manifest, statistics, explanations),
+        layers=layer_groups(manifest, statistics, explanations),
+        layer_columns=[name for name in COLUMNS if explanations or name != "Runner-up"],
         left_out=[*expert_lines(manifest), *left_out_lines(manifest)],
         explained=bool(explanations),
         solver=_solver(events),
@@ -133,7 +168,37 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
         "tightest": _tightest(manifest.resources),
         "gain": _gain(manifest.predicted),
         "worth": worth(manifest),
+        "words": score_in_words(manifest),
     }
+
+
+def _about(manifest: Manifest, data: DataSummary | None, created_at: str) -> list[str]:
+    """What the title says beside the model: task, data, date, version."""
+    found = manifest.provenance.statistics or {}
+    source = (data.source if data else "") or found.get("source") or ""
+    samples = found.get("calibration_samples")
+    facts = [manifest.model.task or "", str(source) and f"data: {source}", samples and f"{number(samples)} samples"]
+    version = (manifest.provenance.versions or {}).get("layerlens")
+    facts += [created_at[:16].replace("T", " ") and f"{created_at[:16].replace('T', ' ')} UTC"]
+    facts += [version and f"LayerLens {version}"]
+    return [fact for fact in facts if fact]
+
+
+def _beside_uniform(manifest: Manifest) -> list[dict[str, str]]:
+    """The costs of the choice and of uniform LoRA with as many parameters; none where no step was recorded."""
+    other, rows = manifest.predicted.uniform_lora or {}, []
+    for use in manifest.resources:
+        if use.resource in other:
+            uniform = other[use.resource]
+            rows.append(
+                {
+                    "name": resource_name(use.resource),
+                    "own": quantity(use.resource, use.total),
+                    "uniform": quantity(use.resource, uniform),
+                    "difference": signed_percent(use.total / uniform - 1.0) if uniform else "–",
+                }
+            )
+    return rows
 
 
 def _tightest(resources: Sequence[ResourceUse]) -> dict[str, str]:
@@ -187,6 +252,7 @@ def _checks(measured: Mapping[str, Any]) -> dict[str, Any]:
                     "measured": quantity(resource, value["measured"]) + error,
                     "error": signed_percent(value["relative_error"]),
                     "side": "over" if value["relative_error"] > 0 else "under",
+                    "marked": abs(value["relative_error"]) > MARKED_ERROR,
                     "width": round(50 * min(abs(value["relative_error"]), 1.0), 1),  # half of the bar is 100 %
                 }
             )
@@ -194,7 +260,13 @@ def _checks(measured: Mapping[str, Any]) -> dict[str, Any]:
             single.append(("largest change of any logit before the first step", number(value)))
         else:
             single.append((label, number(value) if isinstance(value, int | float) else str(value)))
-    return {"compared": compared, "single": single}
+    marked = {name.removeprefix("base_") for name, value in measured.items() if _is_marked(value)}
+    why = [f"{resource_name(name)}: {WHY_OFF[name]}" for name in WHY_OFF if name in marked]
+    return {"compared": compared, "single": single, "why": why}
+
+
+def _is_marked(value: Any) -> bool:
+    return isinstance(value, Mapping) and abs(value.get("relative_error") or 0.0) > MARKED_ERROR
 
 
 def _solver(events: Sequence[SolverEvent]) -> dict[str, Any]:

@@ -213,6 +213,26 @@ def _against(manifest: Manifest, other: Mapping[str, float]) -> str:
     return " and ".join(parts)
 
 
+def score_in_words(manifest: Manifest) -> str:
+    """The predicted gain beside LoRA of rank 32 on every layer, as a sentence; "" where that is not known.
+
+    >>> from layerlens.models import Predicted
+    >>> rank_32 = {"share": 0.84, "trainable_params": 1000, "low": 0.71, "high": 0.92}
+    >>> predicted = Predicted(rank_32=rank_32)
+    >>> score_in_words(Manifest(None, (), (), 0.0, 0.0, 0.0, "optimal", "", "", "", predicted=predicted))
+    'The choice has 84 % (95 %: 71 % to 92 %) of the score of rank 32 on every layer, with 0 % of its parameters.'
+    """
+    found = manifest.predicted.rank_32
+    if not found:
+        return ""
+    interval = ""
+    if "low" in found:
+        interval = f" (95 %: {percent(found['low'], digits=0)} to {percent(found['high'], digits=0)})"
+    size = percent(manifest.trainable_params / found["trainable_params"], digits=1)
+    share = percent(found["share"], digits=0)
+    return f"The choice has {share}{interval} of the score of rank 32 on every layer, with {size} of its parameters."
+
+
 def budget_facts(use: ResourceUse) -> dict[str, Any]:
     """A budget as text, with the widths of a bar's parts in percent of it."""
     text = {key: quantity(use.resource, getattr(use, key)) for key in ("base", "added", "total")}

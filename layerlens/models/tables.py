@@ -17,6 +17,21 @@ RESOURCES = tuple(vocabulary.RESOURCES)
 
 
 @dataclass(frozen=True)
+class Everywhere:
+    """LoRA of one rank on every layer that takes it.
+
+    Args:
+        gain: the sum of its utilities.
+        trainable_params: its parameters.
+        replicates__b: the same sum by each of the calibration's replicates; empty without calibration.
+    """
+
+    gain: float
+    trainable_params: int
+    replicates__b: np.ndarray
+
+
+@dataclass(frozen=True)
 class UtilityTable:
     """Expected gain of each option; "none" is 0.
 
@@ -26,6 +41,8 @@ class UtilityTable:
         model: name of the utility model.
         unit: what the utility is measured in, for the reader.
         calibration: how it was calibrated by proxies; None where it is what theory says.
+        everywhere: what LoRA of rank 32 on every layer that takes LoRA would gain, to compare a choice with; None where
+            that is not known.
     """
 
     options: tuple[Option, ...]
@@ -33,6 +50,7 @@ class UtilityTable:
     model: str
     unit: str
     calibration: Calibration | None = None
+    everywhere: Everywhere | None = None
 
     def first(self, count: int) -> UtilityTable:
         """The table of the first ``count`` options."""

@@ -202,12 +202,13 @@ class _Watcher(Observer):
         """See ``utils.progress``; a few events a second at most."""
         done, last = 0, time.monotonic()
 
-        def advance(steps: int = 1, /) -> None:
+        def advance(steps: int = 1, /, note: str = "") -> None:
             nonlocal done, last
             done += steps
             if time.monotonic() - last >= PROGRESS_EVERY_S:
                 last = time.monotonic()
-                self.store.tell(self.job_id, "progress", {"step": description, "done": done, "total": total})
+                told = {"step": description, "done": done, "total": total, **({"note": note} if note else {})}
+                self.store.tell(self.job_id, "progress", told)
 
         self.store.tell(self.job_id, "progress", {"step": description, "done": 0, "total": total})
         yield advance

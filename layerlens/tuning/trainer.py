@@ -143,7 +143,7 @@ class _Trainer(Trainer):
         self.job, self.recorder = job, Recorder()
         self.order = SeededOrder(len(job.data.train), job.seed)
         self.metric = job.config.metric
-        self.advance: Advance = lambda steps=1, /: None
+        self.advance: Advance = lambda steps=1, /, note="": None
         self.started, self.wall_before, self.step_started = 0.0, 0.0, 0.0
         self.step_loss, self.step_samples = 0.0, list[int]()
         self.loss_scale = 1.0
@@ -311,7 +311,7 @@ class _Steps(TrainerCallback):
             step % trainer.eval_every == 0 or recorder.finished
         )
         control.should_save = step % trainer.save_every == 0 or recorder.finished
-        trainer.advance(1)
+        trainer.advance(1, note=f"loss {trainer.step_loss:.4g}")
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_evaluate = control.should_save = False  # they have been done after the step

@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    pass
+from typing import Protocol
 
 
 class Advance(Protocol):
-    """Says that ``steps`` more steps of the stage are done."""
+    """Says that ``steps`` more steps of the stage are done, and perhaps what came of them (``loss 0.53``)."""
 
-    def __call__(self, steps: int = 1, /) -> None: ...
+    def __call__(self, steps: int = 1, /, note: str = "") -> None: ...
 
 
 class Progress(Protocol):
@@ -36,7 +33,7 @@ class _Silent:
         yield _no_steps
 
 
-def _no_steps(steps: int = 1, /) -> None:
+def _no_steps(steps: int = 1, /, note: str = "") -> None:
     """Count nothing."""
 
 

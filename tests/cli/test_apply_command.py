@@ -1,4 +1,4 @@
-"""``apply``: the plan as a table, the Python that uses it, and the adapter directory."""
+"""``show --code``, which is ``apply``: the plan as a table, the Python that uses it, and the adapter directory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cli_support import Invoke, parsed
 from example_manifests import few, manifest, minilm, row
 
 from layerlens import tuning
-from layerlens.cli.commands_export import python_snippet
 from layerlens.exceptions import ManifestError
 from layerlens.manifest import write_manifest
 from layerlens.models import Manifest, ModelFacts
+from layerlens.tuning.recipes import python_snippet
 
 
 def saved(plan: Manifest, folder: Path) -> Path:
@@ -78,7 +78,7 @@ def test_output_writes_the_adapter(invoke: Invoke, tmp_path: Path, monkeypatch: 
     assert calls == [(few(), "other/model", Path("adapter"))]
     document = parsed(result)
     assert document["files"] == {"peft": "adapter/peft"}
-    assert len(document["manifest"]["allocations"]) == 48
+    assert len(document["allocations"]) == 48
     assert "from_pretrained('other/model', num_labels=3)" in document["python"]
 
 
@@ -121,7 +121,11 @@ def test_a_field_of_the_wrong_type_is_named_before_the_model_is_loaded(
     assert (result.exit_code, result.stderr) == (2, "error: manifest.json: model.labels: must be a list, got 5\n")
 
 
-def test_a_directory_is_told_which_file_is_meant(invoke: Invoke, tmp_path: Path) -> None:
+def test_apply_is_another_name_of_show(invoke: Invoke, tmp_path: Path) -> None:
     saved(few(), tmp_path / "out")
-    result = invoke("apply", "out")
-    assert (result.exit_code, result.stderr) == (2, "error: out is a directory; give the manifest.json in it\n")
+    for place in ("out", "out/manifest.json"):
+        shown, applied = invoke("show", place, "--code"), invoke("apply", place)
+        assert (applied.exit_code, applied.stdout, applied.stderr) == (0, shown.stdout, shown.stderr)
+        assert parsed(invoke("apply", place, "--json")) == parsed(invoke("show", place, "--code", "--json"))
+    ast.parse(shown.stdout)
+    assert invoke("show", "out").stdout == ""

@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from layerlens.cli import progress as progress_module
 from layerlens.cli.progress import shown_progress
 from layerlens.utils.progress import silent
 
@@ -31,6 +32,29 @@ def drawn(terminal: bool, *, fail: bool = False) -> str:
 def test_lines() -> None:
     lines = drawn(terminal=False).splitlines()
     assert lines == ["Loading [model]: 0.0 s", "Measuring gradients: 0.0 s"]
+
+
+def test_a_long_stage_says_how_far_it_is_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, *(4.0 * step for step in range(1, 10))])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(times))
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    with shown_progress(console) as progress, progress.stage("Training", total=6) as advance:
+        for step in range(6):
+            advance(1, note=f"loss {3 - 0.5 * step:g}")
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines() == [
+        "Training: 3 of 6, about 12 s left, loss 2",
+        "Training: 28.0 s, loss 0.5",
+    ]
+
+
+def test_a_bar_shows_what_came_of_the_last_step() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    with shown_progress(console) as progress, progress.stage("Training", total=2) as advance:
+        advance(1, note="loss 0.53")
+        advance(1)
+    assert isinstance(console.file, io.StringIO)
+    assert "loss 0.53" in console.file.getvalue().rpartition("✓ Training")[2]
 
 
 def test_bars() -> None:

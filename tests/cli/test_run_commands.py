@@ -28,7 +28,10 @@ def test_run_shows_what_was_chosen_and_what_to_type_next(
         "exactly 0",
         "  out/manifest.json  ",
         "1.8 s (profile 1.2, solve 0.5); statistics taken from the cache\n",
-        "Next: layerlens apply out/manifest.json\n",
+        "Next:\n",
+        "layerlens open out\n",
+        "layerlens train out/manifest.json\n",
+        "layerlens export out/manifest.json --to peft --lora-part\n",
     ):
         assert shown in result.stderr
 
@@ -55,8 +58,10 @@ def test_settings_replace_those_of_the_file(invoke: Invoke, pipeline: FakePipeli
 
 def test_the_next_command_can_be_pasted_whatever_the_name(invoke: Invoke, pipeline: FakePipeline) -> None:
     stderr = invoke("optimize", "s.safetensors", "-c", "config.yaml", "--output", "my out; $(x)").stderr
-    words = shlex.split(stderr[stderr.index("Next: ") + len("Next: ") :])
-    assert words == ["layerlens", "apply", "my out; $(x)/manifest.json", "--output", "my out; $(x)"]
+    lines = [line.split(maxsplit=1) for line in stderr[stderr.index("Next:\n") :].splitlines()[1:]]
+    words = {what: shlex.split(line) for what, line in lines if what in ("report", "adapter")}
+    assert words["report"] == ["layerlens", "open", "my out; $(x)"]
+    assert words["adapter"] == ["layerlens", "show", "my out; $(x)/manifest.json", "--output", "my out; $(x)"]
 
 
 def test_json_goes_to_stdout_alone(invoke: Invoke, pipeline: FakePipeline, tmp_path: Path) -> None:
@@ -86,7 +91,7 @@ def test_optimize_needs_no_model_and_tells_how_to_write_the_adapter(
     assert result.exit_code == 0
     assert pipeline.calls[0]["statistics"] == Path("statistics.safetensors")
     assert pipeline.calls[0]["base_dir"] == tmp_path
-    assert "Next: layerlens apply out/manifest.json --output out\n" in result.stderr
+    assert "layerlens show out/manifest.json --output out\n" in result.stderr
     assert "Checked on the model" not in result.stderr
     assert "from the cache" not in result.stderr
 

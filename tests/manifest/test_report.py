@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import doctest
+import hashlib
 import math
 import re
 from html.parser import HTMLParser
@@ -20,9 +22,12 @@ from layerlens.manifest.figures import Curve, utility_curves
 from layerlens.manifest.formats import number, percent, quantity, signed_percent
 from layerlens.manifest.frontier import frontier_section
 from layerlens.manifest.layers import Place, heat_map, place_of
+from layerlens.manifest.page import report_script
+from layerlens.manifest.training import CHOICE, training_page
 from layerlens.models import (
     CostTable,
     FrontierRow,
+    LayerExplanation,
     LayerStatistics,
     ManifestRow,
     MethodStatistics,
@@ -36,6 +41,8 @@ from layerlens.models import (
     SolverEvent,
     UtilityTable,
 )
+from layerlens.models.data_summary import DataSummary
+from layerlens.models.recipe import Recipe
 from layerlens.utility.calibration import calibrate
 
 ROOT = Path(__file__).parents[2]
@@ -120,10 +127,13 @@ def test_the_same_run_gives_the_same_bytes(report):
     assert report() == report(name="again.html")
 
 
-def test_nothing_is_fetched_and_nothing_runs(report):
+def test_nothing_is_fetched_and_nothing_but_its_own_script_runs(report):
     text = report()
     page = Page(text)
-    assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.elements}
+    assert not {"link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.elements}
+    [script] = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert script == report_script()
+    assert not re.search(r"\b(fetch|XMLHttpRequest|WebSocket|EventSource|import|eval)\b", script)
     for _, attributes in page.elements:
         for key, value in attributes.items():
             assert not key.startswith("on")
@@ -131,7 +141,8 @@ def test_nothing_is_fetched_and_nothing_runs(report):
                 assert value.startswith("#"), value
     assert not re.search(r"url\((?!#)|@import", text)
     (policy,) = [meta["content"] for meta in page.of("meta") if meta.get("http-equiv")]
-    assert policy.startswith("default-src 'none'")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
 def test_it_can_be_read_by_ear_and_by_keyboard(report):
@@ -145,7 +156,7 @@ def test_it_can_be_read_by_ear_and_by_keyboard(report):
         if attributes.get("href", "").startswith("#"):
             assert attributes["href"][1:] in ids
     assert page.of("th")
-    assert all(header["scope"] in ("row", "col") for header in page.of("th"))
+    assert all(header["scope"] in ("row", "col", "rowgroup") for header in page.of("th"))
     assert len(page.of("svg")) == 4
     assert all(figure["role"] == "img" and figure["aria-labelledby"] for figure in page.of("svg"))
     assert len(page.of("desc")) == 4
@@ -167,7 +178,8 @@ def test_it_says_what_the_manifest_says(report):
         "Gap 0.1332 %",
         "adapter 3",
         "1.5 GFLOP 1.4 GFLOP +7.1 %",
-        "Forward latency of the frozen model 30.2 ms 44 ms −31.2 %",
+        "Forward latency of the frozen model 30.2 ms 44 ms ⚠ −31.2 %",
+        "Marked (⚠): the prediction misses by more than 20 %. Forward latency: the profile is of an idle machine",
         "Largest change of any logit before the first step: 0",
         "18,211",
         "25 %",  # noise of the first layer: 1 - 1.5/2
@@ -272,6 +284,63 @@ def test_calibrated_curves_have_the_percentiles_of_their_replicates(manifest, st
     assert "fitted to resampled proxies" in page.text
 
 
+def test_two_thousand_layers_stay_below_two_megabytes(manifest, report):
+    rows = []
+    roles = ["self_attn.q_proj", "self_attn.k_proj", "mlp.gate", *(f"mlp.experts.{i}.up_proj" for i in range(39))]
+    for block in range(48):
+        for role in roles:
+            chosen = ("lora", 8, 0.5, 12_288) if role != "mlp.gate" else ("none", 0, 0.0, 0)
+            rows.append(ManifestRow(f"model.layers.{block}.{role}", *chosen, 1.5e6, 1e-4, 0.25, chosen[2]))
+    why = [
+        LayerExplanation((row.layer,), Option(row.layer, "lora", 8), Option(row.layer, "lora", 4), 0.01234, {}, True)
+        for row in rows
+    ]
+    text = report(dataclasses.replace(manifest, allocations=tuple(rows)), explanations=why)
+    assert len(rows) == 2016
+    assert len(text.encode()) < 2_000_000
+    assert "model.layers.47</strong> <span class=" in text.replace("<wbr>", "")
+    assert "41 of 42 layers adapted, 503,808 parameters, score 20.5" in text
+
+
+def trained(losses, after, baseline=None):
+    facts = {
+        "model": {"name_or_path": "a <model>"},
+        "samples": {"train": 1200, "evaluation": 100},
+        "before": {"accuracy": 0.5},
+        "after": after,
+        "training": {"losses": losses, "steps": len(losses), "best_step": len(losses), "trained_parameters": 5120},
+        "measured": {"wall_seconds": 12.34, "tokens_per_second": 1500.0, "peak_memory_gb": 1.5},
+    }
+    return facts | ({"baseline": {"name": baseline}} if baseline else {})
+
+
+def test_a_training_is_shown_in_the_report_with_uniform_lora_beside_it(report):
+    own = trained([2.0, 1.0, 0.5], {"accuracy": 0.75})
+    alone = training_page([own], report())
+    page = Page(alone)
+    assert "Training loss: this choice: from 2 to 0.5." in page.text
+    assert "--baseline uniform-lora" in page.text
+    assert "On the test split Before this choice accuracy 0.5 0.75" in page.text
+    long = trained(list(np.linspace(3.0, 1.0, 5_000)), {"accuracy": 0.7}, "uniform-lora")
+    both = training_page([own, long], alone)  # in place of the earlier section
+    page = Page(both)
+    assert both.count('<section id="training"') == 1
+    assert both.count('href="#training"') == 1
+    assert "On the test split Before this choice uniform-lora accuracy 0.5 0.75 0.7" in page.text
+    assert "small differences may be chance" in page.text
+    assert len(both) - len(alone) < 60_000  # 5,000 steps become 300 points
+    assert training_page([own, long], report()) == both
+
+
+def test_a_training_without_a_report_has_a_page_of_its_own():
+    for report in (None, "<p>a report of an earlier version</p>"):
+        page = Page(training_page([trained([], {}), trained([1.0], {}, "eva")], report))
+        assert page.of("h1")
+        assert "a <model>" in page.text
+        assert CHOICE in page.text
+        assert not page.of("script")
+
+
 def report_checks():
     found = spec_from_file_location("report_checks", ROOT / "scripts/report_checks.py")
     module = module_from_spec(found)
@@ -287,11 +356,18 @@ def test_it_works_in_a_browser(whole, report, manifest, tmp_path):
     if chromium is None:
         pytest.skip("no Chromium to open the report in: apt-get install chromium, or set CHROMIUM")
     if whole:
-        report(hulls={"trainable_params": HULL, "latency_ms": HULL}, events=EVENTS)
+        layers = [row.layer for row in manifest.allocations]
+        options = [Option(layers[0], "lora", rank) for rank in (4, 2)]
+        why = LayerExplanation(tuple(layers), options[0], options[1], 0.01, {}, True)
+        recipe = Recipe("PEFT", "from peft import PeftModel\n", "Ready to train.")
+        report(
+            hulls={"trainable_params": HULL, "latency_ms": HULL}, events=EVENTS, explanations=[why], recipes=[recipe],
+            created_at="2026-11-30T12:00:00+00:00", recipes_from="this folder", data=DataSummary("reviews.jsonl", 9, 9),
+        )  # fmt: skip
     else:  # what is not there may be missed by a reader, but not by an id
         report(dataclasses.replace(manifest, allocations=(), resources=()), measured={})
     found = dict(checks.check_report(tmp_path / "report.html", chromium))
-    assert len(found) == 13
+    assert len(found) == 17
     assert {check: wrong for check, wrong in found.items() if wrong} == {}
 
 
@@ -302,7 +378,7 @@ def test_names_cannot_break_the_page(manifest, report):
         manifest, allocations=(row, *manifest.allocations[1:]), solver=hostile, model=ModelFacts(name_or_path=hostile)
     )
     page = Page(report(changed))
-    assert page.of("script") == []
+    assert len(page.of("script")) == 1  # its own
     assert page.text.count(hostile) >= 3
 
 

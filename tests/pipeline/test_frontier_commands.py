@@ -1,4 +1,4 @@
-"""``layerlens frontier`` and ``layerlens optimize --budget-sweep`` on real statistics."""
+"""``layerlens optimize --frontier`` and ``--sweep``, and their other names on real statistics."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def test_a_sweep_writes_a_manifest_for_each_budget(invoke, tmp_path):
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
-        ("params=1", "--budget-sweep: got 'params=1'; give RESOURCE=B1,B2,..."),
-        ("flops", "--budget-sweep: got 'flops'"),
-        ("flops=a", "--budget-sweep: must be a number such as 300000, 300k or 1.5M, got 'a'"),
+        ("params=1", "--sweep: got 'params=1'; give RESOURCE=B1,B2,..."),
+        ("flops", "--sweep: got 'flops'"),
+        ("flops=a", "--sweep: must be a number such as 300000, 300k or 1.5M, got 'a'"),
         ("trainable_params=0", "OptimizationConfig.max_trainable_params"),
     ],
 )

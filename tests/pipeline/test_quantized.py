@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import layerlens
-from layerlens.cli.commands_export import python_snippet
 from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError, ManifestError, ModelSpecError
 from layerlens.integrations.pretrained import weights_fingerprint
@@ -20,6 +19,7 @@ from layerlens.pipeline import run_config
 from layerlens.sources import load_pretrained
 from layerlens.tuning import apply, load, merge, save
 from layerlens.tuning.base_model import load_base
+from layerlens.tuning.recipes import python_snippet
 
 FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 EIGHT_BITS = {"load_in_8bit": True}

@@ -12,7 +12,6 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from layerlens.cli.commands_export import python_snippet
 from layerlens.cli.main import app
 from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError, ModelNotFoundError, ModelSpecError
@@ -24,6 +23,7 @@ from layerlens.service.settings import ServiceSettings
 from layerlens.sources import LoadRequest, ModelSource, Trust, load_pretrained
 from layerlens.sources.transformers import TRANSFORMERS
 from layerlens.tuning.base_model import load_base
+from layerlens.tuning.recipes import python_snippet
 
 
 class Shelf(ModelSource):

@@ -14,7 +14,6 @@ import yaml
 from typer.testing import CliRunner
 from word_count import WORD_COUNT
 
-from layerlens.cli.commands_export import python_snippet
 from layerlens.cli.main import app
 from layerlens.config import DataConfig, RunConfig
 from layerlens.data import load_dataset
@@ -26,6 +25,7 @@ from layerlens.pipeline import run_config
 from layerlens.registry import TASKS
 from layerlens.sources import load_pretrained
 from layerlens.tasks import make_batches
+from layerlens.tuning.recipes import python_snippet
 
 NAME = WORD_COUNT.name
 WORDS = ["one", "of", "many", "words", "that", "make", "a", "text", "long", "and", "then", "longer", "still"]
