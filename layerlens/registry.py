@@ -142,6 +142,7 @@ TASKS: Registry[Any] = Registry(
         "dpo": "layerlens.tasks.dpo:TASK",
         "sentence-embedding": "layerlens.tasks.sentence_embedding:TASK",
         "image-text": "layerlens.tasks.image_text:TASK",
+        "image-text-pairs": "layerlens.tasks.image_text_pairs:TASK",
         "masked-lm": "layerlens.tasks.masked_lm:TASK",
         "seq2seq": "layerlens.tasks.seq2seq:TASK",
         "image-classification": "layerlens.tasks.image_classification:TASK",

@@ -22,6 +22,11 @@ def takes_all(model: Any, names: Sequence[str]) -> bool:
     return all(name in parameters for name in names) or (open_ended and hasattr(model, "base_model_prefix"))
 
 
+def compares_towers(model: Any) -> bool:
+    """Whether a model takes images and texts side by side, to compare them (CLIP and its kin, with ``return_loss``)."""
+    return "return_loss" in _parameters(model)
+
+
 def required(model: Any) -> tuple[str, ...]:
     """The arguments of ``forward`` that have no default."""
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)

@@ -108,7 +108,8 @@ def check_model(pretrained: PretrainedModel, config: RunConfig) -> None:
         ConfigurationError: sequences are longer than its positions (torch would fail with an index error), or options
             are to be trained on a model that accelerate keeps elsewhere between passes.
     """
-    limit = longest_sequence(pretrained.model) if pretrained.tokenizer is not None else None
+    of_text = pretrained.tokenizer is not None and pretrained.images is None and pretrained.audio is None
+    limit = longest_sequence(pretrained.model) if of_text else None
     asked = {
         "data.max_length": config.data.max_length,
         "optimization.latency_profile.sequence_length": config.optimization.latency_profile.sequence_length,

@@ -212,7 +212,7 @@ def by_batches_if_coupled(loaded: Loaded, warn: Warn) -> tuple[Sequence[Batch], 
     known = loaded.pretrained.streamed is not None or isinstance(loss, BatchLoss) or not loaded.request.backward
     found = Coupling() if known else coupling(loaded.pretrained.model, batches, loss)
     if loaded.task.coupled and not isinstance(loss, BatchLoss):
-        found = Coupling("it compares texts of several samples")
+        found = Coupling("it compares several samples")
     if found.random:
         warn("model.loss: the same samples have another loss in every pass (it draws numbers); whether it depends on "
              "other samples in the batch is not known, and another data.batch_size gives other statistics")  # fmt: skip

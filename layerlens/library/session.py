@@ -269,7 +269,7 @@ def _of_rows(
     config = config_with(_length_limit(pretrained), task)
     if task.inputs in ("text", "words") and pretrained.tokenizer is None:
         raise DataError(f"tokenizer: is needed to make the model's inputs of the {task.inputs} in these rows")
-    if task.inputs == "image" and pretrained.images is None:
+    if task.inputs == "image" and pretrained.images is None and pretrained.processor is None:
         raise DataError("tokenizer: give the model's image processor, or a transform from an image to a tensor")
     check_model(pretrained, config)
     if (dataset.task and dataset.task != task.name) or objects.sentence is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from layerlens.integrations.arguments import required, untaken
+from layerlens.integrations.arguments import compares_towers, required, untaken
 from layerlens.integrations.expert_products import plain_products
 from layerlens.integrations.flops import FlopCounter
 from layerlens.integrations.transformers import full_batches
@@ -150,6 +150,7 @@ def dense_inputs(
     """
     needed = () if model is None else required(model)
     own = "input_ids" not in batch_inputs or "attention_mask" not in batch_inputs
+    own = own or (model is not None and compares_towers(model))
     if own or any(name in batch_inputs and name not in TOKENS for name in needed):
         n = len(next(iter(batch_inputs.values())))
         return {name: tensor[torch.arange(samples) % n] for name, tensor in batch_inputs.items()}

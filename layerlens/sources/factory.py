@@ -63,6 +63,11 @@ class FactorySource(ModelSource):
         if request.kind is not None and request.kind.inputs == "audio" and processor is not None:
             way = AudioInput(processor, argument=first_argument(model))
             return PretrainedModel(model, None, reference, (), labels, notes=notes, audio=way)
+        of_images = getattr(processor, "image_processor", None)
+        if request.kind is not None and request.kind.inputs == "image" and of_images is not None:
+            images = ImageInput(of_images, processor=of_images)
+            whole = tokenizer_of(processor)
+            return PretrainedModel(model, whole, reference, (), labels, images, notes=notes, processor=processor)
         tokenizer = processor if hasattr(processor, "pad") else None
         if processor is not None and tokenizer is None:
             images = ImageInput(processor, first_argument(model), "RGB")

@@ -41,7 +41,8 @@ def processors_of(request: LoadRequest, path: str, config: Any, told: dict[str, 
 
     reason = ""
     if request.kind.inputs == "image":
-        return Processors(images=image_processor(path, config, told))
+        tokenizer = _tokenizer(path, told) if request.kind.tokens else None
+        return Processors(tokenizer, image_processor(path, config, told))
     if request.kind.inputs == "audio":
         return Processors(_tokenizer(path, told) if request.kind.tokens else None, audio=load_audio_input(path, told))
     if has_towers(request.kind.auto_class, config):
@@ -58,7 +59,7 @@ def processors_of(request: LoadRequest, path: str, config: Any, told: dict[str, 
 
 
 def _tokenizer(path: str, told: dict[str, Any]) -> Any:
-    """The tokenizer of transcripts; None where the checkpoint has none, which its task says."""
+    """The tokenizer of transcripts or captions; None where the checkpoint has none, which its task says."""
     from transformers import AutoTokenizer
 
     try:

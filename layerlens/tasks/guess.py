@@ -161,7 +161,7 @@ def possible(task: Any, architectures: Sequence[str]) -> bool:
         return True
     kinds = {_kind(other) for other in of_model}
     if task.auto_class == BASE:  # every checkpoint has a model without a head
-        return True
+        return not task.class_endings or not architectures or task in of_model
     return not architectures or (task.new_head and kinds in (set(), {_kind(task)}))
 
 

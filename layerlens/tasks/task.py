@@ -88,7 +88,7 @@ class Task:
         configure: (task, model configuration, data set) -> the task with what the configuration says of its loss.
         of_images: name of the task that is this one on images; "" where there is none.
         alone: whether each sample is measured in a batch of its own, as its inputs have no axis of samples.
-        tokens: whether a model of sound also comes with a tokenizer, for its targets.
+        tokens: whether a model of sound or images also comes with a tokenizer.
         generate: (model, batch) -> what the model writes by itself for it, which metrics are given as ``generated``.
         vocabulary_head: whether a new head has an output for each token of that tokenizer.
     """

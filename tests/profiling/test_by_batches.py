@@ -7,14 +7,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
 from layerlens.exceptions import ConfigurationError, ProfilingError
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import LORA, LayerStatistics, ModelStatistics
+from layerlens.profiling.coupling import of_batches
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import StatisticsRequest
+from layerlens.registry import TASKS
 from layerlens.tasks import Batch
 from layerlens.tasks.losses import BatchLoss
 from layerlens.utils.progress import silent
@@ -161,3 +163,32 @@ def test_statistics_of_single_samples_are_refused_by_name(encoder: torch.nn.Modu
 def test_a_loss_that_is_none_is_refused(encoder: torch.nn.Module, loss: Callable[..., torch.Tensor], message: str):
     with pytest.raises(ProfilingError, match=message):
         measured(encoder, pairs(2), loss, "gradient")
+
+
+def test_two_towers_whose_samples_are_compared():
+    torch.manual_seed(0)
+    widths = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**widths, "vocab_size": 50, "max_position_embeddings": 12, "eos_token_id": 49},
+        vision_config={**widths, "image_size": 8, "patch_size": 4}, projection_dim=8,
+    )  # fmt: skip
+    model = CLIPModel(config).double().eval().requires_grad_(False)
+    loss = TASKS["image-text-pairs"].loss
+    batches = []
+    for number in range(3):
+        mask = (torch.arange(7)[None] < torch.randint(3, 8, (4, 1))).long()
+        ids = torch.randint(1, 49, (4, 7)).scatter(1, mask.sum(1, keepdim=True) - 1, 49)
+        inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(4, 3, 8, 8).double()}
+        batches.append(Batch(inputs, None, torch.tensor([number])))
+    spec = model_spec(PretrainedModel(model, None, "tiny", ()), "tiny", inputs=batches[0].inputs)
+    found = measure(
+        model, spec, batches, request=StatisticsRequest.of(["gradient"]), sequence_length=6, threads=1, progress=silent,
+        loss=of_batches(loss, "the loss"),
+    )  # fmt: skip
+    gradients = batch_gradients(model, batches, lambda model, batch: loss(model(**batch.inputs), batch).mean())
+    layers = [layer for layer in found.layers if LORA in layer.by_method]
+    assert {layer.layer.partition(".")[0] for layer in layers} == {"text_model", "vision_model"}
+    assert len(layers) == 12
+    for layer in layers:
+        expected = np.square(gradients[f"{layer.layer}.weight"].mean(axis=0)).sum()
+        assert layer.by_method[LORA].energy == pytest.approx(expected, rel=ROUNDING), layer.layer
