@@ -81,7 +81,7 @@ class AllocationProblem:
         """The group charges that ``choice`` causes, ascending."""
         if not self.charges:
             return ()
-        return tuple(np.unique(np.concatenate([self.causes.of(int(option)) for option in choice])).tolist())
+        return tuple(self.causes.of_all(np.asarray(choice, dtype=np.int64)).tolist())
 
     def terms__rk(self, choice: np.ndarray) -> np.ndarray:
         """float64 [n_resources, k]: all that ``choice`` uses: its options, then its charges, then its depth.

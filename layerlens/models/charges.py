@@ -92,10 +92,18 @@ class Causes:
                 options.append(own)
                 caused.append(np.full(len(own), at))
                 at = charges[at].inside
-        pair = np.unique(np.concatenate(options) * max(len(charges), 1) + np.concatenate(caused))
+        pair = np.concatenate(options) * max(len(charges), 1) + np.concatenate(caused)
+        pair.sort()
+        pair = pair[np.concatenate(([True], pair[1:] != pair[:-1]))] if len(pair) else pair
         self.option, self.charge = np.divmod(pair, max(len(charges), 1))
         self.start = np.searchsorted(self.option, np.arange(n_options + 1))
 
     def of(self, option: int) -> np.ndarray:
         """int64, the charges that one option causes, ascending."""
         return self.charge[self.start[option] : self.start[option + 1]]
+
+    def of_all(self, options: np.ndarray) -> np.ndarray:
+        """int64, the charges that any of these options causes, ascending."""
+        begin, count = self.start[options], self.start[options + 1] - self.start[options]
+        first = np.repeat(begin - np.concatenate(([0], np.cumsum(count)[:-1])), count)
+        return np.unique(self.charge[first + np.arange(len(first))])

@@ -334,7 +334,8 @@ def effective(problem: AllocationProblem) -> AllocationProblem:
         added = np.zeros_like(cost__ro)
         if len(causes.charge):
             cost__cr = np.array([charge.cost__r for charge in problem.charges], dtype=np.float64)
-            np.add.at(added.T, causes.option, cost__cr[causes.charge])
+            for row, cost__c in zip(added, cost__cr.T, strict=True):
+                row += np.bincount(causes.option, weights=cost__c[causes.charge], minlength=len(row))
         if problem.depth is not None:
             reaches = problem.reaches__o
             stage = np.asarray(problem.depth.stage__g)[group__o[reaches]]
