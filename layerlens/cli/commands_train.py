@@ -154,6 +154,9 @@ def _show(result: TrainedModel) -> None:
     if result.baseline:
         told = result.baseline
         figures.add_row(f"kept by {told['name']}", f"{told['kept_params']:,} of {told['budget_params']:,}")
+    if stored := training.stored_prefix:
+        skipped = f"{stored['blocks_skipped']} of {stored['blocks']} blocks, {1e-9 * stored['bytes']:.3g} GB"
+        figures.add_row("skipped after the first epoch", skipped)
     figures.add_row("wall time", f"{training.wall_seconds:.1f} s")
     figures.add_row("tokens per second", scaled(training.tokens_per_second))
     figures.add_row(f"memory: {training.peak_memory_of}", amount("vram_gb", training.peak_memory_gb))

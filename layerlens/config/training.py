@@ -41,6 +41,19 @@ class TrainingConfig(ConfigModel):
         description="Compute activations again in the backward pass: less memory, more time. true: in every block; "
         "auto: in as few blocks as a budget of memory needs, the lowest first, as a part of the choice.",
     )
+    store_prefix: Literal["auto"] | bool = Field(
+        default=False,
+        exclude_if=lambda stored: stored is False,
+        description="Store the activations below the lowest adapted block in the first epoch, and skip what lies below "
+        "from then on: the same losses to rounding, shorter steps, and disk, whose size is told beforehand. `auto`: "
+        "where nothing below is random in training. `true`: dropout below is switched off from the first step on, and "
+        "where nothing can be stored the training is refused.",
+    )
+    prefix_precision: Literal["model", "bfloat16"] = Field(
+        default="model",
+        exclude_if=lambda precision: precision == "model",
+        description="Precision of stored activations: their own, or bfloat16, which takes half of float32's disk.",
+    )
     train_samples: int | None = Field(default=None, ge=1, description="At most so many training samples.")
     eval_samples: int | None = Field(
         default=None, ge=1, description="At most so many samples of the test split, which training never sees."

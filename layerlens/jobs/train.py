@@ -396,6 +396,7 @@ def _fine_tune(job: Job, order: Order, trainee: Trainee) -> TrainingResult:
             identity=identity,
             restart=order.restart,
             progress=job.progress,
+            tell=job.warnings.add,
         )
 
 

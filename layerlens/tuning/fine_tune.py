@@ -68,6 +68,7 @@ class FineTune:
     hooks: tuple[TrainingHook, ...]
     identity: dict[str, Any]
     progress: Progress
+    tell: Callable[[str], None] = lambda line: None
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class TrainingResult:
         peak_memory_gb, peak_memory_of: peak of this process in GB (1e9 bytes), and what it is the peak of.
         resumed_from: step of the checkpoint that the last run went on from.
         processes: how many processes trained.
+        stored_prefix: where activations were stored: "blocks_skipped", "blocks" of the model, and "bytes"; else None.
     """
 
     metrics: dict[str, float]
@@ -105,6 +107,7 @@ class TrainingResult:
     resumed_from: int | None
     processes: int
     stopped_early: bool = False
+    stored_prefix: dict[str, int] | None = None
     job: dict[str, Any] = field(default_factory=dict)
 
 

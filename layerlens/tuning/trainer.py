@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from layerlens.tuning.fine_tune import FineTune, TrainingResult, steps_per_epoch
 from layerlens.tuning.inject import stop_at_the_lowest
 from layerlens.tuning.samples import INDEX, NumberedSamples, SeededOrder, evaluate
 from layerlens.tuning.short_training import FP16_LOSS_SCALE
+from layerlens.tuning.stored_prefix import DIRECTORY, StoredPrefix, maybe
 from layerlens.utils.atomic import cannot_write
 from layerlens.utils.memory import PeakMemory
 from layerlens.utils.progress import Advance
@@ -75,10 +77,13 @@ def run(job: FineTune, find_checkpoint: Callable[[Path], Path | None]) -> Traini
     trainer.wall_before = trainer.recorder.wall_seconds
     trainer.started = started
     steps = total_steps(len(job.data.train), job.config, trainer.args.world_size)
+    trainer.prefix = prefix_of(job, steps, trainer.args.world_size)
     if not trainer.recorder.finished:
-        with _Quiet(), _scaled(trainer), job.progress.stage("Training", total=steps) as advance:
+        with _Quiet(), _scaled(trainer), job.progress.stage("Training", total=steps) as advance, maybe(trainer.prefix):
             advance(resumed_from or 0)
             trainer.advance = advance
+            if trainer.prefix is not None and resumed_from:
+                trainer.take_up_prefix(resumed_from)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     elif checkpoint is not None:
         load_weights(job.model, checkpoint / WEIGHTS_FILE)
@@ -104,6 +109,7 @@ def run(job: FineTune, find_checkpoint: Callable[[Path], Path | None]) -> Traini
         resumed_from=resumed_from,
         processes=trainer.args.world_size,
         stopped_early=recorder.stopped_early,
+        stored_prefix=_freed(trainer.prefix),
         job=job.identity,
     )
 
@@ -147,6 +153,7 @@ class _Trainer(Trainer):
         self.started, self.wall_before, self.step_started = 0.0, 0.0, 0.0
         self.step_loss, self.step_samples = 0.0, list[int]()
         self.loss_scale = 1.0
+        self.prefix: StoredPrefix | None = None
         per_epoch = steps_per_epoch(len(job.data.train), job.config, arguments.world_size)
         self.eval_every = job.config.eval_every or per_epoch
         self.save_every = job.config.save_every or per_epoch
@@ -238,6 +245,26 @@ class _Trainer(Trainer):
             self.control.should_training_stop = self.control.should_save = True
         return {f"eval_{name}": value for name, value in metrics.items()}
 
+    def take_up_prefix(self, step: int) -> None:
+        """Have the activations of the first epoch's batches again that were stored by this step; those that a run lost
+        are computed in the same batches, so that training goes on with the same bits.
+        """
+        assert self.prefix is not None
+        self.prefix.file.load()
+        size, order = self.job.config.batch_size, list(self.order)
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        batches = batches[: step * self.job.config.gradient_accumulation]
+
+        if self.prefix.file.batches < len(batches):
+            self.job.model.train()
+            self.prefix.fill(partial(self._forward, batch) for batch in batches)
+
+    def _forward(self, numbers: list[int]) -> Any:
+        batch = self.job.data.collate([self.job.data.train[number] for number in numbers])
+        inputs, own = self._prepare_inputs(batch), self.job.loss
+        with self.compute_loss_context_manager():
+            return self.job.data.output(self.job.model, inputs) if own is None else own(self.job.model, inputs)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
         path = Path(output_dir)
@@ -253,6 +280,8 @@ class _Trainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         path = checkpoint_path(self.job.checkpoints, self.state.global_step)
         try:
+            if self.prefix is not None:
+                self.prefix.file.save_index()
             super()._save_checkpoint(model, trial)
             _wait(self)  # every process has written its random state
             if self.is_world_process_zero():
@@ -315,6 +344,45 @@ class _Steps(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_evaluate = control.should_save = False  # they have been done after the step
+
+
+def prefix_of(job: FineTune, steps: int, processes: int) -> StoredPrefix | None:
+    """What stores activations below the lowest adapted block, where the configuration asks for it.
+
+    Raises:
+        ConfigurationError: it is required, and cannot be done.
+    """
+    wanted = job.config.store_prefix
+    if wanted is False:
+        return None
+    reason = ""
+    if processes > 1:
+        reason = "each process would see samples that others have stored; start one"
+    elif steps <= steps_per_epoch(len(job.data.train), job.config):
+        reason = "the training has one epoch, in which no sample comes twice"
+    if reason and wanted is True:
+        raise ConfigurationError(f"training.store_prefix: {reason}, or set it to auto")
+    if reason:
+        job.tell(f"training.store_prefix: nothing is stored: {reason}")
+        return None
+    return StoredPrefix(
+        job.model,
+        job.checkpoints / DIRECTORY,
+        samples=len(job.data.train),
+        switch_off_dropout=wanted is True,
+        dtype=torch.bfloat16 if job.config.prefix_precision == "bfloat16" else None,
+        required=wanted is True,
+        tell=job.tell,
+    )
+
+
+def _freed(prefix: StoredPrefix | None) -> dict[str, int] | None:
+    """The facts of a prefix whose file is no longer needed."""
+    if prefix is None:
+        return None
+    facts = prefix.facts
+    prefix.file.remove()
+    return facts
 
 
 def _not_saved(path: Path, error: BaseException) -> LayerLensError:

@@ -7,7 +7,7 @@ meta-learned selection variables) it does in a ``TrainingHook``.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def fine_tune(
     identity: Mapping[str, Any] | None = None,
     restart: bool = False,
     progress: Progress = silent,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> TrainingResult:
     """Train every parameter of ``model`` that requires gradients, in place, by transformers' Trainer.
 
@@ -56,6 +57,7 @@ def fine_tune(
         identity: what else tells this job from others (a manifest's fingerprint, a method's name), as JSON values.
         restart: remove the checkpoints that are there.
         progress: told of the optimiser steps.
+        tell: called with each line that the user should know.
 
     Raises:
         TrainingError: a loss or a gradient is not finite (the message names step and samples; the last checkpoint
@@ -89,6 +91,8 @@ def fine_tune(
         checkpoints.mkdir(parents=True, exist_ok=True)
         check_job(checkpoints, job)
     return run(
-        FineTune(model, data, config, task, checkpoints, int(job["seed"]), names, loss, tuple(hooks), job, progress),
+        FineTune(
+            model, data, config, task, checkpoints, int(job["seed"]), names, loss, tuple(hooks), job, progress, tell
+        ),
         last_checkpoint,
     )
