@@ -314,6 +314,14 @@ CONFLICTS = (
             "the gains of sets; set proxies.options: 0, and optimization.proxy_check to train whole choices",
         ),
     ),
+    Conflict(
+        "the least cost and checkpoints as a choice",
+        lambda x: _where(
+            x.optimization.objective == CHEAPEST and x.training.gradient_checkpointing == "auto",
+            "training.gradient_checkpointing: auto weighs the number of checkpoints against the score, which "
+            "optimization.objective: cheapest does not seek; set it to true or false",
+        ),
+    ),
     Conflict("two methods of PEFT", lambda x: _two_of_peft(x.optimization)),
     Conflict("a study of a task without one", lambda x: _no_study(x.model.task), job="evaluate"),
     Conflict(

@@ -55,6 +55,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "rows of tokens and another method of PEFT": {**TOKENS, "optimization.methods": ["ia3"]},
     "serving and rows of tokens": {**TOKENS, "optimization.serve_with": "vllm", "model.task": "causal-lm"},
     "the least cost and proxies": {"optimization.objective": "cheapest", **PROXIES},
+    "the least cost and checkpoints as a choice": {
+        "optimization.objective": "cheapest", "training.gradient_checkpointing": "auto"
+    },
     "two methods of PEFT": {"optimization.methods": ["lora", "dora"]},
     "a study of a task without one": {"model.task": "seq2seq"},
     "a study without a budget": {"optimization.max_trainable_params": None, "optimization.max_flops": 1e9},
