@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ ENDINGS = re.compile(r"[-_](mask|gt|seg|label|labels)$")
 UNLABELLED = 255
 """Value of pixels without a class, as in Pascal VOC and the models of transformers."""
 INDEXED = ("P", "L", "1", "I", "I;16")
+NO_CLASS = "has a mask without a class"
 
 
 def mask_folders(root: Path) -> tuple[Path, Path] | None:
@@ -48,25 +50,47 @@ def read_mask(image: StoredImage) -> np.ndarray:
         try:
             encoded: Any = image.path if image.data is None else io.BytesIO(image.data)
             with Image.open(encoded) as opened:
-                if opened.mode not in INDEXED:
-                    raise DataError(
-                        f"is a mask of colours ({opened.mode}); give one number for each pixel (PNG, L or P)"
-                    )
+                if opened.format == "JPEG":
+                    raise DataError("is a JPEG, which changes numbers; save it as a PNG")
+                mode = opened.mode
                 pixels = np.asarray(opened)
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
             raise DataError(f"cannot be read as a mask ({error})") from error
+        if mode not in INDEXED:
+            if pixels.ndim != 3 or (pixels.shape[2] > 2 and np.ptp(pixels[:, :, :3], axis=2).any()):
+                raise DataError(f"is a mask of colours ({mode}); give one number for each pixel (PNG, L or P)")
+            pixels = pixels[:, :, 0]  # grey, saved as a colour
     if pixels.ndim != 2:
         raise DataError(f"is a mask of the shape {list(pixels.shape)}; give one number for each pixel")
     return pixels.astype(np.int64)
 
 
-def values_of(mask: np.ndarray) -> tuple[int, ...]:
-    """The classes that are in a mask, without the pixels that have none."""
-    return tuple(int(value) for value in np.unique(mask) if value != UNLABELLED)
+def values_of(masks: Sequence[StoredImage | None]) -> tuple[list[tuple[int, ...]], list[str]]:
+    """The classes that are in each mask, without the pixels that have none; and what the user should know.
+
+    255 is no class, but where the masks have nothing but 0 and 255: there it is the foreground.
+    """
+    found = [set() if mask is None else set(map(int, np.unique(read_mask(mask)))) for mask in masks]
+    numbers = sorted(set().union(*found))
+    binary = numbers in ([0, UNLABELLED], [UNLABELLED])
+    values = [tuple(sorted(one if binary else one - {UNLABELLED})) for one in found]
+    notes = []
+    if binary:
+        notes.append(f"the masks have the numbers 0 and {UNLABELLED} alone, so {UNLABELLED} is the second class")
+    classes = [number for number in numbers if number != UNLABELLED]
+    if not binary and classes and 2 * len(classes) <= classes[-1]:
+        shown = ", ".join(map(str, classes[:6])) + (" ..." if len(classes) > 6 else "")
+        notes.append(
+            f"the masks have {len(classes)} of the classes 0 to {classes[-1]} ({shown}); if these are grey levels, "
+            "number the classes from 0 on"
+        )
+    return values, notes
 
 
-def masked_images(root: Path, max_pixels: int) -> tuple[tuple[StoredImage, ...], tuple[StoredImage, ...], Reading]:
-    """The images below ``root``, their masks, and what was not read.
+def masked_images(
+    root: Path, max_pixels: int
+) -> tuple[tuple[StoredImage, ...], tuple[StoredImage, ...], list[tuple[int, ...]], Reading]:
+    """The images below ``root``, their masks, the classes in each mask, and what was not read.
 
     Raises:
         DataError: there are no two folders of images and masks, or no image has a mask.
@@ -79,7 +103,7 @@ def masked_images(root: Path, max_pixels: int) -> tuple[tuple[StoredImage, ...],
         )
     images, masks = (_by_stem(folder) for folder in folders)
     check = Check()
-    kept: list[tuple[StoredImage, StoredImage]] = []
+    kept: dict[int, tuple[StoredImage, StoredImage]] = {}
     left_out: dict[int, str] = {}
     names: dict[int, str] = {}
     for number, (stem, path) in enumerate(images.items(), 1):
@@ -95,17 +119,22 @@ def masked_images(root: Path, max_pixels: int) -> tuple[tuple[StoredImage, ...],
         if fault := check.fault(image) or mask_fault(image, mask):
             left_out[number] = fault
         else:
-            kept.append((image, mask))
+            kept[number] = (image, mask)
+    values, said = values_of([mask for _, mask in kept.values()])
+    left_out |= {number: NO_CLASS for number, found in zip(kept, values, strict=True) if not found}
+    kept = {number: pair for number, pair in kept.items() if number not in left_out}
+    left_out = dict(sorted(left_out.items()))
     if not kept:
         why = next(iter(left_out.values()), "there are none")
         raise DataError(f"data.source: none of the {len(images)} images of {folders[0]} can be used: {why}")
-    notes = list(check.notes)
+    notes = [*check.notes, *said]
     if spare := [path.relative_to(root).as_posix() for stem, path in masks.items() if stem not in images]:
         notes.append(f"{len(spare)} masks without an image not read: {some(spare)}")
     reading = Reading(
         len(images), ("image", "mask"), left_out=left_out, names={n: names[n] for n in left_out}, notes=tuple(notes)
     )
-    return tuple(image for image, _ in kept), tuple(mask for _, mask in kept), reading
+    pairs = kept.values()
+    return tuple(image for image, _ in pairs), tuple(mask for _, mask in pairs), [v for v in values if v], reading
 
 
 def mask_fault(image: StoredImage, mask: StoredImage) -> str:
@@ -116,7 +145,7 @@ def mask_fault(image: StoredImage, mask: StoredImage) -> str:
         return f"has a mask that {error}" if str(error).startswith(("is", "cannot", "has")) else str(error)
     if found.shape not in ((header.height, header.width), (header.width, header.height)):
         return f"has {header.width} × {header.height} pixels and its mask {found.shape[1]} × {found.shape[0]}"
-    return "" if values_of(found) else "has a mask without a class"
+    return ""
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from layerlens.exceptions import ModelSpecError
 from layerlens.integrations.asked_layers import layers_asked_for
+from layerlens.integrations.attributes_read import attributes_read
 from layerlens.integrations.experts import (
     IN_MULTIHEAD,
     Stack,
@@ -111,8 +113,12 @@ def model_spec(
         of_block = dict(sorted(both, key=lambda one: place[one[0].rpartition(".")[0] if one[0] in stacks else one[0]]))
     positions: dict[str, tuple[int, int]] = {}
     if inputs is not None:
-        positions = _count_positions(model, [path for path in of_block if path not in left_out], inputs)
+        positions, read = _count_positions(model, [path for path in of_block if path not in left_out], inputs)
         unseen = [path for path in of_block if path not in left_out and path not in positions]
+        left_out |= {
+            path: f"the model's code reads its {' and '.join(sorted(names))}, which PEFT's LoRA layer does not have"
+            for path, names in read.items()
+        }
         left_out |= dict.fromkeys(unseen, "the model does not call it as a module")
     config = _text_config(model)
     outside = {path: block for path, block in of_block.items() if path not in stacks}
@@ -151,7 +157,8 @@ def model_spec(
     left_out |= other_weights(modules, around, of_block)
     if not layers:
         first = {reason: path for path, reason in reversed(left_out.items())}  # of every reason the first layer
-        some = "; ".join(f"{path}: {reason}" for reason, path in list(reversed(first.items()))[:3])
+        usual_reasons = Counter(left_out[path] for path in of_block if path in left_out) or Counter(left_out.values())
+        some = "; ".join(f"{first[reason]}: {reason}" for reason, _ in usual_reasons.most_common(3))
         raise ModelSpecError(
             f"model.name_or_path: found no layer in {type(model).__name__} that can take LoRA (Linear, Conv1D, "
             "convolutions)" + (f"; {some}" if some else "")
@@ -234,8 +241,10 @@ def _is_layer(module: torch.nn.Module) -> bool:
 
 def _count_positions(
     model: torch.nn.Module, paths: list[str], inputs: Mapping[str, torch.Tensor]
-) -> dict[str, tuple[int, int]]:
-    """Path -> (output positions, input elements) of one sample, for every module that a forward pass calls."""
+) -> tuple[dict[str, tuple[int, int]], dict[str, set[str]]]:
+    """Path -> (output positions, input elements) of one sample, for every module that a forward pass calls; and what
+    its code reads of them that a layer of PEFT does not have.
+    """
     found: dict[str, tuple[int, int]] = {}
     n = len(next(iter(inputs.values())))
     if any(parameter.is_meta for parameter in model.parameters()):  # shapes are all that is needed
@@ -250,8 +259,9 @@ def _count_positions(
         return hook
 
     handles = [model.get_submodule(path).register_forward_hook(count(path), with_kwargs=True) for path in paths]
+    convolutions = {path: module for path in paths if is_convolution(module := model.get_submodule(path))}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), attributes_read(convolutions) as read:
             model(**inputs)
     except (AttributeError, TypeError, NotImplementedError) as error:  # of the model's own code, with right inputs
         raise ModelSpecError(
@@ -262,7 +272,7 @@ def _count_positions(
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return found, read
 
 
 def _residual_writers(

@@ -12,7 +12,15 @@ import numpy as np
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
 from layerlens.data.images import StoredImage
-from layerlens.data.masks import UNLABELLED, mask_fault, mask_folders, masked_images, read_mask, values_of
+from layerlens.data.masks import (
+    NO_CLASS,
+    UNLABELLED,
+    mask_fault,
+    mask_folders,
+    masked_images,
+    read_mask,
+    values_of,
+)
 from layerlens.data.rows import Reading
 from layerlens.data.table import Table
 from layerlens.exceptions import DataError
@@ -39,34 +47,41 @@ def read(table: Table, config: DataConfig) -> Dataset:
         if image is not None and mask is not None and (fault := mask_fault(image, mask)):
             table.leave_out(place, fault)
     kept = [None if place in table.left_out else mask for place, mask in enumerate(masks)]
-    return _dataset(images, kept, config, table.place)
+    values, notes = values_of(kept)
+    for place, (mask, found) in enumerate(zip(kept, values, strict=True)):
+        if mask is not None and not found:
+            table.leave_out(place, NO_CLASS)
+    table.notes.extend(notes)
+    return _dataset(images, kept, values, config, table.place)
 
 
 def read_folder(folder: Path, config: DataConfig) -> Dataset:
     """The images of one folder, and the masks of the same names in the one beside it."""
-    images, masks, reading = masked_images(folder, config.max_image_pixels)
-    return _dataset(images, masks, config, folder.name, reading)
+    images, masks, values, reading = masked_images(folder, config.max_image_pixels)
+    return _dataset(images, masks, values, config, folder.name, reading)
 
 
 def _dataset(
-    images: Sequence[StoredImage | None], masks: Sequence[StoredImage | None], config: DataConfig, place: str,
-    reading: Reading | None = None,
+    images: Sequence[StoredImage | None], masks: Sequence[StoredImage | None], values: Sequence[tuple[int, ...]],
+    config: DataConfig, place: str, reading: Reading | None = None,
 ) -> Dataset:  # fmt: skip
     """The samples; the label of each is the classes that its mask has.
 
     Raises:
         DataError: a mask has a class without a name.
     """
-    values = tuple(() if mask is None else values_of(read_mask(mask)) for mask in masks)
     largest = max((max(found, default=0) for found in values), default=0)
-    names = tuple(config.label_names) if isinstance(config.label_names, list) else tuple(map(str, range(largest + 1)))
-    if largest >= len(names):
+    binary = largest == UNLABELLED
+    numbers = ("0", str(UNLABELLED)) if binary else tuple(map(str, range(largest + 1)))
+    names = tuple(config.label_names) if isinstance(config.label_names, list) else numbers
+    if len(numbers) > len(names):
         raise DataError(
             f"data.label_names: has {len(names)} names, and a mask has the class {largest}; give a name for each "
-            f"number from 0 on ({UNLABELLED} is no class)"
+            f"number from 0 on ({UNLABELLED} is no class unless 0 is the only other number)"
         )
+    labels = tuple(tuple(int(value > 0) if binary else value for value in found) for found in values)
     return Dataset(
-        {"image": tuple(images), "mask": tuple(masks), "values": values}, values, names, place, reading=reading
+        {"image": tuple(images), "mask": tuple(masks), "values": tuple(values)}, labels, names, place, reading=reading
     )
 
 

@@ -148,6 +148,33 @@ def test_what_peft_cannot_do_is_left_out_by_name(batch: Batch):
         model_spec(PretrainedModel(only, None, "", ()), "test")
 
 
+def test_convolutions_whose_attributes_the_model_reads_are_left_out_since_pefts_have_none(batch: Batch):
+    """MobileNetV2 of transformers asks its convolutions for the stride to pad as TensorFlow does; PEFT's has none."""
+    torch.manual_seed(0)
+    config = hf.MobileNetV2Config(image_size=8, depth_multiplier=0.25, num_labels=CLASSES)
+    model = hf.MobileNetV2ForImageClassification(config).double().eval()
+    with pytest.raises(ModelSpecError, match=r"the model's code reads its .*kernel_size and stride, which PEFT's LoRA"):
+        spec_of(model, batch)
+    assert type(model.mobilenet_v2.conv_stem.first_conv.convolution) is torch.nn.Conv2d
+
+    class Padded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3)
+            self.head = torch.nn.Linear(4, CLASSES)
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            hidden = torch.nn.functional.pad(self.first(pixel_values), [self.second.kernel_size[0] // 2] * 4)
+            return self.head(self.second(hidden).mean(dim=(2, 3)))
+
+    own = Padded().double().eval()
+    spec = spec_of(own, batch)
+    assert [layer.name for layer in spec.layers] == ["first", "head"]
+    assert spec.left_out["second"].startswith("the model's code reads its kernel_size, which PEFT's")
+    with torch.no_grad():
+        get_peft_model(own, LoraConfig(r=1, target_modules=["first", "head"]))(**batch.inputs)
+
+
 def test_ranks_of_a_grouped_convolution_are_multiples_of_its_groups(batch: Batch):
     model = Grouped().double()
     options = enumerate_options(spec_of(model, batch), {"lora": (1, 2, 4, 6, 8)})
