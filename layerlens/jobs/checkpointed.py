@@ -10,19 +10,46 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from layerlens.config import RunConfig
 from layerlens.exceptions import InfeasibleError
-
-if TYPE_CHECKING:
-    from layerlens.jobs.solve import Solution
+from layerlens.jobs.solve import Solution, costs_of, find_allocation
+from layerlens.models import CostTable, ModelSpec, ModelStatistics, UtilityTable
 
 SCORE_GIVEN_UP = 0.01
 """Share of the best score that is given up for fewer checkpoints: each of them costs a forward pass of its block."""
 MOST_TRIED = 9
 """Numbers of blocks that are tried first, evenly spread from none to all."""
+
+
+def certified_choice(
+    spec: ModelSpec,
+    statistics: ModelStatistics,
+    utilities: UtilityTable,
+    costs: CostTable,
+    config: RunConfig,
+    threads: int,
+) -> Solution:
+    """The certified choice within the budgets, the number of checkpointed blocks with it where it is to be chosen.
+
+    Raises:
+        InfeasibleError: the budgets allow nothing.
+    """
+    optimization = config.optimization
+
+    def with_costs(counted: CostTable) -> Solution:
+        return find_allocation(spec, utilities, counted, optimization, seed=config.runtime.seed, threads=threads)
+
+    if config.training.gradient_checkpointing != "auto":
+        return with_costs(costs)
+    limited = optimization.max_vram_gb is not None and statistics.step is not None
+    return fewest_checkpoints(
+        statistics.step.blocks if limited and statistics.step is not None else (),
+        lambda chosen: with_costs(costs_of(spec, statistics, utilities.options, config, chosen) if chosen else costs),
+        optimization.gap_tolerance,
+    )
 
 
 def fewest_checkpoints(

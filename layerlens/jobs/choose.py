@@ -8,7 +8,7 @@ from typing import Any
 
 from layerlens.config.optimization import UNIFORM_LORA
 from layerlens.data import Dataset
-from layerlens.jobs.checkpointed import fewest_checkpoints
+from layerlens.jobs.checkpointed import certified_choice
 from layerlens.jobs.inputs import check_identity, data_facts, proxy_identity
 from layerlens.jobs.job import Job
 from layerlens.jobs.load import Loaded
@@ -17,8 +17,8 @@ from layerlens.jobs.memory_mode import memory_facts
 from layerlens.jobs.offers import told_of_offers
 from layerlens.jobs.proxies import ProxyTrainer, joint_gains, measure_proxies
 from layerlens.jobs.proxy_check import CHOICE, check_samples, run_check, tell_of_check, uniform_solution
-from layerlens.jobs.solve import Solution, costs_of, find_allocation, make_manifest, option_tables, run_provenance
-from layerlens.models import CostTable, Manifest, ModelSpec, ModelStatistics
+from layerlens.jobs.solve import Solution, make_manifest, option_tables, run_provenance
+from layerlens.models import Manifest, ModelSpec, ModelStatistics
 from layerlens.profiling.cache import cache_key
 
 
@@ -133,22 +133,8 @@ def _not_checkpointed(job: Job, statistics: ModelStatistics) -> str:
 
 def solved(job: Job, spec: ModelSpec, statistics: ModelStatistics, utility_model: str | None = None) -> Solution:
     """Utilities and costs of every option, and the certified choice; by another utility model where one is given."""
-    config = job.config
-    utilities, costs = option_tables(spec, statistics, config, utility_model)
-
-    def with_costs(counted: CostTable) -> Solution:
-        return find_allocation(
-            spec, utilities, counted, config.optimization, seed=config.runtime.seed, threads=job.threads
-        )
-
-    if config.training.gradient_checkpointing != "auto":
-        return with_costs(costs)
-    blocks = () if statistics.step is None else statistics.step.blocks
-    return fewest_checkpoints(
-        blocks if config.optimization.max_vram_gb is not None else (),
-        lambda chosen: with_costs(costs_of(spec, statistics, utilities.options, config, chosen) if chosen else costs),
-        config.optimization.gap_tolerance,
-    )
+    utilities, costs = option_tables(spec, statistics, job.config, utility_model)
+    return certified_choice(spec, statistics, utilities, costs, job.config, job.threads)
 
 
 def compare(job: Job, loaded: Loaded, measured: Measured, decision: Decision) -> Decision:

@@ -11,7 +11,9 @@ import numpy as np
 
 from layerlens import vocabulary
 from layerlens.config import OptimizationConfig, RunConfig
+from layerlens.config.optimization import SCORE
 from layerlens.exceptions import ConfigurationError, InfeasibleError
+from layerlens.jobs.checkpointed import certified_choice
 from layerlens.jobs.job import job_without_model
 from layerlens.jobs.result import published
 from layerlens.jobs.solve import best_of, option_tables
@@ -27,6 +29,7 @@ from layerlens.models import (
     FrontierRow,
     ModelSpec,
     ModelStatistics,
+    UtilityTable,
 )
 from layerlens.optimization import Frontier, budget_sweep, build_problem, frontier
 from layerlens.optimization.constraints import one_rank_each
@@ -37,6 +40,8 @@ from layerlens.utils.atomic import staged_directory
 from layerlens.utils.progress import Progress, silent
 
 USUAL_RANK = 8
+ON_THE_STEP = ("vram_gb", "step_ms")
+"""Resources that a recorded step predicts."""
 BUDGET_FIELDS = {name: resource.budget for name, resource in vocabulary.RESOURCES.items()}
 
 
@@ -111,7 +116,7 @@ def traced(
 ) -> TracedFrontier:
     """The frontier of ``resource`` from what was measured; arguments and errors as of ``trace_frontier``."""
     _refuse_unknown(resource)
-    costs, problems = _problems_with_any_budget(spec, statistics, config, resource)
+    utilities, costs, problems = _problems_with_any_budget(spec, statistics, config, resource)
     shared = is_shared(problems[0], resource)
     hulls = [] if shared else [hull_rows(problem, frontier(problem, resource, threads=threads)) for problem in problems]
     hull = _hull_of_all(hulls) if hulls else []
@@ -121,7 +126,11 @@ def traced(
     certified = []
     with progress.stage("Certifying budgets", total=len(chosen_budgets)) as advance:
         for budget in chosen_budgets:
-            allocation = _certified(problems, resource, budget, config, threads)
+            if resource in ON_THE_STEP and costs.step is not None:  # a run holds its answer against its prediction
+                within = _with_budget(config, resource, budget)
+                allocation = certified_choice(spec, statistics, utilities, costs, within, threads).allocation
+            else:
+                allocation = _certified(problems, resource, budget, config, threads)
             certified.append(
                 FrontierRow(
                     kind="certified",
@@ -136,6 +145,12 @@ def traced(
     return TracedFrontier(
         resource, tuple(hull), tuple(certified), marked=marked_rows(spec, costs, problems[0], resource)
     )
+
+
+def _with_budget(config: RunConfig, resource: str, budget: float) -> RunConfig:
+    """The configuration that seeks the best score within this budget and its others."""
+    changed = {BUDGET_FIELDS[resource]: budget, "objective": SCORE}
+    return config.model_copy(update={"optimization": config.optimization.model_copy(update=changed)})
 
 
 def _certified(
@@ -201,9 +216,9 @@ def _refuse_unknown(resource: str) -> None:
 
 def _problems_with_any_budget(
     spec: ModelSpec, statistics: ModelStatistics, config: RunConfig, resource: str
-) -> tuple[CostTable, list[AllocationProblem]]:
+) -> tuple[UtilityTable, CostTable, list[AllocationProblem]]:
     """The allocation problem with room for every option in ``resource``; one for each rank where one is served;
-    and the costs that they are made of.
+    after the utilities and the costs that they are made of.
 
     Raises:
         ConfigurationError: the rules leave a layer without any option, whatever the rank.
@@ -224,7 +239,7 @@ def _problems_with_any_budget(
             refused = refused or error
     if refused is not None and not problems:
         raise refused
-    return costs, problems
+    return utilities, costs, problems
 
 
 def is_shared(problem: AllocationProblem, resource: str) -> bool:

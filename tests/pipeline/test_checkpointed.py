@@ -13,9 +13,11 @@ from layerlens.cli.main import app
 from layerlens.config import RunConfig
 from layerlens.exceptions import InfeasibleError
 from layerlens.integrations.transformers import blocks_to_checkpoint
+from layerlens.jobs.frontier import traced
 from layerlens.manifest.files import read_manifest
 from layerlens.models import Manifest
 from layerlens.pipeline import optimize_statistics
+from layerlens.profiling.statistics_file import load_statistics
 from layerlens.tuning import apply, unapply
 from layerlens.tuning.base_model import load_base
 
@@ -91,3 +93,18 @@ def test_training_checkpoints_what_was_chosen_and_the_manifest_keeps_it(settings
         assert done.exit_code == 0, done.stderr
         losses.append(json.loads((tmp_path / checkpointing / "metrics.json").read_text())["after"]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_frontier_of_memory_has_the_scores_of_runs_with_its_budgets(settings, saved_statistics):
+    plain = {"max_flops": None, "latency_target_ms": None, "max_vram_gb": None, "latency_profile": LATENCY}
+    settings["optimization"] |= plain
+    settings["training"] = {"gradient_checkpointing": "auto"}
+    config = RunConfig.model_validate(settings)
+    spec, statistics = load_statistics(saved_statistics)
+    rows = traced(spec, statistics, config, "vram_gb", points=3).rows
+    for row in rows:
+        within = config.model_copy(
+            update={"optimization": config.optimization.model_copy(update={"max_vram_gb": row.budget})}
+        )
+        found = optimize_statistics(saved_statistics, within, base_dir=saved_statistics.parent.parent).manifest
+        assert (row.score, row.upper_bound) == (found.score, found.upper_bound)
