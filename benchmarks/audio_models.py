@@ -89,6 +89,21 @@ AUDIO: dict[str, AudioModel] = {
     "wav2vec2": AudioModel("Wav2Vec2", NORMED),
     "hubert": AudioModel("Hubert", WAVES, hf.Wav2Vec2FeatureExtractor(return_attention_mask=False)),
     "wavlm": AudioModel("WavLM", {**NORMED, "num_buckets": 8}),
+    "sew": AudioModel("SEW", {**WAVES, "squeeze_factor": 2}),
+    "sew-d": AudioModel(
+        "SEWD", {**WAVES, "squeeze_factor": 2, "max_position_embeddings": 64, "position_buckets": 8}
+    ),
+    "unispeech": AudioModel("UniSpeech", NORMED),
+    "unispeech-sat": AudioModel("UniSpeechSat", NORMED),
+    "data2vec": AudioModel(
+        "Data2VecAudio", {**WAVES, "conv_bias": True, "conv_pos_kernel_size": 5, "num_conv_pos_embeddings": 2}
+    ),
+    "conformer": AudioModel("Wav2Vec2Conformer", {**NORMED, "conv_depthwise_kernel_size": 5}),
+    "wav2vec2-bert": AudioModel(
+        "Wav2Vec2Bert",
+        {**WIDTHS, "feature_projection_input_dim": 16, "classifier_proj_size": 8, "conv_depthwise_kernel_size": 5},
+        hf.SeamlessM4TFeatureExtractor(feature_size=8, num_mel_bins=8),
+    ),
     "ast": AudioModel(
         "AST", {**WIDTHS, "num_mel_bins": 16, "max_length": 40}, hf.ASTFeatureExtractor(num_mel_bins=16, max_length=40),
         "ForAudioClassification",

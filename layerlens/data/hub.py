@@ -118,17 +118,23 @@ def _keep(dataset: Any, found: SourceRows) -> None:
     found.rows, found.numbers = dataset_rows(dataset), [place + 1 for place in places]
 
 
+def with_encoded_media(dataset: Any) -> Any:
+    """The same data set with images and clips of sound as they are stored, which its own packages need not decode."""
+    from datasets import Audio, Image
+
+    for kind in (Image, Audio):
+        for name in [name for name, feature in dataset.features.items() if isinstance(feature, kind)]:
+            dataset = dataset.cast_column(name, kind(decode=False))
+    return dataset
+
+
 def dataset_rows(dataset: Any) -> Rows:
     """Rows with the names of classes, single ones or lists of them, in place of their numbers; media encoded.
 
     Raises:
         DataError: a value has no Python value, such as a date in the year 5881580.
     """
-    from datasets import Audio, Image
-
-    for kind in (Image, Audio):
-        for name in [name for name, feature in dataset.features.items() if isinstance(feature, kind)]:
-            dataset = dataset.cast_column(name, kind(decode=False))
+    dataset = with_encoded_media(dataset)
     rows: Rows = []
     try:
         rows.extend(dict(row) for row in dataset)

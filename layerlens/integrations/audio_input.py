@@ -8,6 +8,7 @@ whose first layer is a group norm over time. Batches hold clips of like length, 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,15 @@ class AudioInput:
     def _takes_waves(self) -> bool:
         return not any(hasattr(self.extractor, name) for name in OF_SPECTRA)
 
+    @property
+    def longest(self) -> float:
+        """Seconds of a clip that the model sees, where its spectrograms have one length; else infinity."""
+        if self._takes_waves:
+            return math.inf
+        own = getattr(self.extractor, "chunk_length", None)  # Whisper
+        frames = getattr(self.extractor, "max_length", None)  # AST, a spectrum each 10 ms
+        return float(own if own is not None else math.inf if frames is None else 0.01 * frames)
+
     def shortest(self, model: Any) -> int:
         """The fewest samples that a clip must have."""
         return max(1, fewest_samples(model, 1), 0 if self._takes_waves else round(WINDOW_SECONDS * self.rate))
@@ -121,6 +131,12 @@ def frames_of(model: Any, samples: int) -> int:
     """Positions that the model's convolutions make of so many samples (of waves or of frames of a spectrogram)."""
     lengths = getattr(model, "_get_feat_extract_output_lengths", None)
     return samples if lengths is None else max(0, int(lengths(_tensor(samples))))
+
+
+def freeze_front(model: Any) -> None:
+    """Let the convolutions of a model of waves keep no activations: in training they do otherwise, frozen or not."""
+    if hasattr(model, "freeze_feature_encoder"):
+        model.freeze_feature_encoder()
 
 
 def positions_of(audio: AudioInput, model: Any, samples: int) -> int:

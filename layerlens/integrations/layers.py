@@ -249,7 +249,8 @@ def _count_positions(
     n = len(next(iter(inputs.values())))
     if any(parameter.is_meta for parameter in model.parameters()):  # shapes are all that is needed
         model = copy.deepcopy(model).to("meta")
-        inputs = {name: tensor.to("meta") for name, tensor in inputs.items()}
+        # Without masks, whose values transformers looks at: they change no shape.
+        inputs = {name: tensor.to("meta") for name, tensor in inputs.items() if not name.endswith("mask")}
 
     def count(path: str) -> Any:
         def hook(module: Any, args: Any, kwargs: Any, output: torch.Tensor) -> None:

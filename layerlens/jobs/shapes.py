@@ -15,7 +15,7 @@ import torch
 
 from layerlens.exceptions import ConfigurationError, ModelSpecError
 from layerlens.integrations.audio_input import blank_inputs
-from layerlens.integrations.layers import model_spec
+from layerlens.integrations.layers import model_spec, of_tokens_alone
 from layerlens.integrations.pretrained import PretrainedModel, mode_for
 from layerlens.integrations.quantized_loading import saved_quantization
 from layerlens.integrations.quantized_sizes import quantized_sizes
@@ -93,7 +93,7 @@ def shapes_of(
     try:
         with without_data(model), frozen_without_dropout(model, checkpointing=False), without_cache(model):
             inputs = _inputs(request, pretrained, sequence_length)
-            per_sample = None if "input_ids" in inputs else inputs
+            per_sample = None if of_tokens_alone(inputs) else inputs
             spec = model_spec(
                 pretrained,
                 request.reference,
@@ -146,17 +146,28 @@ def _step(of: StepOf, spec: ModelSpec) -> tuple[StepRecord | None, str]:
 def _inputs(request: LoadRequest, pretrained: PretrainedModel, sequence_length: int) -> dict[str, torch.Tensor]:
     """A full batch as a run counts it: token ids, images of the size that the model takes, or clips of ten seconds."""
     config: Any = getattr(pretrained.model, "config", None)
+    tokens = torch.ones(SAMPLES, min(sequence_length, _longest_text(config) or sequence_length), dtype=torch.int64)
     if request.kind.inputs == "audio":
-        return blank_inputs(config, SAMPLES)
+        decoded = {"decoder_input_ids": tokens} if getattr(config, "is_encoder_decoder", False) else {}
+        return blank_inputs(config, SAMPLES) | (decoded if request.kind.tokens else {})
     if request.kind.inputs != "image":
         ids = torch.ones(SAMPLES, sequence_length, dtype=torch.int64)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return inputs | ({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})
+    texts = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} if request.kind.tokens else {}
     if pretrained.images is not None:
-        return {pretrained.images.argument: torch.zeros(SAMPLES, *_image_shape(pretrained))}
-    size = getattr(config, "image_size", None) or USUAL_IMAGE
+        return texts | {pretrained.images.argument: torch.zeros(SAMPLES, *_image_shape(pretrained))}
+    own = getattr(config, "vision_config", None) or config
+    size = getattr(own, "image_size", None) or USUAL_IMAGE
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    return {"pixel_values": torch.zeros(SAMPLES, getattr(config, "num_channels", 3), *sides)}
+    return texts | {"pixel_values": torch.zeros(SAMPLES, getattr(own, "num_channels", 3), *sides)}
+
+
+def _longest_text(config: Any) -> int | None:
+    """Tokens of the longest transcript or caption that a model takes; None where it does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(config, "max_target_positions", None) or getattr(text, "max_position_embeddings", None)
+    return None if found is None else int(found)
 
 
 def _image_shape(pretrained: PretrainedModel) -> tuple[int, ...]:

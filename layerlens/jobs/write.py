@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from layerlens.data.table import LABELS, TEXTS
 from layerlens.engines import read_otherwise
 from layerlens.jobs.choose import Decision
@@ -22,6 +24,7 @@ from layerlens.manifest import write_manifest, write_report
 from layerlens.models import Choice, Manifest, ModelStatistics
 from layerlens.models.data_summary import DataSummary
 from layerlens.optimization import frontier
+from layerlens.profiling.head import head_arrays
 from layerlens.profiling.statistics_file import statistics_to_bytes
 from layerlens.storage import local_or_url
 from layerlens.tuning import export_adapter
@@ -55,6 +58,14 @@ def writing(job: Job, owned: Collection[str]) -> Iterator[Writing]:
         written.files = {name: job.output / path.relative_to(staging) for name, path in written.files.items()}
 
 
+def _trained_head(loaded: Loaded) -> dict[str, np.ndarray]:
+    """The trained task head of a checkpoint whose weights stay on disk; nothing where the model has it."""
+    pretrained = loaded.pretrained
+    if pretrained.streamed is None or not loaded.task.new_head:
+        return {}
+    return head_arrays(pretrained.model, pretrained.trained_modules(), pretrained.streamed)
+
+
 def export(job: Job, loaded: Loaded, measured: Measured, decision: Decision, written: Writing) -> Any:
     """Write manifest, adapter and statistics; LoRA's first A by layer, where it is measured."""
     manifest, model = decision.manifest, loaded.pretrained.model
@@ -66,7 +77,8 @@ def export(job: Job, loaded: Loaded, measured: Measured, decision: Decision, wri
             job.warnings.add(unmeasured)
         written.files |= write_manifest(manifest, written.directory, created_at=now())
         head = measured.statistics.head
-        written.files |= export_adapter(manifest, model, written.directory, factors, head=head)
+        trained = head or _trained_head(loaded)
+        written.files |= export_adapter(manifest, model, written.directory, factors, head=trained)
         written.files |= write_head(head, written.directory)
         _tell_of_serving(job, manifest.choice)
         written.files["statistics"] = atomic_write_bytes(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from layerlens.data.hub import dataset_rows, with_encoded_media
 from layerlens.exceptions import DataError
 from layerlens.library.untouched import loader_kept
 from layerlens.tasks import Batch
@@ -127,6 +128,8 @@ def _from_indexed(
     total = _length(data)
     if not total:
         raise DataError(f"data: this {kind} has no samples")
+    if collator is None and hasattr(data, "features") and hasattr(data, "cast_column"):
+        data = with_encoded_media(data)
     first = data[0]
     if collator is None and not _is_row(first) and isinstance(data, (list, tuple)):  # of batches
         return _from_iterable(_Listed(data), kind, wanted, spare)
@@ -174,8 +177,6 @@ class _Listed:
 
 def rows_of(data: Any) -> list[dict[str, Any]]:
     """All rows, with the names of classes in place of their numbers where the data set knows them."""
-    from layerlens.data.hub import dataset_rows
-
     if hasattr(data, "features") and hasattr(data, "cast_column"):
         return dataset_rows(data)
     return [{name: _plain(value) for name, value in row.items()} for row in data]

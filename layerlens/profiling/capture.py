@@ -61,6 +61,7 @@ class Capture(Taps):
         self._before = 0
         self._rows = 1
         self._counted = True
+        self._read_padding = False
         self._recorded: Counter[str] = Counter()
         self._added: Counter[str] = Counter()
 
@@ -119,6 +120,8 @@ class Capture(Taps):
         self._rows = 1 if self.by_batches else batch.rows
         self._n_batch, self._counted = len(batch.index) * self._rows, counted
         self._half__b = batch.index % 2
+        # Convolutions of a conformer read padding that they were not told of, so that gradients reach it.
+        self._read_padding = batch.frames is not None
         masks = () if self.by_batches else batch.masks
         self._masks = {mask.shape[1]: None if bool(mask.all()) else mask for mask in masks}
         self._calls.clear()
@@ -192,7 +195,8 @@ class Capture(Taps):
         """Take one call of a multiplying module; see ``Taps.collect``."""
         if mask__bt is not None:
             mask__bt = mask__bt.to(d__bgto.device)  # layers may be on several devices
-            d__bgto = d__bgto * mask__bt[:, None, :, None].to(d__bgto.dtype)
+            if not self._read_padding:
+                d__bgto = d__bgto * mask__bt[:, None, :, None].to(d__bgto.dtype)
         if self.loss_scale != 1.0:
             d__bgto = d__bgto.float() * (1.0 / self.loss_scale)
             z__bgti = z__bgti.float()
@@ -202,15 +206,18 @@ class Capture(Taps):
             d__bgto, z__bgti = d__bgto.to(wide), z__bgti.to(wide)
         if len(z__bgti) == 1 < len(d__bgto):
             z__bgti = z__bgti.expand(len(d__bgto), *z__bgti.shape[1:])
+        inputs__bgti = z__bgti
         if mask__bt is not None and self.request.input_sums:
-            z__bgti = z__bgti * mask__bt[:, None, :, None].to(z__bgti.dtype)
+            inputs__bgti = z__bgti * mask__bt[:, None, :, None].to(z__bgti.dtype)
+            z__bgti = z__bgti if self._read_padding else inputs__bgti
         if self._rows > 1:
             d__bgto, z__bgti = self._as_samples(d__bgto), self._as_samples(z__bgti)
+            inputs__bgti = self._as_samples(inputs__bgti)
             mask__bt = None if mask__bt is None else mask__bt.reshape(-1, self._rows * mask__bt.shape[1])
         source = leader, key[1]
         matrix = self.sums.matrix(key, (d__bgto.shape[1], d__bgto.shape[3], z__bgti.shape[3]), source)
         if self._counted and (leader == key[0] or key[1] in (LORA, "weight")) and self._is_first(key, leader):
-            matrix.inputs.add(z__bgti, mask__bt, counts__bg)
+            matrix.inputs.add(inputs__bgti, mask__bt, counts__bg)
         self._queue(key, SampleMatrices(d__bgto, z__bgti))
 
     def _is_first(self, key: Key, leader: str) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.data.labels import HEAD_ADVICE, UNNAMED, outputs_of, unmatched
 from layerlens.exceptions import DataError, ModelNotFoundError, ModelSpecError
+from layerlens.integrations.audio_input import freeze_front
 from layerlens.integrations.auto_classes import BASE, auto_class_for, model_class
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.quantized import is_quantized, keep_weights
@@ -146,8 +147,7 @@ class TransformersSource(ModelSource):
                 torch.manual_seed(request.seed)
                 tokens = with_tokens(model, tokenizer, request.tokens)
         model.eval().requires_grad_(False)
-        if hasattr(model, "freeze_feature_encoder"):  # else its convolutions keep activations, frozen or not
-            model.freeze_feature_encoder()
+        freeze_front(model)
         notes: tuple[str, ...] = ()
         if streamed is None:
             refuse_other_dtype(model, getattr(torch, request.dtype))
@@ -204,6 +204,7 @@ class TransformersSource(ModelSource):
                     f"model.task: {request.reference!r} ({config.model_type}) has no model for {request.task}: "
                     f"{_first_line(error)}"
                 ) from error
+        freeze_front(model)
         images = None
         if (
             request.kind.inputs == "image"

@@ -60,13 +60,15 @@ def with_sounds(
         cut: whether of a longer clip the beginning is taken; else it is left out.
     """
     audio = way_in(pretrained, task)
-    rate, longest = audio.rate, round(config.max_seconds * audio.rate)
+    rate, seconds = audio.rate, min(config.max_seconds, audio.longest)
+    longest = round(seconds * rate)
+    limit = "data.max_seconds" if seconds == config.max_seconds else "what the model sees of one"
     shortest = audio.shortest(pretrained.model)
     found = Encoded(len(dataset), config.max_length)
     headers = [clip.header() for clip in dataset.columns["audio"]]
     found.said |= dict.fromkeys(told_of_rates(headers, rate))
     short = f"shorter than the {1000 * shortest / rate:g} ms that the model's first layers need"
-    long = f"longer than data.max_seconds ({config.max_seconds:g} s)"
+    long = f"longer than {limit} ({seconds:g} s)"
     left_out: dict[str, list[str]] = {}
     n_cut = 0
     for clip, header, label in zip(dataset.columns["audio"], headers, labels, strict=True):
@@ -79,8 +81,7 @@ def with_sounds(
     leave_out(found, left_out)
     if n_cut:
         found.said[
-            f"{n_cut} of {len(dataset)} clips are longer than data.max_seconds ({config.max_seconds:g} s); the model "
-            "sees their beginning"
+            f"{n_cut} of {len(dataset)} clips are longer than {limit} ({seconds:g} s); the model sees their beginning"
         ] = None
     return found
 

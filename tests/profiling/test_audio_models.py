@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,13 @@ def noise(seconds: float, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 0.3, round(seconds * RATE)).astype(np.float32)
 
 
-SPEECH = {"ctc": ("wav2vec2", "ForCTC"), "ctc, without a mask": ("hubert", "ForCTC"),
-          "seq2seq": ("whisper", "ForConditionalGeneration"),
-          "seq2seq, with a mask": ("speech2text", "ForConditionalGeneration")}  # fmt: skip
+SPEECH = {
+    "ctc": ("wav2vec2", "ForCTC"),
+    "ctc, spectra": ("wav2vec2-bert", "ForCTC"),
+    "ctc, without a mask": ("hubert", "ForCTC"),
+    "seq2seq": ("whisper", "ForConditionalGeneration"),
+    "seq2seq, with a mask": ("speech2text", "ForConditionalGeneration"),
+}
 
 
 @pytest.mark.parametrize("kind", SPEECH)
@@ -68,7 +73,7 @@ def test_statistics_equal_one_backward_pass_for_each_clip(kind: str):
     found = set(weight_statistics(measured))
     ends = ("fc1.weight", "intermediate_dense.weight", "intermediate.dense.weight")
     assert any(name.endswith(ends) for name in found)
-    assert not any("pos_conv_embed" in name for name in found)
+    assert any("pos_conv_embed" in name for name in found) == (kind == "data2vec")  # which norms no weight
     if kind == "wavlm":  # whose code reads the weights of its projections without calling them, as it would LoRA's
         why = {name: reason for name, reason in spec.left_out.items() if "q_proj" in name}
         assert why
@@ -93,6 +98,14 @@ def test_masks_are_of_positions():
     assert batch.masks[0].sum(1).tolist() == lengths
     assert batch.n_tokens == sum(lengths)
     assert batch.halves_apart().masks[0].sum(1).tolist() == [lengths[n] for n in (0, 2, 1, 3)]
+    seen: list[torch.Tensor] = []
+    query = "wav2vec2.encoder.layers.0.attention.q_proj"
+    handle = model.get_submodule(query).register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    model(**batch.inputs)
+    handle.remove()
+    measured = profile(model, model_spec(pretrained, "tiny", inputs=batch.inputs), [batch], TASK.loss, everything=False)
+    own = measured.by_name()[query].by_method["lora"].input_mean_square
+    assert own == pytest.approx(float(seen[0][batch.masks[0].bool()].square().mean()), rel=1e-9)
     # A clip that is shorter than one mask of SpecAugment is padded so far that transformers trains on it.
     way = pretrained.audio
     assert way is not None
@@ -101,3 +114,12 @@ def test_masks_are_of_positions():
     found = mask_of_frames(model, short)
     assert found is not None
     assert found.shape[1] >= model.config.mask_time_length
+
+
+def test_positions_are_counted_without_weights(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("layerlens.integrations.pretrained.weights_fingerprint", lambda *of: "")
+    pretrained, batch = of("wav2vec2")
+    spec = model_spec(pretrained, "tiny", inputs=batch.inputs)
+    empty = replace(pretrained, model=pretrained.model.to("meta"))
+    found = model_spec(empty, "tiny", inputs=batch.inputs)
+    assert [layer.positions for layer in found.layers] == [layer.positions for layer in spec.layers]

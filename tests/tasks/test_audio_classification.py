@@ -19,9 +19,12 @@ from layerlens.config import DataConfig, RunConfig
 from layerlens.data import load_dataset
 from layerlens.data.sounds import StoredSound, at_rate
 from layerlens.exceptions import DataError
+from layerlens.integrations.audio_input import audio_input
+from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.jobs.train import train_manifest
 from layerlens.pipeline import run_config
 from layerlens.registry import TASKS
+from layerlens.tasks.encoded import notes_of
 from layerlens.tasks.guess import with_task
 
 TASK = TASKS["audio-classification"]
@@ -132,6 +135,16 @@ def test_tables_name_files_beside_them_and_hold_bytes(folder: Path, tmp_path: Pa
     saved = load_dataset(DataConfig(source=str(tmp_path / "saved")), task=TASK.name)
     assert saved.label_names == ("cat", "dog")
     assert saved.columns["audio"][0].read(RATE).shape == (3_200,)
+
+
+def test_a_clip_that_is_longer_than_the_model_sees_is_said(folder: Path):
+    pretrained = PretrainedModel(
+        AUDIO["ast"].make(num_labels=2), None, "", (), audio=audio_input(AUDIO["ast"].extractor)
+    )
+    dataset = load_dataset(DataConfig(source=str(folder)), task=TASK.name)
+    said = " ".join(notes_of(TASK.encode(pretrained, dataset, DataConfig(source="x"), 0)))
+    assert "clips are longer than what the model sees of one (0.4 s); the model sees their beginning" in said
+    assert "low/click.wav is shorter than the 25 ms that the model's first layers need" in said
 
 
 def test_of_folders_of_splits_train_is_read(tmp_path: Path):
