@@ -17,6 +17,7 @@ import numpy as np
 
 from layerlens.exceptions import ModelNotFoundError
 from layerlens.integrations.arguments import untaken
+from layerlens.integrations.torch_modules import precision_of
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ class AudioInput:
             made: Mapping[str, Any] = {self.argument: torch.as_tensor(self.extractor(list(clips)))}
         else:
             made = self.extractor(list(clips), sampling_rate=self.rate, return_tensors="pt", **self._how(model, clips))
-        dtype = next(model.parameters()).dtype
+        dtype = precision_of(model)
         found = {name: x.to(dtype) if x.is_floating_point() else x for name, x in made.items()}
         return {name: found[name] for name in found if name not in untaken(model, found)}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from layerlens.integrations.torch_modules import precision_of
 from layerlens.integrations.transformers import new_modules
 from layerlens.models.tokens import TokenTraining
 
@@ -37,7 +38,7 @@ class ImageInput:
     def inputs(self, model: torch.nn.Module, images: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Stored images as the input of the model, in its precision."""
         pixels = self.transform([image.open(self.mode) for image in images])
-        return {self.argument: pixels.to(next(model.parameters()).dtype)}
+        return {self.argument: pixels.to(precision_of(model))}
 
 
 @dataclass(frozen=True)

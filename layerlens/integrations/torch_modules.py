@@ -37,6 +37,19 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return next((value for value in kwargs.values() if isinstance(value, torch.Tensor)), None)
 
 
+def in_precision(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The model with its weights and buffers with a point in ``dtype``; complex ones stay, which ``.to`` makes real."""
+    moved: torch.nn.Module = model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return moved
+
+
+def precision_of(model: torch.nn.Module) -> torch.dtype:
+    """That of the first weight with a point: what inputs with a point have to be in."""
+    import torch
+
+    return next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+
+
 def without_compilation(model: Any) -> tuple[Any, tuple[str, ...]]:
     """The model that ``torch.compile`` was called with, called by Python again; and what to say of it.
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-PUBLISHED = re.compile(r"(yolo(v?\d+|_nas)|rtdetr)[\w-]*\.pt")
+PUBLISHED = re.compile(r"yolo(v?\d+|_nas)[\w-]*\.pt")
 """Names of weights that ultralytics publishes, and downloads when they are asked for."""
 INSTALL = "pip install 'layerlens[vision]' (ultralytics, AGPL-3.0)"
 MOST_BOXES = 300
@@ -108,11 +108,12 @@ def load_detector(
 
     Raises:
         ModelNotFoundError: the file is not a checkpoint of ultralytics.
-        ModelSpecError: it is a model of another task (segmentation, pose ...).
+        ModelSpecError: it is a model of another task (segmentation, pose ...), or RT-DETR.
         ConfigurationError: there is no such device.
     """
     import_ultralytics()
     from ultralytics import YOLO
+    from ultralytics.nn.modules.head import Detect
 
     where = torch_device(device)
     try:
@@ -123,6 +124,11 @@ def load_detector(
         raise ModelNotFoundError(f"detector: {weights} is not a checkpoint of ultralytics: {reason}") from error
     if loaded.task != "detect":
         raise ModelSpecError(f"detector: {weights} is for the task {loaded.task!r}; give a model for detection")
+    if not isinstance(module.model[-1], Detect):  # RT-DETR has boxes, losses and no suppression of its own
+        raise ModelSpecError(
+            f"detector: {weights} ends in a {type(module.model[-1]).__name__}, whose boxes are none of YOLO's; give a "
+            "YOLO detector (RT-DETR is not supported)"
+        )
     size = image_size or int(getattr(loaded, "overrides", {}).get("imgsz") or DEFAULT_SIZE)
     stride = int(module.stride.max())
     detector = YoloDetector(module, -(-size // stride) * stride, confidence, iou, where, str(weights))

@@ -10,7 +10,8 @@ from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.audio_input import AudioInput, audio_input, extractor_in
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel, tokenizer_of
 from layerlens.integrations.safetensors_files import load_weights
-from layerlens.integrations.torch_modules import without_compilation
+from layerlens.integrations.torch_modules import in_precision, without_compilation
+from layerlens.sources.image_transform import ImageTransform
 from layerlens.sources.source import LoadRequest, ModelSource, Trust
 from layerlens.utils.user_code import load_function
 
@@ -51,9 +52,10 @@ class FactorySource(ModelSource):
                 f"feature extractor), got "
                 f"{type(model).__name__}"
             )
+        _refuse_unfinished(model, name)
         if request.weights is not None:
             load_weights(model, request.weights, request.base_dir)
-        model.to(getattr(torch, request.dtype)).eval().requires_grad_(False)
+        in_precision(model, getattr(torch, request.dtype)).eval().requires_grad_(False)
         images, reference, labels = None, request.reference, tuple(request.labels)
         extractor = extractor_in(processor)
         if extractor is not None:
@@ -65,18 +67,52 @@ class FactorySource(ModelSource):
             return PretrainedModel(model, None, reference, (), labels, notes=notes, audio=way)
         of_images = getattr(processor, "image_processor", None)
         if request.kind is not None and request.kind.inputs == "image" and of_images is not None:
-            images = ImageInput(of_images, processor=of_images)
+            images = ImageInput(ImageTransform(of_images, name), processor=of_images)
             whole = tokenizer_of(processor)
             return PretrainedModel(model, whole, reference, (), labels, images, notes=notes, processor=processor)
-        tokenizer = processor if hasattr(processor, "pad") else None
+        tokenizer = processor if hasattr(processor, "pad") and not hasattr(processor, "preprocess") else None
         if processor is not None and tokenizer is None:
-            images = ImageInput(processor, first_argument(model), "RGB")
+            own = processor if hasattr(processor, "preprocess") else None
+            images = ImageInput(ImageTransform(processor, name), first_argument(model), "RGB", own)
         return PretrainedModel(model, tokenizer, reference, (), labels, images, notes=notes)
 
 
 SOURCE = FactorySource()
 
 
+def _refuse_unfinished(model: torch.nn.Module, name: str) -> None:
+    """Refuse modules whose layers cannot be adapted, or have no weights yet.
+
+    Raises:
+        ConfigurationError: says what to return instead.
+    """
+    import torch
+
+    scripted = [path for path, one in model.named_modules() if isinstance(one, torch.jit.ScriptModule)]
+    if scripted:
+        raise ConfigurationError(
+            f"model.factory: {name} returns a ScriptModule of torch.jit ({scripted[0] or 'the model itself'}), whose "
+            "layers cannot be adapted; return the module that it was made from"
+        )
+    lazy = [path for path, one in model.named_parameters() if torch.nn.parameter.is_lazy(one)]
+    if lazy:
+        raise ConfigurationError(
+            f"model.factory: {name} returns layers without weights (lazy: {', '.join(lazy[:3])}); call the model once "
+            "on a batch in the factory"
+        )
+
+
 def first_argument(model: torch.nn.Module) -> str:
-    """Name of the first argument of the model's ``forward``."""
-    return next(iter(inspect.signature(model.forward).parameters))
+    """Name of the first argument of the model's ``forward``.
+
+    Raises:
+        ConfigurationError: it names none.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    found = next((one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)), None)
+    if found is None:
+        raise ConfigurationError(
+            f"model: forward of {type(model).__name__} names no argument ({', '.join(map(str, parameters))}); name the "
+            "one that takes the inputs: def forward(self, x)"
+        )
+    return found

@@ -13,6 +13,7 @@ from layerlens.data.dataset import Dataset
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.integrations.torch_modules import precision_of
 from layerlens.sources.factory import first_argument
 from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.losses import own_loss
@@ -144,7 +145,7 @@ def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inpu
         inputs, labels = _joined(pretrained, [row[OWN] for row in rows])
     else:
         inputs, labels = _stacked(rows)
-    dtype = next(pretrained.model.parameters()).dtype
+    dtype = precision_of(pretrained.model)
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}, labels
 
 

@@ -21,6 +21,7 @@ from layerlens.data.language_rows import read_language
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError, DataError
 from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.integrations.torch_modules import precision_of
 from layerlens.tasks.batches import Features, Inputs
 from layerlens.tasks.causal_lm import AHEAD, ALL_PROMPT, rows_of
 from layerlens.tasks.chat import Chat
@@ -162,7 +163,7 @@ def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inpu
         ) from error
     taken = inspect.signature(pretrained.model.forward).parameters
     open_ended = any(one.kind is one.VAR_KEYWORD for one in taken.values())
-    dtype = next(pretrained.model.parameters()).dtype
+    dtype = precision_of(pretrained.model)
     inputs: Inputs = {
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in encoded.items()

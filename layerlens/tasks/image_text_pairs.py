@@ -20,6 +20,7 @@ from layerlens.data.dataset import Dataset
 from layerlens.data.table import IMAGES, Table
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.pretrained import ImageInput, PretrainedModel
+from layerlens.integrations.torch_modules import precision_of
 from layerlens.integrations.transformers import text_config
 from layerlens.tasks.batches import Batch, Features, Inputs
 from layerlens.tasks.encoded import Encoded
@@ -125,7 +126,7 @@ def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inpu
     if images.processor is None:
         inputs |= images.inputs(pretrained.model, [row["image"] for row in rows])
     else:
-        dtype = next(pretrained.model.parameters()).dtype
+        dtype = precision_of(pretrained.model)
         made = images.processor([row["image"].open(images.mode) for row in rows], return_tensors="pt")
         inputs |= {name: x.to(dtype) if x.is_floating_point() else x for name, x in made.items()}
     return inputs, PairTargets(

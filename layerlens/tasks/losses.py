@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from layerlens.exceptions import ProfilingError
+from layerlens.exceptions import ModelSpecError, ProfilingError
 from layerlens.tasks.batches import Batch
 
 if TYPE_CHECKING:
@@ -135,7 +135,11 @@ def own_loss(function: Callable[[Any, Any], torch.Tensor], name: str) -> Loss:
 def logits_of(output: Any) -> torch.Tensor:
     """The logits of a model's output, or the output where it is a tensor itself; half precision as float32.
 
-    Those of an answer's first and last token as [b, t, 2].
+    Those of an answer's first and last token as [b, t, 2]. Of a model of a user's own also what stands under ``logits``
+    or ``out`` in a mapping, or first in a tuple.
+
+    Raises:
+        ModelSpecError: the output has none.
     """
     import torch
 
@@ -143,9 +147,23 @@ def logits_of(output: Any) -> torch.Tensor:
         logits = output
     elif hasattr(output, "start_logits"):
         logits = torch.stack([output.start_logits, output.end_logits], dim=-1)
-    else:
+    elif hasattr(output, "logits"):
         logits = output.logits
+    else:
+        logits = _named_logits(output)
+        if not isinstance(logits, torch.Tensor):
+            keys = f" of {', '.join(map(repr, output))}" if isinstance(output, Mapping) else ""
+            raise ModelSpecError(
+                f"model: its output is a {type(output).__name__}{keys}; return the scores as a tensor, as `.logits`, "
+                "under 'logits' in a mapping, or first in a tuple; for others take the task custom with your own loss"
+            )
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _named_logits(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return next((output[name] for name in ("logits", "out") if name in output), None)
+    return output[0] if isinstance(output, (list, tuple)) and output else None
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ from layerlens.data.rows import Reading
 from layerlens.data.table import Table
 from layerlens.exceptions import DataError
 from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.integrations.torch_modules import precision_of
 from layerlens.tasks.batches import Batch, Features, Inputs
 from layerlens.tasks.image_classification import with_images
 from layerlens.tasks.losses import logits_of
@@ -111,7 +112,7 @@ def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inpu
     if processor is not None and _takes_masks(processor):
         opened = [row["image"].open(images.mode) for row in rows]
         made = processor(opened, segmentation_maps=masks, return_tensors="pt", **_unreduced(processor))
-        pixels = made["pixel_values"].to(next(pretrained.model.parameters()).dtype)
+        pixels = made["pixel_values"].to(precision_of(pretrained.model))
         return {images.argument: pixels}, torch.as_tensor(np.stack([np.asarray(one) for one in made["labels"]])).long()
     inputs = images.inputs(pretrained.model, [row["image"] for row in rows])
     size = inputs[images.argument].shape[-2:]

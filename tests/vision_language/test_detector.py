@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from toys.detector import held_out_precision
 from toys.plates import draw_plates
 
-from layerlens.exceptions import ConfigurationError, ModelNotFoundError
+from layerlens.exceptions import ConfigurationError, ModelNotFoundError, ModelSpecError
 from layerlens.integrations.torchvision_import import make_suppression_work, make_torchvision_importable, nms
 from layerlens.integrations.ultralytics import find_weights, load_detector
 from layerlens.vision_language.images import load_image
@@ -66,6 +66,27 @@ def test_files_that_are_no_detector(tmp_path: Path, kind: str):
     (tmp_path / "bad.pt").write_bytes(b"hello" if kind == "text" else buffer.getvalue())
     with pytest.raises(ModelNotFoundError, match=r"bad.pt is not a checkpoint of ultralytics"):
         load_detector(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize(
+    ("described", "reason"),
+    [
+        ("yolo11n-seg", "is for the task 'segment'; give a model for detection"),
+        ("yolo11n-pose", "is for the task 'pose'"),
+        ("yolo11n-obb", "is for the task 'obb'"),
+        ("yolo11n-cls", "is for the task 'classify'"),
+        ("yolov8n-rtdetr", r"ends in a RTDETRDecoder, .* give a YOLO detector \(RT-DETR is not supported\)"),
+    ],
+)
+def test_models_of_ultralytics_that_are_no_yolo_detectors_are_refused_by_name(
+    described: str, reason: str, tmp_path: Path
+):
+    from ultralytics import RTDETR, YOLO
+
+    made = RTDETR(f"{described}.yaml") if "rtdetr" in described else YOLO(f"{described}.yaml", verbose=False)
+    torch.save({"epoch": -1, "model": made.model, "train_args": {"imgsz": 64, "task": made.task}}, tmp_path / "m.pt")
+    with pytest.raises(ModelSpecError, match=reason):
+        load_detector(tmp_path / "m.pt")
 
 
 def test_a_device_that_is_not_there(detector_weights: Path):

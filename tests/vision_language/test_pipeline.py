@@ -109,6 +109,35 @@ def test_bad_images_are_marked_and_the_others_go_on(config, plates: Path, tmp_pa
     assert names == {"good.json", "good-2.json", "cut.json", "nothing.json", "large.json", "words.json"}
 
 
+def test_a_folder_as_people_have_it_gives_the_same_boxes_in_every_format(config, plates: Path, tmp_path: Path):
+    """16 bits, CMYK, transparency, palettes, a turned photograph: one plate. What cannot be read is named."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with Image.open(sorted(plates.iterdir())[0]) as opened:
+        plate = opened.convert("L")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    plate.save(folder / "a_grey.png")
+    plate.convert("RGB").save(folder / "b_rgb.webp", lossless=True)
+    plate.convert("RGB").convert("CMYK").save(folder / "c_cmyk.jpg", quality=95)
+    plate.convert("RGBA").save(folder / "d_rgba.png")
+    Image.fromarray(np.asarray(plate).astype(np.uint16) * 257).save(folder / "e_16bit.png")
+    plate.convert("P").save(folder / "f_palette.gif")
+    plate.rotate(90, expand=True).save(folder / "g_turned.jpg", exif=turned, quality=95)
+    (folder / "h_phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    (folder / "notes.txt").write_text("x")
+    warnings: list[str] = []
+    result = run_vision_language(config(folder, warmup=0, max_new_tokens=4), tmp_path / "out", warn=warnings.append)
+    found = {item.path.name: item.latest("base").detections for item in result.items}
+    assert list(found) == sorted(found)
+    assert found.pop("h_phone.heic") is None
+    assert warnings[0].startswith("h_phone.heic: failed (load): is a HEIC image; run: pip install")
+    assert len(found) == 7
+    labels = {tuple(sorted(detection.label for detection in detections)) for detections in found.values()}
+    assert len(labels) == 1
+    assert labels.pop()
+
+
 def test_nothing_usable_and_models_that_cannot_be_had(config, plates: Path, tmp_path: Path):
     (tmp_path / "words.png").write_text("hello")
     with pytest.raises(DataError, match=r"images: none of 1 can be used; .*words.png: is not an image"):
