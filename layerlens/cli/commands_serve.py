@@ -104,7 +104,9 @@ def serve(
         settings,
         tls_certificate=tls_certificate,
         tls_key=tls_key,
-        ready=lambda address: output.note(f"LayerLens listens on {address} (documentation: {address}/docs)"),
+        ready=lambda address: output.note(
+            f"LayerLens listens on {address} (open it in a browser; documentation: {address}/docs)"
+        ),
     )
 
 

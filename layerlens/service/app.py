@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import pathlib
 import re
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -35,6 +36,7 @@ from layerlens.service.confinement import (
 from layerlens.service.events import EventWatch
 from layerlens.service.guard import Guard
 from layerlens.service.metrics import Measured, ServiceMetrics
+from layerlens.service.page import add_page
 from layerlens.service.probe import Probe, reason_of
 from layerlens.service.scheduler import Scheduler
 from layerlens.service.schemas import (
@@ -163,6 +165,9 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
         logger.error("a request failed", exc_info=error)
         return JSONResponse({"detail": "unexpected error; the server's log has it"}, 500)
 
+    def view(job: Job) -> JobView:
+        return _view(job, settings.roots)
+
     def known(job_id: str) -> Job:
         job = store.get(job_id)
         if job is None:
@@ -213,7 +218,7 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
         if (job.kind, job.config, job.statistics) != (submission.kind, content, statistics):
             raise HTTPException(409, "Idempotency-Key: was used for another job; give each job a key of its own")
         response.headers["Location"] = f"/v1/jobs/{job.id}"
-        return _view(job)
+        return view(job)
 
     @app.get(
         "/v1/jobs", dependencies=secured, tags=["jobs"], summary="List jobs", responses=ALWAYS, operation_id="list"
@@ -226,7 +231,7 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
         """Jobs, newest first."""
         jobs = store.listed(state=state, before=before, limit=limit + 1)
         more = len(jobs) > limit
-        return JobList(jobs=[_view(job) for job in jobs[:limit]], next_before=jobs[limit - 1].seq if more else None)
+        return JobList(jobs=[view(job) for job in jobs[:limit]], next_before=jobs[limit - 1].seq if more else None)
 
     @app.get(
         "/v1/jobs/{job_id}", dependencies=secured, tags=["jobs"], summary="Show a job",
@@ -234,7 +239,7 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
     )  # fmt: skip
     def show(job_id: JobId) -> JobView:
         """State of a job."""
-        return _view(known(job_id))
+        return view(known(job_id))
 
     @app.post(
         "/v1/jobs/{job_id}/cancel", status_code=202, dependencies=secured, tags=["jobs"], summary="Cancel a job",
@@ -246,7 +251,7 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
         job = store.cancel(job_id)
         if job is None or before.final:
             raise HTTPException(409, f"the job has {before.state} already")
-        return _view(job)
+        return view(job)
 
     @app.delete(
         "/v1/jobs/{job_id}", status_code=204, dependencies=secured, tags=["jobs"], summary="Remove a job",
@@ -385,6 +390,7 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
         """This page needs no script and nothing from elsewhere."""
         return HTMLResponse(docs_page(app.openapi()))
 
+    add_page(app)
     app.add_middleware(Guard, settings=settings)
     app.add_middleware(Measured, metrics=metrics)
     return app
@@ -404,6 +410,15 @@ def _parsed(config: dict[str, Any] | str) -> RunConfig:
         raise ConfigurationError(describe(error, "config").replace("config.", "")) from error
 
 
-def _view(job: Job) -> JobView:
+def _view(job: Job, roots: Sequence[pathlib.Path]) -> JobView:
     fields = {name: getattr(job, name) for name in JobView.model_fields if name != "number"}
+    for name in ("model", "data"):
+        fields[name] = _below(fields[name], roots)
     return JobView(number=job.seq, **fields)
+
+
+def _below(place: str | None, roots: Sequence[pathlib.Path]) -> str | None:
+    """A path as it is written in a configuration: from the root that it lies in."""
+    path = pathlib.Path(place or "")
+    root = next((root for root in roots if path.is_absolute() and path.is_relative_to(root)), None)
+    return place if root is None else path.relative_to(root).as_posix()

@@ -17,7 +17,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/openapi.json")
+OPEN_PATHS = ("/", "/report-frame", "/healthz", "/readyz", "/docs", "/openapi.json")
 UPLOAD_PATH = "/v1/statistics"
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 MOST_CALLERS = 10_000

@@ -62,6 +62,8 @@ class JobView(BaseModel):
     started_at: str | None = None
     finished_at: str | None = None
     number: int = Field(description="Position in the order of submission.")
+    model: str | None = Field(default=None, description="The model of its configuration.")
+    data: str | None = Field(default=None, description="The data of its configuration.")
     exit_code: int | None = Field(default=None, description="As of the command line: 0, 1, 2, 3, 4 or 130.")
     error: str | None = Field(default=None, description="Why it failed.")
 

@@ -83,6 +83,18 @@ class Job:
     def final(self) -> bool:
         return self.state in FINAL
 
+    @property
+    def model(self) -> str | None:
+        """What its configuration calls the model."""
+        section = self.config.get("model") or {}
+        return section.get("name_or_path") or section.get("factory")
+
+    @property
+    def data(self) -> str | None:
+        """What its configuration calls the data."""
+        source = (self.config.get("data") or {}).get("source")
+        return None if source is None else str(source)
+
 
 @dataclass(frozen=True)
 class Event:
