@@ -35,7 +35,7 @@ SIGNATURES = (
 )  # fmt: skip
 BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 """Of ISO media files, those that hold images."""
-NO_HEIC = "is a HEIC image; run: pip install pillow-heif, or convert it to JPEG"
+NO_HEIC = "is a HEIC image; run: pip install 'layerlens[heic]' (pillow-heif), or convert it to JPEG"
 ENDINGS = {"JPEG": (b"\xff\xd9", 4096), "PNG": (b"IEND\xaeB`\x82", 4096), "GIF": (b"\x3b", 64)}
 """Format -> the bytes that a whole file ends with, and within how many of the last ones they stand."""
 DEEP = ";16"
