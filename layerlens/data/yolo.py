@@ -118,6 +118,8 @@ def _class_names(path: Path, facts: dict[str, Any]) -> tuple[str, ...]:
     names, count = facts.get("names"), facts.get("nc")
     if names is None and isinstance(count, int) and count > 0:
         return tuple(f"class_{number}" for number in range(count))
+    if isinstance(names, dict) and all(isinstance(key, str) and key.isdigit() for key in names):
+        names = {int(key): name for key, name in names.items()}  # JSON has no other keys
     if isinstance(names, dict) and sorted(names) == list(range(len(names))):
         names = [names[number] for number in range(len(names))]
     if not isinstance(names, list) or not names:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from layerlens.library.session import Objects
 
 TASK = "sentence-embedding"
+COLUMNS, SCORED = ("anchor", "positive", "negative"), ("sentence1", "sentence2")
+"""Names of texts of pairs and triplets, and of scored pairs."""
 
 
 def transformer_in(thing: Any) -> Any:
@@ -53,4 +55,24 @@ def of_sentence_model(objects: Objects) -> Objects:
         )
     after = sentence_model_of(model)
     tokenizer = objects.tokenizer if objects.tokenizer is not None else model.tokenizer
-    return replace(objects, model=model.transformers_model, task=TASK, tokenizer=tokenizer, sentence=after)
+    data = _as_rows(objects.data)
+    return replace(objects, model=model.transformers_model, data=data, task=TASK, tokenizer=tokenizer, sentence=after)
+
+
+def _as_rows(data: Any) -> Any:
+    """Rows of ``InputExample``s (of the library's former ``fit``) or of tuples of texts, alone or in a DataLoader; any
+    other data as they are.
+    """
+    items = data.dataset if hasattr(data, "dataset") and hasattr(data, "batch_size") else data
+    if not isinstance(items, (list, tuple)) or not items:
+        return data
+    texts: list[Any] = [getattr(one, "texts", one) for one in items]
+    if not all(
+        isinstance(one, (list, tuple)) and len(one) > 1 and all(isinstance(x, str) for x in one) for one in texts
+    ):
+        return data
+    labels = [getattr(one, "label", 0) for one in items]
+    if any(labels) and all(len(one) == len(SCORED) for one in texts):  # without labels they are all 0
+        return [dict(zip(SCORED, one, strict=True)) | {"score": x} for one, x in zip(texts, labels, strict=True)]
+    names = [*COLUMNS, *(f"negative_{number}" for number in range(2, max(map(len, texts))))]
+    return [dict(zip(names, one, strict=False)) for one in texts]

@@ -102,6 +102,7 @@ def with_a_large_image(path: Path):
     ("described", "expected"),
     [
         ("path: .\ntrain: images/x\nnames: {0: cat, 1: dog}\n", ["images/x/a.png", "images/x/b.png"]),
+        ('{"train": "images/x", "names": {"0": "cat", "1": "dog"}}', ["images/x/a.png", "images/x/b.png"]),  # JSON
         ("train: [images/x, images/y]\nnames: [cat, dog]\n", ["images/x/a.png", "images/x/b.png", "images/y/c.png"]),
         ("train: ../images/x\nnc: 2\nnames: ['cat', 'dog']\n", ["images/x/a.png", "images/x/b.png"]),  # Roboflow
         ("path: /content/elsewhere\ntrain: images/y\nnames: [cat, dog]\n", ["images/y/c.png"]),  # another machine's

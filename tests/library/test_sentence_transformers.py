@@ -17,6 +17,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import layerlens
 from layerlens.exceptions import ConfigurationError, ModelSpecError
+from layerlens.library.sentences import _as_rows
 
 NEW_ENOUGH = Version(peft.__version__) >= Version(MIN_PEFT_VERSION)
 """Whether transformers, and so a SentenceTransformer, holds adapters of this PEFT itself."""
@@ -74,6 +75,22 @@ def test_it_is_planned_on_and_trained_in_its_own_trainer(kind: str, loss: str, s
         return
     model.save_pretrained(str(tmp_path / "saved"))
     assert (SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(["the cat sat"]) == after).all()
+
+
+def test_rows_may_be_examples_or_tuples_of_texts(tmp_path):
+    from sentence_transformers import InputExample
+
+    texts = sentences(24)
+    pairs = list(zip(texts[:12], texts[12:], strict=True))
+    scored = [InputExample(texts=list(pair), label=number / 12) for number, pair in enumerate(pairs)]
+    loader = torch.utils.data.DataLoader(scored, batch_size=4, collate_fn=list)
+    triplets = [(*pair, "the cat sat") for pair in pairs]
+    found = [_as_rows(data) for data in (pairs, [InputExample(texts=list(pair)) for pair in pairs], loader, triplets)]
+    assert found[0] == found[1] == [{"anchor": one, "positive": other} for one, other in pairs]
+    assert found[2][3] == {"sentence1": pairs[3][0], "sentence2": pairs[3][1], "score": 0.25}
+    assert list(found[3][0]) == ["anchor", "positive", "negative"]
+    assert _as_rows(rows("pairs")).column_names == ["anchor", "positive"]  # a datasets.Dataset, as it is
+    assert layerlens.plan(sentence_model(tmp_path), loader, **SETTINGS).trainable_params > 0
 
 
 def test_what_is_given_beside_it_is_refused(tmp_path):
