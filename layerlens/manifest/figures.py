@@ -181,6 +181,7 @@ def training_losses(
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("training loss")
         axes.locator_params(nbins=6)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
         svg = _finished(figure, axes)
     return inline_svg(svg, title=title, description=description, prefix=prefix)

@@ -52,15 +52,40 @@ def heat_map(rows: Sequence[ManifestRow]) -> dict[str, Any]:
         place = place_of(row.layer)
         roles[place.role] = None
         strength = row.rank / largest[row.method] if row.rank else 0.0
-        entry = {"method": row.method, "rank": row.rank, "layer": row.layer, "strength": round(15 + 40 * strength)}
+        entry = {
+            "method": row.method,
+            "rank": row.rank,
+            "layer": row.layer,
+            "strength": round(15 + 40 * strength),
+            "count": 1,
+        }
         cells.setdefault((place.block, place.role), []).append(entry)
     return {
         "roles": list(roles),
-        "blocks": [{"name": block, "cells": [cells.get((block, role), []) for role in roles]} for block in blocks],
+        "blocks": [
+            {"name": block, "cells": [_merged(cells.get((block, role), [])) for role in roles]} for block in blocks
+        ],
         "methods": [method for method in METHODS if largest[method]],
     }
 
 
+def _merged(cell: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The layers of one cell; of many, such as experts, those that got the same are one entry with their number."""
+    if len(cell) <= MOST_IN_A_CELL:
+        return cell
+    alike: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for entry in cell:
+        alike.setdefault((entry["method"], entry["rank"]), []).append(entry)
+    return [
+        each[0] | {"count": len(each), "layer": f"{each[0]['layer']} to {each[-1]['layer']}"}
+        if len(each) > 1
+        else each[0]
+        for each in alike.values()
+    ]
+
+
+MOST_IN_A_CELL = 3
+"""Layers of one role and block that the heat map shows one by one."""
 COLUMNS = ("Layer", "Choice", "Score", "Runner-up", "Utility", "Noise", "Parameters", "FLOPs", "Memory", "Latency")
 """Of the table of layers; the runner-up is left out where nothing explains it."""
 

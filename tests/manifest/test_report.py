@@ -300,6 +300,7 @@ def test_two_thousand_layers_stay_below_two_megabytes(manifest, report):
     assert len(text.encode()) < 2_000_000
     assert "model.layers.47</strong> <span class=" in text.replace("<wbr>", "")
     assert "41 of 42 layers adapted, 503,808 parameters, score 20.5" in text
+    assert text.count("LoRA 8 × 39</span>") == 48  # the experts of a block are one cell of the heat map
 
 
 def trained(losses, after, baseline=None):
