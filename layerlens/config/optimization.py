@@ -24,6 +24,11 @@ CandidateName = Annotated[str, RegisteredName(UTILITY_MODELS, others=(UNIFORM_LO
 class ProxyCheckConfig(ConfigModel):
     """Training of the solver's choice against other allocations within the same budgets; the best one is written.
 
+    With `objective: cheapest` these are uniform LoRA, the choice with the best score, and the cheapest choices of
+    several predicted shares, trained for at least half of the fine-tune's steps. The cheapest one is written whose
+    held-out loss drop is within `quality_margin` of uniform LoRA's, by a paired 95 % interval; where none is, nothing
+    is saved, and the better of the other two is written.
+
     All start from the same weights and see the same batches; they are compared on samples that none was trained on, and
     that are never those of the test split. Each candidate counts at the best of its learning rates, and uniform LoRA is
     kept where the others' loss drop is not at least 2 % larger.
@@ -41,7 +46,7 @@ class ProxyCheckConfig(ConfigModel):
         min_length=1,
         description="What is trained beside the solver's choice: `uniform-lora` (the largest equal LoRA rank on all "
         "layers that the budgets allow, what is left spread over the depth), and choices by other utility models. What "
-        "is the solver's choice too is trained once.",
+        "is the solver's choice too is trained once. Not read with `objective: cheapest`.",
     )
     learning_rates: tuple[float, ...] = Field(
         default=(1e-3,), min_length=1, description="Peak learning rates of AdamW; each candidate counts at its best."

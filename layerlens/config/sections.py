@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from layerlens.config.base import ConfigModel
 from layerlens.config.model_and_data import DataConfig, ModelConfig
-from layerlens.config.optimization import OptimizationConfig
+from layerlens.config.optimization import MARGIN, SCORE, STEP, OptimizationConfig
 from layerlens.config.profiling import ProfilingConfig
 from layerlens.config.study import StudyConfig
 from layerlens.config.training import TrainingConfig
@@ -154,3 +154,10 @@ class RunConfig(ConfigModel):
     )
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig, description="Metrics and traces.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Experiment trackers.")
+
+    def by_score(self) -> RunConfig:
+        """The same job with the best score for its objective."""
+        if self.optimization.objective == SCORE:
+            return self
+        changes = {"objective": SCORE, "quality_margin": MARGIN, "minimise": STEP}
+        return self.model_copy(update={"optimization": self.optimization.model_copy(update=changes)})

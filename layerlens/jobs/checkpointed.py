@@ -31,8 +31,11 @@ def certified_choice(
     costs: CostTable,
     config: RunConfig,
     threads: int,
+    kept: float | None = None,
 ) -> Solution:
     """The certified choice within the budgets, the number of checkpointed blocks with it where it is to be chosen.
+
+    ``kept`` is the share of uniform LoRA's improvement to keep, of ``find_allocation``.
 
     Raises:
         InfeasibleError: the budgets allow nothing.
@@ -40,7 +43,9 @@ def certified_choice(
     optimization = config.optimization
 
     def with_costs(counted: CostTable) -> Solution:
-        return find_allocation(spec, utilities, counted, optimization, seed=config.runtime.seed, threads=threads)
+        return find_allocation(
+            spec, utilities, counted, optimization, seed=config.runtime.seed, threads=threads, kept=kept
+        )
 
     if config.training.gradient_checkpointing != "auto":
         return with_costs(costs)

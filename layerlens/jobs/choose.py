@@ -6,8 +6,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from layerlens.config.optimization import UNIFORM_LORA
+from layerlens.config.optimization import CHEAPEST, UNIFORM_LORA
 from layerlens.data import Dataset
+from layerlens.jobs.cheapest_check import (
+    candidates_of,
+    cheapest_checked,
+    told_of_cheapest,
+    with_enough_steps,
+)
 from layerlens.jobs.checkpointed import certified_choice
 from layerlens.jobs.inputs import check_identity, data_facts, proxy_identity
 from layerlens.jobs.job import Job
@@ -16,7 +22,14 @@ from layerlens.jobs.measure import Measured, fit_new_head
 from layerlens.jobs.memory_mode import memory_facts
 from layerlens.jobs.offers import told_of_offers
 from layerlens.jobs.proxies import ProxyTrainer, joint_gains, measure_proxies
-from layerlens.jobs.proxy_check import CHOICE, check_samples, run_check, tell_of_check, uniform_solution
+from layerlens.jobs.proxy_check import (
+    CHOICE,
+    check_samples,
+    run_check,
+    tell_of_check,
+    train_candidates,
+    uniform_solution,
+)
 from layerlens.jobs.solve import Solution, make_manifest, option_tables, run_provenance
 from layerlens.models import Manifest, ModelSpec, ModelStatistics
 from layerlens.profiling.cache import cache_key
@@ -131,10 +144,19 @@ def _not_checkpointed(job: Job, statistics: ModelStatistics) -> str:
     return ""
 
 
-def solved(job: Job, spec: ModelSpec, statistics: ModelStatistics, utility_model: str | None = None) -> Solution:
-    """Utilities and costs of every option, and the certified choice; by another utility model where one is given."""
+def solved(
+    job: Job,
+    spec: ModelSpec,
+    statistics: ModelStatistics,
+    utility_model: str | None = None,
+    kept: float | None = None,
+) -> Solution:
+    """Utilities and costs of every option, and the certified choice; by another utility model where one is given.
+
+    ``kept`` is the share of uniform LoRA's improvement to keep, of ``find_allocation``.
+    """
     utilities, costs = option_tables(spec, statistics, job.config, utility_model)
-    return certified_choice(spec, statistics, utilities, costs, job.config, job.threads)
+    return certified_choice(spec, statistics, utilities, costs, job.config, job.threads, kept)
 
 
 def compare(job: Job, loaded: Loaded, measured: Measured, decision: Decision) -> Decision:
@@ -143,6 +165,8 @@ def compare(job: Job, loaded: Loaded, measured: Measured, decision: Decision) ->
     steps = config.optimization.proxy_check.steps
     if not steps:
         return decision
+    if config.optimization.objective == CHEAPEST:
+        return _compare_costs(job, loaded, measured, decision)
     with job.clock.stage("proxy check"):
         n_before = len(loaded.calibration) + len(loaded.held_out)
         train, judged = check_samples(loaded.dataset, config, n_before, len(loaded.head_data))
@@ -154,6 +178,32 @@ def compare(job: Job, loaded: Loaded, measured: Measured, decision: Decision) ->
         tell_of_check(checked, job.warnings)
     solution = solutions[checked.chosen]
     manifest = _manifest(job, loaded, measured, solution, proxy_check=checked.facts)
+    return Decision(solution, manifest, decision.trained | checked.measured)
+
+
+def _compare_costs(job: Job, loaded: Loaded, measured: Measured, decision: Decision) -> Decision:
+    """The cheapest choice that keeps uniform LoRA's held-out loss drop within the margin; see ``cheapest_check``."""
+    given = job.config
+    with job.clock.stage("proxy check"):
+        n_fine_tune = min(len(loaded.dataset.split_test()[0]), given.training.train_samples or len(loaded.dataset))
+        job = replace(job, config=with_enough_steps(given, n_fine_tune, job.warnings))
+        config = job.config
+        spec, statistics = measured.spec, measured.statistics
+        by_score = replace(job, config=config.by_score())
+        solutions = candidates_of(
+            decision.solution, config, lambda kept: solved(job, spec, statistics, kept=kept),
+            lambda: solved(by_score, spec, statistics),
+        )  # fmt: skip
+        n_before = len(loaded.calibration) + len(loaded.held_out)
+        train, judged = check_samples(loaded.dataset, config, n_before, len(loaded.head_data))
+        identity = check_identity(measured.identity, train, judged, config)
+        trainings = Trainings(job, loaded, train, judged, identity, config.optimization.proxy_check.steps)
+        choices = {name: _manifest(job, loaded, measured, each).choice for name, each in solutions.items()}
+        best = train_candidates(trainings.trainer, choices, config, trainings.saved, job.progress)
+        assert decision.solution.saving is not None  # of this objective
+        checked, solution = cheapest_checked(decision.solution.saving, solutions, best, config)
+        job.warnings.add(told_of_cheapest(checked, solution))
+    manifest = _manifest(replace(job, config=given), loaded, measured, solution, proxy_check=checked.facts)
     return Decision(solution, manifest, decision.trained | checked.measured)
 
 

@@ -230,6 +230,8 @@ def solution_of(manifest: Manifest, spec: ModelSpec, statistics: ModelStatistics
             "was chosen by"
         )
     config = config_of(manifest)
+    if _by_score(manifest):
+        config = config.by_score()
     utilities, costs = option_tables(spec, statistics, config, checkpointed=manifest.checkpointed)
     problem = problem_of(manifest, spec, utilities, costs, config.optimization)
     chosen = {Option(row.layer, row.method, row.rank) for row in manifest.allocations}
@@ -249,12 +251,18 @@ def solution_of(manifest: Manifest, spec: ModelSpec, statistics: ModelStatistics
     return Solution(utilities, costs, problem, allocation, tuple(explain(problem, allocation)), ())
 
 
+def _by_score(manifest: Manifest) -> bool:
+    """Whether the least cost was sought and the proxy check found nothing to save: its choice was made by score."""
+    saving = manifest.predicted.cheapest
+    return saving is not None and not saving.saves and manifest.provenance.proxy_check is not None
+
+
 def problem_of(
     manifest: Manifest, spec: ModelSpec, utilities: UtilityTable, costs: CostTable, config: OptimizationConfig
 ) -> AllocationProblem:
     """The problem that a manifest's choice was made in."""
     saving = manifest.predicted.cheapest
-    if saving is None:
+    if saving is None or _by_score(manifest):
         return build_problem(spec, utilities, costs, config)
     reference = uniform_reference(spec, utilities, costs, config, saving.law)
     return cheapest_problem(spec, utilities, costs, config, reference, saving.asked_share)

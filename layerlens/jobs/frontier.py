@@ -114,8 +114,12 @@ def traced(
     threads: int = 1,
     progress: Progress = silent,
 ) -> TracedFrontier:
-    """The frontier of ``resource`` from what was measured; arguments and errors as of ``trace_frontier``."""
+    """The frontier of ``resource`` from what was measured; arguments and errors as of ``trace_frontier``.
+
+    It is of the score, whatever the objective of ``config`` is.
+    """
     _refuse_unknown(resource)
+    config = config.by_score()
     utilities, costs, problems = _problems_with_any_budget(spec, statistics, config, resource)
     shared = is_shared(problems[0], resource)
     hulls = [] if shared else [hull_rows(problem, frontier(problem, resource, threads=threads)) for problem in problems]

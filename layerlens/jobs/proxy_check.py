@@ -98,11 +98,25 @@ def run_check(
     progress: Progress,
 ) -> Checked:
     """Train every candidate at every learning rate and name the one with the largest mean loss drop, where uniform LoRA
-    counts as better by ``MARGIN``.
+    counts as better by ``MARGIN``. The solver's choice is ``CHOICE``; arguments and errors as of ``train_candidates``.
+    """
+    best = train_candidates(trainer, candidates, config, saved, progress)
+    chosen = max(best, key=lambda name: (with_margin(name, float(best[name][1].mean())), name == CHOICE))
+    return as_checked(chosen, best, config)
+
+
+def train_candidates(
+    trainer: Callable[[], ProxyTrainer],
+    candidates: Mapping[str, Choice],
+    config: RunConfig,
+    saved: SavedProxies | None,
+    progress: Progress,
+) -> dict[str, tuple[float, np.ndarray]]:
+    """Train every candidate at every learning rate: the best rate of each, and the loss drops of the samples there.
 
     Args:
         trainer: makes the trainer when the first candidate has to be trained.
-        candidates: name -> what is trained; the solver's choice is ``CHOICE``. Equal allocations are trained once.
+        candidates: name -> what is trained. Equal allocations are trained once.
         config: the learning rates.
         saved: where loss drops are kept, from the first one on.
         progress: told of every training.
@@ -130,7 +144,11 @@ def run_check(
             "optimization.proxy_check: no candidate's loss was finite after training; lower "
             f"optimization.proxy_check.learning_rates (they are {', '.join(f'{rate:g}' for rate in rates)})"
         )
-    chosen = max(best, key=lambda name: (with_margin(name, float(best[name][1].mean())), name == CHOICE))
+    return best
+
+
+def as_checked(chosen: str, best: Mapping[str, tuple[float, np.ndarray]], config: RunConfig) -> Checked:
+    """What was found, for the manifest, the summary and the report."""
     facts: dict[str, Any] = {"chosen": chosen, "steps": config.optimization.proxy_check.steps}
     measured = {}
     for name, (rate, drops) in best.items():

@@ -173,7 +173,9 @@ class Plan:
         amounts = [_amount(resource, budget) for budget in budgets]
         found = traced(profile.spec, profile.statistics, profile.config, resource, budgets=amounts, points=points)
         used = next((use.total for use in self.manifest.resources if use.resource == resource), None)
-        return found if used is None else replace(found, chosen=(used, self.manifest.score))
+        if used is None or self.manifest.predicted.cheapest is not None:  # whose score is a cost
+            return found
+        return replace(found, chosen=(used, self.manifest.score))
 
     def lora_config(self, model: torch.nn.Module | None = None, *, method: str | None = None) -> LoraConfig:
         """The LoRA of the choice as an ordinary ``peft.LoraConfig`` for the model, with ranks and alphas by layer.

@@ -247,8 +247,9 @@ class SavingEntry(_Part):
     price: Number = Field(description="Cost for each unit of the sum of utilities, as shares of uniform LoRA's.")
     uniform_lora: dict[str, Number] = Field(description="What uniform LoRA uses, by resource.")
     measured: dict[str, Number] | None = Field(
-        default=None, description="kept, kept_low, kept_high: its share of uniform LoRA's held-out loss drop."
+        default=None, description="kept, kept_low, kept_high: its share of uniform LoRA's held-out loss drop; asked."
     )
+    written: Literal["cheapest", "uniform-lora", "score"] = Field(description="Which choice is written.")
 
 
 class PredictedEntry(_OpenPart):

@@ -128,16 +128,22 @@ def saved(manifest: Manifest, saving: Saving) -> str:
     """What the cheapest choice keeps and saves, or why there is nothing to save, as sentences."""
     if not saving.saves:
         return f"Nothing to save: {saving.reason}."
-    measured, kept = saving.measured, f"is predicted to keep {percent(saving.kept_share, digits=0)}"
-    if measured is not None:
-        kept += (
-            f" and kept {percent(measured['kept'], digits=0)} when trained (95 %: "
-            f"{percent(measured['kept_low'], digits=0)} to {percent(measured['kept_high'], digits=0)})"
+    measured, predicted = saving.measured, percent(saving.kept_share, digits=0)
+    if measured is None:
+        kept = (
+            f"is predicted to keep {predicted} of uniform LoRA's improvement, of which at least "
+            f"{percent(saving.asked_share)} was asked for"
+        )
+    else:
+        low, high = (percent(measured[end], digits=0) for end in ("kept_low", "kept_high"))
+        kept = (
+            f"kept {percent(measured['kept'], digits=0)} of uniform LoRA's held-out loss drop when both were trained "
+            f"(95 %: {low} to {high}; at least {percent(measured['asked'])} was asked for, {predicted} was predicted)"
         )
     against = _against(manifest, saving.uniform_lora)
     return (
-        f"The cheapest choice {kept} of uniform LoRA's improvement, of which at least {percent(saving.asked_share)} "
-        f"was asked for. Compared with uniform LoRA within the same budgets: {against or 'as much'} (predicted)."
+        f"The cheapest choice {kept}. Compared with uniform LoRA within the same budgets: {against or 'as much'} "
+        "(predicted)."
     )
 
 

@@ -212,7 +212,8 @@ class Saving:
         price: cost for each unit of the sum of utilities, as shares of uniform LoRA's.
         uniform_lora: what uniform LoRA uses, by resource.
         measured: "kept", "kept_low" and "kept_high" where it was trained against uniform LoRA: its share of the
-            held-out loss drop, and the 95 % interval.
+            held-out loss drop, and the 95 % interval; "asked", which share was to be within it.
+        written: what is: "cheapest", "uniform-lora", or "score", the best score within the budgets.
     """
 
     minimised: Mapping[str, float]
@@ -226,6 +227,7 @@ class Saving:
     price: float
     uniform_lora: Mapping[str, float]
     measured: Mapping[str, float] | None = None
+    written: str = "cheapest"
 
 
 @dataclass(frozen=True)

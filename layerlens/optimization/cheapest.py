@@ -202,6 +202,7 @@ def saving_of(
         law=reference.power,
         price=dict(zip(problem.resources, allocation.multipliers.tolist(), strict=True))[SHORTFALL],
         uniform_lora=uniform_facts(costs, reference),
+        written="cheapest" if saves else "uniform-lora",
     )
 
 

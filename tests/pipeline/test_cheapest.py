@@ -77,6 +77,16 @@ def test_it_is_explained_and_chosen_again_from_its_statistics(run_once, tmp_path
     assert optimized.manifest.allocations == run_once.manifest.allocations
 
 
+def test_a_frontier_is_of_the_score(run_once, settings):
+    from layerlens.jobs.frontier import traced
+
+    spec, statistics = load_statistics(run_once.files["statistics"])
+    config = config_of(settings, quality_margin=0.5)
+    found = traced(spec, statistics, config, "step_ms", points=2)
+    assert found == traced(spec, statistics, config.by_score(), "step_ms", points=2)
+    assert all(row.score > 0.0 for row in found.rows)
+
+
 def test_nothing_to_save_writes_uniform_lora(run_once, tmp_path, settings):
     config = config_of(settings, quality_margin=0.0, lora_ranks=[1], minimise="trainable_params")
     manifest = optimize_statistics(run_once.files["statistics"], config, base_dir=tmp_path).manifest
