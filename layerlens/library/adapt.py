@@ -12,6 +12,8 @@ from layerlens.library.plan import Plan
 from layerlens.library.settings import METHODS
 from layerlens.library.trainers import is_trainer, refuse_trainer
 
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+"""The setting's older and newer name in transformers."""
 PEFT_FLAGS = ("is_peft_model", "_is_peft_model", "is_peft", "_is_peft")
 """Under which names trainers have kept whether their model is PEFT's."""
 
@@ -43,9 +45,16 @@ def adapt(trainer: Any, **settings: Any) -> Plan:
             f"methods: a trainer is given LoRA alone, which it can train and save, got {settings['methods']!r}; for "
             "adapters and prefixes use layerlens.plan and plan.apply(model) before the trainer is made"
         )
+    if _checkpoints(trainer.args):  # its memory and time are those of checkpointed blocks
+        settings.setdefault("gradient_checkpointing", True)
     plan = api.plan(trainer, **settings)
     if not plan.ranks:
         return plan
+    if settings.get("gradient_checkpointing") == "auto":  # the trainer would checkpoint every block
+        for name in CHECKPOINTING:
+            if getattr(trainer.args, name, False):
+                setattr(trainer.args, name, False)
+        plan.checkpoint(trainer.model)
     if hasattr(trainer.model, "transformers_model"):  # a SentenceTransformer holds its adapters itself
         inner = trainer.model.transformers_model
         trainer.model.add_adapter(plan.lora_config(inner))
@@ -120,8 +129,12 @@ def _input_gradients(trainer: Any, model: Any) -> None:
     """Blocks whose weights are frozen need inputs with gradients where they are checkpointed in the reentrant way."""
     given = vars(trainer.args)
     reentrant = (given.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", False)
-    if reentrant and any(given.get(name) for name in ("gradient_checkpointing", "activation_checkpointing")):
+    if reentrant and _checkpoints(trainer.args):
         model.enable_input_require_grads()
+
+
+def _checkpoints(args: Any) -> bool:
+    return any(getattr(args, name, False) for name in CHECKPOINTING)
 
 
 def _is_copy(reference: torch.nn.Module, model: torch.nn.Module) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ConfigurationError, ManifestError
+from layerlens.integrations.checkpointing import checkpoint_blocks
 from layerlens.integrations.peft import lora_config
 from layerlens.jobs.choose import Decision
 from layerlens.jobs.explained import ExplainedLayer, explained, solution_of
@@ -223,6 +224,20 @@ class Plan:
         """
         base = self._base(model)
         return apply(base, self.manifest, factors=self.factors, head=self.head, check_fingerprint=model is not None)
+
+    def checkpoint(self, model: torch.nn.Module | None = None) -> None:
+        """Checkpoint the activations of just the blocks that the plan names, in a model that any trainer trains.
+
+        For a model of ``get_peft_model``: a LoraConfig cannot say it, and a trainer's own ``gradient_checkpointing``
+        checkpoints every block (leave it off). ``apply`` does this by itself.
+
+        Args:
+            model: the base model, or one with adapters in it; by default the one that was planned for.
+
+        Raises:
+            ManifestError: the model has no such block; nothing is changed then.
+        """
+        checkpoint_blocks(self._base(model), self.choice.checkpointed)
 
     def save(self, directory: str | Path, model: torch.nn.Module | None = None) -> dict[str, Path]:
         """Write what ``layerlens run`` writes: manifest, adapter directory, statistics and report, all or nothing.

@@ -20,6 +20,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import layerlens
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.peft import injected_ranks
+from layerlens.integrations.transformers import blocks_to_checkpoint
 
 SETTINGS = {"max_trainable_params": "1k", "calibration_samples": 8, "threads": 1}
 TRAINERS = {
@@ -67,6 +68,25 @@ def test_adapted_trained_saved_and_loaded_by_stock_peft(name, tmp_path):
         found, wanted = again(words).logits, trainer.model.eval()(words).logits
         assert torch.equal(found, wanted)
         assert not torch.equal(wanted, before.eval()(words).logits)  # it has learned something
+
+
+def test_blocks_that_the_plan_checkpoints_are_checkpointed_in_the_trainer(tmp_path):
+    profile = {"batch_size": 64, "sequence_length": 64}  # activations beside which the tiny weights are small
+    settings = {**SETTINGS, "latency_profile": profile}
+    uses = []
+    for checkpointing in (False, True):
+        trainer = language_model(tmp_path / str(checkpointing), gradient_checkpointing=checkpointing)
+        plan = layerlens.adapt(trainer, **settings)
+        assert bool(plan.choice.checkpointed) == checkpointing
+        uses.append(next(use.total for use in plan.manifest.resources if use.resource == "vram_gb"))
+    assert uses[1] < uses[0]
+    trainer = language_model(tmp_path / "auto")
+    plan = layerlens.adapt(trainer, **settings, max_vram_gb=1.02 * uses[1], gradient_checkpointing="auto")
+    assert plan.choice.checkpointed
+    trainer.train()
+    blocks = blocks_to_checkpoint(trainer.model)
+    found = {name.removeprefix("base_model.model.") for name, block in blocks.items() if block.gradient_checkpointing}
+    assert found == set(plan.choice.checkpointed)
 
 
 def test_training_is_that_of_a_trainer_made_with_the_configuration(tmp_path):
