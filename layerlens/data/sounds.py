@@ -123,6 +123,8 @@ class StoredSound:
                 found = SoundHeader(file.frames, file.samplerate, file.channels)
         if not found.samples:
             raise DataError("is empty (it has no samples)")
+        if found.rate <= 0:
+            raise DataError(f"says that it has {found.rate} samples in a second")
         return found
 
     def read(self, rate: int, most: int | None = None) -> np.ndarray:
@@ -140,7 +142,7 @@ class StoredSound:
         own = self.header().rate
         wanted = -1 if most is None else -(-most * own // rate)
         if self.samples is not None:
-            decoded__nc = np.asarray(self.samples, np.float32).reshape(len(self.samples), -1)
+            decoded__nc = self.samples.reshape(len(self.samples), -1)
             decoded__nc = decoded__nc if wanted < 0 else decoded__nc[:wanted]
         else:
             with _opened(self) as file:
@@ -254,6 +256,8 @@ def begins_like_sound(start: bytes) -> bool:
 
 def is_sound(value: Any) -> bool:
     """Whether the cell of a table is a clip: the name of a file, encoded bytes, or samples with their rate."""
+    if hasattr(value, "get_all_samples"):
+        return True
     if isinstance(value, Mapping):
         if value.get("array") is not None and value.get("sampling_rate"):
             return True
@@ -279,11 +283,15 @@ def stored_sound(value: Any, folders: Sequence[Path], place: Path, number: int) 
         DataNotFoundError: there is no such file.
     """
     name = f"clip of sample {number}"
+    if hasattr(value, "get_all_samples"):  # a decoder of torchcodec, as datasets gives it
+        decoded = value.get_all_samples()
+        value = {"array": decoded.data.numpy(), "sampling_rate": decoded.sample_rate}
     if isinstance(value, Mapping):
         if value.get("array") is not None:
-            if not value.get("sampling_rate"):
+            samples = _as_samples(value["array"])
+            if samples is None or not value.get("sampling_rate"):
                 return None
-            return StoredSound(name, samples=np.asarray(value["array"]), rate=int(value["sampling_rate"]))
+            return StoredSound(name, samples=samples, rate=int(value["sampling_rate"]))
         if isinstance(value.get("bytes"), bytes):
             return StoredSound(value.get("path") or name, data=value["bytes"])
         value = value.get("path")
@@ -299,6 +307,29 @@ def stored_sound(value: Any, folders: Sequence[Path], place: Path, number: int) 
     if path is None:
         raise DataNotFoundError(f"has no file of sound at {paths[0]}")
     return StoredSound(value, path=path)
+
+
+def _as_samples(values: Any) -> np.ndarray | None:
+    """float32 [n] or [n, channels], from -1 to 1; None where the values are no samples.
+
+    Whole numbers are those of PCM, as wide as their type; Python's as those of 16 bits.
+
+    >>> _as_samples(np.array([[0, 16384, -32768]], np.int16)).tolist()
+    [[0.0], [0.5], [-1.0]]
+    """
+    try:
+        found = np.asarray(values)
+        if found.dtype == np.uint8:
+            found = (found.astype(np.float32) - 128.0) / 128.0
+        elif np.issubdtype(found.dtype, np.integer):
+            bits = 16 if found.dtype.itemsize == 8 else 8 * found.dtype.itemsize
+            found = found / 2.0 ** (bits - 1)
+        found = found.astype(np.float32)
+    except (TypeError, ValueError):
+        return None
+    if found.ndim == 2 and found.shape[0] < found.shape[1]:  # channels first
+        found = found.T
+    return found if found.ndim in (1, 2) else None
 
 
 def folders_beside(place: Path) -> list[Path]:

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     import torch
 
 
+OF_CHARACTERS = "Wav2Vec2CTCTokenizer"
+"""The tokenizer of transformers with a token for each character; others have rules of their own."""
+
+
 @dataclass(frozen=True)
 class CtcTargets:
     """Transcripts of a batch.
@@ -72,10 +76,11 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
     audio, blank = way_in(pretrained, TASK.name), blank_of(pretrained)
     said: dict[str, None] = {}
     texts = list(dataset.labels)
-    if hasattr(tokenizer, "word_delimiter_token"):  # a token for each character
-        vocabulary, own_case = tokenizer.get_vocab(), bool(getattr(tokenizer, "do_lower_case", False))
+    if any(kind.__name__ == OF_CHARACTERS for kind in type(tokenizer).__mro__):
+        vocabulary, own_case = set(tokenizer.get_vocab()), bool(getattr(tokenizer, "do_lower_case", False))
+        letters = {one for token in vocabulary - set(tokenizer.all_special_tokens) for one in token}
         texts = in_letters(
-            texts, lambda one: (one.upper() if own_case else one) in vocabulary, said, changes_case=not own_case
+            texts, lambda one: (one.upper() if own_case else one) in letters, said, changes_case=not own_case
         )
     tokens = [tokenizer(text)["input_ids"] for text in texts]
     _check_outputs(pretrained, tokens)

@@ -103,10 +103,15 @@ def _resize(pretrained: PretrainedModel, directory: Path) -> None:
 
 def _save_processor(pretrained: PretrainedModel, directory: Path) -> None:
     """As it is on disk: what loading adds to a tokenizer (padding by the end of text) is not saved."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-    path = pretrained.path
-    if pretrained.tokenizer is not None:
-        AutoTokenizer.from_pretrained(path, local_files_only=True).save_pretrained(directory)
-    elif (Path(path) / "preprocessor_config.json").is_file():
-        AutoImageProcessor.from_pretrained(path, local_files_only=True).save_pretrained(directory)
+    path, images = pretrained.path, pretrained.images
+    kinds: list[Any] = [AutoTokenizer] if pretrained.tokenizer is not None else []
+    if pretrained.processor is not None:
+        kinds = [AutoProcessor]
+    elif pretrained.audio is not None:
+        kinds.append(AutoFeatureExtractor)
+    elif (images is not None and images.processor is not None) or (Path(path) / "preprocessor_config.json").is_file():
+        kinds.append(AutoImageProcessor)
+    for kind in kinds:
+        kind.from_pretrained(path, local_files_only=True).save_pretrained(directory)

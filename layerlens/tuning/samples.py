@@ -148,6 +148,9 @@ def training_data(
             if len(part) else [] for part, most in ((train, limit), (test, config.training.eval_samples))
         )  # fmt: skip
         _tell(dataset, first, warn)
+        for line in notes_of(last):
+            if "left out" in line:
+                warn(f"{line} (of the test split)")
         fingerprint = _fingerprint(train, test, first, config)
         join = partial(_join, task, pretrained)
         output = partial(_output, task)

@@ -17,7 +17,7 @@ from sounds import RATE, tone, write
 from benchmarks.audio_models import AUDIO
 from layerlens.config import DataConfig, RunConfig
 from layerlens.data import load_dataset
-from layerlens.data.sounds import StoredSound, at_rate
+from layerlens.data.sounds import StoredSound, at_rate, stored_sound
 from layerlens.exceptions import DataError
 from layerlens.integrations.audio_input import audio_input
 from layerlens.integrations.pretrained import PretrainedModel
@@ -102,6 +102,17 @@ def test_a_rate_changes_the_samples_and_not_the_sound():
     several = StoredSound("pair", samples=np.stack([high, -high], 1), rate=44_100)
     assert float(np.abs(several.read(RATE)).max()) < 1e-6
     assert several.read(RATE, 100).shape == (100,)
+
+
+def test_samples_are_read_however_a_row_has_them():
+    wave = tone(300.0, 0.1)
+    pcm = np.round(wave * 32767).astype(np.int16)
+    for values in (wave, wave[None], np.stack([wave, wave]), pcm, pcm.tolist(), wave.tolist()):
+        found = stored_sound({"array": values, "sampling_rate": RATE}, [], Path("rows"), 1)
+        assert found is not None
+        np.testing.assert_allclose(found.read(RATE), wave, rtol=0, atol=2**-14)  # half a step of 16 bits, and scale
+    assert stored_sound({"array": "none", "sampling_rate": RATE}, [], Path("rows"), 1) is None
+    assert stored_sound({"array": wave, "sampling_rate": None}, [], Path("rows"), 1) is None
 
 
 def test_tables_name_files_beside_them_and_hold_bytes(folder: Path, tmp_path: Path):
