@@ -100,7 +100,7 @@ def _evaluate(job: Job) -> StudyResult:
     results = ResultsFile.open(job.output / RUNS_FILE)
     _refuse_other_study(results, config, task)
     with observed_stage("profile"), job.progress.stage("Measuring"):
-        study = Study(task, results, budgets)
+        study = Study(task, results, budgets, arms=arms)
     runs = 1 + len(budgets) * len(arms)
     with observed_stage("train"), job.progress.stage("Training", total=runs) as advance:
         study.head_alone()

@@ -15,6 +15,7 @@ from layerlens.cost import cost_table
 from layerlens.evaluation.results import ResultsFile, allocation_key
 from layerlens.evaluation.stacks import AdaLora, Arm, LayerStack
 from layerlens.evaluation.study_task import (
+    ALL_BUT_KERNEL,
     CALIBRATION_SAMPLES,
     StudyTask,
     eva_inits,
@@ -32,11 +33,13 @@ from layerlens.optimization import build_problem, solve
 from layerlens.rank_rules import params_of, rank_cost
 from layerlens.rank_rules.adalora import final_ranks, first_rank
 from layerlens.registry import RANK_RULES, UTILITY_MODELS
-from layerlens.utility import model_for, utility_table
+from layerlens.tuning.baselines.measured import FISHER
+from layerlens.utility import model_for, needed_statistics, utility_table
 
 UtilityFunction = Callable[[ModelSpec, ModelStatistics, Sequence[Option]], np.ndarray]
 WEIGHTS = {"gradient_energy": 0.5, "fisher": 0.5}
 """Of the "weighted" utility model: the configuration's default."""
+GRADIENT = "gradient"
 KINDS = {ADALORA: "adalora_schedule", EVA_INIT: "eva_init"}
 """What the runs of arms that are more than ranks are kept under; old files have an earlier rule's under "adalora"."""
 
@@ -49,6 +52,7 @@ class Study:
         results: where every run goes, and where finished ones are found again.
         budgets: name -> trainable parameters.
         models: further utility models by arm name.
+        arms: those that will be run, for which alone statistics are measured; None: any may be, so all are.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Study:
         results: ResultsFile,
         budgets: Mapping[str, int],
         models: Mapping[str, UtilityFunction] | None = None,
+        arms: Sequence[str] | None = None,
     ) -> None:
         self.task = task
         self.results = results
@@ -65,8 +70,9 @@ class Study:
         self.layers = lora_layers(task)
         self.unit = sum(rank_cost(layer) for layer in self.layers)
         calibration = torch.arange(min(CALIBRATION_SAMPLES, len(task.train)))
-        self.gradients = layer_gradients(task, task.train.batches(calibration, 16))
-        profiled = profile(task)
+        needed, of_layers = (ALL_BUT_KERNEL, True) if arms is None else needed_by(arms)
+        self.gradients = layer_gradients(task, task.train.batches(calibration, 16)) if of_layers else {}
+        profiled = profile(task, names=needed)
         self.statistics = profiled.statistics
         self.quantities = rule_quantities(self.gradients, self.statistics)
         known = results.select(kind="reference", name="frozen")
@@ -127,6 +133,24 @@ class Study:
                 {"kind": "reference", "task": self.task.name, "name": "head", "seed": seed, **asdict(run)}
                 for seed, run in zip(self.task.seeds, runs, strict=True)
             )
+
+
+def needed_by(arms: Sequence[str]) -> tuple[tuple[str, ...], bool]:
+    """The statistics that these arms read, and whether any reads gradients or inputs of layers beside them.
+
+    The gradient is always among them: a pass has to measure something.
+    """
+    needed, of_layers = {GRADIENT}, False
+    for arm in arms:
+        model = utility_arms().get(arm.removesuffix(SVD))
+        of_layers = of_layers or arm.endswith(SVD) or arm == EVA_INIT
+        if model is not None:
+            needed |= set(needed_statistics(model, WEIGHTS))
+        elif arm != ADALORA:
+            needs = RANK_RULES["eva" if arm == EVA_INIT else arm.removesuffix(SVD)].needs
+            needed |= {"fisher"} if FISHER in needs else set()
+            of_layers = of_layers or bool(set(needs) - {FISHER})
+    return tuple(sorted(needed)), of_layers
 
 
 def utilities(task: StudyTask, statistics: ModelStatistics, model: str | UtilityFunction) -> UtilityTable:
