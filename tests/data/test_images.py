@@ -250,3 +250,17 @@ def test_a_row_whose_image_cannot_be_read_is_left_out(folder: Path):
     dataset = read(folder, "d.jsonl")
     assert len(dataset) == 3
     assert "left out 1 of 4 rows: sample 4 has an image that is damaged or truncated" in dataset.notes[0]
+
+
+def test_a_class_of_one_image_stays_a_class(tmp_path: Path):
+    """A long tail: the class is named and counted, and its image is in one of the parts."""
+    for kind, count in (("cat", 6), ("dog", 6), ("rare bird é", 1)):
+        (tmp_path / kind).mkdir()
+        for number in range(count):
+            pixels = np.full((4, 4, 3), 40 * number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / kind / f"a b#{number}.PNG")
+    dataset = load_dataset(DataConfig(source=str(tmp_path)), task="image-classification")
+    assert dataset.label_names == ("cat", "dog", "rare bird é")
+    assert [dataset.labels.count(label) for label in range(3)] == [6, 6, 1]
+    train, test = dataset.split_test()
+    assert sorted(train.labels + test.labels) == sorted(dataset.labels)
