@@ -22,8 +22,12 @@ Answers = tuple[tuple[int, str], ...]
 
 def class_names(labels: Any) -> tuple[str, ...]:
     """Every name once: whole numbers first, by their size, then words by the alphabet."""
-    names = set(labels)
-    return tuple(sorted(names, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)))
+
+    def place(name: str) -> tuple[bool, int, str, str]:
+        digits = name.lstrip("0") if name.isdecimal() else ""  # compared as text: int() has a limit of digits
+        return not name.isdecimal(), len(digits), digits, name
+
+    return tuple(sorted(set(labels), key=place))
 
 
 def separator_of(values: Sequence[Any]) -> str | None:
@@ -62,7 +66,7 @@ def is_number(value: Any) -> bool:
     """Whether a value is a finite number, or text that is one."""
     try:
         return math.isfinite(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # a whole number beyond float64
         return False
 
 
@@ -81,8 +85,14 @@ def names_of(values: Sequence[Any]) -> list[str | None]:
     def name(value: Any) -> str | None:
         if value is None:
             return None
-        if isinstance(value, float) or (whole and isinstance(value, str)):
-            return str(int(float(value)))
+        if isinstance(value, float):
+            return str(int(value))
+        if whole and isinstance(value, str):  # digit by digit: numbers of 17 digits and more are no float64
+            sign, digits = (
+                ("-" if "-" in value else ""),
+                value.strip().lstrip("+-").partition(".")[0].lstrip("0") or "0",
+            )
+            return (sign if digits != "0" else "") + digits
         return str(value)
 
     return [name(value) for value in values]

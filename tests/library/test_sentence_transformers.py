@@ -99,7 +99,7 @@ def test_what_is_given_beside_it_is_refused(tmp_path):
 
     model = sentence_model(tmp_path)
     with pytest.raises(ConfigurationError, match="task: a SentenceTransformer is planned for the task sentence-emb"):
-        layerlens.plan(model, rows("pairs"), task="regression", **SETTINGS)
+        layerlens.plan(model, rows("pairs"), task="regression", **dict(SETTINGS, batch_size=32))
     with pytest.raises(ConfigurationError, match=r"loss: a SentenceTransformer takes one .* by name: embedding_loss="):
         layerlens.plan(model, rows("scored"), loss=CoSENTLoss(model), **SETTINGS)
     with pytest.raises(ConfigurationError, match=r"model\.embedding_loss: triplet needs an anchor"):
