@@ -252,6 +252,15 @@ class SavingEntry(_Part):
     written: Literal["cheapest", "uniform-lora", "score"] = Field(description="Which choice is written.")
 
 
+class RankEntry(_Part):
+    """The choice beside LoRA of rank 32 on every layer."""
+
+    share: Number = Field(description="Of the gain that such a choice would have.")
+    trainable_params: Number = Field(gt=0, description="Of such a choice.")
+    low: Number | None = Field(default=None, description="Lower end of the share's 95 % interval.")
+    high: Number | None = Field(default=None, description="Upper end of it.")
+
+
 class PredictedEntry(_OpenPart):
     """The predicted gain of the choice."""
 
@@ -265,7 +274,7 @@ class PredictedEntry(_OpenPart):
         description="What uniform LoRA of as many parameters would use, by resource, where a step is recorded.",
     )
     cheapest: SavingEntry | None = Field(default=None, description="What was saved, with `objective: cheapest`.")
-    rank_32: dict[str, Number] | None = Field(
+    rank_32: RankEntry | None = Field(
         default=None,
         description="`share` of the gain of LoRA of rank 32 on every layer that the choice has, `trainable_params` of "
         "that, and `low` and `high`: the 95 % interval of the share where proxies were trained.",

@@ -212,7 +212,7 @@ def _against(manifest: Manifest, other: Mapping[str, float]) -> str:
     for resource, what, base in (
         ("step_ms", "time a step", 0.0), ("vram_gb", "memory beyond the frozen model", uses["vram_gb"].base),
     ):  # fmt: skip
-        own, uniform = uses[resource].total - base, other[resource] - base
+        own, uniform = uses[resource].total - base, other.get(resource, 0.0) - base
         if uniform > 0.0:
             share = 1.0 - own / uniform
             parts.append(f"{percent(abs(share), digits=0)} {'less' if share >= 0.0 else 'more'} {what}")
@@ -232,7 +232,7 @@ def score_in_words(manifest: Manifest) -> str:
     if not found:
         return ""
     interval = ""
-    if "low" in found:
+    if found.get("low") is not None and found.get("high") is not None:
         interval = f" (95 %: {percent(found['low'], digits=0)} to {percent(found['high'], digits=0)})"
     size = percent(manifest.trainable_params / found["trainable_params"], digits=1)
     share = percent(found["share"], digits=0)
