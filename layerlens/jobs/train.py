@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -43,7 +42,7 @@ from layerlens.tuning import apply, load, read_factors, save
 from layerlens.tuning.base_model import base_reference, load_base
 from layerlens.tuning.baselines import Finished, Prepared
 from layerlens.tuning.card import is_own_card, tuned_card
-from layerlens.tuning.checkpoints import last_checkpoint
+from layerlens.tuning.checkpoints import last_checkpoint, remove_checkpoints
 from layerlens.tuning.directory import ADAPTER_CONFIG, CARD
 from layerlens.tuning.export import PEFT_DIRECTORY
 from layerlens.tuning.fine_tune import TrainingResult
@@ -266,7 +265,7 @@ def _train(job: Job, order: Order, manifest: Manifest, created_at: str) -> Train
         files = {name: job.output / file.relative_to(staging) for name, file in files.items()}
     refresh_run_report(facts, job.output, order.path, params, job.warnings.add)
     if not order.keep_checkpoints:
-        shutil.rmtree(job.output / CHECKPOINTS, ignore_errors=True)
+        remove_checkpoints(job.output / CHECKPOINTS)
     return TrainedModel(
         job.output, files, before, result.metrics, inference_ms, result, tuple(job.warnings.lines),
         baseline=facts.get("baseline", {}), manifest=manifest if order.baseline is None else None,

@@ -86,11 +86,22 @@ def finish_checkpoint(path: Path, progress: Mapping[str, Any], keep: Collection[
     atomic_write_text(path / PROGRESS_FILE, json.dumps(progress))
     for other in path.parent.glob(f"{_PREFIX}*"):
         if other != path:
-            (other / PROGRESS_FILE).unlink(missing_ok=True)  # first: what is half removed is no checkpoint
-            shutil.rmtree(other, ignore_errors=True)
+            _remove(other)
     for best in path.parent.glob("best-*.safetensors"):
         if best.name not in keep:
             best.unlink()
+
+
+def remove_checkpoints(directory: Path) -> None:
+    """Remove the directory with all checkpoints in it; a run that is killed meanwhile leaves none to go on from."""
+    for checkpoint in directory.glob(f"{_PREFIX}*"):
+        _remove(checkpoint)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / PROGRESS_FILE).unlink(missing_ok=True)  # first: what is half removed is no checkpoint
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:

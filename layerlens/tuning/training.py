@@ -6,7 +6,6 @@ meta-learned selection variables) it does in a ``TrainingHook``.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from layerlens.config import TrainingConfig
 from layerlens.exceptions import TrainingError
 from layerlens.tasks import task_metrics
-from layerlens.tuning.checkpoints import check_job, last_checkpoint
+from layerlens.tuning.checkpoints import check_job, last_checkpoint, remove_checkpoints
 from layerlens.tuning.fine_tune import FineTune, Loss, TrainingHook, TrainingResult, processes
 from layerlens.tuning.samples import TrainingData
 from layerlens.utils.atomic import check_writable
@@ -87,7 +86,7 @@ def fine_tune(
     if main:
         check_writable(checkpoints)
         if restart:
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            remove_checkpoints(checkpoints)
         checkpoints.mkdir(parents=True, exist_ok=True)
         check_job(checkpoints, job)
     return run(
