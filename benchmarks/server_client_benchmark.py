@@ -77,7 +77,7 @@ def main() -> None:
 
 def compare(port: int, model: str, rounds: int) -> dict[str, float]:
     """Medians of both, and the median of the paired ratios."""
-    messages, _ = example(np.random.default_rng(3))
+    messages, _ = example(np.random.default_rng(3), 3)
     ours, theirs = [], []
     with closing(ServerModel(f"http://127.0.0.1:{port}", model=model, retries=20)) as llm:
         llm.generate(messages, 64)  # waits for the server, loads the model

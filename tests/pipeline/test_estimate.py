@@ -79,7 +79,8 @@ def test_another_batch_is_what_optimize_would_say(manifest, without_weights, sav
         assert use.total == pytest.approx(totals[use.resource], rel=1e-14)
     longer = estimate_manifest(manifest, model=without_weights, batch=Batch(5, 32))
     of_a_sample = 2 * 32 * 32 + 2 * 32 * 2  # the pooler and the classifier, whatever the length
-    assert longer.base_flops == 2 * found.base_flops - 5 * of_a_sample
+    of_attention = 2 * 4 * 16 * 16 * 32  # two blocks, two products: four times as many for twice the length
+    assert longer.base_flops == 2 * found.base_flops - 5 * of_a_sample + 5 * 2 * of_attention
     assert "full sequences of 32 tokens" in longer.notes[0]
 
 

@@ -111,8 +111,8 @@ def test_a_listener_misses_nothing_that_comes_while_it_looks(tmp_path: Path, mon
         def late(self: JobStore, job_id: str) -> Job | None:
             found = real(self, job_id)
             if found is not None and not found.final:
+                before = watch.news  # before the event, which may replace it at once
                 store.finish(job_id, FAILED)
-                before = watch.news
                 while watch.news is before:
                     time.sleep(0.001)
             return found

@@ -16,7 +16,6 @@ import torch
 from datasets import Dataset as Rows
 from language_support import language_model, tokenizer
 from peft import PeftModel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
@@ -24,6 +23,7 @@ from layerlens.config import LatencyProfile, OptimizationConfig
 from layerlens.cost import cost_table
 from layerlens.cost.measure import peak_bytes
 from layerlens.cost.trace import trace_step
+from layerlens.integrations.flops import plain_counter
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import without_cache
@@ -60,7 +60,7 @@ class Measured:
             if before is not None:
                 before(trainer.model)
             done: list[Any] = []
-            with FlopCounterMode(display=False) as counter:
+            with plain_counter() as counter:
                 self.peak = peak_bytes(lambda: done.append(step(*args, **kwargs)))
             self.flops = counter.get_total_flops()
             return done[0]

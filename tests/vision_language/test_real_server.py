@@ -73,7 +73,7 @@ def test_token_times_agree_with_an_independent_client(server: tuple[str, subproc
     median leaves out answers at whose first or last token one of the clients had to wait for a core.
     """
     proxy = WatchingProxy(server[0])
-    messages, _ = example(np.random.default_rng(3))
+    messages, _ = example(np.random.default_rng(3), 3)
     with serving(proxy) as url, closing(ServerModel(url, model=str(language_model_dir), timeout_s=60)) as llm:
         made = [llm.generate(messages, 48) for _ in range(9)][1:]  # the first loads the model
     seen = proxy.answers[1:]
