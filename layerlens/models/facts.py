@@ -108,6 +108,16 @@ class ModelFacts(Section):
             raise ManifestError(f"model.head_modules: must be a list of module names, got {self.head_modules!r}")
         if self.tokens is not None:
             TokenTraining.of(self.tokens)
+        if self.parameters is not None:
+            given = self.parameters if isinstance(self.parameters, Mapping) else {}
+            by_reason = given.get("left_out")
+            counts = [given.get("offered"), given.get("head")]
+            counts += by_reason.values() if isinstance(by_reason, Mapping) else [None]
+            if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in counts):
+                raise ManifestError(
+                    "model.parameters: must have whole numbers offered and head, and left_out with one for each "
+                    f"reason, got {str(self.parameters)[:80]}"
+                )
 
     @property
     def token_training(self) -> TokenTraining | None:

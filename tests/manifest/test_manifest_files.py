@@ -287,6 +287,13 @@ def test_the_schema_speaks_of_the_same_nouns():
         assert [field.name for field in dataclasses.fields(noun)] == list(entry.model_fields)
 
 
+@pytest.mark.parametrize("counts", [{"offered": "3", "head": 0, "left_out": {}}, {"offered": 3, "head": 0}, {}])
+def test_sums_of_parameters_are_whole_numbers(counts):
+    with pytest.raises(ManifestError, match=r"model\.parameters: must have whole numbers"):
+        ModelFacts(parameters=counts)
+    assert ModelFacts(parameters={"offered": 3, "head": 0, "left_out": {"a norm": 4}}).parameters is not None
+
+
 def test_the_published_schema_is_current():
     assert json.loads(SCHEMA.read_text()) == manifest_schema()
 
