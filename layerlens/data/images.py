@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from layerlens.data.class_folders import FileKind, class_folders, some
 from layerlens.data.pixels import Header, from_array, in_mode, looks_like_image, read_header, read_pixels
 from layerlens.data.rows import Reading
+from layerlens.data.stored import StoredFile
 from layerlens.exceptions import DataError, DataNotFoundError
 from layerlens.utils.places import check_readable
 
@@ -21,43 +21,21 @@ WHOLE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
-class StoredImage:
+class StoredImage(StoredFile):
     """An encoded image in a file or in memory, or pixels.
 
     Args:
-        name: what messages call it, and what splits tell it apart by.
-        path: the file, if there is one.
-        data: the encoded bytes, if there is no file.
+        name, path, data: see ``StoredFile``.
         pixels: an array that ``data.pixels.from_array`` takes, if it is not encoded.
         max_pixels: larger images are refused before anything is decoded.
     """
 
-    name: str
-    path: Path | None = None
-    data: bytes | None = field(default=None, repr=False)
     pixels: np.ndarray | None = field(default=None, repr=False)
     max_pixels: int = 2**26
 
-    @property
-    def identity(self) -> str:
-        """The name of a file, the content of anything else."""
-        return self.name if self.path is not None else hashlib.sha256(self.content()).hexdigest()
-
-    def content(self) -> bytes:
-        """The encoded bytes, or the pixels and their shape.
-
-        Raises:
-            DataError: the file cannot be read.
-        """
-        if self.pixels is not None:
-            return f"{self.pixels.shape}".encode() + self.pixels.tobytes()
-        if self.data is not None:
-            return self.data
-        assert self.path is not None
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise DataError(f"data.source: cannot read {self.name}: {error.strerror or error}") from error
+    def decoded(self) -> bytes | None:
+        """The pixels and their shape."""
+        return None if self.pixels is None else f"{self.pixels.shape}".encode() + self.pixels.tobytes()
 
     def open(self, mode: str) -> Any:
         """The decoded image in PIL's ``mode`` ("RGB", "L", "RGBA"), upright and 8 bits deep; see ``data.pixels``.

@@ -8,7 +8,6 @@ What cannot be read is said as the end of a sentence that begins with the clip's
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import math
 from collections import Counter
@@ -21,6 +20,7 @@ import numpy as np
 
 from layerlens.data.class_folders import FileKind, class_folders, some
 from layerlens.data.rows import Reading
+from layerlens.data.stored import StoredFile
 from layerlens.exceptions import DataError, DataNotFoundError
 from layerlens.utils.places import check_readable
 
@@ -65,43 +65,21 @@ class SoundHeader:
 
 
 @dataclass(frozen=True)
-class StoredSound:
+class StoredSound(StoredFile):
     """An encoded clip in a file or in memory, or its samples.
 
     Args:
-        name: what messages call it, and what splits tell it apart by.
-        path: the file, if there is one.
-        data: the encoded bytes, if there is no file.
+        name, path, data: see ``StoredFile``.
         samples: float [n] or [n, channels], if it is not encoded.
         rate: of ``samples``.
     """
 
-    name: str
-    path: Path | None = None
-    data: bytes | None = field(default=None, repr=False)
     samples: np.ndarray | None = field(default=None, repr=False)
     rate: int = 0
 
-    @property
-    def identity(self) -> str:
-        """The name of a file, the content of anything else."""
-        return self.name if self.path is not None else hashlib.sha256(self.content()).hexdigest()
-
-    def content(self) -> bytes:
-        """The encoded bytes, or the samples with their shape and rate.
-
-        Raises:
-            DataError: the file cannot be read.
-        """
-        if self.samples is not None:
-            return f"{self.samples.shape}{self.rate}".encode() + self.samples.tobytes()
-        if self.data is not None:
-            return self.data
-        assert self.path is not None
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise DataError(f"data.source: cannot read {self.name}: {error.strerror or error}") from error
+    def decoded(self) -> bytes | None:
+        """The samples, with their shape and rate."""
+        return None if self.samples is None else f"{self.samples.shape}{self.rate}".encode() + self.samples.tobytes()
 
     @property
     def n_bytes(self) -> int:

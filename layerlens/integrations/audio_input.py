@@ -17,6 +17,7 @@ import numpy as np
 
 from layerlens.exceptions import ModelNotFoundError
 from layerlens.integrations.arguments import untaken
+from layerlens.integrations.auto_classes import preprocessor
 from layerlens.integrations.torch_modules import precision_of
 
 if TYPE_CHECKING:
@@ -98,15 +99,7 @@ def load_audio_input(path: str, told: Mapping[str, Any]) -> AudioInput:
     Raises:
         ModelNotFoundError: it has no feature extractor.
     """
-    from transformers import AutoFeatureExtractor
-
-    try:
-        found = AutoFeatureExtractor.from_pretrained(path, **told)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelNotFoundError(
-            f"model.name_or_path: {path} has no usable feature extractor ({str(error).strip().splitlines()[0]}); save "
-            "the one of the model beside its weights (preprocessor_config.json)"
-        ) from error
+    found = preprocessor("AutoFeatureExtractor", "feature extractor", path, told)
     if extractor_in(found) is None:
         raise ModelNotFoundError(
             f"model.name_or_path: the feature extractor of {path} ({type(found).__name__}) is none of sound: it has no "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from layerlens.exceptions import ModelNotFoundError
 
 TEXT, BASE = "AutoModelForCausalLM", "AutoModel"
 TOWERS = {
@@ -35,6 +37,29 @@ def auto_class_for(auto_class: str, model_type: str, architectures: Sequence[str
     return next(
         (name for name, known in tables.items() if saved & known), next((x for x in tables if tables[x]), auto_class)
     )
+
+
+def preprocessor(auto_class: str, what: str, path: str, told: Mapping[str, Any]) -> Any:
+    """What makes a checkpoint's inputs of images or sound, loaded by transformers' class of that name.
+
+    Args:
+        auto_class: "AutoImageProcessor" or "AutoFeatureExtractor".
+        what: it is, as messages call it.
+        path: of the checkpoint.
+        told: further arguments of ``from_pretrained``.
+
+    Raises:
+        ModelNotFoundError: the checkpoint has none that can be used.
+    """
+    import transformers
+
+    try:
+        return getattr(transformers, auto_class).from_pretrained(path, **told)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelNotFoundError(
+            f"model.name_or_path: {path} has no usable {what} ({str(error).strip().splitlines()[0]}); save the one of "
+            "the model beside its weights (preprocessor_config.json)"
+        ) from error
 
 
 def model_class(auto_class: str, config: Any) -> Any:

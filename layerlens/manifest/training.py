@@ -42,7 +42,9 @@ def training_page(trained: Sequence[Facts], report: str | None, *, timed: bool =
         section = rendered("training.html.j2", training=values)
         parts = {"link": '<li><a href="#training">Training</a></li>', "section": f"\n{section}"}
         for name, place in _PLACES.items():
-            report = place.sub(lambda found, name=name: found[1] + parts[name] + found[2], report)  # type: ignore[misc]
+            found = place.search(report)
+            assert found is not None
+            report = report[: found.start()] + found[1] + parts[name] + found[2] + report[found.end() :]
         return report
     model = (trained[0].get("model") or {}).get("name_or_path") or "a model that is not named"
     style = {"methods": METHODS.values(), "heat": {"methods": []}}

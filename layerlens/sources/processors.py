@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerlens.exceptions import ModelNotFoundError
 from layerlens.integrations.audio_input import AudioInput, load_audio_input
-from layerlens.integrations.auto_classes import has_towers
+from layerlens.integrations.auto_classes import has_towers, preprocessor
 from layerlens.integrations.pretrained import ImageInput, mode_for, tokenizer_of
 from layerlens.sources.source import LoadRequest
 
@@ -88,15 +87,7 @@ def image_processor(path: str, config: Any, told: dict[str, Any]) -> ImageInput:
     Raises:
         ModelNotFoundError: it has no image processor.
     """
-    from transformers import AutoImageProcessor
-
-    try:
-        processor = AutoImageProcessor.from_pretrained(path, **told)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelNotFoundError(
-            f"model.name_or_path: {path} has no usable image processor ({str(error).strip().splitlines()[0]}); save "
-            "the one of the model beside its weights (preprocessor_config.json)"
-        ) from error
+    processor = preprocessor("AutoImageProcessor", "image processor", path, told)
 
     def transform(images: Sequence[Any]) -> Any:
         return processor(list(images), return_tensors="pt")["pixel_values"]

@@ -70,7 +70,8 @@ def test_interrupts_pass_through(terminal: bool) -> None:
         drawn(terminal, fail=True)
 
 
-def test_silent() -> None:
+def test_silent(capfd: pytest.CaptureFixture[str]) -> None:
     with silent.stage("Measuring gradients", total=2) as advance:
         advance()
         advance(1)
+    assert capfd.readouterr() == ("", "")

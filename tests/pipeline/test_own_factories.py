@@ -91,9 +91,7 @@ def config_of(factory: str) -> RunConfig:
     return RunConfig.model_validate(settings)
 
 
-def test_a_transform_of_one_image_a_tuple_and_complex_weights(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("layerlens.jobs.train.TIMING_SECONDS", 0.005)
-    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
+def test_a_transform_of_one_image_a_tuple_and_complex_weights(folder: Path):
     loaded = load_pretrained(f"factory:{MODULE}:build", "image-classification", "abc", base_dir=folder)
     spectrum = loaded.model.spectrum
     assert spectrum.is_complex()  # `.to(torch.float32)` would have taken its imaginary part away

@@ -31,12 +31,6 @@ TASK = TASKS["audio-classification"]
 OPTIMIZATION = {"max_trainable_params": 600, "methods": ["lora"], "latency_profile": {"batch_size": 2}}
 
 
-@pytest.fixture(autouse=True)
-def _short_timings(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("layerlens.jobs.train.TIMING_SECONDS", 0.005)
-    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What users have: several rates, channels and formats, and files that cannot be read."""

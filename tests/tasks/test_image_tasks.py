@@ -20,12 +20,6 @@ from layerlens.registry import TASKS
 OPTIMIZATION = {"max_trainable_params": 600, "methods": ["lora"], "latency_profile": {"batch_size": 2}}
 
 
-@pytest.fixture(autouse=True)
-def _short_timings(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("layerlens.jobs.train.TIMING_SECONDS", 0.005)
-    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
-
-
 def trained(settings: dict[str, Any], folder: Path, again: bool = False) -> tuple[Any, Any]:
     """(result of the run, result of training); with ``again`` the run is made a second time, from the cache."""
     config = RunConfig.model_validate(settings | {"runtime": {"threads": 1, "cache_dir": "cache"}})

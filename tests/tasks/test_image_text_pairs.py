@@ -40,12 +40,6 @@ COLOURS = {"red": (220, 40, 40), "blue": (40, 40, 220), "green": (40, 180, 40)}
 KINDS = ("CLIP", "Siglip", "AltCLIP", "ChineseCLIP", "MetaClip2", "Align")
 
 
-@pytest.fixture(autouse=True)
-def _short_timings(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("layerlens.jobs.train.TIMING_SECONDS", 0.005)
-    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
-
-
 def model_of(kind: str) -> Any:
     torch.manual_seed(0)
     vision: dict[str, Any] = VISION

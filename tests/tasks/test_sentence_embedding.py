@@ -116,14 +116,10 @@ def test_embeddings_and_losses_are_those_of_the_library(
         assert torch.allclose(task.loss(pretrained.model(**one.inputs), one)[0], ours[3], atol=1e-5)
 
 
-def test_the_whole_job_loads_in_sentence_transformers_and_goes_on_in_its_trainer(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_whole_job_loads_in_sentence_transformers_and_goes_on_in_its_trainer(directory: Path, tmp_path: Path):
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments, losses
 
-    monkeypatch.setattr("layerlens.jobs.train.TIMING_SECONDS", 0.005)
-    monkeypatch.setattr("layerlens.jobs.checks.TIMING_SECONDS", 0.005)
     source = rows(tmp_path, "pairs")
     config = RunConfig.model_validate(settings_of(directory, source))
     done = run_config(config, base_dir=tmp_path)
