@@ -318,11 +318,22 @@ def _summary(task: Task, pretrained: PretrainedModel, dataset: Dataset, config: 
 def _prepared(job: Job, order: Order, manifest: Manifest, pretrained: PretrainedModel, data: TrainingData) -> Prepared:
     """The base model with the manifest's options in it, or with the baseline's."""
     try:
+        wanted = job.config.training.gradient_checkpointing
+        if order.baseline is not None and wanted == "auto":
+            job.warnings.add(
+                "training.gradient_checkpointing: auto is of the manifest's choice; this baseline trains without "
+                "checkpoints (true: in every block)"
+            )
+        elif manifest.checkpointed and wanted is False:
+            job.warnings.add(
+                f"training.gradient_checkpointing: false, so the {len(manifest.checkpointed)} blocks that the manifest "
+                "counts as checkpointed keep their activations, and training needs more memory than it says"
+            )
         if order.baseline is not None:
             training, seed = job.config.training, job.config.runtime.seed
             seed = seed if training.seed is None else training.seed
             return prepare_baseline(order.baseline, pretrained, manifest, data, job.config, seed)
-        checkpointed = manifest.checkpointed if job.config.training.gradient_checkpointing == "auto" else ()
+        checkpointed = manifest.checkpointed if wanted == "auto" else ()
         if order.start is not None:
             started = _started(order.start, pretrained, manifest)
             if checkpointed:

@@ -237,7 +237,7 @@ class Plan:
         Raises:
             ManifestError: the model has no such block; nothing is changed then.
         """
-        checkpoint_blocks(self._base(model), self.choice.checkpointed)
+        checkpoint_blocks(transformer_in(model) if model is not None else self._base(None), self.choice.checkpointed)
 
     def save(self, directory: str | Path, model: torch.nn.Module | None = None) -> dict[str, Path]:
         """Write what ``layerlens run`` writes: manifest, adapter directory, statistics and report, all or nothing.

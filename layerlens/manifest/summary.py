@@ -176,15 +176,18 @@ def checkpointed(manifest: Manifest) -> str:
 
     >>> from layerlens.models import ModelFacts
     >>> found = Manifest(ModelFacts(), (), (), 0.0, 0.0, 0.0, "optimal", "", "", "", checkpointed=("h.0", "h.1", "h.2"))
-    >>> checkpointed(found)
-    'Activations of 3 blocks (h.0 to h.2) are checkpointed: computed again in the backward pass, to save memory.'
+    >>> checkpointed(found).partition(":")[0]
+    'Activations of 3 blocks (h.0 to h.2) are checkpointed, to save memory'
     """
     names = manifest.checkpointed
     if not names:
         return ""
     which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
     blocks = "1 block" if len(names) == 1 else f"{len(names)} blocks"
-    return f"Activations of {blocks} ({which}) are checkpointed: computed again in the backward pass, to save memory."
+    return (
+        f"Activations of {blocks} ({which}) are checkpointed, to save memory: `layerlens train` does so; for other "
+        "trainers call layerlens.load(DIRECTORY).checkpoint(model)."
+    )
 
 
 def worth(manifest: Manifest) -> str:

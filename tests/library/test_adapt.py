@@ -87,6 +87,10 @@ def test_blocks_that_the_plan_checkpoints_are_checkpointed_in_the_trainer(tmp_pa
     blocks = blocks_to_checkpoint(trainer.model)
     found = {name.removeprefix("base_model.model.") for name, block in blocks.items() if block.gradient_checkpointing}
     assert found == set(plan.choice.checkpointed)
+    other = peft.get_peft_model(causal_model(), plan.lora_config(causal_model()))
+    plan.checkpoint(other)
+    flags = {name for name, block in blocks_to_checkpoint(other).items() if block.gradient_checkpointing}
+    assert {name.removeprefix("base_model.model.") for name in flags} == found
 
 
 def test_training_is_that_of_a_trainer_made_with_the_configuration(tmp_path):

@@ -92,6 +92,8 @@ def test_training_checkpoints_what_was_chosen_and_the_manifest_keeps_it(settings
         done = CliRunner().invoke(app, [*command, "--set", f"training.gradient_checkpointing={checkpointing}"])
         assert done.exit_code == 0, done.stderr
         losses.append(json.loads((tmp_path / checkpointing / "metrics.json").read_text())["after"]["loss"])
+        told = " ".join(done.stderr.split())
+        assert ("keep their activations" in told) == (checkpointing == "false")
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
