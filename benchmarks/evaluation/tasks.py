@@ -232,7 +232,7 @@ def _language_task(name: str, texts: list[str]) -> StudyTask:
         ids, labels = masked(ids, torch.Generator().manual_seed(0))
     train, _, test, rest = _parts(torch.arange(len(ids)), (N_TRAIN, 48, N_LANGUAGE_TEST, len(ids)))
     # Validation windows from all over the remaining texts: 48 neighbouring ones were two or three pieces of text, and
-    # chose rates that cost 0.15 of test loss (docs/decisions.md).
+    # chose rates that cost 0.15 of test loss (docs/decisions/utility.md).
     parts = [train, rest[:: len(rest) // N_LANGUAGE_VALIDATION][:N_LANGUAGE_VALIDATION], test]
     samples = [Samples({"input_ids": ids[part]}, labels[part]) for part in parts]
     spec: ModelSpec = model_spec(

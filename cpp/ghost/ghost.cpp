@@ -263,7 +263,7 @@ void gram_matrix(Isa isa, const SequenceView& h, const SequenceView& d, double* 
 }  // namespace
 
 GhostForm cheaper_ghost_form(ptrdiff_t tokens, ptrdiff_t d_in, ptrdiff_t d_out) noexcept {
-  // Multiply-adds; 1.15 is what a dot product costs more than its share of an outer product (docs/decisions.md).
+  // Multiply-adds; 1.15 is what a dot product costs more than its share of an outer product (docs/decisions/kernels.md).
   const double gram = 0.5 * static_cast<double>(tokens + 1) * static_cast<double>(d_in + d_out) * 1.15;
   return gram < static_cast<double>(d_in) * static_cast<double>(d_out) ? GhostForm::gram : GhostForm::direct;
 }

@@ -1,7 +1,7 @@
 """The proxy check with the margin turned round: the cheapest choice that training shows to be within it.
 
 Uniform LoRA and the cheapest choices of several predicted shares are trained on the same batches, for at least half of
-the fine-tune's steps: shorter trainings mislead about depth (docs/decisions.md, Utility). The prediction says which
+the fine-tune's steps: shorter trainings mislead about depth (docs/decisions/utility.md). The prediction says which
 choices are tried, and the held-out losses say which one is written.
 """
 

@@ -30,7 +30,7 @@ from layerlens.utils.user_code import REFERENCE, load_function
 CALIBRATION_SAMPLES, FEWEST_CALIBRATION_SAMPLES = 256, 16
 TRAINED_FOR_EACH_MEASURED = 50
 """A measured sample costs about as much as a trained one, and what does not depend on samples as much again: together
-less than 5 % of the fine-tune (docs/decisions.md, Utility)."""
+less than 5 % of the fine-tune (docs/decisions/utility.md)."""
 MIN_HELD_OUT = 8
 """Samples that a mean with a standard error can be trusted from."""
 

@@ -31,7 +31,7 @@ CHOICE = "choice"
 """Name of the solver's own choice among the candidates."""
 MARGIN = 0.02
 """By this share of its loss drop another allocation has to be better than uniform LoRA: variants of LoRA lie within
-1-2 % of it once learning rates are tuned (docs/decisions.md, Utility), and below that it is as good a choice.
+1-2 % of it once learning rates are tuned (docs/decisions/utility.md), and below that it is as good a choice.
 """
 
 

@@ -18,7 +18,7 @@ class Auto(UtilityModel):
     """``tempered_energy`` (parameters go to few, mostly narrow layers) for budgets below rank 2 on every layer.
 
     ``tempered_log`` (ranks become alike) for larger budgets, and where parameters are not limited at all. Which law is
-    right where was measured at one and four ranks for each layer (docs/decisions.md, Utility).
+    right where was measured at one and four ranks for each layer (docs/decisions/utility.md).
     """
 
     def for_budget(self, spec: ModelSpec, max_trainable_params: float | None) -> UtilityModel:

@@ -16,7 +16,7 @@ def signal(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Optio
     """√(max(0, ‖M‖² − noise) · scale) · √rank: the gradient energy that is not sampling noise.
 
     Subtracting the noise is what makes the score predict measured gains (Spearman 0.77-0.86, against 0.4-0.5 without),
-    and √rank is what makes the allocation good (docs/decisions.md, Utility).
+    and √rank is what makes the allocation good (docs/decisions/utility.md).
     """
     return root_law(spec, statistics, options, "signal")
 
@@ -30,7 +30,7 @@ def energy(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Optio
     """‖M‖² · scale · √rank: the plain gradient energy itself.
 
     It is for whole sets of layers, whose gains are far from additive: of a set with the share s of what all layers add
-    up to, √s of their gain is expected (docs/decisions.md, Utility).
+    up to, √s of their gain is expected (docs/decisions/utility.md).
     """
     rank = np.array([option.rank for option in options], dtype=np.float64)
     return np.square(root_law(spec, statistics, options, "energy")) / np.sqrt(np.maximum(rank, 1.0))

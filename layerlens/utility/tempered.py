@@ -15,8 +15,8 @@ def tempered(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Opt
     """(max(0, ‖M‖² − noise) · scale)^¼ · √rank: the geometric mean of ``signal`` and of even spreading (``uniform``).
 
     With √rank, the optimum under one budget has rank ∝ (score / cost)² in each layer: ``signal`` gives rank in
-    proportion to the energy itself, which spans decades over layers, and ``tempered`` to its root (docs/decisions.md,
-    Utility, has what the evaluation says of both).
+    proportion to the energy itself, which spans decades over layers, and ``tempered`` to its root (docs/decisions/utility.md
+    has the measurements of both).
     """
     return np.sqrt(root_law(spec, statistics, options, "signal") * uniform(spec, statistics, options))
 
@@ -36,7 +36,7 @@ def tempered_log(spec: ModelSpec, statistics: ModelStatistics, options: Sequence
     Under one budget of parameters the best ranks are rank + 1 ∝ (‖M‖² · scale)^¼, whatever the layers' sizes: little
     goes to the few layers with the largest gradients, and the more there is the more alike the ranks become. The laws
     with √rank and without the size give wide layers rank ∝ 1/size² instead, and were worse than uniform LoRA where
-    there was room for rank 4 everywhere (docs/decisions.md, Utility). Why size: Adam moves every parameter alike, so a
+    there was room for rank 4 everywhere (docs/decisions/utility.md). Why size: Adam moves every parameter alike, so a
     rank of a larger layer moves the loss by more.
     """
     layers = {layer.name: layer for layer in spec.layers}

@@ -20,7 +20,7 @@ def add_gram(total__gkk: torch.Tensor, rows__gnk: torch.Tensor) -> None:
     """Add Σ z zᵀ over the rows of each g in place, with half the multiplications of a product: only one triangle.
 
     On the CPU one rank-k update (BLAS syrk) adds a batch in place, 2.1 times as fast as the matrix product for 3072
-    features (docs/decisions.md). Half precision is summed in float32.
+    features (docs/decisions/statistics.md). Half precision is summed in float32.
     """
     rows = rows__gnk.to(total__gkk.dtype)
     if len(rows) > 1 or not uses_kernels(rows):
