@@ -15,8 +15,8 @@ def tempered(spec: ModelSpec, statistics: ModelStatistics, options: Sequence[Opt
     """(max(0, ‖M‖² − noise) · scale)^¼ · √rank: the geometric mean of ``signal`` and of even spreading (``uniform``).
 
     With √rank, the optimum under one budget has rank ∝ (score / cost)² in each layer: ``signal`` gives rank in
-    proportion to the energy itself, which spans decades over layers, and ``tempered`` to its root (docs/decisions/utility.md
-    has the measurements of both).
+    proportion to the energy itself, which spans decades over layers, and ``tempered`` to its root
+    (docs/decisions/utility.md has the measurements of both).
     """
     return np.sqrt(root_law(spec, statistics, options, "signal") * uniform(spec, statistics, options))
 
