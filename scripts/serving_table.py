@@ -53,7 +53,9 @@ def main() -> None:
             result = export(original, "--serve", name, "-o", out)
             assert result.exit_code == 0, result.output
         served = by_engines(base, original, exports, Path(work), given.engines.resolve()) if given.engines else {}
-        columns = ("engine", "loads", "change of a logit, exported", "the original in its place", "the engine itself")
+        columns = (
+            "engine", "loading code", "difference of a logit, exported", "difference, unconverted", "the engine itself"
+        )  # fmt: skip
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for name, out in exports.items():
             engine = ENGINES[name]
