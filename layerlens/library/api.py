@@ -19,9 +19,10 @@ from layerlens.jobs.measure import Measured, fit_new_head, measure
 from layerlens.jobs.recorded import manifest_at
 from layerlens.jobs.result import STATISTICS_FILE
 from layerlens.jobs.solve import make_manifest, run_provenance
+from layerlens.library.objects import Objects
 from layerlens.library.plan import Plan, weak
 from layerlens.library.profile import Profile
-from layerlens.library.session import Objects, opened
+from layerlens.library.session import opened
 from layerlens.library.settings import with_settings
 from layerlens.manifest import read_manifest
 from layerlens.tuning.initialization import beginnings_unmeasured, measured_factors, read_factors

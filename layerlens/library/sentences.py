@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.sentence_models import LIBRARY, LOSSES, sentence_model_of
-
-if TYPE_CHECKING:
-    from layerlens.library.session import Objects
+from layerlens.library.objects import Objects
 
 TASK = "sentence-embedding"
 COLUMNS, SCORED = ("anchor", "positive", "negative"), ("sentence1", "sentence2")

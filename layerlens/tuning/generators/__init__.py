@@ -3,9 +3,9 @@
 While it trains, the generator's parameters train instead of A and B; what is saved afterwards is ordinary LoRA.
 """
 
+from layerlens.tuning.generators.generated_layer import GeneratedLayer
 from layerlens.tuning.generators.generator import (
     GROUP,
-    GeneratedLayer,
     attach_generator,
     finish_generator,
     known_generators,

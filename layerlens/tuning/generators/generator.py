@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import base_of
 from layerlens.methods import drop_hooks
 from layerlens.registry import nearest_name
+from layerlens.tuning.generators.generated_layer import GeneratedLayer
 
 if TYPE_CHECKING:
     import torch
@@ -30,16 +30,6 @@ if TYPE_CHECKING:
 GROUP = "layerlens.generators"
 BUILT_IN = "hyperlora"
 CHILD, TASK = "layerlens_generator", "_layerlens_task"
-
-
-@dataclass(frozen=True)
-class GeneratedLayer:
-    """One LoRA layer to generate: A is [rank, n_in], B is [n_out, rank]."""
-
-    name: str
-    n_in: int
-    n_out: int
-    rank: int
 
 
 def known_generators() -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from layerlens.integrations.peft import name_seed
-from layerlens.tuning.generators.generator import GeneratedLayer
+from layerlens.tuning.generators.generated_layer import GeneratedLayer
 
 LAYER_WIDTH, TASK_WIDTH, HIDDEN_WIDTH = 16, 8, 32
 
