@@ -5,6 +5,19 @@
 #
 # Installs again only when a source that the installation depends on has changed. PYTHON chooses the interpreter.
 
+# PyPI's torchvision is built for PyPI's torch. Beside another one (a build for the CPU) its import fails, and with it that
+# of transformers. Where that is so, each Python of .venv defines the operators that are missing, as LayerLens itself does.
+fit_torchvision() {
+  local fitting
+  fitting=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/layerlens_torchvision.pth
+  rm -f "$fitting"
+  .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torchvision") is None)' || return 0
+  .venv/bin/python -c 'import torchvision' 2>/dev/null && return 0
+  echo "torchvision is not built for this torch: letting .venv import it without its compiled operators" >&2
+  echo 'import layerlens.integrations.torchvision_import as fitting; fitting.make_torchvision_importable()' >"$fitting"
+  .venv/bin/python -c 'import torchvision'
+}
+
 install_layerlens() {
   local extra=$1 python=${PYTHON:-python3} stamp state
   command -v "$python" >/dev/null || { echo "error: no $python; install Python 3.10 or newer, or set PYTHON" >&2; return 1; }
@@ -26,6 +39,7 @@ install_layerlens() {
   echo "Installing layerlens[$extra] into .venv (a few minutes the first time) ..." >&2
   # Editable: Python started in the checkout, as by torchrun, would find sources without kernels before an installed copy.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e ".[$extra]"
+  fit_torchvision
   rm -f .venv/installed-*
   echo "$state" >"$stamp"
   if [ "$extra" = test ]; then echo "$state" >.venv/installed-quickstart; fi # the test extra includes it

@@ -79,7 +79,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All findings, in the order of a checklist."""
-    return [_python(), *_packages(), *_kernels(), _cores(), _memory(), *_gpu(), _cache(), *_openmp()]
+    return [_python(), *_packages(), *_torchvision(), *_kernels(), _cores(), _memory(), *_gpu(), _cache(), *_openmp()]
 
 
 def _python() -> Finding:
@@ -109,6 +109,24 @@ def _describe(requirement: Requirement) -> str:
     if not requirement.satisfied:
         return f"{requirement.name} {requirement.found} (needs {requirement.wanted})"
     return f"{requirement.name} {requirement.found}"
+
+
+def _torchvision() -> list[Finding]:
+    """A torchvision that was built for another torch, beside which ``import transformers`` fails outside LayerLens."""
+    from layerlens.integrations.torchvision_import import make_torchvision_importable
+
+    if importlib.util.find_spec("torch") is None or not make_torchvision_importable():
+        return []
+    torch, torchvision = (importlib.import_module(name) for name in ("torch", "torchvision"))
+    if torchvision.extension._has_ops():
+        return []
+    found = (
+        f"{torchvision.__version__} was built for another torch than {torch.__version__}; LayerLens works, but a plain "
+        "`import transformers` fails"
+    )
+    build = torch.__version__.partition("+")[2]  # cpu, cu130, rocm6.4: PyTorch's index has a folder for each
+    index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
+    return [Finding("torchvision", found, HINT, f"pip install --force-reinstall --no-deps torchvision{index}")]
 
 
 def _kernels() -> list[Finding]:

@@ -25,6 +25,7 @@ class ToolName(str, Enum):
     axolotl = "axolotl"
     llama_factory = "llama-factory"
     adapterhub = "adapterhub"
+    peft_comparison = "peft-comparison"
     gguf = "gguf"
 
 
@@ -52,7 +53,9 @@ def export(
             show_default=False,
         ),
     ],
-    tool: Annotated[ToolName | None, typer.Option("--to", help="The trainer that will read it, or gguf.")] = None,
+    tool: Annotated[
+        ToolName | None, typer.Option("--to", help="The trainer or suite that will read it, or gguf.")
+    ] = None,
     engine: Annotated[EngineName | None, typer.Option("--serve", help="The engine that will serve it.")] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Write one checkpoint, with the LoRA added into the model's weights.")

@@ -101,18 +101,23 @@ class TrackingConfig(ConfigModel):
 
     trackers: tuple[str, ...] = Field(
         default=(),
-        description="Names of trackers: `mlflow`, `tensorboard`, or one that a package registers under the entry point "
-        "`layerlens.trackers`.",
+        description="Names of trackers: `mlflow`, `tensorboard`, `wandb`, or one that a package registers under the "
+        "entry point `layerlens.trackers`.",
     )
     uri: str | None = Field(
         default=None, description="Tracking server of MLflow; by default $MLFLOW_TRACKING_URI. No password in it."
     )
-    experiment: str = Field(default="layerlens", min_length=1, description="Experiment that the run belongs to.")
+    experiment: str = Field(
+        default="layerlens", min_length=1, description="Experiment that the run belongs to; W&B calls it project."
+    )
     run_name: str | None = Field(default=None, description="Name of the run; the tracker's choice when not given.")
     register_model: str | None = Field(
-        default=None, description="Name under which MLflow's model registry gets the adapter as a new version."
+        default=None,
+        description="Name under which MLflow's model registry, or W&B's artifacts, get the adapter as a new version.",
     )
-    log_dir: str = Field(default="runs", min_length=1, description="Directory of TensorBoard's event files.")
+    log_dir: str = Field(
+        default="runs", min_length=1, description="Directory of TensorBoard's event files, and of W&B's."
+    )
     tags: dict[str, str] = Field(default_factory=dict, description="Tags of the run.")
 
     @field_validator("uri")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from layerlens.config.base import ConfigModel
+
+REPORTS: set[str] = {"report_to", "report_every"}
+"""Settings that change nothing in what is trained."""
 
 
 class TrainingConfig(ConfigModel):
@@ -86,6 +89,28 @@ class TrainingConfig(ConfigModel):
         description="Seed of the data order and of dropout; `runtime.seed` when not given. The new weights have the "
         "manifest's own seed.",
     )
+
+    report_to: tuple[str, ...] = Field(
+        default=(),
+        exclude_if=lambda names: not names,
+        description="Where losses and metrics are reported while training goes on, by transformers' own callbacks: "
+        "`wandb`, `mlflow`, `tensorboard`, `trackio`, `comet_ml` ...; `all`: to whatever is installed. Each tool's own "
+        "environment variables say where that is.",
+    )
+    report_every: int = Field(
+        default=1,
+        ge=1,
+        exclude_if=lambda every: every == 1,
+        description="Report the training loss after so many optimiser steps.",
+    )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """One name may stand alone, and ``none`` is nobody, as in transformers."""
+        if isinstance(value, str):
+            value = (value,)
+        return () if value in (["none"], ("none",)) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:

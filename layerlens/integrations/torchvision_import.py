@@ -4,12 +4,17 @@ PyPI's torchvision expects PyPI's torch. Beside a CPU build its compiled operato
 in ``operator torchvision::nms does not exist``, because their Python parts are registered on operators that are not
 there. Their names are all that the import needs: transforms and models, which LayerLens uses, do not call them. What
 ultralytics does call, non-maximum suppression, is computed with torch instead.
+
+``scripts/install.sh`` lets every Python of the test environment do the same, where no torchvision fits its torch.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,23 +24,51 @@ OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
+MISSING = "does not exist"
 _defined: list[Any] = []  # a library's operators vanish with it
 
 
 def make_torchvision_importable() -> bool:
-    """Whether torchvision can be imported now; nothing changes where it already could."""
-    if importlib.util.find_spec("torchvision") is None:
-        return False
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if "does not exist" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _define_operators()
-        import torchvision  # noqa: F401
-    return True
+    """Let ``import torchvision`` work beside any torch from now on; nothing changes where it works already.
+
+    Returns:
+        whether torchvision is installed.
+    """
+    if "torchvision" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    return importlib.util.find_spec("torchvision") is not None
+
+
+class _Finder(MetaPathFinder):
+    """Finds torchvision as Python does; when it is loaded and its operators are not there, they are defined."""
+
+    looking = False
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "torchvision" or self.looking:
+            return None
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.looking = False
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def with_operators(module: ModuleType) -> None:
+            try:
+                execute(module)
+            except RuntimeError as error:
+                if MISSING not in str(error):
+                    raise
+                for part in [part for part in sys.modules if part.startswith("torchvision.")]:
+                    del sys.modules[part]
+                _define_operators()
+                execute(module)
+
+        spec.loader.exec_module = with_operators  # type: ignore[method-assign]
+        return spec
 
 
 def _define_operators() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,15 @@ import yaml
 
 from layerlens.config import RunConfig, parse_run_config
 from layerlens.config.loader import Setting
+from layerlens.config.training import REPORTS
 from layerlens.exceptions import ConfigurationError
 from layerlens.models import Manifest
 from layerlens.storage import joined, local_or_url
 
 MANIFEST, STATISTICS = "manifest.json", "statistics.safetensors"
 MANIFEST_ENDINGS = (".json", ".yaml", ".yml")
+ASKED_ANEW = ("telemetry", "tracking")
+"""Sections that say where something is sent. No run records them, and a manifest of somebody else's may not say it."""
 
 
 def manifest_at(place: Path) -> Path:
@@ -67,7 +70,10 @@ def recorded_settings(manifest: Manifest) -> dict[str, Any]:
     recorded = manifest.provenance.config
     if recorded is None:
         raise ConfigurationError("the manifest does not record its run's configuration; give one with -c CONFIG")
-    return dict(recorded)
+    kept = {name: section for name, section in recorded.items() if name not in ASKED_ANEW}
+    if isinstance(training := kept.get("training"), Mapping):
+        kept["training"] = {name: value for name, value in training.items() if name not in REPORTS}
+    return kept
 
 
 def config_of(

@@ -14,6 +14,7 @@ import numpy as np
 from layerlens import __version__, vocabulary
 from layerlens.config import OptimizationConfig, RunConfig
 from layerlens.config.optimization import CHEAPEST
+from layerlens.config.training import REPORTS
 from layerlens.cost import cost_table
 from layerlens.exceptions import ConfigurationError, InfeasibleError, LayerLensError
 from layerlens.jobs.predicted import predicted_gain
@@ -60,6 +61,7 @@ RECORDED_PACKAGES = ("numpy", "torch", "transformers", "peft", "ortools")
 NOT_RECORDED: Any = {
     **dict.fromkeys(("output", "study", "distributed", "telemetry", "tracking"), True),
     "runtime": {"cache_dir", "threads", "saving_time_share"},
+    "training": REPORTS,
 }
 """Settings that change no number."""
 

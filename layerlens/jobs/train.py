@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from layerlens.config import RunConfig
+from layerlens.config.training import REPORTS
 from layerlens.cost.measure import forward_ms
 from layerlens.data import Dataset, load_dataset
 from layerlens.data.labels import in_order_of
@@ -47,6 +48,7 @@ from layerlens.tuning.directory import ADAPTER_CONFIG, CARD
 from layerlens.tuning.export import PEFT_DIRECTORY
 from layerlens.tuning.fine_tune import TrainingResult
 from layerlens.tuning.initialization import ADAPTER_WEIGHTS
+from layerlens.tuning.reporting import reporting_names
 from layerlens.tuning.samples import TrainingData, evaluate, on_device, training_data
 from layerlens.tuning.storage import MODULES_FILE
 from layerlens.tuning.training import fine_tune
@@ -196,6 +198,7 @@ def train_manifest(
         LayerLensError: with one line that says what to do; its class has the exit code.
     """
     order = Order(Path(path), model, baseline, restart, keep_checkpoints, start)
+    reporting_names(config.training.report_to)  # a wrong name is told before anything is loaded
     with (
         observed("train", config) as outcome,
         published(output, Path(), TRAINED_FILES, resumes=True) as place,
@@ -407,6 +410,7 @@ def _fine_tune(job: Job, order: Order, trainee: Trainee) -> TrainingResult:
             restart=order.restart,
             progress=job.progress,
             tell=job.warnings.add,
+            tracking=job.config.tracking,
         )
 
 
@@ -466,6 +470,6 @@ def _facts(
             "inference_ms": inference_ms,
             "resumed_from": resumed,
         },
-        "config": config.training.model_dump(mode="json"),
+        "config": config.training.model_dump(mode="json", exclude=REPORTS),
         "versions": versions(),
     }

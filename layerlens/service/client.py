@@ -1,4 +1,4 @@
-"""A client of the server, with the standard library only.
+"""A client of the server.
 
 client = Client("http://127.0.0.1:8642")
 job = client.submit_run(Path("config.yaml"))
@@ -9,19 +9,22 @@ client.download(job["id"], Path("out"))
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
 import os
+import re
+import ssl
 import time
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
+
+import httpx
+from httpx_sse import EventSource
 
 from layerlens.exceptions import ConfigurationError, ServiceError
 from layerlens.utils.atomic import staged_directory
@@ -31,6 +34,10 @@ DEFAULT_SERVER = "http://127.0.0.1:8642"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FINAL = ("succeeded", "failed", "cancelled")
 PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
+MOST_DETAIL_BYTES = 1 << 20
+NOT_JSON = "answers no JSON; is it a LayerLens server?"
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -59,18 +66,31 @@ class Client:
         self, server: str | None = None, token: str | None = None, *, timeout_s: float = 60.0, allow_http: bool = False
     ) -> None:
         self.server = (server or os.environ.get(SERVER_VARIABLE) or DEFAULT_SERVER).rstrip("/")
-        self._token = token or os.environ.get(TOKEN_VARIABLE) or None
-        self.timeout_s = timeout_s
-        parts = urlsplit(self.server)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            raise ConfigurationError(
-                f"--server: {parts.scheme}://{parts.hostname} is no address like https://host:8642"
-            )
-        if self._token and parts.scheme == "http" and parts.hostname not in LOOPBACK and not allow_http:
+        token = token or os.environ.get(TOKEN_VARIABLE) or None
+        try:
+            parts = urlsplit(self.server)
+            known = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
+            httpx.URL(self.server)
+        except (ValueError, httpx.InvalidURL):
+            known = False
+        if not known:
+            shown = self.server.rpartition("@")[2]  # a password is not repeated
+            raise ConfigurationError(f"--server: {shown} is no address like https://host:8642")
+        if token and not re.fullmatch(r"[\x21-\x7e]+", token):
+            raise ConfigurationError("the token has spaces or other characters that no token has; copy it again")
+        if token and parts.scheme == "http" and parts.hostname not in LOOPBACK and not allow_http:
             raise ConfigurationError(
                 f"--server: the token would go to {parts.hostname} unencrypted; use https, or --allow-http in a "
                 "network that you trust"
             )
+        self._http = httpx.Client(
+            base_url=self.server,
+            headers={"Authorization": f"Bearer {token}"} if token else None,
+            timeout=timeout_s,
+            # Certificates that the machine trusts: certifi's, httpx's own choice, lack those of a company.
+            verify=ssl.create_default_context() if parts.scheme == "https" else True,
+            limits=httpx.Limits(max_keepalive_connections=0),  # a server that was restarted has closed what was kept
+        )
 
     def submit(
         self,
@@ -93,7 +113,7 @@ class Client:
         context = traceparent or os.environ.get("TRACEPARENT")
         if context:
             headers["traceparent"] = context
-        return self._json("POST", "/v1/jobs", json.dumps(body).encode(), headers, again=True)
+        return self._json("POST", "/v1/jobs", again=True, json=body, headers=headers)
 
     def submit_run(self, config: Path | str | Mapping[str, Any], **options: Any) -> dict[str, Any]:
         """Queue a run of a configuration: its file, its YAML text, or its values."""
@@ -112,7 +132,8 @@ class Client:
             data = statistics.read_bytes()
         except OSError as error:
             raise ConfigurationError(f"{statistics}: cannot be read: {error.strerror}") from error
-        found = self._json("POST", "/v1/statistics", data, {"Content-Type": "application/octet-stream"}, again=True)
+        headers = {"Content-Type": "application/octet-stream"}
+        found = self._json("POST", "/v1/statistics", again=True, content=data, headers=headers)
         return str(found["statistics"])
 
     def job(self, job_id: str) -> dict[str, Any]:
@@ -122,12 +143,12 @@ class Client:
     def jobs(self, *, state: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
         """The newest jobs."""
         query = {"limit": str(limit)} | ({"state": state} if state else {})
-        found: list[dict[str, Any]] = self._json("GET", f"/v1/jobs?{urlencode(query)}", again=True)["jobs"]
+        found: list[dict[str, Any]] = self._json("GET", "/v1/jobs", again=True, params=query)["jobs"]
         return found
 
     def cancel(self, job_id: str) -> dict[str, Any]:
         """Cancel a job that has not ended."""
-        return self._json("POST", f"/v1/jobs/{quote(job_id, safe='')}/cancel", b"")
+        return self._json("POST", f"/v1/jobs/{quote(job_id, safe='')}/cancel")
 
     def result(self, job_id: str) -> dict[str, Any]:
         """Result of a job that succeeded."""
@@ -142,11 +163,8 @@ class Client:
         failures = 0
         while True:
             try:
-                with self._open(
-                    "GET",
-                    f"/v1/jobs/{quote(job_id, safe='')}/events",
-                    headers={"Last-Event-ID": str(last_event_id), "Accept": "text/event-stream"},
-                ) as response:
+                headers = {"Last-Event-ID": str(last_event_id), "Accept": "text/event-stream"}
+                with self._answer("GET", f"/v1/jobs/{quote(job_id, safe='')}/events", headers=headers) as response:
                     for event in read_events(response):
                         failures, last_event_id = 0, event.id
                         yield event
@@ -160,7 +178,9 @@ class Client:
                         raise ServiceError(f"{self.server}: the job has ended, and its events {error}") from error
                     failures += 1
                 time.sleep(PAUSES_S[max(0, failures - 1)] if failures else 1.0)
-            except (OSError, http.client.HTTPException) as error:
+            except ValueError as error:
+                raise ServiceError(f"{self.server}: {NOT_JSON}") from error
+            except httpx.RequestError as error:
                 if failures == len(PAUSES_S):
                     raise ServiceError(f"{self.server}: the connection is lost ({_reason(error)})") from error
                 time.sleep(PAUSES_S[failures])
@@ -187,58 +207,54 @@ class Client:
                 target = staging / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path = f"/v1/jobs/{quote(job_id, safe='')}/files/{quote(name)}"
-                with self._retried("GET", path) as response, target.open("wb") as file:
-                    while piece := response.read(1 << 20):
-                        file.write(piece)
+                self._retried(partial(self._fetch, path, target))
         return [directory / name for name in names]
 
-    def _json(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-        *,
-        again: bool = False,
-    ) -> dict[str, Any]:
-        with (self._retried if again else self._once)(method, path, body, headers) as response:
-            found: dict[str, Any] = json.loads(response.read())
-            return found
+    def _fetch(self, path: str, target: Path) -> None:
+        with self._answer("GET", path) as response, target.open("wb") as file:
+            for piece in response.iter_bytes():
+                file.write(piece)
 
-    def _once(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str] | None) -> Any:
+    def _json(self, method: str, path: str, *, again: bool = False, **request: Any) -> dict[str, Any]:
+        def ask() -> dict[str, Any]:
+            with self._answer(method, path, **request) as response:
+                found: dict[str, Any] = json.loads(response.read())
+                return found
+
         try:
-            return self._open(method, path, body, headers)
-        except (OSError, http.client.HTTPException, Unavailable) as error:
+            return (self._retried if again else self._once)(ask)
+        except ValueError as error:
+            raise ServiceError(f"{self.server}: {NOT_JSON}") from error
+
+    def _once(self, ask: Callable[[], Answer]) -> Answer:
+        try:
+            return ask()
+        except (httpx.RequestError, Unavailable) as error:
             raise ServiceError(
                 f"{self.server}: cannot be reached ({_reason(error)}); is the server running?"
             ) from error
 
-    def _retried(
-        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
-    ) -> Any:
+    def _retried(self, ask: Callable[[], Answer]) -> Answer:
         """Once more after a broken connection, or when the server asks to wait."""
         for pause in PAUSES_S:
             try:
-                return self._open(method, path, body, headers)
+                return ask()
             except Unavailable as error:
                 time.sleep(max(pause, error.wait_s))
-            except (OSError, http.client.HTTPException):
+            except httpx.RequestError:
                 time.sleep(pause)
-        return self._once(method, path, body, headers)
+        return self._once(ask)
 
-    def _open(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> Any:
-        sent = {"Content-Type": "application/json", "Accept": "*/*", **(headers or {})}
-        if self._token:
-            sent["Authorization"] = f"Bearer {self._token}"
-        request = urllib.request.Request(self.server + path, data=body, headers=sent, method=method)
-        try:
-            return _opener.open(request, timeout=self.timeout_s)
-        except urllib.error.HTTPError as error:
-            with error:
-                detail = _detail(error)
-                if error.code in (429, 503):
-                    raise Unavailable(detail, error.headers.get("Retry-After", "")) from error
-            raise ServiceError(f"{self.server}: {detail}") from error
+    @contextmanager
+    def _answer(self, method: str, path: str, **request: Any) -> Iterator[httpx.Response]:
+        """An answer whose body is still to be read; redirects are not followed, so the token stays at this server."""
+        with self._http.stream(method, path, **request) as response:
+            if response.status_code >= 300:
+                detail = _detail(response)
+                if response.status_code in (429, 503):
+                    raise Unavailable(detail, response.headers.get("Retry-After", ""))
+                raise ServiceError(f"{self.server}: {detail}")
+            yield response
 
 
 class Unavailable(Exception):
@@ -249,34 +265,11 @@ class Unavailable(Exception):
         self.wait_s = min(30.0, float(retry_after)) if retry_after.isdigit() else 0.0
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A token is not carried to where an answer points."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-_opener = urllib.request.build_opener(_NoRedirects)
-
-
-def read_events(lines: Iterable[bytes]) -> Iterator[ClientEvent]:
-    """Server-sent events (the WHATWG format) of a stream of lines, without comments and what was cut off at the end.
-
-    >>> list(read_events([b": hello\\n", b"id: 7\\n", b"event: state\\n", b'data: {"state": "queued"}\\n', b"\\n"]))
-    [ClientEvent(id=7, type='state', data={'state': 'queued'})]
-    """
-    fields: dict[str, str] = {}
-    for raw in lines:
-        line = raw.decode("utf-8").rstrip("\r\n")
-        if not line:
-            if "data" in fields:
-                data = json.loads(fields["data"])
-                yield ClientEvent(int(fields.get("id", 0)), fields.get("event", "message"), data)
-            fields = {}
-        elif not line.startswith(":"):
-            name, _, value = line.partition(":")
-            value = value.removeprefix(" ")
-            fields[name] = f"{fields['data']}\n{value}" if name == "data" and "data" in fields else value
+def read_events(response: httpx.Response) -> Iterator[ClientEvent]:
+    """The events of an answer; what only keeps the connection open, or was cut off at the end, is left out."""
+    for event in EventSource(response).iter_sse():
+        if event.data:
+            yield ClientEvent(int(event.id or 0), event.event, event.json())
 
 
 def _content(config: Path | str | Mapping[str, Any]) -> str | Mapping[str, Any]:
@@ -288,12 +281,17 @@ def _content(config: Path | str | Mapping[str, Any]) -> str | Mapping[str, Any]:
         raise ConfigurationError(f"{config}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _detail(error: urllib.error.HTTPError) -> str:
-    with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-        return str(json.loads(error.read(1 << 20))["detail"])
-    return f"answered {error.code} {error.reason}"
+def _detail(response: httpx.Response) -> str:
+    """Why the server refuses: its own words, or the status where the beginning of the body has none."""
+    body = b""
+    with suppress(ValueError, KeyError, TypeError, httpx.RequestError):
+        for piece in response.iter_bytes():
+            body += piece
+            if len(body) > MOST_DETAIL_BYTES:
+                break
+        return str(json.loads(body)["detail"])
+    return f"answered {response.status_code} {response.reason_phrase}"
 
 
 def _reason(error: Exception) -> str:
-    reason = getattr(error, "reason", error)
-    return str(getattr(reason, "strerror", None) or reason or type(error).__name__)
+    return re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__

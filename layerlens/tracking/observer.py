@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,14 @@ from layerlens.tracking.protocol import Parameter, Tracker
 from layerlens.utils.observer import Observer, RunObserver
 
 ENTRY_POINTS = "layerlens.trackers"
+OWN = {
+    "mlflow": ("tracking", "MlflowTracker"),
+    "tensorboard": ("tracking", "TensorboardTracker"),
+    "wandb": ("wandb", "WandbTracker"),
+}
+"""Name of a tracker -> the extra that installs what it needs, and its class in the module of its name."""
+SHARED = ("wandb",)
+"""Those whose open run is the one that transformers' callback of the same name goes on with (training.report_to)."""
 ARTEFACTS = ("manifest_json", "manifest_yaml", "report", "solver_log", "metrics", "runs")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "layerlens_modules.safetensors")
 """What ``layerlens.tuning.load`` reads."""
@@ -28,50 +36,39 @@ def tracking_observers(config: TrackingConfig) -> list[RunObserver]:
     Raises:
         ConfigurationError: no such tracker, or its package is not installed.
     """
-    return [TrackingObserver(_factory(name)(config)) for name in config.trackers]
+    return [TrackingObserver(_factory(name)(config), name) for name in config.trackers]
 
 
 def _factory(name: str) -> Callable[[TrackingConfig], Tracker]:
-    if name == "mlflow":
-        return _mlflow
-    if name == "tensorboard":
-        return _tensorboard
     found = {entry.name: entry for entry in metadata.entry_points(group=ENTRY_POINTS)}
-    if name not in found:
-        known = ", ".join(["mlflow", "tensorboard", *sorted(found)])
+    if name not in (*OWN, *found):
+        known = ", ".join([*OWN, *sorted(found)])
         raise ConfigurationError(f"tracking.trackers: unknown tracker {name!r}; known: {known}")
-    factory: Callable[[TrackingConfig], Tracker] = found[name].load()
+    if name not in OWN:
+        loaded: Callable[[TrackingConfig], Tracker] = found[name].load()
+        return loaded
+    extra, kind = OWN[name]
+    try:
+        module = import_module(f"layerlens.tracking.{name}_tracker")
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"tracking.trackers: {name} is not installed; run: pip install 'layerlens[{extra}]'"
+        ) from error
+    factory: Callable[[TrackingConfig], Tracker] = getattr(module, kind)
     return factory
 
 
-def _mlflow(config: TrackingConfig) -> Tracker:
-    try:
-        from layerlens.tracking.mlflow_tracker import MlflowTracker
-    except ModuleNotFoundError as error:
-        raise _missing("mlflow") from error
-    return MlflowTracker(config)
-
-
-def _tensorboard(config: TrackingConfig) -> Tracker:
-    try:
-        from layerlens.tracking.tensorboard_tracker import TensorboardTracker
-    except ModuleNotFoundError as error:
-        raise _missing("tensorboard") from error
-    return TensorboardTracker(config)
-
-
-def _missing(name: str) -> ConfigurationError:
-    return ConfigurationError(f"tracking.trackers: {name} is not installed; run: pip install 'layerlens[tracking]'")
-
-
 class TrackingObserver(Observer):
-    """Tells one tracker of one job."""
+    """Tells one tracker, known by its name, of one job."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
+    def __init__(self, tracker: Tracker, name: str = "") -> None:
+        self.tracker, self.name = tracker, name
+        self.live = False
+        """transformers' callback of this name writes the training's steps into the same run, while it goes on."""
 
     def run_started(self, kind: str, config: Any) -> None:
         """Open the run with the job's parameters."""
+        self.live = self.name in SHARED and self.name in config.training.report_to
         kept = config.model_dump(mode="json", exclude={"tracking", "telemetry", "output"})
         self.tracker.start(kind, dict(flat(kept)))
 
@@ -86,7 +83,7 @@ class TrackingObserver(Observer):
             for step, event in enumerate(solver_steps(files["solver_log"])):
                 self.tracker.log_metrics(event, step)
         for step, figures_of_step in enumerate(record.steps):
-            if figures_of_step:
+            if figures_of_step and not self.live:
                 self.tracker.log_metrics(figures_of_step, step)
         self.tracker.log_files(files)
         adapter = adapter_files(record.files)

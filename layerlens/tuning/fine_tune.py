@@ -13,6 +13,7 @@ import torch
 
 from layerlens.config import TrainingConfig
 from layerlens.exceptions import ConfigurationError
+from layerlens.tuning.reporting import Reports
 from layerlens.tuning.samples import TrainingData
 from layerlens.utils.launch import is_main_process
 from layerlens.utils.progress import Progress
@@ -69,6 +70,7 @@ class FineTune:
     identity: dict[str, Any]
     progress: Progress
     tell: Callable[[str], None] = lambda line: None
+    reports: Reports = field(default_factory=Reports)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def processes() -> tuple[int, bool]:
 
 
 def training_arguments(job: FineTune) -> TrainingArguments:
-    """Trainer's own settings; evaluating, saving and logging stay with us.
+    """Trainer's own settings; evaluating and saving stay with us, and so does logging where nobody asked for reports.
 
     Raises:
         ConfigurationError: the device or the model cannot do what the configuration asks for.
@@ -154,8 +156,8 @@ def training_arguments(job: FineTune) -> TrainingArguments:
             f"training.gradient_checkpointing: a {type(job.model).__name__} cannot (transformers' models can)"
         )
     try:
-        return TrainingArguments(
-            output_dir=str(job.checkpoints),
+        arguments = TrainingArguments(
+            output_dir=str(job.checkpoints.parent if job.reports.names else job.checkpoints),  # callbacks write there
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
             learning_rate=config.learning_rate,
@@ -178,10 +180,15 @@ def training_arguments(job: FineTune) -> TrainingArguments:
             remove_unused_columns=False,
             eval_strategy="no",
             save_strategy="no",
-            logging_strategy="no",
+            logging_strategy="steps" if job.reports.names else "no",
+            logging_steps=job.reports.every,
             logging_nan_inf_filter=False,
+            run_name=job.reports.run_name,
+            project=job.reports.project,
             report_to=[],
             disable_tqdm=True,
         )
     except ValueError as error:
         raise ConfigurationError(f"training: {' '.join(str(error).split())}") from error
+    arguments.report_to = []  # inside a Kubeflow job transformers adds one of its own accord
+    return arguments

@@ -22,6 +22,8 @@ from layerlens.tuning.base_model import base_reference, check_costs, check_names
 from layerlens.tuning.card import resizing
 from layerlens.tuning.export import PEFT_DIRECTORY, export_adapter
 from layerlens.tuning.initialization import read_factors
+from layerlens.tuning.peft_comparison import NAME as COMPARISON
+from layerlens.tuning.peft_comparison import comparison_files
 from layerlens.tuning.task_head import read_head
 from layerlens.utils.atomic import staged_directory
 
@@ -328,7 +330,7 @@ AXOLOTL_TODO = (
 LLAMA_FACTORY_TODO = (
     "Add dataset, template and learning rate, then, from this directory: llamafactory-cli train llama_factory.yaml"
 )
-ANY_PEFT = ("PEFT", "TRL")
+ANY_PEFT = ("PEFT", "TRL", COMPARISON)
 """What can begin from a directory of any method of PEFT."""
 TOOLS = {
     "peft": Tool("PEFT", None, True, _peft),
@@ -336,4 +338,5 @@ TOOLS = {
     "axolotl": Tool("axolotl", (CAUSAL_LM,), False, _axolotl),
     "llama-factory": Tool("LLaMA-Factory", (CAUSAL_LM,), True, _llama_factory),
     "adapterhub": Tool("AdapterHub", None, False, _adapterhub),
+    "peft-comparison": Tool(COMPARISON, (CAUSAL_LM,), False, comparison_files),
 }

@@ -36,6 +36,7 @@ from layerlens.tuning.checkpoints import (
 )
 from layerlens.tuning.fine_tune import FineTune, TrainingResult, steps_per_epoch, total_steps, training_arguments
 from layerlens.tuning.inject import stop_at_the_lowest
+from layerlens.tuning.reporting import callbacks_of, reporting
 from layerlens.tuning.samples import INDEX, NumberedSamples, SeededOrder, evaluate
 from layerlens.tuning.short_training import FP16_LOSS_SCALE
 from layerlens.tuning.stored_prefix import DIRECTORY, StoredPrefix, maybe
@@ -84,7 +85,9 @@ def run(job: FineTune, find_checkpoint: Callable[[Path], Path | None]) -> Traini
             trainer.advance = advance
             if trainer.prefix is not None and resumed_from:
                 trainer.take_up_prefix(resumed_from)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with reporting(job.reports):
+                trainer.callback_handler.callbacks += callbacks_of(job.reports, job.tell)
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     elif checkpoint is not None:
         load_weights(job.model, checkpoint / WEIGHTS_FILE)
     recorder = trainer.recorder
@@ -232,8 +235,10 @@ class _Trainer(Trainer):
                 f"training.metric: {self.metric!r} is not a metric of {job.task}; known: {', '.join(metrics)}"
             )
         recorder.evaluations.append({"step": step, **metrics})
+        reported = {f"eval_{name}": value for name, value in metrics.items()}
+        self._report(reported)
         if not all(hook.settled(step) for hook in job.hooks):
-            return {f"eval_{name}": value for name, value in metrics.items()}
+            return reported
         recorder.stale += 1
         if judged.better(self.metric, metrics[self.metric], recorder.best_value, job.config.early_stopping_threshold):
             recorder.best_step, recorder.best_value, recorder.stale = step, metrics[self.metric], 0
@@ -243,7 +248,15 @@ class _Trainer(Trainer):
         if patience is not None and recorder.stale >= patience:
             recorder.finished = recorder.stopped_early = True
             self.control.should_training_stop = self.control.should_save = True
-        return {f"eval_{name}": value for name, value in metrics.items()}
+        return reported
+
+    def _report(self, metrics: dict[str, float]) -> None:
+        if self.job.reports.names:
+            self.log(dict(metrics))
+            self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.job.checkpoints)
 
     def take_up_prefix(self, step: int) -> None:
         """Have the activations of the first epoch's batches again that were stored by this step; those that a run lost

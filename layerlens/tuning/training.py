@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
-from layerlens.config import TrainingConfig
+from layerlens.config import TrackingConfig, TrainingConfig
+from layerlens.config.training import REPORTS
 from layerlens.exceptions import TrainingError
 from layerlens.tasks import task_metrics
 from layerlens.tuning.checkpoints import check_job, last_checkpoint, remove_checkpoints
 from layerlens.tuning.fine_tune import FineTune, Loss, TrainingHook, TrainingResult, processes
+from layerlens.tuning.reporting import reports_of
 from layerlens.tuning.samples import TrainingData
 from layerlens.utils.atomic import check_writable
 from layerlens.utils.progress import Progress, silent
@@ -36,6 +38,7 @@ def fine_tune(
     restart: bool = False,
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda line: None,
+    tracking: TrackingConfig | None = None,
 ) -> TrainingResult:
     """Train every parameter of ``model`` that requires gradients, in place, by transformers' Trainer.
 
@@ -57,12 +60,14 @@ def fine_tune(
         restart: remove the checkpoints that are there.
         progress: told of the optimiser steps.
         tell: called with each line that the user should know.
+        tracking: experiment and name of the run, where ``config.report_to`` names somebody.
 
     Raises:
         TrainingError: a loss or a gradient is not finite (the message names step and samples; the last checkpoint
             stays), nothing trains, no samples, or the checkpoints belong to another job.
         ConfigurationError: the precision is not to be had on this device, or the metric is unknown.
         OutputError: a checkpoint cannot be written, or the disk is full; the last whole one stays.
+        TrackingError: whom ``config.report_to`` names cannot be reached; no step has been taken.
     """
     from layerlens.tuning.trainer import run
 
@@ -74,7 +79,7 @@ def fine_tune(
     checkpoints = Path(checkpoints).absolute()
     world, main = processes()
     job = {
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude=REPORTS),
         "seed": seed if config.seed is None else config.seed,
         "task": task,
         "data": [data.fingerprint, len(data.train), len(data.evaluation)],
@@ -83,6 +88,7 @@ def fine_tune(
         **(identity or {}),
     }
     task_metrics(task)
+    reports = reports_of(config, tracking)
     if main:
         check_writable(checkpoints)
         if restart:
@@ -91,7 +97,19 @@ def fine_tune(
         check_job(checkpoints, job)
     return run(
         FineTune(
-            model, data, config, task, checkpoints, int(job["seed"]), names, loss, tuple(hooks), job, progress, tell
+            model,
+            data,
+            config,
+            task,
+            checkpoints,
+            int(job["seed"]),
+            names,
+            loss,
+            tuple(hooks),
+            job,
+            progress,
+            tell,
+            reports,
         ),
         last_checkpoint,
     )

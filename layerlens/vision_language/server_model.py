@@ -14,6 +14,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import httpx
+
 from layerlens.exceptions import ConfigurationError
 from layerlens.vision_language.generation import Communication, Generation, GenerationError
 from layerlens.vision_language.server_answer import (
@@ -59,7 +61,7 @@ class ServerModel:
         retries: how often a request is repeated.
 
     Raises:
-        ConfigurationError: httpx is not installed, the URL is not one, or the variable is not set.
+        ConfigurationError: the URL is not one, or the variable is not set.
     """
 
     def __init__(
@@ -71,10 +73,6 @@ class ServerModel:
         timeout_s: float = 120.0,
         retries: int = 3,
     ) -> None:
-        try:
-            import httpx
-        except ModuleNotFoundError as error:
-            raise ConfigurationError("llm: httpx is not installed; run: pip install 'layerlens[llm]'") from error
         self.base_url, self.model, self.timeout_s, self.retries = _base(base_url), model, timeout_s, retries
         headers = {}
         if api_key_env is not None:
@@ -171,8 +169,6 @@ class ServerModel:
     def _request_once(
         self, messages: list[dict[str, str]], max_new_tokens: int, answer: Answer
     ) -> tuple[dict[str, float], Communication, bool]:
-        import httpx
-
         trace, headers, reported, streamed = Trace(), 0.0, None, True
         body: dict[str, Any] = {
             "model": self._name(), "messages": messages, "max_tokens": max_new_tokens, "temperature": 0, "stream": True,
@@ -243,8 +239,6 @@ class ServerModel:
         raise _Attempt(f"the server answered {status}: {words}{HINTS.get(status, '')}", again=again, wait_s=wait)
 
     def _failed(self, error: Exception, answer: Answer) -> _Attempt:
-        import httpx
-
         words = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             shown = self.describe()["base_url"]
@@ -259,8 +253,6 @@ class ServerModel:
         """The model's name, asked from the server where none was given."""
         if self.model is not None:
             return self.model
-        import httpx
-
         try:
             listed = self._client.get(f"{self.base_url}/models")
             names = [str(entry["id"]) for entry in listed.json()["data"]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,11 @@ from layerlens import exceptions
 from layerlens.cli.main import app
 from layerlens.exceptions import LayerLensError
 from layerlens.registry import ENGINES, METHODS, STATISTICS, TASKS, UTILITY_MODELS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest needs it there
 
 DOCS = Path(__file__).parents[2] / "docs"
 EXCEPTIONS = [
@@ -26,6 +33,8 @@ ON_PAGES = {
     "ERROR_HANDLING.md": [kind.__name__ for kind in EXCEPTIONS],
     "cli.md": list(typer.main.get_command(app).commands),  # type: ignore[attr-defined]
 }
+TOGETHER = ("all", "test", "dev")
+"""Extras that put others together, with tools of developers."""
 
 
 @pytest.mark.parametrize("page", ON_PAGES)
@@ -40,3 +49,25 @@ def test_exit_codes_are_those_of_the_page(kind: type[LayerLensError]):
     (row,) = [row for row in rows if row.startswith(f"| `{kind.__name__}` ")]
     code = row.split("|")[3].strip()
     assert code in (str(kind.exit_code), "its own")
+
+
+def test_every_dependency_stands_on_its_page_and_no_other():
+    """The first two tables of the page are the core and the extras of pyproject.toml."""
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = {
+        extra: {re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0] for requirement in needed} - {"layerlens"}
+        for extra, needed in {"": project["dependencies"], **project["optional-dependencies"]}.items()
+        if extra not in TOGETHER
+    }
+    _, core, extras, *_ = (DOCS / "dependencies.md").read_text(encoding="utf-8").split("\n## ")
+    told: dict[str, set[str]] = {}
+    for line in core.splitlines()[4:]:
+        if line.startswith("| "):
+            told.setdefault("", set()).update(line.split("|")[1].strip().split(", "))
+    for line in extras.splitlines():
+        if line.startswith("| `"):
+            _, named, packages, *_ = line.split("|")
+            for extra in re.findall("`(.+?)`", named):
+                told.setdefault(extra, set()).update(packages.strip().split(", "))
+    assert told == wanted
+    assert all(f"`{extra}`" in extras for extra in TOGETHER)

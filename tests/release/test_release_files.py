@@ -109,6 +109,24 @@ def test_container_file_copies_what_the_build_needs():
             assert any(source == name or source.startswith(name + "/") for name in allowed)
 
 
+def test_wheels_are_built_by_the_pythons_that_answer(tmp_path, monkeypatch):
+    """pyenv has a name on PATH for each Python that it knows, whether it is installed or not."""
+    (tmp_path / "python3.10").symlink_to(sys.executable)  # whichever it is, it can build
+    shim = tmp_path / "python3.12"
+    shim.write_text("#!/bin/sh\necho 'pyenv: version `3.12` is not installed' >&2\nexit 127\n")
+    shim.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("PYTHONS", raising=False)
+    listed = run(ROOT / "scripts/build_wheels.sh", "--list")
+    assert listed.returncode == 0, listed.stderr
+    assert str(tmp_path / "python3.10") in listed.stdout.splitlines()
+    assert f"left out: {shim} does not answer" in listed.stderr
+    assert str(shim) not in listed.stdout
+    monkeypatch.setenv("PYTHONS", str(shim))
+    refused = run(ROOT / "scripts/build_wheels.sh", "--list")
+    assert (refused.returncode, refused.stderr) == (2, f"error: {shim} does not answer; name others in PYTHONS\n")
+
+
 def test_repairing_tells_what_is_missing(tmp_path):
     told = run(sys.executable, ROOT / "scripts/repair_wheel.py", tmp_path / "none.whl", tmp_path)
     assert told.returncode == 2

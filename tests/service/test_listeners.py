@@ -145,7 +145,7 @@ def test_a_client_waits_for_a_job_where_all_places_of_listeners_are_taken(monkey
         return contextlib.nullcontext()
 
     event = ClientEvent(1, "state", {"state": "succeeded"})
-    monkeypatch.setattr(client, "_open", opened)
+    monkeypatch.setattr(client, "_answer", opened)
     monkeypatch.setattr("layerlens.service.client.read_events", lambda response: iter([event]))
     assert list(client.events("x")) == [event]
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from serving import OTHER_TOKEN, TOKEN, Serving, run_config_of
 
+from layerlens.exceptions import ServiceError
 from layerlens.service.client import Client
 
 ROOT = Path(__file__).parents[2]
@@ -223,4 +224,38 @@ def test_submitting_following_comparing_and_cancelling(
     assert (newest["kind"], newest["model"], newest["data"]) == ("run", "model", "reviews.jsonl")
     assert client.wait(newest["id"])["state"] == "cancelled"
     page.locator(f"tr[data-id='{newest['id']}']").get_by_text("cancelled").wait_for()
+
+    # Removing asks first, and takes the row and the job away.
+    answers = iter(("dismiss", "accept"))
+    page.on("dialog", lambda dialog: getattr(dialog, next(answers))())
+    remove = page.get_by_role("button", name=f"Remove job {newest['number']}", exact=True)
+    remove.click()
+    assert client.job(newest["id"])["state"] == "cancelled"
+    remove.click()
+    page.get_by_role("status").filter(has_text=f"Job {newest['number']} was removed").wait_for()
+    page.locator(f"tr[data-id='{newest['id']}']").wait_for(state="detached")
+    with pytest.raises(ServiceError):
+        client.job(newest["id"])
+    opened.context.close()
+
+    # With a few jobs to a page in place of fifty, older ones are asked for, and stay when the list comes again.
+    numbers = [job["number"] for job in client.jobs()]
+    size = max(1, len(numbers) // 3)
+    opened = Opened(browser, server.address)
+    page = opened.page
+    small = re.compile(r"/v1/jobs\?limit=50")
+    page.route(small, lambda route: route.continue_(url=route.request.url.replace("limit=50", f"limit={size}")))
+    opened.sign_in()
+    rows, older = page.locator("#jobs tbody tr"), page.get_by_role("button", name="Older jobs")
+    for count in range(size, len(numbers), size):
+        rows.nth(count - 1).wait_for()
+        assert rows.count() == count
+        older.click()
+        rows.nth(count).wait_for()
+    older.wait_for(state="hidden")
+    for _ in range(2):  # the list comes again
+        with page.expect_response(re.compile(r"/v1/jobs\?limit=")):
+            pass
+    shown = rows.get_by_role("button", name="Show job")
+    assert shown.all_inner_texts() == [f"Job {number}" for number in numbers]
     opened.context.close()

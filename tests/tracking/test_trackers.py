@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from wandb_file import OfflineRun
 
-from layerlens.config import TrackingConfig
+from layerlens.config import TrackingConfig, TrainingConfig
 from layerlens.exceptions import ConfigurationError, TrackingError
 from layerlens.tracking.observer import tracking_observers
+from layerlens.tuning.reporting import Reporter, reporting_names
 
 
 def test_tensorboard_has_figures_parameters_and_the_plan(tiny_run, tmp_path: Path):
@@ -88,13 +92,40 @@ def test_a_tracker_of_ones_own_is_told_everything(tiny_run, tmp_path: Path):
     assert run.calls[-1] == ("finish", "finished")
 
 
-def test_a_training_is_told_step_by_step(tiny_run, tiny_settings, tmp_path: Path):
+TRAINING = {"max_steps": 3, "eval_every": 2, "batch_size": 4, "eval_samples": 8}
+
+
+def test_a_training_is_told_step_by_step(tiny_settings, statistics: Path, tmp_path: Path, monkeypatch):
+    """Trackers when it has ended; W&B and TensorBoard, by transformers' callbacks, while it goes on."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     from layerlens.jobs.train import train_manifest
 
-    manifest = tiny_run(tmp_path).files["manifest_json"]
-    training = {"max_steps": 3, "eval_every": 2, "batch_size": 4, "eval_samples": 8}
-    config = tiny_settings(tracking={"trackers": ["recording"]}, training=training)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracking = {"trackers": ["recording", "wandb"], "log_dir": str(tmp_path / "logs"), "run_name": "one"}
+    config = tiny_settings(tracking=tracking, training={**TRAINING, "report_to": ["tensorboard", "wandb"]})
+    manifest = statistics.with_name("manifest.json")
     result = train_manifest(manifest, config, base_dir=tmp_path, output=tmp_path / "tuned")
+    losses, evaluated = dict(enumerate(result.training.losses, start=1)), {2, 3}
+    assert not result.warnings
+
+    (events,) = (tmp_path / "tuned/runs").iterdir()
+    board = EventAccumulator(str(events)).Reload()
+    assert {point.step: point.value for point in board.Scalars("train/loss")} == pytest.approx(losses, rel=1e-6)
+    assert {point.step for point in board.Scalars("eval/accuracy")} == evaluated
+    assert {"train/learning_rate", "train/grad_norm"} <= set(board.Tags()["scalars"])
+
+    wandb = OfflineRun(tmp_path / "logs")
+    assert (wandb.project, wandb.name, wandb.exit_code) == ("layerlens", "one", 0)
+    assert wandb.series("train/loss", "train/global_step") == pytest.approx(losses)
+    assert wandb.series("eval/accuracy", "train/global_step").keys() == evaluated
+    assert wandb.config["optimization.max_trainable_params"] == 1500  # the tracker's
+    assert wandb.config["per_device_train_batch_size"] == 4  # the callback's
+    figures = next(row for row in wandb.rows if "score" in row)
+    assert figures["after/accuracy"] == result.after["accuracy"]
+    assert "adapter_config.json" in wandb.artifacts["model"]
+    assert {"manifest.json", "metrics.json", "report.html"} <= set(wandb.artifacts["layerlens-files"])
+
     (run,) = Recording.runs
     assert run.calls[0][1][0] == "train"
     metrics = [call[1] for call in run.calls if call[0] == "metrics"]
@@ -140,7 +171,10 @@ def test_a_server_that_is_down_is_said_before_the_work(tiny_run, tmp_path: Path,
 
 
 def test_unknown_trackers_and_addresses_are_refused(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ConfigurationError, match="known: mlflow, tensorboard, broken, recording"):
+    with pytest.raises(ConfigurationError, match="known: mlflow, tensorboard, wandb, broken, recording"):
+        tracking_observers(TrackingConfig(trackers=("neptune",)))
+    monkeypatch.setitem(sys.modules, "layerlens.tracking.wandb_tracker", None)
+    with pytest.raises(ConfigurationError, match=r"wandb is not installed; run: pip install 'layerlens\[wandb\]'"):
         tracking_observers(TrackingConfig(trackers=("wandb",)))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(TrackingError, match="no MLflow server is named"):
@@ -148,3 +182,60 @@ def test_unknown_trackers_and_addresses_are_refused(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConfigurationError, match="must not hold a user or password") as caught:
         TrackingConfig(uri="http://me:sesame@host")
     assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"), [("none", ()), (["none"], ()), ("wandb", ("wandb",)), (["tensorboard", "wandb"] * 2, None)]
+)
+def test_report_to_is_what_transformers_takes(asked: Any, names: tuple[str, ...] | None):
+    config = TrainingConfig(report_to=asked)
+    assert reporting_names(config.report_to) == (("tensorboard", "wandb") if names is None else names)
+    assert "report_to" in config.model_dump() or not names
+
+
+def test_wrong_reporters_are_refused_before_the_work(tiny_settings, statistics: Path, tmp_path: Path, monkeypatch):
+    from layerlens.jobs.train import train_manifest
+
+    monkeypatch.setattr("layerlens.jobs.train.load_dataset", lambda *_: pytest.fail("work has begun"))
+    wrong: dict[str, Any] = {
+        "got 'wandbb'; give azure_ml": "wandbb",
+        "comet_ml needs a package that is not": "comet_ml",
+        "got 'all'; give .* or all or none alone": ["all", "wandb"],
+    }
+    for words, names in wrong.items():
+        config = tiny_settings(training={"report_to": names})
+        with pytest.raises(ConfigurationError, match=words):
+            train_manifest(statistics.with_name("manifest.json"), config, base_dir=tmp_path, output=tmp_path / "tuned")
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_a_reporter_that_fails_is_left_out_and_one_that_cannot_begin_refuses():
+    class Failing:
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            raise ValueError("log in\nfirst at https://me:sesame@host")
+
+        def on_log(self, *_: Any, **__: Any) -> None:
+            raise OSError("the network is down")
+
+    lines: list[str] = []
+    reporter = Reporter("wandb", Failing(), lines.append)
+    with pytest.raises(TrackingError, match=r"training\.report_to: wandb cannot be used \(log in first") as caught:
+        reporter.on_train_begin(None, None, None)
+    assert "sesame" not in str(caught.value)
+    for _ in range(2):
+        reporter.on_log(None, None, None, logs={})
+    assert lines == ["training.report_to: wandb failed (the network is down); the training goes on without it"]
+
+
+def test_a_manifest_does_not_say_where_anything_is_sent(statistics: Path):
+    from layerlens.jobs.train import train_config
+    from layerlens.manifest import read_manifest
+
+    manifest = read_manifest(statistics.with_name("manifest.json"))
+    recorded = dict(manifest.provenance.config or {})
+    assert not {"tracking", "telemetry"} & recorded.keys()
+    forged = {**recorded, "tracking": {"trackers": ["mlflow"], "uri": "http://elsewhere"},
+              "telemetry": {"push_gateway": "http://elsewhere"},
+              "training": {**recorded["training"], "report_to": ["wandb"]}}  # fmt: skip
+    config = train_config(replace(manifest, provenance=replace(manifest.provenance, config=forged)))
+    assert (config.tracking.trackers, config.telemetry.push_gateway, config.training.report_to) == ((), None, ())

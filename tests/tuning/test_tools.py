@@ -24,6 +24,7 @@ from layerlens.integrations.peft import injected_ranks
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import LoraSettings, Manifest
 from layerlens.sources import load_model
+from layerlens.tuning.peft_comparison import SUITE_MODEL, comparison_files
 from layerlens.tuning.tools import TOOLS, export_for
 
 VARIED = {"0.self_attn.q_proj": 4, "0.mlp.down_proj": 2, "1.self_attn.v_proj": 8}
@@ -122,6 +123,31 @@ def test_files_say_which_version_they_need(plan: Any, tmp_path: Path):
     for tool, (name, version) in needs.items():
         files = export_for(tool, plan(VARIED), None, tmp_path / tool, measured=tmp_path)
         assert f"Needs {version} or newer" in files[name].read_text()
+
+
+def test_an_entry_of_pefts_comparison_makes_the_same_lora(plan: Any, base: Path, tmp_path: Path):
+    """As run.py of method_comparison/MetaMathQA reads it: PeftConfig.from_pretrained, get_peft_model."""
+    from peft import PeftConfig, get_peft_model
+
+    manifest = plan(VARIED)
+    files = export_for("peft-comparison", manifest, None, tmp_path / "local", measured=tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path / "local")
+    assert (config.task_type, config.base_model_name_or_path, config.inference_mode) == ("CAUSAL_LM", None, False)
+    assert len(config.rank_pattern) == len(config.alpha_pattern) == 2
+    model = get_peft_model(load_model(str(base), "causal-lm", []), config)
+    assert injected_ranks(model) == ranks_of(manifest)
+    assert model.get_nb_trainable_parameters()[0] == sum(row.cost for row in manifest.allocations)
+    assert json.loads(files["training_params.json"].read_text()) == {"model_id": str(base)}
+    text = files["README.md"].read_text()
+    assert "| 8 | 1 |\n| 4 | 1 |\n| 2 | 1 |" in text
+    assert f"python run.py -v experiments/lora/{base.name}-layerlens-3-layers" in text
+
+    texts = comparison_files(manifest.choice, load_model(str(base), "causal-lm", []), SUITE_MODEL)
+    assert "training_params.json" not in texts  # the suite's own defaults
+    assert "experiments/lora/llama-3.2-3B-layerlens-3-layers" in texts["README.md"]
+    measured = dataclasses.replace(manifest, lora=LoraSettings(2.0, initialization="pca"))
+    with pytest.raises(ManifestError, match=r"and the manifest has lora.initialization 'pca'"):
+        export_for("peft-comparison", measured, None, tmp_path / "pca", measured=tmp_path)
 
 
 def test_adapterhub_configuration(plan: Any, tmp_path: Path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ from layerlens.exceptions import ConfigurationError, ModelNotFoundError, ModelSp
 from layerlens.integrations.torchvision_import import make_suppression_work, make_torchvision_importable, nms
 from layerlens.integrations.ultralytics import find_weights, load_detector
 from layerlens.vision_language.images import load_image
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_mean_average_precision_on_held_out_plates(detector_weights: Path):
@@ -113,6 +117,18 @@ def test_suppression_without_torchvisions_compiled_part(seed: int, count: int, t
         else:
             stay.append(int(index))
     assert nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold).tolist() == stay
+
+
+def test_plain_imports_work_beside_any_torch():
+    """What scripts/install.sh does for the test environment, and LayerLens for every other: without the first (-S)."""
+    folders = [path for path in sys.path if path.endswith("site-packages")]
+    fitted = (
+        f"import sys; sys.path += {folders}; import layerlens.integrations.torchvision_import as fitting; "
+        "assert fitting.make_torchvision_importable(); assert 'torchvision' not in sys.modules; "
+    )
+    for options in (["-c", "import peft, torchvision"], ["-S", "-c", f"{fitted}import torchvision"]):
+        done = subprocess.run([sys.executable, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_torchvision_can_be_imported_whatever_torch_is_there():

@@ -15,8 +15,8 @@
   let following = null; // the AbortController of its stream
   let again = null; // {statistics, config} of a result that is chosen from again
   let key = newKey();
-  let before = null; // for older jobs
-  const older = [];
+  let before = null; // where older jobs begin
+  const seen = new Map(); // id -> every job that was listed
   const chosen = new Set();
   const now = new Map(); // id -> what a job is doing
 
@@ -98,11 +98,24 @@
     const found = await json("v1/jobs?limit=50");
     before ??= found.next_before;
     $("older").hidden = !before;
-    draw([...found.jobs, ...older.filter((job) => !found.jobs.some((other) => other.id === job.id))]);
+    const newest = new Set(found.jobs.map((job) => job.id));
+    const lowest = found.jobs.at(-1)?.number ?? 0;
+    for (const job of [...seen.values()].filter((one) => !newest.has(one.id))) {
+      if (job.number > lowest || !found.next_before) seen.delete(job.id); // somebody removed it
+      else if (!FINAL.includes(job.state)) await look(job.id);
+    }
+    for (const job of found.jobs) seen.set(job.id, job);
+    draw([...seen.values()].sort((one, other) => other.number - one.number));
+  }
+  async function look(id) {
+    try { seen.set(id, await json(`v1/jobs/${id}`)); } catch (error) {
+      if (error.status !== 404) throw error;
+      seen.delete(id);
+    }
   }
   $("older").addEventListener("click", async () => {
     const found = await json(`v1/jobs?limit=50&before=${before}`);
-    older.push(...found.jobs);
+    for (const job of found.jobs) seen.set(job.id, job);
     before = found.next_before ?? 0;
     await list();
   });
@@ -166,7 +179,7 @@
     try {
       await ask(path, { method });
       say(`Job ${job.number} was ${done}.`);
-      if (method === "DELETE") { chosen.delete(job.id); older.splice(0, older.length, ...older.filter((one) => one.id !== job.id)); }
+      if (method === "DELETE") { chosen.delete(job.id); seen.delete(job.id); }
       if (method === "DELETE" && open === job.id) { $("job").hidden = true; open = null; following?.abort(); }
       await list();
     } catch (error) { say(`Job ${job.number}: ${error.message}`); }
