@@ -32,16 +32,15 @@ INTRODUCTION = """\
 
 <!-- Made by scripts/generate_docs.py from the sections in layerlens/config; change it there. -->
 
-One YAML file describes a job. `layerlens init` writes a commented one to start from, `layerlens validate FILE` checks
-it without running it, `layerlens run FILE` runs it. `layerlens schema` has the JSON Schema for editors.
+One YAML file describes a job. `layerlens init` writes a commented file to start from, `layerlens validate FILE` checks
+it without running it, and `layerlens run FILE` runs it. `layerlens schema` prints the JSON Schema for editors.
 
-- Relative paths start from the folder of the configuration file; `--output` starts from where you are.
-- `--set section.key=value` replaces a setting for one run; the value is YAML, such as
+- Relative paths start from the folder of the configuration file. `--output` starts from the working directory.
+- `--set section.key=value` replaces a setting for one run. The value is YAML, such as
   `--set 'optimization.lora_ranks=[4, 8]'`.
-- YAML is read by the rules of version 1.2: `1e9` and `1e-4` are numbers, `yes` is text. Whole numbers may be written as
-  `50_000` or `5e4`, and budgets with a unit: `300k`, `1.5M`, `2B` (counts), `8GB`, `512MB`, `8GiB` (memory), `20ms`,
-  `0.5s` (time).
-- Unknown and duplicate keys are refused. All problems of a file are listed at once, with line and column:
+- LayerLens reads YAML 1.2: `1e9` and `1e-4` are numbers, `yes` is text. You can write whole numbers as `50_000` or
+  `5e4`, and budgets with a unit: `300k`, `1.5M`, `2B` (counts), `8GB`, `512MB`, `8GiB` (memory), `20ms`, `0.5s` (time).
+- LayerLens refuses unknown and duplicate keys, and lists all problems of a file at once, with line and column:
 
   ```
   config.yaml:5:13: optimization.max_vram: unknown key, did you mean 'max_vram_gb'?
@@ -73,7 +72,7 @@ def cli_page() -> str:
     lines = [line for line in text.splitlines() if not re.match(r"\* `--(install|show)-completion`", line)]
     return (
         "# Command line\n\n<!-- Made by scripts/generate_docs.py from layerlens/cli; change it there. -->\n\n"
-        "Tables and progress go to stderr, results (`--json`) to stdout. "
+        "Tables and progress go to stderr; results (`--json`) go to stdout. "
         "[Exit codes](ERROR_HANDLING.md#exit-codes) are the same for every command.\n\n"
         + "\n".join(lines)
         .replace("\n# `layerlens`\n", "\n## `layerlens`\n")
@@ -97,7 +96,7 @@ def configuration_page() -> str:
 def _tasks() -> str:
     """A table of what each task is."""
     rows = [f"| `{task.name}` | {task.description} | {' or '.join(task.metrics.primary)} |" for task in TASKS.values()]
-    return "\n".join(["## Tasks\n", "| `model.task` | samples | best by |", "|---|---|---|", *rows]) + "\n"
+    return "\n".join(["## Tasks\n", "| `model.task` | samples | main metric |", "|---|---|---|", *rows]) + "\n"
 
 
 def _section(known: FieldInfo, path: tuple[str, ...], entry: str = "") -> Iterator[str]:

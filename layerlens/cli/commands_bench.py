@@ -27,7 +27,7 @@ def bench(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Time kernels and solver against this machine's limits, NumPy and torch, in about 10 seconds."""
+    """Compare the speed of kernels and solver with this machine's limits, NumPy and torch, in about 10 seconds."""
     from layerlens.utils.threads import resolve_threads, set_threads
 
     set_threads(resolve_threads(threads))  # before the libraries load, which take their threads from the environment

@@ -15,11 +15,11 @@ from layerlens.exceptions import ActivationCacheError, ConfigurationError
 if TYPE_CHECKING:
     from layerlens.profiling.cache import SensitivityCache
 
-app = typer.Typer(help="Look after the sensitivity cache.", no_args_is_help=True)
+app = typer.Typer(help="List, remove and verify cached statistics.", no_args_is_help=True)
 
 Directory = Annotated[
     Path | None,
-    typer.Option("--cache-dir", help="The cache; $LAYERLENS_CACHE or the user's cache directory when not given."),
+    typer.Option("--cache-dir", help="Cache directory; $LAYERLENS_CACHE or the user's cache directory when not given."),
 ]
 KEY_LENGTH = 12
 
@@ -27,7 +27,7 @@ KEY_LENGTH = 12
 @app.command("ls")
 @guarded()
 def ls(cache_dir: Directory = None, json: Json = False, debug: Debug = False) -> None:
-    """List what is kept: model, samples, size, age and whether it is whole."""
+    """List the entries: model, samples, size, age, and whether each is intact."""
     import dataclasses
 
     cache = _open(cache_dir)
@@ -53,13 +53,17 @@ def ls(cache_dir: Directory = None, json: Json = False, debug: Debug = False) ->
 @app.command("rm")
 @guarded()
 def rm(
-    keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", help="Keys, or their first letters.")] = None,
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY]...", help="Keys, or their first characters.")
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Remove everything.")] = False,
-    damaged: Annotated[bool, typer.Option("--damaged", help="Remove what is damaged, missing or foreign.")] = False,
+    damaged: Annotated[
+        bool, typer.Option("--damaged", help="Remove entries that are damaged, missing or from other programs.")
+    ] = False,
     cache_dir: Directory = None,
     debug: Debug = False,
 ) -> None:
-    """Remove statistics; they are measured again when they are needed."""
+    """Remove statistics. The next run that needs them measures them again."""
     cache = _open(cache_dir)
     entries = cache.entries()
     chosen = {entry.key for entry in entries if everything or (damaged and entry.state != "ok")}
@@ -77,7 +81,7 @@ def rm(
 @app.command("verify")
 @guarded()
 def verify(cache_dir: Directory = None, debug: Debug = False) -> None:
-    """Hold every entry against its checksum; fails if one does not match."""
+    """Verify the checksum of every entry. Fails if one does not match."""
     entries = _open(cache_dir).entries()
     bad = [entry for entry in entries if entry.state != "ok"]
     for entry in bad:

@@ -43,11 +43,11 @@ def init(
     max_latency: MaxLatency = None,
     max_step: MaxStep = None,
     methods: Methods = None,
-    full: Annotated[bool, typer.Option("--full", help="Write every key, with what it means and its default.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Write every key, with its description and default.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Write a configuration to start from: the lines that matter, for this model and this data."""
+    """Write a short configuration for your model and data to start from."""
     from layerlens.config.example import example_config, settled, short_config
     from layerlens.utils.atomic import atomic_write_text
 
@@ -92,7 +92,7 @@ def validate(
     settings: Set = None,
     show_sample: Annotated[
         bool,
-        typer.Option("--show-sample", help="Read all of the data, and show one sample as the model would see it."),
+        typer.Option("--show-sample", help="Read all data, and show one sample as the model sees it."),
     ] = False,
     json: Json = False,
     debug: Debug = False,
@@ -133,10 +133,10 @@ def validate(
 
 @guarded()
 def schema(
-    manifest: Annotated[bool, typer.Option("--manifest", help="The schema of manifest.json instead.")] = False,
+    manifest: Annotated[bool, typer.Option("--manifest", help="Write the schema of manifest.json instead.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Write the JSON Schema of the configuration to stdout (for editors), or that of the manifest."""
+    """Write the JSON Schema of the configuration (for editors) or of the manifest to stdout."""
     if manifest:
         from layerlens.manifest import manifest_schema
 

@@ -27,7 +27,7 @@ STYLES = {"ok": ("✓", "green"), "hint": ("!", "yellow"), "problem": ("✗", "b
 
 @guarded()
 def doctor(json: Json = False, debug: Debug = False) -> None:
-    """Look at Python, packages, kernels, cores, memory and cache; exit code 1 if something must be mended."""
+    """Check Python, packages, kernels, cores, memory and cache. Exits with 1 if something needs repair."""
 
     findings = examine()
     if json:

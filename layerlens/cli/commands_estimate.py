@@ -27,13 +27,17 @@ def estimate(
         str | None,
         typer.Option("--model", "-m", help="Model directory, config.json or hub name; its weights are not needed."),
     ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", "-r", min=1, help="Of uniform LoRA.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", min=1, help="Rank of uniform LoRA.")] = None,
     targets: Annotated[
-        str, typer.Option(help="Layers by the endings of their names, with commas; all: every layer that takes LoRA.")
+        str,
+        typer.Option(
+            help="Layers, by the ends of their names, separated by commas; all: every layer that LoRA can adapt."
+        ),
     ] = "all",
-    task: Annotated[str | None, typer.Option(help="Task; read off the configuration when not given.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task; that of the model's configuration when not given.")] = None,
     classes: Annotated[
-        int | None, typer.Option(min=1, help="Outputs of a classifier; those of the configuration when not given.")
+        int | None,
+        typer.Option(min=1, help="Outputs of a classifier; those of the model's configuration when not given."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}.", show_default="float32")] = None,
     batch_size: Annotated[
@@ -48,7 +52,7 @@ def estimate(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Tell what a choice or uniform LoRA costs: parameters, FLOPs, memory, latency; without weights or data."""
+    """Estimate parameters, FLOPs, memory and latency of a choice or of uniform LoRA, without weights or data."""
     _check(manifest, model, rank, targets, task, classes, dtype, device)
     from layerlens.jobs.estimate import estimate as estimated
     from layerlens.jobs.recorded import manifest_at

@@ -35,7 +35,7 @@ NAMES = {
     "optimizer_ms": "of it optimiser",
 }
 Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all cores.")]
-CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Where the device's profile is kept.")]
+CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Directory of the device profile.")]
 
 
 @guarded("finished runs are kept; call it again to go on")
@@ -48,7 +48,9 @@ def evaluate(
     ],
     costs: Annotated[
         bool,
-        typer.Option("--costs", help="A manifest's parameters, FLOPs, memory and time: predicted against measured."),
+        typer.Option(
+            "--costs", help="Compare a manifest's predicted parameters, FLOPs, memory and time with measurements."
+        ),
     ] = False,
     directory: Output = None,
     settings: Set = None,
@@ -56,10 +58,10 @@ def evaluate(
         str | None, typer.Option("--model", "-m", help="Base model, if it is not where the manifest says.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Samples in the batch; that of the run's latency profile.")
+        int | None, typer.Option(min=1, help="Samples in the batch; as in the run's latency profile when not given.")
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens in a sequence; that of the run's latency profile.")
+        int | None, typer.Option(min=2, help="Tokens in a sequence; as in the run's latency profile when not given.")
     ] = None,
     recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Measure the device again first.")] = False,
     threads: Threads = 0,
@@ -69,9 +71,9 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train several allocations with tuned learning rates on paired seeds, and tell which wins on your data.
+    """Train several allocations with tuned learning rates on paired seeds, and show which wins on your data.
 
-    With --costs: hold a manifest's predictions against what is measured on the model.
+    With --costs: compare a manifest's predictions with measurements on the model.
     """
     if not costs:
         for name, given in {"--model": model, "--batch-size": batch_size, "--sequence-length": sequence_length}.items():
@@ -121,7 +123,7 @@ def evaluate(
 def calibrate(
     threads: Threads = 0, cache_dir: CacheDir = None, json: Json = False, quiet: Quiet = False, debug: Debug = False
 ) -> None:
-    """Measure this device, keep the figures, and show them as a latency profile for configurations."""
+    """Measure this device, save the figures, and print them as a latency profile for configurations."""
     from layerlens.config import LatencyProfile
     from layerlens.cost.device import profile_path
     from layerlens.jobs.costs import device_profile
@@ -219,7 +221,7 @@ def _beside(own: dict[str, Comparison], other: dict[str, Comparison]) -> str:
 
 
 def _study(config: Path, directory: Path | None, settings: list[str] | None, *, json: bool, quiet: bool) -> None:
-    """Train several allocations with tuned learning rates on paired seeds, and tell which wins on the data."""
+    """Train several allocations with tuned learning rates on paired seeds, and show which wins on the data."""
     checked = load(config, settings, directory)
     from layerlens.evaluation.from_config import evaluate_config
 

@@ -49,19 +49,20 @@ def export(
         Path,
         typer.Argument(
             metavar="MANIFEST",
-            help="A run's manifest; with --serve, --merge and --to gguf also its directory, or a trained directory.",
+            help="Manifest of a run. With --serve, --merge and --to gguf, also the run's directory or a trained "
+            "directory.",
             show_default=False,
         ),
     ],
     tool: Annotated[
-        ToolName | None, typer.Option("--to", help="The trainer or suite that will read it, or gguf.")
+        ToolName | None, typer.Option("--to", help="Trainer or suite that will read the files, or gguf.")
     ] = None,
-    engine: Annotated[EngineName | None, typer.Option("--serve", help="The engine that will serve it.")] = None,
+    engine: Annotated[EngineName | None, typer.Option("--serve", help="Engine that will serve the adapter.")] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Write one checkpoint, with the LoRA added into the model's weights.")
+        bool, typer.Option("--merge", help="Merge the LoRA into the model's weights, and write one checkpoint.")
     ] = False,
     directory: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory for the files; one beside the manifest.")
+        Path | None, typer.Option("--output", "-o", help="Directory for the files; beside the manifest when not given.")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model, if it is not where the manifest says.")
@@ -73,7 +74,7 @@ def export(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write what a trainer starts from, what an engine serves, or a merged model; refuses by name what does not fit."""
+    """Export files for a trainer or a serving engine, or a merged model. Refuses by name what does not fit."""
     from layerlens.cli.places import output_directory, published_files
 
     if (tool, engine, merge) in [(None, None, False)] or (engine and (tool or merge)):

@@ -27,9 +27,9 @@ def frontier(
         str, typer.Option("--resource", "-r", help="trainable_params, flops, vram_gb or latency_ms.")
     ] = "trainable_params",
     at: Annotated[
-        list[str] | None, typer.Option("--at", help="Certify an allocation at this budget (20k, 8GB); repeatable.")
+        list[str] | None, typer.Option("--at", help="Certify a choice at this budget (20k, 8GB); repeatable.")
     ] = None,
-    points: Annotated[int, typer.Option(min=2, help="How many budgets to certify where none are given.")] = 10,
+    points: Annotated[int, typer.Option(min=2, help="Number of budgets to certify without --at.")] = 10,
     directory: Output = None,
     settings: Set = None,
     json: Json = False,

@@ -24,16 +24,16 @@ def open_report(
         Path,
         typer.Argument(
             metavar="DIRECTORY|MANIFEST|REPORT",
-            help="The directory of a run or of a training, its manifest, or a report.",
+            help="Directory of a run or training, its manifest, or a report.",
             show_default=False,
         ),
     ] = Path("out"),
     only_path: Annotated[
-        bool, typer.Option("--print", help="Write the report's path to stdout, and open nothing.")
+        bool, typer.Option("--print", help="Print the report's path to stdout instead of opening it.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Open the report of a run or of a training in the browser; out/report.html when nothing is given."""
+    """Open the report of a run or training in the browser (default: out/report.html)."""
     report = _report_at(place)
     if only_path:
         output.result(str(report))

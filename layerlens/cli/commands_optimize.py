@@ -60,8 +60,8 @@ def optimize(
         typer.Option(
             "--sweep",
             "--budget-sweep",
-            help="Choose once for each of several budgets, each into its own folder: "
-            "trainable_params=10k,20k,40k (or flops, vram_gb, latency_ms, step_ms).",
+            help="Choose for each of several budgets, each into its own folder: trainable_params=10k,20k,40k (or "
+            "flops, vram_gb, latency_ms, step_ms).",
             metavar="RESOURCE=B1,B2,...",
         ),
     ] = None,
@@ -69,8 +69,8 @@ def optimize(
         str | None,
         typer.Option(
             "--frontier",
-            help="Show what more of one budget would buy instead: the exact curve of the score over trainable_params "
-            "(or flops, vram_gb, latency_ms).",
+            help="Show what a larger budget buys: the exact curve of the score over trainable_params (or flops, "
+            "vram_gb, latency_ms).",
             metavar="RESOURCE",
         ),
     ] = None,
@@ -79,17 +79,17 @@ def optimize(
         typer.Option("--at", help="With --frontier: certify a choice at this budget (20k, 8GB); repeatable."),
     ] = None,
     points: Annotated[
-        int, typer.Option(min=2, help="With --frontier: how many budgets to certify where no --at is given.")
+        int, typer.Option(min=2, help="With --frontier: number of budgets to certify without --at.")
     ] = 10,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Choose again from saved statistics, with other budgets; the model is not loaded.
+    """Choose again for other budgets from saved statistics, without loading the model.
 
-    `--sweep` chooses for several budgets, and `--frontier` shows what more of one budget would buy. Options replace
-    settings of the configuration; its other budgets stay. Without a file the result goes to optimized/ beside the
-    statistics, and a frontier's beside them.
+    `--sweep` chooses for several budgets, and `--frontier` shows what a larger budget buys. Options replace settings of
+    the configuration; its other budgets stay. Without a configuration file, the result goes to optimized/ beside the
+    statistics, and a frontier goes beside them.
     """
     options = given_options(
         None, None, None, methods, max_params, max_vram, max_flops, max_latency, max_step, objective, quality_margin

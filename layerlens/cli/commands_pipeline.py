@@ -20,7 +20,7 @@ def pipeline(
     ],
     detector: Annotated[
         str | None,
-        typer.Option("--detector", "-d", help="ultralytics weights (.pt), or the name of published ones."),
+        typer.Option("--detector", "-d", help="ultralytics weights (.pt), or the name of published weights."),
     ] = None,
     llm: Annotated[
         str | None,
@@ -33,32 +33,34 @@ def pipeline(
     directory: Annotated[Path, typer.Option("--output", "-o", help="Directory for the results.")] = Path(
         "pipeline-out"
     ),
-    llm_model: Annotated[str | None, typer.Option(help="The server's name of the model.")] = None,
+    llm_model: Annotated[str | None, typer.Option(help="Name of the model on the server.")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the server's key.")] = None,
     detector_adapter: Annotated[
-        str | None, typer.Option(help="Folder of a tuned detector: time it beside the base, unmerged and merged.")
+        str | None, typer.Option(help="Folder of a tuned detector, to time beside the base, unmerged and merged.")
     ] = None,
-    llm_adapter: Annotated[str | None, typer.Option(help="The same for a local language model.")] = None,
+    llm_adapter: Annotated[
+        str | None, typer.Option(help="Folder of a tuned adapter for a local language model.")
+    ] = None,
     prompt: Annotated[
-        Path | None, typer.Option(help="File with a template of the request; {findings} is where the boxes go.")
+        Path | None, typer.Option(help="File with a template of the request; {findings} stands for the boxes.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images that the detector sees at once.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Images per detector call.")] = 1,
     repeats: Annotated[int, typer.Option(help="Measured passes over all images.")] = 1,
-    warmup: Annotated[int, typer.Option(help="Passes over the first batch before, kept apart.")] = 1,
-    confidence: Annotated[float, typer.Option(help="Boxes below are left out.")] = 0.25,
-    iou: Annotated[float, typer.Option(help="Of boxes that overlap more, the best stays.")] = 0.5,
+    warmup: Annotated[int, typer.Option(help="Warm-up passes over the first batch, reported separately.")] = 1,
+    confidence: Annotated[float, typer.Option(help="Leave out boxes below this confidence.")] = 0.25,
+    iou: Annotated[float, typer.Option(help="Keep only the best of boxes that overlap more than this.")] = 0.5,
     image_size: Annotated[int | None, typer.Option(help="Side of the detector's input, in pixels.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest report, in tokens.")] = 160,
-    max_megapixels: Annotated[float, typer.Option(help="Larger images are refused.")] = 100.0,
-    timeout_s: Annotated[float, typer.Option(help="Longest time for one answer of a server.")] = 120.0,
-    retries: Annotated[int, typer.Option(help="How often a request is repeated that may yet succeed.")] = 3,
+    max_megapixels: Annotated[float, typer.Option(help="Refuse larger images.")] = 100.0,
+    timeout_s: Annotated[float, typer.Option(help="Maximum time for one answer of the server.")] = 120.0,
+    retries: Annotated[int, typer.Option(help="Number of retries for requests that may still succeed.")] = 3,
     device: Annotated[str, typer.Option(help="cpu, cuda:0 ...")] = "cpu",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 for one on each core.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: one per core.")] = 0,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Detect on every image, have a language model write a report, and time every step."""
+    """Run a detector on every image, write reports with a language model, and time every step."""
     from layerlens.config.vision_language import PipelineConfig
 
     models: dict[str, Any] = {"detector": detector, "llm": llm}  # the configuration says which are missing

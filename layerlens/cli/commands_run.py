@@ -68,17 +68,17 @@ def run(
     settings: Set = None,
     explain: Explain = False,
     verbose: Verbose = False,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure the model anew, and keep nothing.")] = False,
-    no_check: Annotated[
-        bool, typer.Option("--no-check", help="Do not hold the predictions against the model afterwards.")
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Measure the model anew, and do not use the cache.")
     ] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Do not check the predictions on the model.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model on its data, choose what to adapt within the budgets, and write everything.
+    """Measure a model on its data, choose what to adapt within the budgets, and write the results.
 
-    What is to be done stands in a configuration file, in options, or in a file of which options replace settings.
+    Give a configuration file, or options, or both: options replace settings of the file.
     """
     options = given_options(
         model, data, task, methods, max_params, max_vram, max_flops, max_latency, max_step, objective, quality_margin

@@ -16,64 +16,70 @@ if TYPE_CHECKING:
     from layerlens.service.client import Client
 
 Server = Annotated[
-    str | None, typer.Option("--server", "-s", help="Address of the server; $LAYERLENS_SERVER or this machine.")
+    str | None,
+    typer.Option("--server", "-s", help="Address of the server; $LAYERLENS_SERVER or this machine when not given."),
 ]
 TokenFile = Annotated[
     Path | None, typer.Option("--token-file", help="File with the token; $LAYERLENS_TOKEN when not given.")
 ]
 AllowHttp = Annotated[bool, typer.Option("--allow-http", help="Send the token over plain HTTP to another machine.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.", show_default=False)]
-jobs_app = typer.Typer(help="Look after the jobs of a server.", no_args_is_help=True)
+jobs_app = typer.Typer(help="List, show, cancel and fetch the jobs of a server.", no_args_is_help=True)
 
 
 @guarded("jobs that ran wait for the next server")
 def serve(
     root: Annotated[
-        list[Path] | None, typer.Option("--root", help="Folder that models and data may lie in; repeatable.")
+        list[Path] | None, typer.Option("--root", help="Folder from which jobs may read models and data; repeatable.")
     ] = None,
-    state_dir: Annotated[Path, typer.Option("--state-dir", help="Where jobs and results are kept.")] = Path(
+    state_dir: Annotated[Path, typer.Option("--state-dir", help="Directory for jobs and results.")] = Path(
         "layerlens-state"
     ),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8642,
     token_file: Annotated[
         Path | None,
-        typer.Option(help="File with tokens, one a line; with $LAYERLENS_SERVE_TOKEN those who may use the server."),
+        typer.Option(help="File with access tokens, one per line, in addition to $LAYERLENS_SERVE_TOKEN."),
     ] = None,
     allow_url: Annotated[
-        list[str] | None, typer.Option(help="Beginning of URLs that jobs may read and write; repeatable.")
+        list[str] | None, typer.Option(help="Prefix of URLs that jobs may read and write; repeatable.")
     ] = None,
     allow_package: Annotated[
         list[str] | None, typer.Option(help="Package that package:NAME may import; repeatable.")
     ] = None,
-    allow_hub: Annotated[bool, typer.Option("--allow-hub", help="Let jobs load from the Hugging Face hub.")] = False,
+    allow_hub: Annotated[
+        bool, typer.Option("--allow-hub", help="Allow jobs to load from the Hugging Face hub.")
+    ] = False,
     allow_code: Annotated[
         list[str] | None,
-        typer.Option(help="Module whose functions jobs may name, such as model.factory my_project:build; repeatable."),
+        typer.Option(help="Module whose functions jobs may call, such as model.factory my_project:build; repeatable."),
     ] = None,
     allow_pickles: Annotated[
-        bool, typer.Option("--allow-pickles", help="Let jobs load .pt and .bin files below the roots, which run code.")
+        bool,
+        typer.Option(
+            "--allow-pickles", help="Allow jobs to load .pt and .bin files below the roots. Such files can run code."
+        ),
     ] = False,
     max_running: Annotated[int, typer.Option(min=1, help="Jobs that run at the same time.")] = 1,
-    max_queued: Annotated[int, typer.Option(min=1, help="Jobs that may wait.")] = 1000,
-    rate: Annotated[float, typer.Option(min=0.01, help="Requests a second for each token.")] = 50.0,
+    max_queued: Annotated[int, typer.Option(min=1, help="Jobs that may wait in the queue.")] = 1000,
+    rate: Annotated[float, typer.Option(min=0.01, help="Requests per second for each token.")] = 50.0,
     burst: Annotated[int, typer.Option(min=1, help="Requests at once for each token.")] = 200,
     max_body_kb: Annotated[int, typer.Option(min=1, help="Largest request, KiB.")] = 1024,
     max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest statistics file, MiB.")] = 256,
     max_connections: Annotated[
-        int, typer.Option(min=1, help="Open connections; fewer where the system allows fewer open files.")
+        int, typer.Option(min=1, help="Open connections; fewer if the system allows fewer open files.")
     ] = 2000,
     max_connections_per_address: Annotated[
-        int, typer.Option(min=0, help="Open connections of one address; 0: three quarters of all.")
+        int, typer.Option(min=0, help="Open connections per address; 0: three quarters of all.")
     ] = 0,
-    max_streams: Annotated[int, typer.Option(min=1, help="Streams of events that may be open.")] = 100,
-    job_timeout_s: Annotated[float, typer.Option(min=1, help="Longest time for one job.")] = 86400.0,
-    threads: Annotated[int, typer.Option(min=0, help="Threads of one job; 0: all cores.")] = 0,
-    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file, for HTTPS.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM file with its key.")] = None,
+    max_streams: Annotated[int, typer.Option(min=1, help="Open event streams.")] = 100,
+    job_timeout_s: Annotated[float, typer.Option(min=1, help="Maximum time for one job.")] = 86400.0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads per job; 0: all cores.")] = 0,
+    tls_certificate: Annotated[Path | None, typer.Option(help="Certificate for HTTPS (PEM file).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate (PEM file).")] = None,
     debug: Debug = False,
 ) -> None:
-    """Offer LayerLens over HTTP: jobs in processes of their own, which survive a crash of the server."""
+    """Serve LayerLens over HTTP. Jobs run in their own processes and survive a crash of the server."""
     from layerlens.service.server import serve as run_server
     from layerlens.service.settings import MIB, ServiceSettings, load_tokens
 
@@ -115,10 +121,12 @@ def submit(
     config: Config,
     statistics: Annotated[
         str | None,
-        typer.Option(help="Only choose again, from this: a local statistics.safetensors, job:ID, or upload:SHA256."),
+        typer.Option(
+            help="Choose again from these statistics: a local statistics.safetensors, job:ID, or upload:SHA256."
+        ),
     ] = None,
     directory: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Wait for the job and fetch its results into this directory.")
+        Path | None, typer.Option("--output", "-o", help="Wait for the job, and fetch its results into this directory.")
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Follow the job to its end.")] = False,
     server: Server = None,
@@ -128,7 +136,7 @@ def submit(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Send a job to a LayerLens server; paths in the configuration are the server's."""
+    """Submit a job to a LayerLens server. Paths in the configuration refer to the server."""
     client = _client(server, token_file, allow_http)
     if directory is not None:
         from layerlens.utils.atomic import check_writable
@@ -154,8 +162,10 @@ def submit(
 @jobs_app.command("ls")
 @guarded()
 def ls(
-    state: Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=500, help="How many.")] = 50,
+    state: Annotated[
+        str | None, typer.Option(help="Show only jobs in this state: queued, running, succeeded, failed or cancelled.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=500, help="Number of jobs to list.")] = 50,
     server: Server = None,
     token_file: TokenFile = None,
     allow_http: AllowHttp = False,
@@ -187,7 +197,7 @@ def show(
     allow_http: AllowHttp = False,
     debug: Debug = False,
 ) -> None:
-    """Show a job, and its result if it has one, as JSON."""
+    """Show a job and its result as JSON."""
     client = _client(server, token_file, allow_http)
     found = client.job(job)
     output.json_result({**found, "result": client.result(job)} if found["state"] == "succeeded" else found)

@@ -31,13 +31,17 @@ def show(
     place: Place,
     layer: Annotated[
         str | None,
-        typer.Option("--layer", "-l", help="Explain this layer: its options, the runner-up, what would make it win."),
+        typer.Option(
+            "--layer",
+            "-l",
+            help="Explain the choice for this layer: its options, the runner-up, and what would make it win.",
+        ),
     ] = None,
     statistics: Annotated[
         Path | None, typer.Option(help="Statistics for --layer; those beside the manifest when not given.")
     ] = None,
     code: Annotated[
-        bool, typer.Option("--code", help="Write the Python code that loads the model with the choice, to stdout.")
+        bool, typer.Option("--code", help="Print the Python code that loads the model with the choice to stdout.")
     ] = False,
     model: Annotated[
         str | None,
@@ -45,13 +49,13 @@ def show(
     ] = None,
     directory: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Inject the choice into the model, and write its adapter directory here."),
+        typer.Option("--output", "-o", help="Add the choice to the model, and write its adapter directory here."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a manifest chose, its use of each budget and its proof, the code that uses it, or one layer's reasons.
+    """Show a manifest's choice, its use of each budget and its proof; or its code, or the reasons for one layer.
 
     `layerlens apply` is the same command, and always shows the code.
     """
@@ -123,7 +127,7 @@ def diff(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare two choices: layers, parameters, FLOPs, memory, latency and score, and what they are of."""
+    """Compare two choices: layers, parameters, FLOPs, memory, latency, score, model and data."""
     from layerlens.jobs.recorded import manifest_at
     from layerlens.manifest import read_manifest
     from layerlens.manifest.difference import Difference

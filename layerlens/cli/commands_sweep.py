@@ -24,22 +24,22 @@ NAMES_SHOWN = 20
 @guarded("tasks that were finished stay; run it again for the others")
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep's file (YAML).", show_default=False)],
-    run: Annotated[bool, typer.Option("--run", help="Run all tasks that are not finished, here.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="Run all unfinished tasks on this machine.")] = False,
     task: Annotated[
-        int | None, typer.Option("--task", help="Run one task of the list, from 0, unless it is finished.")
+        int | None, typer.Option("--task", help="Run one task of the list (counted from 0), unless it is finished.")
     ] = None,
     collect: Annotated[
-        bool, typer.Option("--collect", help="Write the results of all tasks as one table, CSV and JSON.")
+        bool, typer.Option("--collect", help="Write the results of all tasks as one table (CSV and JSON).")
     ] = False,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="With --run: tasks at a time.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="With --run: number of tasks at a time.")] = 1,
     threads: Annotated[
-        int | None, typer.Option(help="Threads of a task whose configuration leaves them open.", min=1)
+        int | None, typer.Option(help="Threads for a task whose configuration does not set them.", min=1)
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """List the runs of a grid (models, budgets, seeds) as tasks; run them, or collect their results."""
+    """List the runs of a grid (models, budgets, seeds) as tasks, run them, or collect their results."""
     if run + (task is not None) + collect > 1:
         raise SweepError("--run, --task and --collect: give one of them")
     if jobs != 1 and not run:

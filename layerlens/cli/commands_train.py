@@ -32,7 +32,7 @@ def train(
         typer.Option(
             "--config",
             "-c",
-            help="Configuration (YAML) with data and training; that of the manifest's own run when not given.",
+            help="Configuration (YAML) with data and training; the configuration of the manifest's run when not given.",
         ),
     ] = None,
     directory: Annotated[
@@ -46,7 +46,8 @@ def train(
         str | None,
         typer.Option(
             "--baseline",
-            help="Train this instead, with as many parameters: uniform-lora, adalora, eva (a wrong name lists all).",
+            help="Train this instead, with the same number of parameters: uniform-lora, adalora, eva (a wrong name "
+            "lists all).",
             show_default=False,
         ),
     ] = None,
@@ -54,23 +55,23 @@ def train(
         Path | None,
         typer.Option(
             "--from",
-            help="Directory of an earlier training of the same manifest to go on from (SFT, then DPO); what is trained "
-            "starts as it is there.",
+            help="Directory of an earlier training of the same manifest to continue from (SFT, then DPO). Training "
+            "starts from its weights.",
             show_default=False,
         ),
     ] = None,
     settings: Set = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew; remove the checkpoints there.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Start over, and remove existing checkpoints.")] = False,
     keep_checkpoints: Annotated[
-        bool, typer.Option("--keep-checkpoints", help="Leave the checkpoints there when all is done.")
+        bool, typer.Option("--keep-checkpoints", help="Keep the checkpoints after training.")
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune what a manifest chose; under torchrun or accelerate launch, on several processes.
+    """Fine-tune a manifest's choice. Under torchrun or accelerate launch, train on several processes.
 
-    Interrupted or killed, the same command goes on from the last checkpoint to the same result.
+    If training is interrupted or killed, the same command continues from the last checkpoint to the same result.
     """
     checked, base_dir = _configuration(manifest, config, settings)
     from layerlens.jobs.train import train_manifest

@@ -47,8 +47,8 @@ Objective = Annotated[
     str | None,
     typer.Option(
         "--objective",
-        help="score: the best within the budgets; cheapest: the least step time (or optimization.minimise) that is "
-        "predicted to be as good as uniform LoRA.",
+        help="score: the best score within the budgets; cheapest: the lowest step time (or optimization.minimise) that "
+        "is predicted to match uniform LoRA.",
         show_default=False,
     ),
 ]
@@ -56,13 +56,18 @@ QualityMargin = Annotated[
     str | None,
     typer.Option(
         "--quality-margin",
-        help="With --objective cheapest: share of uniform LoRA's predicted improvement that may be lost: 0.05.",
+        help="With --objective cheapest: share of uniform LoRA's predicted improvement that the choice may lose; 0.05 "
+        "when not given.",
         show_default=False,
     ),
 ]
 OptionalConfig = Annotated[
     Path | None,
-    typer.Argument(metavar="CONFIG", help="Configuration file (YAML); without: the options.", show_default=False),
+    typer.Argument(
+        metavar="CONFIG",
+        help="Configuration file (YAML); not needed with --model, --data and a budget.",
+        show_default=False,
+    ),
 ]
 KEYS = {
     "--model": "model.name_or_path",

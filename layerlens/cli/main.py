@@ -35,7 +35,8 @@ from layerlens.utils.threads import let_idle_threads_sleep
 
 app = typer.Typer(
     name="layerlens",
-    help="Which layers of a model to adapt, with which PEFT method and rank, under hard budgets, with a proved gap.",
+    help="Choose which layers of a model to adapt, with which PEFT method and rank, within hard budgets and with a "
+    "proved gap.",
     epilog="Start with: layerlens init config.yaml && layerlens run config.yaml",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -52,10 +53,10 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and end.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done to stderr.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log progress to stderr.")] = False,
 ) -> None:
     """Remember the options that hold for every command."""
     output.state.debug, output.state.verbose = debug, verbose

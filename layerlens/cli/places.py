@@ -122,12 +122,12 @@ Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration fi
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Explain = Annotated[
     bool,
-    typer.Option("--explain", help="Show for every layer the runner-up and what would make it win."),
+    typer.Option("--explain", help="Show the runner-up of every layer, and what would make it win."),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show one sample of the data as the model sees it.")]
-Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON to stdout, and no tables.")]
+Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON to stdout, without tables.")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that lies beside the base model's weights.")
+    bool, typer.Option("--trust-remote-code", help="Allow the base model's own Python code to run.")
 ]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory for the results, instead of the configuration's.")

@@ -22,39 +22,39 @@ CandidateName = Annotated[str, RegisteredName(UTILITY_MODELS, others=(UNIFORM_LO
 
 
 class ProxyCheckConfig(ConfigModel):
-    """Training of the solver's choice against other allocations within the same budgets; the best one is written.
+    """Trains the solver's choice and other allocations within the same budgets, and writes the best one.
 
-    With `objective: cheapest` these are uniform LoRA, the choice with the best score, and the cheapest choices of
-    several predicted shares, trained for at least half of the fine-tune's steps. The cheapest one is written whose
-    held-out loss drop is within `quality_margin` of uniform LoRA's, by a paired 95 % interval; where none is, nothing
-    is saved, and the better of the other two is written.
+    With `objective: cheapest`, the candidates are uniform LoRA, the choice with the best score, and the cheapest
+    choices for several predicted shares, trained for at least half of the fine-tune's steps. LayerLens writes the
+    cheapest choice whose drop in held-out loss is within `quality_margin` of uniform LoRA's by a paired 95 % interval.
+    If there is none, it writes the better of the other two.
 
-    All start from the same weights and see the same batches; they are compared on samples that none was trained on, and
-    that are never those of the test split. Each candidate counts at the best of its learning rates, and uniform LoRA is
-    kept where the others' loss drop is not at least 2 % larger.
+    All candidates start from the same weights and see the same batches. They are compared on samples that none was
+    trained on and that are not in the test split. Each candidate counts at its best learning rate. Uniform LoRA stays
+    unless another candidate's drop in loss is at least 2 % larger.
     """
 
     steps: int = Field(
         default=0,
         ge=0,
-        description="Training steps of every candidate, with warm-up and decay of their own; 0: no check, the solver's "
-        "choice is written. In our study as many as half of the later fine-tune kept most of the gain, a quarter half "
-        "of it. The check costs candidates × learning_rates × steps.",
+        description="Training steps of every candidate, with their own warm-up and decay. 0: no check, and LayerLens "
+        "writes the solver's choice. In our study, half the steps of the fine-tune kept most of the gain, and a "
+        "quarter kept half of it. The check costs candidates × learning_rates × steps.",
     )
     candidates: tuple[CandidateName, ...] = Field(
         default=(UNIFORM_LORA, "tempered_energy", "tempered_log"),
         min_length=1,
-        description="What is trained beside the solver's choice: `uniform-lora` (the largest equal LoRA rank on all "
-        "layers that the budgets allow, what is left spread over the depth), and choices by other utility models. What "
-        "is the solver's choice too is trained once. Not read with `objective: cheapest`.",
+        description="Candidates besides the solver's choice: `uniform-lora` (the largest equal LoRA rank on all layers "
+        "that the budgets allow, with the rest spread over the depth), and the choices of other utility models. A "
+        "candidate equal to the solver's choice is trained once. Not used with `objective: cheapest`.",
     )
     learning_rates: tuple[float, ...] = Field(
-        default=(1e-3,), min_length=1, description="Peak learning rates of AdamW; each candidate counts at its best."
+        default=(1e-3,),
+        min_length=1,
+        description="Peak learning rates of AdamW; each candidate counts at its best one.",
     )
-    train_samples: int = Field(
-        default=1024, ge=8, description="Samples to train on; calibration samples are among them."
-    )
-    held_out_samples: int = Field(default=256, ge=8, description="Samples whose loss is compared.")
+    train_samples: int = Field(default=1024, ge=8, description="Training samples, including the calibration samples.")
+    held_out_samples: int = Field(default=256, ge=8, description="Held-out samples for comparing losses.")
 
     @field_validator("learning_rates")
     @classmethod
@@ -70,13 +70,13 @@ class ProxyCheckConfig(ConfigModel):
 
 
 class LatencyProfile(ConfigModel):
-    """The device and the batch that costs are predicted for.
+    """The device and the batch for which LayerLens predicts costs.
 
-    The three roofline numbers default to nominal figures of the device type; give your own for figures that hold on
-    your device. A run prints the measured forward time of the base model beside the prediction.
+    The three roofline figures default to nominal figures of the device type. Set them to the figures of your device. A
+    run prints the measured forward time of the base model beside the prediction.
     """
 
-    device_type: Literal["cpu", "gpu"] = Field(default="cpu", description="Device that the predictions are for.")
+    device_type: Literal["cpu", "gpu"] = Field(default="cpu", description="Device for the predictions.")
     model_family: str = Field(default="llm", min_length=1, description="Free text, recorded in the manifest.")
     batch_size: int = Field(default=8, ge=1, description="Sequences in a batch.")
     sequence_length: int = Field(default=128, ge=1, description="Tokens in a sequence.")
@@ -97,19 +97,19 @@ class LatencyProfile(ConfigModel):
 
 
 class LayerRule(ConfigModel):
-    """What some layers may choose. Rules are applied in order; each one narrows what the ones before it left."""
+    """Restricts the options of some layers. Rules apply in order; each one narrows what the earlier ones allow."""
 
     layers: str = Field(
         min_length=1,
-        description="Which layers: a pattern for their whole names with `*` and `?` (`*.value`, `*.layer.11.*`), or a "
-        "role such as `query`, `value`, `ffn_down`.",
+        description="The layers: a pattern with `*` and `?` for whole names (`*.value`, `*.layer.11.*`), or a role "
+        "such as `query`, `value`, `ffn_down`.",
     )
     methods: tuple[MethodName, ...] | None = Field(
         default=None, description="Only these methods (or none, unless `require`)."
     )
     forbid: tuple[MethodName, ...] = Field(default=(), description="Not these methods.")
     ranks: tuple[int, ...] | None = Field(default=None, min_length=1, description="Only these ranks.")
-    max_rank: int | None = Field(default=None, ge=0, description="No rank above this; 0 leaves the layers alone.")
+    max_rank: int | None = Field(default=None, ge=0, description="No rank above this; 0 excludes the layers.")
     require: bool = Field(default=False, description="The layers must be adapted.")
 
     @model_validator(mode="after")
@@ -122,12 +122,12 @@ class LayerRule(ConfigModel):
 
 
 class LinearResource(ConfigModel):
-    """A resource of your own: every option uses an amount that is linear in what it adds."""
+    """A custom resource: every option uses an amount that is linear in what it adds."""
 
-    budget: float = Field(gt=0, description="What all options may use together.")
-    per_parameter: float = Field(default=0.0, ge=0, description="Used for each trainable parameter.")
-    per_layer: float = Field(default=0.0, ge=0, description="Used for each layer that is adapted.")
-    per_rank: float = Field(default=0.0, ge=0, description="Used for each unit of rank.")
+    budget: float = Field(gt=0, description="Budget for all options together.")
+    per_parameter: float = Field(default=0.0, ge=0, description="Amount for each trainable parameter.")
+    per_layer: float = Field(default=0.0, ge=0, description="Amount for each adapted layer.")
+    per_rank: float = Field(default=0.0, ge=0, description="Amount for each unit of rank.")
 
     @model_validator(mode="after")
     def _uses_something(self) -> LinearResource:
@@ -137,20 +137,20 @@ class LinearResource(ConfigModel):
 
 
 class ConstraintConfig(ConfigModel):
-    """What the choice must keep beyond the budgets."""
+    """Constraints on the choice besides the budgets."""
 
     max_rank: int | None = Field(default=None, ge=1, description="No rank, adapter width or prefix length above this.")
-    rules: tuple[LayerRule, ...] = Field(default=(), description="What single layers may choose.")
+    rules: tuple[LayerRule, ...] = Field(default=(), description="Rules that restrict the options of single layers.")
     choose_alike: tuple[tuple[str, ...], ...] = Field(
         default=(),
-        description="Each entry lists patterns or roles, as in `rules`; of the layers they name, those of one block "
-        "choose the same method and rank. `[[query, value]]` gives q and v the same LoRA.",
+        description="Each entry lists patterns or roles, as in `rules`. Among the layers that it names, those in the "
+        "same block get the same method and rank. `[[query, value]]` gives q and v the same LoRA.",
     )
     min_layers: dict[MethodName, int] = Field(
-        default_factory=dict, description="At least so many layers must choose the method."
+        default_factory=dict, description="Minimum number of layers that get each method."
     )
     resources: dict[str, LinearResource] = Field(
-        default_factory=dict, description="Resources of your own with their budgets, such as adapter bytes on disk."
+        default_factory=dict, description="Custom resources with their budgets, such as adapter bytes on disk."
     )
 
     @field_validator("min_layers")
@@ -178,12 +178,11 @@ class ConstraintConfig(ConfigModel):
 
 
 class OptimizationConfig(ConfigModel):
-    """Budgets, the options on offer, and how the solver weighs them. At least one budget is needed."""
+    """Budgets, the options on offer, and how the solver weighs them. Set at least one budget."""
 
     max_trainable_params: Annotated[int | None, Field(gt=0), Amount(COUNT)] = Field(
         default=None,
-        description="Trainable parameters of all options together (the task head not counted): `300000`, `300k`, "
-        "`1.5M`.",
+        description="Trainable parameters of all options together, without the task head: `300000`, `300k`, `1.5M`.",
     )
     max_flops: Annotated[float | None, Field(gt=0), Amount(COUNT)] = Field(
         default=None,
@@ -191,51 +190,51 @@ class OptimizationConfig(ConfigModel):
     )
     max_vram_gb: Annotated[float | None, Field(gt=0), Amount(MEMORY)] = Field(
         default=None,
-        description="Memory of a training step, base model included, GB (1e9 bytes), or with a unit: `8GB`, `512MB`, "
-        "`8GiB`.",
+        description="Memory of a training step, including the base model, in GB (1e9 bytes) or with a unit: `8GB`, "
+        "`512MB`, `8GiB`.",
     )
     latency_target_ms: Annotated[float | None, Field(gt=0), Amount(TIME)] = Field(
         default=None,
-        description="Forward latency of one batch, base model included, options unmerged, ms, or with a unit: `20ms`, "
-        "`0.5s`.",
+        description="Forward latency of one batch, including the base model, with unmerged options, in ms or with a "
+        "unit: `20ms`, `0.5s`.",
     )
     max_step_ms: Annotated[float | None, Field(gt=0), Amount(TIME)] = Field(
         default=None,
         exclude_if=lambda budget: budget is None,
-        description="Time of one training step (forward, backward, optimiser) on a batch of the latency profile, base "
-        "model included, ms, or with a unit: `250ms`, `1.5s`.",
+        description="Time of one training step (forward, backward, optimiser) on a batch of the latency profile, "
+        "including the base model, in ms or with a unit: `250ms`, `1.5s`.",
     )
     latency_profile: LatencyProfile = Field(
-        default_factory=LatencyProfile, description="Device and batch that FLOPs, memory and latency are predicted for."
+        default_factory=LatencyProfile, description="Device and batch for the predicted FLOPs, memory and latency."
     )
     methods: tuple[MethodName, ...] = Field(
         default=("lora",),
         min_length=1,
-        description="PEFT methods on offer: `lora`, which every trainer and serving engine can use, or one other of "
-        "Hugging Face PEFT's (`dora`, `ia3`, `bitfit`), since an adapter directory holds one kind; `ln_tuning`, alone "
-        "or beside it; and `adapter` and `prefix`, which only LayerLens itself puts into a model "
-        "(`layerlens.tuning.apply`).",
+        description="PEFT methods on offer: `lora`, which every trainer and serving engine supports, or one other "
+        "method of Hugging Face PEFT (`dora`, `ia3`, `bitfit`), because an adapter directory holds one kind; "
+        "`ln_tuning`, alone or beside one of these; and `adapter` and `prefix`, which only LayerLens can add to a "
+        "model (`layerlens.tuning.apply`).",
     )
     lora_ranks: tuple[int, ...] = Field(default=(1, 2, 4, 8, 16, 32), description="LoRA and DoRA ranks on offer.")
     adapter_sizes: tuple[int, ...] = Field(default=(2, 4, 8, 16, 32), description="Adapter bottleneck widths on offer.")
     prefix_lengths: tuple[int, ...] = Field(
         default=(2, 4, 8, 16),
-        description="Prefix lengths on offer, in key/value pairs. A single pair would leave its key untrained.",
+        description="Prefix lengths on offer, in key/value pairs. The key of a single pair would stay untrained.",
     )
     method_sizes: dict[MethodName, tuple[int, ...]] = Field(
         default_factory=dict,
         exclude_if=lambda sizes: not sizes,
-        description="Sizes on offer of registered methods without a key of their own, by the method's name.",
+        description="Sizes on offer for registered methods without their own key, by method name.",
     )
     constraints: ConstraintConfig = Field(
-        default_factory=ConstraintConfig, description="What the choice must keep beyond the budgets."
+        default_factory=ConstraintConfig, description="Constraints on the choice besides the budgets."
     )
     serve_with: str | None = Field(
         default=None,
         exclude_if=lambda engine: engine is None,
-        description="Choose what this serving engine holds without padding (`vllm`, `sglang`, `any` ..., as in "
-        "`layerlens export --serve`): ranks that it allows, one rank where it holds one, and all or none of the "
-        "projections that it computes together.",
+        description="Offer only what this serving engine supports without padding (`vllm`, `sglang`, `any` ..., as in "
+        "`layerlens export --serve`): the ranks that it allows, one rank if it supports only one, and all or none of "
+        "the projections that it fuses.",
     )
     alpha_over_r: float = Field(default=2.0, gt=0, description="LoRA scale alpha/r, one constant for the whole model.")
     use_rslora: bool = Field(
@@ -245,9 +244,9 @@ class OptimizationConfig(ConfigModel):
     )
     lora_initialization: Literal["default", "pca", "gradient_svd"] = Field(
         default="default",
-        description="How LoRA's A begins, with B = 0: `default` (uniform, as PEFT draws it), `pca` (principal "
-        "components of the layer's inputs, as EVA), `gradient_svd` (right singular vectors of the mean gradient, as "
-        "LoRA-GA). The last two are measured on the calibration samples in one more pass.",
+        description="Initialisation of LoRA's A, with B = 0: `default` (uniform, as in PEFT), `pca` (principal "
+        "components of the layer's inputs, as in EVA), `gradient_svd` (right singular vectors of the mean gradient, as "
+        "in LoRA-GA). The last two need one more pass over the calibration samples.",
     )
     optimizer: Literal["adamw", "sgd"] = Field(
         default="adamw", description="Optimiser of the later fine-tune; its state is part of the memory prediction."
@@ -255,27 +254,28 @@ class OptimizationConfig(ConfigModel):
     objective: Literal["score", "cheapest"] = Field(
         default=SCORE,
         exclude_if=lambda objective: objective == SCORE,
-        description="What is sought within the budgets: `score`, the best score; `cheapest`, the least of `minimise` "
-        "that keeps uniform LoRA's predicted improvement but for `quality_margin`. Where that saves nothing, uniform "
-        "LoRA is written and the summary says why.",
+        description="What to optimise within the budgets: `score`, the best score; `cheapest`, the lowest `minimise` "
+        "that keeps uniform LoRA's predicted improvement up to `quality_margin`. If that saves nothing, LayerLens "
+        "writes uniform LoRA, and the summary says why.",
     )
     quality_margin: float = Field(
         default=MARGIN,
         ge=0,
         lt=1,
         exclude_if=lambda margin: margin == MARGIN,
-        description="With `objective: cheapest`: share of uniform LoRA's predicted improvement that may be lost.",
+        description="With `objective: cheapest`: share of uniform LoRA's predicted improvement that the choice may "
+        "lose.",
     )
     minimise: Minimised | dict[Minimised, float] = Field(
         default=STEP,
         exclude_if=lambda minimised: minimised == STEP,
-        description="With `objective: cheapest`: the resource whose use is to be least (`step_ms`, `vram_gb` ...), or "
-        "several with weights (`{step_ms: 2, vram_gb: 1}`), each counted as a share of what uniform LoRA uses.",
+        description="With `objective: cheapest`: the resource to minimise (`step_ms`, `vram_gb` ...), or several with "
+        "weights (`{step_ms: 2, vram_gb: 1}`), each relative to uniform LoRA's use.",
     )
     objective_weights: dict[str, float] = Field(
         default_factory=lambda: {"utility": 1.0},
         description="score = utility·w_utility − Σ_r w_r·(cost_r / budget_r) − penalty[method], with r in cost, flops, "
-        "vram, latency, step. The utility is first scaled so that the best option of the model has 1.",
+        "vram, latency, step. LayerLens first scales the utility so that the best option of the model has 1.",
     )
     method_penalties: dict[MethodName, float] = Field(
         default_factory=dict, description="Subtracted from the score of every option of the method (same scale)."
@@ -286,27 +286,28 @@ class OptimizationConfig(ConfigModel):
     refine_deterministic_time: float = Field(
         default=20.0,
         gt=0,
-        description="CP-SAT limit in deterministic time units (about a second each), so that every run ends alike.",
+        description="Limit for CP-SAT in deterministic time units (about a second each), so that every run gives the "
+        "same result.",
     )
     solver_time_s: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds that the search for a better allocation may go on while the gap is open. Without it the "
-        "search ends by counted work, and every run gives the same allocation.",
+        description="Seconds to continue the search for a better allocation while the gap is open. Without it, the "
+        "search ends after a fixed amount of work, and every run gives the same allocation.",
     )
     check_predictions: bool = Field(
         default=True,
         exclude_if=lambda check: check,
-        description="Hold the predictions against the model after the choice: parameters, FLOPs, and on the device of "
-        "the latency profile memory and times.",
+        description="Compare the predictions with measurements after the choice: parameters, FLOPs, and, on the device "
+        "of the latency profile, memory and times.",
     )
     gap_tolerance: float = Field(
-        default=1e-6, ge=0, lt=1, description="Relative gap under which the allocation is called optimal."
+        default=1e-6, ge=0, lt=1, description="Relative gap below which the allocation counts as optimal."
     )
     proxy_check: ProxyCheckConfig = Field(
         default_factory=ProxyCheckConfig,
-        description="Training of the solver's choice and of uniform LoRA beside each other, to write the better one.",
+        description="Trains the solver's choice and uniform LoRA, and writes the better one.",
     )
 
     @field_validator("lora_ranks", "adapter_sizes", "prefix_lengths")

@@ -12,26 +12,29 @@ METRICS = ("gradient_energy", "fisher", "proxy_eval")
 
 
 class ProxyConfig(ConfigModel):
-    """Short real training of a few options, which turns utilities into predicted loss drops and checks them.
+    """Short real training of a few options, which turns utilities into predicted drops in loss and checks them.
 
-    Each option is trained alone, from the same start and on the same batches, and judged on held-out samples.
+    Each option is trained alone, from the same weights and on the same batches, and evaluated on held-out samples.
     """
 
     options: int = Field(
         default=0,
         ge=0,
-        description="How many options are trained, chosen evenly over methods, roles, depths and ranks; 0: none, the "
+        description="How many options to train, spread evenly over methods, roles, depths and ranks. 0: none, and the "
         "utilities stay uncalibrated. At least 4; 24 is a good start.",
     )
     steps: int = Field(default=16, ge=1, description="Training steps of each option.")
     learning_rate: float = Field(default=1e-3, gt=0, description="Learning rate of AdamW in these steps.")
     held_out_samples: int = Field(
-        default=128, ge=8, description="Samples, neither measured nor trained on, whose loss is compared."
+        default=128,
+        ge=8,
+        description="Held-out samples for comparing losses; they are neither measured nor trained on.",
     )
     time_limit_s: float | None = Field(
         default=None,
         gt=0,
-        description="No further option is begun after this many seconds; what is done counts, and a later run goes on.",
+        description="LayerLens starts no further option after this many seconds. It uses the finished options, and a "
+        "later run continues.",
     )
 
     @field_validator("options")
@@ -43,15 +46,15 @@ class ProxyConfig(ConfigModel):
 
 
 class ProfilingConfig(ConfigModel):
-    """What is measured and how it becomes a utility."""
+    """What to measure, and how to turn it into a utility."""
 
     utility_model: UtilityName = Field(
         default="auto",
-        description="How statistics become a utility curve: `auto` (`tempered_energy` where the budget of parameters "
-        "is below rank 2 on every layer, else `tempered_log`), `tempered_log` (fourth root of the gradient energy "
-        "times the parameters of a rank times log(1 + rank): ranks become alike as the budget grows), "
-        "`tempered_energy` (the fourth root times the square root of the rank: half-way between `gradient` and even "
-        "spreading), `tempered` (the same with the sampling noise taken off the energy), `signal` (square root of the "
+        description="Model that turns statistics into a utility curve: `auto` (`tempered_energy` if the parameter "
+        "budget is below rank 2 on every layer, else `tempered_log`), `tempered_log` (fourth root of the gradient "
+        "energy times the parameters of a rank times log(1 + rank): ranks become more equal as the budget grows), "
+        "`tempered_energy` (the fourth root times the square root of the rank: the geometric mean of `gradient` and "
+        "`uniform`), `tempered` (the same without the sampling noise in the energy), `signal` (square root of the "
         "noise-corrected energy times the square root of the rank), `whitened` (K-FAC-whitened split-half spectrum, in "
         "nats), `gradient` (plain gradient energy), `weighted` (`metric_weights` over layers), `uniform` (every layer "
         "equal).",
@@ -59,57 +62,58 @@ class ProfilingConfig(ConfigModel):
     metric_weights: dict[str, float] = Field(
         default_factory=lambda: {"gradient_energy": 0.5, "fisher": 0.5},
         description="Weight of each metric in the `weighted` utility and in `run_pipeline`: gradient_energy, fisher, "
-        "proxy_eval. Weights are scaled to sum 1; a metric that no layer has is left out with a warning.",
+        "proxy_eval. LayerLens scales the weights to sum 1, and leaves out a metric that no layer has, with a "
+        "warning.",
     )
     statistics: tuple[StatisticName, ...] = Field(
         default=(),
-        description="Statistics to measure beside those that the utility model reads: `fisher` (trace of the empirical "
-        "Fisher), `gradient` (energy of the mean gradient), `input_scale`, `spectrum` (split-half spectrum of the mean "
-        "gradient), `whitened_spectrum` (the same, K-FAC-whitened), `factors` (the K-FAC factors themselves; large), "
-        "`sketched_spectrum` and `sketched_factors` (by random projections, with their errors), `ntk` (Gram matrix of "
-        "per-sample gradients, its effective rank and target alignment), `fisher_diagonal` (importance of single "
-        "weights: mean, quantiles, participation, sums for each output), and of every module `activation_memory`, "
-        "`flops` and `time`. Only what is needed or asked for is computed.",
+        description="Statistics to measure in addition to those that the utility model needs: `fisher` (trace of the "
+        "empirical Fisher), `gradient` (energy of the mean gradient), `input_scale`, `spectrum` (split-half spectrum "
+        "of the mean gradient), `whitened_spectrum` (the same, K-FAC-whitened), `factors` (the K-FAC factors "
+        "themselves; large), `sketched_spectrum` and `sketched_factors` (by random projections, with their errors), "
+        "`ntk` (Gram matrix of per-sample gradients, its effective rank and target alignment), `fisher_diagonal` "
+        "(importance of single weights: mean, quantiles, participation, sums for each output), and for every module "
+        "`activation_memory`, `flops` and `time`. LayerLens computes only what is needed or listed here.",
     )
     ntk_samples: int = Field(
         default=64,
         ge=2,
         le=8192,
-        description="Samples of the neural tangent kernel. Up to 256 it is exact, from activations and gradients that "
-        "are kept in memory: samples × tokens × (inputs + outputs of every layer) × 4 bytes. Beyond, it comes from "
-        "random projections of 4 kB a sample, and its error is told.",
+        description="Samples for the neural tangent kernel. Up to 256 samples it is exact, and needs memory for "
+        "activations and gradients: samples × tokens × (inputs + outputs of every layer) × 4 bytes. Beyond, LayerLens "
+        "uses random projections of 4 kB per sample and reports their error.",
     )
     layers: tuple[str, ...] = Field(
         default=(),
         exclude_if=lambda layers: not layers,
-        description="Only these layers are measured and offered: patterns for their names, or for what follows a dot "
-        "in them, with `*` and `?`. `[language_model.*]` is the tower that reads text; `[layers.*, lm_head, "
-        "embed_tokens]` has the output layer and the embeddings beside the blocks, where their weights are not "
-        "tied. When not given: all layers of the blocks.",
+        description="Measure and offer only these layers: patterns with `*` and `?` for whole names, or for the part "
+        "after a dot. `[language_model.*]` selects the language tower; `[layers.*, lm_head, embed_tokens]` adds the "
+        "output layer and the embeddings to the blocks, if their weights are not tied. When not given: all layers of "
+        "the blocks.",
     )
     all_weights: bool = Field(
         default=False,
-        description="Measure the weights outside the layers too (embeddings, convolutions, heads), and list what is "
-        "left out; they are in the statistics file, and no option is offered for them.",
+        description="Also measure the weights outside the layers (embeddings, convolutions, heads), and list those "
+        "left out. They go into the statistics file, and no option is offered for them.",
     )
     adapter_sites: Literal["residual", "all"] = Field(
         default="residual",
-        description="Where adapters are considered: after the modules that write to the residual stream (attention "
-        "output, FFN output), or after every Linear.",
+        description="Where adapters can go: after the modules that write to the residual stream (attention output, FFN "
+        "output), or after every Linear.",
     )
     memory_mode: Literal["auto", "plain", "checkpointed", "streamed"] = Field(
         default="auto",
-        description="How the model is held while it is measured: `plain` (in memory), `checkpointed` (in memory; "
-        "blocks keep only what they are given and run again in the backward pass), `streamed` (weights stay in their "
-        "safetensors files and blocks come one at a time; transformers models with one stack of blocks), `auto` (the "
-        "first of these that is predicted to keep within `max_memory_gb`; plain without it). Layers have the same "
-        "statistics in all of them.",
+        description="How to hold the model in memory while measuring: `plain` (in memory), `checkpointed` (in memory; "
+        "blocks keep only their inputs and run again in the backward pass), `streamed` (weights stay in their "
+        "safetensors files and blocks are loaded one at a time; for transformers models with one stack of blocks), "
+        "`auto` (the first of these that is predicted to stay within `max_memory_gb`; `plain` without a limit). All "
+        "give the same statistics.",
     )
     max_memory_gb: float | None = Field(
         default=None,
         gt=0,
-        description="Memory that profiling may take, GB (1e9 bytes) resident in the whole process; `memory_mode: auto` "
-        "follows from it. Later training is not meant.",
+        description="Limit on resident memory of the whole process while profiling, GB (1e9 bytes), for `memory_mode: "
+        "auto`. It does not limit later training.",
     )
     proxies: ProxyConfig = Field(
         default_factory=ProxyConfig, description="Short real training of a few options, to calibrate the utilities."

@@ -1,4 +1,4 @@
-"""The whole configuration, and how a job runs: where it writes, on what, in how many processes, and who is told."""
+"""The whole configuration, and how a job runs: its output, device, processes, telemetry and trackers."""
 
 from __future__ import annotations
 
@@ -29,65 +29,68 @@ class RuntimeConfig(ConfigModel):
     threads: int = Field(
         default=0,
         ge=0,
-        description="CPU threads for torch, the kernels and the solver; 0: all cores, shared by the processes that "
+        description="CPU threads for torch, the kernels and the solver. 0: all cores, divided among the processes that "
         "torchrun started on this machine.",
     )
     device: Literal["cpu", "cuda"] = Field(
         default="cpu",
-        description="Where the model runs and statistics are computed. On `cuda` activations and gradients never leave "
-        "the GPU.",
+        description="Device for the model and the statistics. With `cuda`, activations and gradients never leave the "
+        "GPU.",
     )
     cache_dir: str | None = Field(
         default=None,
-        description="Directory of the sensitivity cache; by default $LAYERLENS_CACHE, or layerlens in the user's "
-        "cache directory. Several processes need one that all of them see.",
+        description="Directory of the sensitivity cache; by default $LAYERLENS_CACHE, or `layerlens` in the user's "
+        "cache directory. Several processes must share it.",
     )
     saving_time_share: float = Field(
         default=0.05,
         gt=0,
         le=1,
-        description="Largest share of the measuring time that is spent on keeping what is measured so far in the "
-        "cache, from where an interrupted run goes on. 1: keep it after every batch.",
+        description="Maximum share of the measuring time spent on saving unfinished statistics to the cache, so that "
+        "an interrupted run can continue. 1: save after every batch.",
     )
 
 
 class DistributedConfig(ConfigModel):
-    """Several processes on one run: `torchrun --nproc-per-node 2 -m layerlens run config.yaml`."""
+    """Several processes for one run: `torchrun --nproc-per-node 2 -m layerlens run config.yaml`."""
 
     backend: Literal["auto", "gloo", "nccl"] = Field(
         default="auto",
-        description="What sums go through: `nccl` between GPUs, `gloo` on CPUs; `auto` follows `device`.",
+        description="Backend for exchanging sums: `nccl` between GPUs, `gloo` on CPUs; `auto` follows `device`.",
     )
     sharding: Literal["none", "fsdp"] = Field(
         default="none",
-        description="Whether every process holds the whole model (`none`) or its share of every block's weights "
-        "(`fsdp`: torch's FSDP2; blocks are gathered one at a time). Statistics are the same.",
+        description="Whether every process holds the whole model (`none`) or a shard of every block's weights (`fsdp`: "
+        "torch's FSDP2, which gathers one block at a time). Statistics are the same.",
     )
     timeout_s: float = Field(
         default=300.0,
         ge=1,
-        description="Seconds that processes wait for each other to come, for a sign of life of each, and for one sum. "
-        "However long measuring takes, a process that lives gives signs of life.",
+        description="Seconds that a process waits for the others to start, for a heartbeat of each, and for one sum. "
+        "Processes send heartbeats however long measuring takes.",
     )
 
 
 class TelemetryConfig(ConfigModel):
-    """Metrics and traces of a job. None is sent unless an address is given here or in OTEL_EXPORTER_OTLP_ENDPOINT.
+    """Metrics and traces of a job. LayerLens sends none unless you set an address here or in
+    OTEL_EXPORTER_OTLP_ENDPOINT.
 
-    A collector or gateway that cannot be reached delays a job by a second at most and never fails it.
+    If the collector or gateway cannot be reached, the job is delayed by at most a second and does not fail.
     """
 
     otlp_endpoint: str | None = Field(
         default=None,
         description="Base URL of an OpenTelemetry collector (OTLP over HTTP), such as http://localhost:4318; by "
-        "default $OTEL_EXPORTER_OTLP_ENDPOINT. Headers with secrets belong into $OTEL_EXPORTER_OTLP_HEADERS.",
+        "default $OTEL_EXPORTER_OTLP_ENDPOINT. Put headers with secrets into $OTEL_EXPORTER_OTLP_HEADERS.",
     )
     push_gateway: str | None = Field(
         default=None,
-        description="URL of a Prometheus push gateway to which a batch job's metrics are pushed when it ends.",
+        description="URL of a Prometheus push gateway. A batch job pushes its metrics there when it ends.",
     )
     job: str = Field(
-        default="layerlens", min_length=1, description="Value of the `job` label at the push gateway, and service name."
+        default="layerlens",
+        min_length=1,
+        description="Value of the `job` label at the push gateway, and the service name.",
     )
 
     @field_validator("otlp_endpoint", "push_gateway")
@@ -97,7 +100,7 @@ class TelemetryConfig(ConfigModel):
 
 
 class TrackingConfig(ConfigModel):
-    """Experiment trackers that a job is logged to."""
+    """Experiment trackers for a job."""
 
     trackers: tuple[str, ...] = Field(
         default=(),
@@ -105,10 +108,11 @@ class TrackingConfig(ConfigModel):
         "entry point `layerlens.trackers`.",
     )
     uri: str | None = Field(
-        default=None, description="Tracking server of MLflow; by default $MLFLOW_TRACKING_URI. No password in it."
+        default=None,
+        description="MLflow tracking server; by default $MLFLOW_TRACKING_URI. It must not contain a password.",
     )
     experiment: str = Field(
-        default="layerlens", min_length=1, description="Experiment that the run belongs to; W&B calls it project."
+        default="layerlens", min_length=1, description="Experiment for the run; W&B calls it project."
     )
     run_name: str | None = Field(default=None, description="Name of the run; the tracker's choice when not given.")
     register_model: str | None = Field(

@@ -25,37 +25,38 @@ def study_arms() -> tuple[str, ...]:
 
 
 class StudyConfig(ConfigModel):
-    """Fine-tunes that `layerlens evaluate` runs: every arm at every budget, with a learning rate of its own."""
+    """Fine-tunes that `layerlens evaluate` runs: every arm at every budget, each with its own learning rate."""
 
     arms: tuple[str, ...] = Field(
         default=("uniform", "auto", "eva", "adalora"),
         min_length=1,
         description="Allocations to compare: utility models (`auto`, `tempered_log`, `tempered_energy`, `tempered`, "
-        "`signal`, `whitened`, `gradient`, `weighted`, `even` for the model `uniform`), rank rules of others "
+        "`signal`, `whitened`, `gradient`, `weighted`, `even` for the model `uniform`), published rank rules "
         "(`uniform`, the largest equal rank for all Linear layers; `uniform_qv`, for queries and values; `eva`, "
         "`eva_init` with its initialisation; `gora`; `adalora`; `gradient_norm` and `fisher_proportional`; `random`), "
-        "and models and rules that you have registered. With `_svd` at the end of its name (`uniform_svd`), an arm's A "
-        "begins from the mean gradient. `uniform` is always run: gains are over it.",
+        "and models and rules that you registered. With the ending `_svd` (`uniform_svd`), an arm's A starts from the "
+        "mean gradient. `uniform` always runs, because gains are measured against it.",
     )
     budgets: tuple[Annotated[float, Amount(COUNT)], ...] = Field(
         default=(),
-        description="Trainable parameters: shares of the model's parameters where below 1, numbers (`60000`, `60k`) "
-        "otherwise. Empty: `optimization.max_trainable_params`.",
+        description="Trainable parameters: values below 1 are shares of the model's parameters, other values are "
+        "counts (`60000`, `60k`). Empty: `optimization.max_trainable_params`.",
     )
     learning_rates: tuple[float, ...] = Field(
         default=(1e-4, 2.5e-4, 6.3e-4, 1.6e-3, 4e-3),
         min_length=2,
-        description="The sweep of every arm, chosen from by validation loss. It is extended where its end is the best.",
+        description="Learning rates that every arm tries; validation loss decides. If an end of the sweep is best, "
+        "LayerLens extends it.",
     )
-    seeds: int = Field(default=5, ge=2, description="Paired runs of every arm at its chosen learning rate.")
-    sweep_seeds: int = Field(default=1, ge=1, description="Seeds that the learning rate is chosen on.")
-    steps: int = Field(default=200, ge=4, description="Optimiser steps of a run.")
+    seeds: int = Field(default=5, ge=2, description="Paired runs of every arm at its best learning rate.")
+    sweep_seeds: int = Field(default=1, ge=1, description="Seeds used to choose the learning rate.")
+    steps: int = Field(default=200, ge=4, description="Optimiser steps of each run.")
     batch_size: int = Field(default=16, ge=1, description="Samples in a step.")
-    train_samples: int = Field(default=2048, ge=2, description="Training samples; calibration samples are among them.")
-    validation_samples: int = Field(default=256, ge=2, description="Samples that learning rates are chosen on.")
-    test_samples: int = Field(default=512, ge=2, description="Samples that results are reported on.")
+    train_samples: int = Field(default=2048, ge=2, description="Training samples, including the calibration samples.")
+    validation_samples: int = Field(default=256, ge=2, description="Samples used to choose learning rates.")
+    test_samples: int = Field(default=512, ge=2, description="Samples used for the reported results.")
     arms_at_once: int = Field(
-        default=16, ge=1, description="Runs that are trained together over one frozen model. Memory grows with it."
+        default=16, ge=1, description="Runs to train together over one frozen model. More runs need more memory."
     )
 
     @field_validator("arms")

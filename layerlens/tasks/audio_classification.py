@@ -77,7 +77,7 @@ def record(output: Any, batch: Judged, decode: Decode | None) -> Record:
 
 TASK = Task(
     name="audio-classification",
-    description="one class for each clip of sound, or several: a folder with a sub-folder for each class, or a table",
+    description="one or several classes for each audio clip: a folder with a sub-folder for each class, or a table",
     inputs="audio",
     read=read,
     claim=claim,

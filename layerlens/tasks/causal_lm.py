@@ -112,8 +112,8 @@ def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inpu
 
 TASK = Task(
     name="causal-lm",
-    description="next tokens: of texts all of them, of prompts and questions those of the answer, of chats those of "
-    "the assistant; preference pairs are trained as `dpo`",
+    description="next tokens: all tokens of texts, the answers to prompts and questions, the assistant's turns of "
+    "chats; preference pairs are trained as `dpo`",
     inputs="text",
     read=partial(read_language, images=True),
     claim=partial(claim_language, pairs=False),

@@ -169,8 +169,8 @@ def _finish(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float
 
 TASK = Task(
     name="dpo",
-    description="preference pairs, with the loss of DPO; judged by the share of pairs whose better answer has gained "
-    "more than the worse one, and by the mean margin",
+    description="preference pairs, with DPO's loss; evaluated by the share of pairs whose better answer gained more "
+    "than the worse one, and by the mean margin",
     inputs="text",
     read=read,
     claim=partial(claim_language, pairs=True),

@@ -59,7 +59,7 @@ def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inpu
 
 TASK = Task(
     name="image-regression",
-    description="one number for each image, squared error; `regression` of rows with images is this",
+    description="one number for each image, squared error; `regression` of rows with images is the same",
     inputs="image",
     read=read,
     claim=claim,

@@ -232,7 +232,7 @@ def _record(output: Any, batch: Judged, decode: Decode | None) -> Record:
 
 TASK = Task(
     name="image-text",
-    description="next tokens of what the assistant says in chats about images, or of answers to questions about them; "
+    description="next tokens of the assistant's turns in chats about images, or of answers to questions about images; "
     "`causal-lm` takes such rows too",
     inputs="text",
     read=read,

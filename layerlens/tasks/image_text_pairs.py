@@ -232,8 +232,8 @@ def _ranks(
 
 TASK = Task(
     name="image-text-pairs",
-    description="images with captions for CLIP, SigLIP and their kin, with their own contrastive loss; judged by how "
-    "often the right image or caption is among the first of the test split",
+    description="images with captions for CLIP, SigLIP and related models, with their own contrastive loss; evaluated "
+    "by how often the right image or caption ranks first in the test split",
     inputs="image",
     read=read,
     claim=claim,

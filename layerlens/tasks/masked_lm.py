@@ -64,7 +64,7 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
 
 TASK = Task(
     name="masked-lm",
-    description="tokens that were masked; no labels either",
+    description="masked tokens of texts; no labels",
     inputs="text",
     read=read_plain_texts,
     claim=claim_unlabelled_texts,

@@ -118,8 +118,8 @@ def finish(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]
 
 TASK = Task(
     name="object-detection",
-    description="boxes, by YOLO detectors (`ultralytics:WEIGHTS.pt`) with their own loss. Not supported: DETR, RT-DETR "
-    "and YOLO models for segments, poses, oriented boxes and classes",
+    description="boxes, for YOLO detectors (`ultralytics:WEIGHTS.pt`) with their own loss. Not supported: DETR, "
+    "RT-DETR, and YOLO models for segments, poses, oriented boxes and classes",
     inputs="image",
     load=load,
     file_suffixes=(".yaml", ".yml"),

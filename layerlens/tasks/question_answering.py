@@ -144,7 +144,7 @@ def _span(windows: Any, window: int, start: int, end: int) -> tuple[int, int] | 
 
 TASK = Task(
     name=NAME,
-    description="where in a context the answer stands, as in SQuAD",
+    description="position of the answer in a context, as in SQuAD",
     inputs="text",
     read=read,
     claim=claim,

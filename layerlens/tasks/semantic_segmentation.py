@@ -177,7 +177,7 @@ def finish(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]
 
 TASK = Task(
     name="semantic-segmentation",
-    description="a class for each pixel, from a folder `images` beside one `masks`, or a table of both",
+    description="a class for each pixel, from a folder `images` beside a folder `masks`, or a table of both",
     inputs="image",
     read=read,
     read_folder=read_folder,

@@ -283,7 +283,8 @@ def _correlations(found__btd: np.ndarray, scores: np.ndarray) -> dict[str, float
 TASK = Task(
     name="sentence-embedding",
     description="embeddings of texts: pairs, triplets (`anchor`, `positive`, `negative`) or scored pairs, with losses "
-    "of sentence-transformers; judged by nDCG@10 among the texts of the test split, or by correlation with the scores",
+    "of sentence-transformers; evaluated by nDCG@10 among the texts of the test split, or by correlation with the "
+    "scores",
     inputs="text",
     read=read,
     claim=claim,

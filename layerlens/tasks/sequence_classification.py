@@ -75,8 +75,8 @@ def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inpu
 
 TASK = Task(
     name="sequence-classification",
-    description="single texts or sentence pairs; one class each, or several where labels are lists or columns of 0 and "
-    "1 (multi-label)",
+    description="single texts or sentence pairs; one class each, or several if labels are lists or 0/1 columns "
+    "(multi-label)",
     inputs="text",
     read=read,
     claim=claim,

@@ -160,8 +160,8 @@ def record(output: Any, batch: Judged, decode: Decode | None) -> Record:
 
 TASK = Task(
     name="speech-ctc",
-    description="speech recognition by CTC: clips of sound with transcripts, for wav2vec2, HuBERT and their kin with "
-    "the tokenizer of their processor (vocab.json); judged by word and character error rate",
+    description="speech recognition by CTC: audio clips with transcripts, for wav2vec2, HuBERT and related models with "
+    "the tokenizer of their processor (vocab.json); evaluated by word and character error rate",
     inputs="audio",
     read=read_transcripts,
     claim=claim_transcripts,

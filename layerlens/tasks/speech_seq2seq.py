@@ -134,8 +134,8 @@ def finish(records: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[
 
 TASK = Task(
     name="speech-seq2seq",
-    description="speech recognition by an encoder and a decoder: clips of sound with transcripts, for Whisper and "
-    "Speech2Text with their processor; judged by word and character error rate of what the model writes",
+    description="speech recognition by an encoder and a decoder: audio clips with transcripts, for Whisper and "
+    "Speech2Text with their processor; evaluated by word and character error rate of the generated text",
     inputs="audio",
     read=read_transcripts,
     claim=claim_transcripts,
