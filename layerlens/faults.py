@@ -14,12 +14,14 @@ class ManifestFault(Enum):
     """Of manifest.json and manifest.yaml."""
 
     MISSING = "there is no such file, or it is a directory"
-    UNREADABLE = "the system or the store does not give it"
+    UNREADABLE = "the system or the store cannot read it"
     TOO_LARGE = "it is larger than any manifest"
-    NOT_TEXT = "it is not UTF-8, or has half a character"
-    SYNTAX = "it is not JSON or YAML, or uses what a manifest has no use for: aliases, a key twice, deep nesting"
+    NOT_TEXT = "it is not UTF-8, or it contains an incomplete character"
+    SYNTAX = (
+        "it is not JSON or YAML, or it uses features that manifests do not allow: aliases, duplicate keys, deep nesting"
+    )
     VERSION = "it has no schema_version that this LayerLens reads"
-    FIELD = "a field is missing, unknown, or has a value that it cannot have; or fields contradict each other"
+    FIELD = "a field is missing, unknown or has an invalid value; or fields contradict each other"
 
 
 class StatisticsFault(Enum):
@@ -27,9 +29,9 @@ class StatisticsFault(Enum):
 
     MISSING = "there is no such file"
     UNREADABLE = "it is not a safetensors file, or it is cut short"
-    FORMAT = "it is of another version, or of somebody else"
+    FORMAT = "it has another version, or comes from another program"
     HEADER = "a field of the header is missing, unknown, or of another type"
-    CONTENT = "a tensor or a value is not as the header or arithmetic has it, or parts do not belong together"
+    CONTENT = "a tensor or value contradicts the header or the arithmetic, or parts do not belong together"
 
 
 class ModulesFault(Enum):
@@ -37,7 +39,7 @@ class ModulesFault(Enum):
 
     MISSING = "there is no such file"
     UNREADABLE = "it is not a safetensors file with a description of LayerLens, or it is cut short"
-    DESCRIPTION = "its description is of another version, or damaged"
+    DESCRIPTION = "its description has another version, or is damaged"
     FIT = "a module or tensor has no place in this model, or another shape"
 
 
@@ -45,19 +47,19 @@ class SweepFault(Enum):
     """Of tasks.jsonl."""
 
     MISSING = "there is no such file"
-    DAMAGED = "a line is no task"
+    DAMAGED = "a line is not a task"
 
 
 class DeviceFault(Enum):
     """Of device-*.json, the rates of this machine."""
 
-    DAMAGED = "it is no device profile"
+    DAMAGED = "it is not a device profile"
 
 
 class StudyFault(Enum):
     """Of results.jsonl, the runs of an evaluation."""
 
-    DAMAGED = "a line other than the last is no JSON object"
+    DAMAGED = "a line other than the last is not a JSON object"
 
 
 class CheckpointFault(Enum):
@@ -65,7 +67,7 @@ class CheckpointFault(Enum):
 
     UNREADABLE = "a file of it is damaged or cut short"
     FIT = "a tensor has no place in this model"
-    OTHER_JOB = "it is of another job"
+    OTHER_JOB = "it belongs to another job"
 
 
 FORMATS: dict[str, type[Enum]] = {

@@ -43,7 +43,7 @@ class Quantity:
             raise ValueError(f"must be a number such as {self.examples}")
         amount = Decimal(found["number"].replace("_", ""))
         if amount.adjusted() > _MOST_DIGITS:
-            raise ValueError(f"is larger than anything there is; give a number such as {self.examples}")
+            raise ValueError(f"is too large; give a number such as {self.examples}")
         amount = amount * self.units[unit] / self.one if unit else amount
         return int(amount) if amount == amount.to_integral_value() else float(amount)
 

@@ -69,7 +69,7 @@ class Registry(Generic[Item]):
     def unregister(self, name: str) -> None:
         """Take away what ``register`` added."""
         if name in self._places:
-            raise ConfigurationError(f"{self.kind}: {name!r} is built in and stays")
+            raise ConfigurationError(f"{self.kind}: {name!r} is built in and cannot be removed")
         self._items.pop(name, None)
 
     def names(self) -> tuple[str, ...]:
@@ -172,14 +172,14 @@ METHODS: Registry[Any] = Registry(
     left_out={
         "rslora": "it is a scale of LoRA; set optimization.use_rslora: true",
         "beft": "its name here is bitfit",
-        "adalora": "it cuts ranks while it trains; `layerlens train --baseline adalora` does",
-        "prompt_tuning": "its virtual tokens stand before the first layer, so no layer can have it alone",
-        "p_tuning": "its virtual tokens stand before the first layer, so no layer can have it alone",
-        "prefix_tuning": "PEFT gives all layers one length; prefix has one for each layer",
-        "adaption_prompt": "PEFT gives the last layers one length; prefix has one for each layer",
-        "vera": "its layers share their projections, so what one of them costs depends on the others",
-        "vblora": "its layers share a bank of vectors, so what one of them costs depends on the others",
-        "xlora": "it mixes whole adapters by a gate for the model, so no layer can have it alone",
+        "adalora": "it cuts ranks during training; use `layerlens train --baseline adalora`",
+        "prompt_tuning": "its virtual tokens act before the first layer, so it cannot apply to single layers",
+        "p_tuning": "its virtual tokens act before the first layer, so it cannot apply to single layers",
+        "prefix_tuning": "PEFT gives all layers one length; prefix has a length for each layer",
+        "adaption_prompt": "PEFT gives the last layers one length; prefix has a length for each layer",
+        "vera": "its layers share projections, so the cost of one layer depends on the others",
+        "vblora": "its layers share a bank of vectors, so the cost of one layer depends on the others",
+        "xlora": "it mixes whole adapters by a gate for the model, so it cannot apply to single layers",
     },
 )
 """How a layer can be adapted; an entry is a ``layerlens.methods.Method``."""

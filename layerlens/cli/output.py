@@ -98,8 +98,8 @@ def not_shown(error: OSError) -> OutputError:
     """The error of a result that cannot be shown."""
     if isinstance(error, OutputError):
         return error
-    reason = "its reader has closed it" if isinstance(error, BrokenPipeError) else error.strerror or str(error)
-    return OutputError(f"cannot write to standard output: {reason}; files that were written stay")
+    reason = "its reader closed it" if isinstance(error, BrokenPipeError) else error.strerror or str(error)
+    return OutputError(f"cannot write to standard output: {reason}; the files that were written stay")
 
 
 def close(code: int | str | None) -> int | str | None:
@@ -190,7 +190,7 @@ def _plain(value: Any) -> Any:
 
 RESOURCE_NAMES = {name: resource.label for name, resource in RESOURCES.items()} | {
     "loss_drop": "loss drop of the choice in a proxy's steps",
-    "uniform_loss_drop": "the same with all layers alike",
+    "uniform_loss_drop": "the same for equal ranks on all layers",
 }
 
 

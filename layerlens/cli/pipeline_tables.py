@@ -56,7 +56,7 @@ def _wrong(check: Mapping[str, Any]) -> list[str]:
     """What the check of a report found, a line each."""
     lines = [f'wrong: "{one["text"]}": {"; ".join(one["faults"])}' for one in check.get("sentences", ())]
     missing = [*check.get("left_out", ()), *check.get("missing", ())]
-    return [*lines, f"not in the report: {'; '.join(missing)}"] if missing else lines
+    return [*lines, f"not mentioned in the report: {'; '.join(missing)}"] if missing else lines
 
 
 def timings(variant: Mapping[str, Any]) -> Table:

@@ -40,7 +40,7 @@ class Terminated(BaseException):
         if self.number == signal.SIGHUP:
             return "the terminal was closed"
         under = "TORCHELASTIC_RUN_ID" in os.environ
-        return "terminated by torchrun, whose report says which process failed" if under else "terminated"
+        return "terminated by torchrun; its report names the process that failed" if under else "terminated"
 
 
 @dataclass

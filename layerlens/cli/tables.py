@@ -105,7 +105,7 @@ def calibration(predicted: Predicted) -> Text | None:
         f" per sample (95 %: {low:.3g} to {high:.3g})",
     )
     if found.spearman is None:
-        return text.append(f", from {steps}; they were too alike to say how well the utilities rank them.")
+        return text.append(f", from {steps}; their gains were too similar to say how well the utilities rank them.")
     interval = found.spearman_interval
     style = "" if interval is None else "green" if interval[0] > 0.0 else "yellow"
     span = "" if interval is None else f" (95 %: {interval[0]:.2f} to {interval[1]:.2f})"
@@ -148,7 +148,7 @@ def measured(checks: Mapping[str, Any]) -> RenderableType | None:
 
 
 def _one_row_each(adapted: Sequence[ManifestRow], others: int) -> Table:
-    caption = f"{others} other layers stay as they are." if others else None
+    caption = f"{others} other layers are unchanged." if others else None
     table = new_table("Chosen", caption=caption)
     table.add_column("layer", overflow="fold")
     table.add_column("method", no_wrap=True)
@@ -259,9 +259,9 @@ FILE_MEANINGS = {
     "peft": "LoRA adapter directory for PEFT, Trainer, TRL ...",
     "modules": "adapters and prefixes, for layerlens.tuning",
     "report": "report, for a browser",
-    "solver_log": "bound and incumbent after every stage of the solver",
-    "statistics": "what was measured, for `layerlens optimize`",
-    "head": "the task head as it was fitted, for layerlens.tuning",
+    "solver_log": "bound and best choice after every stage of the solver",
+    "statistics": "measured statistics, for `layerlens optimize`",
+    "head": "the fitted task head, for layerlens.tuning",
 }
 
 
@@ -338,5 +338,5 @@ def _order(name: str) -> int:
 
 def _time(result: RunResult) -> str:
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
-    cached = "; statistics taken from the cache" if result.statistics_from_cache and "profile" in result.seconds else ""
+    cached = "; statistics from the cache" if result.statistics_from_cache and "profile" in result.seconds else ""
     return f"{sum(result.seconds.values()):.1f} s ({stages}){cached}"

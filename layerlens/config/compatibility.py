@@ -78,7 +78,7 @@ def _unstreamable(config: RunConfig) -> Iterator[str]:
         yield f"optimization.lora_initialization: {start} is measured on the model in memory, {end}"
     for name in config.optimization.methods:
         if METHODS[name].starts_from_weights:
-            yield f"optimization.methods: {name} begins from the weights of the model in memory, {end}"
+            yield f"optimization.methods: {name} starts from the weights of the model in memory, {end}"
     for name in config.profiling.statistics:
         if STATISTICS[name].module_values is not None:
             yield f"profiling.statistics: {name} is measured on the whole model in memory, {end}"
@@ -104,7 +104,7 @@ def _least_of_a_method_not_offered(section: OptimizationConfig) -> str:
     for method, least in section.constraints.min_layers.items():
         if method not in section.methods:
             return (
-                f"optimization.constraints.min_layers.{method}: wants {least} layers, but {method} is not in "
+                f"optimization.constraints.min_layers.{method}: requires {least} layers, but {method} is not in "
                 "optimization.methods"
             )
     return ""
@@ -116,22 +116,22 @@ def _two_of_peft(section: OptimizationConfig) -> str:
         return ""
     alone = [name for name in section.methods if name not in names]
     return (
-        f"optimization.methods: {' and '.join(names)} cannot be in one choice, since {ONE_KIND}; keep one of them"
+        f"optimization.methods: {' and '.join(names)} cannot be in one choice, because {ONE_KIND}; keep one of them"
         + (f" beside {' and '.join(alone)}" if alone else "")
     )
 
 
 def _no_study(task: str) -> str:
     studied = ", ".join(name for name in TASKS if TASKS[name].study)
-    return _where(bool(task) and not TASKS[task].study, f"model.task: studies are of {studied}, not of {task}")
+    return _where(bool(task) and not TASKS[task].study, f"model.task: studies support {studied}, not {task}")
 
 
 STREAMED = (
-    "model.resize_token_embeddings, model.trainable_tokens: rows of embeddings are trained in memory, and streamed "
-    "weights stay on disk; set profiling.memory_mode: plain or checkpointed"
+    "model.resize_token_embeddings, model.trainable_tokens: embedding rows are trained in memory, and streamed weights "
+    "stay on disk; set profiling.memory_mode: plain or checkpointed"
 )
 SHARDED = (
-    "cannot spread a model whose rows of embeddings are trained; leave model.resize_token_embeddings and "
+    "cannot shard a model whose embedding rows are trained; leave model.resize_token_embeddings and "
     "model.trainable_tokens out"
 )
 
@@ -146,7 +146,7 @@ def _rows_beside_others(request: TokenRequest, methods: Sequence[str]) -> str:
     if not request or request.by != ROWS or not others:
         return ""
     return (
-        f"optimization.methods: {others[0]} cannot be in one choice with rows of tokens, since {ROWS_NEED_LORA}; set "
+        f"optimization.methods: {others[0]} cannot be combined with trained token rows, because {ROWS_NEED_LORA}; set "
         f"model.token_training: {WHOLE}, or methods: [lora]"
     )
 
@@ -169,25 +169,27 @@ CONFLICTS = (
         "streaming and quantization",
         lambda x: _where(
             x.profiling.memory_mode == "streamed" and x.model.quantization is not None,
-            "model.quantization: weights that are streamed from disk are used as they lie there; set "
-            "profiling.memory_mode: plain or checkpointed, or give a checkpoint without it",
+            "model.quantization: weights streamed from disk are used in their stored form; set profiling.memory_mode: "
+            "plain or checkpointed, or leave model.quantization out",
         ),
     ),
     Conflict(
         "a memory limit and device_map",
         lambda x: _where(
             x.profiling.limits_memory is not None and x.model.device_map is not None,
-            f"{x.profiling.limits_memory}: not together with model.device_map; give one of the two",
+            f"{x.profiling.limits_memory}: cannot be combined with model.device_map; give one of the two",
         ),
     ),
     _with_sharding(
         "sharding and device_map",
-        lambda x: _where(x.model.device_map is not None, "cannot be joined with model.device_map; give one of the two"),
+        lambda x: _where(
+            x.model.device_map is not None, "cannot be combined with model.device_map; give one of the two"
+        ),
     ),
     _with_sharding(
         "sharding and quantization",
         lambda x: _where(
-            x.model.quantization is not None, "cannot spread quantized weights; leave model.quantization out"
+            x.model.quantization is not None, "cannot shard quantized weights; leave model.quantization out"
         ),
     ),
     _with_sharding(
@@ -229,7 +231,7 @@ CONFLICTS = (
         "detection by another model",
         lambda x: _where(
             x.model.task == "object-detection" and x.model.source.default_task != x.model.task,
-            "model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt, and no detector of transformers (DETR, "
+            "model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt, not detectors of transformers (DETR, "
             "RT-DETR)",
         ),
     ),
@@ -255,7 +257,7 @@ CONFLICTS = (
             and bool(x.model.task)
             and TASKS[x.model.task].new_head,
             f"optimization.serve_with: {x.optimization.serve_with} holds no task head, and {x.model.task} trains one; "
-            "leave it out, and serve what `layerlens export --merge` writes",
+            "leave it out, and serve the output of `layerlens export --merge`",
         ),
     ),
     Conflict(
@@ -284,7 +286,7 @@ CONFLICTS = (
         lambda x: _where(
             x.distributed.sharding == "none" and x.model.device_map is not None,
             "model.device_map: one process places the model on all devices of its machine; run it without torchrun, or "
-            "spread it over the processes with distributed.sharding: fsdp instead",
+            "shard it over the processes with distributed.sharding: fsdp instead",
         ),
         processes=lambda n: n > 1,
     ),
@@ -302,16 +304,16 @@ CONFLICTS = (
         lambda x: _of_tokens(
             x.model.token_request,
             x.optimization.serve_with is not None and not ENGINES[x.optimization.serve_with].holds_all,
-            f"optimization.serve_with: {x.optimization.serve_with} holds no rows of embeddings; leave it out, and "
-            "serve what `layerlens export --merge` writes",
+            f"optimization.serve_with: {x.optimization.serve_with} holds no embedding rows; leave it out, and serve "
+            "the output of `layerlens export --merge`",
         ),
     ),
     Conflict(
         "the least cost and proxies",
         lambda x: _where(
             x.optimization.objective == CHEAPEST and x.profiling.proxies.options > 0,
-            "profiling.proxies calibrates the gains of single options, and optimization.objective: cheapest is about "
-            "the gains of sets; set proxies.options: 0, and optimization.proxy_check to train whole choices",
+            "profiling.proxies calibrates the gains of single options, and optimization.objective: cheapest needs the "
+            "gains of sets; set proxies.options: 0, and optimization.proxy_check to train whole choices",
         ),
     ),
     Conflict(
@@ -319,7 +321,7 @@ CONFLICTS = (
         lambda x: _where(
             x.optimization.objective == CHEAPEST and x.training.gradient_checkpointing == "auto",
             "training.gradient_checkpointing: auto weighs the number of checkpoints against the score, which "
-            "optimization.objective: cheapest does not seek; set it to true or false",
+            "optimization.objective: cheapest does not optimise; set it to true or false",
         ),
     ),
     Conflict("two methods of PEFT", lambda x: _two_of_peft(x.optimization)),

@@ -64,7 +64,7 @@ def class_folders(root: Path, kind: FileKind) -> tuple[tuple[Any, ...], tuple[st
     if train := next((folder for folder in classes if folder.name.lower() in TRAIN), None):
         others = [folder.name for folder in classes if folder is not train]
         if _folders(train) and all(name.lower() in OTHER_SPLITS for name in others):
-            notes = [f"of the folders {', '.join(folder.name for folder in classes)} {train.name} is read"]
+            notes = [f"of the folders {', '.join(folder.name for folder in classes)} LayerLens reads {train.name}"]
             root, classes = train, _folders(train)
     items: list[Any] = []
     labels: list[str] = []
@@ -75,9 +75,9 @@ def class_folders(root: Path, kind: FileKind) -> tuple[tuple[Any, ...], tuple[st
         found = [path for path in paths if kind.looks_right(path)]
         if len(found) < len(paths):
             others = [path.relative_to(root).as_posix() for path in paths if path not in set(found)]
-            notes.append(f"{_count(others, 'file', 'files')} not read, since not {kind.one}: {some(others)}")
+            notes.append(f"{_count(others, 'file', 'files')} not read, because they are not {kind.one}: {some(others)}")
         if not found:
-            notes.append(f"the folder {folder.name} has no {kind.many}, so it is no class")
+            notes.append(f"the folder {folder.name} has no {kind.many}, so it is not a class")
         faults: list[str] = []
         for path in found:
             check_readable(path, root)
@@ -93,7 +93,7 @@ def class_folders(root: Path, kind: FileKind) -> tuple[tuple[Any, ...], tuple[st
         if found and len(faults) == len(found):
             raise DataError(
                 f"data.source: none of the {len(found)} {kind.many} of the class {folder.name} can be read; "
-                f"{found[0].relative_to(root)} {faults[0]}; or move the folder away if it is no class"
+                f"{found[0].relative_to(root)} {faults[0]}; or move the folder away if it is not a class"
             )
     outside = [path.name for path in sorted(root.iterdir()) if path.is_file() and kind.looks_right(path)]
     if len(set(labels)) < 2:

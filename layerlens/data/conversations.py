@@ -54,7 +54,7 @@ def conversation(value: Any, column: str, *, whole: bool = True) -> list[Turn]:
     found = [_turn(turn, column) for turn in turns]
     if whole and not any(turn["role"] == "assistant" for turn in found):
         roles = ", ".join(dict.fromkeys(turn["role"] for turn in found))
-        raise OddRow(f"no turn of the assistant in column {column!r} (only {roles})")
+        raise OddRow(f"no assistant turn in column {column!r} (only {roles})")
     return found
 
 
@@ -66,7 +66,7 @@ def question_turns(question: str, system: str = "") -> list[Turn]:
 
 def _turn(turn: Any, column: str) -> Turn:
     if not isinstance(turn, Mapping):
-        raise OddRow(f"a turn in column {column!r} is no mapping")
+        raise OddRow(f"a turn in column {column!r} is not a mapping")
     given = dict(turn)
     role = given.pop("from", None) if "role" not in given else given.pop("role")
     content = given.pop("value", None) if "content" not in given else given.pop("content")

@@ -43,7 +43,7 @@ class Images:
             return sample
         turns = chat_of(sample)
         if turns is None:
-            raise OddRow("has an image and is no chat, and no question with its answer")
+            raise OddRow("has an image, but is neither a chat nor a question with an answer")
         value = None if self.values is None else self.values[place]
         return with_images(turns, value, self.table, place, self.config)
 
@@ -121,10 +121,10 @@ def with_images(turns: Sequence[Turn], value: Any, table: Table, place: int, con
     if values and not inside:
         asked = next((turn for turn in found if turn["role"] == "user"), None)
         if asked is None:
-            raise OddRow("has images and no turn of the user")
+            raise OddRow("has images but no user turn")
         asked["content"] = [*(dict(IMAGE) for _ in values), *parts_of(asked["content"])]
     elif len(values) != len(inside):
-        raise OddRow(f"has {len(values)} images and {len(inside)} places for them")
+        raise OddRow(f"has {len(values)} images and {len(inside)} placeholders for them")
     images = tuple(_stored(one, table, place, config) for one in values)
     return {"messages": found, "images": images}
 
@@ -136,7 +136,7 @@ def _stored(value: Any, table: Table, place: int, config: DataConfig) -> StoredI
     except DataNotFoundError as error:
         raise OddRow(str(error)) from error
     if found is None:
-        raise OddRow(f"an image is no path of a file and no encoded bytes but a {type(value).__name__}")
+        raise OddRow(f"an image must be a file path or encoded bytes, got a {type(value).__name__}")
     try:
         found.header()
     except DataError as error:

@@ -110,8 +110,8 @@ class Check(FileKind):
     @property
     def notes(self) -> tuple[str, ...]:
         lines = {
-            "with more than 8 bits a channel, scaled from the darkest to the brightest value of each": self._deep,
-            "with several frames or pages, of which the first is read": self._several,
+            "with more than 8 bits per channel, each scaled from its darkest to its brightest value": self._deep,
+            "with several frames or pages, of which only the first is read": self._several,
         }
         return tuple(
             f"{len(names)} image{'' if len(names) == 1 else 's'} {what}: {some(names)}"

@@ -78,7 +78,7 @@ def array_items(path: Path, lines: Iterator[Line], found: SourceRows) -> Iterato
         return size > 0
 
     def refused(why: str) -> DataError:
-        return DataError(f"data.source: {path}: at or before line {line_number} is no JSON array: {why}")
+        return DataError(f"data.source: {path}: at or before line {line_number} is not a JSON array: {why}")
 
     while True:
         buffer = buffer.lstrip(SPACE)
@@ -125,8 +125,8 @@ def columns_as_rows(value: Any, path: Path, found: SourceRows) -> list[Any]:
             return rows
         if len(arrays) > 1:
             raise DataError(
-                f"data.source: {path} has rows under {', '.join(arrays)}; write those that are meant into a file of "
-                "their own"
+                f"data.source: {path} has rows under {', '.join(arrays)}; write the ones that you want into a separate "
+                "file"
             )
         lists = [list(part.values()) if isinstance(part, dict) else part for part in value.values()]
         if lists and all(isinstance(part, list) for part in lists) and len({len(part) for part in lists}) == 1:

@@ -13,8 +13,8 @@ from layerlens.exceptions import DataError
 UNNAMED = re.compile(r"LABEL_(\d+)")
 """What transformers calls the classes of a head that nobody has named."""
 HEAD_ADVICE = (
-    "say in data.label_names which of the model's each of the data's is, or set model.new_head: true for a head with "
-    "the data's classes"
+    "map the data's classes to the model's in data.label_names, or set model.new_head: true for a head with the data's "
+    "classes"
 )
 WORD, NUMBER = re.compile(r"[^\W_]+"), re.compile(r"\d+")
 SPELLINGS = {
@@ -73,7 +73,7 @@ def in_order_of(dataset: Dataset, names: Sequence[str], *, advice: str, of: str 
     taken = [
         f"{name} as {names[place]}" for name, place in zip(classes, positions, strict=True) if name != names[place]
     ]
-    notes = [f"classes of the data taken for those of {of}: {_shown(taken)}"] if taken else []
+    notes = [f"classes of the data matched with those of {of}: {_shown(taken)}"] if taken else []
     absent = [name for place, name in enumerate(names) if place not in positions]
     if absent:
         notes.append(f"classes of {of} that no sample has: {_shown(absent)}")
@@ -99,7 +99,7 @@ def by_hand(dataset: Dataset, label_names: Sequence[str] | Mapping[str, str] | N
         return dataset
     if not isinstance(label_names, Mapping):
         if len(set(label_names)) < len(label_names):
-            raise DataError(f"data.label_names: names stand twice: {_shown(list(label_names))}; name every class once")
+            raise DataError(f"data.label_names: duplicate names:  {_shown(list(label_names))}; name every class once")
         return in_order_of(dataset, label_names, advice="list all classes of the data", of="data.label_names")
     if not set(label_names) & set(dataset.label_names):
         raise DataError(

@@ -92,7 +92,7 @@ def _others_for(task: str, found: SourceRows, place: str, config: DataConfig) ->
     claims = [(kind.name, claim) for kind in kinds if (claim := kind.claim(table, config)) is not None]
     most = max((claim.columns for _, claim in claims), default=0)
     said = [f"model.task: {name} ({claim.why})" for name, claim in claims if claim.columns == most]
-    return f"; the rows look as if they were for {' or '.join(said)}" if said else ""
+    return f"; the rows look like data for {' or '.join(said)}" if said else ""
 
 
 def first_rows(config: DataConfig, base_dir: Path | None = None) -> Table:
@@ -205,7 +205,7 @@ def _built_in(source: str, task: Any) -> Dataset:
     if task.of_classes is None or task.inputs != column:
         fit = [other.name for other in TASKS.values() if other.of_classes is not None and other.inputs == column]
         raise DataError(
-            f"data.source: {source} has {column}s with classes, which {task.name} cannot be trained on; use it with "
+            f"data.source: {source} has {column}s with classes, which do not fit the task {task.name}; use it with "
             f"{' or '.join(fit)}"
         )
     taken: Dataset = task.of_classes(BUILT_IN[source].make())
@@ -236,7 +236,7 @@ def stdlib_docstrings() -> Dataset:
         missing = [name for label, name in enumerate(PACKAGES) if label not in set(labels)]
         raise DataError(
             f"data.source: builtin:stdlib-docstrings found no docstrings of {', '.join(missing)} under {root}; this "
-            "Python has no readable standard library sources, give a .jsonl or .csv file instead"
+            "Python has no readable standard library sources; give a .jsonl or .csv file instead"
         )
     return Dataset({"text": tuple(texts)}, tuple(labels), PACKAGES, "docstrings of the Python standard library")
 

@@ -51,14 +51,14 @@ def read_mask(image: StoredImage) -> np.ndarray:
             encoded: Any = image.path if image.data is None else io.BytesIO(image.data)
             with Image.open(encoded) as opened:
                 if opened.format == "JPEG":
-                    raise DataError("is a JPEG, which changes numbers; save it as a PNG")
+                    raise DataError("is a JPEG, and JPEG compression changes class numbers; save it as a PNG")
                 mode = opened.mode
                 pixels = np.asarray(opened)
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
             raise DataError(f"cannot be read as a mask ({error})") from error
         if mode not in INDEXED:
             if pixels.ndim != 3 or (pixels.shape[2] > 2 and np.ptp(pixels[:, :, :3], axis=2).any()):
-                raise DataError(f"is a mask of colours ({mode}); give one number for each pixel (PNG, L or P)")
+                raise DataError(f"is a colour mask ({mode}); give one number for each pixel (PNG, L or P)")
             pixels = pixels[:, :, 0]  # grey, saved as a colour
     if pixels.ndim != 2:
         raise DataError(f"is a mask of the shape {list(pixels.shape)}; give one number for each pixel")
@@ -76,7 +76,7 @@ def values_of(masks: Sequence[StoredImage | None]) -> tuple[list[tuple[int, ...]
     values = [tuple(sorted(one if binary else one - {UNLABELLED})) for one in found]
     notes = []
     if binary:
-        notes.append(f"the masks have the numbers 0 and {UNLABELLED} alone, so {UNLABELLED} is the second class")
+        notes.append(f"the masks have the numbers 0 and {UNLABELLED} only, so {UNLABELLED} is the second class")
     classes = [number for number in numbers if number != UNLABELLED]
     if not binary and classes and 2 * len(classes) <= classes[-1]:
         shown = ", ".join(map(str, classes[:6])) + (" ..." if len(classes) > 6 else "")

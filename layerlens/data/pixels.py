@@ -226,7 +226,7 @@ def _check_end(image: Any, data: Path | bytes) -> None:
             last = file.read()
     # Some cameras and editors write more after the end: megabytes of another picture, which decoding does not mind.
     if ending not in last and not _decodes(image):
-        raise DataError(f"is damaged or truncated: a {image.format} that does not go on to its end")
+        raise DataError(f"is damaged or truncated: a {image.format} that ends early")
 
 
 def _decodes(image: Any) -> bool:
@@ -307,7 +307,7 @@ def _scaled(values: np.ndarray) -> np.ndarray:
         alpha = alpha * (255.0 / max(float(alpha.max()), 1e-300))
     finite = np.isfinite(numbers)
     if not finite.any():
-        raise DataError("has no number that is finite")
+        raise DataError("has no finite number")
     low, high = float(numbers[finite].min()), float(numbers[finite].max())
     numbers = np.clip(np.nan_to_num(numbers, nan=low, posinf=high, neginf=low), low, high)
     scaled = (numbers - low) * (255.0 / (high - low)) if high > low else np.zeros_like(numbers)

@@ -49,7 +49,7 @@ def _add_object(line: Line, found: SourceRows) -> None:
     try:
         value = object_of(line.text.rstrip(), found)
     except BeyondParser as error:
-        found.leave_out(f"(line {line.number}) is not JSON that can be read: {error.msg}")
+        found.leave_out(f"(line {line.number}) is not readable JSON: {error.msg}")
         return
     except json.JSONDecodeError as error:
         found.leave_out(f"(line {line.number}, column {error.colno}) is not JSON: {error.msg}")
@@ -149,7 +149,7 @@ def read_csv(path: Path, config: DataConfig, found: SourceRows) -> None:
             if fault:
                 found.leave_out(f"(line {begin}) is not text: {fault}")
             elif len(record) != len(header):
-                found.leave_out(f"(line {begin}) has not the {len(header)} fields of the header, but {len(record)}")
+                found.leave_out(f"(line {begin}) has {len(record)} fields, and the header has {len(header)}")
             else:
                 found.add(dict(zip(header, record, strict=True)), n_bytes)
     except csv.Error as error:

@@ -102,7 +102,7 @@ class StoredSound(StoredFile):
         if not found.samples:
             raise DataError("is empty (it has no samples)")
         if found.rate <= 0:
-            raise DataError(f"says that it has {found.rate} samples in a second")
+            raise DataError(f"claims {found.rate} samples per second")
         return found
 
     def read(self, rate: int, most: int | None = None) -> np.ndarray:
@@ -128,7 +128,7 @@ class StoredSound(StoredFile):
         if not len(decoded__nc):
             raise DataError("ends before its first sample")
         if not np.isfinite(decoded__nc).all():
-            raise DataError("has samples that are no finite numbers")
+            raise DataError("has samples that are not finite numbers")
         found = at_rate(decoded__nc.mean(axis=1), own, rate)
         return found if most is None else found[:most]
 
@@ -176,7 +176,7 @@ def _opened(sound: StoredSound) -> Any:
             said = f"{Path(sound.name).suffix.lower()}; convert it to .wav, .flac or .mp3: ffmpeg -i IN OUT.wav"
         elif not sound.n_bytes:
             said = "the file is empty"
-        raise DataError(f"is no sound that soundfile can read ({said})") from error
+        raise DataError(f"is not a sound file that soundfile can read ({said})") from error
     except (OSError, RuntimeError, TypeError) as error:
         raise DataError(f"cannot be read ({error})") from error
 
@@ -211,7 +211,7 @@ class SoundCheck(FileKind):
     @property
     def notes(self) -> tuple[str, ...]:
         n = len(self._silent)
-        return (f"{n} clip{'' if n == 1 else 's'} of silence alone: {some(self._silent)}",) if n else ()
+        return (f"{n} clip{'' if n == 1 else 's'} with only silence: {some(self._silent)}",) if n else ()
 
 
 def looks_like_sound(path: Path) -> bool:
@@ -347,5 +347,5 @@ def told_of_rates(headers: Sequence[SoundHeader], rate: int) -> list[str]:
         lines.append(f"{others.total()} of {len(headers)} clips are resampled to {rate:,} Hz, from {rates} Hz")
     several = sum(header.channels > 1 for header in headers)
     if several:
-        lines.append(f"{several} of {len(headers)} clips have several channels, which become their mean")
+        lines.append(f"{several} of {len(headers)} clips have several channels, which are averaged")
     return lines

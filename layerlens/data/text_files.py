@@ -81,7 +81,7 @@ def encoding_of(path: Path, named: str | None) -> tuple[str, str]:
         even, odd = pairs[0::2].count(0), pairs[1::2].count(0)
         if max(even, odd) > len(pairs) // 5:
             found = "utf-16-be" if even > odd else "utf-16-le"
-            return found, f"read as {found}, which its bytes look like; if that is wrong, set data.encoding"
+            return found, f"read as {found}, because its bytes look like it; if that is wrong, set data.encoding"
     return _by_content(path, start)
 
 
@@ -99,7 +99,7 @@ def _by_content(path: Path, start: bytes) -> tuple[str, str]:
             f"data.encoding: {path} is not UTF-8 text: line {number}, {_fault(broken[0], start.index(broken[0]))}; set "
             "data.encoding to what it is, such as cp1252 or shift_jis, or save it as UTF-8"
         )
-    return guess, f"read as {guess}, since it is not UTF-8 and looks like that; if that is wrong, set data.encoding"
+    return guess, f"read as {guess}, because it is not UTF-8 and looks like it; if that is wrong, set data.encoding"
 
 
 def _guess(sample: bytes) -> str | None:

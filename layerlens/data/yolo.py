@@ -83,11 +83,11 @@ def read_yolo(path: Path, max_pixels: int) -> Dataset:
         raise DataError(f"data.source: {path}: none of {len(files)} images can be used: the first {left_out[1]}")
     if unlabelled == len(files):
         raise DataError(
-            f"data.source: {path}: none of {len(files)} images has a label file; the labels of images/a.png stand in "
+            f"data.source: {path}: none of {len(files)} images has a label file; the labels of images/a.png belong in "
             f"{_label_file(files[0])}"
         )
     if unlabelled:
-        notes.append(f"{unlabelled} of {len(files)} images have no label file, so no objects")
+        notes.append(f"{unlabelled} of {len(files)} images have no label file, and count as images without objects")
     reading = Reading(len(files), left_out=left_out, notes=(*notes, *check.notes))
     columns = {"image": tuple(images), "boxes": tuple(boxes)}
     return Dataset(columns, tuple(labels), described.names, path.name, reading=reading)
@@ -101,13 +101,13 @@ def _described(path: Path) -> _Described:
     try:
         facts = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"data.source: {path} is no YOLO data set (path, train, names): {error}") from error
+        raise DataError(f"data.source: {path} is not a YOLO data set (path, train, names): {error}") from error
     train = facts.get("train") if isinstance(facts, dict) else None
     places: list[Any] = train if isinstance(train, list) else [train]
     if not places or not all(isinstance(place, str) and place for place in places):
         raise DataError(
-            f"data.source: {path} is no YOLO data set (path, train, names): train must name a folder, a file or a list "
-            f"of them, got {train!r}"
+            f"data.source: {path} is not a YOLO data set (path, train, names): train must name a folder, a file or a "
+            f"list of them, got {train!r}"
         )
     return _Described(
         path, _root(path, facts.get("path"), places[0]), tuple(places), _class_names(path, facts), _keypoints(facts)
@@ -124,11 +124,11 @@ def _class_names(path: Path, facts: dict[str, Any]) -> tuple[str, ...]:
         names = [names[number] for number in range(len(names))]
     if not isinstance(names, list) or not names:
         raise DataError(
-            f"data.source: {path} is no YOLO data set (path, train, names): names must list the classes, or number "
+            f"data.source: {path} is not a YOLO data set (path, train, names): names must list the classes, or number "
             f"them from 0 on, got {names!r}"
         )
     if isinstance(count, int) and count != len(names):
-        raise DataError(f"data.source: {path}: names has {len(names)} classes and nc is {count}; make them agree")
+        raise DataError(f"data.source: {path}: names has {len(names)} classes and nc is {count}; they must agree")
     return tuple(map(str, names))
 
 
@@ -222,7 +222,7 @@ def _objects(file: Path, described: _Described) -> Iterator[tuple[int, Box]]:
         try:
             numbers = [float(word) for word in line.split()]
         except ValueError as error:
-            raise _Unusable(f"has labels that are no numbers, {where}") from error
+            raise _Unusable(f"has labels that are not numbers, {where}") from error
         if described.keypoint_values and len(numbers) == 5 + described.keypoint_values:
             numbers = numbers[:5]
         kind, values = (numbers[0], numbers[1:]) if numbers else (0.0, [])
@@ -230,11 +230,11 @@ def _objects(file: Path, described: _Described) -> Iterator[tuple[int, Box]]:
         if len(values) != 4 and not is_polygon:
             raise _Unusable(f"has labels that are neither `class x y width height` nor a polygon, {where}")
         if not all(map(math.isfinite, numbers)):
-            raise _Unusable(f"has labels that are no numbers, {where}")
+            raise _Unusable(f"has labels that are not numbers, {where}")
         if kind != int(kind) or not 0 <= kind < len(described.names):
             raise _Unusable(f"has a class that is not below {len(described.names)}, {where}")
         if not all(-TOLERANCE <= value <= 1.0 + TOLERANCE for value in values):
-            raise _Unusable(f"has a box that is not in shares of the image, 0 to 1, {where}")
+            raise _Unusable(f"has a box outside the range 0 to 1 (shares of the image), {where}")
         if is_polygon:
             across, down = values[0::2], values[1::2]
             yield int(kind), (min(across), min(down), max(across), max(down))

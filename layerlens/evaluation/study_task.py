@@ -119,8 +119,8 @@ def lora_layers(task: StudyTask) -> list[LayerSpec]:
     able = [layer for layer in task.spec.layers if LORA in layer.methods]
     if others := [layer.name for layer in able if layer.layer_type in NO_MATRIX]:
         warnings.warn(
-            f"evaluate: {len(others)} stacked experts or embeddings ({others[0]} ...) take no part; the study trains "
-            "layers that are one matrix each",
+            f"evaluate: {len(others)} stacked experts or embeddings ({others[0]} ...) are left out; the study trains "
+            "layers with one matrix each",
             stacklevel=2,
         )
     return [layer for layer in able if layer.layer_type not in NO_MATRIX]

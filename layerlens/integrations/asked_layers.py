@@ -73,10 +73,10 @@ def layers_asked_for(
     if stacked and all(path in place for path in found):
         found = dict(sorted(found.items(), key=lambda one: place[one[0]]))
     if streamed and (outside := [path for path in found if path not in of_block]):
-        raise ModelSpecError(f"{FIELD}: {outside[0]} is outside the blocks, which alone are measured from disk")
+        raise ModelSpecError(f"{FIELD}: {outside[0]} is outside the blocks, and streaming measures only the blocks")
     if not found:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in left_out.items() if path not in of_block)
-        raise ModelSpecError(f"{FIELD}: names no layer that can be adapted{'; ' if reasons else ''}{reasons}")
+        raise ModelSpecError(f"{FIELD} names no layer that can be adapted{'; ' if reasons else ''}{reasons}")
     return AskedLayers(found, left_out)
 
 
@@ -91,7 +91,7 @@ def _why_not_outside(path: str, modules: Mapping[str, torch.nn.Module]) -> str:
     tied = next((name for name, one in modules.items() if one is not module and _weight_is(one, weight)), None)
     if tied:
         return (
-            f"its weight is tied to {tied}: PEFT's LoRA would act in {path} alone, and merging it would change {tied} "
+            f"its weight is tied to {tied}: PEFT's LoRA would act in {path} only, and merging it would change {tied} "
             "too"
         )
     return why_not_measurable(path, module) if isinstance(module, torch.nn.Embedding) else ""

@@ -102,7 +102,7 @@ def load_audio_input(path: str, told: Mapping[str, Any]) -> AudioInput:
     found = preprocessor("AutoFeatureExtractor", "feature extractor", path, told)
     if extractor_in(found) is None:
         raise ModelNotFoundError(
-            f"model.name_or_path: the feature extractor of {path} ({type(found).__name__}) is none of sound: it has no "
+            f"model.name_or_path: the feature extractor of {path} ({type(found).__name__}) is not for audio: it has no "
             "sampling_rate"
         )
     return audio_input(found)

@@ -57,8 +57,8 @@ def preprocessor(auto_class: str, what: str, path: str, told: Mapping[str, Any])
         return getattr(transformers, auto_class).from_pretrained(path, **told)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelNotFoundError(
-            f"model.name_or_path: {path} has no usable {what} ({str(error).strip().splitlines()[0]}); save the one of "
-            "the model beside its weights (preprocessor_config.json)"
+            f"model.name_or_path: {path} has no usable {what} ({str(error).strip().splitlines()[0]}); save the model's "
+            "own beside its weights (preprocessor_config.json)"
         ) from error
 
 

@@ -29,8 +29,8 @@ def checkpoint_blocks(model: torch.nn.Module, names: Collection[str]) -> None:
     unknown = [name for name in names if name not in blocks]
     if unknown:
         raise ManifestError(
-            f"checkpointed: {unknown[0]} is no block of this model that can be checkpointed "
-            f"(its blocks: {', '.join(list(blocks)[:4]) or 'none'}{' ...' if len(blocks) > 4 else ''})"
+            f"checkpointed: {unknown[0]} is not a block of this model that can be checkpointed (its blocks: "
+            f"{', '.join(list(blocks)[:4]) or 'none'}{' ...' if len(blocks) > 4 else ''})"
         )
     for name, block in blocks.items():
         each: Any = block

@@ -20,8 +20,8 @@ ROUTERS = ("gate", "router")
 EXPERTS = "experts"
 
 IN_MULTIHEAD = (
-    "torch.nn.MultiheadAttention multiplies with it without calling a module, so its products are not seen; PEFT "
-    "adapts in_proj_weight and out_proj only together"
+    "torch.nn.MultiheadAttention uses it without calling a module, so its products cannot be measured; PEFT adapts "
+    "in_proj_weight and out_proj only together"
 )
 BASE_LAYER = ".base_layer"
 """What PEFT calls the module that it has put one of its own around."""
@@ -113,9 +113,9 @@ def _described(path: str, module: torch.nn.Module, name: str, parameter: torch.T
 
     kind, size = type(module).__name__, _size(parameter)
     if "router" in kind.lower() or path.rpartition(".")[2] in ROUTERS:
-        return f"a router ({size}), and a choice leaves routers alone"
+        return f"a router ({size}); routers are never adapted"
     if "expert" in f"{kind}{path}".lower() and "bias" not in name:
-        return f"the experts of a block in one parameter of {kind} ({size}), whose products are not seen"
+        return f"the experts of a block in one parameter of {kind} ({size}), whose products cannot be measured"
     if "expert" in f"{kind}{path}".lower():
         return f"a bias for each expert ({size})"
     if isinstance(module, torch.nn.MultiheadAttention) and name.endswith("proj_weight"):
@@ -135,7 +135,7 @@ def why_router(path: str, modules: Mapping[str, Any]) -> str:
     # "gate" is also the name of other things; nothing but a router is called so (JetMoE has router.layer alone).
     if name not in ROUTERS or (name != "router" and f"{block}.{EXPERTS}" not in modules):
         return ""
-    return f"a router ({_size(modules[path].weight)}), and a choice leaves routers alone"
+    return f"a router ({_size(modules[path].weight)}); routers are never adapted"
 
 
 def rewritten_by_peft(model: Any, paths: Iterable[str]) -> dict[str, str]:

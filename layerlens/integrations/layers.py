@@ -266,9 +266,8 @@ def _count_positions(
             model(**inputs)
     except (AttributeError, TypeError, NotImplementedError) as error:  # of the model's own code, with right inputs
         raise ModelSpecError(
-            f"model.name_or_path: {type(model).__name__} does not compute a batch of this data: "
-            f"{type(error).__name__}: {error}; try another version of the package with its code "
-            f"({type(model).__module__})"
+            f"model.name_or_path: {type(model).__name__} fails on a batch of this data: {type(error).__name__}: "
+            f"{error}; try another version of the package with this model's code ({type(model).__module__})"
         ) from error
     finally:
         for handle in handles:

@@ -79,8 +79,8 @@ def note_of_fresh(pretrained: PretrainedModel) -> str:
     if not looks_drawn(model.get_submodule(name), model):
         return ""
     return (
-        f"model: the weights of the last layer, {name}, look as they were drawn, and it is not trained whole; if it is "
-        f"a new head, set {FIELD}: [{name}] (and {FIELD}: [] to say that there is none)"
+        f"model: the weights of the last layer, {name}, look freshly initialised, and the layer is not trained in "
+        f"full; if it is a new head, set {FIELD}: [{name}] (or {FIELD}: [] if there is none)"
     )
 
 
@@ -94,8 +94,8 @@ def _guessed(pretrained: PretrainedModel) -> PretrainedModel:
     if not parameters or not (drawn or as_initialised(model, parameters)):
         return pretrained
     note = (
-        f"new head: {', '.join(heads)}: its weights look as they were drawn, so it is trained whole and saved with the "
-        f"adapter ({FIELD}: [] says that there is none)"
+        f"new head: {', '.join(heads)}: its weights look freshly initialised, so it is trained in full and saved with "
+        f"the adapter ({FIELD}: [] if there is none)"
     )
     return replace(pretrained, heads=heads, new_parameters=parameters, notes=(*pretrained.notes, note))
 
@@ -123,8 +123,9 @@ def _refuse_likenesses(model: torch.nn.Module, heads: Sequence[str]) -> None:
         alike = next((head for head in heads if name.endswith(head)), None)
         if alike is not None:
             raise ModelSpecError(
-                f"{FIELD}: PEFT knows modules that it trains whole by how their names end, so it would take {name} for "
-                f"{alike}; give the head another name in your model, or name both: {FIELD}: [{alike}, {name}]"
+                f"{FIELD}: PEFT identifies fully trained modules by the ends of their names, so it would confuse "
+                f"{name} with {alike}; give the head another name in your model, or name both: {FIELD}: [{alike}, "
+                f"{name}]"
             )
 
 

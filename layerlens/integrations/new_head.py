@@ -82,7 +82,7 @@ def new_head_of(model: torch.nn.Module, task: Any, wanted: bool | Sequence[str] 
         )
     if not parameters or not as_initialised(model, parameters):
         return NewHead()
-    return NewHead(parameters, heads, "it looks as it was initialised")
+    return NewHead(parameters, heads, "its weights look freshly initialised")
 
 
 def _stored_names(model: Any) -> set[str] | None:

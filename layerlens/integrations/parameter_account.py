@@ -15,11 +15,11 @@ from layerlens.models import ModelSpec
 from layerlens.models.model_spec import ATTENTION, EXPERTS
 
 OFFERED, HEAD = "offered", "head"
-EMBEDDING = "an embedding: rows of a table are looked up, not multiplied"
+EMBEDDING = "an embedding: its rows are looked up, not multiplied"
 NORM = "a norm, of vectors, not matrices"
 OUTSIDE = "outside the model's blocks; profiling.layers can name it"
-FROZEN_HEAD = "the head that the model came with, which stays as it is"
-NO_METHOD = "no method that is measured takes it"
+FROZEN_HEAD = "the model's own head, which stays unchanged"
+NO_METHOD = "none of the measured methods can adapt it"
 CHANNELS = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.GroupNorm)
 
 
@@ -92,7 +92,7 @@ def _reason(model: torch.nn.Module, name: str, spec: ModelSpec, blocks: Collecti
     if is_dense(module) or is_convolution(module) or is_quantized(module):
         return NO_METHOD if inside else OUTSIDE
     if part in ("weight", "bias"):
-        return f"of {type(module).__name__}, which no method on offer takes"
+        return f"of {type(module).__name__}, which no method on offer can adapt"
     return "a parameter that a module of the model uses itself, and no layer has"
 
 

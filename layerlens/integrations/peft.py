@@ -75,7 +75,7 @@ def lora_config(
 
     ranks = choice.lora_ranks()
     if not ranks and not choice.token_indices:
-        raise ManifestError("no layer is to have LoRA, so there is nothing for PEFT to configure")
+        raise ManifestError("no layer gets LoRA, so there is nothing for PEFT to configure")
     modules = [lora_module(model, option) for option in choice.lora_options]
     scale, rslora = float(choice.lora.alpha_over_r or 1.0), choice.lora.use_rslora
     largest = max(ranks.values(), default=1)
@@ -147,8 +147,8 @@ def zero_step_tensors(
     """
     if choice.lora.is_measured and factors is None:
         raise ManifestError(
-            f"lora.initialization: {choice.lora.initialization!r} begins from what was measured on data; give the "
-            "factors (layerlens.tuning.read_factors of the run's peft directory, or initial_factors of your batches)"
+            f"lora.initialization: {choice.lora.initialization!r} needs factors measured on data; give them "
+            "(layerlens.tuning.read_factors of the run's peft directory, or initial_factors of your batches)"
         )
     places = peft_places(model, choice.lora_ranks())
     tensors = {}
@@ -172,10 +172,10 @@ def zero_step_tensors(
     for name, indices in choice.token_indices.items():
         module: Any = find_module(model, name)
         if module.weight.is_meta:
-            raise ManifestError(f"{name}: rows of tokens begin from its weights, which are not in memory")
+            raise ManifestError(f"{name}: rows of tokens start from its weights, which are not in memory")
         if (rows := len(module.weight)) <= max(indices):
             raise ManifestError(
-                f"{name}: has {rows} rows, and those of token {max(indices)} are to be trained; call "
+                f"{name}: has {rows} rows, and the row of token {max(indices)} should be trained; call "
                 f"model.resize_token_embeddings({choice.tokens.rows if choice.tokens else max(indices) + 1}) first"
             )
         tensors[f"{BASE_PREFIX}{name}{TOKEN_ROWS}"] = module.weight.detach()[indices].clone()
@@ -192,7 +192,7 @@ def copied_tensors(choice: Choice, model: torch.nn.Module) -> dict[str, torch.Te
     for option in choice.copied_options:
         for name, parameter in find_module(model, option.layer).named_parameters():
             if parameter.is_meta:
-                raise ManifestError(f"{option.layer}: its copy begins from its weights, which are not in memory")
+                raise ManifestError(f"{option.layer}: its copy starts from its weights, which are not in memory")
             found[f"{BASE_PREFIX}{option.layer}.{name}"] = parameter.detach().clone()
     return found
 
@@ -325,8 +325,8 @@ def lora_module(model: torch.nn.Module, row: Option) -> torch.nn.Module | Stack:
     groups = lora_shape(module)[2]
     if row.rank % groups:
         raise ManifestError(
-            f"{row.layer}: LoRA rank {row.rank} is no multiple of the {groups} groups of this convolution, which PEFT "
-            "demands"
+            f"{row.layer}: LoRA rank {row.rank} is not a multiple of the {groups} groups of this convolution, as PEFT "
+            "requires"
         )
     return module
 

@@ -45,8 +45,8 @@ def told_of_keywords(model: torch.nn.Module, layers: Collection[str], inputs: Ma
         return ()
     some = f"{', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''}"
     return (
-        f"model: its code calls {some} by keyword (input=x), which PEFT's own layers do not take; LayerLens sees to it "
-        "where it applies, trains or loads the adapter. For PEFT alone write the call as layer(x)",
+        f"model: its code calls {some} by keyword (input=x), which PEFT's own layers do not accept. LayerLens handles "
+        "this when it applies, trains or loads the adapter. For PEFT alone, write the call as layer(x)",
     )
 
 

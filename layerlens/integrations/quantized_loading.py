@@ -118,8 +118,8 @@ def notes_on(model: torch.nn.Module, saved: Mapping[str, Any] | None = None) -> 
     if saved and not quantized_layers(model):
         stored = next((x.dtype for x in model.parameters() if x.is_floating_point()), None)
         notes.append(
-            f"model: the checkpoint's weights are quantized ({method_of(saved)}), and were unpacked to "
-            f"{_name(stored)} as they were loaded: memory and the fingerprint are those of the unpacked weights"
+            f"model: the checkpoint's weights are quantized ({method_of(saved)}), and loading unpacked them to "
+            f"{_name(stored)}: memory and fingerprint describe the unpacked weights"
         )
     return (*notes, *_stopped(model))
 
@@ -136,9 +136,9 @@ def _stopped(model: torch.nn.Module) -> Iterator[str]:
         if kind[1] is not None and not kind[1].__module__.startswith("torch."):
             called = f"{called} of {kind[1].__name__}"
         yield (
-            f"model: {called} ({count} layers, {name} ...) does not pass gradients on as it multiplies, so layers "
-            "whose outputs only go through it get none or a part of theirs, here and in training; load the weights "
-            "with a kernel for training, or round weights alone"
+            f"model: {called} ({count} layers, {name} ...) does not pass on correct gradients, so layers below it get "
+            "no gradient or a wrong one, here and in training; load the weights with a kernel for training, or "
+            "quantize only the weights"
         )
 
 

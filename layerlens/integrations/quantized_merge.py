@@ -37,7 +37,7 @@ def merge_with_cost(model: torch.nn.Module, merge: Callable[[], torch.nn.Module]
     lost = {name: _lost(merged.get_submodule(name), *outputs) for name, outputs in wanted.items()}
     worst = max(lost, key=lambda name: lost[name])
     warnings.warn(
-        f"merging rounds {len(lost)} quantized layers again, and their outputs then miss what was trained by "
+        f"merging rounds {len(lost)} quantized layers again, and their outputs then differ from the trained ones by "
         f"{sorted(lost.values())[len(lost) // 2]:.0%} of its size (median; {lost[worst]:.0%} in {worst}). To merge "
         "without this loss, load the adapter onto the base model in 16 bits (check_fingerprint=False), merge there, "
         "and quantize the result",

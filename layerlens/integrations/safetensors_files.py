@@ -99,7 +99,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     if not isinstance(found, dict) or not all(isinstance(one, str) and one for one in found.values()):
-        raise ValueError("its weight_map is no table of file names")
+        raise ValueError("its weight_map is not a table of file names")
     return found
 
 
@@ -124,7 +124,7 @@ def read_header(file: Path) -> dict[str, TensorPlace]:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, ModelNotFoundError):
             raise
-        raise _damaged(file, f"its header is no table of tensors ({error})") from error
+        raise _damaged(file, f"its header is not a table of tensors ({error})") from error
     for name, place in places.items():
         if place.offset + place.numel * _width(place.dtype) > size:
             raise _damaged(file, f"{name} would end behind its end")
@@ -209,7 +209,9 @@ def _load_files(path: Path, place: str) -> dict[str, torch.Tensor]:
             try:
                 files = [path / name for name in sorted(set(_weight_map(path / INDEX).values()))]
             except (OSError, ValueError) as error:
-                raise ModelNotFoundError(f"model.weights: {path / INDEX} is no index of shards ({error})") from error
+                raise ModelNotFoundError(
+                    f"model.weights: {path / INDEX} is not an index of shards ({error})"
+                ) from error
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:

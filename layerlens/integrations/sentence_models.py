@@ -75,8 +75,8 @@ def transformer_folder(folder: Path) -> Path:
     first = listed[0]
     if str(first.get("type", "")).rpartition(".")[2] != "Transformer":
         raise ModelSpecError(
-            f"model.name_or_path: the first module of {folder} is {first.get('type')}; LayerLens adapts those of "
-            "sentence-transformers that begin with a Transformer"
+            f"model.name_or_path: the first module of {folder} is {first.get('type')}; LayerLens adapts "
+            "sentence-transformers models that begin with a Transformer"
         )
     return _below(folder, str(first.get("path", "")))
 
@@ -101,13 +101,15 @@ def sentence_model(path: str, width: int) -> SentenceModel:
     folder, listed = _directory_of(Path(path))
     if not listed:
         pooling: Any = import_from_string(f"{LIBRARY}models.Pooling")
-        said = "model: no modules.json says how embeddings are made, so the mean over tokens is taken"
+        said = "model: there is no modules.json with a pooling module, so embeddings are the mean over tokens"
         return SentenceModel((pooling(width).eval(),), said=(said,))
     modules = []
     for entry in listed[1:]:
         kind = str(entry.get("type", ""))
         if not kind.startswith(LIBRARY):
-            raise ModelSpecError(f"model.name_or_path: the module {kind} of {folder} is none of sentence-transformers'")
+            raise ModelSpecError(
+                f"model.name_or_path: the module {kind} of {folder} is not one of sentence-transformers' modules"
+            )
         try:
             made: Any = import_from_string(kind)
             module = made.load(str(_below(folder, str(entry.get("path", "")))))
@@ -133,7 +135,7 @@ def sentence_model_of(model: Any) -> SentenceModel:
     if getattr(model, "transformers_model", None) is None or getattr(first, "model", None) is None:
         raise ModelSpecError(
             f"model: the first module of this {type(model).__name__} is a {type(first).__name__}; LayerLens adapts "
-            "those of sentence-transformers that begin with a Transformer"
+            "sentence-transformers models that begin with a Transformer"
         )
     modules = [copy.deepcopy(module).eval().requires_grad_(False) for module in rest]
     return _with_prompts(

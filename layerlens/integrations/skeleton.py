@@ -119,8 +119,8 @@ def load_skeleton(
         raise ModelSpecError(f"model.name_or_path: quantised weights cannot be streamed; {PLAIN}")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelSpecError(
-            f"model.name_or_path: {config.model_type} has an encoder and a decoder, whose blocks all read what the "
-            f"encoder puts out; only single stacks can be streamed: {PLAIN} or checkpointed"
+            f"model.name_or_path: {config.model_type} has an encoder and a decoder, and all decoder blocks read the "
+            f"encoder's output; only single stacks can be streamed: {PLAIN} or checkpointed"
         )
     with torch.device("meta"):
         model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -160,15 +160,16 @@ def renamed(model: Any, places: Mapping[str, TensorPlace]) -> dict[str, TensorPl
             name, converted = key, None
         if converted is not None and name in own:
             raise ModelSpecError(
-                f"model.name_or_path: {key} is not used as it lies on disk ({model.config.model_type} merges or splits "
-                f"weights while it loads, as mixtures of experts do), so it cannot be streamed; {PLAIN}, or save the "
-                "model in the layout of this version of transformers"
+                f"model.name_or_path: {key} is not used in its layout on disk ({model.config.model_type} merges or "
+                f"splits weights while it loads, as mixtures of experts do), so it cannot be streamed; {PLAIN}, or "
+                "save the model in the layout of this version of transformers"
             )
         if name in own:
             named[name] = place
     if not named:
         raise ModelNotFoundError(
-            f"model.name_or_path: no tensor of the checkpoint belongs to {type(model).__name__}; it is another model's"
+            f"model.name_or_path: no tensor of the checkpoint belongs to {type(model).__name__}; the checkpoint "
+            "belongs to another model"
         )
     return named
 

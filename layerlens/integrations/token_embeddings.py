@@ -76,10 +76,10 @@ def _why_not(by: str, first: str, tied: tuple[str, ...], output: Any) -> str:
     known = all(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in (first, *tied)) and len(tied) < 2
     biased = output is not None and getattr(output, "bias", None) is not None
     if by == ROWS and biased:
-        other = f"set {TRAINING}: {WHOLE}" if not tied or known else "no other way of PEFT's fits this model"
-        return f"PEFT {__version__} drops the bias of the output layer where it trains single rows ({ROWS}); {other}"
+        other = f"set {TRAINING}: {WHOLE}" if not tied or known else "PEFT has no other way for this model"
+        return f"PEFT {__version__} drops the bias of the output layer when it trains single rows ({ROWS}); {other}"
     if by == WHOLE and tied and not known:
-        other = f"set {TRAINING}: {ROWS}" if not biased else "no other way of PEFT's fits this model"
+        other = f"set {TRAINING}: {ROWS}" if not biased else "PEFT has no other way for this model"
         return (
             f"the weight of {first} is also that of {', '.join(tied)}, and PEFT {__version__} would train a copy of it "
             f"in {first} alone ({WHOLE}); {other}"
@@ -127,8 +127,8 @@ def _ids(tokenizer: Any, tokens: Sequence[str], rows: int) -> list[int]:
     unknown = [token for token in tokens if token not in known]
     if unknown:
         raise ModelSpecError(
-            f"{TOKENS}: {unknown[0]!r} is no token of the tokenizer; add it there (tokenizer.add_tokens) and save the "
-            "tokenizer beside the model"
+            f"{TOKENS}: {unknown[0]!r} is not a token of the tokenizer; add it there (tokenizer.add_tokens) and save "
+            "the tokenizer beside the model"
         )
     beyond = [token for token in tokens if known[token] >= rows]
     if beyond:

@@ -78,8 +78,8 @@ def without_compilation(model: Any) -> tuple[Any, tuple[str, ...]]:
         return model, ()
     what = ", ".join(name or "the whole of it" for name in dict.fromkeys(found))
     return model, (
-        f"model: is compiled or replicated ({what}); it is measured and adapted as it was before that, which the names "
-        "in the adapter are of: put the adapter in first, and compile after that",
+        f"model: is compiled or replicated ({what}); LayerLens measures and adapts the original model. The adapter has "
+        "the original names: load the adapter first, and compile afterwards",
     )
 
 

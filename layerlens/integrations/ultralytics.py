@@ -126,8 +126,8 @@ def load_detector(
         raise ModelSpecError(f"detector: {weights} is for the task {loaded.task!r}; give a model for detection")
     if not isinstance(module.model[-1], Detect):  # RT-DETR has boxes, losses and no suppression of its own
         raise ModelSpecError(
-            f"detector: {weights} ends in a {type(module.model[-1]).__name__}, whose boxes are none of YOLO's; give a "
-            "YOLO detector (RT-DETR is not supported)"
+            f"detector: {weights} ends in a {type(module.model[-1]).__name__}, which is not a YOLO head; give a YOLO "
+            "detector (RT-DETR is not supported)"
         )
     size = image_size or int(getattr(loaded, "overrides", {}).get("imgsz") or DEFAULT_SIZE)
     stride = int(module.stride.max())

@@ -102,7 +102,7 @@ def why_not_measurable(name: str, module: torch.nn.Module) -> str:
     from transformers.pytorch_utils import Conv1D
 
     if _is_computed(module):
-        return "its weight is computed from others in every pass (weight or spectral normalisation)"
+        return "its weight is recomputed in every pass (weight or spectral normalisation)"
     if is_convolution(module):
         if module.padding_mode != "zeros":
             return "convolutions with padding other than zeros are not measured"

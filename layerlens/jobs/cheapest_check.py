@@ -37,8 +37,8 @@ def with_enough_steps(config: RunConfig, samples: int, warnings: Warnings) -> Ru
     if check.steps >= least:
         return config
     warnings.add(
-        f"optimization.proxy_check.steps: {check.steps} are fewer than half of the fine-tune's {whole}, and shorter "
-        f"trainings mislead about what can be left out; {least} are taken"
+        f"optimization.proxy_check.steps: {check.steps} are fewer than half of the fine-tune's {whole} steps, and "
+        f"shorter trainings mislead about what can be left out; the check uses {least}"
     )
     check = check.model_copy(update={"steps": least})
     return config.model_copy(update={"optimization": config.optimization.model_copy(update={"proxy_check": check})})
@@ -137,7 +137,7 @@ def _nothing(
     if uniform <= 0.0:
         reason = (
             f"uniform LoRA's held-out loss does not fall in {steps} steps (it changes by {-uniform:.2g}), so there is "
-            "no improvement to keep a share of"
+            "no improvement to keep"
         )
     elif not shares:
         reason = predicted.reason or "no cheaper choice could be trained: their losses were not finite"
@@ -147,7 +147,7 @@ def _nothing(
         reason = (
             f"after {steps} steps no cheaper choice is within the margin: the nearest, {name}, kept "
             f"{share['kept']:.0%} of uniform LoRA's held-out loss drop (95 %: {share['kept_low']:.0%} to "
-            f"{share['kept_high']:.0%}), and all of that interval has to be at least {asked:.0%}"
+            f"{share['kept_high']:.0%}), and the whole interval must be at least {asked:.0%}"
         )
     return replace(predicted, saves=False, reason=f"{reason}; {_in_words(chosen)} is written", written=chosen)
 
@@ -162,7 +162,7 @@ def told_of_cheapest(checked: Checked, solution: Solution) -> str:
     if saving is not None and saving.measured is not None:
         measured = saving.measured
         return (
-            f"optimization.proxy_check: {checked.chosen} is written: it kept {measured['kept']:.0%} of uniform LoRA's "
+            f"optimization.proxy_check: {checked.chosen} is written. It kept {measured['kept']:.0%} of uniform LoRA's "
             f"held-out loss drop (95 %: {measured['kept_low']:.0%} to {measured['kept_high']:.0%}) at "
             f"{saving.cost_share:.0%} of its cost"
         )

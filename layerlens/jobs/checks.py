@@ -46,11 +46,11 @@ def check(job: Job, loaded: Loaded, decision: Decision, factors: Factors) -> dic
             pass
         elif loaded.pretrained.streamed is not None:
             warnings.add(
-                "predictions are not held against the model, which was never in memory whole; `layerlens evaluate "
-                "MANIFEST --costs` does it on a machine that holds it"
+                "predictions are not checked, because the whole model was never in memory; run `layerlens evaluate "
+                "MANIFEST --costs` on a machine that can hold it"
             )
         elif sharded(model) or offloaded(model):
-            warnings.add("the model's weights are spread (shards or disk), so predictions were not checked on it")
+            warnings.add("the model's weights are sharded or on disk, so predictions were not checked on it")
         else:
             profile = job.config.optimization.latency_profile
             if not here(profile.device_type):
@@ -179,8 +179,8 @@ def _warn_of_overrun(manifest: Manifest, measured: dict[str, Any], warnings: War
         found = measured[use.resource]["measured"]
         if use.budget is not None and found > use.budget:
             warnings.add(
-                f"{use.resource}: measured {found:.4g} on this machine, above the budget of {use.budget:g} that the "
-                "predictions keep; if this is the device you budget for, put its own figures in "
+                f"{use.resource}: measured {found:.4g} on this machine, above the budget of {use.budget:g} although "
+                "the prediction is within it; if this is the device that you budget for, set its figures in "
                 "optimization.latency_profile"
             )
 
@@ -191,8 +191,8 @@ def _warn_of_calibration(manifest: Manifest, joint: dict[str, Any], warnings: Wa
     assert found is not None
     if found.proxies < found.planned:
         warnings.add(
-            f"profiling.proxies: the time limit ended after {found.proxies} of {found.planned} options; "
-            "run it again to go on"
+            f"profiling.proxies: the time limit ended after {found.proxies} of {found.planned} options; run again to "
+            "continue"
         )
     interval = found.spearman_interval
     if interval is not None and interval[0] <= 0.0:
@@ -204,6 +204,6 @@ def _warn_of_calibration(manifest: Manifest, joint: dict[str, Any], warnings: Wa
     over = joint["loss_drop_over_uniform"]
     if over["measured"] < -2.0 * over["standard_error"]:
         warnings.add(
-            f"treating all layers alike gained more in the same steps, by {-over['measured']:.4g} ± "
-            f"{over['standard_error']:.2g} per sample; profiling.utility_model: uniform chooses that"
+            f"equal ranks on all layers gained more in the same steps, by {-over['measured']:.4g} ± "
+            f"{over['standard_error']:.2g} per sample; set profiling.utility_model: uniform to choose them"
         )

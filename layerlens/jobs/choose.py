@@ -119,9 +119,9 @@ def solve_stage(job: Job, spec: ModelSpec, statistics: ModelStatistics) -> Solut
             job.warnings.add(line)
         if not (solution.utilities.utility > 0.0).any():
             job.warnings.add(
-                f"nothing is adapted: by profiling.utility_model {solution.utilities.model!r} no option has a gain "
-                "above its sampling noise; raise data.calibration_samples, offer more methods, or choose 'gradient' or "
-                "'uniform'"
+                f"no layer is adapted: by profiling.utility_model {solution.utilities.model!r} no option has a gain "
+                "above its sampling noise; raise data.calibration_samples, offer more methods, or choose 'gradient' "
+                "or 'uniform'"
             )
     return solution
 
@@ -133,12 +133,12 @@ def _not_checkpointed(job: Job, statistics: ModelStatistics) -> str:
         return ""
     if not step.blocks:
         return (
-            "training.gradient_checkpointing: transformers can checkpoint no block of this model by itself, so memory "
-            "and time of a step are predicted without"
+            "training.gradient_checkpointing: transformers cannot checkpoint single blocks of this model, so memory "
+            "and time of a step are predicted without checkpoints"
         )
     if wanted == "auto" and job.config.optimization.max_vram_gb is None:
         return (
-            "training.gradient_checkpointing: auto checkpoints nothing without a budget of memory; set "
+            "training.gradient_checkpointing: auto checkpoints nothing without a memory budget; set "
             "optimization.max_vram_gb"
         )
     return ""

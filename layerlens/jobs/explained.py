@@ -116,7 +116,7 @@ class ExplainedLayer:
             return (*said, "It has no other option.")
         if found.value_to_flip <= TIE:
             what = "would fit as well" if found.fits else "does not fit beside the choices of the other layers"
-            return (*said, f"{other.name} has as high a net score, and {what}.")
+            return (*said, f"{other.name} has the same net score, and {what}.")
         cheaper = [
             f"used {_less(name, less)}"
             for name, less in found.cost_to_flip.items()
@@ -221,13 +221,13 @@ def solution_of(manifest: Manifest, spec: ModelSpec, statistics: ModelStatistics
     if own and other and own != other:
         raise ActivationCacheError(
             f"the statistics are of {spec.model_name} ({other[:12]}…), the manifest is of "
-            f"{manifest.model.name_or_path} ({own[:12]}…); give the statistics that it was chosen by"
+            f"{manifest.model.name_or_path} ({own[:12]}…); give the statistics that the choice is based on"
         )
     measured, recorded = statistics.provenance.get("identity"), (manifest.provenance.statistics or {}).get("key")
     if measured and recorded and cache_key(measured) != recorded:
         raise ActivationCacheError(
-            "the statistics were measured on other data or with other settings than the manifest's; give those that it "
-            "was chosen by"
+            "the statistics were measured on other data or with other settings than the manifest's; give the "
+            "statistics that the choice is based on"
         )
     config = config_of(manifest)
     if _by_score(manifest):
@@ -294,7 +294,7 @@ def _chosen_in(problem: AllocationProblem, group: int, entries: Sequence[Option]
             return index
     raise ActivationCacheError(
         f"{problem.layers[group]}: these statistics do not have the option that the manifest chose; give the "
-        "statistics that it was chosen by"
+        "statistics that the choice is based on"
     )
 
 

@@ -72,7 +72,7 @@ def split_samples(
     n_measured = len(together) - n_held_out
     if held_out > 0 and n_held_out < MIN_HELD_OUT:
         raise DataError(
-            f"profiling.proxies: the data leaves {n_held_out} samples to judge proxies on, and {MIN_HELD_OUT} are "
+            f"profiling.proxies: the data leaves {n_held_out} samples to evaluate proxies on, and {MIN_HELD_OUT} are "
             "needed; give more data or set profiling.proxies.options: 0"
         )
     asked = {

@@ -193,7 +193,10 @@ def _load(
     for line in (*pretrained.notes, *told_of_tokens(pretrained), *([fresh] if fresh else [])):
         heard.add(line)
     for name in pretrained.drawn:
-        heard.add(f"model: the checkpoint lacks {name}, which is not trained; it stays as it is drawn from the seed")
+        heard.add(
+            f"model: the checkpoint lacks {name}, which is not trained; it keeps its random initialisation from "
+            "the seed"
+        )
     calibration, head_data, held_out = split_samples(dataset, config, heard, bool(pretrained.new_parameters))
     batches = make_batches(
         task, pretrained, calibration, config.data, batch_size=config.data.batch_size, seed=config.runtime.seed,

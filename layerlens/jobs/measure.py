@@ -214,16 +214,17 @@ def by_batches_if_coupled(loaded: Loaded, warn: Warn) -> tuple[Sequence[Batch], 
     if loaded.task.coupled and not isinstance(loss, BatchLoss):
         found = Coupling("it compares several samples")
     if found.random:
-        warn("model.loss: the same samples have another loss in every pass (it draws numbers); whether it depends on "
-             "other samples in the batch is not known, and another data.batch_size gives other statistics")  # fmt: skip
+        warn("model.loss: the same samples have a different loss in every pass (it draws random numbers), so LayerLens "
+             "cannot tell whether it depends on other samples in the batch; another data.batch_size gives other "
+             "statistics")  # fmt: skip
     if not found.said:
         return batches, loss
     why = f"depends on the other samples in a batch ({found.said})"
     refuse_by_samples(loaded.request, "model.loss", why)
     if len(batches) < FEWEST_UNITS:
         raise ConfigurationError(
-            f"data.batch_size: the loss {why}, so that each batch counts as one sample, and there is one batch; lower "
-            "it, or raise data.calibration_samples"
+            f"data.batch_size: the loss {why}, so each batch counts as one sample, and there is only one batch; lower "
+            "data.batch_size, or raise data.calibration_samples"
         )
     warn(f"model.loss {why}: {BY_BATCHES}")
     return Units(batches), of_batches(loss, "model.loss")

@@ -85,8 +85,8 @@ def choose_mode(config: RunConfig, predicted: dict[str, float], refused: dict[st
         if mode not in predicted:
             continue
         if predicted[mode] <= limit:
-            why = f"{' and '.join(over)} would pass profiling.max_memory_gb: {limit:g}" if over else (
-                f"it keeps within profiling.max_memory_gb: {limit:g}"
+            why = f"{' and '.join(over)} would exceed profiling.max_memory_gb: {limit:g}" if over else (
+                f"it stays within profiling.max_memory_gb: {limit:g}"
             )  # fmt: skip
             return MemoryPlan(mode, why, predicted)
         over.append(mode)

@@ -45,7 +45,7 @@ def usable_cache(cache: SensitivityCache | None, loaded: Loaded, warn: Warn) -> 
     """The cache; None, with a warning, where code cannot be told from another version of it."""
     unknown = code_of(loaded).unknown if cache is not None else {}
     if unknown:
-        warn(f"cache: nothing is taken from it or kept in it, since {told(unknown)}")
+        warn(f"cache: not used, because {told(unknown)}")
         return None
     return cache
 
@@ -54,7 +54,7 @@ def told(unknown: Mapping[str, str]) -> str:
     """What could not be read, as part of a sentence."""
     named = [f"{where} has {what}" for where, what in list(unknown.items())[:MOST_NAMED]]
     more = f" (and {len(unknown) - MOST_NAMED} more)" if len(unknown) > MOST_NAMED else ""
-    return f"{'; '.join(named)}{more}: a changed one could not be told from it"
+    return f"{'; '.join(named)}{more}; a change of it could not be noticed"
 
 
 def inputs_digest(inputs: Mapping[str, torch.Tensor]) -> str:

@@ -168,7 +168,7 @@ def joint_gains(
     key = json.dumps([each.choice.rows() for each in (chosen, uniform)])
     measured_drops = saved.restore().get("joint", {}).get(key) if saved else None
     if measured_drops is None:
-        with progress.stage("Training the choice as the proxies were", total=2) as advance:
+        with progress.stage("Training the choice like the proxies", total=2) as advance:
             drops = []
             for manifest in (chosen, uniform):
                 drops.append(trainer().train(manifest.choice))

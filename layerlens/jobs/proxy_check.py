@@ -74,7 +74,7 @@ def check_samples(dataset: Dataset, config: RunConfig, n_before: int, n_head: in
     held_out = usable[start : start + n_held_out]
     if len(held_out) < MIN_HELD_OUT:
         raise DataError(
-            f"optimization.proxy_check: the data leaves {len(held_out)} samples to judge on, and {MIN_HELD_OUT} are "
+            f"optimization.proxy_check: the data leaves {len(held_out)} samples for evaluation, and {MIN_HELD_OUT} are "
             "needed; give more data or set optimization.proxy_check.steps: 0"
         )
     return together.select(usable[:n_train]), together.select(held_out)
@@ -173,7 +173,7 @@ def tell_of_check(checked: Checked, warnings: Warnings) -> None:
         own = checked.facts[CHOICE]
         by = (
             f"was better by {own['over_chosen']:.2g} ± {own['over_chosen_standard_error']:.2g} per sample, where "
-            f"{MARGIN:.0%} of uniform LoRA's loss drop are asked for"
+            f"{MARGIN:.0%} of uniform LoRA's loss drop are required"
             if own["over_chosen"] > 0.0
             else f"was worse by {-own['over_chosen']:.4g} ± {own['over_chosen_standard_error']:.2g} per sample"
         )
@@ -181,5 +181,5 @@ def tell_of_check(checked: Checked, warnings: Warnings) -> None:
         by = "diverged"
     warnings.add(
         f"optimization.proxy_check: {checked.chosen} is written: after {checked.facts['steps']} steps the solver's "
-        f"choice {by}; gap and score speak of the theory that the check overruled"
+        f"choice {by}. Gap and score are those of the prediction that the check overruled"
     )

@@ -164,6 +164,6 @@ def _warn_of_the_model_missing(job: Job) -> None:
         job.warnings.add("optimization.proxy_check: needs the model, so it is made by `layerlens run` only")
     if optimization.lora_initialization != "default":
         job.warnings.add(
-            f"optimization.lora_initialization: {optimization.lora_initialization!r} is measured on the model; this "
-            "manifest can be trained only after `layerlens run` has written its peft directory"
+            f"optimization.lora_initialization: {optimization.lora_initialization!r} needs factors measured on the "
+            "model; this manifest can be trained only after `layerlens run` has written its peft directory"
         )

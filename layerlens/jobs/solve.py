@@ -116,8 +116,8 @@ def option_tables(
     for name in config.optimization.methods:
         if METHODS[name].on_request and name not in measured:
             raise ConfigurationError(
-                f"optimization.methods: no layer has statistics for {name}, measured where methods names it and "
-                "the model has layers for it; run `layerlens run` with it, or leave it out"
+                f"optimization.methods: no layer has statistics for {name}; run `layerlens run` with it (if the model "
+                "has layers for it), or leave it out"
             )
     options = enumerate_options(spec, config.optimization.ranks())
     name = utility_model or config.profiling.utility_model
@@ -319,8 +319,8 @@ def _refuse_what_is_not_predicted(costs: CostTable, config: OptimizationConfig) 
         if budget is not None and resource not in costs.source:
             raise ConfigurationError(
                 f"optimization.{vocabulary.RESOURCES[resource].budget}: the {vocabulary.RESOURCES[resource].label} of "
-                "this model is not predicted, since no training step of it is recorded; `layerlens run` records one "
-                "where the model is in memory, and says why where it cannot"
+                "this model is not predicted, because no training step was recorded; `layerlens run` records one if "
+                "the model is in memory, and otherwise says why"
             )
 
 
@@ -338,7 +338,7 @@ def _with_what_a_step_needs(costs: CostTable, config: OptimizationConfig) -> Opt
         if left < per_parameter:
             raise InfeasibleError(
                 f"optimization.{vocabulary.RESOURCES[resource].budget}: {budget:g} is less than a forward pass of the "
-                f"frozen model alone needs ({amount:.4g}); the smallest that would do is above that"
+                f"frozen model alone needs ({amount:.4g}); the smallest that works is above that"
             )
         most = float(left) / float(per_parameter)  # NumPy's would warn of a budget without end
         everything = float(costs.cost__ro[0].sum())

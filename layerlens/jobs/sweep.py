@@ -121,7 +121,7 @@ def write_tasks(sweep: Sweep) -> list[SweepTask]:
     for settings in sweep.config.combinations():
         task, config = _task(sweep, base, text, len(tasks), settings)
         if task.name in tasks:
-            raise ConfigurationError(f"{sweep.path}: {_told(settings)} is there twice; give each value once")
+            raise ConfigurationError(f"{sweep.path}: {_told(settings)} appears twice; give each value once")
         tasks[task.name] = task, config
     for task, config in tasks.values():
         head = f"# {task.command}   (relative paths start from {task.base_dir})\n"

@@ -149,8 +149,8 @@ def train_config(manifest: Manifest, overrides: Sequence[str] = (), origin: str 
     said = any(str(one).startswith("model.trust_remote_code=") for one in overrides)
     if (recorded.get("model") or {}).get("trust_remote_code") and not said:
         raise ConfigurationError(
-            "model.trust_remote_code: the manifest's run ran Python code of the checkpoint; if you trust it, say so: "
-            "--set model.trust_remote_code=true"
+            "model.trust_remote_code: the manifest's run ran Python code of the checkpoint; if you trust it, add --set "
+            "model.trust_remote_code=true"
         )
     for key, value in named.items():
         if isinstance(value, str) and REFERENCE.fullmatch(value) and not value.startswith("builtin:"):
@@ -324,8 +324,8 @@ def _prepared(job: Job, order: Order, manifest: Manifest, pretrained: Pretrained
         wanted = job.config.training.gradient_checkpointing
         if order.baseline is not None and wanted == "auto":
             job.warnings.add(
-                "training.gradient_checkpointing: auto is of the manifest's choice; this baseline trains without "
-                "checkpoints (true: in every block)"
+                "training.gradient_checkpointing: auto applies to the manifest's choice only; this baseline trains "
+                "without checkpoints (set true for checkpoints in every block)"
             )
         elif manifest.checkpointed and wanted is False:
             job.warnings.add(
@@ -393,7 +393,8 @@ def _fine_tune(job: Job, order: Order, trainee: Trainee) -> TrainingResult:
     }
     if trainee.code.unknown and last_checkpoint(job.output / CHECKPOINTS) is not None and not order.restart:
         job.warnings.add(
-            f"checkpoints: training goes on from one, though {told(trainee.code.unknown)}; give --restart if it did"
+            f"checkpoints: training continues from one, although {told(trainee.code.unknown)}; if it changed, give "
+            "--restart"
         )
     if order.start is not None:
         identity["start"] = _weights_digest(order.start)

@@ -106,8 +106,8 @@ def run_vision_language(
     wrong = [item for item in items if (last := item.latest(primary)) is not None and last.is_wrong]
     if wrong:
         warn(
-            f"{len(wrong)} of {len(items)} reports say something else than the boxes ({wrong[0].path.name}"
-            f"{' ...' if len(wrong) > 1 else ''}); `check` in results/ has their sentences"
+            f"{len(wrong)} of {len(items)} reports disagree with the boxes "
+            f"({wrong[0].path.name}{' ...' if len(wrong) > 1 else ''}); see `check` in results/"
         )
     if all(_unusable(item) for item in items):
         first = next(outcome for passes in items[0].outcomes.values() for outcome in passes)
@@ -175,7 +175,7 @@ def _variants(config: PipelineConfig, base_dir: Path | None) -> list[Variant]:
     llm = _language_model(config, base_dir)
     variants = [Variant(BASE, detector, llm)]
     if config.llm_adapter is not None and isinstance(llm, ServerModel):
-        raise ConfigurationError("llm_adapter: works with a local language model; a server has to load it itself")
+        raise ConfigurationError("llm_adapter: works with a local language model; a server must load it itself")
     if config.detector_adapter is None and config.llm_adapter is None:
         return variants
     for name, merge in ((ADAPTED, False), (MERGED, True)):

@@ -94,8 +94,8 @@ def _tell_of_serving(job: Job, choice: Choice) -> None:
     wrong = read_otherwise(choice.lora.alpha_over_r or 1.0, choice.lora_ranks(), rslora=True)
     if wrong:
         job.warnings.add(
-            f"optimization.use_rslora: {', '.join(wrong)} scale layers of lower rank in peft/ otherwise than PEFT; "
-            "give them what `layerlens export --serve ENGINE` writes after training"
+            f"optimization.use_rslora: {', '.join(wrong)} scale layers of lower rank in peft/ differently from PEFT; "
+            "after training, export for them with `layerlens export --serve ENGINE`"
         )
 
 

@@ -42,7 +42,7 @@ def adapt(trainer: Any, **settings: Any) -> Plan:
     _refuse(trainer)
     if tuple(settings.get("methods", METHODS)) != METHODS:
         raise ConfigurationError(
-            f"methods: a trainer is given LoRA alone, which it can train and save, got {settings['methods']!r}; for "
+            f"methods: a trainer gets only LoRA, which it can train and save, got {settings['methods']!r}; for "
             "adapters and prefixes use layerlens.plan and plan.apply(model) before the trainer is made"
         )
     if _checkpoints(trainer.args):  # its memory and time are those of checkpointed blocks
@@ -81,8 +81,9 @@ def _refuse(trainer: Any) -> None:
     name, args = type(trainer).__name__, trainer.args
     if trainer.optimizer is not None:
         raise ConfigurationError(
-            f"trainer: this {name} has an optimizer already, of the model's own weights (training has begun, or it was "
-            "given); call layerlens.adapt before train(), and name the optimizer by optim= or optimizer_cls_and_kwargs"
+            f"trainer: this {name} already has an optimizer for the model's own weights (training has begun, or you "
+            "passed one); call layerlens.adapt before train(), and name the optimizer by optim= or "
+            "optimizer_cls_and_kwargs"
         )
     if getattr(trainer, "model_init", None) is not None:
         raise ConfigurationError(
@@ -90,7 +91,7 @@ def _refuse(trainer: Any) -> None:
         )
     if getattr(args, "sync_ref_model", False):
         raise ConfigurationError(
-            f"trainer: {name} keeps its reference model up to the trained weights (sync_ref_model), which TRL cannot "
+            f"trainer: {name} updates its reference model to the trained weights (sync_ref_model), which TRL cannot do "
             "with an adapter; leave it out"
         )
     if hasattr(trainer.model, "add_adapter") and hasattr(trainer.model, "transformers_model"):
@@ -107,7 +108,7 @@ def _refuse(trainer: Any) -> None:
     template = getattr(args, "chat_template_path", None)
     if template and not str(template).endswith((".jinja", ".j2")):
         raise ConfigurationError(
-            f"trainer: {name} has taken the chat template of {template}, whose new tokens an adapter must train; use "
+            f"trainer: {name} uses the chat template of {template}, whose new tokens an adapter must train; use "
             "peft_config=layerlens.plan(model, ...).lora_config() when it is made, which TRL completes"
         )
 

@@ -68,21 +68,22 @@ def _refuse(cfg: Any, settings: Mapping[str, Any], saved: Any) -> None:
         raise ConfigurationError(f"adapter: must be lora or qlora for the layerlens plugin, got {cfg.get('adapter')!r}")
     if cfg.get("lora_model_dir"):
         raise ConfigurationError(
-            "lora_model_dir: an adapter that exists has its ranks already; leave out it or the layerlens plugin"
+            "lora_model_dir: an existing adapter already has its ranks; leave out lora_model_dir or the layerlens "
+            "plugin"
         )
     if saved is not None:
         if settings:
-            raise ConfigurationError(f"layerlens.plan: is chosen already, so {sorted(settings)[0]} says nothing there")
+            raise ConfigurationError(f"layerlens.plan: already names a choice, so {sorted(settings)[0]} has no effect")
         return
     if cfg.get("rl"):
         raise ConfigurationError(
-            f"rl: {cfg.get('rl')} has a loss that axolotl makes later; plan before, and give layerlens: "
+            f"rl: {cfg.get('rl')} has a loss that axolotl creates later; plan beforehand, and give layerlens: "
             "{plan: DIRECTORY}"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigurationError(
-            "layerlens: planning while several processes load the model is not possible; plan before with layerlens "
-            "run, and give layerlens: {plan: DIRECTORY}"
+            "layerlens: planning is not possible while several processes load the model; plan beforehand with "
+            "layerlens run, and give layerlens: {plan: DIRECTORY}"
         )
 
 

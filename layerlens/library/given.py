@@ -76,13 +76,13 @@ def bare_model(model: Any) -> torch.nn.Module:
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         adapters = ", ".join(map(repr, model.peft_config))
         raise ModelSpecError(
-            f"model: holds the PEFT adapters {adapters} already, and would be measured with them; give the base model "
+            f"model: holds the PEFT adapters {adapters} already, and measuring would include them; give the base model "
             "(model.unload(), or the one from before get_peft_model)"
         )
     injected = [name for name, one in model.named_modules() if hasattr(one, "base_layer") and hasattr(one, "r")]
     if injected:
         raise ModelSpecError(
-            f"model: has adapters inside already ({injected[0]}), and would be measured with them; give the base model"
+            f"model: has adapters inside already ({injected[0]}), and measuring would include them; give the base model"
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelSpecError("model: has weights on the meta device, which hold no values; load its weights first")
@@ -191,17 +191,17 @@ def loss_for(
             output = _output(model, batch)
             single = _of_samples(task, output, batch)
             if single is not None and (by_model is None or _agree(single, by_model, batch, task)):
-                return GivenLoss(task.loss, f"of each sample, as {task.name} has it ({said})")
+                return GivenLoss(task.loss, f"of each sample, as for {task.name} ({said})")
     if by_model is not None:
         loss = BatchLoss(lambda model, batch: model(**with_targets(model, batch)).loss, "the model's own loss")
-        return GivenLoss(loss, "the model's own, of whole batches: it is not the mean of a known loss of samples")
+        return GivenLoss(loss, "the model's own, for whole batches: it is not the mean of a known per-sample loss")
     guess = _cross_entropy(model, batch)
     if guess is not None:
         return guess
     raise DataError(
-        f"data: there is no loss: the model computes none on these batches{failure}, and nothing says which one is "
-        "meant; give loss=function(output, targets), which returns the loss of each sample, or task= with targets "
-        "under 'labels'"
+        f"data: there is no loss: the model computes none on these batches{failure}, and no loss was given; give "
+        "loss=function(output, targets), which returns the loss of each sample, or task= with targets under "
+        "'labels'"
     )
 
 
@@ -315,7 +315,7 @@ def example_of(model: torch.nn.Module, run: Callable[[], object]) -> dict[str, t
         else:
             own["forward"] = before
     if not seen:
-        raise DataError("loss: does not call the model, so nothing can be measured of it")
+        raise DataError("loss: does not call the model, so nothing can be measured")
     return {name: value for name, value in seen[0].items() if name not in (*TARGETS, "num_items_in_batch")}
 
 

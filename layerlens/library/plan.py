@@ -73,7 +73,9 @@ class Plan:
         return plan_html(self.manifest, self.notes)
 
     def __reduce__(self) -> Any:
-        raise TypeError("a Plan is not pickled: it refers to a model; use plan.save(DIRECTORY) and layerlens.load")
+        raise TypeError(
+            "a Plan cannot be pickled, because it refers to a model; use plan.save(DIRECTORY) and layerlens.load"
+        )
 
     def __copy__(self) -> Plan:
         return self  # nothing about a plan can be changed
@@ -191,17 +193,17 @@ class Plan:
             ManifestError: there is no LoRA in the choice, it begins from measured factors, or the model is gone.
         """
         if method not in (None, LORA):
-            raise ManifestError(f"method: a LoraConfig holds {LORA!r} alone, got {method!r}; use plan.apply(model)")
+            raise ManifestError(f"method: a LoraConfig holds only {LORA!r}, got {method!r}; use plan.apply(model)")
         if self.manifest.lora.is_measured:
             raise ManifestError(
-                f"lora_initialization: {self.manifest.lora.initialization!r} begins from measured factors, which a "
-                "LoraConfig cannot say; use plan.apply(model), or the peft directory that plan.save writes"
+                f"lora_initialization: {self.manifest.lora.initialization!r} starts from measured factors, which a "
+                "LoraConfig cannot hold; use plan.apply(model), or the peft directory that plan.save writes"
             )
         if self.lora_share < 1.0 and self.choice.lora_options and method is None:
             warnings.warn(
                 f"this LoraConfig holds {self.lora_share:.0%} of the chosen parameters: the choice has "
-                f"{', '.join(sorted({one.method for one in self.choice.other_options}))} too, which PEFT has not; "
-                'plan with methods=["lora"], or use plan.apply(model)',
+                f"{', '.join(sorted({one.method for one in self.choice.other_options}))} too, which PEFT does not "
+                'have; plan with methods=["lora"], or use plan.apply(model)',
                 UserWarning,
                 stacklevel=2,
             )
@@ -277,15 +279,15 @@ class Plan:
     def _profile(self) -> Profile:
         if self.profile is None:
             raise ManifestError(
-                f"there are no statistics beside the manifest ({STATISTICS_FILE}), so nothing more can be said than "
-                "what it holds"
+                f"there are no statistics beside the manifest ({STATISTICS_FILE}), so only the manifest's own figures "
+                "are available"
             )
         return self.profile
 
     def _base(self, model: torch.nn.Module | None) -> torch.nn.Module:
         found = model if model is not None else None if self._model is None else self._model()
         if found is None:
-            raise ManifestError("model: the one that was planned for is gone or was never given; give it: model=")
+            raise ManifestError("model: the model of this plan is gone or was never given; pass it as model=")
         return bare_model(transformer_in(found))
 
 

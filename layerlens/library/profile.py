@@ -95,7 +95,7 @@ def _config_beside(file: Path) -> RunConfig:
         manifest = manifest_at(file)
     except ConfigurationError as error:
         raise ManifestError(
-            f"{file}: nothing says what it was measured with; give the directory that layerlens run or plan.save "
-            "wrote, or the file of profile.save"
+            f"{file}: its model and settings are unknown; give the directory that layerlens run or plan.save wrote, or "
+            "the file of profile.save"
         ) from error
     return config_of(read_manifest(manifest))

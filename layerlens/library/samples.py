@@ -103,7 +103,7 @@ def _from_iterable(data: Any, kind: str, wanted: Wanted, spare: int) -> Taken:
         stream = iter(data)
         first = next(stream, None)
         if first is None:
-            reason = "the iterator is exhausted; make it anew, or give a list" if once else "it has no batches"
+            reason = "the iterator is exhausted; create a new one, or give a list" if once else "it has no batches"
             raise DataError(f"data: {reason}")
         if isinstance(first, str) or _is_row(first):
             raise DataError(f"data: this {kind} gives single rows, not batches; give them as a list, or a data set")
@@ -112,8 +112,8 @@ def _from_iterable(data: Any, kind: str, wanted: Wanted, spare: int) -> Taken:
     notes = []
     if once:
         notes.append(
-            f"data: a {kind} cannot be rewound: the {len(batches) + len(more)} batches taken from it are gone for "
-            "whatever uses it next"
+            f"data: a {kind} cannot be rewound: the {len(batches) + len(more)} batches taken from it are lost for "
+            "later use"
         )
     of = "" if total is None else f" of {total}"
     count = "1 batch" if len(batches) == 1 else f"{len(batches)} batches"
@@ -194,7 +194,7 @@ def padding_collator(tokenizer: Any, first: Mapping[str, Any]) -> Callable[[list
         DataError: there is no tokenizer to pad with.
     """
     if tokenizer is None:
-        raise DataError("data: the samples are tokens already; give tokenizer= (to pad them) or collator=")
+        raise DataError("data: the samples are already tokens; give tokenizer= (to pad them) or collator=")
     from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
     target = first.get("labels", first.get("label"))

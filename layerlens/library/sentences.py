@@ -38,8 +38,8 @@ def of_sentence_model(objects: Objects) -> Objects:
         return objects
     if "SentenceTransformer" not in _kinds(model):
         raise ConfigurationError(
-            f"model: a {name} makes no embeddings of single texts; give its trainer, or model.transformers_model with "
-            "tokenizer= and task="
+            f"model: a {name} does not make embeddings of single texts; give its trainer, or model.transformers_model "
+            "with tokenizer= and task="
         )
     if objects.task not in (None, TASK):
         raise ConfigurationError(

@@ -52,9 +52,7 @@ from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
 
 IN_MEMORY = MemoryPlan(PLAIN, "the model was given in memory", {})
-LABELS_ADVICE = (
-    "load the model with num_labels, id2label and label2id of the data, or say in data.label_names which is which"
-)
+LABELS_ADVICE = "load the model with num_labels, id2label and label2id of the data, or map them in data.label_names"
 TOLD = {"columns": "columns ", "tokens": "tokens ", "classes": "classes ", "note": ""}
 """Of what is known of the data, what the other notes do not say."""
 UNKNOWN_SIZE = 2**31
@@ -119,14 +117,14 @@ def opened(
             job = Job(config, Path.cwd(), Path(), progress, warnings, threads=threads, device=input_device(model))
             if new:
                 modules = ", ".join(head.modules)
-                warnings.add(f"new head: {modules}: {head.why}; it is trained too, and saved with the adapter")
+                warnings.add(f"new head: {modules}: {head.why}; training updates it, and it is saved with the adapter")
                 loaded = replace(loaded, heads=head.modules)
             if new and loaded.head_loss is not None and loaded.head_batches:
                 fit_head(model, new, loaded.head_batches, progress, loaded.head_loss)
                 loaded.new_head.fitted = True
             elif new and loaded.of_batches:
                 warnings.add(
-                    "new head: it stays as it was initialised while measuring, since no data is left to fit it"
+                    "new head: it keeps its initial weights while measuring, because no data are left to fit it"
                 )
             for note in (*notes_on(model), *loaded.notes):
                 warnings.add(note)
@@ -145,7 +143,7 @@ def of_trainer(objects: Objects, settings: Mapping[str, Any], budget_needed: boo
     for name in ("data", "loss", "tokenizer", "collator"):
         if getattr(objects, name) is not None:
             raise ConfigurationError(
-                f"{name}: a {type(trainer).__name__} brings its own; leave it out, or give trainer.model in its place"
+                f"{name}: a {type(trainer).__name__} has its own; leave it out, or give trainer.model in its place"
             )
     config = configuration(
         settings, model={"name_or_path": "object:trainer", "task": objects.task or "causal-lm"},
@@ -170,8 +168,8 @@ def of_trainer(objects: Objects, settings: Mapping[str, Any], budget_needed: boo
 def _config_by_name(objects: Objects, settings: Mapping[str, Any], budget_needed: bool) -> RunConfig:
     if not isinstance(objects.data, (str, Path)):
         raise ConfigurationError(
-            "data: a model that is named is loaded by LayerLens, which then reads the data too; give a file's path or "
-            "a data set's name, or load the model yourself and give it"
+            "data: LayerLens loads a model given by name, and then reads the data too; give a file's path or a data "
+            "set's name, or load the model yourself and give it"
         )
     model = {"name_or_path": str(objects.model)} | ({"task": objects.task} if objects.task else {})
     return configuration(settings, model=model, data={"source": str(objects.data)}, budget_needed=budget_needed)
@@ -223,8 +221,8 @@ def _loaded(
 def _needed(task: Task | None, model: torch.nn.Module) -> Task:
     if task is None:
         raise ConfigurationError(
-            f"task: cannot be told from the class {type(model).__name__}; give task=, one of {', '.join(TASKS)}, or "
-            "batches with a loss"
+            f"task: cannot be inferred from the class {type(model).__name__}; give task=, one of {', '.join(TASKS)}, "
+            "or batches with a loss"
         )
     return task
 
@@ -298,7 +296,9 @@ def _of_batches(
     if task is not None:
         notes.insert(len(objects.notes), f"task: {task.name} ({said})")
     if dropped:
-        notes.append(f"data: the model does not take {', '.join(dropped)} of the batches, so these are left out")
+        notes.append(
+            f"data: the model does not accept {', '.join(dropped)} from the batches, so LayerLens leaves these out"
+        )
     fits = bool(head_batches) and known.new_head and given.has_sample_loss(model, known, head_batches[0])
     head_loss = known.loss if fits else None
     return config, LoadedObjects(
@@ -321,14 +321,14 @@ def _refuse_what_needs_samples(config: RunConfig, loss: given.GivenLoss, *, of_t
     ):
         if wanted:
             raise ConfigurationError(
-                f"{name}: trains on samples that nothing else is measured on, and the data came as batches; give rows "
-                "with a tokenizer, or leave it out"
+                f"{name}: needs samples that are not used for measuring, and the data came as batches; give rows with "
+                "a tokenizer, or leave it out"
             )
     start = config.optimization.lora_initialization
     if of_trainer and start != "default":
         raise ConfigurationError(
-            f"lora_initialization: {start!r} is not measured on a trainer's batches; leave it out, or give the model "
-            "and batches with a loss of each sample"
+            f"lora_initialization: {start!r} cannot be measured on a trainer's batches; leave it out, or give the "
+            "model and batches with a loss of each sample"
         )
     if start == "gradient_svd" and loss.by_batches:
         raise ConfigurationError(
@@ -363,7 +363,7 @@ def _loss(
         lambda model, batch: trainer_loss(model, batch.inputs), objects.trainer_loss_name, objects.batches_are_samples
     )
     what = "single samples" if objects.batches_are_samples else "whole batches"
-    return given.GivenLoss(whole, f"{objects.trainer_loss_name}, of {what} as it trains on them")
+    return given.GivenLoss(whole, f"{objects.trainer_loss_name}, for {what}, as in its training")
 
 
 def _converted(
@@ -427,7 +427,7 @@ def _with_tokens(pretrained: PretrainedModel, config: RunConfig) -> PretrainedMo
     """
     if config.model.resize_token_embeddings:
         raise ConfigurationError(
-            "resize_token_embeddings: the model is yours and stays as it is; call "
+            "resize_token_embeddings: LayerLens does not change your model; call "
             "model.resize_token_embeddings(len(tokenizer)) first, and name the new tokens: trainable_tokens=[...]"
         )
     if not config.model.trainable_tokens:

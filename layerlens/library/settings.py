@@ -98,7 +98,7 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
         fixed = set(values) - chosen.get(section, set())
         if section != "optimization" and fixed:
             raise ConfigurationError(
-                f"{sorted(fixed)[0]}: is said when the model is measured; give it to layerlens.profile"
+                f"{sorted(fixed)[0]}: applies when the model is measured; give it to layerlens.profile"
             )
     fields = config.model_dump()
     before = {name: getattr(config.optimization, name) for name in ("latency_profile", "optimizer")}

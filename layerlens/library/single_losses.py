@@ -62,7 +62,7 @@ def single_losses(given: GivenByTrainer, n_samples: int) -> SingleLosses:
 def _why_not(given: GivenByTrainer, rows: list[Any]) -> str:
     """Why the loss of a batch of these rows is not the mean of the rows' losses; "" where it is."""
     if not rows:
-        return "its batches are not made by its data_collator, so they cannot be taken apart"
+        return "its batches do not come from its data_collator, so they cannot be split into samples"
     if len(rows) == 1:
         return ""  # batches of one sample each: they are what is trained on
     model = given.model
@@ -79,7 +79,7 @@ def _why_not(given: GivenByTrainer, rows: list[Any]) -> str:
     if difference <= TOLERANCE.get(given.precision, 0.05):
         return ""
     return (
-        f"the mean gradient of {len(rows)} samples by themselves differs from that of their batch by "
+        f"the mean gradient of {len(rows)} single samples differs from that of their batch by "
         f"{min(difference, 9.99):.0%} (they are compared with each other, or all their tokens have one mean)"
     )
 

@@ -60,7 +60,7 @@ def plan_html(manifest: Manifest, notes: Sequence[str]) -> str:
         if row is None:
             return None
         if row.method == NONE:
-            return {"text": UNCHANGED, "title": f"{row.layer}: stays as it is", "colour": "", "strength": 0}
+            return {"text": UNCHANGED, "title": f"{row.layer}: unchanged", "colour": "", "strength": 0}
         strength = 15 + 60 * row.rank / largest[row.method]
         return {
             "text": _cell(row, several),
@@ -140,7 +140,7 @@ def _layers(manifest: Manifest) -> Iterator[str]:
         methods = [METHODS[name] for name in counts(manifest.allocations)]
         letters = ", ".join(f"{one.letter} {one.label} {one.unit}" if several else f"{one.label} {one.unit}s"
                             for one in methods)  # fmt: skip
-        yield f"({letters}; {UNCHANGED} and roles that are not shown stay as they are)"
+        yield f"({letters}; {UNCHANGED} and roles that are not shown are unchanged)"
 
 
 def _grid(manifest: Manifest, *, joined: bool) -> Grid:
@@ -175,7 +175,7 @@ def _grid_text(grid: Grid, stack: str, blocks: Sequence[Blocks], kept: Sequence[
         left -= width + 2
     texts = ["\n".join(text_table(*_rows(part)).splitlines()) for part in parts]
     more = len(kept) - len(shown)
-    return "\n\n".join(texts) + (f"\nand {more} more roles with something" if more else "")
+    return "\n\n".join(texts) + (f"\nand {more} more roles with adapted layers" if more else "")
 
 
 def _rows(columns: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
@@ -194,7 +194,7 @@ def _cell(row: ManifestRow | None, several: bool) -> str:
 def _remarks(manifest: Manifest, notes: Sequence[str]) -> list[str]:
     """What else the user should know, a line each."""
     heads = manifest.model.heads
-    head = f"The task head ({', '.join(heads)}) is trained too, and saved with the adapter." if heads else ""
+    head = f"The task head ({', '.join(heads)}) is trained too and saved with the adapter." if heads else ""
     return [
         line
         for line in (peft_holds(manifest), head, *expert_lines(manifest), *left_out_lines(manifest), *notes)

@@ -109,7 +109,7 @@ def opened(trainer: Any, n_batches: int, seed: int | None = None) -> Iterator[Gi
 
         set_seed(seed)
         batches = _batches(double, n_batches)
-        fp16 = ("measured in the weights' own precision, where training computes in float16",) if args.fp16 else ()
+        fp16 = ("measured in the precision of the weights, although training computes in float16",) if args.fp16 else ()
         yield GivenByTrainer(
             model, batches, _loss(double, None if model is _bare(trainer.model) else trainer.model),
             lambda rows: _collated(double, rows), getattr(trainer, "processing_class", None),
@@ -123,8 +123,8 @@ def refuse_trainer(trainer: Any) -> None:
     name = type(trainer).__name__
     if any(hasattr(trainer, method) for method in GENERATING):
         raise ConfigurationError(
-            f"trainer: the loss of {name} is over texts that the model writes during training, so there is none "
-            "before; plan with an SFTTrainer on the same prompts with good answers, then build this trainer with "
+            f"trainer: the loss of {name} needs texts that the model generates during training, so there is none "
+            "beforehand; plan with an SFTTrainer on the same prompts with good answers, then build this trainer with "
             "peft_config=plan.lora_config()"
         )
     if adapters := _adapters(trainer.model):
@@ -144,8 +144,8 @@ def refuse_trainer(trainer: Any) -> None:
         )
     if _read_once(data):
         raise DataError(
-            f"trainer: its train_dataset ({type(data).__name__}) can be read only once, so what is planned on would be "
-            "missing in training; give it a data set whose iterator starts anew, or plan on a list of batches"
+            f"trainer: its train_dataset ({type(data).__name__}) can be read only once, so training would miss the "
+            "samples used for planning; give it a data set whose iterator starts anew, or plan on a list of batches"
         )
 
 

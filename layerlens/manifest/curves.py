@@ -30,14 +30,14 @@ ENERGY_POWER = {"tempered": 0.25, "tempered_energy": 0.25, "signal": 0.5, "gradi
 """Utility model -> the power of the gradient energy in it."""
 
 BANDS = {
-    "proxies": "Bands: where 95 % of the curves lie that were fitted to resampled proxies.",
+    "proxies": "Bands contain 95 % of the curves fitted to resampled proxies.",
     "noise": (
-        "Bands: from the utility with all sampling noise taken off the gradient energy (lower edge) to that of the "
-        "energy as it was measured (upper edge)."
+        "Bands reach from the utility of the gradient energy without sampling noise (lower edge) to that of the "
+        "measured energy (upper edge)."
     ),
     "": (
-        "Their uncertainty was not measured: profiling.proxies gives 95 % bands by short real training, "
-        "profiling.statistics: [fisher] the share of sampling noise."
+        "Their uncertainty was not measured. profiling.proxies gives 95 % bands from short real training; "
+        "profiling.statistics: [fisher] gives the share of sampling noise."
     ),
 }
 
@@ -207,6 +207,6 @@ def _figure(found: Calibration) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return inline_svg(
-        buffer.getvalue(), title="Measured gain of the trained options over their theoretical utility",
+        buffer.getvalue(), title="Measured gain of the trained options over their predicted utility",
         description="The table below has the figures.", prefix="calibration",
     )  # fmt: skip

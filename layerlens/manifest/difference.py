@@ -123,9 +123,9 @@ class Difference:
         said = []
         named = {one.name for one in (*self.subject, *self.settings)}
         if named & {"base model", "weights", "data", "task", "utility model"}:
-            said.append("Scores are not comparable: they are of different models, data or utility models.")
+            said.append("The scores are not comparable, because models, data or utility models differ.")
         if any(name.startswith("optimization.latency_profile") for name in named):
-            said.append("FLOPs, memory and latency are predicted for different batches or devices.")
+            said.append("FLOPs, memory and latency are predictions for different batches or devices.")
         return tuple(said)
 
     def __str__(self) -> str:
@@ -161,8 +161,8 @@ class Difference:
 
     def _summary(self) -> str:
         changed = len(self.layers)
-        said = [f"{changed} of {self.n_layers} layers that both have differ." if changed else
-                f"All {self.n_layers} layers that both have are chosen alike." if self.n_layers else
+        said = [f"{changed} of {self.n_layers} common layers differ." if changed else
+                f"All {self.n_layers} common layers have the same option." if self.n_layers else
                 "They have no layer in common."]  # fmt: skip
         for name, only in zip(self.names, (self.only_first, self.only_second), strict=True):
             if only:

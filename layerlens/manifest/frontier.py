@@ -93,7 +93,7 @@ class TracedFrontier:
             _, ax = pyplot.subplots(layout="constrained")
         if self.hull:
             x, y = [row.budget for row in self.hull], [row.score for row in self.hull]
-            ax.plot(x, y, color="#7a8793", label="exact hull, other budgets aside")
+            ax.plot(x, y, color="#7a8793", label="exact hull, without the other budgets")
         end = FAR * max((row.budget for row in self.hull), default=MOST / FAR)
         drawn = [row for row in self.rows if row.budget <= end]
         beyond = f" ({len(self.rows) - len(drawn)} beyond the figure)" if len(drawn) < len(self.rows) else ""
@@ -123,7 +123,7 @@ class TracedFrontier:
         name = in_sentence(resource_name(self.resource))
         if not self.rows:
             return [f"No option has a gain above its sampling noise, so no budget of {name} buys anything."]
-        said = [f"What a budget of {name} buys, within all other budgets; every score is proved up to its gap."]
+        said = [f"Best score for each budget of {name}, within all other budgets; every score is proved up to its gap."]
         if self.chosen is not None:
             used, score = self.chosen
             said.append(f"The plan uses {quantity(self.resource, used)} and has the score {number(score)}.")

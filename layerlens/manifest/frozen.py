@@ -47,13 +47,13 @@ def why_no_deeper(manifest: Manifest, frozen: Sequence[FrozenStage]) -> str:
     what = _name(manifest, place, layers)
     costs = {name: cost for name, cost in stage.cost.items() if cost > 0.0}
     if stage.gain <= 0.0 or not costs:
-        return f"{what} frozen: at the budgets' prices no option there is worth its own costs."
+        return f"{what} frozen: at the budgets' prices, no option there is worth its cost."
     amounts = " and ".join(quantity(name, cost) for name, cost in costs.items())
     if any(price.get(name, 0.0) > 0.0 for name in costs):
         return f"{what} frozen because going deeper costs {amounts} for {percent(stage.share)} of the score."
     room = {use.resource: use.budget - use.total for use in manifest.resources if use.budget is not None}
     over = any(cost > room.get(name, cost) for name, cost in costs.items())
-    fits = ", and does not fit into the budgets beside the other layers" if over else ""
+    fits = ", and does not fit into the budgets with the other layers" if over else ""
     return f"{what} frozen; going deeper would cost {amounts} for {percent(stage.share)} of the score{fits}."
 
 

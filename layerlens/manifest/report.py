@@ -61,21 +61,21 @@ from layerlens.utils.atomic import atomic_write_text
 
 PROXY_CHECKS = {
     "loss_drop": "loss drop of the choice in a proxy's steps",
-    "uniform_loss_drop": "the same with all layers alike",
-    "loss_drop_over_uniform": "loss drop of the choice over that with all layers alike",
+    "uniform_loss_drop": "the same for equal ranks on all layers",
+    "loss_drop_over_uniform": "loss drop of the choice minus that of equal ranks",
 }
 
 MARKED_ERROR = 0.2
 """Relative errors above this are marked and explained."""
 WHY_OFF = {
-    "trainable_params": "the model has parameters that its layers do not tell of; please report this.",
-    "flops": "a module computes what its shape does not say, so a budget of FLOPs holds only about as well as this.",
-    "vram_gb": "the allocator rounds and keeps memory, and libraries have workspaces of their own; leave this much "
-    "room in a memory budget.",
-    "latency_ms": "the profile is of an idle machine, and this one may have been at work, or its clock lower. Run "
-    "again when it is idle, or give optimization.latency_profile the figures of your device.",
-    "step_ms": "the time of a step depends on what else the machine does, and on kernels that the profile does not "
-    "know. Run again when it is idle.",
+    "trainable_params": "the model has parameters that its layers do not show; please report this.",
+    "flops": "a module computes more than its shape shows, so a FLOPs budget holds only about this well.",
+    "vram_gb": "the allocator rounds and caches memory, and libraries use workspaces; leave this much room in a memory "
+    "budget.",
+    "latency_ms": "the profile describes an idle machine; this one may have been busy, or its clock lower. Run again "
+    "when it is idle, or set the figures of your device in optimization.latency_profile.",
+    "step_ms": "the time of a step depends on other work on the machine, and on kernels that the profile does not "
+    "cover. Run again when the machine is idle.",
 }
 """Resource -> why its prediction may be far off, and what to do."""
 
@@ -124,7 +124,7 @@ def write_report(
     about = _about(manifest, data, created_at)
     page = rendered(
         "report.html.j2",
-        model=manifest.model.name_or_path or "a model that is not named",
+        model=manifest.model.name_or_path or "an unnamed model",
         title=" · ".join((manifest.model.name_or_path or "a model", *(fact for fact in about))),
         about=about,
         script=Markup(report_script()),

@@ -372,7 +372,7 @@ def _refuse_repeats(kind: str, names: list[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise PydanticCustomError("repeated", "{kind} '{name}' is there twice", {"kind": kind, "name": name})
+            raise PydanticCustomError("repeated", "{kind} '{name}' appears twice", {"kind": kind, "name": name})
         seen.add(name)
 
 

@@ -67,7 +67,7 @@ def expert_lines(manifest: Manifest, most: int = 5) -> list[str]:
         return []
     lines = [
         f"Experts: {len(counts):,} in {len(by_block):,} blocks; {counts[0]:,} to {counts[-1]:,} calibration tokens "
-        f"each, {counts[len(counts) // 2]:,} in the middle."
+        f"each, median {counts[len(counts) // 2]:,}."
     ]
     unseen = {block: [str(i) for i, count in enumerate(each) if not count] for block, each in by_block.items()}
     unseen = {block: experts for block, experts in unseen.items() if experts}
@@ -76,8 +76,8 @@ def expert_lines(manifest: Manifest, most: int = 5) -> list[str]:
         more = f" and experts of {len(unseen) - most} more blocks" if len(unseen) > most else ""
         total = sum(map(len, unseen.values()))
         lines.append(
-            f"{total:,} experts saw no token, so nothing was measured of them ({shown}{more}); more or other "
-            "calibration samples may reach them."
+            f"{total:,} experts got no token, so they were not measured ({shown}{more}). More or other calibration "
+            "samples may reach them."
         )
     return lines
 
@@ -131,14 +131,14 @@ def saved(manifest: Manifest, saving: Saving) -> str:
     measured, predicted = saving.measured, percent(saving.kept_share, digits=0)
     if measured is None:
         kept = (
-            f"is predicted to keep {predicted} of uniform LoRA's improvement, of which at least "
-            f"{percent(saving.asked_share)} was asked for"
+            f"is predicted to keep {predicted} of uniform LoRA's improvement; at least {percent(saving.asked_share)} "
+            "was required"
         )
     else:
         low, high = (percent(measured[end], digits=0) for end in ("kept_low", "kept_high"))
         kept = (
             f"kept {percent(measured['kept'], digits=0)} of uniform LoRA's held-out loss drop when both were trained "
-            f"(95 %: {low} to {high}; at least {percent(measured['asked'])} was asked for, {predicted} was predicted)"
+            f"(95 %: {low} to {high}; at least {percent(measured['asked'])} was required, {predicted} was predicted)"
         )
     against = _against(manifest, saving.uniform_lora)
     return (
@@ -156,7 +156,7 @@ def predicted_gain(manifest: Manifest) -> str:
     if predicted.gain_interval is not None:
         low, high = predicted.gain_interval
         return f"{value} (95 %: {number(low)} to {number(high)}), calibrated by short trainings."
-    return f"{value}; ranks layers, and is not calibrated by training."
+    return f"{value}; it ranks layers and is not calibrated by training."
 
 
 def counted_as(manifest: Manifest) -> str:
@@ -168,7 +168,7 @@ def counted_as(manifest: Manifest) -> str:
     ]
     if not names:
         return ""
-    return f"The proof counts the {' and the '.join(names)} of other choices as sums, which are exact for this one."
+    return f"The proof counts the {' and the '.join(names)} of other choices as sums, which are exact for this choice."
 
 
 def checkpointed(manifest: Manifest) -> str:
@@ -185,8 +185,8 @@ def checkpointed(manifest: Manifest) -> str:
     which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
     blocks = "1 block" if len(names) == 1 else f"{len(names)} blocks"
     return (
-        f"Activations of {blocks} ({which}) are checkpointed, to save memory: `layerlens train` does so; for other "
-        "trainers call layerlens.load(DIRECTORY).checkpoint(model)."
+        f"Activations of {blocks} ({which}) are checkpointed to save memory. `layerlens train` does this; for other "
+        "trainers, call layerlens.load(DIRECTORY).checkpoint(model)."
     )
 
 

@@ -46,7 +46,7 @@ def training_page(trained: Sequence[Facts], report: str | None, *, timed: bool =
             assert found is not None
             report = report[: found.start()] + found[1] + parts[name] + found[2] + report[found.end() :]
         return report
-    model = (trained[0].get("model") or {}).get("name_or_path") or "a model that is not named"
+    model = (trained[0].get("model") or {}).get("name_or_path") or "an unnamed model"
     style = {"methods": METHODS.values(), "heat": {"methods": []}}
     return rendered("training_page.html.j2", training=values, model=model, **style)
 
@@ -90,7 +90,7 @@ def _sentence(said: str, trained: Sequence[Facts]) -> Markup:
     samples = trained[0].get("samples") or {}
     count = number(samples.get("train", 0))
     held = samples.get("evaluation", 0)
-    judged = f"judged on {number(held)} that were held out" if held else "and none were held out to judge on"
+    judged = f"evaluated on {number(held)} held-out samples" if held else "and none were held out for evaluation"
     return escape(f"Trained on {count} samples, {judged}. Training loss: {said or 'no step was taken'}.")
 
 
@@ -101,15 +101,15 @@ def _note(names: Sequence[str]) -> str:
             "compares over several seeds with tuned learning rates."
         )
     return (
-        "Train uniform LoRA with as many parameters, and it appears here beside the choice: "
-        "layerlens train manifest.json --baseline uniform-lora"
+        "To see uniform LoRA with the same number of parameters here beside the choice, run: layerlens train "
+        "manifest.json --baseline uniform-lora"
     )
 
 
 def _took(trained: Sequence[Facts]) -> list[tuple[str, list[str]]]:
     return [
         ("Optimiser steps", [_figure(_of(each, "training", "steps")) for each in trained]),
-        ("Step of the weights that were kept", [_figure(_of(each, "training", "best_step")) for each in trained]),
+        ("Step of the kept weights", [_figure(_of(each, "training", "best_step")) for each in trained]),
         ("Trained parameters", [_figure(_of(each, "training", "trained_parameters")) for each in trained]),
     ]
 

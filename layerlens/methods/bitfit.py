@@ -65,7 +65,7 @@ class BitFit(VectorMethod):
         base: Any = base_of(model)
         for name in self.sizes_in(model):
             if base.get_submodule(name).get_base_layer().bias is None:
-                return f"{name} has no bias in the base model, so there is nothing to add the trained one to"
+                return f"{name} has no bias in the base model, so the trained bias cannot be merged"
         return ""
 
 

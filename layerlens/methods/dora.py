@@ -44,7 +44,10 @@ class DoRA(LoRA):
 
         weight: Any = getattr(module, "weight", None)
         if type(weight).__name__ == "Int8Params" and weight.device.type == "cpu":
-            return "PEFT loses the scales of bitsandbytes' 8 bits as it unpacks them on a CPU, which DoRA's norms need"
+            return (
+                "PEFT loses the scales of bitsandbytes' 8-bit weights when it unpacks them on a CPU, and DoRA's "
+                "norms need them"
+            )
         return refused_kind(module, "LoraConfig", use_dora=True, r=1)
 
     def trainable_params(self, layer: LayerSpec, size: int) -> int:

@@ -45,7 +45,7 @@ class LoRA(PeftMethod):
     def why_not_size(self, layer: LayerSpec, size: int) -> str:
         if size > min(layer.n_in, layer.n_out):
             return f"rank {size} is above min(n_in, n_out) = {min(layer.n_in, layer.n_out)}"
-        return f"rank {size} is no multiple of its {layer.groups} groups"
+        return f"rank {size} is not a multiple of its {layer.groups} groups"
 
     def trainable_params(self, layer: LayerSpec, size: int) -> int:
         return layer.experts * size * (layer.n_in + layer.n_out // layer.groups)

@@ -188,7 +188,7 @@ class VectorMethod(PeftMethod):
         for option in choice.of_method(self.name):
             made = self.layer_tensors(option.layer, self.module_of(model, option))
             if self.starts_from_weights and any(tensor.is_meta for tensor in made.values()):
-                raise ManifestError(f"{option.layer}: {self.label} begins from its weights, which are not in memory")
+                raise ManifestError(f"{option.layer}: {self.label} starts from its weights, which are not in memory")
             found |= {f"base_model.model.{option.layer}.{end}": tensor for end, tensor in made.items()}
         return found | copied_tensors(choice, model)
 
@@ -212,7 +212,7 @@ def _unload(model: Any, base: torch.nn.Module) -> None:
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise ManifestError(
-                f"{name}: what was trained is merged into the weight, and taking it out again would leave rounding "
+                f"{name}: the trained change is merged into the weight, and removing it again would leave rounding "
                 "errors; load the base model again"
             )
     originals = {

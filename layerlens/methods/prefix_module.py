@@ -72,8 +72,8 @@ def attention_shape(model: torch.nn.Module, target: Any, name: str) -> tuple[int
     """(query heads, key/value heads, head width) of an attention block that can take a prefix."""
     if not takes_prefix(target):
         raise ManifestError(
-            f"{name}: {type(target).__name__} does not go through transformers' AttentionInterface, where a prefix is "
-            f"added; {type(model).__name__} can take lora and adapter"
+            f"{name}: {type(target).__name__} does not use transformers' AttentionInterface, where a prefix is added; "
+            f"{type(model).__name__} can take lora and adapter"
         )
     heads, kv_heads, head_dim = attention_heads(target, attention_config(model, target))
     if head_dim is None:

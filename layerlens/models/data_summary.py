@@ -82,7 +82,7 @@ class DataSummary:
         if tokens.with_loss is not None:
             said += f", {tokens.with_loss / max(1, tokens.total):.0%} of them with loss"
         if tokens.cut:
-            said += f"; {tokens.cut:,} longer rows cut into several samples"
+            said += f"; {tokens.cut:,} longer rows split into several samples"
         lost = f"{tokens.truncated:,} truncated (data.max_length)" if tokens.truncated else "none truncated"
         return f"{said}; {lost} (of {self.encoded:,} samples)"
 

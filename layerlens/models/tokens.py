@@ -71,9 +71,9 @@ class TokenTraining:
             sound = sound and all(type(x) is int and 0 <= x < found.rows for x in found.indices)
             sound = sound and all(type(x) is int and x > 0 for x in (found.rows, found.features))
         except (TypeError, ValueError, AttributeError) as error:
-            raise ManifestError(f"model.tokens: says not which rows are trained ({error})") from error
+            raise ManifestError(f"model.tokens: does not say which rows are trained ({error})") from error
         if not sound:
-            raise ManifestError(f"model.tokens: is no description of trained rows, got {dict(values)!r}")
+            raise ManifestError(f"model.tokens: is not a description of trained rows, got {dict(values)!r}")
         return found
 
     def described(self) -> dict[str, Any]:

@@ -66,8 +66,8 @@ def depth_of(
     if depth.below__o is not None:
         if any(len(entries) > 1 and np.asarray(depth.below__o)[list(entries)].any() for entries in members):
             raise OptimizationError(
-                "layers that choose alike have an option that is possible only below the lowest adapted stage; "
-                "leave them out of choose_alike"
+                "layers in choose_alike have an option that is possible only below the lowest adapted stage; leave "
+                "them out of choose_alike"
             )
         below = np.array([bool(depth.below__o[entries[0]]) for entries in members])
     reaches = None

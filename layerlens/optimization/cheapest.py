@@ -79,9 +79,9 @@ def uniform_reference(
     for name in config.minimised():
         if name not in costs.source:
             raise ConfigurationError(
-                f"optimization.minimise: the {WORDS[name].label} of this model is not predicted, since no training "
-                "step of it is recorded; `layerlens run` records one where the model is in memory, and says why where "
-                "it cannot. Minimise vram_gb, or set objective: score"
+                f"optimization.minimise: the {WORDS[name].label} of this model is not predicted, because no training "
+                "step was recorded. `layerlens run` records one if the model is in memory, and otherwise says why. "
+                "Minimise vram_gb, or set objective: score"
             )
     found: list[Reference] = []
     refused: ConfigurationError | None = None
@@ -100,8 +100,8 @@ def uniform_reference(
         if refused is not None:
             raise refused
         raise InfeasibleError(
-            "optimization.objective: cheapest holds choices against uniform LoRA, and none fits the budgets; raise "
-            "them, or set objective: score"
+            "optimization.objective: cheapest compares choices with uniform LoRA, and no uniform LoRA fits the "
+            "budgets; raise them, or set objective: score"
         )
     best = max(found, key=lambda one: exact_sum(utilities.utility[one.entries]))
     if not best.utility > 0.0:
@@ -188,8 +188,8 @@ def saving_of(
     if not saves:
         reason = (
             f"the cheapest choice found that keeps {wanted:.1%} of uniform LoRA's predicted improvement needs "
-            f"{share:.1%} of its {words}, and none is proved to need less than {least:.1%}; less than "
-            f"{LEAST_SAVING:.0%} is within what predictions tell apart"
+            f"{share:.1%} of its {words}, and no choice is proved to need less than {least:.1%}; less than "
+            f"{LEAST_SAVING:.0%} is below the accuracy of the predictions"
         )
     return Saving(
         minimised=config.minimised(),

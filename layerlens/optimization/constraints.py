@@ -50,8 +50,8 @@ def matching(spec: ModelSpec, pattern: str, field: str) -> list[str]:
         if whole is not None:
             parts = [role for role, fused in FUSED.items() if fused == whole.role]
             raise ConfigurationError(
-                f"{field}: {', '.join(parts[:-1])} and {parts[-1]} are one layer in this model ({whole.name}), which "
-                f"always chooses alike; call it {whole.role!r}"
+                f"{field}: {', '.join(parts[:-1])} and {parts[-1]} are one layer in this model ({whole.name}) and "
+                f"always get the same option; call it {whole.role!r}"
             )
         known = [*dict.fromkeys(layer.role for layer in spec.layers if layer.role), *(x.name for x in spec.layers)]
         near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]

@@ -165,7 +165,9 @@ def _search_whole(problem: AllocationProblem, deterministic_time: float, seed: i
     group = np.searchsorted(offset, option, side="right") - 1
     model = _CoreModel.build(problem, Candidates(option, np.zeros(len(option)), group))
     if model is None:
-        raise OptimizationError("found no allocation that fits, and OR-Tools, which could search on, cannot be loaded")
+        raise OptimizationError(
+            "found no allocation that fits, and OR-Tools, which could continue the search, cannot be loaded"
+        )
     for _ in range(MAX_FORBIDDEN):
         outcome = model.solve(None, deterministic_time, seed)
         if outcome.choice is None or keeps(problem, outcome.choice):

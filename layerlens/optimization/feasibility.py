@@ -146,7 +146,7 @@ def _single(problem: AllocationProblem, r: int, need: float, option: int, least:
     else:
         problem_text = f"{given} is too small for any option"
     return (
-        f"{key}: {problem_text}; the smallest that would do is {_smallest(problem, r, need)} "
+        f"{key}: {problem_text}; the smallest that works is {_smallest(problem, r, need)} "
         f"({option_name(problem.options[option])})"
     )
 

@@ -163,14 +163,15 @@ def _refuse_range(value: np.ndarray, largest: float, offset: np.ndarray) -> int:
     n_groups = len(offset) - 1
     if largest > np.finfo(np.float64).max / (4.0 * (n_groups + 1)):
         raise OptimizationError(
-            f"values of up to {largest:g} in {n_groups} layers: their sum is no float64; divide all values by a number"
+            f"values of up to {largest:g} in {n_groups} layers: their sum exceeds float64; divide all values by a "
+            "constant"
         )
     size = np.abs(value)
     if np.count_nonzero(size < math.ldexp(largest, -LARGEST_RANGE)) > np.count_nonzero(size == 0.0):
         least = float(np.min(size, where=size > 0.0, initial=largest))
         raise OptimizationError(
-            f"values from {least:g} to {largest:g} lie too far apart to be added up; the solver takes those within "
-            f"a factor of 2**{LARGEST_RANGE}. Set the smallest to 0"
+            f"values from {least:g} to {largest:g} lie too far apart to be added exactly; the solver accepts a factor "
+            f"of at most 2**{LARGEST_RANGE}. Set the smallest to 0"
         )
     return _scaling(largest)
 
@@ -183,8 +184,8 @@ def _refuse_costs(row: np.ndarray, too_large: np.ndarray | None, capacity: float
     least = float(np.min(row, where=used, initial=capacity))
     if least < math.ldexp(capacity, -LARGEST_RANGE):
         raise OptimizationError(
-            f"{resource} costs of {least:g} beside a capacity of {capacity:g} lie too far apart to be added up; the "
-            f"solver takes those within a factor of 2**{LARGEST_RANGE}. Set the smallest to 0"
+            f"{resource} costs of {least:g} beside a capacity of {capacity:g} lie too far apart to be added exactly; "
+            f"the solver accepts a factor of at most 2**{LARGEST_RANGE}. Set the smallest to 0"
         )
 
 

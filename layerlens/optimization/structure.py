@@ -190,7 +190,9 @@ def check_charges(problem: AllocationProblem) -> None:
         at, steps = charge.inside, 0
         while at is not None:
             if not 0 <= at < len(problem.charges) or steps > len(problem.charges):
-                raise OptimizationError(f"{where}: lies inside {charge.inside}, which is no charge or lies inside it")
+                raise OptimizationError(
+                    f"{where}: lies inside {charge.inside}, which is not a charge or lies inside it"
+                )
             at, steps = problem.charges[at].inside, steps + 1
     depth = problem.depth
     if depth is None:

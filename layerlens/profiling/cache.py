@@ -149,7 +149,7 @@ class SensitivityCache:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise ActivationCacheError(
-                    f"{directory} belongs to a profile that is running; remove it when that has ended"
+                    f"{directory} belongs to a running profile; remove it when the profile has ended"
                 ) from error
         shutil.rmtree(directory, ignore_errors=True)
 

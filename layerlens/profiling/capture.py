@@ -22,8 +22,8 @@ from layerlens.tasks import Batch, Loss
 from layerlens.tasks.losses import BatchLoss
 
 NO_GRADIENT = (
-    "the loss does not depend on any layer of the model (it has no gradient): it must come from the model's output, "
-    "computed without torch.no_grad(), detach(), item() or argmax"
+    "the loss does not depend on any layer of the model (it has no gradient). Compute it from the model's output "
+    "without torch.no_grad(), detach(), item() or argmax"
 )
 NOT_REACHED = "no gradient reaches it: the loss does not depend on it, or its weight is read without calling it"
 Tensors = torch.Tensor | Sequence[torch.Tensor]

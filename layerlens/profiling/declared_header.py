@@ -118,7 +118,7 @@ def _check_scalars(place: str, scalars: Scalars) -> None:
     """Each name with the kind of value that it has; numbers are left to ``statistics_file.check_statistics``."""
     for name, value in scalars.items():
         if name not in (*_NUMBERS, *_SKETCHES, "extra"):
-            raise ActivationCacheError(f"{place}: {name} is no number that a statistic has")
+            raise ActivationCacheError(f"{place}: {name} is not a number of any statistic")
         if name in _NUMBERS:
             continue
         fits = isinstance(value, dict) and all(

@@ -64,7 +64,7 @@ def declared_tensors(content: Mapping[str, Any]) -> dict[str, DeclaredTensor]:
         found[GRAM] = DeclaredTensor(FLOAT64, "nn", GRAM)
     for name, dtype in content.get("head", {}).items():
         if dtype not in HEAD_DTYPES.values():
-            raise ActivationCacheError(f"tensor {name!r} of the task head has dtype {dtype!r}, which none has")
+            raise ActivationCacheError(f"tensor {name!r} of the task head has dtype {dtype!r}, which no head has")
         found[f"{HEAD}|{name}"] = DeclaredTensor(dtype, None, HEAD)
     if content.get("step") is not None:
         found |= {
@@ -116,7 +116,7 @@ def read_tensors(file: Any, content: Mapping[str, Any], *, finite: bool = True) 
             raise ActivationCacheError(f"tensor {name!r} belongs to no statistic of the header")
     for name, first in shared.items():
         if first not in stored or name in stored:
-            raise ActivationCacheError(f"tensor {name!r} is said to be that of {first!r}, which the file does not have")
+            raise ActivationCacheError(f"tensor {name!r} is declared equal to {first!r}, which is not in the file")
     lengths: dict[tuple[str, str], int] = {}
     read: dict[str, np.ndarray] = {}
     for name, one in declared.items():

@@ -50,7 +50,7 @@ class Layout:
         """
         if tensor.dim() <= self.axis or tensor.shape[self.axis] % n:
             raise ProfilingError(
-                f"gets activations {list(tensor.shape)} of {n} samples, and which row is of which sample is not known"
+                f"gets activations {list(tensor.shape)} of {n} samples, and its rows cannot be traced to samples"
             )
         if tensor.shape[self.axis] == n:
             return tensor.movedim(self.axis, 0)

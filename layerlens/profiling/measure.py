@@ -178,8 +178,7 @@ def _costs(
         return activation_bytes, forward_flops, module_costs(model, first_block, inputs, request.of_modules)
 
 
-def refuse_by_samples(request: StatisticsRequest, loss: str, why: str = "is one number for a batch that its samples "
-                      "share") -> None:  # fmt: skip
+def refuse_by_samples(request: StatisticsRequest, loss: str, why: str = "is one number for a whole batch") -> None:
     """Refuse, by name, statistics of single samples, which a loss of whole batches does not have.
 
     Raises:
@@ -292,6 +291,6 @@ def left_out_of(model: torch.nn.Module, covered: dict[str, str]) -> tuple[dict[s
                 continue
             module = model.get_submodule(path)
             reason = why_not_measurable(path, module) if part == "weight" else f"not a weight matrix ({part})"
-            left_out[name] = reason or "not asked for, or no gradient reaches it"
+            left_out[name] = reason or "not requested, or no gradient reaches it"
     counts = [weight_count(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in left_out]
     return left_out, 1.0 - sum(counts) / parameter_count(model)

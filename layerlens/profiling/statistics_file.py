@@ -282,7 +282,7 @@ def check_statistics(spec: ModelSpec, statistics: ModelStatistics) -> None:
         what = (
             f"{wrong[1]!r} stands where {wrong[0]!r} should" if wrong else f"{len(measured)} of {len(named)} are there"
         )
-        raise ActivationCacheError(f"the statistics are not those of the model's layers in their order: {what}")
+        raise ActivationCacheError(f"the statistics do not match the model's layers in their order: {what}")
     for layer, found in zip(spec.layers, statistics.layers, strict=True):
         if set(found.by_method) != set(layer.methods):
             raise ActivationCacheError(

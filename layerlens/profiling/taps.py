@@ -332,7 +332,9 @@ class Taps:
         batch = 1 if self.by_batches else self._n_batch  # the samples of a batch that counts as one need not be told
         length = routing.n_tokens // batch
         if length * batch != routing.n_tokens:
-            self.leave_out(layer.name, f"gets {routing.n_tokens} tokens of {batch} samples, not as many of each")
+            self.leave_out(
+                layer.name, f"gets {routing.n_tokens} tokens of {batch} samples, and not the same number for each"
+            )
         if layer.name in self.unmeasured:
             return output
         masks = [mask for mask in self._masks.values() if mask is not None and mask.numel() == routing.n_tokens]
@@ -436,8 +438,7 @@ class Taps:
             return tensor
         if (not known and self.layouts is not None) or tensor.dim() < 2:
             raise ProfilingError(
-                f"gets activations {list(tensor.shape)} of {batch} samples, and which row is of which sample is not "
-                "known"
+                f"gets activations {list(tensor.shape)} of {batch} samples, and its rows cannot be traced to samples"
             )
         layout = self._layout(module)
         if layout.axis == 0 and len(tensor) == 1:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 TOLERANCE = 2e-2
 """Largest relative difference of two activations that are the same: batches are added up in other orders (bfloat16 has
 three digits, but whole activations are compared, not single numbers)."""
-UNKNOWN = "gets the tokens of all samples one after the other, and which is of which sample is not known"
-SHARED = "is called once for all samples of a batch, so what it has of each sample is not known"
+UNKNOWN = "gets the tokens of all samples in one sequence, and they cannot be traced to samples"
+SHARED = "is called once for all samples of a batch, so its rows cannot be traced to samples"
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Trial:
         for name, reason in self.unmeasured.items():
             capture.leave_out_module(name, reason)
         for name in self.expanded if sharded else ():
-            capture.leave_out_module(name, "is called on one row for all samples, which a model that is spread over "
-                                     "processes cannot tell apart")  # fmt: skip
+            capture.leave_out_module(name, "is called on one row for all samples, which cannot be separated in a model "
+                                     "sharded over processes")  # fmt: skip
         return bool(self.expanded) and not sharded
 
 

@@ -58,7 +58,8 @@ from layerlens.service.slots import CountedFile, CountedStream, Slots
 from layerlens.service.store import CACHE, JOBS, RESULTS, SUCCEEDED, UPLOADS, Job, JobStore, printable
 
 DESCRIPTION = (
-    "Which layers of a model to adapt, with which PEFT method and rank, under hard budgets, with a proved gap."
+    "Choose which layers of a model to adapt, with which PEFT method and rank, within hard budgets and with a proved "
+    "gap."
 )
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 STUCK_S = 30.0
@@ -68,8 +69,8 @@ logger = logging.getLogger(__name__)
 
 def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     meanings = {
-        400: "The body cannot be read", 401: "No valid token", 403: "Not a local name", 404: "There is no such thing",
-        409: "The job is not in a state for that", 413: "The body is too large", 422: "A field is wrong",
+        400: "The body cannot be read", 401: "No valid token", 403: "Not a local name", 404: "Not found",
+        409: "The state of the job does not allow this", 413: "The body is too large", 422: "A field is wrong",
         429: "Too many requests or waiting jobs", 503: "Not now",
     }  # fmt: skip
     return {code: {"model": Problem, "description": meanings[code]} for code in codes}
@@ -102,7 +103,7 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
         files_at_once: uploads and downloads that may be under way.
     """
     metrics, watch = ServiceMetrics(store), EventWatch(store, settings.max_streams)
-    files = Slots(files_at_once, "too many files are on their way; try again")
+    files = Slots(files_at_once, "too many uploads are in progress; try again")
     probe = Probe(store, settings)
     scheduler = Scheduler(settings, store, metrics.job_ended)
 
@@ -143,7 +144,7 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
     @app.exception_handler(ClientDisconnect)
     async def _gone(_request: Request, _error: Exception) -> JSONResponse:
         """Nobody reads this; it is what the metrics count."""
-        return JSONResponse({"detail": "the client closed the connection before its request was whole"}, 400)
+        return JSONResponse({"detail": "the client closed the connection before the request was complete"}, 400)
 
     @app.exception_handler(sqlite3.OperationalError)
     @app.exception_handler(OSError)
@@ -163,7 +164,7 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
     @app.exception_handler(Exception)
     async def _unexpected(_request: Request, error: Exception) -> JSONResponse:
         logger.error("a request failed", exc_info=error)
-        return JSONResponse({"detail": "unexpected error; the server's log has it"}, 500)
+        return JSONResponse({"detail": "unexpected error; see the server's log"}, 500)
 
     def view(job: Job) -> JobView:
         return _view(job, settings.roots)
@@ -185,7 +186,7 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
             str | None,
             Header(pattern=IDEMPOTENCY_KEY, description="The same key again gives the same job, not a second one."),
         ] = None,
-        traceparent: Annotated[str | None, Header(description="W3C context that the job's trace goes on.")] = None,
+        traceparent: Annotated[str | None, Header(description="W3C context that the job's trace continues.")] = None,
     ) -> JobView:
         """Queue a run or an optimisation; it is on disk when this answers, and survives a crash of the server."""
         config = _parsed(submission.config)
@@ -213,10 +214,10 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
         )
         if job is None:
             raise HTTPException(
-                429, f"{settings.max_queued} jobs are waiting already; try again later", {"Retry-After": "30"}
+                429, f"{settings.max_queued} jobs are already waiting; try again later", {"Retry-After": "30"}
             )
         if (job.kind, job.config, job.statistics) != (submission.kind, content, statistics):
-            raise HTTPException(409, "Idempotency-Key: was used for another job; give each job a key of its own")
+            raise HTTPException(409, "Idempotency-Key: was used for another job; use a new key for each job")
         response.headers["Location"] = f"/v1/jobs/{job.id}"
         return view(job)
 
@@ -250,7 +251,7 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
         before = known(job_id)
         job = store.cancel(job_id)
         if job is None or before.final:
-            raise HTTPException(409, f"the job has {before.state} already")
+            raise HTTPException(409, f"the job has already ended ({before.state})")
         return view(job)
 
     @app.delete(
@@ -273,7 +274,8 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
     async def events(
         job_id: JobId,
         last_event_id: Annotated[
-            str | None, Header(description="Number of the last event that was seen; the stream goes on after it.")
+            str | None,
+            Header(description="Number of the last event that the client received; the stream continues after it."),
         ] = None,
     ) -> StreamingResponse:
         """Server-sent events (state, stage, progress, warning) until the job has its last state."""
@@ -310,7 +312,7 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
         | _problems(404, 409, 503)
         | {200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
     )  # fmt: skip
-    def fetch(job_id: JobId, path: Annotated[str, Path(description="As the result lists it.")]) -> FileResponse:
+    def fetch(job_id: JobId, path: Annotated[str, Path(description="Path as listed in the result.")]) -> FileResponse:
         """One file of a result."""
         succeeded(job_id)
         folder = (settings.state_dir / JOBS / job_id / RESULTS).resolve()
@@ -358,7 +360,7 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
         return Health(status="ok", version=__version__)
 
     @app.get(
-        "/readyz", tags=["server"], summary="Does the server take jobs?", operation_id="readyz",
+        "/readyz", tags=["server"], summary="Whether the server accepts jobs", operation_id="readyz",
         responses={503: {"model": Readiness, "description": "It does not"}},
     )  # fmt: skip
     async def readyz(response: Response) -> Readiness:
@@ -371,7 +373,7 @@ def create_app(settings: ServiceSettings, store: JobStore, *, files_at_once: int
             return Readiness(status="not ready", reason=f"the state directory cannot be used: {reason_of(error)}")
         if scheduler.closing or time.monotonic() - scheduler.alive_at > STUCK_S:
             response.status_code = 503
-            return Readiness(status="not ready", reason="jobs are not being started", jobs=counts)
+            return Readiness(status="not ready", reason="the server is not starting jobs", jobs=counts)
         return Readiness(status="ready", jobs=counts)
 
     @app.get(

@@ -75,7 +75,7 @@ class Client:
             known = False
         if not known:
             shown = self.server.rpartition("@")[2]  # a password is not repeated
-            raise ConfigurationError(f"--server: {shown} is no address like https://host:8642")
+            raise ConfigurationError(f"--server: {shown} is not an address like https://host:8642")
         if token and not re.fullmatch(r"[\x21-\x7e]+", token):
             raise ConfigurationError("the token has spaces or other characters that no token has; copy it again")
         if token and parts.scheme == "http" and parts.hostname not in LOOPBACK and not allow_http:
@@ -203,7 +203,7 @@ class Client:
         with staged_directory(directory) as staging:
             for name in names:
                 if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                    raise ServiceError(f"{self.server}: names a file {name!r}, which leads out of the directory")
+                    raise ServiceError(f"{self.server}: names a file {name!r} outside of the directory")
                 target = staging / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path = f"/v1/jobs/{quote(job_id, safe='')}/files/{quote(name)}"

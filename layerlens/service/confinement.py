@@ -50,7 +50,7 @@ def confine(config: RunConfig, settings: ServiceSettings) -> RunConfig:
     """
     _refuse_own_code(config, settings)
     if config.model.device_map is not None:
-        raise ConfigurationError("model.device_map: the operator of the server decides where models lie; leave it out")
+        raise ConfigurationError("model.device_map: the operator of the server places models; leave it out")
     weights = config.model.weights
     if weights is not None and weights != RANDOM:
         weights = confined_path("model.weights", weights, settings)
@@ -69,7 +69,7 @@ def confine_settings(config: RunConfig, settings: ServiceSettings) -> RunConfig:
     if config.runtime.cache_dir is not None:
         raise ConfigurationError("runtime.cache_dir: the server has its own cache; leave it out")
     if config.telemetry != TelemetryConfig() or config.tracking != TrackingConfig():
-        raise ConfigurationError("telemetry, tracking: the operator of the server decides on these; leave them out")
+        raise ConfigurationError("telemetry, tracking: the operator of the server sets these; leave them out")
     if config.distributed != DistributedConfig():
         raise ConfigurationError("distributed: a job of the server is one process; leave it out")
     changed: dict[str, Any] = {
@@ -116,7 +116,7 @@ def runs_own_code(config: RunConfig) -> bool:
 
 
 def _code_refused(named: str, module: str) -> str:
-    return f"this server does not run {named!r}; its operator may --allow-code {module}"
+    return f"this server does not run {named!r}; its operator can pass --allow-code {module}"
 
 
 def _names_code(source: str) -> bool:
@@ -139,11 +139,11 @@ def _model(config: ModelConfig, settings: ServiceSettings) -> str:
         raise ConfigurationError(f"{key}: {_code_refused(name, trust.code)}")
     if trust.package and trust.package not in settings.allow_packages:
         raise ConfigurationError(
-            f"{key}: this server does not import {name!r}; its operator may --allow-package {trust.package}"
+            f"{key}: this server does not import {name!r}; its operator can pass --allow-package {trust.package}"
         )
     if trust.pickle and not settings.allow_pickles:
         raise ConfigurationError(
-            f"{key}: {name!r} is a pickle, which runs code when it is loaded; the operator may --allow-pickles"
+            f"{key}: {name!r} is a pickle, which runs code when it is loaded; the operator can pass --allow-pickles"
         )
     if trust.hub and settings.allow_hub and not (trust.path and _below_roots(Path(trust.path), settings)):
         return name
@@ -164,7 +164,7 @@ def _data(source: str, settings: ServiceSettings) -> str:
             raise ConfigurationError(f"{key}: {source!r} is a folder of the server; give it without {HUB_PREFIX}")
         if settings.allow_hub:
             return source
-        raise ConfigurationError(f"{key}: this server loads nothing from the hub; its operator may --allow-hub")
+        raise ConfigurationError(f"{key}: this server loads nothing from the hub; its operator can pass --allow-hub")
     return confined_path(key, source, settings)
 
 
@@ -298,6 +298,6 @@ def statistics_path(given: str, settings: ServiceSettings, store: JobStore) -> s
         found = store.get(job[1])
         path = settings.state_dir / JOBS / job[1] / RESULTS / STATISTICS_FILE
         if found is None or found.state != SUCCEEDED or not path.is_file():
-            raise ConfigurationError(f"statistics: {given} is no run that has succeeded")
+            raise ConfigurationError(f"statistics: {given} is not a run that succeeded")
         return str(path)
     return None

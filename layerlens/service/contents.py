@@ -43,7 +43,7 @@ def refuse_model_folder(key: str, name: str, folder: Path, below: Below, *, allo
         ConfigurationError: a file in ``folder`` is not allowed; names it.
     """
     if not folder.is_dir():
-        raise ConfigurationError(f"{key}: {name!r} is no model directory")
+        raise ConfigurationError(f"{key}: {name!r} is not a model directory")
     for path in _files(key, name, folder, below):
         shown = path.relative_to(folder)
         if path.suffix.lower() in CODE:
@@ -88,7 +88,7 @@ def _files(key: str, name: str, folder: Path, below: Below) -> Iterator[Path]:
                 f"{key}: {path.relative_to(folder)} in {name!r} leads out of the roots of this server"
             )
         if not path.is_dir() and not path.is_file():
-            raise ConfigurationError(f"{key}: {path.relative_to(folder)} in {name!r} is no regular file")
+            raise ConfigurationError(f"{key}: {path.relative_to(folder)} in {name!r} is not a regular file")
         yield path
 
 

@@ -172,7 +172,8 @@ def refuse_unpickling() -> None:
 
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(
-            errno.EACCES, "the file is a pickle, which runs code when it is loaded; the operator may --allow-pickles"
+            errno.EACCES,
+            "the file is a pickle, which runs code when it is loaded; the operator can pass --allow-pickles",
         )
 
     torch.load = refused

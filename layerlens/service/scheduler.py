@@ -168,7 +168,7 @@ class Scheduler:
             logger.info("job %s %s", job.id, job.state)
 
     def _give_up(self, job: Job) -> None:
-        error = f"its process died again and again, in {job.attempts} attempts; its log may say why"
+        error = f"its process died in all {job.attempts} attempts; see its log"
         self.store.finish(job.id, FAILED, exit_code=UNEXPECTED, error=error, outcome={"error_type": "WorkerDied"})
 
     def _folder(self, job_id: str, *below: str) -> Path:

@@ -16,7 +16,7 @@ IDEMPOTENCY_KEY = r"^[A-Za-z0-9._-]{1,128}$"
 class Problem(BaseModel):
     """Why a request was refused."""
 
-    detail: str = Field(description="One line for each problem: the field, what is wrong, what came.")
+    detail: str = Field(description="One line for each problem: the field, what is wrong, and the value received.")
 
 
 EXAMPLE: dict[str, Any] = {
@@ -56,15 +56,15 @@ class JobView(BaseModel):
     id: str = Field(pattern=JOB_ID, description="Its name in the paths of this API.")
     kind: Literal["run", "optimize"]
     state: State
-    attempts: int = Field(ge=0, description="How often it was started; more than 1 after the server was stopped.")
+    attempts: int = Field(ge=0, description="Number of starts; more than 1 if the server was stopped meanwhile.")
     cancel_requested: bool
-    created_at: str = Field(description="ISO 8601, UTC, by the server's clock; for people, order is in `number`.")
+    created_at: str = Field(description="ISO 8601, UTC, by the server's clock, for people; `number` gives the order.")
     started_at: str | None = None
     finished_at: str | None = None
     number: int = Field(description="Position in the order of submission.")
     model: str | None = Field(default=None, description="The model of its configuration.")
     data: str | None = Field(default=None, description="The data of its configuration.")
-    exit_code: int | None = Field(default=None, description="As of the command line: 0, 1, 2, 3, 4 or 130.")
+    exit_code: int | None = Field(default=None, description="As on the command line: 0, 1, 2, 3, 4 or 130.")
     error: str | None = Field(default=None, description="Why it failed.")
 
 
@@ -79,14 +79,14 @@ class JobResult(BaseModel):
     """What a job that succeeded found."""
 
     id: str
-    files: dict[str, str] = Field(description="Files to fetch from /v1/jobs/{id}/files/{path}, by what they are.")
+    files: dict[str, str] = Field(description="Files to fetch from /v1/jobs/{id}/files/{path}, by kind.")
     score: float
     upper_bound: float
     gap: float
     status: str
     solver: str
     resources: list[dict[str, Any]]
-    methods: dict[str, int] = Field(description="Layers that have each method.")
+    methods: dict[str, int] = Field(description="Number of layers for each method.")
     statistics_from_cache: bool
     seconds: dict[str, float]
     measured: dict[str, Any]
@@ -97,9 +97,9 @@ class JobResult(BaseModel):
 class Upload(BaseModel):
     """A statistics file that the server keeps."""
 
-    statistics: str = Field(description="What to give as `statistics` of an optimisation: upload:SHA256.")
+    statistics: str = Field(description="Value for `statistics` of an optimisation: upload:SHA256.")
     layers: int = Field(description="Layers in it.")
-    model: str = Field(description="The model that it was measured on.")
+    model: str = Field(description="The measured model.")
 
 
 class Health(BaseModel):

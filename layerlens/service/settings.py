@@ -108,13 +108,13 @@ class ServiceSettings:
             ConfigurationError: a public address without a token, or a root that is no folder.
         """
         if not self.roots:
-            raise ConfigurationError("--root: give at least one folder that models and data may lie in")
+            raise ConfigurationError("--root: give at least one folder from which jobs may read models and data")
         for root in self.roots:
             if not root.is_dir():
-                raise ConfigurationError(f"--root: {root} is no directory")
+                raise ConfigurationError(f"--root: {root} is not a directory")
         for prefix in self.allow_urls:
             if "://" not in prefix:
-                raise ConfigurationError(f"--allow-url: {prefix!r} is no URL; give one such as s3://bucket/models")
+                raise ConfigurationError(f"--allow-url: {prefix!r} is not a URL; give one such as s3://bucket/models")
         if not self.tokens and not is_loopback(self.host):
             raise ConfigurationError(
                 f"--host {self.host} can be reached from elsewhere, and no token is set; set LAYERLENS_SERVE_TOKEN or "
@@ -153,7 +153,7 @@ def load_tokens(path: Path | None) -> Tokens:
             raise ConfigurationError(f"{source}: others than its owner can read it; run: chmod 600 {path}")
         found += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not found:
-            raise ConfigurationError(f"{source}: has no token; write one a line")
+            raise ConfigurationError(f"{source}: has no token; write one per line")
     for token in found:
         if len(token) < SHORTEST or not token.isascii() or " " in token:
             raise ConfigurationError(f"{source}: a token must be {SHORTEST} or more ASCII characters without spaces")

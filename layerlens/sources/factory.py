@@ -91,7 +91,7 @@ def _refuse_unfinished(model: torch.nn.Module, name: str) -> None:
     scripted = [path for path, one in model.named_modules() if isinstance(one, torch.jit.ScriptModule)]
     if scripted:
         raise ConfigurationError(
-            f"model.factory: {name} returns a ScriptModule of torch.jit ({scripted[0] or 'the model itself'}), whose "
+            f"model.factory: {name} returns a torch.jit ScriptModule ({scripted[0] or 'the model itself'}), whose "
             "layers cannot be adapted; return the module that it was made from"
         )
     lazy = [path for path, one in model.named_parameters() if torch.nn.parameter.is_lazy(one)]

@@ -17,11 +17,11 @@ class InMemorySource(ModelSource):
     """A module that was handed to ``layerlens.plan``; only the program that made it has it."""
 
     built_by = "your program"
-    why_not_sharded = "a model that a program gave as an object is not spread over processes"
+    why_not_sharded = "a model passed as an object cannot be sharded over processes"
 
     def load(self, request: LoadRequest) -> PretrainedModel:
         raise ModelNotFoundError(
-            f"{request.reference}: this model was given in memory and has no place to load it from; hand it over again "
+            f"{request.reference}: this model was given in memory and cannot be loaded; pass it again "
             "(layerlens.load(DIRECTORY).apply(model)), or name a saved one with --model"
         )
 

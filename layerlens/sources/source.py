@@ -139,7 +139,7 @@ class ModelSource(ABC):
         """
         raise ModelSpecError(
             f"model.name_or_path: {request.reference} is built in memory by {self.built_by}, not from a configuration "
-            "that tells its shapes; give a transformers model's directory or config.json"
+            "with its shapes; give a transformers model's directory or config.json"
         )
 
     def fits(self, kind: Any) -> bool:

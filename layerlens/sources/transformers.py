@@ -154,8 +154,8 @@ class TransformersSource(ModelSource):
             notes = notes_on(model, info["quantization"])
         if getattr(model.config, "audio_config", None) is not None:
             notes += (
-                f"model: {type(model).__name__} takes sound too, which is not supported: no column of sound is read, "
-                "and layers that only sound reaches are left out",
+                f"model: {type(model).__name__} also takes audio, which is not supported: LayerLens reads no audio "
+                "column, and leaves out layers that only audio reaches",
             )
         mismatched = (entry[0] for entry in info["mismatched_keys"])
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # no statistics of norms
@@ -276,9 +276,9 @@ def _refuse_code(error: Exception, request: LoadRequest) -> None:
     if request.trust_remote_code or "trust_remote_code=True" not in str(error):
         return
     raise ModelSpecError(
-        f"model.trust_remote_code: {request.reference!r} comes with Python code of its own (auto_map in config.json), "
-        "which is not run unasked; if you trust it, set model.trust_remote_code: true, or --trust-remote-code where a "
-        "command starts from a manifest"
+        f"model.trust_remote_code: {request.reference!r} contains Python code (auto_map in config.json), which "
+        "LayerLens does not run unless you allow it; if you trust it, set model.trust_remote_code: true, or pass "
+        "--trust-remote-code to a command that starts from a manifest"
     ) from error
 
 

@@ -24,7 +24,7 @@ class UltralyticsSource(ModelSource):
     purpose = "finds objects in images"
     dtypes = ("float32",)
     built_by = "ultralytics"
-    why_not_sharded = "a model of ultralytics is not spread"
+    why_not_sharded = "an ultralytics model cannot be sharded"
 
     def fits(self, kind: Any) -> bool:
         return bool(kind.inputs == "image" and not kind.classes)
@@ -52,7 +52,7 @@ class UltralyticsSource(ModelSource):
             return PretrainedModel(model, None, request.reference, (), detector.names, images)
         note = (
             f"model: the detector was trained on {len(detector.names)} other classes; the last convolutions of its "
-            f"head are new, with an output for {', '.join(request.labels)}, and are trained with what is chosen"
+            f"head are new, with an output for {', '.join(request.labels)}, and are trained with the choice"
         )
         return PretrainedModel(model, None, request.reference, new, tuple(request.labels), images, notes=(note,))
 

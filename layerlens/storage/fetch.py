@@ -147,6 +147,6 @@ def read_text(url: str, limit: int) -> str:
 def mismatch(url: str) -> StorageError:
     """The error for an object that is not what was published."""
     return StorageError(
-        f"{redacted(url)}: does not match its checksum: it was changed, is just being replaced, or a publication was "
-        "cut short; read it again in a moment, or publish the result again"
+        f"{redacted(url)}: does not match its checksum: it was changed, is being replaced, or was not fully published; "
+        "read it again in a moment, or publish the result again"
     )

@@ -120,8 +120,9 @@ def url_of(place: Path | str) -> str | None:
     url = f"{scheme}:///{rest}" if scheme in ("file", "local") else f"{scheme}://{rest}"
     if _PASSWORD.search(url):
         raise ConfigurationError(
-            f"{redacted(url)}: a URL must not hold a password, since URLs are logged and recorded; give credentials in "
-            "the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_CONNECTION_STRING ...)"
+            f"{redacted(url)}: a URL must not contain a password, because URLs are logged and recorded; give "
+            "credentials in the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, "
+            "AZURE_STORAGE_CONNECTION_STRING ...)"
         )
     return url
 

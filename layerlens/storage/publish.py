@@ -34,7 +34,7 @@ def check_publishable(url: str) -> None:
     with writing(url):
         filesystem.pipe_file(path, PROBE)
         if filesystem.cat_file(path) != PROBE:
-            raise OutputError(f"cannot write {redacted(url)}: what was written there reads back as something else")
+            raise OutputError(f"cannot write {redacted(url)}: the store returns other content than was written")
         filesystem.rm_file(path)
 
 

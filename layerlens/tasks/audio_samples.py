@@ -28,7 +28,7 @@ def has_sounds(table: Table, config: DataConfig) -> bool:
 
 def sound_column(table: Table, config: DataConfig) -> str:
     """What a claim calls the column of clips."""
-    return f"clips of sound in column {table.named(config.audio_column, SOUNDS)!r}"
+    return f"audio clips in column {table.named(config.audio_column, SOUNDS)!r}"
 
 
 def way_in(pretrained: PretrainedModel, task: str) -> AudioInput:
@@ -39,7 +39,7 @@ def way_in(pretrained: PretrainedModel, task: str) -> AudioInput:
     """
     if pretrained.audio is None:
         raise ConfigurationError(
-            f"model.factory: {task} needs to know how sound becomes the model's inputs; return (model, feature "
+            f"model.factory: {task} needs a way to turn sound into the model's inputs; return (model, feature "
             "extractor or processor of transformers), or (model, transform) from the factory, with transform: list of "
             "arrays of samples at 16,000 Hz -> tensor [batch, ...]"
         )

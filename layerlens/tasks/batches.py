@@ -182,8 +182,8 @@ def _each_tensor(
         return type(labels)(*parts) if hasattr(labels, "_fields") else parts
     if order is not None and labels is not None and not isinstance(labels, (bool, int, float)):
         raise ProfilingError(
-            f"targets of type {type(labels).__name__} cannot be put into another order; give tensors [batch, ...], "
-            "mappings or sequences of them, or a method each_tensor(change, order)"
+            f"targets of type {type(labels).__name__} cannot be reordered; give tensors [batch, ...], mappings or "
+            "sequences of them, or a method each_tensor(change, order)"
         )
     return labels
 
@@ -195,7 +195,7 @@ def _length(features: Features) -> int:
 def untaken_note(model: torch.nn.Module, name: str) -> str:
     """What the user should know of an input that the model has no argument for."""
     consequence = ": padding counts as tokens" if name in MASKS else ""
-    return f"model: {type(model).__name__}.forward takes no {name}, so it is not given it{consequence}"
+    return f"model: {type(model).__name__}.forward takes no {name}, so LayerLens does not pass it{consequence}"
 
 
 def _shapes(features: Features) -> tuple[tuple[str, tuple[int, ...]], ...]:

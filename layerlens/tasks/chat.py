@@ -85,7 +85,7 @@ class Chat:
             found = self._rendered(turns, tools=tools, return_assistant_tokens_mask=True, **more)
             ids, said = found["input_ids"], [bool(one) for one in found["assistant_masks"]]
         if not any(said):
-            raise OddRow("the chat template makes no token of an assistant's turn")
+            raise OddRow("the chat template produces no token for an assistant turn")
         return ids, said
 
     def _find_marks(self) -> None:
@@ -99,8 +99,8 @@ class Chat:
         except ImportError:
             self._by_prefix = True
             self.said[
-                f"the chat template does not mark the assistant's tokens; they are found turn by turn, and with "
-                f"{TRL} as its SFTTrainer does"
+                "the chat template does not mark the assistant's tokens, so LayerLens finds them turn by turn (with "
+                f"{TRL}, as its SFTTrainer does)"
             ] = None
             return
         try:
@@ -121,8 +121,8 @@ class Chat:
     def _rendered(self, turns: list[Turn], *, tools: Any = None, **options: Any) -> Any:
         if not self.template:
             raise ConfigurationError(
-                f"data.source: has conversations, and the tokenizer of {self.path} has no chat template; take the "
-                "chat (instruct) model, or save its tokenizer with a chat_template"
+                f"data.source: has conversations, and the tokenizer of {self.path} has no chat template; use the chat "
+                "(instruct) model, or save its tokenizer with a chat_template"
             )
         from jinja2 import TemplateError
 

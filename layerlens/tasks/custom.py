@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OWN = "own_sample"
 """Under this name an encoded sample has the user's own, where ``data.collate`` makes the batches."""
 Joined = Callable[[Sequence[Any]], Any]
-PAD = "pad them in a function of yours and name it: data.collate: module:function, from a list of samples to a batch"
+PAD = "pad them in your own function and name it: data.collate: module:function, from a list of samples to a batch"
 FUNCTIONS_ONLY = "data.source: the task custom takes module:function, which returns a data set or batches"
 
 
@@ -130,7 +130,7 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
         try:
             found.append({name: torch.as_tensor(value) for name, value in named.items()} | {"labels": labels})
         except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"data.source: sample {number} has an input that is no tensor: {error}") from error
+            raise DataError(f"data.source: sample {number} has an input that is not a tensor: {error}") from error
     return found
 
 
@@ -168,7 +168,7 @@ def _stacked(rows: Sequence[Features]) -> tuple[Inputs, Any]:
         return inputs, default_collate([row["labels"] for row in rows])
     except (RuntimeError, TypeError, KeyError) as error:
         said = " ".join(str(error).split())[:160]
-        raise DataError(f"data.source: the targets of a batch cannot be put together ({said}); {PAD}") from error
+        raise DataError(f"data.source: the targets of a batch cannot be combined ({said}); {PAD}") from error
 
 
 def _joined(pretrained: PretrainedModel, samples: Sequence[OwnSample]) -> tuple[Inputs, Any]:

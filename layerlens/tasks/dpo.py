@@ -46,7 +46,7 @@ def read(table: Any, config: DataConfig) -> Dataset:
     dataset = read_language(table, config)
     if "rejected" not in dataset.columns:
         raise DataError(
-            f"data.source: {table.place} has no preference pairs, its columns are {', '.join(table.columns)}; name "
+            f"data.source: {table.place} has no preference pairs; its columns are {', '.join(table.columns)}; name "
             "them in data.chosen_column and data.rejected_column, or set model.task: causal-lm"
         )
     return dataset
@@ -77,7 +77,7 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
         })  # fmt: skip
     found.said |= chat.said
     if config.packing != "none":
-        found.said["preference pairs are not packed, by LayerLens as by DPOTrainer (data.packing)"] = None
+        found.said["preference pairs are not packed, neither by LayerLens nor by DPOTrainer (data.packing)"] = None
     return found
 
 

@@ -37,9 +37,9 @@ class Encoded(list[dict[str, Any]]):
         lines += [f"data: left out {n} of {self.rows} rows: {reason}" for reason, n in self.left_out.items()]
         longer = f"of {self.rows} rows are longer than data.max_length ({self.limit} tokens)"
         if self.cut:
-            lines.append(f"data: {self.cut} {longer}; they are cut: {self.made or len(self)} samples have all of it")
+            lines.append(f"data: {self.cut} {longer}; they are split into {self.made or len(self)} samples")
         if self.made:
-            lines.append(f"data: {len(self)} of {self.made} samples are taken, spread evenly")
+            lines.append(f"data: {len(self)} of {self.made} samples are used, spread evenly")
         if self.truncated:
             lines.append(f"data: {self.truncated} {longer} and are truncated; raise it to keep their ends")
         return lines

@@ -78,7 +78,7 @@ def with_images(pretrained: PretrainedModel, dataset: Dataset, task: str, labels
     """
     if pretrained.images is None:
         raise ConfigurationError(
-            f"model.factory: {task} needs to know how images become the model's inputs; return (model, transform) from "
+            f"model.factory: {task} needs a way to turn images into the model's inputs; return (model, transform) from "
             "the factory, with transform: PIL image -> tensor [channels, height, width], or list of images -> batch"
         )
     images = dataset.columns["image"]

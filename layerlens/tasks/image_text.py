@@ -45,7 +45,7 @@ def read(table: Table, config: DataConfig) -> Dataset:
     dataset = read_language(table, config, images=True)
     if "images" not in dataset.columns:
         raise DataError(
-            f"data.source: {table.place} has no images, its columns are {', '.join(table.columns)}; name theirs in "
+            f"data.source: {table.place} has no images; its columns are {', '.join(table.columns)}; name theirs in "
             "data.image_column, or set model.task: causal-lm"
         )
     return dataset
@@ -61,7 +61,7 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
     if pretrained.processor is None:
         has = f"has no processor for them ({PROCESSOR_FILE}); take a vision-language model with its processor"
         if pretrained.no_processor:
-            has = f"has one that cannot be loaded: {pretrained.no_processor}; mend that"
+            has = f"has a processor that cannot be loaded: {pretrained.no_processor}; repair it"
         raise ConfigurationError(
             f"data.source: the rows have images, and {pretrained.path} {has}, or leave the column out"
         )
@@ -79,7 +79,7 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
         longer = len(ids) > config.max_length
         found.append({"input_ids": ids, "labels": labels, "turns": row["messages"], "images": row["images"]})
         if longer:
-            found.said["samples with images are not cut to data.max_length"] = None
+            found.said["samples with images are not truncated to data.max_length"] = None
     found.said |= chat.said
     if config.packing != "none":
         found.said["samples with images are not packed (data.packing)"] = None
@@ -111,7 +111,7 @@ def _taken_by_processor(pretrained: PretrainedModel, found: Encoded) -> Encoded:
     if len(accepted) == len((False, True)):
         reason = _refusal(pretrained, [accepted[False], accepted[True]])
         if reason:
-            together = f"it has no image, and others have: together {reason}"
+            together = f"it has no image, and others have one: together {reason}"
             refused |= dict.fromkeys((id(one) for one in of_count[0]), together)
     if found and len({id(one) for one in found} - set(refused)) == 0:
         raise ConfigurationError(
@@ -178,8 +178,8 @@ def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inpu
         labels = spread_labels(row["input_ids"], row["labels"], whole)
         if _spoken(labels) != _spoken(row["labels"]):
             raise DataError(
-                f"data.source: {type(processor).__name__} writes a chat otherwise than its chat template, so it is not "
-                f"known which tokens the assistant says{LEAVE_OUT}"
+                f"data.source: {type(processor).__name__} formats a chat differently from its chat template, so the "
+                f"assistant's tokens are unknown{LEAVE_OUT}"
             )
         labels__bt[place][mask__bt[place]] = torch.tensor(labels)
         if by_suffix:  # PaliGemma: tokens of type 0 see each other both ways, so what is predicted has to have type 1

@@ -101,7 +101,7 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
     for image, text, ids in zip(dataset.columns["image"], texts, cut, strict=True):
         found.append({"input_ids": ids, "image": image, "images": _number(image.identity), "texts": _number(text),
                       "labels": None})  # fmt: skip
-    for name, what in (("images", "images have several captions"), ("texts", "captions are of several images")):
+    for name, what in (("images", "images have several captions"), ("texts", "captions belong to several images")):
         n = sum(count > 1 for count in Counter(one[name] for one in found).values())
         if n:
             found.said[f"{n} {what}: in one batch they would be negatives of each other"] = None
@@ -174,7 +174,7 @@ def loss(output: Any, batch: Batch) -> torch.Tensor:
 
     if not hasattr(output, "logits_per_text"):
         raise ConfigurationError(
-            f"model.task: image-text-pairs takes models that compare images with texts ({', '.join(KINDS)}); what this "
+            f"model.task: image-text-pairs needs models that compare images with texts ({', '.join(KINDS)}); what this "
             f"one returned ({type(output).__name__}) has no logits_per_text"
         )
     logits__ti = output.logits_per_text

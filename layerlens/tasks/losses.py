@@ -155,7 +155,8 @@ def logits_of(output: Any) -> torch.Tensor:
             keys = f" of {', '.join(map(repr, output))}" if isinstance(output, Mapping) else ""
             raise ModelSpecError(
                 f"model: its output is a {type(output).__name__}{keys}; return the scores as a tensor, as `.logits`, "
-                "under 'logits' in a mapping, or first in a tuple; for others take the task custom with your own loss"
+                "under 'logits' in a mapping, or first in a tuple; for other outputs, use the task custom with your "
+                "own loss"
             )
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 

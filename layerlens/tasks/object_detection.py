@@ -78,7 +78,7 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
     """
     if pretrained.images is None or source_of(pretrained.path)[0].default_task != TASK.name:
         raise ConfigurationError(
-            "model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt, and no detector of transformers (DETR, "
+            "model.name_or_path: object-detection takes ultralytics:WEIGHTS.pt, not detectors of transformers (DETR, "
             "RT-DETR)"
         )
     columns = zip(dataset.columns["image"], dataset.labels, dataset.columns["boxes"], strict=True)

@@ -137,7 +137,9 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
     found = Encoded(len(dataset), config.max_length)
     found.said |= dict.fromkeys(line.removeprefix("data: ") for line in after.said)
     if after.max_length is not None and after.max_length < config.max_length:
-        found.said[f"sentence-transformers reads {after.max_length} tokens of a text, data.max_length says more"] = None
+        found.said[
+            f"sentence-transformers reads only {after.max_length} tokens of a text, although data.max_length is larger"
+        ] = None
     of_column = {}
     for name in names:
         prompt = after.query if name == "text" else after.document
@@ -226,7 +228,7 @@ def _after(pretrained: PretrainedModel) -> SentenceModel:
     width = getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or getattr(config, "dim", None)
     if width is None:
         raise ConfigurationError(
-            "model.name_or_path: sentence-embedding takes encoders of texts of transformers, which have a hidden_size"
+            "model.name_or_path: sentence-embedding takes text encoders of transformers, which have a hidden_size"
         )
     return sentence_model(pretrained.path, int(width))
 

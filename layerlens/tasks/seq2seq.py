@@ -47,7 +47,7 @@ def read(table: Table, config: DataConfig) -> Dataset:
     pair = _languages(table, config)
     if pair:
         table.notes.append(
-            f"translated from {pair[0]} to {pair[1]}; for the other way set data.text_column: {pair[1]} and "
+            f"translated from {pair[0]} to {pair[1]}; for the other direction set data.text_column: {pair[1]} and "
             f"data.label_column: {pair[0]}"
         )
     source = table.find(config.text_column, "text_column", (*pair[:1], *SOURCES))
@@ -79,7 +79,7 @@ def claim(table: Table, config: DataConfig) -> Claim | None:
         return None
     values = [value for name in (source, target) for value in table.peek(name) if value is not None]
     texts = all(isinstance(value, str) for value in values)
-    return Claim(2, f"texts in column {source!r} and texts for them in {target!r}") if texts else None
+    return Claim(2, f"source texts in column {source!r} and target texts in {target!r}") if texts else None
 
 
 def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:

@@ -164,7 +164,7 @@ def fast_tokenizer(pretrained: PretrainedModel, task: str) -> Any:
     """
     if not pretrained.tokenizer.is_fast:
         raise ConfigurationError(
-            f"model.task: {task} needs to know which token comes from which word, which "
+            f"model.task: {task} needs to know which token belongs to which word, which "
             f"{type(pretrained.tokenizer).__name__} of {pretrained.path} does not say; give a model with a fast "
             "tokenizer (tokenizer.json)"
         )

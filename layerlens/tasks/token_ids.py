@@ -30,7 +30,8 @@ def check_token_ids(pretrained: PretrainedModel, features: Sequence[dict[str, An
         raise ConfigurationError(
             f"model.name_or_path: the samples have token {largest} ({token!r}), and the model has embeddings for "
             f"{rows} tokens, its tokenizer {len(pretrained.tokenizer)}; set model.resize_token_embeddings: true (of a "
-            "model in memory, call resize_token_embeddings(len(tokenizer))), or give the tokenizer that belongs to it"
+            "model in memory, call resize_token_embeddings(len(tokenizer))), or give the tokenizer that belongs to "
+            "the model"
         )
 
 
@@ -42,15 +43,16 @@ def told_of_tokens(pretrained: PretrainedModel) -> list[str]:
         what = f"{len(tokens.indices)} rows{new}," if tokens.by == ROWS else f"all {tokens.rows} rows"
         more = f", with those of {', '.join(tokens.tied)}, which share the weight" if tokens.tied else ""
         return [
-            f"model: {what} of {' and '.join(tokens.modules)}{more}, are trained beside what is chosen "
-            f"({tokens.by}): {tokens.trainable_params:,} parameters"
+            f"model: {what} of {' and '.join(tokens.modules)}{more}, are trained with the choice ({tokens.by}): "
+            f"{tokens.trainable_params:,} parameters"
         ]
     if rows is None or pretrained.tokenizer is None or len(pretrained.tokenizer) <= rows:
         return []
     token = pretrained.tokenizer.convert_ids_to_tokens(rows)
     return [
-        f"model: the tokenizer has {len(pretrained.tokenizer)} tokens and the model embeddings for {rows}; a text with "
-        f"one of the others ({token!r} ...) would be refused; set model.resize_token_embeddings: true to train with it"
+        f"model: the tokenizer has {len(pretrained.tokenizer)} tokens, and the model has embeddings for {rows}; "
+        f"LayerLens refuses texts with the others ({token!r} ...); set model.resize_token_embeddings: true to train "
+        "with it"
     ]
 
 

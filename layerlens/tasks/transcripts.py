@@ -66,15 +66,15 @@ def in_letters(
     }
     best = min(ways, key=lambda name: unknown[name].total())
     if best != "as they are":
-        said[f"transcripts are written {best}, as the vocabulary has its letters"] = None
+        said[f"transcripts are converted {best}, the case of the vocabulary"] = None
     lacking = unknown[best]
     marks = {one: n for one, n in lacking.items() if not one.isalnum()}
     letters = {one: n for one, n in lacking.items() if one.isalnum()}
     if marks:
-        said[f"marks that the vocabulary lacks are taken out of the transcripts: {_listed(marks)}"] = None
+        said[f"punctuation that the vocabulary lacks is removed from the transcripts: {_listed(marks)}"] = None
     if letters:
         said[
-            f"letters that the vocabulary lacks become its unknown token: {_listed(letters)}; write the transcripts "
+            f"letters that the vocabulary lacks become the unknown token: {_listed(letters)}; write the transcripts "
             "without them, or give a tokenizer that has them"
         ] = None
     gone = {ord(one): " " if one in "-–—/" else None for one in marks}

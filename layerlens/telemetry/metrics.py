@@ -48,7 +48,7 @@ class RunMetrics:
         )
         self.budget_used = Gauge(
             "layerlens_budget_used_ratio",
-            "Share of each budget that the last choice uses, the base model included.",
+            "Share of each budget that the last choice uses, including the base model.",
             ["kind", "resource"],
             registry=registry,
         )
@@ -56,7 +56,10 @@ class RunMetrics:
             "layerlens_adapted_layers", "Layers that the last choice adapts.", ["kind", "method"], registry=registry
         )
         self.cache = Counter(
-            "layerlens_cache_requests_total", "Jobs that asked the sensitivity cache.", ["result"], registry=registry
+            "layerlens_cache_requests_total",
+            "Jobs that looked in the sensitivity cache.",
+            ["result"],
+            registry=registry,
         )
         self.errors = Counter(
             "layerlens_errors_total", "Jobs that failed, by class of error.", ["kind", "error"], registry=registry

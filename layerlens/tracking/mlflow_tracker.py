@@ -109,7 +109,7 @@ class MlflowTracker:
             kind = TASKS.get(task)
             if kind is None or kind.auto_class not in SERVED:
                 self.client.log_artifacts(self.run_id, str(adapter), ADAPTER_ARTEFACT)
-                logger.warning("tracking: a model of the task %s is kept as files, not as an MLflow model", task)
+                logger.warning("tracking: a model of the task %s is logged as files, not as an MLflow model", task)
                 return
             labels = list(manifest.model.labels or ())
             request = LoadRequest(manifest.model.name_or_path or "", task)

@@ -41,8 +41,8 @@ def base_reference(manifest: Manifest, model: str | None) -> str:
     wanted = LoadRequest(reference)
     if wanted.source.trust(wanted).code and model is None:
         raise ManifestError(
-            f"the base model is made by Python code that the manifest names ({reference}); if you trust it, say so "
-            f"with --model {reference}"
+            f"Python code that the manifest names creates the base model ({reference}); if you trust it, pass --model "
+            f"{reference}"
         )
     return reference
 
@@ -109,7 +109,9 @@ def check_names(model: torch.nn.Module, choice: Choice) -> None:
     inside = tuple(name + "." for name in choice.head_modules)
     for option in choice.chosen:
         if option.layer in choice.head_modules or option.layer.startswith(inside):
-            raise ManifestError(f"{option.layer}: is in the task head, which is trained whole; its method must be none")
+            raise ManifestError(
+                f"{option.layer}: is in the task head, which is trained in full; its method must be none"
+            )
 
 
 def check_costs(model: torch.nn.Module, manifest: Manifest, options: Sequence[Option]) -> None:
@@ -140,7 +142,7 @@ def check_weights(model: torch.nn.Module, facts: ModelFacts, source: str = "the 
     expected, tokens = facts.fingerprint, facts.token_training
     if tokens is not None and (rows := embedding_rows(model)) is not None and rows < tokens.rows:
         raise ManifestError(
-            f"{source} trains rows of tokens that this model has no embeddings for: it has {rows} rows, needed are "
+            f"{source} trains rows of tokens without embeddings in this model: it has {rows} rows and needs "
             f"{tokens.rows}; call model.resize_token_embeddings({tokens.rows}) first"
         )
     if not expected:

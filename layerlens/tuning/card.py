@@ -58,9 +58,8 @@ from peft import PeftModel
     if heads:
         came = "as it was while the layers were measured" if fitted else "as it is in the base model"
         loading += f"""
-What is trained whole ({heads}) is in this directory too, {came}.
-It replaces that of `base_model`, and `model.save_pretrained` writes it with the adapter.
-A model made by `get_peft_model` begins from its own head.
+The fully trained part ({heads}) is in this directory too, {came}. It replaces that of `base_model`, and
+`model.save_pretrained` writes it with the adapter. A model from `get_peft_model` starts with its own head.
 """
     text = f"""---
 library_name: peft
@@ -78,7 +77,7 @@ computes exactly what {before}, until it is trained.{begin}
         kinds = [METHODS[name] for name in dict.fromkeys(others)]
         counts = " and ".join(_counted(others.count(kind.name), kind.label, kind.plural) for kind in kinds)
         text += f"""
-The manifest has {counts} as well, which PEFT cannot hold: see {MODULES_FILE} beside this
+The manifest also has {counts}, which PEFT cannot hold: see {MODULES_FILE} beside this
 directory. `layerlens.tuning.load(base_model, DIRECTORY)` puts all of them into the model; DIRECTORY is the one above.
 """
     return text
@@ -157,7 +156,7 @@ base_model: {base}
         return (
             text
             + f"""
-Load it with LayerLens, since PEFT does not have what is in {MODULES_FILE}:
+Load it with LayerLens, because PEFT cannot load {MODULES_FILE}:
 
 ```python
 from pathlib import Path
@@ -180,7 +179,7 @@ Load it with PEFT; LayerLens is not needed.{head}
 from peft import PeftModel
 
 {resizing(choice.tokens)}model = PeftModel.from_pretrained(base_model, "this directory")
-merged = model.merge_and_unload()  # an ordinary model, as every serving engine takes it
+merged = model.merge_and_unload()  # an ordinary model, for any serving engine
 ```
 {_serving(choice)}"""
     )
@@ -209,15 +208,17 @@ def _others(choice: Choice) -> list[str]:
 def _serving(choice: Choice) -> str:
     """What an engine has to be told, or cannot do, to serve the adapter unmerged."""
     if choice.head_modules:
-        return "\nServing engines take no head from an adapter: merge it, as above, and serve the merged model.\n"
+        return "\nServing engines do not load a head from an adapter. Merge it as above, and serve the merged model.\n"
     if choice.copied_options:
-        return "\nServing engines take no norms from an adapter: merge it, as above, and serve the merged model.\n"
+        return "\nServing engines do not load norms from an adapter. Merge it as above, and serve the merged model.\n"
     if choice.tokens:
-        return "\nServing engines take no rows of embeddings: merge it, as above, and serve the merged model.\n"
+        return "\nServing engines do not load rows of embeddings. Merge it as above, and serve the merged model.\n"
     if not choice.lora_options:
-        return "\nFew serving engines take this kind of adapter: merge it, as above, and serve the merged model.\n"
+        return "\nFew serving engines load this kind of adapter. Merge it as above, and serve the merged model.\n"
     largest = max(row.rank for row in choice.lora_options)
-    text = f"\nTo serve it unmerged, an engine has to hold rank {largest} (vLLM: `--max-lora-rank` of at least that)"
+    text = (
+        f"\nTo serve it unmerged, the engine must support rank {largest} (vLLM: set `--max-lora-rank` to at least that)"
+    )
     mixed = len({row.rank for row in choice.lora_options}) > 1
     if mixed and choice.lora.use_rslora:
         text += (

@@ -65,7 +65,9 @@ def save(model: torch.nn.Module, directory: Path) -> dict[str, Path]:
     directory = Path(directory)
     content = model_bytes(model)
     if content is None and base_of(model) is model:
-        raise ManifestError(f"this {type(model).__name__} has nothing that was added or is trained, so nothing to save")
+        raise ManifestError(
+            f"this {type(model).__name__} has no added or trained parameters, so there is nothing to save"
+        )
     with staged_directory(directory, owned=(ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULES_FILE)) as staging:
         if base_of(model) is not model:
             peft_model: Any = model
@@ -286,6 +288,6 @@ def _check_tensor(path: Path, known: dict[str, tuple[int, ...]], name: str, shap
         raise ManifestError(f"{path}: tensor {name} {shape} has no place in the base model")
     if known[name] != shape:
         raise ManifestError(
-            f"{path}: {name} is {shape}, in the base model {known[name]}; load it with as many labels as it was "
-            "trained for, and embeddings for as many tokens (model.resize_token_embeddings)"
+            f"{path}: {name} is {shape}, in the base model {known[name]}; load it with the same number of labels and "
+            "of token embeddings as in training (model.resize_token_embeddings)"
         )

@@ -153,7 +153,8 @@ def training_arguments(job: FineTune) -> TrainingArguments:
     everywhere = config.gradient_checkpointing is True
     if everywhere and not hasattr(job.model, "gradient_checkpointing_enable"):
         raise ConfigurationError(
-            f"training.gradient_checkpointing: a {type(job.model).__name__} cannot (transformers' models can)"
+            f"training.gradient_checkpointing: a {type(job.model).__name__} does not support it (transformers' models "
+            "do)"
         )
     try:
         arguments = TrainingArguments(

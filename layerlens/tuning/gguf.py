@@ -52,11 +52,11 @@ def export_gguf(
     gguf = _gguf()
     with origin_of(place, manifest, model) as origin:
         adapter = served_adapter(ENGINES["llama.cpp"], origin, lora_part=lora_part)
-        config = origin.skeleton("the names of llama.cpp's tensors depend on the base model").config
+        config = origin.skeleton("llama.cpp's tensor names depend on the base model").config
         known = ARCHITECTURES.get(config.model_type)
         if known is None:
             raise ManifestError(
-                f"names of llama.cpp's tensors are known here for {', '.join(ARCHITECTURES)}, and the base model is "
+                f"llama.cpp's tensor names are known for {', '.join(ARCHITECTURES)}, and the base model is "
                 f"{config.model_type}: export with --serve llama.cpp and use llama.cpp's convert_lora_to_gguf.py"
             )
         with staged_directory(output, owned=(ADAPTER_FILE,)) as staging:
@@ -101,7 +101,7 @@ def _gguf() -> Any:
         import gguf
     except ModuleNotFoundError as error:
         raise ManifestError(
-            "GGUF is written by the gguf package, which is not installed; run: pip install gguf"
+            "GGUF export needs the gguf package, which is not installed; run: pip install gguf"
         ) from error
     return gguf
 

@@ -108,8 +108,8 @@ def beginnings_unmeasured(model: torch.nn.Module, choice: Choice) -> str:
     if not stacks:
         return ""
     return (
-        f"lora.initialization: {choice.lora.initialization} is measured of layers that are one matrix each; LoRA on "
-        f"{len(stacks)} stacked experts ({stacks[0]} ...) begins from PEFT's own A"
+        f"lora.initialization: {choice.lora.initialization} is measured for layers with one matrix each; LoRA on "
+        f"{len(stacks)} stacked experts ({stacks[0]} ...) starts from PEFT's own A"
     )
 
 
@@ -134,7 +134,7 @@ def read_factors(peft_directory: Path, given: Choice | Manifest) -> dict[str, to
             return {layer: file.get_tensor(key).flatten(1) for layer, key in keys.items() if key in there}
     except (SafetensorError, OSError) as error:
         raise ManifestError(
-            f"lora.initialization: {kind!r} begins from factors that the run measured and wrote to {path}, which "
+            f"lora.initialization: {kind!r} starts from factors that the run measured and wrote to {path}, which "
             f"cannot be read ({error}); keep the peft directory beside the manifest, or run again"
         ) from error
 
@@ -150,8 +150,8 @@ def _groups(model: torch.nn.Module, rows: Sequence[Option], kind: str) -> Iterat
         n_in, n_out, groups = lora_shape(module)
         if groups > 1:
             raise ManifestError(
-                f"{row.layer}: lora.initialization: {kind!r} is not there for a convolution of {groups} groups; choose "
-                "default"
+                f"{row.layer}: lora.initialization: {kind!r} is not available for a convolution of {groups} groups; "
+                "choose default"
             )
         size = 4 * n_in * (n_in if kind == "pca" else n_out)
         if group and held + size > MATRIX_BYTES:

@@ -192,9 +192,7 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
 
     base, before = base_of(model), before_of(model)
     if before is None:
-        raise ManifestError(
-            f"this {type(model).__name__} holds nothing that layerlens.tuning.apply or load has put into it"
-        )
+        raise ManifestError(f"this {type(model).__name__} holds nothing that layerlens.tuning.apply or load added")
     if before.whole:
         raise ManifestError("full fine-tuning has changed the weights themselves; load the base model again")
     if base is not model:
@@ -239,8 +237,8 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
         names = [f"{method} on {layer}" for layer, method in others.items()]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         raise ManifestError(
-            f"cannot be merged: {', '.join(names[:4])}{more}. An adapter or prefix is no change of a weight; keep the "
-            "model as it is (layerlens.tuning.save and load), or choose LoRA alone (optimization.methods: [lora])"
+            f"cannot be merged: {', '.join(names[:4])}{more}. An adapter or prefix does not change a weight; keep the "
+            "model unmerged (layerlens.tuning.save and load), or choose only LoRA (optimization.methods: [lora])"
         )
     methods = [METHODS[name] for name in dict.fromkeys(method for method, _ in there.values())]
     if not methods and has_trained_rows(model):
@@ -249,7 +247,7 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
         raise ManifestError(f"this {type(model).__name__} has no LoRA layers, so there is nothing to merge")
     for method in methods:
         if reason := method.why_not_mergeable(model):
-            raise ManifestError(f"cannot be merged: {reason}; keep the model as it is (layerlens.tuning.save and load)")
+            raise ManifestError(f"cannot be merged: {reason}; keep the model unmerged (layerlens.tuning.save and load)")
     finish_generator(model)
     for name, parameter in model.named_parameters():
         marks = (*(method.parameter_mark for method in methods), TOKEN_ROWS)

@@ -48,7 +48,7 @@ def export_merged(
         base: Any = pretrained.model
         if not hasattr(base, "save_pretrained"):
             raise ManifestError(
-                f"{type(base).__name__} is no transformers model, and has no checkpoint of a known form; merge it with "
+                f"{type(base).__name__} is not a transformers model and has no known checkpoint format; merge it with "
                 "layerlens.tuning.merge and save its state_dict"
             )
         folder = place if place.is_dir() else place.parent
@@ -83,7 +83,7 @@ def checkpoint_dtype(path: str) -> torch.dtype | None:
 def _base(origin: Origin, model: str | None, trust_remote_code: bool) -> PretrainedModel:
     if origin.manifest is None:
         if not origin.base:
-            raise ManifestError("nothing here says which base model it is; say --model MODEL")
+            raise ManifestError("the base model is not recorded here; pass --model MODEL")
         pretrained = load_pretrained(origin.base, origin.task, (), trust_remote_code=trust_remote_code)
         _resize(pretrained, origin.directory)
         return pretrained

@@ -54,7 +54,7 @@ class Given:
         named = {name: value for name, value in named.items() if value is not None and name not in COUNTS}
         tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor) and value.dim()}
         if not tensors:
-            raise PrefixRefused("the model is given no tensors")
+            raise PrefixRefused("the model gets no tensors")
         count = len(tensors.get("input_ids", next(iter(tensors.values()))))
         mask = tensors.get(MASK)
         mask = mask.bool().cpu() if mask is not None and mask.dim() == 2 else None
@@ -65,7 +65,7 @@ class Given:
             if name not in tensors:
                 if not isinstance(value, str | int | float | bool | torch.Tensor):
                     raise PrefixRefused(
-                        f"the input {name} is a {type(value).__name__}, which is no row for each sample"
+                        f"the input {name} is a {type(value).__name__}, which does not have one row per sample"
                     )
                 shared.update(repr(value.item() if isinstance(value, torch.Tensor) else value).encode())
                 continue
@@ -89,7 +89,7 @@ class Given:
             PrefixRefused: they are not one row for each sample.
         """
         if hidden.dim() < 2 or len(hidden) != len(self.keys):
-            raise PrefixRefused(f"a block hands on {len(hidden)} rows for {len(self.keys)} samples")
+            raise PrefixRefused(f"a block passes on {len(hidden)} rows for {len(self.keys)} samples")
         if self.mask is None or hidden.shape[:2] != self.mask.shape:
             return list(hidden)
         return [row[own.to(row.device)] for row, own in zip(hidden, self.mask, strict=True)]

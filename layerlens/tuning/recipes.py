@@ -93,7 +93,7 @@ def recipes(manifest: Manifest, directory: Path, columns: Mapping[str, str], sho
     model = python_snippet(manifest, file, peft if peft.is_dir() else None, named=named)
     code = model.rpartition("# Now train")[0].rstrip() + "\n"
     name = "PEFT" if "PeftModel" in code else "PyTorch"
-    found = [Recipe(name, code, "The model is an ordinary one, ready to train.")]
+    found = [Recipe(name, code, "The model is an ordinary model, ready to train.")]
     if "base = ..." in code:  # a program had it in memory, so nothing else can load it
         return tuple(found)
     found.append(Recipe("Trainer", _trainer(manifest, code, columns), "The loop of transformers."))
@@ -140,7 +140,7 @@ def _trainer(manifest: Manifest, code: str, columns: Mapping[str, str]) -> str:
                 "",
                 "from transformers import Trainer, TrainingArguments",
                 "",
-                "rows = ...  # your samples, encoded as the model takes them, with their labels",
+                "rows = ...  # your samples, encoded for the model, with their labels",
                 f"arguments = {arguments}",
                 "Trainer(model=model, args=arguments, train_dataset=rows).train()",
                 'model.save_pretrained("trained")',
@@ -193,7 +193,7 @@ def _language_model(manifest: Manifest, code: str, columns: Mapping[str, str], p
                 "vLLM",
                 f"layerlens train {shlex.quote(f'{place}/manifest.json')} -o tuned\n"
                 f"layerlens export tuned --serve vllm -o served\n{_vllm(manifest)}\n",
-                "vLLM serves what you have trained; `export` writes the ranks as vLLM holds them.",
+                "vLLM serves the trained adapter; `export` writes the ranks in the form that vLLM reads.",
             )
         )
     return found
@@ -245,7 +245,7 @@ def _base_model(manifest: Manifest, model: str | None) -> tuple[list[str], str]:
     facts = manifest.model
     name = model or facts.name_or_path
     if not name:
-        return [], "...  # your model: the one that was measured"
+        return [], "...  # the measured model"
     request = LoadRequest(
         name, facts.task or "", facts.labels or (), weights=facts.weights, quantization=facts.quantization
     )

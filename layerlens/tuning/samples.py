@@ -136,7 +136,7 @@ def training_data(
     if limit is not None and len(train) < limit:
         warn(f"training.train_samples: asked for {limit}, the data has {len(train)} after the test split")
     if not len(test):
-        warn(f"data.source: the test split of {len(dataset)} samples is empty, so nothing is evaluated")
+        warn(f"data.source: the test split of {len(dataset)} samples is empty, so there is no evaluation")
     tokenizer = pretrained.tokenizer
     more: dict[str, Any] = {"labels": dataset.label_names}
     if tokenizer is not None:

@@ -111,7 +111,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ManifestError(f"{path}: not a PEFT configuration ({error})") from error
     if kind != "LORA":
-        raise ManifestError(f"{path}: peft_type is {kind}, and engines serve LORA alone; {MERGE}")
+        raise ManifestError(f"{path}: peft_type is {kind}, and engines serve only LORA; {MERGE}")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise ManifestError(f"{path}: r must be a whole number and lora_alpha a number, got {rank!r} and {alpha!r}")
     return config
@@ -145,7 +145,7 @@ def why_not_served(engine: Engine, adapter: Adapter) -> list[str]:
     if engine.holds_all:
         return reasons
     heads = sorted(config.get("modules_to_save") or ())
-    reasons += [f"modules that are trained whole, {', '.join(heads)} (modules_to_save)"] if heads else []
+    reasons += [f"fully trained modules, {', '.join(heads)} (modules_to_save)"] if heads else []
     experts = sorted(config.get("target_parameters") or ()) or [name for name in adapter.a if ".experts" in name]
     reasons += [f"LoRA on experts ({experts[0]})"] if experts else []
     if config.get("use_dora") or any("lora_magnitude" in name for name in adapter.others):

@@ -57,7 +57,7 @@ class Origin:
             ModelNotFoundError: it cannot be found.
         """
         if not self.base:
-            raise ManifestError(f"{why}, and nothing here says which base model it is; say --model MODEL")
+            raise ManifestError(f"{why}, and the base model is not recorded here; pass --model MODEL")
         request = LoadRequest(self.base, self.task)
         return request.source.without_weights(request).model
 
@@ -144,7 +144,7 @@ def served_adapter(engine: Engine, origin: Origin, *, lora_part: bool = False) -
     adapter = replace(adapter, config={**adapter.config, "base_model_name_or_path": origin.resolved() or None})
     if not engine.fuses and not engine.every_block:
         return served(engine, adapter, lambda name: None)
-    base = origin.skeleton(f"{engine.title} wants more modules than the adapter has, whose shapes are the base model's")
+    base = origin.skeleton(f"{engine.title} needs more modules than the adapter has, with shapes from the base model")
     modules = dict(base.named_modules())
 
     def shape(name: str) -> tuple[int, int] | None:
@@ -160,11 +160,11 @@ def card(engine: Engine, origin: Origin, adapter: Adapter) -> str:
     ranks, added = sorted(set(before.ranks.values())), len(adapter.a) - len(before.a)
     done = [f"ranks {', '.join(map(str, ranks))}" if len(ranks) > 1 else f"rank {ranks[0]}"]
     if engine.as_peft:
-        done.append("the files are as they were trained")
+        done.append("the files are unchanged")
     else:
-        done.append(f"A and B are filled up with zeros to rank {adapter.config['r']}")
+        done.append(f"A and B are padded with zeros to rank {adapter.config['r']}")
         done += ["rsLoRA is folded into lora_alpha and B"] if before.config.get("use_rslora") else []
-        done += [f"{added} modules of zeros complete what the engine computes at once"] if added else []
+        done += [f"{added} zero modules complete the groups that the engine fuses"] if added else []
     note = f"\n{engine.note}\n" if engine.note else ""
     return f"""---
 library_name: peft

@@ -206,12 +206,12 @@ class StoredPrefix:
         if not _alike(hidden, other, given):
             if not self.switch_off_dropout:
                 raise PrefixRefused(
-                    "what lies below is random in training (dropout); store_prefix: true switches dropout off there"
+                    "the blocks below are random in training (dropout); store_prefix: true disables dropout there"
                 )
             self._handles += [module.register_forward_pre_hook(_in_evaluation_mode) for module in done.values()]
             hidden, other = (_hidden(self._probe(args, kwargs, seed=seed))[0] for seed in (1, 2))
             if not _alike(hidden, other, given):
-                raise PrefixRefused("what lies below is random also without dropout")
+                raise PrefixRefused("the blocks below are random even without dropout")
             self.tell(f"training.store_prefix: dropout is off in the {len(self.below)} blocks below the lowest adapted")
         self._same_alone(args, kwargs, given, hidden)
         self._like = hidden.detach()[:0]
@@ -255,15 +255,15 @@ class StoredPrefix:
         coarse = self.file.dtype is not None and self.file.dtype != found.dtype
         full, _ = _hidden(self._probe(args, kwargs, seed=1))
         if not _alike(full, found, given, coarse=coarse):
-            raise PrefixRefused("the activations of a sample are others than in the first epoch")
+            raise PrefixRefused("the activations of a sample differ from those of the first epoch")
         outputs = [self._whole(args, kwargs, using) for using in (None, found)]
         losses: list[Any] = [getattr(output, "loss", None) for output in outputs]
         if all(isinstance(loss, torch.Tensor) for loss in losses):
             one, other = (loss.detach().float().mean().reshape(1) for loss in losses)
             if not _near(one, other, coarse=coarse or found.dtype not in TOLERANCE):
                 raise PrefixRefused(
-                    f"the loss from stored activations is {float(other):g}, and {float(one):g} without: something goes "
-                    "past the blocks"
+                    f"the loss from stored activations is {float(other):g}, and {float(one):g} without: something "
+                    "bypasses the blocks"
                 )
         self._verified = True
 
@@ -288,10 +288,10 @@ class StoredPrefix:
         except _Stop as stop:
             return stop.output
         except Exception as error:  # of a pass that is tried alone: the real one will tell of itself
-            raise PrefixRefused(f"a forward pass to try it fails ({type(error).__name__}: {error})") from error
+            raise PrefixRefused(f"a trial forward pass fails ({type(error).__name__}: {error})") from error
         finally:
             self._probing = False
-        raise PrefixRefused("the block below the lowest adapted one is not run")
+        raise PrefixRefused("the block below the lowest adapted block does not run")
 
     def _forward_of(self, block: torch.nn.Module, *, last: bool) -> Callable[..., Any]:
         original = block.forward
@@ -379,7 +379,7 @@ def _hidden(output: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
     ):  # fmt: skip
         rest = output[1:]
         return output[0], lambda hidden: (hidden, *rest)
-    raise PrefixRefused("its blocks hand on more than hidden states")
+    raise PrefixRefused("its blocks pass on more than hidden states")
 
 
 def _first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:

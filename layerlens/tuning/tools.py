@@ -81,7 +81,7 @@ def export_for(
     task = chosen.task
     if task and wanted.tasks is not None and task not in wanted.tasks:
         raise ManifestError(
-            f"{wanted.name} trains {', '.join(wanted.tasks)}, and the manifest is for {task}; use --to peft with your "
+            f"{wanted.name} trains {', '.join(wanted.tasks)}, but the manifest is for {task}; use --to peft with your "
             "own loop or Trainer, or `layerlens train`"
         )
     name = base_reference(manifest, model)
@@ -136,8 +136,8 @@ def _trl(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
     if choice.tokens is not None and (whole := list(choice.tokens.whole_modules)):
         if choice.lora.is_measured:
             raise ManifestError(
-                f"TRL: PEFT trains {', '.join(whole)} whole from a configuration alone, which cannot hold factors that "
-                f"were measured (lora.initialization {choice.lora.initialization!r}); use `layerlens train`, or "
+                f"TRL: PEFT trains {', '.join(whole)} in full from a configuration alone, which cannot hold measured "
+                f"factors (lora.initialization {choice.lora.initialization!r}); use `layerlens train`, or "
                 "model.token_training: trainable_token_indices"
             )
         whole = [*(option.layer for option in choice.copied_options), *whole]
@@ -234,8 +234,8 @@ def axolotl_fields(choice: Choice, model: torch.nn.Module) -> dict[str, Any]:
         fields["peft_use_rslora"] = True
     if choice.lora.is_measured:
         raise ManifestError(
-            f"axolotl's YAML cannot hold factors that were measured (lora.initialization "
-            f"{choice.lora.initialization!r}); export with --to peft and set lora_model_dir in axolotl"
+            f"axolotl's YAML cannot hold measured factors (lora.initialization {choice.lora.initialization!r}); export "
+            "with --to peft and set lora_model_dir in axolotl"
         )
     empty = [key for key in ("lora_rank_pattern", "lora_alpha_pattern") if not fields[key]]
     return {key: value for key, value in fields.items() if key not in empty}
@@ -254,7 +254,7 @@ def _llama_factory(choice: Choice, model: torch.nn.Module, path: str) -> dict[st
     }
     if choice.tokens is not None and choice.tokens.whole_modules:
         raise ManifestError(
-            f"LLaMA-Factory goes on from the directory, which does not hold {', '.join(choice.tokens.whole_modules)} "
+            f"LLaMA-Factory continues from the directory, which does not hold {', '.join(choice.tokens.whole_modules)} "
             "whole; run with model.token_training: trainable_token_indices, or use `layerlens train`"
         )
     if choice.tokens is not None and choice.tokens.checkpoint_shapes:

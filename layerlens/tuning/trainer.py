@@ -370,9 +370,9 @@ def prefix_of(job: FineTune, steps: int, processes: int) -> StoredPrefix | None:
         return None
     reason = ""
     if processes > 1:
-        reason = "each process would see samples that others have stored; start one"
+        reason = "each process would see samples that others stored; start one process"
     elif steps <= steps_per_epoch(len(job.data.train), job.config):
-        reason = "the training has one epoch, in which no sample comes twice"
+        reason = "the training has one epoch, so no sample comes twice"
     if reason and wanted is True:
         raise ConfigurationError(f"training.store_prefix: {reason}, or set it to auto")
     if reason:
@@ -405,8 +405,8 @@ def _not_saved(path: Path, error: BaseException) -> LayerLensError:
     if isinstance(error, OSError):
         return cannot_write(path, error)
     return OutputError(
-        f"cannot write {path}: {' '.join(str(error).split())}; the last whole checkpoint stays, so free some space and "
-        "run again"
+        f"cannot write {path}: {' '.join(str(error).split())}; the last complete checkpoint stays, so free some space "
+        "and run again"
     )
 
 

@@ -174,7 +174,7 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
         advice = "choose a directory that you can write to"
     reason = error.strerror or str(error)
     if error.errno == errno.ENOENT:  # we make what is missing, so it is the file system (/proc, /sys) that refuses
-        reason = f"nothing new can be made in {_nearest_existing(path)}"
+        reason = f"{_nearest_existing(path)} is not writable"
     return OutputError(f"cannot write {path}: {reason}; {advice}")
 
 
@@ -185,8 +185,8 @@ def _clear(directory: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(
-            f"{directory}: a run that was killed while it moved its files in has left old and new ones, and they "
-            f"cannot be put in order: {reason}; run it again where the directory can be written"
+            f"{directory}: a killed run left old and new files mixed, and they cannot be restored: {reason}; run it "
+            "again where the directory can be written"
         ) from error
 
 

@@ -21,7 +21,7 @@ class PeakMemory:
             _CLEAR.write_text("5")  # resets the high-water mark of the resident set (proc(5))
             self.source = "peak resident set of the process"
         except OSError:  # not Linux, or not allowed: the mark of the whole process stays
-            self.source = "peak resident set of the process since it began"
+            self.source = "peak resident set of the process since its start"
 
     def gb(self) -> float:
         """The peak so far."""

@@ -127,4 +127,4 @@ def _tell(observers: Sequence[RunObserver], event: str, *arguments: Any) -> None
 
 def _warn(observer: RunObserver, error: Exception) -> None:
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    logger.warning("%s: %s; the run goes on without it", type(observer).__name__, reason)
+    logger.warning("%s: %s; the run continues without it", type(observer).__name__, reason)

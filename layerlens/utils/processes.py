@@ -150,7 +150,7 @@ class Processes:
             self._beats[rank] = (count, now if count != before else since)
             if rank != self.rank and now - since > self.timeout_s and count == before:
                 raise ProcessLostError(
-                    f"process {rank} has given no sign of life for {self.timeout_s:g} s (distributed.timeout_s); it "
+                    f"process {rank} has sent no heartbeat for {self.timeout_s:g} s (distributed.timeout_s); it "
                     "was killed or its machine is lost"
                 )
 
@@ -257,7 +257,7 @@ def joined(backend: str, device: str, timeout_s: float) -> Iterator[Processes]:
 
     if dist.is_available() and dist.is_initialized():
         raise ConfigurationError(
-            "torch.distributed is in use in this process already; call this before init_process_group, or after "
+            "torch.distributed is already in use in this process; call this before init_process_group, or after "
             "destroy_process_group"
         )
     wanted = ("nccl" if device == "cuda" else "gloo") if backend == "auto" else backend

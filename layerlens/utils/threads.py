@@ -35,7 +35,7 @@ def resolve_threads(n: int, processes: int = 1) -> int:
     cores = available_cores()
     if n > MAX_THREADS_PER_CORE * cores:
         raise ConfigurationError(
-            f"runtime.threads: {n} threads on {cores} core{'s' if cores > 1 else ''} would only wait for each other; "
+            f"runtime.threads: {n} threads on {cores} core{'s' if cores > 1 else ''} would only slow each other down; "
             f"use at most {MAX_THREADS_PER_CORE * cores}, or 0 for one on each core"
         )
     return n or max(1, cores // processes)

@@ -50,8 +50,8 @@ def validate_model_spec(spec: ModelSpec) -> None:
             raise ModelSpecError(f"layers[{index}].name must be text, got {layer.name!r}")
         if layer.name in seen:
             raise ModelSpecError(
-                f"layer {layer.name!r} is there twice (layers[{seen[layer.name]}] and layers[{index}]); "
-                "names must be unique"
+                f"layer {layer.name!r} appears twice (layers[{seen[layer.name]}] and layers[{index}]); names must be "
+                "unique"
             )
         seen[layer.name] = index
         _validate_layer(layer)

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer  # noqa: E402
 if TYPE_CHECKING:
     import torch
 
-NOTE = "turning text into token numbers and back; there is no transport"
+NOTE = "tokenising and detokenising; there is no transport"
 
 
 class TokenClock(BaseStreamer):

@@ -51,7 +51,7 @@ class EventParser:
 
 
 _CUT = 120
-BOUNDS = "the server reports no times: at least connecting and sending, at most everything but waiting for tokens"
+BOUNDS = "the server reports no times: between connecting and sending, and everything except waiting for tokens"
 
 
 class GarbageError(Exception):
@@ -98,7 +98,7 @@ class Answer:
             raise ServerError(error_words(chunk))
         choices = chunk.get("choices")
         if not isinstance(choices, list):
-            raise GarbageError(f"an event is no chunk of a chat completion: {shortened(data)}")
+            raise GarbageError(f"an event is not a chunk of a chat completion: {shortened(data)}")
         for choice in choices[:1]:
             self._choice(choice, now, data)
         self._figures(chunk)
@@ -118,13 +118,13 @@ class Answer:
             self.pieces.append(str(choice["message"]["content"] or ""))
             self.finish_reason = choice.get("finish_reason")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise GarbageError(f"the answer is no chat completion: {shortened(body)}") from error
+            raise GarbageError(f"the answer is not a chat completion: {shortened(body)}") from error
         self.done = True
         self._figures(answer)
 
     def _choice(self, choice: Any, now: float, data: str) -> None:
         if not isinstance(choice, Mapping):
-            raise GarbageError(f"an event is no chunk of a chat completion: {shortened(data)}")
+            raise GarbageError(f"an event is not a chunk of a chat completion: {shortened(data)}")
         delta = choice.get("delta") or {}
         content = delta.get("content") if isinstance(delta, Mapping) else None
         thought = (delta.get("reasoning_content") or delta.get("reasoning")) if isinstance(delta, Mapping) else None

@@ -203,7 +203,7 @@ class ServerModel:
             if size > MOST_BYTES:
                 raise GarbageError(f"more than {MOST_BYTES >> 20} MiB")
             if time.perf_counter() - begun > self.timeout_s:
-                raise _Attempt(f"no whole answer within {self.timeout_s:g} s{_after(answer)}", again=True)
+                raise _Attempt(f"no complete answer within {self.timeout_s:g} s{_after(answer)}", again=True)
             if not streamed:
                 whole += piece
                 continue
@@ -242,7 +242,7 @@ class ServerModel:
         words = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             shown = self.describe()["base_url"]
-            return _Attempt(f"nobody answers at {shown} ({words})", again=True, unreachable=True)
+            return _Attempt(f"no answer at {shown} ({words})", again=True, unreachable=True)
         if isinstance(error, httpx.TimeoutException):
             return _Attempt(f"no answer within {self.timeout_s:g} s{_after(answer)}", again=True)
         if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError) and answer.tokens.times:
@@ -270,7 +270,7 @@ class ServerModel:
 def _base(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigurationError(f"llm: {url!r} is not the URL of a server; it looks like http://localhost:8000/v1")
+        raise ConfigurationError(f"llm: {url!r} is not the URL of a server; use one such as http://localhost:8000/v1")
     return urlunsplit(parts._replace(path=parts.path.rstrip("/") or "/v1"))
 
 

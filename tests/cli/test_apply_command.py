@@ -59,7 +59,7 @@ def test_lora_alone_needs_no_layerlens_once_it_is_exported(tmp_path: Path) -> No
 def test_a_model_that_the_manifest_does_not_name(tmp_path: Path) -> None:
     code = python_snippet(Manifest(**{**vars(few()), "model": ModelFacts()}), tmp_path / "m.json", None)
     ast.parse(code)
-    assert "base = ...  # your model: the one that was measured" in code
+    assert "base = ...  # the measured model" in code
 
 
 def test_output_writes_the_adapter(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

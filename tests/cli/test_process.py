@@ -193,7 +193,7 @@ def test_who_starts_it_with_a_signal_ignored_is_heard() -> None:
 @pytest.mark.parametrize(
     ("to", "code", "words"),
     [
-        ("| head -c 0", 2, "its reader has closed it"),
+        ("| head -c 0", 2, "its reader closed it"),
         ("> /dev/full", 2, "No space left on device"),
         (">&-", 2, "it is closed"),
     ],
@@ -203,7 +203,7 @@ def test_a_document_that_cannot_be_shown_is_one_line(tmp_path: Path, to: str, co
     shell = f"set -o pipefail; {{ sleep 0.5; {command}; }} {to}"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert done.returncode == code
-    assert done.stderr == f"error: cannot write to standard output: {words}; files that were written stay\n"
+    assert done.stderr == f"error: cannot write to standard output: {words}; the files that were written stay\n"
 
 
 def test_a_text_whose_reader_has_gone_is_silent_and_stderr_may_be_full() -> None:

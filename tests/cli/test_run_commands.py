@@ -27,7 +27,7 @@ def test_run_shows_what_was_chosen_and_what_to_type_next(
         "within 0.03 % of the optimum (proved)",
         "exactly 0",
         "  out/manifest.json  ",
-        "1.8 s (profile 1.2, solve 0.5); statistics taken from the cache\n",
+        "1.8 s (profile 1.2, solve 0.5); statistics from the cache\n",
         "Next:\n",
         "layerlens open out\n",
         "layerlens train out/manifest.json\n",

@@ -126,7 +126,7 @@ def test_another_model_is_said_first_and_by_name(invoke: Invoke) -> None:
     assert "task: sequence-classification → causal-lm" in lines
     assert "They have no layer in common. 42 are only in a. 48 are only in b." in lines
     assert any(line.split() == ["model.layers.1.self_attn.v_proj", "–", "LoRA", "8"] for line in lines)
-    assert lines[-1].startswith("Scores are not comparable")
+    assert lines[-1].startswith("The scores are not comparable")
 
 
 def test_settings_and_data_that_differ() -> None:

@@ -165,7 +165,7 @@ def test_what_the_proxies_showed() -> None:
     assert "Spearman of 0.70 (95 %: 0.40 to 0.90)." in text
     assert tables.calibration(Predicted(1.0, calibrated=False)) is None
     alike = replace(CALIBRATED, calibration=replace(SUMMARY, spearman=None, spearman_interval=None))
-    assert "too alike to say" in " ".join(drawn(tables.calibration(alike) or "").split())
+    assert "too similar to say" in " ".join(drawn(tables.calibration(alike) or "").split())
     checks = {
         "loss_drop": {"predicted": 0.0123, "measured": 0.011, "relative_error": 0.12, "standard_error": 0.002},
         "loss_drop_over_uniform": {"measured": 0.003, "standard_error": 0.001},

@@ -49,7 +49,7 @@ def test_json_that_python_does_not_read_is_a_row_left_out_or_a_refusal(tmp_path:
     assert len(found.texts) == 6
     assert list(found.reading.left_out) == [7]
     array.write_text(f"[{json.dumps(ROWS)[1:-1]}, {odd}]")
-    with pytest.raises(DataError, match="is no JSON array"):
+    with pytest.raises(DataError, match="is not a JSON array"):
         load(array)
     whole.write_text(odd)
     with pytest.raises(DataError, match=r"data\.source: .*c\.json"):
@@ -120,5 +120,5 @@ def test_what_is_no_index_of_shards_is_refused_by_its_name(tmp_path: Path, index
 )  # fmt: skip
 def test_what_is_no_table_of_tensors_is_refused(tmp_path: Path, header: str):
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(8))
-    with pytest.raises(ModelNotFoundError, match="its header is no table of tensors"):
+    with pytest.raises(ModelNotFoundError, match="its header is not a table of tensors"):
         checkpoint_tensors(tmp_path)

@@ -61,11 +61,11 @@ def test_labels(tmp_path: Path, text: str, kinds: tuple[int, ...], boxes):
         ("7 0.5 0.5 0.1 0.1\n", "a class that is not below 2"),
         ("0.5 0.5 0.5 0.1 0.1\n", "a class that is not below 2"),
         ("-1 0.5 0.5 0.1 0.1\n", "a class that is not below 2"),
-        ("0 5 0.5 0.1 0.1\n", "a box that is not in shares of the image"),
+        ("0 5 0.5 0.1 0.1\n", "a box outside the range 0 to 1"),
         ("0 0.5 0.5 -0.005 0.1\n", "a box of negative size"),
-        ("cat 0.5 0.5 0.1 0.1\n", "labels that are no numbers"),
-        ("nan 0.5 0.5 0.1 0.1\n", "labels that are no numbers"),
-        ("0 inf 0.5 0.1 0.1\n", "labels that are no numbers"),
+        ("cat 0.5 0.5 0.1 0.1\n", "labels that are not numbers"),
+        ("nan 0.5 0.5 0.1 0.1\n", "labels that are not numbers"),
+        ("0 inf 0.5 0.1 0.1\n", "labels that are not numbers"),
     ],
 )
 def test_an_image_with_odd_labels_is_left_out(tmp_path: Path, text: str, reason: str):
@@ -133,7 +133,7 @@ def test_places(tmp_path: Path, described: str, expected: list[str]):
         ("train: nowhere\nnames: [cat]\n", "no folder of images at"),
         ("train: empty.txt\nnames: [cat]\n", "no images in empty.txt"),
         ("- 1\n", "train must name a folder"),
-        (": [", "is no YOLO data set"),
+        (": [", "is not a YOLO data set"),
     ],
 )
 def test_descriptions_that_are_none(tmp_path: Path, described: str, message: str):

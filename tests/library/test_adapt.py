@@ -175,8 +175,8 @@ def with_model_init(folder):
 @pytest.mark.parametrize(
     ("make", "settings", "says"),
     [
-        (trained, {}, "has an optimizer already.*before train"),
-        (with_optimizer, {}, "has an optimizer already.*optim="),
+        (trained, {}, "already has an optimizer.*before train"),
+        (with_optimizer, {}, "already has an optimizer.*optim="),
         (with_model_init, {}, "new model in train.*model_init"),
         (lambda folder: dpo(folder, "saved", sync_ref_model=True), {}, "sync_ref_model"),
         (
@@ -185,7 +185,7 @@ def with_model_init(folder):
             "PEFT adapter already",
         ),
         (lambda folder: causal_model(), {}, "must be a transformers.Trainer.*LlamaForCausalLM"),
-        (classifier, {"methods": ["lora", "prefix"]}, "LoRA alone.*plan.apply"),
+        (classifier, {"methods": ["lora", "prefix"]}, "only LoRA.*plan.apply"),
         (classifier, {"max_trainable_params": None}, "budget"),
     ],
 )

@@ -138,7 +138,7 @@ def test_the_models_own_loss_is_taken_where_it_is_no_known_one(bert: torch.nn.Mo
     assert any("of each sample, as sequence-classification has it" in note for note in several.notes)
     bert.config.problem_type = "regression"  # squared error of numbers that may be classes
     found = layerlens.profile(bert, batches)
-    assert any("the model's own, of whole batches" in note for note in found.notes)
+    assert any("the model's own, for whole batches" in note for note in found.notes)
     with pytest.raises(ConfigurationError, match="fisher need the loss of each sample"):
         layerlens.profile(bert, batches, statistics=["fisher"])
 

@@ -116,7 +116,7 @@ def test_a_model_by_name_is_a_run_without_files(tiny_bert_dir: Path, reviews_jso
     plan = layerlens.plan(str(tiny_bert_dir), str(reviews_jsonl), task="sequence-classification", threads=1, **settings)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=2)
     assert plan.lora_config(model).r == max(plan.ranks.values())
-    with pytest.raises(ManifestError, match="give it: model="):
+    with pytest.raises(ManifestError, match="pass it as model="):
         plan.lora_config()
 
 

@@ -156,5 +156,5 @@ def test_choose_takes_the_directory_of_an_earlier_plan(plan, tmp_path):
     assert layerlens.choose(tmp_path / "out", max_trainable_params=900).ranks == plan.ranks
     (tmp_path / "out/manifest.json").unlink()
     (tmp_path / "out/manifest.yaml").unlink()
-    with pytest.raises(ManifestError, match="nothing says what it was measured with"):
+    with pytest.raises(ManifestError, match="its model and settings are unknown"):
         layerlens.choose(tmp_path / "out", max_trainable_params=900)

@@ -95,7 +95,7 @@ def test_heads_layers_that_are_left_out_and_notes_follow():
     left_out = {f"conv.{k}": "it is depthwise" for k in range(9)} | {"odd": "it is odd"}
     text = plan_text(manifest(deep(1), head_modules=("classifier",), left_out=left_out), ["task: guessed"])
     assert text.splitlines()[-4:] == [
-        "- The task head (classifier) is trained too, and saved with the adapter.",
+        "- The task head (classifier) is trained too and saved with the adapter.",
         "- Left out: conv.0, conv.1, conv.2 and 6 more: it is depthwise.",
         "- Left out: odd: it is odd.",
         "- task: guessed",

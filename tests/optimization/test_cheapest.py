@@ -151,7 +151,7 @@ def test_nothing_to_save_where_every_layer_is_needed():
     _, _, _, saving = answer(even, costs, config_of(quality_margin=0.0), 0.5)
     assert not saving.saves
     assert saving.cost_share == pytest.approx(1.0)
-    assert "none is proved to need less than" in saving.reason
+    assert "no choice is proved to need less than" in saving.reason
 
 
 def test_what_cannot_be_compared_is_refused():
@@ -163,7 +163,7 @@ def test_what_cannot_be_compared_is_refused():
     unknown = dataclasses.replace(costs, source={name: "x" for name in SOURCE if name != "step_ms"})
     with pytest.raises(ConfigurationError, match=r"optimization\.minimise: the step time of this model is not"):
         uniform_reference(SPEC, utilities, unknown, config, 0.5)
-    with pytest.raises(InfeasibleError, match="none fits the budgets"):
+    with pytest.raises(InfeasibleError, match="no uniform LoRA fits the budgets"):
         uniform_reference(SPEC, utilities, costs, config_of(max_trainable_params=3), 0.5)
 
 

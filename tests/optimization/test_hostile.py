@@ -41,7 +41,7 @@ def test_costs_too_far_below_their_capacity_are_refused_by_name():
 
 def test_values_whose_sum_overflows_are_refused_by_name():
     problem = problem_of([2, 2], [0.0, 1e308, 0.0, 1e308], [[0.0, 1.0, 0.0, 2.0]], [2.0])
-    with pytest.raises(OptimizationError, match="their sum is no float64"):
+    with pytest.raises(OptimizationError, match="their sum exceeds float64"):
         solve(problem)
 
 

@@ -32,7 +32,7 @@ def test_too_few_parameters():
     message = refusal(max_trainable_params=10)
     assert message == (
         "optimization.max_trainable_params: 10 is too small for any option; "
-        "the smallest that would do is 16 (lora rank 1 on layer.0)"
+        "the smallest that works is 16 (lora rank 1 on layer.0)"
     )
     assert allowed(max_trainable_params=16)
     refusal(max_trainable_params=15)
@@ -42,7 +42,7 @@ def test_less_than_the_frozen_model_needs():
     message = refusal(max_trainable_params=1000, latency_target_ms=3.5)
     assert message == (
         "optimization.latency_target_ms: 3.5 is less than the frozen model alone needs (4); "
-        "the smallest that would do is 4.125 (lora rank 1 on layer.0)"
+        "the smallest that works is 4.125 (lora rank 1 on layer.0)"
     )
     assert allowed(max_trainable_params=1000, latency_target_ms=4.125)
 
@@ -72,7 +72,7 @@ def test_budgets_named_in_messages_suffice_in_float_arithmetic():
     problem = dataclasses.replace(problem, base=problem.base + 0.1, budget=problem.budget + 0.1)
     with pytest.raises(InfeasibleError) as caught:
         solve(problem)
-    named = float(re.search(r"would do is (\S+)", str(caught.value)).group(1))
+    named = float(re.search(r"works is (\S+)", str(caught.value)).group(1))
     assert named - 0.1 >= 0.2
     budget = np.array([named])
     assert solve(dataclasses.replace(problem, budget=budget, capacity=budget - problem.base)).value == 1.0
@@ -104,5 +104,5 @@ def test_the_given_budget_is_shown_as_given(given, shown):
 def test_the_smallest_budget_that_would_do_is_rounded_up_only_where_it_must(need, shown):
     with pytest.raises(InfeasibleError) as caught:
         solve(problem_of([2], [0.0, 1.0], [[0.0, need]], [need / 2]))
-    assert re.search(r"would do is (\S+)", str(caught.value)).group(1) == shown
+    assert re.search(r"works is (\S+)", str(caught.value)).group(1) == shown
     assert solve(problem_of([2], [0.0, 1.0], [[0.0, need]], [float(shown)])).value == 1.0

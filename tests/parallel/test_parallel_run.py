@@ -33,7 +33,7 @@ def test_a_process_that_stops_loses_no_finished_batch(start, settings, whole, tm
     settings["distributed"]["timeout_s"] = 2
     first, second = start(2, ranks.stopped_run, lambda rank: (settings, tmp_path, 3 if rank else None, how))
     if how == "killed":  # nobody could say why; a launcher such as torchrun would have told
-        assert "process 1 has given no sign of life" in first.error
+        assert "process 1 has sent no heartbeat" in first.error
     else:
         assert first.error.startswith("ProcessLostError: process 1 on ")
         assert first.error.endswith(f"stopped: {how}")

@@ -49,7 +49,7 @@ def test_a_model_on_two_processes_or_partly_on_disk_measures_as_the_whole(start,
         ({"model.device_map": {"": "tape"}}, "must be a GPU's number, cuda:NUMBER, cpu or disk, got 'tape'"),
         ({"model.device_map": SPREAD | {"classifier": "disk"}}, "puts the new task head classifier."),
         ({"distributed": {"backend": "nccl"}, "RANK": 1}, "backend: nccl needs runtime.device: cuda, got cpu"),
-        ({"distributed": {"sharding": "fsdp"}, "model.device_map": "auto", "RANK": 1}, "cannot be joined with"),
+        ({"distributed": {"sharding": "fsdp"}, "model.device_map": "auto", "RANK": 1}, "cannot be combined with"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_spread_is_refused_in_a_line(start, settings, tmp_path, changes, message):

@@ -96,7 +96,7 @@ def test_code_that_cannot_be_read_is_measured_anew_and_said(folder: Path):
     for _ in range(2):
         result = run(folder)
         assert not result.statistics_from_cache
-        assert any("cache: nothing is taken" in line and "HANDLE" in line for line in result.warnings)
+        assert any("cache: not used" in line and "HANDLE" in line for line in result.warnings)
     assert not list((folder / "cache" / "blobs").iterdir())
 
 

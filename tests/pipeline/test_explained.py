@@ -130,7 +130,7 @@ def test_a_layer_that_is_not_there(parts, name, message):
 
 def test_statistics_of_something_else(parts):
     manifest, spec, statistics = parts
-    with pytest.raises(ActivationCacheError, match="the statistics that it was chosen by"):
+    with pytest.raises(ActivationCacheError, match="the statistics that the choice is based on"):
         solution_of(manifest, dataclasses.replace(spec, fingerprint="0" * 64), statistics)
     identity = statistics.provenance["identity"]
     elsewhere = {"identity": {**identity, "data": {**identity["data"], "source": "other.jsonl"}}}
@@ -200,6 +200,6 @@ def test_the_sentence_says_because_only_where_the_budget_is_the_reason():
     assert why_no_deeper(manifest(0.0, *half, room=1.0), deeper) == (
         f"{said}, and does not fit into the budgets beside the other layers."
     )
-    assert "no option there is worth its own costs" in why_no_deeper(manifest(0.5, *whole), [near])
+    assert "no option there is worth its cost" in why_no_deeper(manifest(0.5, *whole), [near])
     assert why_no_deeper(manifest(0.5, *whole), []) == ""
     assert why_no_deeper(manifest(0.5, row("a.0.q", "none")), [near]) == ""

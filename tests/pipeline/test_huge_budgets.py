@@ -26,7 +26,7 @@ def test_a_budget_of_1e308(field: str, settings: dict[str, Any], saved_statistic
         app, ["optimize", str(saved_statistics), *arguments, "--set", f"optimization.{field}=5e-324"]
     )
     assert small.exit_code == 3
-    assert "the smallest that would do is" in small.stderr
+    assert "the smallest that works is" in small.stderr
 
 
 @pytest.mark.parametrize("resource", ["trainable_params", "vram_gb"])

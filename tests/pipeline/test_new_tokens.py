@@ -132,7 +132,7 @@ def test_without_the_key_it_is_refused_or_said(folder: Path):
     run = called("run", "c.yaml", "-o", "out")
     said = " ".join(run.output.split())
     assert run.exit_code == 0
-    assert f"the tokenizer has {old + 2} tokens and the model embeddings for {old}" in said
+    assert f"the tokenizer has {old + 2} tokens, and the model has embeddings for {old}" in said
 
 
 def test_a_padded_vocabulary_needs_nothing_and_says_nothing(folder: Path):
@@ -177,7 +177,7 @@ def test_in_memory(folder: Path):
     }
     with pytest.raises(ConfigurationError, match=r"of a model in memory, call resize_token_embeddings"):
         layerlens.plan(model, rows, **settings)
-    with pytest.raises(ConfigurationError, match=r"the model is yours and stays as it is; call"):
+    with pytest.raises(ConfigurationError, match=r"LayerLens does not change your model; call"):
         layerlens.plan(model, rows, resize_token_embeddings=True, **settings)
     model.resize_token_embeddings(len(tokenizer))
     plain = layerlens.plan(model, rows, **settings)

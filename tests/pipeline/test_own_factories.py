@@ -110,7 +110,7 @@ def test_a_transform_of_one_image_a_tuple_and_complex_weights(folder: Path):
     [
         (
             "scripted",
-            r"returns a ScriptModule of torch\.jit \(the model itself\), .* return the module that it was made",
+            r"returns a torch\.jit ScriptModule \(the model itself\), .* return the module that it was made",
         ),
         ("lazy", r"returns layers without weights \(lazy: 2\.weight, 2\.bias\); call the model once"),
         ("unnamed", r"forward of Unnamed names no argument \(\*args\); name the one"),

@@ -194,7 +194,7 @@ def test_sequences_with_targets_of_their_own_lengths_are_joined_by_the_users_fun
     ("one", "other", "said"),
     [
         ({"x": torch.zeros(3, 6), "labels": 0}, {"x": torch.zeros(4, 6), "labels": 0}, r"'x' of the shapes \[3, 6\]"),
-        ({"x": torch.zeros(3), "labels": [1]}, {"x": torch.zeros(3), "labels": [1, 2]}, r"targets .* put together"),
+        ({"x": torch.zeros(3), "labels": [1]}, {"x": torch.zeros(3), "labels": [1, 2]}, r"targets .* combined"),
     ],
 )
 def test_samples_of_several_shapes_are_refused_with_the_key_to_set(one: Any, other: Any, said: str):

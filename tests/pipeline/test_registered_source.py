@@ -96,7 +96,7 @@ def test_the_server_allows_what_its_trust_says(
     mine["data"]["source"] = "reviews.jsonl"
     config, name = RunConfig.model_validate(mine), mine["model"]["name_or_path"]
     package = Shelf.__module__.partition(".")[0]  # what holds of a source that says nothing
-    with pytest.raises(ConfigurationError, match=rf"does not import '{name}'; its operator may --allow-package"):
+    with pytest.raises(ConfigurationError, match=rf"does not import '{name}'; its operator can pass --allow-package"):
         confine(config, ServiceSettings(tmp_path, (tmp_path,), allow_hub=True, allow_pickles=True))
     allowing = ServiceSettings(tmp_path, (tmp_path,), allow_packages=(package,))
     assert confine(config, allowing).model.name_or_path == name

@@ -162,7 +162,7 @@ def test_a_loss_of_ones_own_is_trained_and_judged(own: tuple[Path, str]):
     assert facts["after"]["loss"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-5)
     checkpointed = train(config, "-o", str(config.parent / "t"), "--set", "training.gradient_checkpointing=true")
     assert checkpointed.exit_code == 2
-    assert "training.gradient_checkpointing: a PeftModel cannot (transformers' models can)" in checkpointed.stderr
+    assert "gradient_checkpointing: a PeftModel does not support it (transformers' models do)" in checkpointed.stderr
 
 
 @pytest.mark.parametrize("baseline", ["gora", "uniform-lora", "eva"])

@@ -248,7 +248,7 @@ def test_every_weight_equals_one_backward_per_sample(case: Case):
     statistics = profile(model, spec_of(model), pieces(batch, 1, 3, 1), case.loss)
     assert_equal(statistics, gradients, RELATIVE)
     assert len(weight_statistics(statistics)) >= 3
-    assert not any("not asked for" in reason for reason in statistics.left_out.values()), statistics.left_out
+    assert not any("not requested" in reason for reason in statistics.left_out.values()), statistics.left_out
 
 
 REAL_SIZES = {

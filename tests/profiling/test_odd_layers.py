@@ -147,7 +147,7 @@ def odd_batch() -> Batch:
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        (mixed, "which is of which sample is not known"),
+        (mixed, "cannot be traced to samples"),
         (weight_alone, "no gradient reaches it"),
         (called_and_dropped, "no gradient reaches it"),
         (changed_after, "changed in place after it was read"),

@@ -53,7 +53,7 @@ def test_a_kernel_without_a_right_gradient_is_said(kernel: str, right: bool) -> 
     assert passes_gradient(model[0]) is right
     notes = notes_on(model, {"quant_method": "mine"})
     assert bool(notes) is not right
-    assert right or "Packed (1 layers, 0 ...) does not pass gradients on" in notes[0]
+    assert right or "Packed (1 layers, 0 ...) does not pass on correct gradients" in notes[0]
 
 
 def test_the_dtype_that_a_layer_takes_is_said() -> None:
@@ -107,5 +107,5 @@ def test_dora_on_eight_bits_is_left_out_by_name(tmp_path: Path) -> None:
         model = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **told)
         spec = model_spec(PretrainedModel(model, None, "", ()), "test", methods=("lora", "dora"))
         said = spec.left_out.get("model.layers.0.self_attn.q_proj (DoRA)", "")
-        assert ("loses the scales of bitsandbytes' 8 bits" in said) is refused
+        assert ("loses the scales of bitsandbytes' 8-bit weights" in said) is refused
         assert all(("dora" in layer.methods) is not refused for layer in spec.layers if layer.layer_type == "linear")

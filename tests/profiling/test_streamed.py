@@ -110,7 +110,7 @@ def damage(directory: Path, how: str) -> str:
         index["weight_map"][name] = next(x for x in index["weight_map"].values() if x != shard)
         (directory / INDEX).write_text(json.dumps(index))
         return name
-    if how == "no index":
+    if how == "not an index":
         (directory / INDEX).write_text("[]")
         return INDEX
     if how == "no shard":
@@ -128,7 +128,7 @@ def damage(directory: Path, how: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "how", ["tensor not in its shard", "no index", "no shard", "header length", "header text", "cut short"]
+    "how", ["tensor not in its shard", "not an index", "no shard", "header length", "header text", "cut short"]
 )
 def test_a_damaged_checkpoint_is_refused_by_file(tmp_path: Path, how: str):
     saved = save("llama-causal-gqa", tmp_path)

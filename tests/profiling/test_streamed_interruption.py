@@ -113,7 +113,7 @@ def test_the_cache_lists_an_unfinished_stream_and_removes_it_unless_it_is_runnin
         @contextmanager
         def stage(self, description: str, total: int | None = None) -> Iterator[Any]:
             if description == "Running blocks":
-                with pytest.raises(ActivationCacheError, match="is running"):
+                with pytest.raises(ActivationCacheError, match="running profile"):
                     cache.remove([entry.key for entry in cache.entries()])
             with super().stage(description, total) as advance:
                 yield advance

@@ -47,11 +47,11 @@ def test_models_and_data_stay_below_the_roots(server: Serving, place: str):
         ("output", {"directory": "/tmp/x"}, "writes to its own folder"),
         ("output", {"directory": "s3://bucket/x"}, "not below a URL"),
         ("runtime", {"cache_dir": "/tmp/x"}, "has its own cache"),
-        ("model", {"device_map": "auto", "offload_folder": "/tmp/x"}, "decides where models lie"),
+        ("model", {"device_map": "auto", "offload_folder": "/tmp/x"}, "places models"),
         ("model", {"trust_remote_code": True}, "model.trust_remote_code: this server runs no code of models"),
         ("distributed", {"sharding": "fsdp"}, "is one process"),
-        ("telemetry", {"push_gateway": "http://169.254.169.254"}, "the operator of the server decides"),
-        ("tracking", {"trackers": ["mlflow"], "uri": "http://evil.example"}, "the operator of the server decides"),
+        ("telemetry", {"push_gateway": "http://169.254.169.254"}, "the operator of the server sets"),
+        ("tracking", {"trackers": ["mlflow"], "uri": "http://evil.example"}, "the operator of the server sets"),
     ],
 )
 def test_what_only_the_operator_may_allow(server: Serving, section: str, fields: dict[str, Any], said: str):

@@ -144,7 +144,7 @@ def test_archives_without_pickles_and_text_are_none(tmp_path: Path):
 
 def test_what_is_no_file_is_refused_before_anybody_waits_for_it(root: Path):
     os.mkfifo(root / "model/model.safetensors")
-    with pytest.raises(ConfigurationError, match=r"model\.safetensors in 'model' is no regular file"):
+    with pytest.raises(ConfigurationError, match=r"model\.safetensors in 'model' is not a regular file"):
         confined(root)
 
 

@@ -72,7 +72,7 @@ TURNS = [{"from": "system", "value": "brief"}, {"from": "human", "value": "in?"}
 TURNS += [{"from": "human", "value": "an end?"}, {"from": "gpt", "value": "no"}]
 
 
-@pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["marked", "found turn by turn"])
+@pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["marked", "turn by turn"])
 def test_what_the_assistant_says_is_learnt_and_nothing_else(tmp_path, template):
     found, written_by = encoded(read(tmp_path, [{"conversations": TURNS, "source": "web"}] * 2), template)
     text, learnt = read_and_learnt(written_by, found[0])
@@ -124,11 +124,10 @@ def test_long_texts_become_several_samples_that_hold_every_token(tmp_path):
     assert len(pieces) == -(-len(whole) // 32)
     assert written_by.decode(short) == "<s>the end</s>"
     assert found.notes == [
-        f"data: 1 of 2 rows are longer than data.max_length (32 tokens); they are cut: {len(found)} samples "
-        "have all of it"
+        f"data: 1 of 2 rows are longer than data.max_length (32 tokens); they are split into {len(found)} samples"
     ]
     assert len(found.spread(3)) == 3
-    assert found.spread(3).notes[-1] == f"data: 3 of {len(found)} samples are taken, spread evenly"
+    assert found.spread(3).notes[-1] == f"data: 3 of {len(found)} samples are used, spread evenly"
 
 
 @pytest.mark.parametrize(
@@ -136,8 +135,8 @@ def test_long_texts_become_several_samples_that_hold_every_token(tmp_path):
     [
         ({"messages": []}, "no turns in column 'messages'"),
         ({"messages": None}, "no turns in column 'messages'"),
-        ({"messages": [{"role": "system", "content": "x"}]}, r"no turn of the assistant .* \(only system\)"),
-        ({"messages": [{"role": "user", "content": "x"}]}, r"no turn of the assistant .* \(only user\)"),
+        ({"messages": [{"role": "system", "content": "x"}]}, r"no assistant turn .* \(only system\)"),
+        ({"messages": [{"role": "user", "content": "x"}]}, r"no assistant turn .* \(only user\)"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "has the role 'narrator', not one of system"),
         ({"messages": [{"role": "assistant", "content": None}]}, "has no content"),
         ({"messages": ["hello"]}, "a turn in column 'messages' is no mapping"),

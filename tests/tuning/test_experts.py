@@ -160,6 +160,6 @@ def test_baselines_and_studies_say_that_they_leave_experts_alone() -> None:
     base = fresh("mixtral")
     spec, _ = everywhere(base)
     request = BaselineRequest(base, spec, ModelFacts(task="causal-lm"), budget=10_000)
-    with pytest.warns(UserWarning, match=r"baseline: 4 stacked experts or embeddings .* are left as they are"):
+    with pytest.warns(UserWarning, match=r"baseline: 4 stacked experts or embeddings .* stay unchanged"):
         layers = layers_with(request, "lora")
     assert not any(layer.layer_type == "experts" for layer in layers)

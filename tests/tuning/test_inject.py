@@ -207,7 +207,7 @@ def test_refusals_name_the_trouble_and_leave_the_model_as_it_was(tiny, manifest_
         (change_row(good, down, cost=99), f"{down}: adapter 3 .* the manifest says 99"),
         (change_row(good, block, cost=99), f"{block}: prefix 2 .*4 heads.* the manifest says 99"),
         (change_row(good, query, layer="bert.encoder.layer.0"), "this is a BertLayer"),
-        (change_row(good, down, method="prefix"), "does not go through|attention block"),
+        (change_row(good, down, method="prefix"), "does not use|attention block"),
         (change_row(good, block, method="adapter"), "an adapter follows a Linear"),
         (change_row(good, query, layer="classifier"), "classifier: is in the task head"),
         (lambda: dataclasses.replace(good, lora=LoraSettings(2.0, initialization="pissa")), "lora.initialization"),
@@ -302,7 +302,7 @@ def test_deberta_takes_no_prefix(manifest_of):
     model = DebertaV2ForSequenceClassification(config)
     name = "deberta.encoder.layer.0.attention.self"
     spec = ModelSpec("tiny-deberta", 0, [LayerSpec(name, 16, num_heads=2)])
-    with pytest.raises(ManifestError, match=r"DisentangledSelfAttention does not go through .* AttentionInterface"):
+    with pytest.raises(ManifestError, match=r"DisentangledSelfAttention does not use .* AttentionInterface"):
         apply(model, manifest_of(spec, {name: ("prefix", 2)}))
 
 

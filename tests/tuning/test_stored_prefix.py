@@ -219,7 +219,7 @@ def test_what_flows_past_the_blocks_is_found(tiny, tmp_path):
     with StoredPrefix(model, tmp_path, tell=told.append) as prefix:
         losses = [model(**batch).loss for _ in range(3)]
     assert torch.equal(losses[0], losses[2])
-    assert "something goes past the blocks" in prefix.reason
+    assert "something bypasses the blocks" in prefix.reason
     assert any("nothing is stored" in line for line in told)
 
 

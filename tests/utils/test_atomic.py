@@ -295,7 +295,7 @@ def test_where_a_swap_that_was_cut_short_cannot_be_undone_it_is_said(old_run: Pa
     assert killed_run(old_run, 5, whole=False) == -signal.SIGKILL
     (work,) = (path for path in old_run.iterdir() if path.name.startswith(".out.new-"))
     shutil.rmtree(work / "old")
-    with pytest.raises(OutputError, match=r"killed while it moved its files in.*cannot be put in order: No such file"):
+    with pytest.raises(OutputError, match="left old and new files mixed, and they cannot be restored: No such file"):
         settle(old_run / "peft")
 
 

@@ -154,7 +154,7 @@ def test_a_server_that_is_down_loses_no_detection(config, plates: Path, tmp_path
     result = run_vision_language(config(plates, llm="http://127.0.0.1:9/v1", retries=0, warmup=0), tmp_path)
     assert len(result.failed) == 4
     assert all(item.latest("base").detections for item in result.items)
-    assert "nobody answers" in result.summary["failures"][0]["reason"]
+    assert "no answer at" in result.summary["failures"][0]["reason"]
 
 
 def _save_lora(model: torch.nn.Module, targets: list[str], folder: Path) -> None:

@@ -75,7 +75,7 @@ def _kernel(model: ModelSums) -> dict[str, Any]:
     elif model.parts:
         grams = np.sum(model.parts, axis=0)[None]
     else:
-        raise ProfilingError("ntk: the model has no layer that LoRA can be put on, so there is no kernel of them")
+        raise ProfilingError("ntk: the model has no layer that LoRA can adapt, so there is no kernel")
     order = torch.cat(list(model.index))[:count].argsort().numpy()
     known = [part for part in model.labels if part is not None]
     comparable = len(known) == len(model.labels)

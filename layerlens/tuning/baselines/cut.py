@@ -150,7 +150,10 @@ def adalora(request: BaselineRequest) -> Prepared:
         choice = {name: (LORA, len(a)) for name, (a, _) in factors.items()}
         return as_lora(request, trained, plan(request, choice, alpha_over_r=scale), factors)
 
-    note = f"starts with rank {start}, ends with {ranks} ranks on {len(layers)} layers; what it keeps is counted then"
+    note = (
+        f"starts with rank {start}, ends with {ranks} ranks on {len(layers)} layers; the kept parameters are "
+        "counted then"
+    )
     return Prepared(model, trained_params(model, request.facts), None, finish, (Allocator(),), note)
 
 

@@ -99,7 +99,7 @@ def quantity(
         return float((weight.to(gradient) * gradient).abs().mean())
     if name == "gradient_norm" and gradient is not None:
         return float(gradient.norm())
-    raise ValueError(f"{name} is not made of what was measured")
+    raise ValueError(f"{name} cannot be computed from the measured statistics")
 
 
 def weight_matrix(module: Any) -> torch.Tensor:

@@ -33,8 +33,8 @@ def layers_with(request: BaselineRequest, method: str, *, dense: bool = False) -
     layers = tuple(layer for layer in able if layer.layer_type not in NO_MATRIX)
     if others := [layer.name for layer in able if layer.layer_type in NO_MATRIX]:
         warnings.warn(
-            f"baseline: {len(others)} stacked experts or embeddings ({others[0]} ...) are left as they are; baselines "
-            "are published for layers that are one matrix each",
+            f"baseline: {len(others)} stacked experts or embeddings ({others[0]} ...) stay unchanged; baselines are "
+            "published for layers with one matrix each",
             stacklevel=2,
         )
     if method == LORA:  # ranks of grouped convolutions are multiples of their groups, which no rule here knows

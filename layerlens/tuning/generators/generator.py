@@ -199,5 +199,5 @@ def _check(name: str, generator: Any, layers: tuple[GeneratedLayer, ...]) -> Non
             )
         if not bool(a.isfinite().all()) or bool(b.any()):
             raise ManifestError(
-                f"lora.generator: {name!r} must begin with finite A and B = 0, and does not for {layer.name}"
+                f"lora.generator: {name!r} must begin with finite A and B = 0, but does not for {layer.name}"
             )
