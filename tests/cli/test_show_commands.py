@@ -143,7 +143,7 @@ def test_settings_and_data_that_differ() -> None:
     assert bool(found)
     page = found._repr_html_()
     assert page.startswith("<p>data: a.csv → b.csv</p>")
-    assert "All 48 layers that both have are chosen alike." in page
+    assert "All 48 common layers have the same option." in page
     escaped = Difference.of(made("<b>", 1), made("a", 1))._repr_html_()
     assert "<b>" not in escaped
     assert "&lt;b&gt;" in escaped

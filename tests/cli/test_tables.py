@@ -79,7 +79,7 @@ def test_two_stacks_and_layers_outside_of_blocks() -> None:
 def test_few_layers_are_listed_by_name() -> None:
     text = drawn(tables.chosen(few()))
     assert "model.layers.3.self_attn.v_proj  adapter    16" in text
-    assert "45 other layers stay as they are." in text
+    assert "45 other layers are unchanged." in text
 
 
 def test_nothing_adapted() -> None:

@@ -109,6 +109,6 @@ def test_all_blocks_checkpointed_need_less_memory_and_more_time_and_those_below_
 
 def test_an_unknown_block_is_refused_and_nothing_changes():
     model = MODELS["bert"][0]()
-    with pytest.raises(ManifestError, match=r"checkpointed: bert\.encoder\.layer\.7 is no block"):
+    with pytest.raises(ManifestError, match=r"checkpointed: bert\.encoder\.layer\.7 is not a block"):
         checkpoint_blocks(model, ["bert.encoder.layer.0", "bert.encoder.layer.7"])
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -133,9 +133,9 @@ def test_digits_are_built_in():
     assert dataset.labels == tuple(found.target)
     pixels = np.array(dataset.columns["image"][5].open("L"))
     np.testing.assert_array_equal(pixels, np.rint(found.images[5] * 255 / 16))
-    with pytest.raises(DataError, match="has images with classes, which sequence-classification cannot"):
+    with pytest.raises(DataError, match="has images with classes, which do not fit the task sequence-classification"):
         load_dataset(DataConfig(source="builtin:digits"))
-    with pytest.raises(DataError, match="has texts with classes, which image-classification cannot"):
+    with pytest.raises(DataError, match="has texts with classes, which do not fit the task image-classification"):
         load_dataset(DataConfig(source="builtin:stdlib-docstrings"), None, TASK)
 
 

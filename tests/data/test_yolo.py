@@ -148,7 +148,7 @@ def test_images_without_label_files(tmp_path: Path):
     (tmp_path / "labels/a.txt").unlink()
     dataset = read_yolo(path, PIXELS)
     assert dataset.labels == ((), (0,))
-    assert dataset.reading.notes == ("1 of 2 images have no label file, so no objects",)
+    assert dataset.reading.notes == ("1 of 2 images have no label file, and count as images without objects",)
     (tmp_path / "labels/b.txt").unlink()
     with pytest.raises(DataError, match=r"none of 2 images has a label file; .* stand in .*labels/a\.txt"):
         read_yolo(path, PIXELS)

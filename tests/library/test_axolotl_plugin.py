@@ -134,7 +134,7 @@ def test_its_key_is_declared_to_axolotl(plugin):
         ({"adapter": "llama-adapter"}, "adapter: must be lora or qlora"),
         ({"lora_model_dir": "before"}, "lora_model_dir"),
         ({"rl": "dpo"}, "rl: dpo.*plan: DIRECTORY"),
-        ({"layerlens": {"plan": "out", "max_vram_gb": 8}}, "max_vram_gb says nothing"),
+        ({"layerlens": {"plan": "out", "max_vram_gb": 8}}, "max_vram_gb has no effect"),
         ({"layerlens": {}}, "budget"),
     ],
 )

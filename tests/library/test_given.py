@@ -78,7 +78,7 @@ def test_keys_that_the_model_does_not_take_are_left_out_and_named(bert: torch.nn
         bert, [{**batch, "idx": torch.arange(4), "text": ["a", "b", "c", "d"]} for batch in bert_batches]
     )
     assert energies(found) == plain
-    assert any("does not take idx" in note for note in found.notes)
+    assert any("does not accept idx" in note for note in found.notes)
 
 
 def test_a_generator_says_what_it_has_lost(bert: torch.nn.Module, bert_batches: Batches):
@@ -264,7 +264,7 @@ def test_rows_without_a_tokenizer_and_batches_without_a_loss(bert: torch.nn.Modu
     rows = [{"text": f"text {n}", "label": n % 3} for n in range(30)]
     with pytest.raises(DataError, match="tokenizer: is needed"):
         layerlens.plan(bert, rows, max_trainable_params=500)
-    with pytest.raises(ConfigurationError, match="task: cannot be told from the class Sequential"):
+    with pytest.raises(ConfigurationError, match="task: cannot be inferred from the class Sequential"):
         layerlens.plan(network, rows, max_trainable_params=500)
     with pytest.raises(DataError, match="there is no loss"):
         layerlens.plan(network, [torch.randn(4, 3, 8, 8) for _ in range(3)], max_trainable_params=500)
@@ -297,8 +297,8 @@ def test_what_is_measured_by_samples_is_refused_by_name_for_a_loss_of_batches(
             {"lora_initialization": "gradient_svd"},
             "lora_initialization: 'gradient_svd' needs a loss of each",
         ),
-        ({"proxies": {"options": 4}}, "proxies: trains on samples.*the data came as batches"),
-        ({"proxy_check": {"steps": 2}}, "proxy_check: trains on samples.*the data came as batches"),
+        ({"proxies": {"options": 4}}, "proxies: needs samples.*the data came as batches"),
+        ({"proxy_check": {"steps": 2}}, "proxy_check: needs samples.*the data came as batches"),
         ({"utility_model": "signal"}, "fisher need the loss of each sample"),
     ):
         with pytest.raises(ConfigurationError, match=message):

@@ -52,7 +52,7 @@ def test_a_run_writes_the_cheapest_and_says_what_it_saves(run_once):
     assert read_manifest(run_once.files["manifest_json"]) == manifest
     assert read_manifest(run_once.files["manifest_yaml"]) == manifest
 
-    assert re.search(r"keep \d+ % of uniform LoRA's improvement, of which at least 50 % was asked for", worth(manifest))
+    assert re.search(r"keep \d+ % of uniform LoRA's improvement; at least 50 % was required", worth(manifest))
     assert re.search(r"\d+ % less time a step", worth(manifest))
     assert "no choice within the budgets that keeps 50 % of uniform LoRA's" in proof(manifest)
     console = Console(record=True, width=240)

@@ -65,7 +65,7 @@ def test_the_cheapest_within_the_margin_is_kept(run, monkeypatch):
     assert 0.9 <= saving.measured["kept_low"] < saving.measured["kept"] < saving.measured["kept_high"]
     assert {steps for steps, _ in trained} == {3}  # half of six, where two were asked for
     assert any("2 are fewer than half of the fine-tune's 6" in line for line in result.warnings)
-    assert any(f"{facts['chosen']} is written: it kept 9" in line for line in result.warnings)
+    assert any(f"{facts['chosen']} is written. It kept 9" in line for line in result.warnings)
     assert re.search(r"kept 9\d % of uniform LoRA's held-out loss drop when both were tr", worth(result.manifest))
     assert read_manifest(result.files["manifest_json"]) == result.manifest
 
@@ -85,7 +85,7 @@ def test_a_cheaper_one_outside_the_margin_is_not(run, monkeypatch):
     ("kept", "noise", "reason"),
     [
         (0.5, 0.01, "no cheaper choice is within the margin: the nearest, cheapest-"),
-        (0.92, 0.5, "all of that interval has to be at least 90%"),  # within by its mean, not by its interval
+        (0.92, 0.5, "the whole interval must be at least 90%"),  # within by its mean, not by its interval
     ],
 )
 def test_nothing_is_saved_where_none_is_within(run, monkeypatch, kept, noise, reason):

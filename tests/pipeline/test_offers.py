@@ -41,7 +41,7 @@ def test_what_is_not_offered_is_said():
         "LoRA: no rank on offer fits narrow",
     ]
     assert not list(sizes_not_offered(SPEC, {"lora": ()}))
-    assert METHODS["lora"].why_not_size(SPEC.layers[2], 6) == "rank 6 is no multiple of its 4 groups"
+    assert METHODS["lora"].why_not_size(SPEC.layers[2], 6) == "rank 6 is not a multiple of its 4 groups"
 
 
 @pytest.mark.parametrize("too_much", [False, True])

@@ -118,7 +118,7 @@ def test_a_fresh_head_of_a_factory_is_trained_saved_and_loaded_where_it_is_named
     settings["model"] = {"factory": f"{module}:build", "task": "image-classification"}
     settings["data"] = {"source": _images(tmp_path), "calibration_samples": 12, "batch_size": 6}
     said = note_of_fresh(load_pretrained(f"factory:{module}:build", "image-classification", "abc", base_dir=tmp_path))
-    assert "fc, look as they were drawn" in said
+    assert "fc, look freshly initialised" in said
     assert "model.head: [fc]" in said
 
     settings["model"]["head"] = ["f?"]
@@ -161,7 +161,7 @@ def test_a_fresh_head_of_a_factory_is_trained_saved_and_loaded_where_it_is_named
     [
         ("build", ["classifier"], r"model\.head: 'classifier' names no module of Small; it has features, fc"),
         ("build", ["features.2"], r"model\.head: 'features.2' names a module without parameters"),
-        ("clashing", ["fc"], r"by how their names end, so it would take c_fc for fc"),
+        ("clashing", ["fc"], r"by the ends of their names, so it would confuse c_fc with fc"),
     ],
 )
 def test_a_head_that_is_none_is_refused(own, tmp_path: Path, factory: str, head: list[str], said: str):

@@ -99,7 +99,7 @@ def test_uniform_is_kept_within_its_margin(checked_settings, tmp_path, monkeypat
     for advantage, expected in ((1.01, "uniform-lora"), (1.03, "choice")):
         result = run(checked_settings, tmp_path, use_cache=False)
         assert result.manifest.provenance.proxy_check["chosen"] == expected
-        assert any("2% of uniform LoRA's loss drop are asked for" in x for x in result.warnings) == (advantage < 1.02)
+        assert any("2% of uniform LoRA's loss drop are required" in x for x in result.warnings) == (advantage < 1.02)
 
 
 def test_other_utility_models_can_be_candidates(checked_settings, tmp_path, trained):

@@ -115,7 +115,7 @@ def test_when_too_many_wait_the_next_is_sent_away(own: Serving, monkeypatch: pyt
         except Exception as error:
             refusal = error
             break
-    assert "3 jobs are waiting already" in str(refusal)
+    assert "3 jobs are already waiting" in str(refusal)
     for job in jobs:
         client.cancel(job["id"])
 

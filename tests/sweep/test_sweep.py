@@ -164,7 +164,7 @@ def test_a_slurm_array_task_runs_its_own(folder, monkeypatch):
         ({"seeds": ["x"]}, "seeds.0: Input should be a valid integer"),
         ({"grid": {"seed": [1]}}, "'seed': must be a section and a key, such as data.calibration_samples"),
         ({"grid": {"output.directory": ["x"]}}, "every task has an output directory of its own"),
-        ({"seeds": [1, 1]}, "runtime.seed: 1 is there twice; give each value once"),
+        ({"seeds": [1, 1]}, "runtime.seed: 1 appears twice; give each value once"),
         ({"budgets": [{"max_params": 1}]}, "with optimization.max_params: 1: "),
         ({"seeds": [0], "base": "none.yaml"}, "no configuration file at "),
         ({"seeds": list(range(400)), "grid": {"data.batch_size": list(range(1, 400))}}, "the grid has 159,600 tasks"),

@@ -69,7 +69,7 @@ def test_a_folder_is_measured_trained_and_loaded_again(folder: Path, tmp_path: P
     for words in (
         "broken.wav", "is not a sound file that soundfile can read", ".m4a; convert it", "empty.wav is empty",
         "notes.txt", "clips are resampled to 16,000 Hz, from", "several channels, which are averaged",
-        "silence alone: high/silent.wav", "longer than data.max_seconds (0.6 s); the model sees their beginning",
+        "only silence: high/silent.wav", "longer than data.max_seconds (0.6 s); the model sees their beginning",
     ):  # fmt: skip
         assert words in said, said
     layers = [one.layer for one in done.manifest.allocations]

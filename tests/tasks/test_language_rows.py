@@ -232,7 +232,7 @@ def test_rows_of_no_shape_are_shown(tmp_path):
     ) as error:
         read(tmp_path, rows)
     assert len(str(error.value)) < 800
-    with pytest.raises(DataError, match=r"no preference pairs, its columns are text"):
+    with pytest.raises(DataError, match=r"no preference pairs; its columns are text"):
         read(tmp_path, [{"text": "a"}], "dpo")
 
 

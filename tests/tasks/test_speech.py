@@ -132,8 +132,8 @@ def test_the_loss_of_a_clip_is_that_of_transformers_for_it_alone(corpus: Path, t
     ("letters", "more", "said"),
     [
         (LETTERS.lower(), {}, "in small letters"),
-        (LETTERS, {"do_lower_case": True}, "letters that the vocabulary lacks become its unknown token: 'é' (1)"),
-        ("told!", {}, "letters that the vocabulary lacks become its unknown token: 'r'"),
+        (LETTERS, {"do_lower_case": True}, "letters that the vocabulary lacks become the unknown token: 'é' (1)"),
+        ("told!", {}, "letters that the vocabulary lacks become the unknown token: 'r'"),
     ],
 )
 def test_transcripts_follow_the_vocabulary(corpus: Path, tmp_path: Path, letters: str, more: Any, said: str):

@@ -275,7 +275,7 @@ def test_the_card_says_what_is_not_in_the_peft_directory(tiny, manifest_of, mixe
     base = tiny("bert")
     card = export_adapter(manifest_of(base.spec, mixed(base.spec)), base.model, tmp_path)["peft"] / "README.md"
     assert "LoRA on 2 modules, ranks 2, 4, 448 trainable parameters, alpha/r = 2" in card.read_text()
-    assert "2 prefixes and 1 adapter as well" in card.read_text()
+    assert "also has 2 prefixes and 1 adapter" in card.read_text()
 
 
 def test_the_card_counts_one_as_one(tiny, manifest_of, tmp_path):
@@ -283,4 +283,4 @@ def test_the_card_counts_one_as_one(tiny, manifest_of, tmp_path):
     choice = {"bert.encoder.layer.0.output.dense": ("lora", 2), "bert.encoder.layer.1.attention.self": ("prefix", 2)}
     card = export_adapter(manifest_of(base.spec, choice), base.model, tmp_path)["peft"] / "README.md"
     assert "LoRA on 1 module, rank 2, 160 trainable parameters" in card.read_text()
-    assert "The manifest has 1 prefix as well" in card.read_text()
+    assert "The manifest also has 1 prefix" in card.read_text()

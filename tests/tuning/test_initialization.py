@@ -156,7 +156,7 @@ def test_rslora_scales_by_the_root_of_the_rank():
 def test_refusals_say_what_is_missing(tmp_path):
     base = shape("bert")
     manifest = lora_only(base, "pca")
-    with pytest.raises(ManifestError, match=r"lora.initialization: 'pca' begins from what was measured"):
+    with pytest.raises(ManifestError, match=r"lora.initialization: 'pca' needs factors measured"):
         apply(base.model, manifest)
     with pytest.raises(ManifestError, match="no initial factor given"):
         apply(base.model, manifest, factors={})

@@ -161,7 +161,7 @@ def test_ranks_are_padded_to_those_that_a_server_can_be_told_of(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"modules_to_save": ["lm_head"]}, "modules that are trained whole, lm_head"),
+        ({"modules_to_save": ["lm_head"]}, "fully trained modules, lm_head"),
         ({"use_dora": True}, "DoRA"),
         ({"bias": "lora_only"}, "bias: lora_only"),
     ],

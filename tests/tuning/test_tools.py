@@ -189,7 +189,7 @@ def test_other_refusals(plan: Any, tmp_path: Path):
     facts = dataclasses.replace(manifest.model, task="sequence-classification")
     classifier = dataclasses.replace(manifest, model=facts)
     for tool in ("trl", "axolotl", "llama-factory"):
-        with pytest.raises(ManifestError, match="trains causal-lm, and the manifest is for sequence-classification"):
+        with pytest.raises(ManifestError, match="trains causal-lm, but the manifest is for sequence-classification"):
             export_for(tool, classifier, None, tmp_path, measured=tmp_path)
 
 

@@ -47,7 +47,7 @@ def test_what_is_valid_passes_and_is_left_as_it_was() -> None:
         ({"weight_bytes": -1}, "weight_bytes must be a whole number above 0, got -1"),
         ({"layers": [{"name": "a"}]}, r"layers\[0\] must be a LayerSpec, got dict"),
         ({"layers": [LayerSpec("", 8)]}, r"layers\[0\].name must be text, got ''"),
-        ({"layers": [LayerSpec("a", 8), LayerSpec("a", 8)]}, r"'a' is there twice \(layers\[0\] and layers\[1\]\)"),
+        ({"layers": [LayerSpec("a", 8), LayerSpec("a", 8)]}, r"'a' appears twice \(layers\[0\] and layers\[1\]\)"),
         ({"layers": [LayerSpec("a", 0)]}, "layer 'a': hidden_size must be a whole number above 0, got 0"),
         ({"layers": [LayerSpec("a", True)]}, "layer 'a': hidden_size must be a whole number above 0, got True"),
         ({"layers": [LayerSpec("a", 8, n_in=-8)]}, "layer 'a': n_in must be a whole number above 0, got -8"),

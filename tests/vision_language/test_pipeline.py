@@ -232,7 +232,7 @@ def test_wrong_reports_are_marked_and_counted(config, plates: Path, tmp_path: Pa
     lines: list[str] = []
     result = run_vision_language(config(plates, warmup=0), tmp_path, warn=lines.append)
     assert result.summary["variants"][0]["reports_wrong"] == 4
-    assert any(line.startswith("4 of 4 reports say something else than the boxes (plate0.png ...)") for line in lines)
+    assert any(line.startswith("4 of 4 reports disagree with the boxes (plate0.png ...)") for line in lines)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("<mark>") >= 4
     check = json.loads((tmp_path / "results" / "plate0.json").read_text(encoding="utf-8"))["variants"]["base"]["check"]

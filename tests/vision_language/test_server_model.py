@@ -145,7 +145,7 @@ def _endless_drip(handler: Any, _body: dict) -> None:
         (_not_utf8, "garbage: bytes that are not UTF-8", 1, ""),
         (_error_inside, "an error: out of memory", 1, ""),
         (_broken_off, "the stream broke off after 2 tokens (3 attempts)", 3, "Nodule in "),
-        (_endless_drip, "no whole answer within 0.3 s after", 3, "x"),
+        (_endless_drip, "no complete answer within 0.3 s after", 3, "x"),
         (lambda h, _: time.sleep(0.6), "no answer within 0.3 s before the first token (3 attempts)", 3, ""),
         (lambda h, _: send(h, 401, '{"error": "no key"}'), "answered 401: no key; set api_key_env", 1, ""),
         (lambda h, _: send(h, 404, "nothing"), "answered 404: nothing; check base URL and llm_model", 1, ""),
@@ -168,7 +168,7 @@ def test_nobody_there_is_tried_once_only_the_next_time():
         tries = []
         with closing(ServerModel(f"http://127.0.0.1:{taken.getsockname()[1]}", model="tiny", retries=2)) as llm:
             for _ in range(2):
-                with pytest.raises(GenerationError, match=r"nobody answers at http://127\.0\.0\.1") as caught:
+                with pytest.raises(GenerationError, match=r"no answer at http://127\.0\.0\.1") as caught:
                     llm.generate(ASK, 8)
                 tries.append(caught.value.attempts)
     assert tries == [3, 1]
