@@ -133,7 +133,7 @@ SAID = {
 
 
 def best_checked(problem: AllocationProblem) -> Best:
-    """By the fast way, held against the definition.
+    """By the fast way, compared with the definition.
 
     Raises:
         AssertionError: they differ.

@@ -6,7 +6,7 @@
 A Llama-shaped checkpoint of 6.3 GB (32 blocks of 2048 features, grouped-query attention, float32) is written shard by
 shard and profiled by a process whose address space is limited by RLIMIT_AS (``ulimit -v``): that limit is harder than
 one of resident memory, since libraries, thread stacks and mapped files count too. Nothing of it is kept afterwards.
-The same process then profiles models of the same shape and other sizes: their statistics are held against those of
+The same process then profiles models of the same shape and other sizes: their statistics are compared with those of
 ``measure`` in memory, and a line is fitted to the time against samples and against depth.
 """
 

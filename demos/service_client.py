@@ -23,7 +23,7 @@ def main() -> None:
     arguments = parser.parse_args()
     client = Client(arguments.server)  # the token comes from LAYERLENS_TOKEN
     job = client.submit_run(arguments.config, idempotency_key=arguments.key)
-    for event in client.events(job["id"]):  # goes on after the last event when the connection breaks
+    for event in client.events(job["id"]):  # continues after the last event when the connection breaks
         print(event.type, event.data)
     job = client.job(job["id"])
     if job["state"] != "succeeded":

@@ -94,7 +94,7 @@ class Engine:
         return not self.ranks or (rank <= max(self.ranks) if self.as_peft else rank in self.ranks)
 
     def rank_for(self, rank: int) -> int | None:
-        """The least rank that it can be told of and that holds ``rank``; None where that is more than it allows."""
+        """The least rank that it can be told of and that holds ``rank``; None if that is more than it allows."""
         return min((allowed for allowed in self.ranks if allowed >= rank), default=None) if self.ranks else rank
 
 

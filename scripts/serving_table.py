@@ -1,4 +1,4 @@
-"""Engine × {loads, largest change of a logit}: every export of `layerlens export --serve`, held against PEFT's logits.
+"""Engine × {loads, largest change of a logit}: every export of `layerlens export --serve`, compared with PEFT's logits.
 
     python scripts/serving_table.py [--wheels FOLDER] [--engines FOLDER]
 

@@ -23,7 +23,7 @@ def single_layer_records(
     """Gains with one layer adapted (rank 2) over none, all else equal: ``validation_gain`` on validation samples, and
     ``gain`` on validation and test samples together.
 
-    ``gain`` is what predictions are held against; nothing else may be chosen by it.
+    ``gain`` is what predictions are compared with; nothing else may be chosen by it.
     """
     counts = [float(task.label_count(part.labels).sum()) for part in (task.validation, task.test)]
     arms = [Arm({layer: RANK}, seed, rate) for rate in rates for layer in layers] + [Arm({}, seed, rates[0])]

@@ -71,7 +71,7 @@ def optimize(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def fine_tune(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train what was chosen; metrics of the test split before and after. Killed, it goes on from its checkpoint."""
+    """Train what was chosen; metrics of the test split before and after. Killed, it continues from its checkpoint."""
     tuned = place(arguments.work, "tuned")
     result = train_manifest(
         Path(place(arguments.work, "plan", "manifest.json")),

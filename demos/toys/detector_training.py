@@ -43,7 +43,7 @@ def train_detector(
         samples: training images, all of one square size.
         path: where the checkpoint goes, atomically; ``YOLO(path)`` loads it.
         epochs, batch_size, learning_rate, seed: of the training.
-        progress: told of every step.
+        progress: called after every step.
     """
     import_ultralytics()
     import torch

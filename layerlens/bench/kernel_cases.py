@@ -1,4 +1,4 @@
-"""What the kernels are held against (our call, what a user would reach for instead, and the machine's own limit), and
+"""What the kernels are compared with (our call, what a user would reach for instead, and the machine's own limit), and
 the paired measurement of all of them.
 
 `layerlens bench` times a few of these; `benchmarks/profile_batch_benchmark.py` all of them, as a regression gate.

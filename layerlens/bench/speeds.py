@@ -94,7 +94,7 @@ def measure_speeds(
         threads: of our kernels, of torch and of BLAS where it can still be told; 0 for all cores.
         budget_s: seconds for each kernel and its peers together.
         small: buffers of a hundredth, for trying it out; their rates mean nothing.
-        progress: told of every measurement.
+        progress: called after every measurement.
 
     Raises:
         ConfigurationError: threads that this machine has not.

@@ -1,4 +1,4 @@
-"""``evaluate``: a study of allocations, or predictions held against measurements.
+"""``evaluate``: a study of allocations, or predictions compared with measurements.
 
 ``calibrate`` measures the device that predictions are for.
 """

@@ -44,7 +44,7 @@ def refuse_conflicts(config: RunConfig, job: str, processes: int | None = None) 
     Args:
         config: the configuration.
         job: "run" or "evaluate".
-        processes: how many do it together; None where that is not known yet.
+        processes: how many do it together; None if it is not known yet.
 
     Raises:
         ConfigurationError, ModelSpecError: names the keys, and what would work.

@@ -166,7 +166,7 @@ def _empty_sections(data: dict[str, Any], location: Location = ()) -> None:
 
 
 def _settle_scalars(document: Document) -> Iterator[Problem]:
-    """Hold every unquoted scalar against the type that is wanted in its place, where pydantic cannot tell.
+    """Compare every unquoted scalar with the type that is wanted in its place, where pydantic cannot tell.
 
     true and false where a number or text is wanted are problems; pydantic takes them for 1 and 0. Text such as 1e5,
     which is a number by YAML 1.2 but text by YAML 1.1 (so writers of that version leave it unquoted), is text there.

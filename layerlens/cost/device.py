@@ -62,7 +62,7 @@ def calibrate(progress: Progress = silent, *, seconds: float = SECONDS, cpu_time
     """Measure the device that torch computes on, with the threads that torch is set to.
 
     Args:
-        progress: told of the timings.
+        progress: reports the timings.
         seconds: time spent on each of about 90 sizes.
         cpu_time: see ``time_ms``; for one thread on a machine that others use.
     """

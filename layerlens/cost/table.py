@@ -166,7 +166,7 @@ def base_use(
         kept_per_token = float(FLOAT_BYTES * sum(layer.hidden_size for layer in spec.layers))
     n_bytes = spec.weight_bytes + kept_per_token * tokens
     trained = spec.tokens.trainable_params if spec.tokens else 0
-    if spec.tokens:  # the weights of modules that are trained whole are there anyway, and PEFT copies them
+    if spec.tokens:  # the weights of modules that are trained in full are there anyway, and PEFT copies them
         n_bytes += FLOAT_BYTES * spec.tokens.kept_elements(profile.tokens)
         n_bytes += FLOAT_BYTES * (2 + OPTIMIZER_STATE[config.optimizer]) * trained
     overhead_ms = 1e-3 * Roofline.of(profile).overhead_us * len(spec.layers)

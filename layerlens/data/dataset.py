@@ -21,7 +21,7 @@ class Stored(Protocol):
 
     @property
     def identity(self) -> str:
-        """What the value is told apart by, cheaply: the same in every run."""
+        """What the value is identified by, cheaply: the same in every run."""
 
     def content(self) -> bytes:
         """All that it is, for fingerprints."""
@@ -100,7 +100,7 @@ class Dataset:
     def split(self, n_calibration: int, n_head: int, seed: int) -> tuple[Dataset, Dataset]:
         """Disjoint samples for calibration and for fitting the task head, in an order drawn by hashing with ``seed``.
 
-        15 % of the samples, chosen by what they are told apart by alone (texts by their content, files by their names),
+        15 % of the samples, chosen by what they are identified by alone (texts by their content, files by their names),
         belong to the test split and are in neither. A small data set gives all it has, calibration first.
 
         Raises:
@@ -127,7 +127,7 @@ class Dataset:
         return train, test
 
     def _digests_and_test(self) -> list[tuple[bytes, bool]]:
-        """Of each sample what it is told apart by, and whether it is of the test split: of none where that would leave
+        """Of each sample what it is identified by, and whether it is of the test split: of none where that would leave
         fewer than 2, as where all samples are the same.
         """
         digests = self.digests()
@@ -136,11 +136,11 @@ class Dataset:
         return [(content, one and enough) for content, one in zip(digests, test, strict=True)]
 
     def digests(self) -> list[bytes]:
-        """SHA-256 of what each sample is told apart by."""
+        """SHA-256 of what each sample is identified by."""
         return [hashlib.sha256(self._identity(index)).digest() for index in range(len(self))]
 
     def _identity(self, index: int) -> bytes:
-        """What a sample is told apart by: all of its columns, not its label."""
+        """What a sample is identified by: all of its columns, not its label."""
         return b"\0".join(_identity(values[index]) for values in self.columns.values())
 
     def _named(self, label: Any) -> Any:

@@ -24,7 +24,7 @@ class Images:
 
     Args:
         table: the rows.
-        config: which column has the images, where that is said.
+        config: which column has the images, if it is given.
     """
 
     def __init__(self, table: Table, config: DataConfig) -> None:

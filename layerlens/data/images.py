@@ -41,7 +41,7 @@ class StoredImage(StoredFile):
         """The decoded image in PIL's ``mode`` ("RGB", "L", "RGBA"), upright and 8 bits deep; see ``data.pixels``.
 
         Raises:
-            DataError: it is no image, truncated, or has more than ``max_pixels``.
+            DataError: it is not an image, truncated, or has more than ``max_pixels``.
         """
         try:
             if self.pixels is not None:

@@ -59,7 +59,7 @@ def array_items(path: Path, lines: Iterator[Line], found: SourceRows) -> Iterato
     """The items of a JSON array and about how many bytes each takes, without the whole of it in memory.
 
     Raises:
-        DataError: what follows is no JSON, with its line.
+        DataError: what follows is not JSON, with its line.
     """
     decoder = json.JSONDecoder(object_pairs_hook=_noting(found))
     buffer, line_number, opened, separated = "", 0, False, True

@@ -116,7 +116,7 @@ def source_rows(
         config: has the source.
         base_dir: folder that a relative one is looked for in.
         first: rows after which reading ends; None for all.
-        of_words: whether the task takes lists of words, which some files are read as; None where that is not known.
+        of_words: whether the task takes lists of words, which some files are read as; None if it is not known.
 
     Raises:
         DataNotFoundError: no such file or data set.

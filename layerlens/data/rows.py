@@ -133,10 +133,10 @@ class Reading:
     Args:
         total: rows of the source.
         used, unused: names of its columns.
-        parts: of those that are used, by name, what they were taken for, where that is said by a key of ``data``.
+        parts: of those that are used, by name, what they were taken for, if it is given by a key of ``data``.
         left_out: the place of each row that could not be used, with the reason.
         notes: what else the user should know.
-        names: what the user calls rows that are left out, where that is more than a number: files.
+        names: what the user calls rows that are left out, if that is more than a number: files.
     """
 
     total: int

@@ -48,7 +48,7 @@ class ResultsFile:
         """The file's records; none where it is not there. A last line that was cut off is removed from it.
 
         Raises:
-            DataError: another line is no JSON object.
+            DataError: another line is not a JSON object.
         """
         results = cls(path)
         if results.refresh():
@@ -60,7 +60,7 @@ class ResultsFile:
         """Read the file again, to which another process may have added; whether its last line is cut off.
 
         Raises:
-            DataError: another line is no JSON object.
+            DataError: another line is not a JSON object.
         """
         self.records = []
         if not self.path.is_file():

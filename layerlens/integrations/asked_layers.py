@@ -85,7 +85,7 @@ def _names(pattern: str, path: str) -> bool:
 
 
 def _why_not_outside(path: str, modules: Mapping[str, torch.nn.Module]) -> str:
-    """Why a module outside the blocks is no layer; "" where it is one."""
+    """Why a module outside the blocks is not a layer; "" where it is one."""
     module = modules[path]
     weight = getattr(module, "weight", None)
     tied = next((name for name, one in modules.items() if one is not module and _weight_is(one, weight)), None)

@@ -86,7 +86,7 @@ def other_weights(
 ) -> dict[str, str]:
     """Parameter name -> what it is, of the matrices and stacks that are not the weight of a layer.
 
-    Those in ``blocks``, or in the whole model where that is None.
+    Those in ``blocks``, or in the whole model if that is None.
 
     Where no block is known (JetMoE's attention is a mixture too), those of experts.
     Embeddings are left alone here: they are said elsewhere.

@@ -97,7 +97,7 @@ def layer_moments(
 
 @contextmanager
 def _weight(module: Any, gradients: bool) -> Iterator[torch.Tensor]:
-    """What the layer's gradient is taken of: its weight, or where that is quantized a zero that is added to it."""
+    """What the layer's gradient is taken of: its weight, or if that is quantized a zero that is added to it."""
     import torch
 
     if not is_quantized(module):

@@ -1,4 +1,4 @@
-"""Modules that are trained whole because the user says so, or because a model of the user's own has them fresh."""
+"""Modules that are trained in full because the user says so, or because a model of the user's own has them fresh."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ STANDARD_SPREADS = (0.01, 0.02)
 
 
 def with_heads(pretrained: PretrainedModel, patterns: Sequence[str] | None, *, built_here: bool) -> PretrainedModel:
-    """The model with the modules that are trained whole beside what is chosen.
+    """The model with the modules that are trained in full beside what is chosen.
 
     Args:
         pretrained: as its source loaded it.
         patterns: for the names of modules, or for what follows a dot in them; None where the user does not say: of a
-            model of the user's own then the modules beside its named base whose weights look as they were drawn.
+            model of the user's own then the modules beside its named base whose weights look freshly initialised.
         built_here: whether the user's code built it, so that nothing says which of its parameters a checkpoint has.
 
     Raises:
@@ -69,7 +69,7 @@ def last_layer(model: torch.nn.Module) -> str:
 
 
 def note_of_fresh(pretrained: PretrainedModel) -> str:
-    """What to tell of a last layer that looks fresh and is not trained whole; "" where it does not, or is."""
+    """What to tell of a last layer that looks fresh and is not trained in full; "" where it does not, or is."""
     model = pretrained.model
     name = last_layer(model)
     if not name or any(
@@ -116,7 +116,7 @@ def _named(model: torch.nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
 
 
 def _refuse_likenesses(model: torch.nn.Module, heads: Sequence[str]) -> None:
-    """PEFT compares the endings of names: a module whose name ends with a head's would be trained whole too."""
+    """PEFT compares the endings of names: a module whose name ends with a head's would be trained in full too."""
     for name, _ in model.named_modules():
         if name in heads or any(name.startswith(f"{head}.") for head in heads):
             continue

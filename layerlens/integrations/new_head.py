@@ -35,7 +35,7 @@ class NewHead:
 
 
 def new_head_of(model: torch.nn.Module, task: Any, wanted: bool | Sequence[str] | None) -> NewHead:
-    """The task head that is to be trained whole, because no checkpoint has it.
+    """The task head that is to be trained in full, because no checkpoint has it.
 
     Known from the checkpoint where the model names one on this machine, else by what its weights look like: biases of
     nothing but zeros, and weights with the standard deviation that the model's configuration initialises them with.

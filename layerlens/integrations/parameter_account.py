@@ -43,7 +43,7 @@ def parameters_of(
     Args:
         model: the model.
         spec: the layers that are offered, and those left out with their reasons.
-        heads: modules that are trained whole, or parameters in them.
+        heads: modules that are trained in full, or parameters in them.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

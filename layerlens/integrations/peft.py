@@ -51,7 +51,7 @@ BASE_PREFIX = "base_model.model."
 
 
 def task_type(task: str | None) -> str | None:
-    """PEFT's name for a task, where it has one by which it finds the head; None for what is no task, too."""
+    """PEFT's name for a task, where it has one by which it finds the head; None for what is not a task, too."""
     found = TASKS.get(task)
     return None if found is None else found.peft_type
 

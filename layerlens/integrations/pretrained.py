@@ -60,7 +60,7 @@ class PretrainedModel:
         tokens: rows of the embeddings that are trained; None for none.
         audio: how sound becomes its inputs; None for models of anything else.
         sentence: what follows the transformer of a model of sentence-transformers that was given in memory.
-        heads: modules that are trained whole because the user says so, in place of a task head that is not new; None
+        heads: modules that are trained in full because the user says so, in place of a task head that is not new; None
             where he says nothing.
     """
 
@@ -82,7 +82,7 @@ class PretrainedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs have to be: main memory for a model without weights."""
+        """Where its inputs must be: main memory for a model without weights."""
         import torch
 
         device = next(self.model.parameters()).device
@@ -96,7 +96,7 @@ class PretrainedModel:
         return found | ({"the transform of sound": self.audio.extractor} if self.audio and own else {})
 
     def trained_modules(self, task_head: bool = True) -> tuple[str, ...]:
-        """Modules that are trained whole: those that the user names, and those that the checkpoint lacks.
+        """Modules that are trained in full: those that the user names, and those that the checkpoint lacks.
 
         Args:
             task_head: whether a task head that is not new is trained, too, where the user names none.
@@ -124,7 +124,7 @@ def not_of_checkpoint(model: torch.nn.Module, heads: Sequence[str], drawn: Seque
 
     Args:
         model: as it was loaded.
-        heads: modules that are trained whole because some of their parameters are new.
+        heads: modules that are trained in full because some of their parameters are new.
         drawn: other new parameters.
     """
     inside = tuple(f"{head}." for head in heads)

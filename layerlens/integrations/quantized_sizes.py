@@ -42,7 +42,7 @@ class Storage:
         per_input: bytes for each input feature.
         per_layer: bytes of tables.
         block: [rows, columns] that share a scale; then ``group`` is not read.
-        flat: whether groups go on from one row into the next.
+        flat: whether groups continue from one row into the next.
     """
 
     bits: float

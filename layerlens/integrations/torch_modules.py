@@ -29,7 +29,7 @@ def find_module(model: torch.nn.Module, name: str) -> torch.nn.Module:
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module is called with first, by place or by keyword (``linear(input=x)``); None where that is nothing."""
+    """What a module is called with first, by place or by keyword (``linear(input=x)``); None if there is none."""
     import torch
 
     if args:
@@ -44,7 +44,7 @@ def in_precision(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def precision_of(model: torch.nn.Module) -> torch.dtype:
-    """That of the first weight with a point: what inputs with a point have to be in."""
+    """That of the first weight with a point: what inputs with a point must be in."""
     import torch
 
     return next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)

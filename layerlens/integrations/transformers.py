@@ -265,7 +265,7 @@ def task_heads(model: torch.nn.Module) -> tuple[str, ...]:
 
 
 def new_modules(model: torch.nn.Module, new_parameters: Sequence[str]) -> tuple[str, ...]:
-    """Names of the modules that are trained whole: the task head, and what else above the blocks the checkpoint lacks
+    """Names of the modules that are trained in full: the task head, and what else above the blocks the checkpoint lacks
     whole, such as the pooler of a BERT that was saved from masked language modelling.
     """
     heads = task_heads(model)
@@ -293,7 +293,7 @@ def _below_blocks(model: torch.nn.Module) -> set[str]:
 
 
 def trained_and_drawn(model: torch.nn.Module, lacking: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The parameters that a checkpoint lacks: those of modules that are trained whole, and the others.
+    """The parameters that a checkpoint lacks: those of modules that are trained in full, and the others.
 
     Raises:
         ModelSpecError: one of the others is in a transformer block.

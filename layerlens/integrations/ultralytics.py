@@ -59,7 +59,7 @@ def import_ultralytics(*, offline: bool = True) -> None:
 
     opener = Image.open
     importlib.import_module("ultralytics.utils")
-    Image.open = opener  # ultralytics puts one there that fails on what is no image for want of a reader for HEIF
+    Image.open = opener  # ultralytics puts one there that fails on what is not an image for want of a reader for HEIF
 
 
 def find_weights(name: str, base_dir: Path | None = None) -> Path:

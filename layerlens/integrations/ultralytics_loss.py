@@ -126,7 +126,7 @@ def _criterion(base: Any) -> Any:
     kept = base.__dict__.get("layerlens_criterion")
     if kept is None:
         kept = base.init_criterion()
-        base.__dict__["layerlens_criterion"] = kept  # no submodule: the loss is no part of the model
+        base.__dict__["layerlens_criterion"] = kept  # no submodule: the loss is not part of the model
     return kept
 
 

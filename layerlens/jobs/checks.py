@@ -1,4 +1,4 @@
-"""The fourth stage: what the manifest predicts, held against the real model with its options injected."""
+"""The fourth stage: what the manifest predicts, compared with the real model with its options injected."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Factors = Mapping[str, torch.Tensor] | None
 
 
 def check(job: Job, loaded: Loaded, decision: Decision, factors: Factors) -> dict[str, Any]:
-    """What the manifest predicts held against the model (which keeps the options); says what does not hold.
+    """What the manifest predicts compared with the model (which keeps the options); says what does not hold.
 
     Returns:
         the figures of ``check_manifest``, where the model is here whole, and those of the trainings.
@@ -79,7 +79,7 @@ def check_manifest(
         loaded: the frozen base model, in evaluation mode, and its data: a real sample fills the batch of the profile.
         manifest: what to check.
         config: latency profile and optimiser.
-        progress: told of the steps.
+        progress: reports the steps.
         factors: LoRA's first A by layer, where it is measured.
 
     Returns:

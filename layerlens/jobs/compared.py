@@ -1,4 +1,4 @@
-"""Uniform LoRA in place of a manifest's choice, so that the two can be held against each other."""
+"""Uniform LoRA in place of a manifest's choice, so that the two can be compared with each other."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def compare_costs(
         factors: see ``layerlens.tuning.apply``.
         seconds: how long training steps are timed.
         cpu_time: see ``layerlens.cost.measure.time_ms``.
-        progress: told of the steps.
+        progress: reports the steps.
 
     Returns:
         "trainable_params" (task head left out); "flops", of a forward pass; "step_memory_gb", the peak of a training

@@ -147,7 +147,7 @@ def estimate(
     Args:
         given: a manifest; or with ``rank`` a transformers model: its directory, config.json or hub name.
         rank, targets, task, classes, dtype: of uniform LoRA, see ``estimate_lora``.
-        model: of a manifest, its base model where that is not where the manifest says.
+        model: of a manifest, its base model if it is not where the manifest says.
         batch_size, sequence_length, device: what costs are predicted for ("cpu" or "gpu"); the manifest's own, else 8
             sequences of 128 tokens on a CPU.
         base_dir: folder that relative paths start from.

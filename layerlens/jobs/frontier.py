@@ -83,7 +83,7 @@ def trace_frontier(
         base_dir: folder that a relative output directory starts from.
         budgets: where to certify allocations; ``points`` budgets spread evenly on a logarithmic scale when empty.
         points: how many budgets to certify when none are given.
-        progress: told of every certified budget.
+        progress: called after every certified budget.
 
     Raises:
         ConfigurationError: an unknown resource.

@@ -69,8 +69,8 @@ class Job:
         config: what to do.
         base_dir: folder that relative paths in the configuration start from.
         output: local directory for the results.
-        progress: told of the long steps.
-        warnings: told of what the user should know.
+        progress: reports the long steps.
+        warnings: called with each warning for the user.
         clock: times the stages.
         threads: CPU threads of this process.
         processes: those that do the job together.

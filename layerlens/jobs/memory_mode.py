@@ -60,7 +60,7 @@ class MemoryPlan:
 
 
 def plan_as_asked(profiling: ProfilingConfig) -> MemoryPlan | None:
-    """The plan where nothing has to be predicted; None where it is to be chosen by prediction."""
+    """The plan where nothing must be predicted; None where it is to be chosen by prediction."""
     mode, limit = profiling.memory_mode, profiling.max_memory_gb
     if mode != "auto":
         return MemoryPlan(mode, "profiling.memory_mode asks for it", {})

@@ -111,11 +111,11 @@ def measure_proxies(
     """The gains of the planned options, as far as the time limit allows; finished ones are not trained again.
 
     Args:
-        trainer: makes the trainer when the first option has to be trained.
+        trainer: makes the trainer when the first option must be trained.
         spec: the model's layers.
         config: how many options, steps and so on.
         saved: where gains are kept, from the first one on.
-        progress: told of every option.
+        progress: called after every option.
 
     Raises:
         ProfilingError: a training diverged, or the time limit ended the study before enough options were trained.

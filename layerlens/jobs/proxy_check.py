@@ -30,7 +30,7 @@ from layerlens.utils.progress import Progress
 CHOICE = "choice"
 """Name of the solver's own choice among the candidates."""
 MARGIN = 0.02
-"""By this share of its loss drop another allocation has to be better than uniform LoRA: variants of LoRA lie within
+"""By this share of its loss drop another allocation must be better than uniform LoRA: variants of LoRA lie within
 1-2 % of it once learning rates are tuned (docs/decisions/utility.md), and below that it is as good a choice.
 """
 
@@ -115,11 +115,11 @@ def train_candidates(
     """Train every candidate at every learning rate: the best rate of each, and the loss drops of the samples there.
 
     Args:
-        trainer: makes the trainer when the first candidate has to be trained.
+        trainer: makes the trainer when the first candidate must be trained.
         candidates: name -> what is trained. Equal allocations are trained once.
         config: the learning rates.
         saved: where loss drops are kept, from the first one on.
-        progress: told of every training.
+        progress: called after every training.
 
     Raises:
         ProfilingError: no candidate's loss was finite at any learning rate.

@@ -116,7 +116,7 @@ class Place:
 
     Args:
         directory: local directory that the job writes to.
-        url: where that is published when it is whole; None where it stays.
+        url: where it is published when it is whole; None where it stays.
         owned: names at the URL that belong to the job's result; those of an earlier one are replaced or removed.
     """
 

@@ -52,8 +52,8 @@ def run_config(
         config: the whole job.
         base_dir: folder that relative paths in the configuration start from.
         use_cache: take statistics from the sensitivity cache, and keep new ones there.
-        progress: told of the long steps.
-        warn: told of what the user should know, a line at a time.
+        progress: reports the long steps.
+        warn: called with each warning for the user, one line at a time.
 
     Raises:
         LayerLensError: with one line that says what to do; its class has the exit code.

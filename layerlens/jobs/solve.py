@@ -229,7 +229,7 @@ def find_allocation(
 def _cheapest(
     spec: ModelSpec, found: Solution, config: OptimizationConfig, reference: Reference, kept: float | None
 ) -> Solution:
-    """The cheapest choice with what it saves, or uniform LoRA where that is nothing."""
+    """The cheapest choice with what it saves, or uniform LoRA if there is none."""
     saving = saving_of(found.allocation, found.problem, found.costs, config, reference, kept)
     if saving.saves:
         return replace(found, saving=saving)

@@ -133,7 +133,7 @@ class Order:
 
 
 def train_config(manifest: Manifest, overrides: Sequence[str] = (), origin: str = "provenance.config") -> RunConfig:
-    """The configuration of the run that wrote ``manifest``, which training goes on with where no other is given.
+    """The configuration of the run that wrote ``manifest``, which training continues with where no other is given.
 
     Raises:
         ConfigurationError: see ``config_of``; or it names Python code, which runs only when the user's own
@@ -177,7 +177,7 @@ def train_manifest(
 ) -> TrainedModel:
     """Put a manifest into its base model, fine-tune it and write the result; see ``fine_tune`` for how.
 
-    A run that was interrupted goes on from its last checkpoint in ``output``/checkpoints.
+    A run that was interrupted continues from its last checkpoint in ``output``/checkpoints.
 
     Args:
         path: the manifest, a file or a URL.
@@ -191,8 +191,8 @@ def train_manifest(
         restart: begin anew, whatever checkpoints are there.
         keep_checkpoints: leave them there when all is done.
         start: directory of an earlier training of the same manifest, whose weights are gone on with.
-        progress: told of the long steps.
-        warn: told of what the user should know, a line at a time.
+        progress: reports the long steps.
+        warn: called with each warning for the user, one line at a time.
 
     Raises:
         LayerLensError: with one line that says what to do; its class has the exit code.
@@ -374,7 +374,7 @@ def _in_words(option: tuple[str, int] | None) -> str:
 
 
 def _weights_digest(start: Path) -> str:
-    """SHA-256 of the weights in a directory that training goes on from."""
+    """SHA-256 of the weights in a directory that training continues from."""
     digest = hashlib.sha256()
     for name in (ADAPTER_WEIGHTS, MODULES_FILE):
         if (start / name).is_file():

@@ -68,8 +68,8 @@ def run_vision_language(
         config: models, images, limits.
         directory: for results/NAME.json, annotated/NAME.png, summary.json and report.html.
         base_dir: where relative paths of the configuration start; the working directory when None.
-        progress: told of warm-up and images.
-        warn: told of every failed image, and of reports that are wrong.
+        progress: reports warm-up and images.
+        warn: called for every failed image and every wrong report.
 
     Raises:
         DataNotFoundError, DataError: no image is there, or none of them can be used.

@@ -57,7 +57,7 @@ def plan(
         collator: from a list of samples to a batch.
         new_head: whether the task head is untrained, or names of its modules; found out when None. A new head is fitted
             while measuring, and is in ``modules_to_save``.
-        progress: told of the long steps.
+        progress: reports the long steps.
         settings: budgets (``max_trainable_params="1M"``, ``max_vram_gb=24``, ``max_flops``, ``max_latency_ms``),
             ``methods`` (by default LoRA alone, which every trainer and serving engine can use), ``lora_ranks``,
             ``calibration_samples``, ``max_length``, ``utility_model``, ``seed``, ``threads``, and every other key of

@@ -56,7 +56,7 @@ def bare_model(model: Any) -> torch.nn.Module:
     """The module that holds the layers: without the wrappers of compilation and data parallelism.
 
     Raises:
-        ModelSpecError: it is no module, already adapted, or spread by a wrapper that hides its layers.
+        ModelSpecError: it is not a module, already adapted, or spread by a wrapper that hides its layers.
     """
     if not isinstance(model, torch.nn.Module):
         raise ModelSpecError(
@@ -176,7 +176,7 @@ def loss_for(
     Args:
         model: in evaluation mode.
         batch: the first one.
-        task: what the model is for, where that is known.
+        task: what the model is for, if it is known.
         own: (output, targets) -> the loss of each sample, [b], or one for the batch.
         said: how the task is known.
 

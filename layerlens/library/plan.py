@@ -292,7 +292,7 @@ class Plan:
 
 
 def weak(model: Any) -> Any:
-    """A reference that does not keep the model in memory; None of what is no module."""
+    """A reference that does not keep the model in memory; None of what is not a module."""
     return weakref.ref(model) if hasattr(model, "parameters") else None
 
 

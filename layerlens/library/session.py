@@ -381,7 +381,7 @@ def _converted(
 
 
 def _spec(pretrained: PretrainedModel, config: RunConfig, inputs: Mapping[str, torch.Tensor]) -> ModelSpec:
-    """The layers without those of a new head, which is trained whole."""
+    """The layers without those of a new head, which is trained in full."""
     spec = model_spec(
         pretrained, config.model.reference, adapter_sites=config.profiling.adapter_sites,
         inputs=None if of_tokens_alone(inputs) else inputs, methods=config.optimization.methods,

@@ -90,7 +90,7 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     """The same configuration with other options and budgets: an optimization section of its own.
 
     Raises:
-        ConfigurationError: an unknown name, a value that does not fit, or one that would have to be measured anew.
+        ConfigurationError: an unknown name, a value that does not fit, or one that would must be measured anew.
     """
     given = by_section(settings)
     chosen = {"profiling": {"utility_model", "metric_weights"}, "runtime": {"seed", "threads"}}

@@ -65,7 +65,7 @@ class GivenByTrainer:
         collate: rows -> a batch of them, by its own collator.
         processing_class: its tokenizer or processor; None where it has none.
         loss_name: the trainer's class, with that of its loss where it has one.
-        why_not_single: why its loss has no part for each sample; "" where that is not known beforehand.
+        why_not_single: why its loss has no part for each sample; "" if it is not known beforehand.
         precision: what its loss is computed in: that of autocast where it trains with it, else of the weights.
         notes: what differs from its training, in words.
     """

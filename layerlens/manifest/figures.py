@@ -87,7 +87,7 @@ class Curve:
         params: trainable parameters of each option, ascending.
         utility: utility of each option.
         ranks: rank of each option.
-        low, high: how far the utility of each option may be off, where that is known; else empty.
+        low, high: how far the utility of each option may be off, if it is known; else empty.
     """
 
     method: str

@@ -83,7 +83,7 @@ def expert_lines(manifest: Manifest, most: int = 5) -> list[str]:
 
 
 def account_line(manifest: Manifest, most: int = 4) -> str:
-    """Where the base model's parameters are, as a sentence with sums; "" where that is not known.
+    """Where the base model's parameters are, as a sentence with sums; "" if it is not known.
 
     >>> from layerlens.models import ModelFacts
     >>> facts = ModelFacts(parameters={"offered": 90, "head": 4, "left_out": {"a norm": 4, "an embedding": 2}})
@@ -223,7 +223,7 @@ def _against(manifest: Manifest, other: Mapping[str, float]) -> str:
 
 
 def score_in_words(manifest: Manifest) -> str:
-    """The predicted gain beside LoRA of rank 32 on every layer, as a sentence; "" where that is not known.
+    """The predicted gain beside LoRA of rank 32 on every layer, as a sentence; "" if it is not known.
 
     >>> from layerlens.models import Predicted
     >>> rank_32 = {"share": 0.84, "trainable_params": 1000, "low": 0.71, "high": 0.92}

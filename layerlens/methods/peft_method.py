@@ -1,7 +1,7 @@
 """Methods that Hugging Face PEFT puts into a model and keeps on disk: a configuration and the tensors it begins with.
 
 A PEFT adapter directory holds one kind of adapter, so a choice has one of these methods at most
-(``Choice.peft_method``), beside methods that add modules of their own, and copies of modules that are trained whole
+(``Choice.peft_method``), beside methods that add modules of their own, and copies of modules that are trained in full
 (``joins``). Each layer that gets it is a full name in
 ``target_modules``.
 """

@@ -71,7 +71,7 @@ class ModelFacts(Section):
         dtype: precision of the weights that were measured, and that the fingerprint is of.
         num_labels: how many classes there are.
         labels: their names, in the order of the logits.
-        head_modules: modules of the task head, which is trained whole.
+        head_modules: modules of the task head, which is trained in full.
         model_type: transformers' name of the architecture.
         weights: the file of weights that the configuration named.
         loss: the user's own loss that it named.
@@ -80,7 +80,7 @@ class ModelFacts(Section):
         new_parameters: parameters outside the head modules that the checkpoint lacks; they stay as they are drawn.
         tokens: rows of the embeddings that are trained, as ``TokenTraining`` describes them; None for none.
         parameters: where each of the base model's is, as sums: "offered" (in layers that a choice is made for), "head"
-            (trained whole), and "left_out" by reason.
+            (trained in full), and "left_out" by reason.
 
     Raises:
         ManifestError: ``head_modules`` is not a list of names, or ``tokens`` no such description.
@@ -126,7 +126,7 @@ class ModelFacts(Section):
 
     @property
     def new_heads(self) -> tuple[str, ...]:
-        """Modules of the task head that the checkpoint lacks: those trained whole without embeddings."""
+        """Modules of the task head that the checkpoint lacks: those trained in full without embeddings."""
         tokens = self.token_training
         return tuple(name for name in self.heads if tokens is None or name not in tokens.modules)
 

@@ -87,12 +87,12 @@ class TokenTraining:
 
     @property
     def whole_modules(self) -> tuple[str, ...]:
-        """Modules that are trained whole; none where rows are trained alone."""
+        """Modules that are trained in full; none where rows are trained alone."""
         return self.modules if self.by == WHOLE else ()
 
     @property
     def peft_indices(self) -> dict[str, list[int]]:
-        """``trainable_token_indices`` of a LoraConfig; empty where modules are trained whole."""
+        """``trainable_token_indices`` of a LoraConfig; empty where modules are trained in full."""
         return {name: list(self.indices) for name in self.modules} if self.by == ROWS else {}
 
     @property

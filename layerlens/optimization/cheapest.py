@@ -39,7 +39,7 @@ LEAST_SAVING = 0.02
 
 @dataclass(frozen=True)
 class Reference:
-    """Uniform LoRA, which cheaper choices are held against.
+    """Uniform LoRA, which cheaper choices are compared with.
 
     Args:
         entries: int64, of the tables.

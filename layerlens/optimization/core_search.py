@@ -180,7 +180,7 @@ class CoreSearch:
         self.candidates = candidates_within(self.instance, dual, self.limit(), also=incumbent.choice)
 
     def copy(self) -> CoreSearch:
-        """One that goes on from here by itself."""
+        """One that continues from here by itself."""
         other = copy.copy(self)
         other.incumbent = dataclasses.replace(self.incumbent)
         return other

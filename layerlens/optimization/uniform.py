@@ -16,7 +16,7 @@ def uniform_lora(problem: AllocationProblem, optimum: Allocation) -> Allocation 
     """The largest equal LoRA rank for all layers that fits; what is left goes to single layers, spread over the depth.
 
     A layer that does not have the rank on offer takes its next smaller one; a layer without LoRA stays as it is, or,
-    where that is not on offer, has what the optimum has. None where no such allocation fits.
+    if that is not on offer, has what the optimum has. None where no such allocation fits.
 
     Args:
         problem: options, budgets and scores.

@@ -1,6 +1,6 @@
 """What holds the declared sums of one matrix, of inputs that matrices share, and of rows that layers add up to.
 
-Sums of gradients are spread over processes by rows where the weights are too: each keeps its share of every sum, and
+Sums of gradients are sharded over processes by rows where the weights are too: each keeps its share of every sum, and
 after every batch the processes' parts of a layer's sum are added up and handed out in one reduce-scatter, as FSDP does
 with gradients. They make the passes together, so they come to the layers in the same order.
 """
@@ -154,7 +154,7 @@ class LayerRows:
         self._before = 0
 
     def begin(self, before: int) -> None:
-        """A batch begins, or goes on with other layers, which ``before`` samples come before."""
+        """A batch begins, or continues with other layers, which ``before`` samples come before."""
         self._before = before
         self._current = {name: rows[before] for name, rows in self.done.items() if before in rows}
 
@@ -183,7 +183,7 @@ class MatrixAccumulator(Totals):
         inputs: where the same layer's inputs are summed.
         projection: for sketches; None for matrices that are not sketched (lookups, heads).
         rows: where sums over layers go.
-        shards: where the sums that can be are spread over processes; None where each keeps its own.
+        shards: where the sums that can be are sharded over processes; None where each keeps its own.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class MatrixAccumulator(Totals):
 
     @property
     def spread(self) -> list[Sum]:
-        """The sums that are spread over processes."""
+        """The sums that are sharded over processes."""
         return [declared for declared in self.sums.values() if declared.spread and self.shards is not None]
 
     def squared_norm(self, tensor: torch.Tensor) -> float:

@@ -109,7 +109,7 @@ class SensitivityCache:
         return SavedProxies(lambda: self._read(entry), lambda data: self._keep(entry, data, model_name, n_samples))
 
     def entries(self) -> list[CacheEntry]:
-        """Everything in the cache, oldest first, each blob read and held against its checksum."""
+        """Everything in the cache, oldest first, each blob read and compared with its checksum."""
         with self._index() as index:
             rows = index.execute(
                 "SELECT key, sha256, model_name, n_samples, bytes, created_at FROM statistics ORDER BY created_at, key"

@@ -1,4 +1,4 @@
-"""One pass over the calibration data with frozen weights: what the taps hand on goes into the declared sums."""
+"""One pass over the calibration data with frozen weights: what the taps pass on goes into the declared sums."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Capture(Taps):
         model, spec, other_modules: see ``Taps``.
         request: what to find.
         threads: for the kernels.
-        shards: where sums are spread over processes, as the model is.
+        shards: where sums are sharded over processes, as the model is.
         by_batches: whether a batch counts as one sample: what its rows have is added up before any square.
     """
 

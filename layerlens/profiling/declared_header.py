@@ -90,7 +90,7 @@ class _Header(_Part):
 
 
 def check_header(text: str) -> None:
-    """Hold a header, as JSON, against its declaration.
+    """Compare a header, as JSON, with its declaration.
 
     Raises:
         ActivationCacheError: names the first field that is not as it must be, and what came.

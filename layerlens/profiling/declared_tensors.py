@@ -1,6 +1,6 @@
 """Which tensors a statistics file may have: name, dtype, axes, and whether all of their values are finite.
 
-The declaration follows from the header, so that a file is held against it before the first tensor is read: safetensors
+The declaration follows from the header, so that a file is compared with it before the first tensor is read: safetensors
 has dtypes that NumPy cannot read at all, and others that would pass for what they are not.
 """
 

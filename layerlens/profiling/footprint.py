@@ -26,7 +26,7 @@ TOKENS = (
 )
 """The arguments of models that read nothing but tokens."""
 PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
-"""Not those that are spread over processes."""
+"""Not those that are sharded over processes."""
 
 
 def count_saved_bytes(model: torch.nn.Module, run: Callable[[], object]) -> int:

@@ -45,7 +45,7 @@ def fit_head(
     at every place of an image: these are trained instead, in one pass over the data by Adam.
 
     Only the parameters in ``new_parameters`` change. Deterministic for a given model, data and thread count. ``replay``
-    says how the frozen modules are computed, where that is not by calling the model.
+    says how the frozen modules are computed, if not by calling the model.
 
     Raises:
         ProfilingError: a transformer block has new parameters, the features are not finite, or the fit diverges.

@@ -63,7 +63,7 @@ def measure(
         loss: the loss of each sample, or of a batch, which then counts as one sample.
         other_modules: modules outside the layers whose weights are measured too (``measurable_modules``).
         saved: where the pass is kept after batches, and taken up again if an earlier one was interrupted.
-        example: what the model takes, for its costs, where that is not the inputs of the first batch.
+        example: what the model takes, for its costs, if that is not the inputs of the first batch.
 
     Raises:
         ProfilingError: a loss or a statistic is not finite, or a layer cannot be measured; names the layer.
@@ -95,7 +95,7 @@ def measure_share(
     """This process's share of ``measure``: process 0 has the statistics of all batches in the end, the others None.
 
     Every process is given all batches and measures every ``processes.size``-th of them. ``example`` is what the model
-    takes, for its costs, where that is not the inputs of the first batch.
+    takes, for its costs, if that is not the inputs of the first batch.
 
     Raises:
         ConfigurationError: there are more processes than batches, or a statistic of single samples is wanted and the

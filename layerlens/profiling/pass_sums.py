@@ -71,7 +71,7 @@ class PassSums:
     Args:
         request: what to find.
         threads: for the kernels.
-        shards: where totals that can be are spread over processes, as the model is.
+        shards: where totals that can be are sharded over processes, as the model is.
     """
 
     def __init__(self, request: StatisticsRequest, threads: int, shards: SumShards | None = None) -> None:

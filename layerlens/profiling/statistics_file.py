@@ -171,7 +171,7 @@ def load_statistics(path: Path, *, whole: bool = True) -> tuple[ModelSpec, Model
 
     Args:
         path: the file.
-        whole: whether it has to be of a whole model; checked for what no measurement gives.
+        whole: whether it must be of a whole model; checked for what no measurement gives.
 
     Raises:
         StorageError: there is nothing at the URL, or it does not match its checksum.
@@ -211,7 +211,7 @@ def _header(text: str) -> dict[str, Any]:
 
     Raises:
         ActivationCacheError: it is of another format, or has text that no file or answer could carry on.
-        ValueError, RecursionError: it is no JSON.
+        ValueError, RecursionError: it is not JSON.
     """
     content = json.loads(text)
     if not isinstance(content, dict) or content.get("format") != FORMAT:

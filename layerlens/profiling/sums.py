@@ -70,7 +70,7 @@ class Sum:
             "samples": ``add(batch)`` is a dict of tensors [b, ...] to be kept, empty for none;
             "layers": ``add(batch)`` is a tensor [b, ...], added up over the layers and kept for every sample.
         has: whether a batch has it (a weight that is looked up has no inputs).
-        spread: whether it is spread over processes where the weights are; for tensors [g, o, i].
+        spread: whether it is sharded over processes where the weights are; for tensors [g, o, i].
         projects: whether it reads random projections.
         instead_of: name of another sum that is needless where this one is made.
         of_indices: of inputs: whether it is also made of those that are indices (``InputBatch.ids__n``).

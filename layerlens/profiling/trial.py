@@ -46,7 +46,7 @@ class Trial:
 
     Args:
         layouts: where the samples are in what a module gets; None where nobody asks.
-        unmeasured: layers and modules where that is not known, with the reason.
+        unmeasured: layers and modules if it is not known, with the reason.
         expanded: modules whose [1, ...] outputs the model does not take expanded to the batch.
     """
 
@@ -55,7 +55,7 @@ class Trial:
     expanded: tuple[str, ...] = ()
 
     def apply_to(self, capture: Capture, *, sharded: bool) -> bool:
-        """Tell the taps; whether samples have to be measured one by one.
+        """Tell the taps; whether samples must be measured one by one.
 
         Over several processes a model makes its passes batch by batch, so there the modules are left out instead.
         """

@@ -22,7 +22,7 @@ RHO = 2.0
 def equal_ranks(layers: Sequence[LayerSpec], budget: int, measured: Measured, seed: int) -> Ranks:
     """The largest rank on all layers within the budget (QLoRA, Dettmers et al. 2023); the rest buys one more for some.
 
-    Those are spread over the depth as in ``layerlens.optimization.uniform``, so that arms are compared at equal
+    Those are sharded over the depth as in ``layerlens.optimization.uniform``, so that arms are compared at equal
     parameters; where the budget is a multiple of what rank 1 takes, nothing is left. No rank passes a layer's smaller
     side.
     """

@@ -155,7 +155,7 @@ class Client:
         return self._json("GET", f"/v1/jobs/{quote(job_id, safe='')}/result", again=True)
 
     def events(self, job_id: str, last_event_id: int = 0) -> Iterator[ClientEvent]:
-        """Everything that happens to a job until it has ended; goes on after broken connections and restarts.
+        """Everything that happens to a job until it has ended; continues after broken connections and restarts.
 
         Raises:
             ServiceError: the server stays out of reach.

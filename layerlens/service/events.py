@@ -1,4 +1,4 @@
-"""A job's events as server-sent events; a client that was cut off goes on after the last one it has seen."""
+"""A job's events as server-sent events; a client that was cut off continues after the last one it has seen."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Scheduler:
     Args:
         settings: what the operator decided.
         store: all jobs.
-        ended: told of every job that has got its last state.
+        ended: called after every job that has got its last state.
     """
 
     def __init__(self, settings: ServiceSettings, store: JobStore, ended: Callable[[Job, float], None]) -> None:

@@ -105,7 +105,7 @@ class ServiceSettings:
         """Refuse what would not be safe or cannot work.
 
         Raises:
-            ConfigurationError: a public address without a token, or a root that is no folder.
+            ConfigurationError: a public address without a token, or a root that is not a folder.
         """
         if not self.roots:
             raise ConfigurationError("--root: give at least one folder from which jobs may read models and data")

@@ -35,7 +35,7 @@ class LoadRequest:
         trust_remote_code: whether Python code beside the weights may run; of transformers' models alone.
         quantization: what transformers makes a quantization configuration of; None for the weights as they are saved.
         tokens: rows of the embeddings that are wanted and trained; None where these stay as they are.
-        heads: patterns for modules that are trained whole; None where the user does not say.
+        heads: patterns for modules that are trained in full; None where the user does not say.
         new_head: whether ``labels`` replace those of a trained head; None where they do unless they are the same.
     """
 
@@ -99,7 +99,7 @@ class ModelSource(ABC):
     key = "name_or_path"
     """Key of the configuration's section ``model`` that may name it; another one than the default is the only one."""
     default_task = ""
-    """What its models are for; "" where that is for the user to say."""
+    """What its models are for; "" if the user must say it."""
     purpose = "is for other tasks"
     """What its models do, for the message that refuses a task."""
     dtypes: tuple[str, ...] = ()
@@ -123,7 +123,7 @@ class ModelSource(ABC):
         """
 
     def architectures(self, request: LoadRequest) -> tuple[str, ...]:
-        """Names of the classes that the model was saved from; none where that is not said.
+        """Names of the classes that the model was saved from; none if it is not given.
 
         Raises:
             ModelNotFoundError: the model cannot be found or read.

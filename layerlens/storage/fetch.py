@@ -1,4 +1,4 @@
-"""Reading what lies at URLs, each object held against its checksum where one was published, and copies of it on disk.
+"""Reading what lies at URLs, each object compared with its checksum where one was published, and copies of it on disk.
 
 Copies lie in ``downloads`` of the cache directory under the hash of their URL and of what the store says of their
 content, so that an object that has not changed is not fetched twice.

@@ -39,7 +39,7 @@ class Guess:
 def task_of_class(class_name: str) -> str | None:
     """The task whose head a model class has, by the ending of its name; None where no task claims it.
 
-    A class of single numbers (``ForSequenceClassification`` with one output) is told apart by the data alone.
+    A class of single numbers (``ForSequenceClassification`` with one output) is identified by the data alone.
 
     >>> task_of_class("LlamaForCausalLM"), task_of_class("BertModel")
     ('causal-lm', None)
@@ -53,7 +53,7 @@ def guess_task(architectures: Sequence[str], table: Table, config: DataConfig) -
     """The task of a model for these rows.
 
     Args:
-        architectures: classes of the checkpoint, as its ``config.json`` has them; empty where that is not known.
+        architectures: classes of the checkpoint, as its ``config.json`` has them; empty if it is not known.
         table: the first rows.
         config: the columns that are named.
 

@@ -27,7 +27,7 @@ PADDED_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mp
 def look(config: RunConfig, base_dir: Path | None = None) -> tuple[RunConfig, Guess | None, str]:
     """The configuration with a task, the guess where it had none, and what is read of the data.
 
-    Data of the hub, at URLs and from functions are not opened, unless the task has to be guessed from them.
+    Data of the hub, at URLs and from functions are not opened, unless the task must be guessed from them.
 
     Raises:
         LayerLensError: what ``layerlens run`` would raise for the same reason.

@@ -42,7 +42,7 @@ class BatchLoss:
         """The loss of a batch, [1].
 
         Raises:
-            ProfilingError: what came back is no number.
+            ProfilingError: what came back is not a number.
         """
         import torch
 

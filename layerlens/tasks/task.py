@@ -54,7 +54,7 @@ class Task:
             these).
         read: from the rows of a source to a data set.
         claim: (rows, data configuration) -> why the rows look as if they were for it, if they do (see ``Claim``); None
-            for a task that has to be named.
+            for a task that must be named.
         encode: (model, data set, data configuration, seed) -> one mapping for each sample, its target under "labels".
         collate: (model, some of those) -> ``Batch.inputs`` and ``Batch.labels``.
         loss: of each sample, which must not depend on the others in its batch.

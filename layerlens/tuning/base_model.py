@@ -1,4 +1,4 @@
-"""The base model that a manifest was made for: loaded again, and held against the manifest before it is changed."""
+"""The base model that a manifest was made for: loaded again, and compared with the manifest before it is changed."""
 
 from __future__ import annotations
 

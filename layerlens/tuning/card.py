@@ -206,7 +206,7 @@ def _others(choice: Choice) -> list[str]:
 
 
 def _serving(choice: Choice) -> str:
-    """What an engine has to be told, or cannot do, to serve the adapter unmerged."""
+    """What an engine must be told, or cannot do, to serve the adapter unmerged."""
     if choice.head_modules:
         return "\nServing engines do not load a head from an adapter. Merge it as above, and serve the merged model.\n"
     if choice.copied_options:

@@ -93,7 +93,7 @@ def finish_checkpoint(path: Path, progress: Mapping[str, Any], keep: Collection[
 
 
 def remove_checkpoints(directory: Path) -> None:
-    """Remove the directory with all checkpoints in it; a run that is killed meanwhile leaves none to go on from."""
+    """Remove the directory with all checkpoints in it; a run that is killed meanwhile leaves none to continue from."""
     for checkpoint in directory.glob(f"{_PREFIX}*"):
         _remove(checkpoint)
     shutil.rmtree(directory, ignore_errors=True)
@@ -116,7 +116,7 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_job(directory: Path, job: Mapping[str, Any]) -> None:
-    """Refuse to go on with the checkpoints of another job; a directory without any is marked as this job's.
+    """Refuse to continue with the checkpoints of another job; a directory without any is marked as this job's.
 
     Raises:
         TrainingError: what differs, by name.

@@ -28,7 +28,7 @@ COUNTS = ("num_items_in_batch",)
 
 
 class PrefixRefused(Exception):
-    """Why activations cannot be stored or used, in words that go on from "cannot be stored: "."""
+    """Why activations cannot be stored or used, in words that continue from "cannot be stored: "."""
 
 
 @dataclass(frozen=True)

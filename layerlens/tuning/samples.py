@@ -192,7 +192,7 @@ class Output:
 
     @property
     def logits(self) -> torch.Tensor:
-        """Those of the model, or its output where that is a tensor."""
+        """Those of the model, or its output if that is a tensor."""
         return logits_of(self.output)
 
     def __getattr__(self, name: str) -> Any:

@@ -70,7 +70,7 @@ def read_adapter(directory: Path) -> Adapter:
     """The adapter in ``directory``: a trained directory, or a run's ``peft`` folder.
 
     Raises:
-        ManifestError: a file is missing or damaged, or it is no LoRA.
+        ManifestError: a file is missing or damaged, or it is not LoRA.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

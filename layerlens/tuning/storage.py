@@ -199,7 +199,7 @@ def _fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor], layer: str
 
 
 def _other_trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Trained parameters outside our modules, and buffers (running statistics) of modules that are trained whole."""
+    """Trained parameters outside our modules, and buffers (running statistics) of modules that are trained in full."""
     own = tuple(method.parameter_mark for method in added_methods().values())
     others: dict[str, torch.Tensor] = {
         name: parameter

@@ -1,7 +1,7 @@
 """Everything below the lowest adapted block computed once for each sample, and read from disk from then on.
 
 What is frozen and not random gives the same activations for a sample in every epoch. ``StoredPrefix`` keeps what the
-last block below the lowest adapted one hands on, and in later epochs hands it on again without computing it or the
+last block below the lowest adapted one passes on, and in later epochs hands it on again without computing it or the
 blocks under it. Masks and positions are made by the model itself, from each batch as it is.
 
 It sits on the model (a hook before its forward pass), so any trainer can be used::
@@ -367,10 +367,10 @@ def _below(model: torch.nn.Module) -> tuple[list[torch.nn.Module], int]:
 
 
 def _hidden(output: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
-    """The hidden states that a block hands on, and from hidden states to such an output.
+    """The hidden states that a block passes on, and from hidden states to such an output.
 
     Raises:
-        PrefixRefused: it hands on more.
+        PrefixRefused: it passes on more.
     """
     if isinstance(output, torch.Tensor):
         return output, lambda hidden: hidden

@@ -64,7 +64,7 @@ def head_tensors(
 
     Args:
         model: the base model, which is not changed.
-        config: a PEFT configuration; its ``modules_to_save`` are trained whole.
+        config: a PEFT configuration; its ``modules_to_save`` are trained in full.
         head: their weights; those of the model where one is not in it.
         tied: modules that have the weight of a trained embedding, which PEFT keeps twice.
 

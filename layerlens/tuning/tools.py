@@ -242,7 +242,7 @@ def axolotl_fields(choice: Choice, model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _llama_factory(choice: Choice, model: torch.nn.Module, path: str) -> dict[str, str]:
-    """Its own fields have one rank for all layers, so it goes on from the directory, which has all of them."""
+    """Its own fields have one rank for all layers, so it continues from the directory, which has all of them."""
     fields = {
         "model_name_or_path": path,
         "adapter_name_or_path": PEFT_DIRECTORY,

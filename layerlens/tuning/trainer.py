@@ -2,7 +2,7 @@
 evaluation and checkpoints.
 
 Evaluations and checkpoints happen after the same optimiser steps in every run, first the evaluation: a checkpoint then
-has the evaluations of its own step, and a run that goes on from it misses none.
+has the evaluations of its own step, and a run that continues from it misses none.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ class _Trainer(Trainer):
 
     def take_up_prefix(self, step: int) -> None:
         """Have the activations of the first epoch's batches again that were stored by this step; those that a run lost
-        are computed in the same batches, so that training goes on with the same bits.
+        are computed in the same batches, so that training continues with the same bits.
         """
         assert self.prefix is not None
         self.prefix.file.load()

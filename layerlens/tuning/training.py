@@ -58,7 +58,7 @@ def fine_tune(
         hooks: called around every optimiser step, in this order.
         identity: what else tells this job from others (a manifest's fingerprint, a method's name), as JSON values.
         restart: remove the checkpoints that are there.
-        progress: told of the optimiser steps.
+        progress: reports the optimiser steps.
         tell: called with each line that the user should know.
         tracking: experiment and name of the run, where ``config.report_to`` names somebody.
 

@@ -98,7 +98,7 @@ class Walk:
 
     @contextmanager
     def tolerant(self) -> Iterator[None]:
-        """What is met within, and cannot be read, is told apart by its class alone."""
+        """What is met within, and cannot be read, is identified by its class alone."""
         before, self.strict = self.strict, False
         try:
             yield

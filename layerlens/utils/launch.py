@@ -51,7 +51,7 @@ def int_of(environment: Mapping[str, str], name: str, default: int | None = None
     """The whole number in an environment variable.
 
     Raises:
-        ConfigurationError: it is no number, or not there and has no default.
+        ConfigurationError: it is not a number, or not there and has no default.
     """
     text = environment.get(name)
     if text is None or not text.strip():

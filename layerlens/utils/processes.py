@@ -1,4 +1,4 @@
-"""Several processes that do one job: who is who, signs of life, and what one has to tell the others.
+"""Several processes that do one job: who is who, heartbeats, and what one has to tell the others.
 
 torchrun (or any launcher that sets the same variables) starts the processes; everything they tell each other in words
 goes through torch's key-value store, pickled, since all of them run the same program for the same user; only sums of
@@ -242,7 +242,7 @@ def joined(backend: str, device: str, timeout_s: float) -> Iterator[Processes]:
     Args:
         backend: "auto" (nccl on cuda, else gloo), "gloo" or "nccl": what sums go through.
         device: "cpu" or "cuda".
-        timeout_s: how long to wait for the others to come, for a sign of life of theirs, and for one collective.
+        timeout_s: how long to wait for the others to come, for a heartbeat of theirs, and for one collective.
 
     Raises:
         ConfigurationError: the launcher's variables are incomplete, or the backend cannot be had.

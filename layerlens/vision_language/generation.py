@@ -15,7 +15,7 @@ class Communication:
     Args:
         method: how it was found: "in process", "client time minus server time", or "bounds".
         ms: the value; None where there are only bounds.
-        lower_ms, upper_ms: bounds; equal to ``ms`` where that is known.
+        lower_ms, upper_ms: bounds; equal to ``ms`` if it is known.
         note: what the bounds rest on.
     """
 

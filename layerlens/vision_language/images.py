@@ -51,7 +51,7 @@ def load_image(path: Path, max_megapixels: float) -> Image.Image:
         max_megapixels: more are refused when the header is read, before the pixels are decoded.
 
     Raises:
-        DataError: it cannot be read, is no image, is truncated, or is too large.
+        DataError: it cannot be read, is not an image, is truncated, or is too large.
     """
     image: Image.Image = read_pixels(path, "RGB", round(max_megapixels * 1e6), "max_megapixels")
     return image

@@ -70,7 +70,7 @@ def check_report(
     """What a report says that the boxes do not, and what it leaves out.
 
     Every sentence is read for classes, numbers, places and confidences (``claims``). A finding that is named twice must
-    be there twice. Texts that are not in English are held against names of classes alone.
+    be there twice. Texts that are not in English are compared with names of classes alone.
 
     Args:
         report: the text.

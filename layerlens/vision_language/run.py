@@ -57,7 +57,7 @@ def run_images(
         paths: the images.
         variants: at least one.
         config: see there.
-        progress: told of every image and pass.
+        progress: called after every image and pass.
         finished: called with an image when a repeat has done it in all variants; outside of the timings.
 
     Returns:

@@ -86,7 +86,7 @@ def _forward_ms(model: torch.nn.Module, first_block: str | None, inputs: dict[st
 
 @contextmanager
 def _entered(model: torch.nn.Module, enter: Callable[[str], None], leave: Callable[[str], Any]) -> Iterator[None]:
-    """While open, ``enter`` and ``leave`` are told of every call of every module below ``model``."""
+    """While open, ``enter`` and ``leave`` are called around every call of every module below ``model``."""
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if name:

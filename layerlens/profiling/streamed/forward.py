@@ -116,7 +116,7 @@ class StreamedFootprint:
 
 @dataclass(frozen=True)
 class Outline:
-    """What has to be known of a batch when its blocks run: not its inputs, which are made anew for the tail.
+    """What must be known of a batch when its blocks run: not its inputs, which are made anew for the tail.
 
     Args:
         index: int64 [b], positions of its samples in the calibration set.

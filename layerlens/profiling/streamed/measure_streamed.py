@@ -57,7 +57,7 @@ def measure_streamed(
         spec, batches, request, sequence_length, threads, progress, loss, other_modules: see ``measure``. A batch is
             made three times: for the front, for the tail, and once more where weights of the front are measured.
         directory: where the activations at block boundaries are kept, and what is finished; an interrupted profile
-            goes on from there, a finished one removes it. None for a temporary one.
+            continues from there, a finished one removes it. None for a temporary one.
         device: where the blocks run; main memory unless given.
         figures: filled with what streaming cost: bytes_read, reading_s, waited_s, boundary_bytes, argument_bytes.
 

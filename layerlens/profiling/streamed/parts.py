@@ -87,7 +87,7 @@ class ModelParts:
 
         Args:
             inputs: of the model.
-            on_call: told of every module beside the blocks before it runs.
+            on_call: called with every module outside the blocks before it runs.
             into_tail: go on behind the last block up to the first module there, to see that no block is called again.
 
         Raises:

@@ -103,7 +103,7 @@ def trained_params(model: torch.nn.Module, facts: ModelFacts) -> int:
 
 
 def full_fine_tuning(request: BaselineRequest) -> Prepared:
-    """Every parameter requires gradients. It has no budget; other methods are held against it."""
+    """Every parameter requires gradients. It has no budget; other methods are compared with it."""
     note_before(request.model, request.facts, whole=True)
     request.model.requires_grad_(True)
     params = trained_params(request.model, request.facts)
