@@ -6,7 +6,7 @@ and the result is judged on plates that nothing was trained on::
 
     python -m benchmarks.detector_benchmark --out benchmarks/results/detector.json
 
-`--weights FILE` starts from a detector of your own, or keeps the one that is trained here for the next call.
+`--weights FILE` starts from your own detector, or keeps the one that is trained here for the next call.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ async def probed(serving: Serving, seconds: float) -> dict[str, Any]:
 
 
 async def submitted(port: int, reference: str) -> dict[str, Any]:
-    """All submissions at once; who is told to wait comes back, with the same key."""
+    """All submissions at once; clients that must wait come back with the same key."""
     statuses: Counter[int] = Counter()
     times: list[float] = []
     accepted: list[str] = []

@@ -65,7 +65,7 @@ class Engine:
         command: how its server is started; ``{base}``, ``{directory}`` and ``{rank}`` are filled in.
         as_peft: it reads every layer's rank and alpha, and rsLoRA, as PEFT does; nothing is padded then.
         holds_all: it takes whatever PEFT writes, task heads and DoRA too.
-        ranks: those that it can be told of, and adapters are padded to; empty where any rank will do.
+        ranks: those that its command line accepts, to which adapters are padded; empty if any rank works.
         fuses: it wants all projections of a fused group, or none.
         every_block: it drops a kind of projection that a block lacks, so each is to be in every block.
         last_names: it compares ``target_modules`` with the last part of a module's name.
@@ -94,7 +94,7 @@ class Engine:
         return not self.ranks or (rank <= max(self.ranks) if self.as_peft else rank in self.ranks)
 
     def rank_for(self, rank: int) -> int | None:
-        """The least rank that it can be told of and that holds ``rank``; None if that is more than it allows."""
+        """The least rank that its command line accepts and that holds ``rank``; None if it allows none."""
         return min((allowed for allowed in self.ranks if allowed >= rank), default=None) if self.ranks else rank
 
 

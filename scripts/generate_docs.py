@@ -68,7 +68,7 @@ def cli_page() -> str:
     command: Any = get_command(app)
     with command.make_context("layerlens", ["--help"], resilient_parsing=True) as context:
         text = get_docs_for_click(obj=command, ctx=context, name="layerlens")
-    # Shell completion is told of in other words where the generator runs in a shell that it does not know.
+    # The help text of shell completion differs if the generator runs in an unknown shell.
     lines = [line for line in text.splitlines() if not re.match(r"\* `--(install|show)-completion`", line)]
     return (
         "# Command line\n\n<!-- Made by scripts/generate_docs.py from layerlens/cli; change it there. -->\n\n"

@@ -3,7 +3,7 @@
 
     python repair_wheel.py WHEEL DESTINATION [--libgomp FILE]
 
-The OpenMP runtime goes into the wheel under its own SONAME, libgomp.so.1, found by RPATH, and auditwheel is told not to
+The OpenMP runtime goes into the wheel under its own SONAME, libgomp.so.1, found by RPATH, and auditwheel must not
 rename it. The dynamic loader knows one library for each SONAME, and torch brings a libgomp.so.1 too: whichever of the
 two is imported first, both then share one runtime and one pool of threads. A renamed copy would be a second pool.
 

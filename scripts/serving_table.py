@@ -183,7 +183,7 @@ def by_engines(base: Path, original: Path, exports: dict[str, Path], work: Path,
     plain = model(torch.tensor([TOKENS])).logits[0].detach().log_softmax(-1)
     wanted = PeftModel.from_pretrained(model, str(original))(torch.tensor([TOKENS])).logits[0].detach().log_softmax(-1)
     cells, said = (
-        {"peft": f"run: this is what all are held against, {(wanted - plain).abs().max():.1e} from the base"},
+        {"peft": f"run: the reference for all, {(wanted - plain).abs().max():.1e} from the base"},
         [],
     )
     vllm = {name: str(exports[name]) for name in ("vllm", "vllm-legacy", "any")}

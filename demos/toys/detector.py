@@ -26,7 +26,7 @@ VERSION = 1
 
 TRAINING_PLATES, EPOCHS = 400, 10
 HELD_OUT_PLATES, HELD_OUT_SEED = 100, 10_001
-"""The plates whose mAP is told; no training seed draws them."""
+"""The plates for the reported mAP; no training seed draws them."""
 
 ARCHITECTURE: dict[str, Any] = {
     "nc": len(CLASSES),

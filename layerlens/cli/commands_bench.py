@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from layerlens.bench.speeds import KernelSpeed, Speeds
 
 BUSY = 0.5
-"""Load on each core, before it began, from which rates are told to be too low."""
+"""Load on each core before the start, above which the output says that rates are too low."""
 
 
 @guarded()

@@ -84,7 +84,7 @@ def train(
     if baseline is not None:
         from layerlens.tuning.baselines import known_baseline
 
-        known_baseline(baseline)  # a misspelt one is told before anything is loaded
+        known_baseline(baseline)  # refuses a misspelt name before anything is loaded
     target = directory or manifest.parent / (f"{DEFAULT_FOLDER}-{baseline}" if baseline else DEFAULT_FOLDER)
     follower = not is_main_process()  # one process of several speaks
     result = do(

@@ -36,7 +36,7 @@ state = State()
 
 
 class SeenEnough(BaseException):
-    """The reader of a pipe has seen enough of a text (``| head``): no error, and nobody is told."""
+    """The reader of a pipe closed it early (``| head``): no error and no message."""
 
     exit_code = 141  # as of a program that SIGPIPE ends
 

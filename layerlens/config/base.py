@@ -1,6 +1,6 @@
 """The base of every configuration model, which fails with ConfigurationError, and the types of registered names.
 
-Unknown keys are refused. Errors are said in the words of someone who writes YAML or JSON by hand, for manifests too.
+Unknown keys are refused. Errors use the words of someone who writes YAML or JSON by hand, for manifests too.
 """
 
 from __future__ import annotations

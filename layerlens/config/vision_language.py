@@ -1,4 +1,4 @@
-"""What the detection-to-report pipeline is told: images, detector, language model, and how it is timed."""
+"""Settings of the detection-to-report pipeline: images, detector, language model and timing."""
 
 from __future__ import annotations
 

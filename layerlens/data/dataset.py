@@ -21,7 +21,7 @@ class Stored(Protocol):
 
     @property
     def identity(self) -> str:
-        """What the value is identified by, cheaply: the same in every run."""
+        """A cheap identity of the value: the same in every run."""
 
     def content(self) -> bytes:
         """All that it is, for fingerprints."""

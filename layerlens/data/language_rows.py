@@ -33,7 +33,7 @@ class Shape:
     """What rows with these columns are.
 
     Args:
-        name: as it is told to the user.
+        name: for the user.
         parts: what the shape must have -> the names that its column may have, the usual one first.
         more: what it may have beside that.
         verbatim: whether prompt and answer are written one after the other as they are, without a chat template.

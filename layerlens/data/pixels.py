@@ -155,7 +155,7 @@ def in_mode(image: Any, mode: str) -> Any:
 
 
 class _reading:
-    """The opened image; whatever Pillow raises for a file that it cannot read is said in a line."""
+    """The opened image; whatever Pillow raises for an unreadable file becomes a one-line error."""
 
     def __init__(self, data: Path | bytes) -> None:
         self.data = data

@@ -299,7 +299,7 @@ def peft_places(model: torch.nn.Module, layers: Iterable[str]) -> dict[str, str]
 
 
 def _parameters(model: torch.nn.Module, layers: Iterable[str]) -> dict[str, str]:
-    """Layer -> name of the parameter that PEFT is told, of the layers that it adapts by their parameters."""
+    """Layer -> parameter name passed to PEFT, for the layers that it adapts by their parameters."""
     stacks = [layer for layer in layers if stack_at(model, layer) is not None]
     rewritten = rewritten_by_peft(model, [layer for layer in layers if layer not in stacks])
     return {layer: layer for layer in stacks} | {layer: f"{layer}.weight" for layer in rewritten}

@@ -55,7 +55,7 @@ class PretrainedModel:
         streamed: where the weights are, of a model on the meta device; None for a model that has them.
         processor: of transformers, how chats with images become its inputs; None for a model of one kind of input.
         no_processor: why the checkpoint's own cannot be loaded; "" where it can, or has none.
-        drawn: names of other parameters that the checkpoint does not have; they stay as they were drawn.
+        drawn: names of other parameters that the checkpoint does not have; they keep their random initialisation.
         notes: what the user should know of how it was loaded, a line each.
         tokens: rows of the embeddings that are trained; None for none.
         audio: how sound becomes its inputs; None for models of anything else.

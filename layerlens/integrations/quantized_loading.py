@@ -22,7 +22,7 @@ TRAINABLE: dict[str, dict[str, Any]] = {
     "awq": {"backend": "auto_trainable"},
     "compressed-tensors": {"dequantize": True},
 }
-"""Quantization method -> what transformers is told beside it, so that gradients go through the layers.
+"""Quantization method -> extra settings for transformers, so that gradients go through the layers.
 
 compressed-tensors unpacks its weights in the first call anyway; told so, it does not round activations too.
 """
@@ -32,7 +32,7 @@ some hundredths; one that passes no gradient on, or only that of a part, by near
 
 
 def quantization_arguments(asked: Mapping[str, Any] | None, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What ``from_pretrained`` is told of ``model.quantization`` and of what the checkpoint says of its weights.
+    """Arguments of ``from_pretrained`` from ``model.quantization`` and the checkpoint's own quantization.
 
     Raises:
         ModelSpecError: transformers does not know such a quantization.

@@ -1,7 +1,7 @@
 """The job: a configuration, and all that carrying it out takes on this machine.
 
 Every stage of a job is a function ``(Job, noun) -> noun``. What is the same for all stages (where relative paths start,
-who is told of progress and warnings, the processes, threads, device and cache) is in the ``Job`` and nowhere else.
+who receives progress and warnings, the processes, threads, device and cache) is in the ``Job`` and nowhere else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Warn = Callable[[str], None]
 
 
 def unheard(_line: str) -> None:
-    """Warnings that nobody is told."""
+    """Warnings that nobody receives."""
 
 
 class Warnings:
@@ -46,7 +46,7 @@ class Warnings:
 
 @dataclass
 class Clock:
-    """Wall time of each stage in seconds; whoever observes the job is told of each."""
+    """Wall time of each stage in seconds; observers of the job receive each."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""What a job hands back, who is told of it, and where it is published.
+"""What a job returns, who observes it, and where it is published.
 
 The two context managers stand around every job::
 
@@ -97,7 +97,7 @@ def observed(kind: str, config: RunConfig) -> Iterator[Outcome]:
 
 
 def record(kind: str, result: Any) -> RunRecord:
-    """What observers are told of a result."""
+    """What observers receive of a result."""
     return RunRecord(
         kind,
         manifest=getattr(result, "manifest", None),

@@ -120,7 +120,7 @@ class Capture(Taps):
         self._rows = 1 if self.by_batches else batch.rows
         self._n_batch, self._counted = len(batch.index) * self._rows, counted
         self._half__b = batch.index % 2
-        # Convolutions of a conformer read padding that they were not told of, so that gradients reach it.
+        # Convolutions of a conformer read padding without a mask, so gradients reach it.
         self._read_padding = batch.frames is not None
         masks = () if self.by_batches else batch.masks
         self._masks = {mask.shape[1]: None if bool(mask.all()) else mask for mask in masks}

@@ -1,6 +1,6 @@
 """What is alive at each operation of a recorded step: in the forward pass, and in the backward pass through all of it.
 
-Both are told by the operations of the forward pass: the backward pass goes through them from the last to the first.
+Both follow from the operations of the forward pass: the backward pass goes through them from the last to the first.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Scheduler:
     Args:
         settings: what the operator decided.
         store: all jobs.
-        ended: called after every job that has got its last state.
+        ended: called with every job that has ended.
     """
 
     def __init__(self, settings: ServiceSettings, store: JobStore, ended: Callable[[Job, float], None]) -> None:

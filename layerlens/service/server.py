@@ -28,7 +28,7 @@ def serve(
     Args:
         settings: what the operator decided.
         tls_certificate, tls_key: PEM files, for HTTPS.
-        ready: told of the address, once connections are taken.
+        ready: called with the address once the server accepts connections.
 
     Raises:
         ConfigurationError: the settings are not safe, the address is taken, or packages are missing.

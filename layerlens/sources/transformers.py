@@ -353,7 +353,7 @@ def _quiet_transformers() -> Iterator[None]:
 def _head_settings(request: LoadRequest, path: str, told: dict[str, Any]) -> tuple[Sequence[str], dict[str, Any]]:
     """The classes in the order of the outputs, and what the configuration of the model is to say of its head.
 
-    ``told`` is what every ``from_pretrained`` is told.
+    ``told`` holds the arguments of every ``from_pretrained``.
     """
     from transformers import AutoConfig
 

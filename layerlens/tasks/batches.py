@@ -74,7 +74,7 @@ class Batch:
     def masks(self) -> tuple[torch.Tensor, ...]:
         """Masks [b, t] of the inputs, 1 for tokens and 0 for padding; none for images.
 
-        No two of them have the same t: activations are told to be the encoder's or the decoder's by their t.
+        No two of them have the same t: t identifies activations as the encoder's or the decoder's.
         """
         if self.frames is not None:
             return (self.frames, *(self.inputs[name] for name in MASKS[1:] if name in self.inputs))

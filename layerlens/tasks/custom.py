@@ -86,7 +86,7 @@ def load(config: DataConfig, base_dir: Path | None) -> Dataset:
 
 
 def read(table: Table, config: DataConfig) -> Dataset:
-    """Rows say nothing of what a model of your own takes."""
+    """Rows say nothing about the inputs of a custom model."""
     raise DataError(FUNCTIONS_ONLY)
 
 

@@ -1,4 +1,4 @@
-"""From what a job tells to what a tracker is told."""
+"""Translates what a job reports into calls of a tracker."""
 
 from __future__ import annotations
 

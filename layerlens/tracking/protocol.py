@@ -1,4 +1,4 @@
-"""What an experiment tracker has to do to be told of jobs."""
+"""The methods that an experiment tracker must have."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ Before the first sample is stored, and once more before the first is used, the m
 - a sample alone has those that it has beside longer ones;
 - what is stored, and the loss from it, are those of a full pass, but for rounding.
 
-Otherwise nothing is stored, or used, and the reason is told.
+Otherwise nothing is stored or used, and the reason is given.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class StoredPrefix:
     Args:
         model: as ``layerlens.tuning.apply`` or PEFT made it; the module that the trainer calls.
         directory: for the file; removed by ``remove``.
-        samples: how many training samples there are, for the size that is told beforehand; None: it is not told.
+        samples: number of training samples, to announce the disk space; None: it is not announced.
         switch_off_dropout: where dropout acts below, switch it off there. False: nothing is stored then.
         dtype: what is stored; the activations' own precision when None.
         required: raise where nothing can be stored, instead of training as ever.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HEAD_FILE = "head.safetensors"
 FOUND_BY_PEFT = ("classifier", "score")
-"""The endings of modules that PEFT trains for a task type of its own, beside those that it is told."""
+"""The endings of modules that PEFT trains for a task type of its own, besides those in its configuration."""
 
 Head = Mapping[str, Any]
 """Tensors or arrays of a task head, by the base model's names."""

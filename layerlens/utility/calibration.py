@@ -2,7 +2,7 @@
 
 The theory ranks options; a few of them were really trained (``ProxyStudy``). For each method, isotonic regression
 (Barlow et al. 1972) of the measured gain on the theoretical utility keeps the theory's order and takes the scale from
-the measurements. What the measurements leave open is told by resampling them (Efron 1979).
+the measurements. Resampling the measurements gives the uncertainty (Efron 1979).
 """
 
 from __future__ import annotations

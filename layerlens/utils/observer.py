@@ -2,7 +2,7 @@
 
 A job is wrapped in ``observing``; wherever a stage begins, ``observed_stage`` tells those who watch. The job knows none
 of them. Only ``run_started`` may refuse a job, with a LayerLensError; whatever else an observer raises is a
-warning, and that observer is told no more.
+warning, and that observer receives nothing more.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ class Processes:
                 except RuntimeError:  # the store is gone: whoever looks next says so
                     return
 
-        self._heart = threading.Thread(target=beat, name="layerlens sign of life", daemon=True)
+        self._heart = threading.Thread(target=beat, name="layerlens heartbeat", daemon=True)
         self._heart.start()
 
     def _leave(self, patience_s: float) -> None:

@@ -1,4 +1,4 @@
-"""Images on their way in and out: found, loaded (what is wrong with one is said in a line, before much memory is used),
+"""Images on their way in and out: found, loaded (a broken one gives a one-line error, before much memory is used),
 and with their boxes drawn on them.
 """
 

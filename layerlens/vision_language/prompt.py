@@ -16,7 +16,7 @@ TEMPLATE = "Findings in the image ({count}):\n{findings}\nWrite the report."
 HIGH, MODERATE = 0.8, 0.5
 """From which confidence on, as it is shown, it is called so; what is below is called low."""
 ROUNDED = 0.005
-"""A model is told confidences with two digits."""
+"""The prompt gives confidences with two digits."""
 
 Messages = list[dict[str, str]]
 

@@ -20,7 +20,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pytest needs it there
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+NOT_WRITTEN = (
+    "who wants to know", "checked by practice", "told of", "with several give", "DESIGN section", "of one's own",
+    "sign of life", "as they were drawn", "held against",
+)  # fmt: skip
+"""Wordings that docs/style.md replaces."""
 EXCEPTIONS = [
     kind for _, kind in inspect.getmembers(exceptions, inspect.isclass)
     if issubclass(kind, LayerLensError) and kind is not LayerLensError
@@ -71,3 +77,13 @@ def test_every_dependency_stands_on_its_page_and_no_other():
                 told.setdefault(extra, set()).update(packages.strip().split(", "))
     assert told == wanted
     assert all(f"`{extra}`" in extras for extra in TOGETHER)
+
+
+def test_wordings_of_the_style_page_are_not_written():
+    pages = [ROOT / "README.md", *(page for page in DOCS.rglob("*.md") if page.parent.name != "decisions")]
+    read = [*pages, *(ROOT / "layerlens").rglob("*.py"), *(ROOT / "layerlens").rglob("*.j2")]
+    texts = {path: " ".join(path.read_text(encoding="utf-8").split()) for path in read if path.name != "style.md"}
+    found = [
+        (str(path.relative_to(ROOT)), words) for path, text in texts.items() for words in NOT_WRITTEN if words in text
+    ]
+    assert found == []

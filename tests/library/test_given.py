@@ -33,7 +33,7 @@ class Pairs(Dataset):
 
 @pytest.fixture
 def network() -> torch.nn.Module:
-    """A module of one's own."""
+    """A custom module."""
     torch.manual_seed(0)
     return torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.ReLU(),

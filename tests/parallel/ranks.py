@@ -68,7 +68,7 @@ class Watched:
 
 
 def run(settings: dict[str, Any], base_dir: Path) -> tuple[bytes, dict[str, str]]:
-    """The whole job; the manifest's bytes as this process read them back, and the files that it was told of."""
+    """The whole job; the manifest's bytes as this process read them back, and the files that it was given."""
     result = run_config(RunConfig.model_validate(settings), base_dir=base_dir)
     assert result.manifest.status == "optimal"
     return result.files["manifest_json"].read_bytes(), {name: str(path) for name, path in result.files.items()}

@@ -1,4 +1,4 @@
-"""Models of one's own with heads and samples of one's own: what is trained whole, and how batches are made."""
+"""Custom models with their own heads and samples: what is trained in full, and how batches are made."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_fresh_head_of_a_factory_is_trained_saved_and_loaded_where_it_is_named
     settings["model"]["head_fit_samples"] = 24
     config = RunConfig.model_validate(settings)
     done = run_config(config, base_dir=tmp_path)
-    assert not any("look as they were drawn" in line for line in done.warnings)
+    assert not any("look freshly initialised" in line for line in done.warnings)
     manifest = done.manifest
     assert manifest.model.head_modules == ("fc",)
     assert {row.layer for row in manifest.allocations} == {"features.0", "features.3"}

@@ -1,4 +1,4 @@
-"""What trackers are told, with real ones: TensorBoard's files, a tracker of one's own, a server that is down."""
+"""What trackers receive, with real ones: TensorBoard's files, a custom tracker, a server that is down."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OURS = {"group": "layerlens.trackers"}
 
 
 class Recording:
-    """A tracker of one's own."""
+    """A custom tracker."""
 
     runs: list[Recording] = []  # noqa: RUF012
 

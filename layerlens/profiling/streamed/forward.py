@@ -215,7 +215,7 @@ class ForwardSweep:
         )  # fmt: skip
 
     def run_forward(self, done: int, after_block: Callable[[int], object], advance: Advance) -> None:
-        """All blocks from number ``done`` on; ``after_block`` is told how many are done."""
+        """All blocks from number ``done`` on; ``after_block`` is called with the number of finished blocks."""
         for number in range(done, self.n_blocks):
             self.residency.only(self.block_names(number))
             following = self.block_names(number + 1) if number + 1 < self.n_blocks else self.tail_names()

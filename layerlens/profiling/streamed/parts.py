@@ -142,7 +142,7 @@ class ModelParts:
         raise cannot_stream(self.model, "does not call its blocks")
 
     def discover(self, inputs: Mapping[str, Any], load: Callable[[Sequence[str]], object]) -> None:
-        """Find out which modules are the front, and what a block puts out; ``load`` is told which weights are needed.
+        """Find out which modules are the front, and what a block outputs; ``load`` gets the needed names.
 
         Raises:
             ProfilingError: see ``run_front``; or blocks put out more than activations.

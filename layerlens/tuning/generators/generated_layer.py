@@ -1,4 +1,4 @@
-"""A layer as a generator is told of it."""
+"""What a generator knows about a layer."""
 
 from __future__ import annotations
 
