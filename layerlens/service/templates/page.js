@@ -149,7 +149,7 @@
   function fill(row, job, state) {
     const held = row.contains(document.activeElement);
     row.dataset.state = state;
-    row.cells[5].textContent = job.cancel_requested && !FINAL.includes(job.state) ? `${job.state}, asked to end` : job.state;
+    row.cells[5].textContent = job.cancel_requested && !FINAL.includes(job.state) ? `${job.state}, stopping` : job.state;
     if (job.state === "succeeded" && !row.cells[0].firstChild) {
       const box = make("input", "", { type: "checkbox", "aria-label": `Compare job ${job.number}` });
       box.addEventListener("change", () => {
@@ -163,7 +163,7 @@
   }
   function actions(job) {
     if (!FINAL.includes(job.state)) {
-      const stop = button("Cancel", `Cancel job ${job.number}`, () => act(job, `v1/jobs/${job.id}/cancel`, "POST", "asked to end"));
+      const stop = button("Cancel", `Cancel job ${job.number}`, () => act(job, `v1/jobs/${job.id}/cancel`, "POST", "asked to stop"));
       stop.disabled = job.cancel_requested;
       return [stop];
     }
@@ -340,7 +340,7 @@
     const differ = layers.filter((layer) => choices[0].get(layer) !== choices[1].get(layer));
     const units = new Set(found.map(({ manifest }) => `${manifest.utility_model} ${manifest.utility_unit}`));
     $("differences-note").textContent = `${differ.length} of ${layers.length} layers differ.` +
-      (units.size > 1 ? " The scores are of different utility models, so they cannot be compared." : "");
+      (units.size > 1 ? " The scores cannot be compared, because the utility models differ." : "");
     table($("differences"), ["Layer", ...names], differ.map((layer) => [layer, ...choices.map((each) => each.get(layer) ?? "not there")]));
   }
 
@@ -353,7 +353,7 @@
       again = { statistics: `job:${job.id}`, config: manifest.provenance.config };
       $("own-model").disabled = true;
       $("again").replaceChildren(
-        `Chooses again from what job ${job.number} measured, within the budgets that you give here. `,
+        `Chooses again from the statistics of job ${job.number}, within the budgets that you enter here. `,
         button("Measure a model instead", "Measure a model instead", () => { forget(); $("model").focus(); }),
       );
       $("again").hidden = false;
@@ -375,7 +375,7 @@
     const found = [];
     if ($("yaml").value.trim()) return found;
     if (!again) {
-      for (const id of ["model", "data"]) if (!$(id).value.trim()) found.push([$(id), `Say which ${id} to use`]);
+      for (const id of ["model", "data"]) if (!$(id).value.trim()) found.push([$(id), `Name the ${id} to use`]);
     }
     const given = budgets().filter((field) => field.value.trim());
     if (!given.length) found.push([budgets()[0], "Give at least one budget"]);
@@ -436,11 +436,11 @@
       await signIn();
     } catch (error) {
       signedOut();
-      if (error.status !== 401) say(`The server cannot be asked: ${error.message}`);
+      if (error.status !== 401) say(`Cannot reach the server: ${error.message}`);
     }
     setInterval(async () => {
       if (document.hidden || $("signed-in").hidden) return;
-      try { await list(); } catch (error) { if (error.status !== 401) say(`The server cannot be asked: ${error.message}`); }
+      try { await list(); } catch (error) { if (error.status !== 401) say(`Cannot reach the server: ${error.message}`); }
     }, POLL_MS);
   })();
 })();
