@@ -75,7 +75,7 @@ def class_folders(root: Path, kind: FileKind) -> tuple[tuple[Any, ...], tuple[st
         found = [path for path in paths if kind.looks_right(path)]
         if len(found) < len(paths):
             others = [path.relative_to(root).as_posix() for path in paths if path not in set(found)]
-            notes.append(f"{_count(others, 'file', 'files')} not read, because they are not {kind.one}: {some(others)}")
+            notes.append(f"{_count(others, 'file', 'files')} not read (not {kind.one}): {some(others)}")
         if not found:
             notes.append(f"the folder {folder.name} has no {kind.many}, so it is not a class")
         faults: list[str] = []

@@ -76,7 +76,7 @@ def layers_asked_for(
         raise ModelSpecError(f"{FIELD}: {outside[0]} is outside the blocks, and streaming measures only the blocks")
     if not found:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in left_out.items() if path not in of_block)
-        raise ModelSpecError(f"{FIELD} names no layer that can be adapted{'; ' if reasons else ''}{reasons}")
+        raise ModelSpecError(f"{FIELD}: names no layer that can be adapted{'; ' if reasons else ''}{reasons}")
     return AskedLayers(found, left_out)
 
 

@@ -66,7 +66,7 @@ def in_letters(
     }
     best = min(ways, key=lambda name: unknown[name].total())
     if best != "as they are":
-        said[f"transcripts are converted {best}, the case of the vocabulary"] = None
+        said[f"transcripts are written {best}, the case of the vocabulary"] = None
     lacking = unknown[best]
     marks = {one: n for one, n in lacking.items() if not one.isalnum()}
     letters = {one: n for one, n in lacking.items() if one.isalnum()}

@@ -113,8 +113,8 @@ def test_the_line_of_the_design() -> None:
         (
             "optimization",
             "methods: [lora, vera]",
-            "6:19: optimization.methods[1]: 'vera' is left out: its layers share their projections, so what one of "
-            "them costs depends on the others",
+            "6:19: optimization.methods[1]: 'vera' is left out: its layers share projections, so the cost of one "
+            "layer depends on the others",
         ),
     ],
 )

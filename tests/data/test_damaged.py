@@ -88,7 +88,7 @@ def test_a_turn_that_is_none_is_a_row_left_out(tmp_path: Path):
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
     assert list(load(path, "causal-lm").reading.left_out) == [2]
-    with pytest.raises(DataError, match="has no images, its columns are messages"):
+    with pytest.raises(DataError, match="has no images; its columns are messages"):
         load(path, "image-text")
     tools = ["[]", "", '[{"name": }]', DEEP]
     path.write_text("".join(json.dumps({"messages": chats[0], "tools": one}) + "\n" for one in tools), encoding="utf-8")

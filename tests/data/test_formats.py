@@ -236,7 +236,7 @@ def test_a_large_source_is_drawn_from_and_not_kept_whole(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"text": "a"},\n {"text": "b"', "at or before line 2 is no JSON array"),
+        ('[{"text": "a"},\n {"text": "b"', "at or before line 2 is not a JSON array"),
         ('[{"text": "a"}\n {"text": "b"}]', "a comma is missing before"),
         ('[{"text": "a"}] x', "follows it"),
         ('{"train": [{"text": "a"}], "test": [{"text": "b"}]}', "has rows under train, test"),

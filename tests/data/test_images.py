@@ -224,10 +224,10 @@ def test_what_is_read_and_what_is_not_is_said(folder: Path):
     said = "\n".join((*dataset.notes, *dataset.reading.notes))
     for part in (
         "cats/empty.jpg is empty", "cats/phone.heic is a HEIC image; run: pip install 'layerlens[heic]'",
-        "cats/cut.jpg is damaged or truncated", "1 file not read, since not an image: cats/notes.txt",
+        "cats/cut.jpg is damaged or truncated", "1 file not read (not an image): cats/notes.txt",
         "1 image outside the classes' folders not read: beside.png",
-        "the folder papers has no images, so it is no class", "1 image with more than 8 bits a channel",
-        "cats/deep.PNG", "2 images with several frames or pages, of which the first is read: cats/mov",
+        "the folder papers has no images, so it is not a class", "1 image with more than 8 bits per channel",
+        "cats/deep.PNG", "2 images with several frames or pages, of which only the first is read: cats/mov",
     ):  # fmt: skip
         assert part in said, part
     assert "hidden" not in said

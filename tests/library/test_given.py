@@ -135,7 +135,7 @@ def test_the_models_own_loss_is_taken_where_it_is_no_known_one(bert: torch.nn.Mo
     batches = [{**batch, "labels": torch.nn.functional.one_hot(batch["labels"], 3).float()} for batch in bert_batches]
     bert.config.problem_type = "multi_label_classification"
     several = layerlens.profile(bert, batches, statistics=["fisher"])
-    assert any("of each sample, as sequence-classification has it" in note for note in several.notes)
+    assert any("of each sample, as for sequence-classification" in note for note in several.notes)
     bert.config.problem_type = "regression"  # squared error of numbers that may be classes
     found = layerlens.profile(bert, batches)
     assert any("the model's own, for whole batches" in note for note in found.notes)

@@ -43,7 +43,7 @@ def test_a_killed_worker_is_restarted_and_measures_no_finished_batch_again(tmp_p
     result = json.loads(done.stdout)  # by process 0 alone
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert lines == [
-        "error: terminated by torchrun, whose report says which process failed; no result was written; run it again, "
+        "error: terminated by torchrun; its report names the process that failed; no result was written; run it again, "
         "and statistics that were finished come from the cache"
     ]
     begun = [collections.Counter((tmp_path / f"two/measured-{rank}.txt").read_text().split()) for rank in range(2)]

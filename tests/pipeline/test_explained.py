@@ -198,7 +198,7 @@ def test_the_sentence_says_because_only_where_the_budget_is_the_reason():
     said = "enc.3.q is frozen; going deeper would cost 2 ms for 10 % of the score"
     assert why_no_deeper(manifest(0.0, *half, room=5.0), deeper) == f"{said}."
     assert why_no_deeper(manifest(0.0, *half, room=1.0), deeper) == (
-        f"{said}, and does not fit into the budgets beside the other layers."
+        f"{said}, and does not fit into the budgets with the other layers."
     )
     assert "no option there is worth its cost" in why_no_deeper(manifest(0.5, *whole), [near])
     assert why_no_deeper(manifest(0.5, *whole), []) == ""

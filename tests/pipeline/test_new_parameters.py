@@ -109,4 +109,4 @@ def test_in_memory_it_is_part_of_the_new_head(without_pooler: Path):
     assert set(plan.lora_config().modules_to_save) == set(HEADS)
     assert "data: columns used: text, label" in plan.notes
     assert "data: classes LABEL_0 12, LABEL_1 12" in plan.notes
-    assert "data: classes of the data taken for those of the model: grim as LABEL_0, fine as LABEL_1" in plan.notes
+    assert "data: classes of the data matched with those of the model: grim as LABEL_0, fine as LABEL_1" in plan.notes

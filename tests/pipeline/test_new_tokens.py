@@ -92,7 +92,7 @@ def test_run_train_apply_and_merge(folder: Path, tied: bool, by: str):
         assert result.exit_code == 0, result.output
         if command[0] == "run":
             said = " ".join(result.output.split())
-            assert f"are trained beside what is chosen ({by})" in said
+            assert f"are trained with the choice ({by})" in said
             assert "exactly 0" in said
     manifest = read_manifest(Path("out/manifest.json"))
     tokens = manifest.model.token_training

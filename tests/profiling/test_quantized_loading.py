@@ -92,7 +92,7 @@ def test_weights_that_are_unpacked_as_they_load_are_said(tmp_path: Path) -> None
     write_fp8(tmp_path)
     tokenizer().save_pretrained(tmp_path / "model")
     loaded = load_pretrained(str(tmp_path / "model"), "causal-lm", [])
-    assert "quantized (fp8), and were unpacked to float32" in loaded.notes[0]
+    assert "quantized (fp8), and loading unpacked them to float32" in loaded.notes[0]
     expected = dense().get_input_embeddings().weight
     torch.testing.assert_close(loaded.model.get_input_embeddings().weight, expected, rtol=0.01, atol=0.001)
     assert load_pretrained(str(tmp_path / "model"), "causal-lm", [], dtype="bfloat16").notes

@@ -124,7 +124,7 @@ def test_tables_name_files_beside_them_and_hold_bytes(folder: Path, tmp_path: Pa
     })  # fmt: skip
     found, guess = with_task(config, tmp_path)
     assert found.model.task == TASK.name
-    assert "clips of sound in column 'path' and classes in 'accent'" in str(guess)
+    assert "audio clips in column 'path' and classes in 'accent'" in str(guess)
     dataset = load_dataset(found.data, tmp_path, TASK.name)
     assert dataset.label_names == ("far", "near")
     assert len(dataset) == 6

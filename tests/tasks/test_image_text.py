@@ -80,7 +80,7 @@ def test_rows_whose_images_are_not_there_are_left_out_and_counted(rows_jsonl: Pa
     dataset = read(rows_jsonl.parent / "odd.jsonl", [rows[0], rows[1], rows[3]])
     assert len(dataset) == 2
     assert "gone.png" in dataset.notes[0]
-    with pytest.raises(DataError, match="has 1 images and 2 places for them"):
+    with pytest.raises(DataError, match="has 1 images and 2 placeholders for them"):
         read(rows_jsonl.parent / "odd.jsonl", [rows[2]] * 3)
 
 

@@ -139,7 +139,7 @@ def test_long_texts_become_several_samples_that_hold_every_token(tmp_path):
         ({"messages": [{"role": "user", "content": "x"}]}, r"no assistant turn .* \(only user\)"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "has the role 'narrator', not one of system"),
         ({"messages": [{"role": "assistant", "content": None}]}, "has no content"),
-        ({"messages": ["hello"]}, "a turn in column 'messages' is no mapping"),
+        ({"messages": ["hello"]}, "a turn in column 'messages' is not a mapping"),
         ({"other": 1}, "no turns in column 'messages'"),
     ],
 )

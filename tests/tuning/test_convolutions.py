@@ -114,7 +114,7 @@ def test_a_grouped_convolution_takes_multiples_of_its_groups_and_is_not_merged(t
     with pytest.raises(ManifestError, match="cannot be merged: 0 is a convolution of 4 groups"):
         merge(tuned)
     assert torch.equal(tuned(pixels), expected)
-    with pytest.raises(ManifestError, match="rank 6 is no multiple of the 4 groups"):
+    with pytest.raises(ManifestError, match="rank 6 is not a multiple of the 4 groups"):
         apply(build(), plan(build(), {"0": ("lora", 6)}, head_modules=[]))
 
 

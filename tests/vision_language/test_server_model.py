@@ -140,7 +140,7 @@ def _endless_drip(handler: Any, _body: dict) -> None:
     [
         (lambda h, _: send(h, 200, "<html>hello</html>", "text/html"), "garbage: no stream of events", 1, ""),
         (lambda h, _: send(h, 200, "[1, 2]"), "garbage: not a JSON object: [1, 2]", 1, ""),
-        (lambda h, _: send(h, 200, '{"choices": []}'), "garbage: the answer is no chat completion", 1, ""),
+        (lambda h, _: send(h, 200, '{"choices": []}'), "garbage: the answer is not a chat completion", 1, ""),
         (_garbage_event, "garbage: not JSON: {not json after 1 token", 1, "Nod"),
         (_not_utf8, "garbage: bytes that are not UTF-8", 1, ""),
         (_error_inside, "an error: out of memory", 1, ""),
