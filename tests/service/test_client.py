@@ -68,7 +68,7 @@ def test_a_file_that_breaks_off_is_fetched_again_and_none_is_left_in_part(answer
         client.download("a", tmp_path / "other")
     assert not (tmp_path / "other").exists()
     out = answer(json.dumps({"files": {"report": "../report.html"}}).encode())
-    with pytest.raises(ServiceError, match="leads out of the directory"):
+    with pytest.raises(ServiceError, match="outside of the directory"):
         answering({"/v1/jobs/a/result": [out]}).download("a", tmp_path / "out")
 
 
@@ -98,9 +98,9 @@ def test_refusals_have_the_servers_words_and_the_token_goes_nowhere_else(answeri
     def gone(handler: http.server.BaseHTTPRequestHandler) -> None:
         elsewhere.append(handler.path)
 
-    busy = answer(b'{"detail": "3 jobs are waiting already"}', 503, retry_after="1")
+    busy = answer(b'{"detail": "3 jobs are already waiting"}', 503, retry_after="1")
     client = answering({"/v1/jobs/a": [busy]})
-    with pytest.raises(ServiceError, match="3 jobs are waiting already"):
+    with pytest.raises(ServiceError, match="3 jobs are already waiting"):
         client.job("a")
     client = answering({"/v1/jobs/a": [answer(b"", 307, location="/other")], "/other": [gone]})
     with pytest.raises(ServiceError, match="answered 307"):
@@ -113,9 +113,9 @@ def test_refusals_have_the_servers_words_and_the_token_goes_nowhere_else(answeri
 @pytest.mark.parametrize(
     ("server", "token", "words"),
     [
-        ("http://[::1", "", "no address like"),
-        ("ftp://host", "", "no address like"),
-        ("http://127.0.0.1:port", "", "no address like"),
+        ("http://[::1", "", "not an address like"),
+        ("ftp://host", "", "not an address like"),
+        ("http://127.0.0.1:port", "", "not an address like"),
         ("http://127.0.0.1:8642", "a token\n", "the token has spaces"),
         ("http://127.0.0.1:8642", "tökén", "the token has spaces or other characters"),
     ],
