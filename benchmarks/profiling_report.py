@@ -65,6 +65,7 @@ def _memory(results: list[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
     for row in dict.fromkeys(row["row"] for row in results):
         entries = [found.get((row, *column)) for column in columns]
+        entries = [entry if entry and "peak_mb" in entry else None for entry in entries]  # times alone were measured
         lines.append(f"| {row} | " + " | ".join("–" if e is None else str(e["peak_mb"]) for e in entries) + " |")
         if any(e and e["peak_mb_checkpointed"] is not None for e in entries):
             cells = ["–" if e is None else str(e["peak_mb_checkpointed"]) for e in entries]
