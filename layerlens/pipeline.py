@@ -2,14 +2,30 @@
 
 ``run_pipeline`` is the origin's interface: scalar statistics in, manifest out. ``run_config`` is ``layerlens run``: a
 real model and real data in; manifest, adapter directory and report out. ``optimize_statistics`` starts from saved
-statistics.
+statistics. Each is imported when it is first used: only ``run_config`` needs torch.
 """
 
-from layerlens.jobs.frontier import FrontierResult, trace_frontier
-from layerlens.jobs.origin import run_pipeline
-from layerlens.jobs.result import RunResult
-from layerlens.jobs.run import optimize_statistics, run_config
+from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layerlens.jobs.frontier import FrontierResult, trace_frontier
+    from layerlens.jobs.optimize import optimize_statistics
+    from layerlens.jobs.origin import run_pipeline
+    from layerlens.jobs.result import RunResult
+    from layerlens.jobs.run import run_config
+
+_PLACES = {
+    "FrontierResult": "layerlens.jobs.frontier",
+    "RunResult": "layerlens.jobs.result",
+    "optimize_statistics": "layerlens.jobs.optimize",
+    "run_config": "layerlens.jobs.run",
+    "run_pipeline": "layerlens.jobs.origin",
+    "trace_frontier": "layerlens.jobs.frontier",
+}
+"""Where each public name is."""
 __all__ = [
     "FrontierResult",
     "RunResult",
@@ -18,3 +34,14 @@ __all__ = [
     "run_pipeline",
     "trace_frontier",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        found = globals()[name] = getattr(importlib.import_module(_PLACES[name]), name)
+        return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

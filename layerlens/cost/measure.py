@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
-from torch.utils.benchmark.utils.timer import timer as default_timer
 
 from layerlens.utils.quiet import quiet_profiler
 
 TIMING_SECONDS = 0.5
+SHORT = 1e-3
+"""Calls of less than so many seconds are timed in blocks."""
 TIME_SHARE = 1.0
 """All times of measuring are multiplied by it: less where nobody reads the figures, as in tests."""
 
@@ -23,7 +24,9 @@ def here(device_type: str) -> bool:
     return torch.cuda.is_available() == (device_type == "gpu")
 
 
-def time_ms(work: Callable[[], object], *, seconds: float = TIMING_SECONDS, cpu_time: bool = False) -> float:
+def time_ms(
+    work: Callable[[], object], *, seconds: float = TIMING_SECONDS, cpu_time: bool = False, warm: bool = False
+) -> float:
     """Milliseconds that ``work`` takes, with the threads that torch is set to: the lower quartile of the runs.
 
     Other work on the machine only ever adds time, so the faster runs are nearer to what is needed.
@@ -33,21 +36,50 @@ def time_ms(work: Callable[[], object], *, seconds: float = TIMING_SECONDS, cpu_
         seconds: how long, on the clock that is used.
         cpu_time: count processor time instead of wall time. With one thread on a CPU that is what an idle machine
             would take, but for shared caches and memory; with several threads it is their sum.
+        warm: whether it was called just before; else the first call, which allocates, does not count.
     """
-    clock: Callable[[], float] = time.process_time if cpu_time else default_timer
+    clock = time.process_time if cpu_time else _now
+    if not warm:
+        work()
+    times = _each(work, clock, TIME_SHARE * seconds)
+    if times[0] < SHORT:
+        times = _in_blocks(work, clock, TIME_SHARE * seconds)
+    return 1e3 * float(np.quantile(times, 0.25))
+
+
+def _each(work: Callable[[], object], clock: Callable[[], float], seconds: float) -> list[float]:
+    """Times of single calls, until so many seconds have passed; of one alone where that is short."""
+    collects, times = gc.isenabled(), list[float]()
+    gc.disable()
+    try:
+        while not times or (times[0] >= SHORT and sum(times) < seconds):
+            start = clock()
+            work()
+            times.append(clock() - start)
+    finally:
+        if collects:
+            gc.enable()
+    return times
+
+
+def _in_blocks(work: Callable[[], object], clock: Callable[[], float], seconds: float) -> list[float]:
+    """Times of a call that is too short for the clock, in blocks of calls."""
+    from torch.utils.benchmark import Timer  # slow to import
+
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads(), timer=clock)
-    work()  # the first call allocates
-    return 1e3 * float(np.quantile(timer.blocked_autorange(min_run_time=TIME_SHARE * seconds).times, 0.25))
+    return timer.blocked_autorange(min_run_time=seconds).times
 
 
-def forward_ms(model: torch.nn.Module, inputs: dict[str, torch.Tensor], *, seconds: float = TIMING_SECONDS) -> float:
+def forward_ms(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], *, seconds: float = TIMING_SECONDS, warm: bool = False
+) -> float:
     """Milliseconds of one forward pass without gradients."""
 
     def forward() -> None:
         with torch.no_grad():
             model(**inputs)
 
-    return time_ms(forward, seconds=seconds)
+    return time_ms(forward, seconds=seconds, warm=warm)
 
 
 def training_step(

@@ -7,7 +7,8 @@ import contextlib
 import inspect
 import sysconfig
 import zlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ PACKAGES = (
     "xml",
 )
 MIN_CHARACTERS = 20
+BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
+"""Fields of a statement that have statements in them, in their order."""
 BRIGHTEST = 16
 """scikit-learn's pixels are counts from 0 to 16."""
 
@@ -244,10 +247,20 @@ def stdlib_docstrings() -> Dataset:
 def docstrings_of(source: str) -> list[str]:
     """Docstrings of the module and of its classes and functions, cleaned of indentation, in source order."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    found = [node for node in _statements(ast.parse(source)) if isinstance(node, documented)]
     found.sort(key=lambda node: getattr(node, "lineno", 0))
     docstrings = (ast.get_docstring(node, clean=False) for node in found)
     return [inspect.cleandoc(text) for text in docstrings if text]
+
+
+def _statements(module: ast.Module) -> Iterator[ast.AST]:
+    """The module and the statements in it, in the order of ``ast.walk``, which goes through every expression too."""
+    waiting: deque[ast.AST] = deque([module])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for field in BLOCKS:
+            waiting.extend(getattr(node, field, ()))
 
 
 def digits() -> Dataset:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
-from typing import Any
-
-import torch
-from torch.utils.checkpoint import checkpoint
+from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.transformers import blocks_to_checkpoint
+
+if TYPE_CHECKING:
+    import torch
 
 
 def checkpoint_blocks(model: torch.nn.Module, names: Collection[str]) -> None:
@@ -25,6 +25,8 @@ def checkpoint_blocks(model: torch.nn.Module, names: Collection[str]) -> None:
     Raises:
         ManifestError: the model has no such block; nothing is changed then.
     """
+    from torch.utils.checkpoint import checkpoint
+
     blocks = {name.removeprefix("base_model.model."): block for name, block in blocks_to_checkpoint(model).items()}
     unknown = [name for name in names if name not in blocks]
     if unknown:

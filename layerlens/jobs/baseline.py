@@ -12,8 +12,9 @@ from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.models import Manifest
 from layerlens.tuning.baselines import BaselineRequest, Finished, Prepared, known_baseline
-from layerlens.tuning.fine_tune import processes, total_steps
+from layerlens.tuning.fine_tune import processes
 from layerlens.tuning.samples import SeededOrder, TrainingData, on_device
+from layerlens.tuning.steps import total_steps
 
 Batch = dict[str, Any]
 

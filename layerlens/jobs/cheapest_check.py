@@ -20,7 +20,7 @@ from layerlens.jobs.proxy_check import Checked, as_checked, with_margin
 from layerlens.jobs.solve import Solution
 from layerlens.models import Saving
 from layerlens.optimization.uniform import uniform_lora
-from layerlens.tuning.fine_tune import total_steps
+from layerlens.tuning.steps import total_steps
 
 SHARES = (0.85, 0.7, 0.5)
 """Predicted shares of uniform LoRA's improvement whose cheapest choices are trained beside that of the margin: on text

@@ -16,7 +16,7 @@ from layerlens.integrations.peft import base_of
 from layerlens.integrations.placement import offloaded, sharded
 from layerlens.integrations.quantized import weight_bytes
 from layerlens.integrations.transformers import without_cache
-from layerlens.jobs.choose import Decision
+from layerlens.jobs.decision import Decision
 from layerlens.jobs.job import Job, Warnings
 from layerlens.jobs.load import Loaded
 from layerlens.jobs.recorded_step import UNRECORDABLE, step_of
@@ -95,13 +95,13 @@ def check_manifest(
     with progress.stage("Checking predictions", total=3) as advance:
         before = _logits(model, inputs)
         base_flops = _forward_flops(model, batch)
-        base_ms = forward_ms(model, batch, seconds=TIMING_SECONDS) if timed else 0.0
+        base_ms = forward_ms(model, batch, seconds=TIMING_SECONDS, warm=True) if timed else 0.0
         advance(1)
         model = apply(model, manifest, factors=factors)
         model.eval()
         delta = float((_logits(model, inputs) - before).abs().max())
         flops = _forward_flops(model, batch) - base_flops
-        latency_ms = forward_ms(model, batch, seconds=TIMING_SECONDS) if timed else 0.0
+        latency_ms = forward_ms(model, batch, seconds=TIMING_SECONDS, warm=True) if timed else 0.0
         advance(1)
         found = {
             "step_zero_max_abs_delta": delta,
@@ -141,7 +141,7 @@ def _step(model: torch.nn.Module, loaded: Loaded, manifest: Manifest, config: Op
                 except UNRECORDABLE:  # with this loss
                     continue
                 memory = 1e-9 * (weight_bytes(model) + state + peak_bytes(step))
-                return {"vram_gb": memory, "step_ms": time_ms(step, seconds=TIMING_SECONDS)}
+                return {"vram_gb": memory, "step_ms": time_ms(step, seconds=TIMING_SECONDS, warm=True)}
         return {}
     finally:
         model.zero_grad()

@@ -34,7 +34,7 @@ from layerlens.models import (
 from layerlens.optimization import Frontier, budget_sweep, build_problem, frontier
 from layerlens.optimization.constraints import one_rank_each
 from layerlens.optimization.problem import exact_sum
-from layerlens.profiling.measure import refuse_non_finite
+from layerlens.profiling.finite import refuse_non_finite
 from layerlens.profiling.statistics_file import load_statistics
 from layerlens.utils.atomic import staged_directory
 from layerlens.utils.progress import Progress, silent

@@ -9,7 +9,7 @@ from typing import Any
 from layerlens.config import RunConfig
 from layerlens.exceptions import ConfigurationError, InfeasibleError
 from layerlens.models import ModelStatistics
-from layerlens.tuning.fine_tune import total_steps
+from layerlens.tuning.steps import total_steps
 
 SAMPLES = "training_samples"
 """In the provenance of statistics: samples that a training would have."""

@@ -12,10 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from layerlens.config import RunConfig
-from layerlens.integrations.torch_modules import usable_device
 from layerlens.jobs.together import same_everywhere, shared_directory
 from layerlens.profiling.cache import SensitivityCache, open_cache
 from layerlens.utils.atomic import check_writable
@@ -74,7 +71,7 @@ class Job:
         clock: times the stages.
         threads: CPU threads of this process.
         processes: those that do the job together.
-        device: where the model runs.
+        device: where the model runs, as torch names it: a job without a model goes without torch.
         cache: the sensitivity cache; None where nothing is taken from it or kept in it.
     """
 
@@ -86,7 +83,7 @@ class Job:
     clock: Clock = field(default_factory=Clock)
     threads: int = 1
     processes: Processes = ALONE
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: str = "cpu"
     cache: SensitivityCache | None = None
 
 
@@ -120,5 +117,7 @@ def job_with_model(
         shared_directory(processes, cache.directory)
     threads = resolve_threads(config.runtime.threads, processes.place.local_size)
     set_threads(threads)
-    device = usable_device(config.runtime.device)
+    from layerlens.integrations.torch_modules import usable_device
+
+    device = str(usable_device(config.runtime.device))
     return Job(config, base_dir, output, progress, Warnings(warn), Clock(), threads, processes, device, cache)

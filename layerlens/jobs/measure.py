@@ -189,8 +189,8 @@ def _measure(job: Job, loaded: Loaded, key: str) -> ModelStatistics | None:
     }
     if pretrained.streamed is not None:
         found = measure_streamed(
-            pretrained.model, pretrained.streamed, loaded.spec, loaded.batches, directory=streams, device=job.device,
-            **settings,
+            pretrained.model, pretrained.streamed, loaded.spec, loaded.batches, directory=streams,
+            device=torch.device(job.device), **settings,
         )  # fmt: skip
         return replace(found, head=head)
     checkpointed = loaded.plan.mode == CHECKPOINTED
@@ -266,7 +266,7 @@ def fit_new_head(job: Job, loaded: Loaded, streams: Path | None = None) -> None:
         fit_head(model, new, batches, job.progress, loss)
     elif kept is None or not put_head(model, _tensors(kept), new):
         parent = None if streams is None else streams.parent
-        with streamed_replay(model, pretrained.streamed, new, batches, parent, job.device) as replay:
+        with streamed_replay(model, pretrained.streamed, new, batches, parent, torch.device(job.device)) as replay:
             fit_head(model, new, batches, job.progress, loss, replay)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)

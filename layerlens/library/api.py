@@ -10,9 +10,10 @@ from typing import Any
 from layerlens.exceptions import ActivationCacheError, ConfigurationError
 from layerlens.integrations.parameter_account import account_of
 from layerlens.jobs.choose import choose as choose_stage
-from layerlens.jobs.choose import compare, solve_stage, train_jointly, train_proxies
+from layerlens.jobs.choose import compare, train_jointly, train_proxies
+from layerlens.jobs.data_facts import data_facts
+from layerlens.jobs.decision import solve_stage
 from layerlens.jobs.hours import told_in_hours, with_hours
-from layerlens.jobs.inputs import data_facts
 from layerlens.jobs.job import Job, Warnings
 from layerlens.jobs.load import Loaded
 from layerlens.jobs.measure import Measured, fit_new_head, measure

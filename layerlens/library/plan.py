@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from layerlens.exceptions import ConfigurationError, ManifestError
 from layerlens.integrations.checkpointing import checkpoint_blocks
 from layerlens.integrations.peft import lora_config
-from layerlens.jobs.choose import Decision
+from layerlens.jobs.decision import Decision
 from layerlens.jobs.explained import ExplainedLayer, explained, solution_of
+from layerlens.jobs.files import report, writing
 from layerlens.jobs.frontier import traced
 from layerlens.jobs.job import Job
 from layerlens.jobs.result import CHOICE_FILES, STATISTICS_FILE
 from layerlens.jobs.solve import Solution
-from layerlens.jobs.write import report, writing
 from layerlens.library.given import bare_model
 from layerlens.library.profile import Profile
 from layerlens.library.sentences import transformer_in

@@ -114,7 +114,7 @@ def opened(
         model.requires_grad_(False)
         with in_evaluation_mode(model):
             config, loaded = _loaded(objects, model, new, settings, budget_needed, warnings)
-            job = Job(config, Path.cwd(), Path(), progress, warnings, threads=threads, device=input_device(model))
+            job = Job(config, Path.cwd(), Path(), progress, warnings, threads=threads, device=str(input_device(model)))
             if new:
                 modules = ", ".join(head.modules)
                 warnings.add(f"new head: {modules}: {head.why}; training updates it, and it is saved with the adapter")

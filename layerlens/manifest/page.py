@@ -30,6 +30,12 @@ def script_hash(script: str) -> str:
 
 def rendered(template: str, **values: Any) -> str:
     """A template of the folder ``templates`` with these values."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
+    """The templates, each compiled once in a process."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -38,7 +44,7 @@ def rendered(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def _breakable(name: str) -> Markup:

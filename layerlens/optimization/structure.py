@@ -20,8 +20,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from layerlens.exceptions import OptimizationError
 from layerlens.kernels._knapsack import Charges
@@ -369,6 +367,11 @@ def _joined(
     item, column = np.nonzero(cause__ik >= 0)
     charge = cause__ik[item, column]
     joins = ~is_switch[charge] if n_charges else np.zeros(0, dtype=bool)
+    if not joins.any():
+        return np.arange(n_groups), n_groups
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     size = n_groups + n_charges
     edges = coo_matrix((np.ones(int(joins.sum())), (run_group[item[joins]], n_groups + charge[joins])), (size, size))
     _, label = connected_components(edges, directed=False)

@@ -8,15 +8,20 @@ with gradients. They make the passes together, so they come to the layers in the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 
 from layerlens.profiling.projections import Projection, worth_sketching
 from layerlens.profiling.sample_matrices import SampleMatrices, squared_norm
 from layerlens.profiling.sums import InputBatch, MatrixBatch, Place, Shape, Sum
 from layerlens.utils.processes import Processes
+from layerlens.utils.when_used import ImportedWhenUsed
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = ImportedWhenUsed("torch")
 
 Value = TypeVar("Value")
 TOKENS_OF = "tokens of group "

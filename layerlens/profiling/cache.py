@@ -18,17 +18,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ActivationCacheError, OutputError, StorageError
 from layerlens.models import ModelSpec, ModelStatistics
 from layerlens.profiling.proxies import SavedProxies
-from layerlens.profiling.saved_pass import SHARE_OF_TIME, SavedPass
 from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes
 from layerlens.storage import local_or_url, redacted
 from layerlens.storage.filesystem import open_url, reason
 from layerlens.utils.atomic import atomic_write_bytes
 from layerlens.utils.places import default_cache_dir
+
+if TYPE_CHECKING:
+    from layerlens.profiling.saved_pass import SavedPass
 
 BUSY_TIMEOUT_S = 30.0
 PROXIES, PARTIAL, STREAM = ".proxies", ".partial", ".stream"
@@ -95,9 +97,11 @@ class SensitivityCache:
         parts = _Parts(self, key)
         parts.remove(parts.names())
 
-    def saved_pass(self, key: str, time_share: float = SHARE_OF_TIME) -> SavedPass:
+    def saved_pass(self, key: str, time_share: float | None = None) -> SavedPass:
         """Where an unfinished pass for ``key`` is kept, until its statistics are."""
-        return SavedPass(_Parts(self, key), time_share)
+        from layerlens.profiling.saved_pass import SHARE_OF_TIME, SavedPass  # it needs torch
+
+        return SavedPass(_Parts(self, key), SHARE_OF_TIME if time_share is None else time_share)
 
     def stream_directory(self, key: str) -> Path:
         """Where a streamed profile for ``key`` keeps its activations and what is finished, until it is done."""

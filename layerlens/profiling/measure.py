@@ -16,12 +16,12 @@ from layerlens.integrations.quantized import parameter_count, quantized_layers, 
 from layerlens.integrations.torch_modules import frozen_without_dropout
 from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.integrations.weight_matrices import uncompiled, why_not_measurable
-from layerlens.models import FactorSketch, ModelSpec, ModelStatistics, ModuleCosts
+from layerlens.models import ModelSpec, ModelStatistics, ModuleCosts
 from layerlens.models.model_spec import EMBEDDING
 from layerlens.profiling.accumulators import LayerRows, SumShards
 from layerlens.profiling.capture import Capture, none_measured
 from layerlens.profiling.coupling import Units
-from layerlens.profiling.declared_tensors import must_be_finite
+from layerlens.profiling.finite import refuse_non_finite
 from layerlens.profiling.footprint import dense_inputs, frozen_footprint
 from layerlens.profiling.pass_sums import BatchRecord, Key, Ledger
 from layerlens.profiling.request import StatisticsRequest
@@ -211,23 +211,6 @@ def _samples_before(batches: Sequence[Batch]) -> list[int]:
     """Samples in all batches before each of them, and in all of them at the end."""
     plan = batches.plan if isinstance(batches, (Batches, Units)) else [batch.index for batch in batches]
     return [0, *itertools.accumulate(map(len, plan))]
-
-
-def refuse_non_finite(statistics: ModelStatistics) -> None:
-    """Raise ProfilingError for the first statistic that is NaN or infinite, by layer and name."""
-    measured = [(x.layer, f" for {method}", found) for x in statistics.layers for method, found in x.by_method.items()]
-    measured += [(name, "", found) for name, found in statistics.other_weights.items()]
-    for layer, method, found in measured:
-        values = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-        extra = values.pop("extra") or {}
-        for name, value in {**values, **extra}.items():
-            if isinstance(value, FactorSketch):
-                value = value.values
-            if value is not None and not np.all(np.isfinite(value)) and must_be_finite(name):
-                raise ProfilingError(
-                    f"{layer}: the {name} statistic{method} is not finite; the model overflows on this "
-                    "data: look for NaN weights or use a smaller data.max_length"
-                )
 
 
 def model_results(

@@ -8,11 +8,17 @@ Q = z Ω once, and ``statistics.sketches`` and ``statistics.ntk`` follow from th
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from layerlens import kernels
+from layerlens.utils.when_used import ImportedWhenUsed
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = ImportedWhenUsed("torch")
 
 COLUMNS = 80
 """Columns of Ω that the approximation is made from; some more than the 64 values that are read."""

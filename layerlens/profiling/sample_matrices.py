@@ -13,11 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from layerlens import kernels
+from layerlens.utils.when_used import ImportedWhenUsed
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = ImportedWhenUsed("torch")
 
 CHUNK_BYTES = 64 * 2**20
 """Per-sample matrices are formed at most this much at a time, where forming them is the cheaper way."""

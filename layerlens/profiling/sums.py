@@ -12,12 +12,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from layerlens.profiling.projections import Projection
 from layerlens.profiling.sample_matrices import SampleMatrices, sum_of_squares
+from layerlens.utils.when_used import ImportedWhenUsed
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = ImportedWhenUsed("torch")
 
 Shape = tuple[int, int, int]
 

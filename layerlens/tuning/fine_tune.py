@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -111,19 +110,6 @@ class TrainingResult:
     stopped_early: bool = False
     stored_prefix: dict[str, int] | None = None
     job: dict[str, Any] = field(default_factory=dict)
-
-
-def total_steps(samples: int, config: TrainingConfig, processes: int = 1) -> int:
-    """Optimiser steps that ``fine_tune`` will take on so many training samples."""
-    if config.max_steps is not None:
-        return config.max_steps
-    return math.ceil(config.epochs * steps_per_epoch(samples, config, processes))
-
-
-def steps_per_epoch(samples: int, config: TrainingConfig, processes: int = 1) -> int:
-    """Optimiser steps in one pass over so many samples."""
-    batches = math.ceil(samples / (config.batch_size * processes))
-    return max(1, math.ceil(batches / config.gradient_accumulation))
 
 
 def processes() -> tuple[int, bool]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from layerlens.exceptions import ManifestError, StorageError
 from layerlens.integrations.peft import BASE_PREFIX, base_of
 from layerlens.storage import local_file
@@ -28,12 +30,21 @@ Head = Mapping[str, Any]
 
 def write_head(head: Head, directory: Path) -> dict[str, Path]:
     """Write a fitted head into ``directory``; the path by its name, nothing where no head is new."""
-    from safetensors.torch import save
-
     if not head:
         return {}
-    tensors = {name: _tensor(value).contiguous().clone() for name, value in head.items()}
-    return {"head": atomic_write_bytes(directory / HEAD_FILE, save(tensors, metadata={"format": "pt"}))}
+    return {"head": atomic_write_bytes(directory / HEAD_FILE, _bytes_of(head))}
+
+
+def _bytes_of(head: Head) -> bytes:
+    """A safetensors file; arrays, which statistics have, are written without torch and as torch writes them."""
+    metadata = {"format": "pt"}
+    if all(isinstance(value, np.ndarray) for value in head.values()):
+        from safetensors.numpy import save as save_arrays
+
+        return save_arrays({name: np.ascontiguousarray(value) for name, value in head.items()}, metadata=metadata)
+    from safetensors.torch import save
+
+    return save({name: _tensor(value).contiguous().clone() for name, value in head.items()}, metadata=metadata)
 
 
 def read_head(directory: Path) -> dict[str, torch.Tensor]:

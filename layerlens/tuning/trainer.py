@@ -34,11 +34,12 @@ from layerlens.tuning.checkpoints import (
     read_progress,
     save_weights,
 )
-from layerlens.tuning.fine_tune import FineTune, TrainingResult, steps_per_epoch, total_steps, training_arguments
+from layerlens.tuning.fine_tune import FineTune, TrainingResult, training_arguments
 from layerlens.tuning.inject import stop_at_the_lowest
 from layerlens.tuning.reporting import callbacks_of, reporting
 from layerlens.tuning.samples import INDEX, NumberedSamples, SeededOrder, evaluate
 from layerlens.tuning.short_training import FP16_LOSS_SCALE
+from layerlens.tuning.steps import steps_per_epoch, total_steps
 from layerlens.tuning.stored_prefix import DIRECTORY, StoredPrefix, maybe
 from layerlens.utils.atomic import cannot_write
 from layerlens.utils.memory import PeakMemory

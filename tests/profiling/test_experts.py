@@ -162,7 +162,7 @@ def test_a_mixture_is_estimated_without_its_weights(tmp_path: Path) -> None:
 
 
 def test_tokens_of_each_expert_are_kept_for_the_manifest() -> None:
-    from layerlens.jobs.inputs import expert_tokens
+    from layerlens.jobs.data_facts import expert_tokens
 
     model, spec = built(CONFIGS["mixtral"])
     whole = batch()

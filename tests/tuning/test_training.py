@@ -16,8 +16,9 @@ from layerlens.exceptions import ConfigurationError, OutputError, TrainingError
 from layerlens.integrations.transformers import blocks_of
 from layerlens.tuning import apply
 from layerlens.tuning.checkpoints import trained_tensors
-from layerlens.tuning.fine_tune import TrainingHook, total_steps
+from layerlens.tuning.fine_tune import TrainingHook
 from layerlens.tuning.samples import SeededOrder, TrainingData
+from layerlens.tuning.steps import total_steps
 from layerlens.tuning.training import fine_tune
 
 CLASSIFICATION = "sequence-classification"

@@ -12,18 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from layerlens.exceptions import ProfilingError
 from layerlens.profiling.accumulators import LayerRows, MatrixAccumulator
 from layerlens.profiling.sums import InputBatch, MatrixBatch, Place, Sum
+from layerlens.utils.when_used import ImportedWhenUsed
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = ImportedWhenUsed("torch")
 
 __all__ = ["InputBatch", "MatrixAccumulator", "MatrixBatch", "ModelSums", "Place", "Statistic", "Sum"]
-
-Inputs = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Statistic:
     result: Callable[[MatrixAccumulator], Mapping[str, Any]] = lambda matrix: {}
     part: Callable[[MatrixAccumulator], np.ndarray | None] | None = None
     model_result: Callable[[ModelSums], Mapping[str, Any]] | None = None
-    module_values: Callable[[torch.nn.Module, str | None, Inputs], Mapping[str, float]] | None = None
+    module_values: Callable[[torch.nn.Module, str | None, dict[str, torch.Tensor]], Mapping[str, float]] | None = None
     module_absent: float | None = None
     fields: tuple[str, ...] = ()
     working_floats: Callable[[Place], int] = lambda place: 0

@@ -6,14 +6,18 @@ statistic ``factors`` has no entry for what is looked up; the whitened spectrum 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from scipy.linalg.blas import dsyrk, ssyrk
 
 from layerlens.profiling.sample_matrices import uses_kernels
 from layerlens.profiling.statistics import InputBatch, MatrixAccumulator, MatrixBatch, Place, Statistic, Sum
+from layerlens.utils.when_used import ImportedWhenUsed
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = ImportedWhenUsed("torch")
 
 
 def add_gram(total__gkk: torch.Tensor, rows__gnk: torch.Tensor) -> None:
@@ -27,6 +31,8 @@ def add_gram(total__gkk: torch.Tensor, rows__gnk: torch.Tensor) -> None:
         total__gkk.baddbmm_(rows.mT, rows)
         return
     # Fortran order is the transpose's order: the lower triangle of the C-ordered total is updated in place.
+    from scipy.linalg.blas import dsyrk, ssyrk
+
     update = dsyrk if rows.dtype == torch.float64 else ssyrk
     update(1.0, rows[0].contiguous().numpy().T, beta=1.0, c=total__gkk[0].numpy().T, overwrite_c=1)
 

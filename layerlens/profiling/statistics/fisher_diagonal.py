@@ -8,16 +8,21 @@ serves as well as a dense one; the sums over inputs rank its outputs (neurons, c
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from layerlens import kernels
 from layerlens.profiling.accumulators import MatrixAccumulator
 from layerlens.profiling.sample_matrices import uses_kernels
 from layerlens.profiling.statistics import Statistic
 from layerlens.profiling.sums import MatrixBatch, Place, Sum, shape_of_matrix
+from layerlens.utils.when_used import ImportedWhenUsed
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = ImportedWhenUsed("torch")
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 

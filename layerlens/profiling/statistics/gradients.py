@@ -6,12 +6,16 @@ energy)/(N − 1), the unbiased estimate of the squared norm of the true mean gr
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from layerlens.profiling.statistics import InputBatch, MatrixAccumulator, MatrixBatch, Place, Statistic, Sum
 from layerlens.profiling.sums import shape_of_matrix
+from layerlens.utils.when_used import ImportedWhenUsed
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = ImportedWhenUsed("torch")
 
 
 def _add_all(total__goi: torch.Tensor, batch: MatrixBatch) -> None:

@@ -9,10 +9,9 @@ share no sign tell, by how they differ, how far their mean is off.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from layerlens.exceptions import ProfilingError
 from layerlens.models import LORA, KernelStatistics
@@ -20,6 +19,12 @@ from layerlens.profiling.accumulators import MatrixAccumulator
 from layerlens.profiling.sample_matrices import SampleMatrices, gram_matrix
 from layerlens.profiling.statistics import ModelSums, Statistic
 from layerlens.profiling.sums import MatrixBatch, Place, Sum
+from layerlens.utils.when_used import ImportedWhenUsed
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = ImportedWhenUsed("torch")
 
 BLOCKS, SIDE = 4, 16
 """Independent sketches, and the projections on each side of one: 4 × 16² features for each sample."""

@@ -12,10 +12,9 @@ With P = d Ψ and Q = z Ω (``projections``):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from layerlens.models import FactorSketch
 from layerlens.profiling.accumulators import MatrixAccumulator
@@ -25,6 +24,12 @@ from layerlens.profiling.statistics import Statistic
 from layerlens.profiling.statistics.gradients import HALVES
 from layerlens.profiling.statistics.spectra import MAX_VALUES, eight_copies, plain_spectrum
 from layerlens.profiling.sums import InputBatch, MatrixBatch, Place, Sum
+from layerlens.utils.when_used import ImportedWhenUsed
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = ImportedWhenUsed("torch")
 
 
 def add_rows(total: torch.Tensor, rows__nk: torch.Tensor, others__nl: torch.Tensor) -> None:

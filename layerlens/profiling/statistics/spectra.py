@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from layerlens.profiling.accumulators import MatrixAccumulator
 from layerlens.profiling.statistics import Statistic
@@ -18,6 +17,12 @@ from layerlens.profiling.statistics.factors import (
 )
 from layerlens.profiling.statistics.gradients import HALVES, mean_energy
 from layerlens.profiling.sums import Place
+from layerlens.utils.when_used import ImportedWhenUsed
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = ImportedWhenUsed("torch")
 
 DAMPING = 1e-2
 """Damping of the K-FAC factors, relative to their mean diagonal."""

@@ -17,8 +17,9 @@ from layerlens.integrations.transformers import without_cache
 from layerlens.models import LayerStatistics, MethodStatistics, ModelSpec, ModelStatistics
 from layerlens.profiling.accumulators import LayerRows
 from layerlens.profiling.capture import Capture, refuse_bad_loss
+from layerlens.profiling.finite import refuse_non_finite
 from layerlens.profiling.footprint import dense_inputs
-from layerlens.profiling.measure import left_out_of, model_results, refuse_non_finite
+from layerlens.profiling.measure import left_out_of, model_results
 from layerlens.profiling.pass_sums import BatchRecord, Key, record_of
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.profiling.streamed.forward import ForwardSweep, StreamedFootprint, check_arguments
