@@ -1,12 +1,12 @@
 """Figures of the report as inline SVG: the same data give the same bytes, and the page's colours apply.
 
-Text stays text (it can be read aloud, searched, and takes the page's font). Colours are drawn as placeholders and
-become CSS variables, so a figure follows dark mode and print. Ids get a prefix, because several figures share one page.
+Text stays text (it can be read aloud, searched, and takes the page's font). Colours are CSS variables, so a figure
+follows dark mode and print. Ids get a prefix, because several figures share one page. What only a calibrated report has
+is drawn by matplotlib, in placeholders for the colours (``figure_style``, ``inline_svg``).
 """
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from layerlens.manifest.plot import Plot
 from layerlens.models import LORA, SolverEvent
 from layerlens.registry import METHODS
 
 # Drawn colour -> CSS variable of the page.
 INK, FAINT = "#010101", "#020202"
 
-# Points on the edge of the axes are shown whole.
-_LINE: Any = {"markersize": 4.5, "linewidth": 1.8, "clip_on": False}
-_RING: Any = {"markersize": 12, "fillstyle": "none", "markeredgewidth": 1.6, "clip_on": False}
+DASHES = ("", "8 3", "2 2", "8 3 2 3")
+"""Of the lines of several trainings, in turn."""
 
 FRONTIER_ROOM = 4.2
 """The frontier is drawn up to this many times the room that the budget leaves above the frozen model."""
@@ -62,22 +62,6 @@ def figure_style() -> Iterator[None]:
         yield
 
 
-def framed(width: float, height: float, *, above: float = 0.1) -> tuple[Any, Any]:
-    """A figure of one axes, inches; room for labels is given, since measuring it takes longer than the drawing.
-
-    Args:
-        width, height: of the figure.
-        above: what is left free above the axes.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
-
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((0.8 / width, 0.5 / height, (width - 0.95) / width, (height - 0.5 - above) / height))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _compact(value)))  # never wider than the room
-    return figure, axes
-
-
 @dataclass(frozen=True)
 class Curve:
     """Utility of the options of one method on one layer.
@@ -110,24 +94,20 @@ def utility_curves(
         title, description: what a screen reader says.
         prefix: makes the figure's ids unique on the page.
     """
-    with figure_style():
-        figure, axes = framed(3.6, 2.3)
-        for curve in curves:
-            colour, marker = method_colour(curve.method), METHODS[curve.method].marker
-            if curve.low:
-                axes.fill_between(curve.params, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(curve.params, curve.utility, color=colour, marker=marker, **_LINE)
-            for params, utility, rank in zip(curve.params, curve.utility, curve.ranks, strict=True):
-                if chosen == (curve.method, rank):
-                    axes.plot([params], [utility], "o", color=INK, **_RING)
-        axes.xaxis.set_major_formatter(lambda value, _: _compact(value))
-        axes.set_xlim(left=0)
-        axes.set_ylim(min(0.0, *(value for curve in curves for value in (*curve.utility, *curve.low))), top)
-        axes.locator_params(nbins=5)
-        axes.set_xlabel("trainable parameters")
-        axes.set_ylabel("utility")
-        svg = _finished(figure, axes)
-    return inline_svg(svg, title=title, description=description, prefix=prefix)
+    bottom = min(0.0, *(value for curve in curves for value in (*curve.utility, *curve.low)))
+    plot = Plot(
+        3.6, 2.3, above=0.1, x_label="trainable parameters", y_label="utility", x_format=_compact, y_format=_compact,
+        x_limits=(0.0, None), y_limits=(bottom, top),
+    )  # fmt: skip
+    for curve in curves:
+        if curve.low:
+            plot.band(curve.params, curve.low, curve.high, _variable(curve.method), 0.18)
+        plot.line(curve.params, curve.utility, _variable(curve.method), mark=METHODS[curve.method].marker)
+    for curve in curves:
+        for params, utility, rank in zip(curve.params, curve.utility, curve.ranks, strict=True):
+            if chosen == (curve.method, rank):
+                plot.point(params, utility, _variable("ink"), 6.0, ring=True)
+    return _finished(plot, title=title, description=description, prefix=prefix)
 
 
 def solver_progress(events: Sequence[SolverEvent], *, title: str, prefix: str) -> str:
@@ -139,27 +119,18 @@ def solver_progress(events: Sequence[SolverEvent], *, title: str, prefix: str) -
         prefix: makes the figure's ids unique on the page.
     """
     found = [event for event in events if event.value is not None]
-    with figure_style():
-        figure, axes = framed(8.4, 2.0, above=0.3)
-        lines = (
-            (events, "upper_bound", INK, "proved bound", "v"),
-            (found, "value", method_colour(LORA), "best found", "o"),
-        )
-        for points, field, colour, label, marker in lines:
-            axes.step(
-                [1e3 * event.seconds for event in points],
-                [getattr(event, field) for event in points],
-                where="post", color=colour, label=label, marker=marker, **_LINE,
-            )  # fmt: skip
-        axes.set_xlabel("time (ms)")
-        axes.set_ylabel("score")
-        axes.grid(True)
-        axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return inline_svg(buffer.getvalue(), title=title, description="The table below has the figures.", prefix=prefix)
+    plot = Plot(
+        8.4, 2.0, above=0.3, x_label="time (ms)", y_label="score", x_format=_plain, y_format=_compact, x_ticks=8
+    )
+    lines = (
+        (events, "upper_bound", "ink", "proved bound", "v"),
+        (found, "value", LORA, "best found", "o"),
+    )
+    for points, field, colour, label, mark in lines:
+        times = [1e3 * event.seconds for event in points]
+        values = [getattr(event, field) for event in points]
+        plot.line(times, values, _variable(colour), mark=mark, steps=True, label=label)
+    return _finished(plot, title=title, description="The table below has the figures.", prefix=prefix)
 
 
 def training_losses(
@@ -172,19 +143,14 @@ def training_losses(
         title, description: what a screen reader says.
         prefix: makes the figure's ids unique on the page.
     """
-    styles: Sequence[Any] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
-    with figure_style():
-        figure, axes = framed(8.4, 2.4, above=0.3)
-        for place, (name, steps, losses) in enumerate(curves):
-            colour = INK if place else method_colour(LORA)
-            axes.plot(steps, losses, color=colour, label=name, linestyle=styles[place % len(styles)], linewidth=1.6)
-        axes.set_xlabel("optimiser step")
-        axes.set_ylabel("training loss")
-        axes.locator_params(nbins=6)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
-        axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
-        svg = _finished(figure, axes)
-    return inline_svg(svg, title=title, description=description, prefix=prefix)
+    plot = Plot(
+        8.4, 2.4, above=0.3, x_label="optimiser step", y_label="training loss", x_format=_plain,
+        y_format=lambda value: f"{value:.4g}", x_ticks=8,
+    )  # fmt: skip
+    for place, (name, steps, losses) in enumerate(curves):
+        colour, dashes = _variable("ink" if place else LORA), DASHES[place % len(DASHES)]
+        plot.line(steps, losses, colour, dashes=dashes, width=1.6, label=name)
+    return _finished(plot, title=title, description=description, prefix=prefix)
 
 
 def budget_frontier(
@@ -203,32 +169,25 @@ def budget_frontier(
         title, description: what a screen reader says.
         prefix: makes the figure's ids unique on the page.
     """
-    with figure_style():
-        figure, axes = framed(3.6, 2.3)
-        axes.fill_between(budgets, scores, color=method_colour(LORA), alpha=0.10, linewidth=0)
-        axes.plot(budgets, scores, color=method_colour(LORA), linewidth=1.8)
-        if budget is not None:
-            axes.axvline(budget, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
-        axes.plot([total], [score], "o", color=INK, markersize=6.5, clip_on=False)
-        axes.xaxis.set_major_formatter(lambda value, _: _compact(value))
-        axes.set_xlim(base - 0.04 * room, base + FRONTIER_ROOM * room)
-        axes.set_ylim(bottom=min(0.0, min(scores)))
-        axes.locator_params(nbins=5)
-        axes.set_xlabel(axis)
-        axes.set_ylabel("score")
-        svg = _finished(figure, axes)
-    return inline_svg(svg, title=title, description=description, prefix=prefix)
+    plot = Plot(
+        3.6, 2.3, above=0.1, x_label=axis, y_label="score", x_format=_compact, y_format=_compact,
+        x_limits=(base - 0.04 * room, base + FRONTIER_ROOM * room), y_limits=(min(0.0, min(scores)), None),
+    )  # fmt: skip
+    plot.band(budgets, [0.0] * len(scores), scores, _variable(LORA), 0.1)
+    plot.line(budgets, scores, _variable(LORA))
+    if budget is not None:
+        plot.upright(budget, _variable("ink"))
+    plot.point(total, score, _variable("ink"), 3.25)
+    return _finished(plot, title=title, description=description, prefix=prefix)
 
 
-def _finished(figure: Any, axes: Any) -> str:
-    """The figure's SVG, with a grid behind the curves and open at the top and right."""
-    axes.grid(True)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+def _finished(plot: Plot, *, title: str, description: str, prefix: str) -> str:
+    return plot.svg(ink=_variable("ink"), rule=_variable("rule"), title=title, description=description, prefix=prefix)
+
+
+def _variable(name: str) -> str:
+    """A colour of the page: of a method, or "ink" or "rule"."""
+    return f"var(--{name})"
 
 
 def inline_svg(svg: str, *, title: str, description: str, prefix: str) -> str:
@@ -255,3 +214,7 @@ def _compact(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.3g}{unit}"
     return f"{value:.3g}"
+
+
+def _plain(value: float) -> str:
+    return f"{value:g}"
