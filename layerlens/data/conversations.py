@@ -78,8 +78,41 @@ def _turn(turn: Any, column: str) -> Turn:
     return {"role": name, "content": content, **{key: part for key, part in given.items() if part is not None}}
 
 
+def with_system(turns: list[Turn], system: str) -> list[Turn]:
+    """The turns after what the system says, unless it says something in them already."""
+    if not system.strip() or any(turn["role"] in ("system", "developer") for turn in turns):
+        return turns
+    return [{"role": "system", "content": system}, *turns]
+
+
+def is_trained(turn: Turn) -> bool:
+    """Whether the assistant is to learn this turn of its own; data says no by ``weight: 0`` (OpenAI), ``train: false``
+    (axolotl) or ``loss: false`` (ms-swift).
+    """
+    return all(turn.get(mark) is None or bool(turn[mark]) for mark in ("weight", "train", "loss"))
+
+
+def past_turns(value: Any, column: str) -> list[Turn]:
+    """The turns of a history of (question, answer) pairs, as LLaMA-Factory and ChatGLM have it, or of a conversation.
+
+    Raises:
+        OddRow: it is neither.
+    """
+    pairs = turns_of(value)
+    if is_conversation(pairs):
+        return conversation(pairs, column, whole=False)
+    found: list[Turn] = []
+    for pair in pairs or ():
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise OddRow(f"column {column!r} has no pairs of a question and its answer")
+        found += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return found
+
+
 def turns_of(value: Any) -> Any:
-    """The list that a value is, also as JSON text; any other value as it is."""
+    """The list that a value is, also as JSON text, or of the single turn that it is; any other value as it is."""
+    if isinstance(value, Mapping) and ("role" in value or "from" in value):
+        return [value]
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return list(value) if hasattr(value, "tolist") else value
     try:

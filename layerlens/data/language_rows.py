@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layerlens.config import DataConfig
-from layerlens.data.conversations import OddRow, Turn, conversation, is_conversation, question_turns
+from layerlens.data.conversations import (
+    OddRow,
+    Turn,
+    conversation,
+    is_conversation,
+    past_turns,
+    question_turns,
+    turns_of,
+    with_system,
+)
 from layerlens.data.dataset import Dataset
 from layerlens.data.image_turns import Images
 from layerlens.data.json_values import parsed
@@ -52,24 +61,27 @@ class Shape:
 
 SYSTEM = {"system": ("system", "system_prompt")}
 PAIRS = {"chosen": ("chosen",), "rejected": ("rejected",)}
-CHAT = Shape(
-    "chat", {"messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "turns")},
-    {"tools": ("tools",)},
-)  # fmt: skip
+HISTORY = {"history": ("history",)}
+TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns")
+CHAT = Shape("chat", {"messages": TURNS}, {"tools": ("tools",), **SYSTEM})
 SHAPES = (
     Shape("preference pairs", {"prompt": ("prompt",), **PAIRS}, SYSTEM, verbatim=True),
     Shape("preference pairs", {"question": ("question", "instruction", "query", "input"), **PAIRS}, SYSTEM),
-    Shape("preference pairs", PAIRS, verbatim=True),
+    Shape("preference pairs", {"prompt": TURNS, **PAIRS}, SYSTEM, verbatim=True),
+    Shape("preference pairs", PAIRS, SYSTEM, verbatim=True),
     CHAT,
-    Shape("prompt and completion", {"prompt": ("prompt",), "answer": ("completion", *ANSWERS)}, verbatim=True),
+    Shape("prompt and completion", {"prompt": ("prompt",), "answer": ("completion", *ANSWERS)},
+          {**HISTORY, **SYSTEM}, verbatim=True),
     Shape("instruction", {"question": ("instruction",), "answer": ("output", *ANSWERS)},
-          {"input": ("input", "context"), **SYSTEM}),
+          {"input": ("input", "context"), **HISTORY, **SYSTEM}),
     Shape("question and answer", {"question": ("question", "query", "problem"), "answer": ANSWERS},
-          {"context": ("passage", "context"), **SYSTEM}),
+          {"context": ("passage", "context"), **HISTORY, **SYSTEM}),
     Shape("input and output", {"question": ("input", "inputs", "source"), "answer": ("output", "target", "targets")},
           SYSTEM),
 )  # fmt: skip
 TEXT = Shape("text", {"text": ()})
+MARKS = ("label", "kto_tag", "kto_label", "desirable", "is_desirable")
+"""Columns that say of an answer whether it is wanted, as KTO's rows do."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,10 @@ def recognise(table: Table, config: DataConfig) -> Recognised | None:
         if shape is CHAT and not any(map(is_conversation, table.peek(found["messages"]))):
             continue
         columns = {part: column for part, column in found.items() if column}
+        if "history" in columns and not any(turns_of(value) for value in table.peek(columns["history"])):
+            del columns["history"]  # empty in every row
+        if "system" in columns and not any(map(text_of, table.peek(columns["system"]))):
+            del columns["system"]
         if len(set(columns.values())) == len(columns):
             if config.label_column is not None and "answer" in columns:
                 columns["answer"] = table.find(config.label_column, "label_column", ())
@@ -145,6 +161,7 @@ def read_language(table: Table, config: DataConfig, *, images: bool = False) -> 
     found = recognise(table, config)
     if found is None:
         found = Recognised(TEXT, {"text": _text_column(table, config)})
+    _refuse_unwanted(table, found, config)
     if config.prompt_template is not None:
         table.used.update(dict.fromkeys(_fields(config.prompt_template)))
     table.parts.update((column, part) for part, column in found.columns.items())
@@ -166,6 +183,26 @@ def read_language(table: Table, config: DataConfig, *, images: bool = False) -> 
     columns = {name: tuple(one[name] for one in kept) for name in dict.fromkeys(name for one in kept for name in one)}
     task = "dpo" if found.shape.of_pairs else "image-text" if "images" in columns else ""
     return Dataset(columns, (None,) * len(kept), (), table.place, task=task)
+
+
+def _refuse_unwanted(table: Table, found: Recognised, config: DataConfig) -> None:
+    """Answers that are marked as unwanted are not to be learnt; columns that the user names are taken as they are.
+
+    Raises:
+        DataError: some are.
+    """
+    named = config.text_column or config.label_column
+    if named is not None or found.shape.of_pairs or not {"answer", "messages"} & set(found.columns):
+        return
+    for column in _there(table, MARKS):
+        said = [str(value).strip().lower() for value in table.peek(column) if value is not None]
+        if "false" in said and set(said) <= {"false", "true"}:
+            raise DataError(
+                f"data.source: {table.place}: column {column!r} marks {said.count('false')} of {len(said)} answers as "
+                "unwanted, as rows for KTO are, and all of them would be learnt; keep the wanted rows, or give "
+                "TRL's KTOTrainer to layerlens.plan in Python; where the column means something else, name the others "
+                "in data.text_column and data.label_column"
+            )
 
 
 def question_text(row: Mapping[str, Any]) -> str:
@@ -198,15 +235,26 @@ def _sample(row: dict[str, Any], found: Recognised, config: DataConfig) -> dict[
         return {"text": _needed(row, "text", columns)}
     if "messages" in columns:
         tools = {"tools": _readable(row.get("tools"))} if "tools" in columns else {}
-        return {"messages": conversation(row["messages"], columns["messages"]), **tools}
+        turns = conversation(row["messages"], columns["messages"])
+        return {"messages": with_system(turns, text_of(row.get("system"))), **tools}
     if found.shape.of_pairs:
         return _pair(row, found)
     if config.prompt_template is not None:
         return {"prompt": _filled(config.prompt_template, row[""]), "completion": _needed(row, "answer", columns)}
+    if "history" in columns:
+        part = "prompt" if "prompt" in columns else "question"
+        asked, answered = (_turns_of(row, *one, columns) for one in ((part, "user"), ("answer", "assistant")))
+        if part == "question":
+            asked = question_turns(question_text(row))
+        turns = [*past_turns(row["history"], columns["history"]), *asked, *answered]
+        return {"messages": with_system(turns, text_of(row.get("system")))}
     if found.shape.verbatim:
         if is_conversation(row["prompt"]) or is_conversation(row["answer"]):
             asked, answered = _turns_of(row, "prompt", "user", columns), _turns_of(row, "answer", "assistant", columns)
-            return {"prompt": asked, "completion": answered}
+            return {"prompt": with_system(asked, text_of(row.get("system"))), "completion": answered}
+        if "system" in columns:  # beside what the system says, the prompt is the user's turn
+            asked_text, answer = (_needed(row, part, columns) for part in ("prompt", "answer"))
+            return {"question": asked_text, "answer": answer, "system": text_of(row["system"])}
         return {"prompt": _needed(row, "prompt", columns, empty=True), "completion": _needed(row, "answer", columns)}
     _needed(row, "question", columns)
     return {
@@ -231,12 +279,18 @@ def _pair(row: dict[str, Any], found: Recognised) -> dict[str, Any]:
         better, worse = (_turns_of(row, part, "assistant", columns) for part in ("chosen", "rejected"))
         if is_conversation(prompt):
             turns = conversation(prompt, columns["prompt"], whole=False)
+            if columns["prompt"].lower() in TURNS:  # it may have the answer too, and the answers all of it
+                turns = turns[:-1] if turns[-1] == better[-1] else turns
+                start = len(turns) if better[: len(turns)] == worse[: len(turns)] == turns else 0
+                better, worse = better[start:], worse[start:]
+            turns = with_system(turns, text_of(row.get("system")))
             return {"prompt": turns, "chosen": better, "rejected": worse}
         shared = _shared(better, worse)
-        asked = text_of(prompt if prompt is not None else row.get("question"))
-        if not shared and asked:  # the answers alone, beside a prompt that is a text
-            return {"prompt": question_turns(asked, text_of(row.get("system"))), "chosen": better, "rejected": worse}
-        return {"prompt": better[:shared], "chosen": better[shared:], "rejected": worse[shared:]}
+        text = text_of(prompt if prompt is not None else row.get("question"))
+        if not shared and text:  # the answers alone, beside a prompt that is a text
+            return {"prompt": question_turns(text, text_of(row.get("system"))), "chosen": better, "rejected": worse}
+        asked = with_system(better[:shared], text_of(row.get("system")))
+        return {"prompt": asked, "chosen": better[shared:], "rejected": worse[shared:]}
     chosen, rejected = (_needed(row, part, columns) for part in ("chosen", "rejected"))
     if chosen == rejected:
         raise OddRow("chosen and rejected are the same")
@@ -248,6 +302,9 @@ def _pair(row: dict[str, Any], found: Recognised) -> dict[str, Any]:
             "rejected": rejected,
             "system": text_of(row.get("system")),
         }
+    if "prompt" in columns and "system" in columns:
+        asked = _needed(row, "prompt", columns)
+        return {"question": asked, "chosen": chosen, "rejected": rejected, "system": text_of(row["system"])}
     if "prompt" in columns:
         return {"prompt": _needed(row, "prompt", columns, empty=True), "chosen": chosen, "rejected": rejected}
     shared = _shared(chosen, rejected)

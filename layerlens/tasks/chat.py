@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from layerlens.data.conversations import OddRow, Turn
+from layerlens.data.conversations import OddRow, Turn, is_trained
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.tasks.encoded import common_prefix
 
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+UNLEARNT = (
+    "turns of the assistant that are marked as not trained (weight: 0, train: false, loss: false) have no loss, as "
+    "OpenAI, axolotl and ms-swift take these marks; TRL's trainers do not know them"
+)
 TRL = "trl (pip install 'layerlens[trl]')"
 
 
@@ -84,6 +88,12 @@ class Chat:
             more = {"chat_template": self._marked} if self._marked else {}
             found = self._rendered(turns, tools=tools, return_assistant_tokens_mask=True, **more)
             ids, said = found["input_ids"], [bool(one) for one in found["assistant_masks"]]
+        unlearnt = [turn["role"] == "assistant" and not is_trained(turn) for turn in turns]
+        if any(unlearnt) and any(said):
+            self.said[UNLEARNT] = None
+            said = self._without(said, unlearnt, turns, tools)
+            if not any(said):
+                raise OddRow("every turn of the assistant is marked as not trained")
         if not any(said):
             raise OddRow("the chat template produces no token for an assistant turn")
         return ids, said
@@ -108,11 +118,26 @@ class Chat:
         except ValueError:
             self._by_prefix = True
 
-    def _turn_by_turn(self, turns: list[Turn], tools: Any) -> tuple[list[int], list[bool]]:
+    def _without(self, said: list[bool], unlearnt: list[bool], turns: list[Turn], tools: Any) -> list[bool]:
+        """What the assistant says, without the turns that are not to be learnt."""
+        starts = [place for place, own in enumerate(said) if own and (place == 0 or not said[place - 1])]
+        own_turns = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if len(starts) != len(own_turns):  # turns that follow one another are one run of tokens
+            _, off = self._turn_by_turn(turns, tools, unlearnt)
+            return [own and not out for own, out in zip(said, off, strict=True)]
+        kept = list(said)
+        for start, end, number in zip(starts, [*starts[1:], len(said)], own_turns, strict=True):
+            if unlearnt[number]:
+                kept[start:end] = [False] * (end - start)
+        return kept
+
+    def _turn_by_turn(
+        self, turns: list[Turn], tools: Any, chosen: list[bool] | None = None
+    ) -> tuple[list[int], list[bool]]:
         ids = self.turns(turns, tools=tools)
         said = [False] * len(ids)
         for number, turn in enumerate(turns):
-            if turn["role"] == "assistant":
+            if turn["role"] == "assistant" and (chosen is None or chosen[number]):
                 start = common_prefix(self.turns(turns[:number], prompt=True, tools=tools), ids) if number else 0
                 end = common_prefix(self.turns(turns[: number + 1], tools=tools), ids)
                 said[start:end] = [True] * (end - start)

@@ -38,6 +38,10 @@ def read(table: Table, config: DataConfig) -> Dataset:
     found = recognise(table, config) if config.text_column is None and config.label_column is None else None
     if found is not None and found.shape.name in QUESTIONS:
         rows = read_language(table, config)
+        if "messages" in rows.columns:  # with turns before the question
+            said = [[str(turn["content"]) for turn in turns] for turns in rows.columns["messages"]]
+            sources = tuple("\n\n".join(turns[:-1]) for turns in said)
+            return replace(rows, columns={"text": sources}, labels=tuple(turns[-1] for turns in said))
         source, target = ("question", "answer") if "question" in rows.columns else ("prompt", "completion")
         if all(isinstance(text, str) for text in (*rows.columns[source], *rows.columns[target])):
             systems = rows.columns.get("system", ("",) * len(rows))

@@ -115,6 +115,75 @@ def test_a_preferred_answer_beside_a_prompt_that_is_a_text(tmp_path):
     assert other == pair
 
 
+USER, GPT = {"from": "human", "value": "in?"}, {"from": "gpt", "value": "yes"}
+SAID = "system: Be.\nuser: in?\nassistant: yes</s>\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "whole", "learnt"),
+    [
+        ({"conversations": [USER, GPT], "system": "Be."}, SAID, "yes</s>\n"),
+        ({"conversations": [*TURNS[:1], USER, GPT], "system": "no"}, SAID.replace("Be.", "brief"), "yes</s>\n"),
+        ({"system": "Be.", "prompt": "in?", "response": "yes"}, SAID, "yes</s>\n"),
+        (
+            {"instruction": "an end?", "input": "", "output": "no", "history": [["in?", "yes"]], "system": "Be."},
+            SAID + "user: an end?\nassistant: no</s>\n",
+            "yes</s>no</s>\n",
+        ),
+        (
+            {"prompt": "an end?", "response": "no", "history": [["in?", "yes"]]},
+            SAID.removeprefix("system: Be.\n") + "user: an end?\nassistant: no</s>\n",
+            "yes</s>no</s>\n",
+        ),
+        ({"instruction": "in?", "output": "yes", "history": []}, SAID.removeprefix("system: Be.\n"), "yes</s>\n"),
+        (
+            {"messages": [USER, {**GPT, "weight": 0}, TURNS[3], {**TURNS[4], "weight": 1}]},
+            SAID.removeprefix("system: Be.\n") + "user: an end?\nassistant: no</s>\n",
+            "no</s>\n",
+        ),
+    ],
+)
+@pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["marked", "found turn by turn"])
+def test_what_stands_beside_the_turns_reaches_the_model(tmp_path, template, row, whole, learnt):
+    found, written_by = encoded(read(tmp_path, [row] * 2), template)
+    assert read_and_learnt(written_by, found[0])[0] == whole
+    assert read_and_learnt(written_by, found[0])[1].replace("\n", "") == learnt.replace("\n", "")
+
+
+def test_turns_before_a_question_are_a_source_too(tmp_path):
+    row = {"instruction": "an end?", "output": "no", "history": [["in?", "yes"]], "system": "Be."}
+    found = read(tmp_path, [row] * 2, "seq2seq")
+    assert (found.columns["text"][0], found.labels[0]) == ("Be.\n\nin?\n\nyes\n\nan end?", "no")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [USER], "chosen": GPT, "rejected": {"from": "gpt", "value": "an"}},
+        {"messages": [USER], "chosen": "yes", "rejected": "an"},
+        {"messages": [USER, GPT], "chosen": [USER, GPT], "rejected": [USER, {"from": "gpt", "value": "an"}]},
+        {"prompt": "in?", "chosen": GPT, "rejected": {"from": "gpt", "value": "an"}},
+        {"prompt": "in?", "chosen": "yes", "rejected": "an"},
+    ],
+)
+def test_preferences_with_their_system_and_turns(tmp_path, row):
+    (pair,), written_by = encoded(read(tmp_path, [row | {"system": "Be."}]), MARKED)
+    assert read_and_learnt(written_by, pair) == (SAID, "yes</s>\n")
+    assert written_by.decode(pair["rejected_ids"]) == SAID.replace("yes", "an")
+
+
+def test_answers_that_are_marked_as_unwanted_are_refused(tmp_path):
+    """Rows for KTO: trained as prompts and completions, the bad answers would be learnt."""
+    rows: list[dict[str, Any]] = [{"prompt": "in?", "completion": "yes", "label": wanted} for wanted in (True, False)]
+    with pytest.raises(DataError, match=r"column 'label' marks 1 of 2 answers as unwanted.*KTOTrainer"):
+        read(tmp_path, rows)
+    assert len(read(tmp_path, rows[:1])) == 1
+    assert len(read(tmp_path, rows, text_column="prompt", label_column="completion")) == 2
+    chats = [{"conversations": [USER, GPT], "kto_tag": wanted} for wanted in ("true", "false", "false")]
+    with pytest.raises(DataError, match=r"column 'kto_tag' marks 2 of 3 answers"):
+        read(tmp_path, chats)
+
+
 def test_long_texts_become_several_samples_that_hold_every_token(tmp_path):
     rows = [{"text": "in the end " * 40}, {"text": "the end"}]
     found, written_by = encoded(read(tmp_path, rows), config=DataConfig(source="-", max_length=32))
