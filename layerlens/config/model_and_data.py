@@ -166,10 +166,11 @@ class DataConfig(ConfigModel):
 
     source: str = Field(
         min_length=1,
-        description="A .jsonl, .json, .csv, .tsv or .parquet file (also .gz); a .txt file with one text per line; a "
-        ".conll, .bio or .conllu file of tagged words; a folder of such files, of which LayerLens reads the train "
+        description="A .jsonl, .json, .csv, .tsv, .parquet or .arrow file (text files also as .gz, .bz2, .xz, .zst or "
+        "a .zip of one file); a .txt file with one text per line; a .conll, .bio or .conllu file of tagged words; a folder of such files, of which LayerLens reads the train "
         "split; a directory that `datasets` saved with save_to_disk; `hf:NAME:SPLIT` or `hf:NAME/CONFIG:SPLIT` for a "
-        "data set of the Hugging Face hub; a folder with a sub-folder of images or audio clips for each class; "
+        "data set of the Hugging Face hub; a folder with a sub-folder of images, audio clips "
+        "or short texts (.txt) for each class; "
         "`module:function` that returns rows (for the task custom: a map-style data set or batches); "
         "`builtin:stdlib-docstrings` (docstrings of your Python's standard library, labelled by package); "
         "`builtin:digits` (8 × 8 handwritten digits; needs scikit-learn); for `object-detection`, the YAML file of a "

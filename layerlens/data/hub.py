@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layerlens.data.rows import Rows, SourceRows, drawn_places
+from layerlens.data.values import without_gaps
 from layerlens.exceptions import DataError, DataNotFoundError
 from layerlens.utils.places import check_readable
 
@@ -40,6 +41,22 @@ def read_saved_dataset(path: Path, found: SourceRows) -> None:
                 f"directory of one, such as {path / next(iter(loaded))}"
             )
         loaded = loaded[DEFAULT_SPLIT]
+    _keep(loaded, found)
+
+
+def read_arrow_file(path: Path, found: SourceRows) -> None:
+    """One .arrow file that ``datasets`` wrote.
+
+    Raises:
+        DataError: it is none.
+    """
+    library = _datasets_library(str(path))
+    try:
+        loaded = library.Dataset.from_file(str(path))
+    except (OSError, ValueError) as error:  # Arrow's own exceptions are ValueErrors
+        raise DataError(
+            f"data.source: {path} is no .arrow file of datasets: {str(error).splitlines()[0]}; convert it to .parquet"
+        ) from error
     _keep(loaded, found)
 
 
@@ -137,7 +154,7 @@ def dataset_rows(dataset: Any) -> Rows:
     dataset = with_encoded_media(dataset)
     rows: Rows = []
     try:
-        rows.extend(dict(row) for row in dataset)
+        rows.extend({name: without_gaps(value) for name, value in row.items()} for row in dataset)
     except (OverflowError, ValueError) as error:
         raise DataError(
             f"data.source: row {len(rows) + 1} of the data set has a value that Python cannot hold: {error}"

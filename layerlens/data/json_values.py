@@ -136,5 +136,28 @@ def columns_as_rows(value: Any, path: Path, found: SourceRows) -> list[Any]:
     raise DataError(f"data.source: {path} must have rows: a JSON array of objects, got {type(value).__name__}")
 
 
+def squad_rows(item: Any) -> list[dict[str, Any]] | None:
+    """The questions of an item of SQuAD's own files, as rows; None where it is no article (``paragraphs``) and no
+    paragraph (``context`` and ``qas``).
+    """
+    if not isinstance(item, dict):
+        return None
+    paragraphs = item.get("paragraphs", [item])
+    if not isinstance(paragraphs, list) or not paragraphs or not all(map(_is_paragraph, paragraphs)):
+        return None
+    title = {"title": item["title"]} if "title" in item else {}
+    return [
+        {**title, "context": paragraph["context"], **question, "answers": question.get("answers", [])}
+        for paragraph in paragraphs
+        for question in paragraph["qas"]
+    ]
+
+
+def _is_paragraph(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("context"), str):
+        return False
+    return isinstance(value.get("qas"), list) and all(isinstance(one, dict) for one in value["qas"])
+
+
 def _of_objects(part: list[Any]) -> bool:
     return bool(part) and all(isinstance(one, dict) for one in part)

@@ -303,8 +303,8 @@ def _pair(row: dict[str, Any], found: Recognised) -> dict[str, Any]:
             "system": text_of(row.get("system")),
         }
     if "prompt" in columns and "system" in columns:
-        asked = _needed(row, "prompt", columns)
-        return {"question": asked, "chosen": chosen, "rejected": rejected, "system": text_of(row["system"])}
+        text = _needed(row, "prompt", columns)
+        return {"question": text, "chosen": chosen, "rejected": rejected, "system": text_of(row["system"])}
     if "prompt" in columns:
         return {"prompt": _needed(row, "prompt", columns, empty=True), "chosen": chosen, "rejected": rejected}
     shared = _shared(chosen, rejected)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
+import lzma
 import sysconfig
+import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ import numpy as np
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
-from layerlens.data.folders import folder_note, shards
+from layerlens.data.folders import folder_note, shards, text_class
 from layerlens.data.hub import read_hub_dataset, read_saved_dataset
 from layerlens.data.images import StoredImage
 from layerlens.data.pixels import SUFFIXES as IMAGE_SUFFIXES
@@ -26,6 +28,7 @@ from layerlens.data.readers import reader_of
 from layerlens.data.rows import FIRST, Enough, Rows, SourceRows
 from layerlens.data.sounds import has_sound_folder
 from layerlens.data.table import Table
+from layerlens.data.text_files import encoding_noted, lines_of
 from layerlens.exceptions import DataError, DataNotFoundError
 from layerlens.registry import TASKS
 from layerlens.storage import local_file
@@ -33,7 +36,7 @@ from layerlens.utils.places import check_readable
 from layerlens.utils.user_code import REFERENCE, load_function
 
 HUB_PREFIX, BUILT_IN_PREFIX = "hf:", "builtin:"
-FORMATS = ".jsonl, .json, .csv, .tsv, .parquet, .txt or .conll"
+FORMATS = ".jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .conll"
 SAVED_DATASET = ("state.json", "dataset_dict.json")
 
 # Packages that CPython 3.10 to 3.13 share and that distributions do not strip (tkinter and idlelib often are).
@@ -145,7 +148,13 @@ def source_rows(
 def _read_place(path: Path, config: DataConfig, found: SourceRows, of_words: bool | None) -> None:
     if path.is_dir():
         files = [] if is_saved_dataset(path) else shards(path, of_words is not False)
-        if files:
+        classes = text_class(path, files) if files and not of_words else {}
+        if classes:
+            for file in files:
+                check_readable(file, path)
+                _read_whole(file, classes[file], config, found)
+            found.note(f"each file is a text of the class that its folder is named by; {folder_note(path, files)}")
+        elif files:
             for file in files:
                 check_readable(file, path)
                 words = reader_of(file, of_words=False) is None if of_words is None else of_words
@@ -165,9 +174,20 @@ def _read_file(path: Path, of_words: bool, config: DataConfig, found: SourceRows
         raise DataError(f"data.source: {path.name} is not {FORMATS}; convert it, or give another file")
     try:
         reader(path, config, found)
-    except (OSError, EOFError, zlib.error) as error:  # the last two: of a damaged .gz file
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:  # of damaged packed files
         why = (error.strerror if isinstance(error, OSError) else None) or error
         raise DataError(f"data.source: cannot read {path}: {why}") from error
+
+
+def _read_whole(path: Path, name: str, config: DataConfig, found: SourceRows) -> None:
+    """One file as a text of the class ``name``."""
+    lines = list(lines_of(path, encoding_noted(path, config, found)))
+    if not found.wanted():
+        return
+    if fault := next((line.fault for line in lines if line.fault), ""):
+        found.leave_out(f"({path.name}) is not text: {fault}")
+    else:
+        found.add({"text": "".join(line.text for line in lines).strip(), "label": name}, path.stat().st_size)
 
 
 def is_saved_dataset(folder: Path) -> bool:

@@ -5,24 +5,22 @@ Files are read a line (Parquet: a batch) at a time, and a row that is not kept i
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerlens.config import DataConfig
 from layerlens.data.conll import read_conll, read_conllu
-from layerlens.data.json_values import BeyondParser, array_items, columns_as_rows, object_of, parsed
+from layerlens.data.csv_files import read_csv, unique_names
+from layerlens.data.hub import read_arrow_file
+from layerlens.data.json_values import BeyondParser, array_items, columns_as_rows, object_of, parsed, squad_rows
 from layerlens.data.rows import SourceRows
-from layerlens.data.text_files import Line, encoding_of, lines_of, suffix_of
+from layerlens.data.text_files import PACKED, Line, encoding_noted, lines_of, suffix_of
+from layerlens.data.values import without_gaps
 from layerlens.exceptions import DataError
 
-MAX_CSV_FIELD = 2**31 - 1
-DELIMITERS = (",", ";", "\t", "|")
-NO_NAME = "Unnamed: {}"
-"""As pandas calls a column without a name: ``DataFrame.to_csv`` writes its index as one."""
 BATCH_ROWS = 1024
 
 Reader = Callable[[Path, DataConfig, SourceRows], None]
@@ -30,7 +28,7 @@ Reader = Callable[[Path, DataConfig, SourceRows], None]
 
 def read_jsonl(path: Path, config: DataConfig, found: SourceRows) -> None:
     """One JSON object a line; blank lines are skipped. A file with one JSON array is read as that."""
-    encoding, begun = _encoding(path, config, found), False
+    encoding, begun = encoding_noted(path, config, found), False
     for line in lines_of(path, encoding):
         if not line.text.strip():
             continue
@@ -66,7 +64,7 @@ def read_json(path: Path, config: DataConfig, found: SourceRows) -> None:
     Raises:
         DataError: it is none of these.
     """
-    encoding = _encoding(path, config, found)
+    encoding = encoding_noted(path, config, found)
     start = next((line.text.lstrip() for line in lines_of(path, encoding) if line.text.strip()), "")
     if start.startswith("["):
         _read_array(path, encoding, found)
@@ -103,85 +101,16 @@ def _read_array(path: Path, encoding: str, found: SourceRows) -> None:
 
 
 def _add_item(item: Any, found: SourceRows, n_bytes: int = 0) -> None:
-    if isinstance(item, dict):
+    questions = squad_rows(item)
+    if questions:
+        found.note("the rows are the questions of its paragraphs")
+        for place, row in enumerate(questions):
+            if place == 0 or found.wanted():
+                found.add(row, n_bytes // len(questions))
+    elif isinstance(item, dict):
         found.add(item, n_bytes)
     else:
         found.leave_out(f"must be a JSON object, got {type(item).__name__}")
-
-
-def read_csv(path: Path, config: DataConfig, found: SourceRows) -> None:
-    """Records under a header line, whose delimiter is the most frequent one of it unless ``data.delimiter`` says.
-
-    Raises:
-        DataError: with the line of what is no CSV.
-    """
-    csv.field_size_limit(MAX_CSV_FIELD)
-    encoding = _encoding(path, config, found)
-    faults: dict[int, str] = {}
-    size = [0]
-
-    def texts() -> Iterator[str]:
-        for line in lines_of(path, encoding):
-            if line.fault:
-                faults[line.number] = line.fault
-            size[0] += line.n_bytes
-            yield line.text
-
-    lines = texts()
-    first = next(lines, "")
-    delimiter, skipped = config.delimiter, 0
-    if first.lower().startswith("sep=") and len(first.strip()) == 5:  # Excel's way to say it
-        delimiter, first, skipped = delimiter or first.strip()[-1], next(lines, ""), 1
-    default = "\t" if suffix_of(path) == ".tsv" else ","
-    delimiter = delimiter or delimiter_of(first, default)
-    if delimiter != default:
-        found.note(f"its columns are separated by {delimiter!r}")
-    reader = csv.reader(_chained(first, lines), delimiter=delimiter, strict=True)
-    try:
-        header = unique_names(next(reader, []), found)
-        line = reader.line_num
-        for record in reader:
-            begin, line, n_bytes = line + 1 + skipped, reader.line_num, size[0]
-            size[0] = 0
-            if not record or not found.wanted():
-                continue
-            fault = next((faults[n] for n in range(begin, line + skipped + 1) if n in faults), "") if faults else ""
-            if fault:
-                found.leave_out(f"(line {begin}) is not text: {fault}")
-            elif len(record) != len(header):
-                found.leave_out(f"(line {begin}) has {len(record)} fields, and the header has {len(header)}")
-            else:
-                found.add(dict(zip(header, record, strict=True)), n_bytes)
-    except csv.Error as error:
-        raise DataError(
-            f"data.source: {path}:{reader.line_num + skipped}: not CSV with the delimiter {delimiter!r}: {error}"
-        ) from error
-
-
-def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
-def delimiter_of(header: str, default: str = ",") -> str:
-    """The delimiter that a header line has most of, outside of quotes; ``default`` where it has none."""
-    outside = "".join(header.split('"')[::2])
-    return max((default, *DELIMITERS), key=outside.count)
-
-
-def unique_names(header: Sequence[str], found: SourceRows) -> list[str]:
-    """Names of columns as pandas makes them: one without a name is ``Unnamed: 0``, a second ``text`` is ``text.1``."""
-    names: list[str] = []
-    for place, name in enumerate(header):
-        name = name.strip() or NO_NAME.format(place)
-        if name in names:
-            number = 1
-            while f"{name}.{number}" in (*names, *header):
-                number += 1
-            found.note(f"two columns are named {name!r}; the second is {name}.{number} here")
-            name = f"{name}.{number}"
-        names.append(name)
-    return names
 
 
 def read_parquet(path: Path, config: DataConfig, found: SourceRows) -> None:
@@ -202,7 +131,7 @@ def read_parquet(path: Path, config: DataConfig, found: SourceRows) -> None:
             names = unique_names(file.schema_arrow.names, found)
             for batch in file.iter_batches(BATCH_ROWS):
                 n_bytes = batch.nbytes // max(1, batch.num_rows)
-                wanted_of = [_values_of(column) for column in batch.columns]
+                wanted_of = [[without_gaps(value) for value in _values_of(column)] for column in batch.columns]
                 for values in zip(*wanted_of, strict=True):
                     odd = next((value for value in values if isinstance(value, OddValue)), None)
                     if not found.wanted():
@@ -213,6 +142,15 @@ def read_parquet(path: Path, config: DataConfig, found: SourceRows) -> None:
                         found.leave_out(f"has a value that Python cannot hold: {odd.why}")
     except (ArrowException, OSError, UnicodeDecodeError) as error:  # the last: names of columns that are no text
         raise DataError(f"data.source: {path} is not a Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def read_arrow(path: Path, config: DataConfig, found: SourceRows) -> None:
+    """The rows of a file that ``datasets`` keeps in its cache or in a saved data set.
+
+    Raises:
+        DataError: it is none, or datasets is not installed.
+    """
+    read_arrow_file(path, found)
 
 
 @dataclass(frozen=True)
@@ -240,8 +178,8 @@ def _value_of(scalar: Any) -> Any:
 
 def read_text(path: Path, config: DataConfig, found: SourceRows) -> None:
     """Plain text: every line that is not blank is one, as ``datasets``' ``text`` has it."""
-    found.note(f"{path.name}: each line is a text")
-    for line in lines_of(path, _encoding(path, config, found)):
+    found.note("each line is a text")
+    for line in lines_of(path, encoding_noted(path, config, found)):
         if not line.text.strip() or not found.wanted():
             continue
         if line.fault:
@@ -252,24 +190,19 @@ def read_text(path: Path, config: DataConfig, found: SourceRows) -> None:
 
 def _conll(read: Callable[[Iterator[Line], SourceRows], None]) -> Reader:
     def reader(path: Path, config: DataConfig, found: SourceRows) -> None:
-        read(lines_of(path, _encoding(path, config, found)), found)
+        read(lines_of(path, encoding_noted(path, config, found)), found)
 
     return reader
 
 
-def _encoding(path: Path, config: DataConfig, found: SourceRows) -> str:
-    encoding, told = encoding_of(path, config.encoding)
-    if told:
-        found.note(f"{path.name}: {told}")
-    return encoding
-
-
+OF_ARROW = (".parquet", ".arrow")
 JSON_LINES, CSV = (".jsonl", ".ndjson", ".jsonlines"), (".csv", ".tsv")
 READERS: dict[str, Reader] = {
     **dict.fromkeys(JSON_LINES, read_jsonl),
     ".json": read_json,
     **dict.fromkeys(CSV, read_csv),
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
     **dict.fromkeys((".conll", ".bio", ".iob", ".iob2", ".conll2003"), _conll(read_conll)),
     ".conllu": _conll(read_conllu),
     ".txt": read_text,
@@ -281,6 +214,6 @@ OF_WORDS: dict[str, Reader] = dict.fromkeys((".txt", ".tsv"), _conll(read_conll)
 def reader_of(path: Path, of_words: bool) -> Reader | None:
     """The reader of a file; None where there is none for its suffix."""
     suffix = suffix_of(path)
-    if suffix == ".parquet" and path.suffix.lower() == ".gz":
+    if suffix in OF_ARROW and path.suffix.lower() in PACKED:
         return None
     return (OF_WORDS if of_words else {}).get(suffix) or READERS.get(suffix)

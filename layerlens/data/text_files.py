@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
+import lzma
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from layerlens.config import DataConfig
+from layerlens.data.rows import SourceRows
 from layerlens.exceptions import DataError
 
 UTF8 = "utf-8"
@@ -23,6 +28,10 @@ MARKS = (
 """Byte-order marks; UTF-32's begins like UTF-16's, so it stands first."""
 LOOKED_AT = 2**20
 """Bytes at the beginning of a file by which its encoding is found."""
+OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PACKED = (*OPENERS, ".zst", ".zip")
+ASIDE = re.compile(r"(^|/)(__MACOSX/|\.)")
+"""What macOS puts into archives beside the files."""
 ENOUGH_LINES, ENOUGH_BYTES = 3, 8
 """Lines that are not UTF-8, and bytes beyond ASCII in them, from which another encoding is looked for."""
 
@@ -44,8 +53,36 @@ class Line(NamedTuple):
 
 
 def opened(path: Path) -> IO[bytes]:
-    """The bytes of a file, decompressed where its name ends with .gz."""
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+    """The bytes of a file, decompressed where its name ends with .gz, .bz2, .xz, .zst or .zip.
+
+    Raises:
+        DataError: an archive has several files, or what reads it is not installed.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:  # the file stays open as long as what is read from it
+            return archive.open(_member(path, archive))
+    if suffix == ".zst":
+        try:
+            import pyarrow
+        except ModuleNotFoundError as error:
+            raise DataError(f"data.source: {path.name} needs pyarrow: pip install 'layerlens[hf]'") from error
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    if suffix in OPENERS:
+        opener: IO[bytes] = OPENERS[suffix](path)
+        return opener
+    return path.open("rb")
+
+
+def _member(path: Path, archive: zipfile.ZipFile) -> str:
+    """The one file of an archive."""
+    names = [one.filename for one in archive.infolist() if not one.is_dir() and not ASIDE.search(one.filename)]
+    if len(names) != 1:
+        raise DataError(
+            f"data.source: {path.name} has {len(names)} files ({', '.join(names[:4])}{' ...' * (len(names) > 4)}); "
+            "unpack it and give the file or the folder"
+        )
+    return names[0]
 
 
 def check_encoding(name: str) -> str:
@@ -83,6 +120,14 @@ def encoding_of(path: Path, named: str | None) -> tuple[str, str]:
             found = "utf-16-be" if even > odd else "utf-16-le"
             return found, f"read as {found}, because its bytes look like it; if that is wrong, set data.encoding"
     return _by_content(path, start)
+
+
+def encoding_noted(path: Path, config: DataConfig, found: SourceRows) -> str:
+    """``encoding_of`` with ``data.encoding``; how it was found is noted."""
+    encoding, told = encoding_of(path, config.encoding)
+    if told:
+        found.note(f"{path.name}: {told}")
+    return encoding
 
 
 def _by_content(path: Path, start: bytes) -> tuple[str, str]:
@@ -172,6 +217,14 @@ def _decoded_lines(path: Path, encoding: str) -> Iterator[Line]:
 
 
 def suffix_of(path: Path) -> str:
-    """How a file's name ends, in lower case and without .gz."""
-    name: Any = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    return str(name.suffix.lower())
+    """How a file's name ends, in lower case and without .gz and the like; of d.zip how the file in it ends."""
+    if path.suffix.lower() not in PACKED:
+        return path.suffix.lower()
+    inside = path.with_suffix("").suffix.lower()
+    if inside or path.suffix.lower() != ".zip" or not path.is_file():
+        return inside
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return Path(_member(path, archive)).suffix.lower()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"data.source: cannot read {path}: {error}") from error

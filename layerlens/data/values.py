@@ -113,6 +113,22 @@ def answers_of(value: Any) -> Answers | None:
     return tuple(pairs) if sound else None
 
 
+def without_gaps(value: Any) -> Any:
+    """Lists of mappings without keys of other mappings, where Arrow has None: a tool call has its own arguments alone.
+
+    An image keeps its empty path.
+    """
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        return [_filled(one) for one in value]
+    return value
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict) and not value.keys() <= {"bytes", "path"}:
+        return {name: _filled(part) for name, part in value.items() if part is not None}
+    return [_filled(one) for one in value] if isinstance(value, list) else value
+
+
 def short(value: Any) -> str:
     """A value for a message."""
     text = repr(value)

@@ -42,7 +42,7 @@ def test_the_only_text_column_is_found(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
-        ("d.docx", "x", {}, r"d\.docx is not \.jsonl, \.json, \.csv, \.tsv, \.parquet, \.txt or \.conll"),
+        ("d.docx", "x", {}, r"d\.docx is not \.jsonl, \.json, \.csv, \.tsv, \.parquet, \.arrow, \.txt or \.conll"),
         ("d.jsonl", "", {}, "has no samples"),
         ("d.jsonl", '{"text": "a"\n', {}, r"sample 1 \(line 1, column \d+\) is not JSON"),
         ("d.jsonl", "[1]\n", {}, "must be a JSON object, got int"),
