@@ -167,7 +167,8 @@ class DataConfig(ConfigModel):
     source: str = Field(
         min_length=1,
         description="A .jsonl, .json, .csv, .tsv, .parquet or .arrow file (text files also as .gz, .bz2, .xz, .zst or "
-        "a .zip of one file); a .txt file with one text per line; a .conll, .bio or .conllu file of tagged words; a folder of such files, of which LayerLens reads the train "
+        "a .zip of one file); a .txt file with one text per line; a .conll, .bio or .conllu file of tagged words; a "
+        "folder of such files, of which LayerLens reads the train "
         "split; a directory that `datasets` saved with save_to_disk; `hf:NAME:SPLIT` or `hf:NAME/CONFIG:SPLIT` for a "
         "data set of the Hugging Face hub; a folder with a sub-folder of images, audio clips "
         "or short texts (.txt) for each class; "
