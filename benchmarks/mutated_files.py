@@ -241,7 +241,8 @@ class _User:
 
     def statistics(self, path: Path, chance: Random) -> None:
         """Solved and explained."""
-        from layerlens.jobs.solve import find_allocation, option_tables
+        from layerlens.jobs.find import find_allocation
+        from layerlens.jobs.solve import option_tables
         from layerlens.pipeline import optimize_statistics
         from layerlens.profiling.finite import refuse_non_finite
         from layerlens.profiling.statistics_file import load_statistics, statistics_to_bytes

@@ -88,7 +88,9 @@ def _show(result: FrontierResult) -> None:
         console.print(table)
     for row in result.marked:
         console.print(f"{row.layer}: {amount(result.resource, row.budget)}, score {row.score:.6g}.")
-    if result.hull:
+    if result.hull and result.hull[0].kind == "bound":
+        console.print(f"A curve of {len(result.hull):,} points that no choice exceeds is in the files.")
+    elif result.hull:
         console.print(f"The exact hull has {len(result.hull):,} {'points' if len(result.hull) > 1 else 'point'}.")
     for path in result.files.values():
         console.print(f"  {output.short(path)}", soft_wrap=True)

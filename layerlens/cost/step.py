@@ -12,8 +12,9 @@ whose cause is the LoRA options of the three.
 That is ``StepUse``, the prediction for a given choice; its peak memory is that of a timeline.
 
 The solver wants sums, and causes that are nested or apart. Where two cross (only the gate, or only the up projection of
-one block is adapted), one is widened to both. In place of the timeline it has all that is kept, and the most that
-any of many choices has alive beside that. So the solver's memory and time are upper bounds.
+one block is adapted), one is widened to both (:mod:`layerlens.cost.causes`). In place of the timeline it has all that
+is kept, and the most that any of many choices has alive beside that. So the solver's memory and time are upper bounds;
+:mod:`layerlens.cost.floor` has lower ones.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from layerlens.cost.causes import Paid
 from layerlens.cost.checkpoints import checkpoints
 from layerlens.methods import Method, Operation
 from layerlens.methods.method import INPUT, OUTPUT, QUERY
@@ -96,16 +98,17 @@ def step_costs(
     scale = float(samples)
     if record.sequence_length:
         scale = samples * sequence_length / record.sequence_length
-    paid = _Paid(spec, record, options)
+    place = {name: number for number, name in enumerate(record.layers)}
+    layer__o = np.array([-1 if o.method == NONE else place.get(o.layer, -1) for o in options], dtype=np.int64)
+    paid = Paid(options, [layer.name for layer in spec.layers], layer__o, len(record.layers), 2)
+    layer_of = {layer.name: layer for layer in spec.layers}
     own = [
-        _own(paid.layers[o.layer], o, record, time_ms, parameter_ms, samples, sequence_length, state_values)
+        _own(layer_of[o.layer], o, record, time_ms, parameter_ms, samples, sequence_length, state_values)
         for o, _ in paid.entries
     ]
     parts__xo = np.zeros((_PARTS, len(options)))
     parts__xo[:, [entry for _, entry in paid.entries]] = np.array(own).reshape(-1, _PARTS).T
     fixed, gradient, kept, ms, forward_ms = parts__xo[:5]
-    place = {name: number for number, name in enumerate(record.layers)}
-    layer__o = np.array([-1 if o.method == NONE else place.get(o.layer, -1) for o in options], dtype=np.int64)
     everywhere = np.array([0, len(record.forward_kind)], dtype=np.int64)
     span__ot = np.where((layer__o >= 0)[:, None], record.layer_span__lt[layer__o], everywhere)
     forward = _operations(record.forward_kind, record.at("forward__bfx", scale))
@@ -116,7 +119,7 @@ def step_costs(
     for operation, cause in zip(backward, record.backward_cause, strict=True):
         cause_ms[cause] += time_ms(operation)
     for cause, layers in enumerate(record.cause__cl):
-        paid.add(layers, (), 0.0, float(cause_ms[cause]))
+        paid.add(paid.of(layers), np.array([0.0, cause_ms[cause]]))
     found = checkpoints(record, checkpointed, layer__o, span__ot, forward_ms__f, forward_ms, scale)
     hidden__s, hidden__o = np.zeros(len(record.storage_cause), dtype=bool), np.zeros(len(options), dtype=bool)
     given: dict[int, np.ndarray] = {}
@@ -124,7 +127,7 @@ def step_costs(
         hidden__s, hidden__o = found.call__s >= 0, found.call__o >= 0
         ms = ms + found.again_ms__o
         for layers, again_ms in zip(found.layers__gl, found.again_ms__g, strict=True):
-            paid.add(layers, (), 2e-9 * RANDOM_STATE_BYTES, float(again_ms))
+            paid.add(paid.of(layers), np.array([2e-9 * RANDOM_STATE_BYTES, again_ms]))
         for call, storage in found.given__ns.tolist():
             given[storage] = given.get(storage, False) | found.layers__gl[call]
     paid.own[:] = 1e-9 * (fixed + gradient + kept * ~hidden__o), ms
@@ -136,7 +139,10 @@ def step_costs(
         cause = record.storage_cause[storage]
         layers = (record.cause__cl[cause] if cause >= 0 else none) | given.get(storage, none)
         if not hidden__s[storage]:
-            paid.add(layers, readers.get(storage, ()), 1e-9 * float(n_bytes), 0.0)
+            options_of = paid.of(layers)
+            for entry in readers.get(storage, ()):
+                options_of |= 1 << entry
+            paid.add(options_of, np.array([1e-9 * n_bytes, 0.0]))
         for entry in readers.get(storage, ()):
             kept_by[entry].append(storage)
     head = record.head_elements
@@ -285,106 +291,3 @@ def _readers(
             if layer.layer_type == ATTENTION or OUTPUT in METHODS[option.method].kept_tensors(layer):
                 changed[entry] = np.array(storages[place[option.layer], RESULT], dtype=np.int64)
     return found, changed
-
-
-class _Paid:
-    """Adds up costs by what causes them."""
-
-    def __init__(self, spec: ModelSpec, record: StepRecord, options: Sequence[Option]) -> None:
-        self.options = options
-        self.layers = {layer.name: layer for layer in spec.layers}
-        self.names = [layer.name for layer in spec.layers]
-        self.entries = [(option, entry) for entry, option in enumerate(options) if option.method != NONE]
-        of_layer = defaultdict[str, int](int)
-        for option, entry in self.entries:
-            of_layer[option.layer] |= 1 << entry
-        self.of_layer = [of_layer[name] for name in self.names]
-        self.of_recorded = [of_layer[name] for name in record.layers]  # with layers that could not be measured
-        self.own = np.zeros((2, len(options)))
-        self.base = np.zeros(2)
-        self.causes: dict[int, np.ndarray] = {}
-
-    def add(self, layers: np.ndarray, readers: Sequence[int], gb: float, ms: float) -> None:
-        """A cost that any option of these layers, or any of ``readers``, causes."""
-        cost = np.array([gb, ms])
-        if layers[-1]:  # what trains in every choice
-            self.base += cost
-            return
-        cause = 0
-        for number in np.flatnonzero(layers[:-1]):
-            cause |= self.of_recorded[number]
-        for entry in readers:
-            cause |= 1 << entry
-        if cause and cost.any():
-            self.causes[cause] = self.causes.get(cause, np.zeros(2)) + cost
-
-    def charges(self) -> tuple[tuple[GroupCharge, ...], DepthCharge | None]:
-        """Causes that are nested or apart: those of the longest chain as depth, the others as group charges."""
-        causes = _laminar(self.causes)
-        for cause in [cause for cause in causes if cause & (cause - 1) == 0]:  # of one option alone
-            self.own[:, cause.bit_length() - 1] += causes.pop(cause)
-        chain = self._chain(causes)
-        depth = self._depth(chain, causes) if len(chain) > 1 else None
-        if depth is not None:
-            for cause in chain:
-                del causes[cause]
-        ordered = sorted(causes, key=lambda cause: (-cause.bit_count(), cause))
-        found = []
-        for number, cause in enumerate(ordered):
-            inside = [other for other in range(number) if cause & ordered[other] == cause]
-            found.append(
-                GroupCharge(
-                    self._name(cause),
-                    tuple(entry for entry in range(len(self.options)) if cause >> entry & 1),
-                    causes[cause],
-                    inside[-1] if inside else None,
-                )
-            )
-        return tuple(found), depth
-
-    def _chain(self, causes: dict[int, np.ndarray]) -> list[int]:
-        """The longest chain of nested causes, all options of whole layers, the smallest first."""
-        whole = [cause for cause in causes if all(cause & layer in (0, layer) for layer in self.of_layer)]
-        whole.sort(key=lambda cause: cause.bit_count())
-        best: dict[int, list[int]] = {}
-        for number, cause in enumerate(whole):
-            below = [best[other] for other in whole[:number] if other & cause == other]
-            best[cause] = [*max(below, key=len, default=[]), cause]
-        return max(best.values(), key=len, default=[])
-
-    def _depth(self, chain: Sequence[int], causes: dict[int, np.ndarray]) -> DepthCharge:
-        stage__g = np.full(len(self.names), -1, dtype=np.int64)
-        for stage in range(len(chain) - 1, -1, -1):
-            for number, of_layer in enumerate(self.of_layer):
-                if of_layer and of_layer & chain[stage] == of_layer:
-                    stage__g[number] = stage
-        names = []
-        for stage in range(len(chain)):
-            own = [self.names[number] for number in np.flatnonzero(stage__g == stage)]
-            names.append(", ".join(own))
-        cost__sr = np.cumsum(np.array([causes[cause] for cause in chain])[::-1], axis=0)[::-1]
-        return DepthCharge(stage__g, tuple(names), np.ascontiguousarray(cost__sr))
-
-    def _name(self, cause: int) -> str:
-        named = dict.fromkeys(self.options[entry].layer for entry in range(len(self.options)) if cause >> entry & 1)
-        first, *others = named
-        return first if not others else f"{first} and {len(others)} more"
-
-
-def _laminar(causes: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """The same costs with causes that are nested or apart: of two that cross, the cheaper is widened to both."""
-    left = dict(causes)
-    waiting = sorted(left, key=lambda cause: (cause.bit_count(), cause))
-    while waiting:
-        cause = waiting.pop()
-        if cause not in left:
-            continue
-        crossing = next((other for other in left if other & cause not in (0, cause, other)), None)
-        if crossing is None:
-            continue
-        cheaper, dearer = sorted((cause, crossing), key=lambda one: (float(left[one].sum()), one))
-        widened = left.pop(cheaper)
-        both = cheaper | dearer
-        left[both] = left.get(both, np.zeros(2)) + widened
-        waiting += [both, dearer]
-    return left

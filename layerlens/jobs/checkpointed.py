@@ -15,7 +15,8 @@ import numpy as np
 
 from layerlens.config import RunConfig
 from layerlens.exceptions import InfeasibleError
-from layerlens.jobs.solve import Solution, costs_of, find_allocation
+from layerlens.jobs.find import find_allocation
+from layerlens.jobs.solve import Solution, costs_of
 from layerlens.models import CostTable, ModelSpec, ModelStatistics, UtilityTable
 
 SCORE_GIVEN_UP = 0.01

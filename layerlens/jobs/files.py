@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -12,13 +12,11 @@ from typing import Any
 
 from layerlens.data.table import LABELS, TEXTS
 from layerlens.jobs.decision import Decision
-from layerlens.jobs.frontier import hull_rows, is_shared
 from layerlens.jobs.job import Job
 from layerlens.jobs.result import REPORT_FILE, SOLVER_LOG_FILE, RunResult
 from layerlens.manifest import write_report
-from layerlens.models import Manifest, ModelStatistics
+from layerlens.models import FrontierRow, Manifest, ModelStatistics
 from layerlens.models.data_summary import DataSummary
-from layerlens.optimization import frontier
 from layerlens.storage import local_or_url
 from layerlens.tuning.recipes import recipes, why_fewer
 from layerlens.utils.atomic import atomic_write_text, staged_directory
@@ -50,12 +48,12 @@ def writing(job: Job, owned: Collection[str]) -> Iterator[Writing]:
 
 def report(
     decision: Decision, statistics: ModelStatistics, checked: dict[str, Any], written: Writing,
-    data: DataSummary | None = None, output: str = "",
+    hulls: Mapping[str, Sequence[FrontierRow]], data: DataSummary | None = None, output: str = "",
 ) -> None:  # fmt: skip
     """Write the report, and the solver's log as JSON lines; ``output`` is the directory as the configuration has it."""
     solution = decision.solution
     shown = "" if Path(output).is_absolute() or local_or_url(output)[1] else output  # others may move the directory
-    path, problem, manifest = written.directory / REPORT_FILE, solution.problem, decision.manifest
+    path, manifest = written.directory / REPORT_FILE, decision.manifest
     write_report(
         path,
         manifest=manifest,
@@ -71,11 +69,7 @@ def report(
         frozen=solution.frozen,
         events=solution.events,
         data=data,
-        hulls={
-            resource: hull_rows(problem, frontier(problem, resource))
-            for resource in problem.resources
-            if solution.saving is None and not is_shared(problem, resource)
-        },
+        hulls=hulls,
     )
     lines = "".join(json.dumps(asdict(event)) + "\n" for event in solution.events)
     log = atomic_write_text(written.directory / SOLVER_LOG_FILE, lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,10 +14,13 @@ from layerlens import vocabulary
 from layerlens.config import OptimizationConfig, RunConfig
 from layerlens.config.optimization import SCORE
 from layerlens.exceptions import ConfigurationError, InfeasibleError
+from layerlens.jobs.certified import ON_THE_STEP
 from layerlens.jobs.checkpointed import certified_choice
+from layerlens.jobs.envelope import envelope
+from layerlens.jobs.find import best_of
 from layerlens.jobs.job import job_without_model
 from layerlens.jobs.result import published
-from layerlens.jobs.solve import best_of, option_tables
+from layerlens.jobs.solve import Solution, option_tables
 from layerlens.jobs.worth import lora_of_rank
 from layerlens.manifest import write_frontier
 from layerlens.manifest.frontier import TracedFrontier
@@ -40,8 +44,6 @@ from layerlens.utils.atomic import staged_directory
 from layerlens.utils.progress import Progress, silent
 
 USUAL_RANK = 8
-ON_THE_STEP = ("vram_gb", "step_ms")
-"""Resources that a recorded step predicts."""
 BUDGET_FIELDS = {name: resource.budget for name, resource in vocabulary.RESOURCES.items()}
 
 
@@ -51,7 +53,8 @@ class FrontierResult:
 
     Args:
         resource: whose budget varies.
-        hull: the exact upper concave hull, other budgets left aside; none of what choices pay for once.
+        hull: the exact upper concave hull, other budgets left aside; of memory and step time, which choices pay for
+            once, a curve that no choice exceeds.
         certified: allocations at chosen budgets, all other budgets kept, each with its proved bound.
         files: frontier_csv and frontier_svg.
         marked: what everybody would choose, for comparison.
@@ -122,8 +125,10 @@ def traced(
     config = config.by_score()
     utilities, costs, problems = _problems_with_any_budget(spec, statistics, config, resource)
     shared = is_shared(problems[0], resource)
-    hulls = [] if shared else [hull_rows(problem, frontier(problem, resource, threads=threads)) for problem in problems]
-    hull = _hull_of_all(hulls) if hulls else []
+    if shared:
+        hull = envelope_of_all(spec, utilities, costs, config.optimization, resource, threads)
+    else:
+        hull = _hull_of_all([hull_rows(problem, frontier(problem, resource, threads=threads)) for problem in problems])
     chosen_budgets = [float(budget) for budget in budgets] or (
         _spread_shared(problems[0], costs, resource, points) if shared else _spread(hull, resource, points)
     )
@@ -246,18 +251,54 @@ def _problems_with_any_budget(
     return utilities, costs, problems
 
 
-def is_shared(problem: AllocationProblem, resource: str) -> bool:
-    """Whether choices pay for some of the resource once: the frontier is then traced by certified points alone.
+def hulls_around(spec: ModelSpec, config: OptimizationConfig, solution: Solution) -> dict[str, list[FrontierRow]]:
+    """The hull of every resource with a budget; none where the least cost was sought."""
+    if solution.saving is not None:
+        return {}
+    problem, found = solution.problem, {}
+    for resource in problem.resources:
+        if is_shared(problem, resource):
+            found[resource] = envelope_of_all(spec, solution.utilities, solution.costs, config, resource)
+        else:
+            found[resource] = hull_rows(problem, frontier(problem, resource))
+    return found
 
-    ``optimization.frontier`` has the exact hull of such a resource too. It is not drawn, for two reasons. A point of it
-    may change many layers at once (a whole block opens), and a row of the hull names the one layer that changes. And
-    memory has a floor that is no sum over a choice (``CostTable.least``: a forward pass of the frozen model), so the
-    hull's lowest points would have budgets that no run accepts.
-    """
+
+def is_shared(problem: AllocationProblem, resource: str) -> bool:
+    """Whether choices pay for some of the resource once: its hull is then that of lower bounds (``envelope``)."""
     row = problem.resources.index(resource)
     if any(charge.cost__r[row] for charge in problem.charges):
         return True
     return problem.depth is not None and bool(problem.depth.cost__sr[:, row].any())
+
+
+def envelope_of_all(
+    spec: ModelSpec,
+    utilities: UtilityTable,
+    costs: CostTable,
+    config: OptimizationConfig,
+    resource: str,
+    threads: int = 1,
+) -> list[FrontierRow]:
+    """``envelope``, of all ranks where one is served; [] where no step of the model is recorded, or nothing has a gain.
+
+    Raises:
+        ConfigurationError: the rules leave a layer without any option, whatever the rank.
+    """
+    if costs.step is None or not (utilities.utility > 0.0).any():
+        return []
+    unlimited = config.model_copy(update={BUDGET_FIELDS[resource]: sys.float_info.max / 2})
+    found: list[list[FrontierRow]] = []
+    refused: ConfigurationError | None = None
+    for each in one_rank_each(unlimited):
+        try:
+            found.append(envelope(spec, utilities, costs, each, resource, threads))
+        except ConfigurationError as error:  # with this rank alone
+            refused = refused or error
+    if not found:
+        assert refused is not None
+        raise refused
+    return _hull_of_all(found)
 
 
 def marked_rows(

@@ -10,6 +10,7 @@ from layerlens.exceptions import ActivationCacheError
 from layerlens.jobs.data_facts import data_facts
 from layerlens.jobs.decision import Decision, solve_stage
 from layerlens.jobs.files import report, result_of, writing
+from layerlens.jobs.frontier import hulls_around
 from layerlens.jobs.hours import told_in_hours, with_hours
 from layerlens.jobs.job import Job, Warn, job_without_model, unheard
 from layerlens.jobs.result import CHOICE_FILES, RunResult, observed, published
@@ -72,7 +73,8 @@ def _optimize(job: Job, statistics_path: Path) -> RunResult:
     with writing(job, CHOICE_FILES) as written:
         written.files |= write_manifest(manifest, written.directory, created_at=written.created_at)
         written.files |= write_head(statistics.head, written.directory)
-        report(decision, statistics, {}, written, output=job.config.output.directory)
+        hulls = hulls_around(spec, job.config.optimization, solution)
+        report(decision, statistics, {}, written, hulls, output=job.config.output.directory)
     return result_of(job, decision, written, {}, from_cache=True)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from layerlens.config import OptimizationConfig, ProfilingConfig
 from layerlens.cost import cost_table
+from layerlens.jobs.find import find_allocation
 from layerlens.jobs.result import CHOICE_FILES
-from layerlens.jobs.solve import find_allocation, make_manifest, versions
+from layerlens.jobs.solve import make_manifest, versions
 from layerlens.manifest import write_manifest
 from layerlens.methods import enumerate_options
 from layerlens.models import ModelFacts, ModelSpec, Provenance

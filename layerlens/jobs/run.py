@@ -10,6 +10,7 @@ from layerlens.config.compatibility import refuse_conflicts
 from layerlens.jobs.checks import check
 from layerlens.jobs.choose import choose, compare, train_jointly, train_proxies
 from layerlens.jobs.files import report, result_of, writing
+from layerlens.jobs.frontier import hulls_around
 from layerlens.jobs.hours import told_in_hours, with_hours
 from layerlens.jobs.job import Job, Warn, job_with_model, unheard
 from layerlens.jobs.load import load
@@ -87,7 +88,8 @@ def _run(job: Job) -> RunResult:
     with writing(job, RUN_FILES) as written:
         factors = export(job, loaded, measured, decision, written)
         checked = check(job, loaded, decision, factors)
-        report(decision, measured.statistics, checked, written, data, given.output.directory)
+        hulls = hulls_around(measured.spec, job.config.optimization, decision.solution)
+        report(decision, measured.statistics, checked, written, hulls, data, given.output.directory)
     result = result_of(job, decision, written, checked, from_cache=measured.from_cache, data=data)
     job.processes.from_first("result", result)
     return result

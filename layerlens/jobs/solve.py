@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from layerlens import __version__, vocabulary
+from layerlens import __version__
 from layerlens.config import OptimizationConfig, RunConfig
 from layerlens.config.optimization import CHEAPEST
 from layerlens.config.training import REPORTS
 from layerlens.cost import cost_table
-from layerlens.exceptions import ConfigurationError, InfeasibleError, LayerLensError
+from layerlens.exceptions import ConfigurationError
 from layerlens.jobs.predicted import predicted_gain
 from layerlens.jobs.worth import beside_rank_32, beside_uniform, lora_everywhere
 from layerlens.methods import enumerate_options
@@ -43,18 +43,10 @@ from layerlens.models import (
     UtilityTable,
 )
 from layerlens.optimization import (
-    as_uniform,
-    build_problem,
-    cheapest_problem,
-    explain,
     frozen_stages,
-    saving_of,
-    solve,
-    uniform_reference,
 )
-from layerlens.optimization.cheapest import SHORTFALL, Reference
-from layerlens.optimization.constraints import one_rank_each
-from layerlens.registry import METHODS, UTILITY_MODELS
+from layerlens.optimization.cheapest import SHORTFALL
+from layerlens.registry import METHODS
 from layerlens.utility import calibrated_table, model_for
 
 RECORDED_PACKAGES = ("numpy", "torch", "transformers", "peft", "ortools")
@@ -67,8 +59,6 @@ NOT_RECORDED: Any = {
 
 AUTO, OF_SETS = "auto", "energy"
 """What ``auto`` means where the least cost is sought: a utility of whole sets of layers."""
-MOST_LOWERED = 4
-"""Times that the problem is solved again because the answer needs less than it was counted for."""
 DIGITS = 5
 """The ghost norms of two instruction sets differ by up to 2.4e-7 of their value, and means over samples by less."""
 
@@ -173,178 +163,6 @@ def _with_digits(values: np.ndarray) -> np.ndarray:
     power = 10.0 ** (DIGITS - 1 - np.floor(np.log10(np.clip(size, 1e-250, 1e250))))
     rounded: np.ndarray = np.where((size > 1e-250) & (size < 1e250), np.rint(values * power) / power, values)
     return rounded
-
-
-def find_allocation(
-    spec: ModelSpec,
-    utilities: UtilityTable,
-    costs: CostTable,
-    config: OptimizationConfig,
-    *,
-    seed: int,
-    threads: int,
-    progress: Callable[[str], None] | None = None,
-    kept: float | None = None,
-) -> Solution:
-    """Build the allocation problem and solve it.
-
-    The solver adds up bounds of memory and time (``CostTable.bound``). They hold for the many choices that they were
-    taken from; should the answer need more than its bound says, and than the budget has, the base is raised and it is
-    solved again. Where it needs less, the base is lowered to what is predicted of it, as long as that finds a better
-    answer within the budgets. The certificate is about costs as they are counted in the end: exact for the answer.
-
-    With ``objective: cheapest`` the least cost is sought that keeps the share ``kept`` of uniform LoRA's predicted
-    improvement (1 - ``quality_margin`` when None); where that saves nothing, the answer is uniform LoRA.
-
-    Raises:
-        InfeasibleError: the budgets allow nothing; the message has the smallest that would do.
-    """
-    _refuse_what_is_not_predicted(costs, config)
-    narrowed = _with_what_a_step_needs(costs, config)
-
-    def solved(counted: CostTable) -> Solution:
-        def problem_of(each: OptimizationConfig) -> AllocationProblem:
-            if reference is None:
-                return build_problem(spec, utilities, counted, each)
-            return cheapest_problem(spec, utilities, counted, each, reference, kept)
-
-        return _solved(problem_of, utilities, counted, narrowed, seed=seed, threads=threads, progress=progress)
-
-    reference = None
-    if narrowed.objective == CHEAPEST:
-        power = UTILITY_MODELS[utilities.model].set_power
-        reference = uniform_reference(spec, utilities, costs, narrowed, power)
-    found = _within_budgets(solved, costs, config)
-    for _ in range(MOST_LOWERED):
-        lower = _as_counted(found, config)
-        if lower is None:
-            break
-        other = _within_budgets(solved, lower, config)
-        if other.allocation.value <= found.allocation.value:
-            break
-        found = other
-    return found if reference is None else _cheapest(spec, found, narrowed, reference, kept)
-
-
-def _cheapest(
-    spec: ModelSpec, found: Solution, config: OptimizationConfig, reference: Reference, kept: float | None
-) -> Solution:
-    """The cheapest choice with what it saves, or uniform LoRA if there is none."""
-    saving = saving_of(found.allocation, found.problem, found.costs, config, reference, kept)
-    if saving.saves:
-        return replace(found, saving=saving)
-    problem, uniform = as_uniform(spec, found.utilities, found.costs, reference, found.allocation)
-    return replace(
-        found, problem=problem, allocation=uniform, explanations=tuple(explain(problem, uniform)), saving=saving
-    )
-
-
-def _within_budgets(solved: Callable[[CostTable], Solution], costs: CostTable, config: OptimizationConfig) -> Solution:
-    """An answer that needs no more than the budgets by its own prediction, with as high a base as that takes."""
-    while True:
-        found = solved(costs)
-        entries = found.problem.entries(found.allocation.choice)
-        total, bound = costs.total(entries), costs.bound(entries)
-        budgets = {name: budget for name, budget in config.budgets().items() if budget is not None}
-        over = [name for name, budget in budgets.items() if total[name] > max(budget, bound[name])]
-        if not over:
-            return found
-        # at least a thousandth more, so that this ends
-        more = {name: costs.base[name] + max(total[name] - bound[name], 1e-3 * total[name]) for name in over}
-        costs = replace(costs, base=costs.base | more)
-
-
-def _as_counted(found: Solution, config: OptimizationConfig) -> CostTable | None:
-    """Costs whose bounds say of the answer what is predicted of it; None where they do, but for a thousandth."""
-    entries = found.problem.entries(found.allocation.choice)
-    total, bound = found.costs.total(entries), found.costs.bound(entries)
-    lower = {
-        name: found.costs.base[name] - (bound[name] - total[name])
-        for name, budget in config.budgets().items()
-        if budget is not None and bound[name] - total[name] > 1e-3 * budget
-    }
-    return replace(found.costs, base=found.costs.base | lower) if lower else None
-
-
-def _solved(
-    problem_of: Callable[[OptimizationConfig], AllocationProblem],
-    utilities: UtilityTable,
-    costs: CostTable,
-    config: OptimizationConfig,
-    *,
-    seed: int,
-    threads: int,
-    progress: Callable[[str], None] | None,
-) -> Solution:
-    events: list[SolverEvent] = []
-    solved: list[tuple[AllocationProblem, Allocation]] = []
-    refused: LayerLensError | None = None
-    for each in one_rank_each(config):
-        try:
-            problem = problem_of(each)
-            allocation = solve(
-                problem,
-                refine=config.refine,
-                refine_deterministic_time=config.refine_deterministic_time,
-                time_s=config.solver_time_s,
-                gap_tolerance=config.gap_tolerance,
-                seed=seed,
-                threads=threads,
-                progress=progress,
-                log=events.append,
-            )
-        except (InfeasibleError, ConfigurationError) as error:  # with this rank alone
-            refused = refused or error
-        else:
-            solved.append((problem, allocation))
-    if not solved:
-        assert refused is not None
-        raise refused
-    allocation = best_of([each for _, each in solved], config.gap_tolerance)
-    problem = max(solved, key=lambda pair: pair[1].value)[0]
-    return Solution(utilities, costs, problem, allocation, tuple(explain(problem, allocation)), tuple(events))
-
-
-def best_of(found: Sequence[Allocation], gap_tolerance: float) -> Allocation:
-    """The best answer to several problems, such as one for each rank, with the bound that holds for all of them."""
-    best = max(found, key=lambda each: each.value)
-    if len(found) == 1:
-        return best
-    best = replace(best, upper_bound=max(each.upper_bound for each in found))
-    return replace(best, status="optimal" if best.gap <= gap_tolerance else "feasible")
-
-
-def _refuse_what_is_not_predicted(costs: CostTable, config: OptimizationConfig) -> None:
-    for resource, budget in config.budgets().items():
-        if budget is not None and resource not in costs.source:
-            raise ConfigurationError(
-                f"optimization.{vocabulary.RESOURCES[resource].budget}: the {vocabulary.RESOURCES[resource].label} of "
-                "this model is not predicted, because no training step was recorded; `layerlens run` records one if "
-                "the model is in memory, and otherwise says why"
-            )
-
-
-def _with_what_a_step_needs(costs: CostTable, config: OptimizationConfig) -> OptimizationConfig:
-    """The configuration with a budget of parameters that leaves room for what every step needs (``CostTable.least``).
-
-    Raises:
-        InfeasibleError: there is no room for the frozen model.
-    """
-    for resource, (amount, per_parameter) in costs.least.items():
-        budget = config.budgets()[resource]
-        if budget is None:
-            continue
-        left = budget - amount
-        if left < per_parameter:
-            raise InfeasibleError(
-                f"optimization.{vocabulary.RESOURCES[resource].budget}: {budget:g} is less than a forward pass of the "
-                f"frozen model alone needs ({amount:.4g}); the smallest that works is above that"
-            )
-        most = float(left) / float(per_parameter)  # NumPy's would warn of a budget without end
-        everything = float(costs.cost__ro[0].sum())
-        if most < min(everything, config.max_trainable_params or everything):
-            config = config.model_copy(update={"max_trainable_params": int(most)})
-    return config
 
 
 def make_manifest(

@@ -16,7 +16,7 @@ from layerlens.integrations.peft import lora_config
 from layerlens.jobs.decision import Decision
 from layerlens.jobs.explained import ExplainedLayer, explained, solution_of
 from layerlens.jobs.files import report, writing
-from layerlens.jobs.frontier import traced
+from layerlens.jobs.frontier import hulls_around, traced
 from layerlens.jobs.job import Job
 from layerlens.jobs.result import CHOICE_FILES, STATISTICS_FILE
 from layerlens.jobs.solve import Solution
@@ -264,7 +264,8 @@ class Plan:
             written.files["statistics"] = atomic_write_bytes(
                 written.directory / STATISTICS_FILE, statistics_to_bytes(profile.spec, profile.statistics)
             )
-            report(Decision(self.solution, self.manifest), profile.statistics, {}, written)
+            hulls = hulls_around(profile.spec, profile.config.optimization, self.solution)
+            report(Decision(self.solution, self.manifest), profile.statistics, {}, written, hulls)
         return written.files
 
     def to_dict(self) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class TracedFrontier:
 
     Args:
         resource: whose budget varies: trainable_params, flops, vram_gb or latency_ms.
-        hull: the exact upper concave hull of score over budget, other budgets left aside.
+        hull: the exact upper concave hull of score over budget, other budgets left aside; of memory and step time, a
+            curve that no choice exceeds.
         rows: allocations at chosen budgets, all other budgets kept, each with its proved bound.
         chosen: (use of the resource, score) of the choice that this was traced around, if there is one.
         marked: what everybody would choose, for comparison: ``layer`` has the name. Whether other budgets are kept is
@@ -93,7 +94,9 @@ class TracedFrontier:
             _, ax = pyplot.subplots(layout="constrained")
         if self.hull:
             x, y = [row.budget for row in self.hull], [row.score for row in self.hull]
-            ax.plot(x, y, color="#7a8793", label="exact hull, without the other budgets")
+            exact = self.hull[0].kind == "hull"
+            said = "exact hull, without the other budgets" if exact else "no choice scores more (proved)"
+            ax.plot(x, y, color="#7a8793", label=said)
         end = FAR * max((row.budget for row in self.hull), default=MOST / FAR)
         drawn = [row for row in self.rows if row.budget <= end]
         beyond = f" ({len(self.rows) - len(drawn)} beyond the figure)" if len(drawn) < len(self.rows) else ""

@@ -5,6 +5,7 @@ Axes: g groups (layers), o options of all groups one after the other, r resource
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -110,6 +111,13 @@ class AllocationProblem:
         reached = np.asarray(self.depth.stage__g) >= stage
         return not bool(np.any(np.asarray(self.depth.below__o)[choice] & reached))
 
+    def choice_of(self, entries: Collection[int]) -> np.ndarray | None:
+        """int64 [n_groups], the choice that stands for these table entries; None where a group has no such option."""
+        members = self.members__o or tuple((option,) for option in range(len(self.options)))
+        held = [option for option, own in enumerate(members) if all(entry in entries for entry in own)]
+        group = np.searchsorted(self.offset, held, side="right") - 1
+        return np.array(held, dtype=np.int64) if np.array_equal(group, np.arange(len(self.layers))) else None
+
     def entries(self, choice: np.ndarray) -> np.ndarray:
         """int64 [n_layers], ascending: the table entries that ``choice`` (an option for each group) stands for."""
         if not self.members__o:
@@ -210,8 +218,8 @@ class FrontierRow:
     """A budget and what it buys.
 
     Args:
-        kind: "hull" (a point of the exact concave hull, other budgets left aside) or "certified" (an allocation of the
-            solver, all budgets kept).
+        kind: "hull" (a point of the exact concave hull, other budgets left aside), "bound" (a point of a curve that no
+            choice exceeds, other budgets left aside) or "certified" (an allocation of the solver, all budgets kept).
         budget: of the resource that varies, base included.
         score: value of the allocation.
         upper_bound: no allocation within the budgets has a larger value.

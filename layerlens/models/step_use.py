@@ -48,6 +48,42 @@ class Checkpoints:
     late__o: np.ndarray
 
 
+FORWARD, BACKWARD, OWN, AGAIN = "forward", "backward", "own", "again"
+"""When the most is alive: in the forward pass, in the backward pass, in an option's own backward pass, and where a
+checkpointed block is computed again."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Bytes alive during the step of one choice, beside weights and the optimiser's state.
+
+    Args:
+        forwards, backwards, again: float64 [f], at each operation of the forward pass, of the backward pass, and of
+            what is computed again; 0 where nothing is done.
+        by_option__f: bool [f], of the backward pass: an option has more alive for a moment than the frozen layer.
+        states: of random numbers, all the time.
+    """
+
+    forwards: np.ndarray
+    backwards: np.ndarray
+    again: np.ndarray
+    by_option__f: np.ndarray
+    states: float
+
+    @property
+    def peak(self) -> float:
+        """The most bytes alive at one time."""
+        return float(max(each.max(initial=0.0) for each in (self.forwards, self.backwards, self.again)) + self.states)
+
+    @property
+    def moment(self) -> tuple[str, int]:
+        """When that is: FORWARD, BACKWARD, OWN or AGAIN, and the operation."""
+        passes = {FORWARD: self.forwards, BACKWARD: self.backwards, AGAIN: self.again}
+        kind = max(passes, key=lambda name: passes[name].max(initial=0.0))
+        at = int(passes[kind].argmax())
+        return (OWN if kind == BACKWARD and self.by_option__f[at] else kind), at
+
+
 @dataclass(frozen=True)
 class StepUse:
     """What a step needs and takes for any choice.
@@ -121,6 +157,11 @@ class StepUse:
 
     def gb(self, entries: np.ndarray) -> float:
         """GB at the peak of the step with these options."""
+        peak = self.timeline(entries).peak
+        return 1e-9 * (self.base_bytes + float(self.fixed__o[entries].sum() + peak))
+
+    def timeline(self, entries: np.ndarray) -> Timeline:
+        """What is alive during the step with these options."""
         paid, count = self.paid(entries), len(self.alive)
         born, gone, released = self.storage_span__st.T
         frozen = (self.storage_cause >= 0) & paid[self.storage_cause]
@@ -165,7 +206,8 @@ class StepUse:
         runs = (self.step_cause >= 0) & paid[self.step_cause]
         moment = np.zeros(count)
         np.add.at(moment, end, self.passing__ox[entries, 1])
-        moment = np.maximum(moment, (self.passing + after_own) * runs)
+        beside = (self.passing + after_own) * runs
+        by_option, moment = moment > beside, np.maximum(moment, beside)
         backwards = self.held + _from(until[stays], n_bytes[stays], count) + _from(first[lives], own_kept[lives], count)
         if self.accumulates:
             forwards, backwards = forwards + gradients.sum(), backwards + gradients.sum()
@@ -188,9 +230,8 @@ class StepUse:
             backwards = backwards + _between(until[hidden], ends__s, n_bytes[hidden], count) + own_inside
         backwards = backwards + moment
         runs[end] = True
-        peak = max(forwards.max(initial=0.0), backwards[runs].max(initial=0.0), again.max(initial=0.0))
-        peak += RANDOM_STATE_BYTES * (len(entered) + 1) * bool(len(entered))
-        return 1e-9 * (self.base_bytes + float(self.fixed__o[entries].sum() + peak))
+        states = RANDOM_STATE_BYTES * (len(entered) + 1) * bool(len(entered))
+        return Timeline(forwards, np.where(runs, backwards, 0.0), again, by_option, states)
 
 
 def _from(places: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:

@@ -77,6 +77,8 @@ class CostTable:
         step: what a given choice needs and takes in a training step; the rows, charges and depth of memory and of
             ``step_ms`` are upper bounds of it, which the solver adds up.
         checkpointed: blocks whose activations are computed again in the backward pass.
+        moments: of a table of lower bounds of memory and ``step_ms`` (``cost.floor``): what every choice has alive at
+            each moment of the step; what options and charges add to it comes after the rows of RESOURCES.
     """
 
     options: tuple[Option, ...]
@@ -88,6 +90,7 @@ class CostTable:
     least: dict[str, tuple[float, float]] = field(default_factory=dict)
     step: StepUse | None = None
     checkpointed: tuple[str, ...] = ()
+    moments: tuple[float, ...] = ()
 
     @cached_property
     def _offset(self) -> np.ndarray:
@@ -100,9 +103,9 @@ class CostTable:
         return Causes(self.charges, len(self.options))
 
     def paid_once__r(self, entries: np.ndarray) -> np.ndarray:
-        """float64 [n_resources]: charges and depth of a choice (entries of the table, "none" among them or not)."""
+        """float64 [rows of ``cost__ro``]: charges and depth of a choice (entries, "none" among them or not)."""
         chosen = {int(entry) for entry in entries if self.options[int(entry)].method != NONE}
-        paid = np.zeros(len(RESOURCES))
+        paid = np.zeros(len(self.cost__ro))
         for charge in sorted({int(charge) for entry in chosen for charge in self._causes.of(entry)}):
             paid = paid + self.charges[charge].cost__r
         if self.depth is not None and chosen:

@@ -1,5 +1,6 @@
 """The allocation problem and its certified answer: Lagrangian bound, searches on the core, CP-SAT; frontiers."""
 
+from layerlens.optimization.charged_solver import stage_bounds
 from layerlens.optimization.cheapest import as_uniform, cheapest_problem, saving_of, uniform_reference
 from layerlens.optimization.explain import explain, frozen_stages
 from layerlens.optimization.frontier import Frontier, budget_sweep, frontier
@@ -18,6 +19,7 @@ __all__ = [
     "frozen_stages",
     "saving_of",
     "solve",
+    "stage_bounds",
     "uniform_lora",
     "uniform_reference",
 ]

@@ -156,7 +156,17 @@ class ChargedSearch:
         return True
 
     def start(self) -> None:
-        """Prices for the best modes, and allocations in the first of them.
+        """Prices for the best modes, and allocations in the first of them."""
+        self.price()
+        for thorough in (False, True):
+            for mode in self.open_modes()[:STARTED_MODES]:
+                if self.choice is None:
+                    self._start_in(mode, thorough)
+        if self.choice is not None:
+            self.report("guided search", self.value, self.bound)
+
+    def price(self) -> None:
+        """Prices for the best modes.
 
         Prices of one mode often prove enough about its neighbours, so the best mode without prices of its own comes
         next, until none lies above those that have them.
@@ -166,12 +176,6 @@ class ChargedSearch:
             if top is None or top.own:
                 break
             self._price(top)
-        for thorough in (False, True):
-            for mode in self.open_modes()[:STARTED_MODES]:
-                if self.choice is None:
-                    self._start_in(mode, thorough)
-        if self.choice is not None:
-            self.report("guided search", self.value, self.bound)
 
     def _price(self, mode: _Mode) -> None:
         """Prices of its own for a mode; what they say of the others counts, too."""
@@ -319,6 +323,18 @@ class ChargedSearch:
         """Prices of the mode of the answer."""
         own = self._mode_of(self.choice)
         return next((mode.state for mode in self.modes if mode.index == own), self.joint)
+
+
+def stage_bounds(problem: AllocationProblem, threads: int) -> list[float]:
+    """What prices prove of the allocations with each lowest stage, and of those that reach none, which come last."""
+    search = ChargedSearch(problem, 0.0, 0, threads, lambda stage, value, bound: None)
+    search.price()
+    structure = search.charged.structure
+    found = [-math.inf] * (structure.n_stages + 1)
+    for mode in search.modes:
+        stage = mode.index // structure.n_switches
+        found[stage] = max(found[stage], ldexp(mode.bound, -search.reduced.value_exponent))
+    return found
 
 
 def effective(problem: AllocationProblem) -> AllocationProblem:

@@ -16,6 +16,7 @@ those of :mod:`solver`, and its upper bound on minus the cost is a proved least 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ from layerlens.config import OptimizationConfig
 from layerlens.exceptions import ConfigurationError, InfeasibleError
 from layerlens.models import LORA, RESOURCES, Allocation, AllocationProblem, CostTable, ModelSpec, Saving, UtilityTable
 from layerlens.optimization.constraints import one_rank_each
-from layerlens.optimization.problem import build_problem, exact_sum
+from layerlens.optimization.problem import MEMORY, build_problem, exact_sum
 from layerlens.optimization.uniform import allocation_of, uniform_choice
 from layerlens.vocabulary import RESOURCES as WORDS
 
@@ -130,6 +131,7 @@ def cheapest_problem(
     config: OptimizationConfig,
     reference: Reference,
     kept: float | None = None,
+    limits: Sequence[tuple[str, np.ndarray, float]] = (),
 ) -> AllocationProblem:
     """The problem whose best value is minus the least cost; see the module.
 
@@ -137,6 +139,7 @@ def cheapest_problem(
         spec, utilities, costs, config: as of ``build_problem``.
         reference: uniform LoRA; costs count as shares of what it uses.
         kept: the share of its gain that is to be kept at least; 1 - ``quality_margin`` when None.
+        limits: further resources, as of ``build_problem``.
     """
     kept = 1.0 - config.quality_margin if kept is None else kept
     names = [option.layer for option in utilities.options]
@@ -145,14 +148,18 @@ def cheapest_problem(
     top = np.maximum.reduceat(counted, first)
     short = (np.repeat(top, np.diff(np.append(first, len(names)))) - counted) / reference.utility
     room = exact_sum(top) / reference.utility - kept ** (1.0 / reference.power)
+    # Of lower bounds, which have memory at several moments, that of the last moment counts.
+    row_of = {name: row for row, name in enumerate(RESOURCES)}
+    if costs.moments:
+        row_of[MEMORY] = len(RESOURCES) + len(costs.moments) - 1
     weighed = {
-        RESOURCES.index(name): (weight, reference.use[name])
+        row_of[name]: (weight, reference.use[name])
         for name, weight in config.minimised().items()
         if reference.use[name] > 0.0
     }
     by_cost = config.model_copy(update={"objective_weights": {"utility": 0.0}})
     limit = (SHORTFALL, short, room + ROUNDING * max(room, 1.0))
-    return build_problem(spec, utilities, costs, by_cost, weighed=weighed, limits=[limit])
+    return build_problem(spec, utilities, costs, by_cost, weighed=weighed, limits=[limit, *limits])
 
 
 def cost_share(config: OptimizationConfig, reference: Reference, use: dict[str, float]) -> float:

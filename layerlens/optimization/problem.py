@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from layerlens.registry import METHODS
 
 # What ``objective_weights`` calls each resource.
 OBJECTIVE_OF_RESOURCE = {name: resource.objective for name, resource in vocabulary.RESOURCES.items()}
+MEMORY, MOMENT = "vram_gb", "vram_gb at moment {}"
+ROUNDING = 1e-9
+"""Share of a budget that predictions of fewer than 10^6 terms, added up in any order, err by less: 10^6 · 2^-53."""
 
 
 def build_problem(
@@ -42,9 +45,10 @@ def build_problem(
       against the most that all layers together could use of it (each layer with its dearest option).
     - ``penalty`` is 0 for "none".
 
-    A resource without a budget is no constraint. ``constraints`` says how rules, layers that choose alike, least
-    numbers of layers and resources of the user become options, groups and rows; ``problem.entries(choice)`` leads
-    back to the tables.
+    A resource without a budget is no constraint. Where the costs are lower bounds (``CostTable.moments``), memory has a
+    row for each moment, and what is predicted as within a budget is within its rows. ``constraints`` says how rules,
+    layers that choose alike, least numbers of layers and resources of the user become options, groups and rows;
+    ``problem.entries(choice)`` leads back to the tables.
 
     Args:
         spec, utilities, costs, config: the model, what its options gain and cost, and what is asked for.
@@ -64,9 +68,10 @@ def build_problem(
         )
     utility = np.ascontiguousarray(utilities.utility, dtype=np.float64)
     cost__ro = np.ascontiguousarray(costs.cost__ro, dtype=np.float64)
-    if utility.shape != (len(options),) or cost__ro.shape != (len(RESOURCES), len(options)):
+    n_rows = len(RESOURCES) + len(costs.moments)
+    if utility.shape != (len(options),) or cost__ro.shape != (n_rows, len(options)):
         raise OptimizationError(
-            f"expected {len(options)} utilities and {len(RESOURCES)} × {len(options)} costs, "
+            f"expected {len(options)} utilities and {n_rows} × {len(options)} costs, "
             f"got arrays of shape {utility.shape} and {cost__ro.shape}"
         )
     _reject_damaged(options, utility, cost__ro)
@@ -74,20 +79,19 @@ def build_problem(
     if not np.all(np.isfinite(base) & (base >= 0.0)):
         raise OptimizationError(f"what the frozen model needs must be finite and at least 0, got {costs.base}")
 
-    weighed = _weighed(costs, offset, config) if weighed is None else dict(weighed)
-    value = _scores(options, utility, cost__ro, config, weighed)
-    rows = [
-        (resource, cost__ro[row], float(budget), float(base[row]))
-        for row, resource in enumerate(RESOURCES)
-        if (budget := config.budgets()[resource]) is not None
-    ]
+    weighed = weights_of(spec, costs, config) if weighed is None else dict(weighed)
+    value = scores_of(options, utility, cost__ro, config, weighed)
+    # Rows of the table that the problem keeps; resources of the user, which come last, have no charges.
+    kept, rows = [], []
+    for row, name, budget in _budgeted(costs, config):
+        kept.append(row)
+        own_base = base[row] if row < len(RESOURCES) else costs.moments[row - len(RESOURCES)]
+        rows.append((name, cost__ro[row], budget, float(own_base)))
     rows += [(name, cost, budget, 0.0) for name, cost, budget in (*extra_rows(spec, options, config), *limits)]
     groups = layers_alike(spec, config)
     grouped = grouped_options(groups, options, allowed_options(spec, options, config))
     members = tuple(entries for _, entries in grouped)
     names = [JOIN.join(group) for group in groups]
-    # Rows of the table that the problem keeps; resources of the user, which come last, have no charges.
-    kept = [row for row, resource in enumerate(RESOURCES) if config.budgets()[resource] is not None]
     sizes = Counter(option.layer for option, _ in grouped)
     grouped_offset = np.cumsum([0, *(sizes[name] for name in names)], dtype=np.int64)
     return AllocationProblem(
@@ -105,6 +109,20 @@ def build_problem(
         charges=charges_of(costs, kept, len(rows), weighed, members),
         depth=depth_of(costs, kept, len(rows), weighed, members, offset, grouped_offset),
     )
+
+
+def _budgeted(costs: CostTable, config: OptimizationConfig) -> Iterator[tuple[int, str, float]]:
+    """(row of the table, its name, its budget) of everything with a budget."""
+    loose = 1.0 + ROUNDING if costs.moments else 1.0
+    for row, resource in enumerate(RESOURCES):
+        budget = config.budgets()[resource]
+        if budget is None:
+            continue
+        if costs.moments and resource == MEMORY:
+            for moment in range(len(costs.moments)):
+                yield len(RESOURCES) + moment, MOMENT.format(moment), loose * budget
+        else:
+            yield row, resource, float(budget) * (loose if resource == "step_ms" else 1.0)
 
 
 def _group_offsets(spec: ModelSpec, options: tuple[Option, ...]) -> np.ndarray:
@@ -132,14 +150,16 @@ def _reject_damaged(options: tuple[Option, ...], utility: np.ndarray, cost__ro: 
         )
     rows, columns = np.nonzero(~(np.isfinite(cost__ro) & (cost__ro >= 0.0)))
     if rows.size:
+        resource = (*RESOURCES, MEMORY)[min(rows[0], len(RESOURCES))]
         raise OptimizationError(
-            f"the {RESOURCES[rows[0]]} cost of {option_name(options[columns[0]])} is {cost__ro[rows[0], columns[0]]}"
+            f"the {resource} cost of {option_name(options[columns[0]])} is {cost__ro[rows[0], columns[0]]}"
             f"{_and_others(rows.size)}; costs must be finite and at least 0"
         )
 
 
-def _weighed(costs: CostTable, offset: np.ndarray, config: OptimizationConfig) -> dict[int, tuple[float, float]]:
-    """(weight, reference) of each resource that has a weight in the score."""
+def weights_of(spec: ModelSpec, costs: CostTable, config: OptimizationConfig) -> dict[int, tuple[float, float]]:
+    """(weight, reference) of each row of the table that has a weight in the score."""
+    offset = _group_offsets(spec, costs.options)
     budgets = config.budgets()
     found = {}
     for row, resource in enumerate(RESOURCES):
@@ -155,13 +175,14 @@ def _weighed(costs: CostTable, offset: np.ndarray, config: OptimizationConfig) -
     return found
 
 
-def _scores(
+def scores_of(
     options: tuple[Option, ...],
     utility: np.ndarray,
     cost__ro: np.ndarray,
     config: OptimizationConfig,
     weighed: dict[int, tuple[float, float]],
 ) -> np.ndarray:
+    """float64 [n_options], the score of each entry of the tables, as ``build_problem`` says it."""
     weights = config.objective_weights
     top = float(utility.max(initial=0.0)) or float(np.abs(utility).max(initial=0.0))
     # Two factors, because weight / top can overflow for tiny utilities although the product does not.

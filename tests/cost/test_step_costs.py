@@ -13,8 +13,8 @@ from layerlens.config import LatencyProfile, OptimizationConfig
 from layerlens.cost import cost_table
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.jobs.find import find_allocation
 from layerlens.jobs.recorded_step import StepOf, recorded
-from layerlens.jobs.solve import find_allocation
 from layerlens.methods import enumerate_options
 from layerlens.models import NONE, Footprint, UtilityTable
 from layerlens.models.step import StepRecord

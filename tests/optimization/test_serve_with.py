@@ -11,7 +11,7 @@ import pytest
 from layerlens.config import OptimizationConfig
 from layerlens.engines import FUSED, Engine
 from layerlens.exceptions import ConfigurationError
-from layerlens.jobs.solve import find_allocation
+from layerlens.jobs.find import find_allocation
 from layerlens.methods import enumerate_options, trainable_params
 from layerlens.models import RESOURCES, CostTable, LayerSpec, ModelSpec, Option, UtilityTable
 from layerlens.registry import ENGINES

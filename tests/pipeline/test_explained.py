@@ -16,7 +16,8 @@ from layerlens.cli.tables import as_json, show
 from layerlens.config import RunConfig
 from layerlens.exceptions import ActivationCacheError, ConfigurationError
 from layerlens.jobs.explained import explained, solution_of
-from layerlens.jobs.solve import find_allocation, option_tables
+from layerlens.jobs.find import find_allocation
+from layerlens.jobs.solve import option_tables
 from layerlens.manifest import read_manifest
 from layerlens.manifest.frozen import why_no_deeper
 from layerlens.models import RESOURCES, FrozenStage, Manifest, ManifestRow, ModelFacts, ResourceUse

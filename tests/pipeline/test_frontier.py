@@ -50,12 +50,17 @@ def test_every_resource_is_written_as_csv_and_svg(config, saved_statistics, tmp_
     with result.files["frontier_csv"].open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     marked = [row.layer for row in result.marked]
-    assert [row["kind"] for row in rows] == ["hull"] * len(result.hull) + ["certified"] * 3 + ["marked"] * len(marked)
+    kind = "bound" if resource == "vram_gb" else "hull"  # parts of memory are paid once, and it is a peak
+    assert [row["kind"] for row in rows] == [kind] * len(result.hull) + ["certified"] * 3 + ["marked"] * len(marked)
     written = (*result.hull, *result.certified, *result.marked)
     assert [float(row["budget"]) for row in rows] == [row.budget for row in written]
-    assert bool(result.hull) == (resource not in ("vram_gb", "step_ms"))  # parts of these are paid once
+    budgets, scores = [row.budget for row in result.hull], [row.score for row in result.hull]
+    assert len(budgets) > 1
+    assert budgets == sorted(budgets)
+    for row in (*result.certified, *result.marked):
+        assert row.score <= np.interp(row.budget, budgets, scores) * (1 + 1e-9)
     assert marked[0].startswith("uniform LoRA")
-    assert all(row["method"] for row in rows[1 : len(result.hull)])
+    assert all(bool(row["method"]) == (kind == "hull") for row in rows[1 : len(result.hull)])
     assert result.files["frontier_svg"].read_text(encoding="utf-8").rstrip().endswith("</svg>")
 
 
