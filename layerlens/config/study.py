@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from layerlens.config.base import Amount, ConfigModel
+from layerlens.config.study_arms import MANIFEST, WRITTEN, written_arm
 from layerlens.quantities import COUNT
 from layerlens.registry import RANK_RULES, UTILITY_MODELS
 
@@ -24,6 +25,11 @@ def study_arms() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*RANK_RULES, EVA_INIT, ADALORA, *utility_arms())))
 
 
+def without_svd(arm: str) -> str:
+    """The arm whose ranks it has."""
+    return arm if arm.startswith(f"{MANIFEST}:") else arm.removesuffix(SVD)
+
+
 class StudyConfig(ConfigModel):
     """Fine-tunes that `layerlens evaluate` runs: every arm at every budget, each with its own learning rate."""
 
@@ -34,8 +40,12 @@ class StudyConfig(ConfigModel):
         "`signal`, `whitened`, `gradient`, `weighted`, `even` for the model `uniform`), published rank rules "
         "(`uniform`, the largest equal rank for all Linear layers; `uniform_qv`, for queries and values; `eva`, "
         "`eva_init` with its initialisation; `gora`; `adalora`; `gradient_norm` and `fisher_proportional`; `random`), "
-        "and models and rules that you registered. With the ending `_svd` (`uniform_svd`), an arm's A starts from the "
-        "mean gradient. `uniform` always runs, because gains are measured against it.",
+        "and models and rules that you registered. Uniform LoRA on some layers, with the same number of parameters: "
+        "`top:4` and `bottom:2` (blocks), `top:3:v+o` (kinds of their layers: `q`, `k`, `v`, `o`, `qkv`, `up`, `gate`, "
+        "`down`, `attention`, `ffn`, roles, or patterns for names), `only:v+o` (of all blocks). `cheapest:0.95` is the "
+        "choice of `objective: cheapest` that keeps this share (`cheapest:0.95:vram_gb`: with the least memory instead "
+        "of step time), `manifest:PATH` the LoRA ranks of a manifest. With the ending `_svd` (`uniform_svd`), an arm's "
+        "A starts from the mean gradient. `uniform` always runs, because gains are measured against it.",
     )
     budgets: tuple[Annotated[float, Amount(COUNT)], ...] = Field(
         default=(),
@@ -63,8 +73,10 @@ class StudyConfig(ConfigModel):
     @classmethod
     def _known_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
         for arm in arms:
-            if arm.removesuffix(SVD) not in study_arms() or arm in (f"{ADALORA}{SVD}", f"{EVA_INIT}{SVD}"):
-                raise ValueError(f"unknown arm {arm!r}; known: {', '.join(study_arms())}")
+            base = without_svd(arm)
+            known = base in study_arms() and arm not in (f"{ADALORA}{SVD}", f"{EVA_INIT}{SVD}")
+            if not known and written_arm(base) is None:
+                raise ValueError(f"unknown arm {arm!r}; known: {', '.join((*study_arms(), *WRITTEN))}")
         return tuple(dict.fromkeys(("uniform", *arms)))
 
     @field_validator("budgets", "learning_rates")

@@ -100,15 +100,19 @@ def _evaluate(job: Job) -> StudyResult:
     results = ResultsFile.open(job.output / RUNS_FILE)
     _refuse_other_study(results, config, task)
     with observed_stage("profile"), job.progress.stage("Measuring"):
-        study = Study(task, results, budgets, arms=arms)
-    runs = 1 + len(budgets) * len(arms)
+        optimization = config.optimization
+        study = Study(
+            task, results, budgets, arms=arms, base_dir=job.base_dir, device=optimization.latency_profile,
+            margin=optimization.quality_margin,
+        )  # fmt: skip
+        wanted = study.within_budgets(arms, job.warnings.add)
+    runs = 1 + len(wanted)
     with observed_stage("train"), job.progress.stage("Training", total=runs) as advance:
         study.head_alone()
         advance(1)
-        for budget in budgets:
-            for arm in arms:
-                study.run(budget, arm)
-                advance(1)
+        for budget, arm in wanted:
+            study.run(budget, arm)
+            advance(1)
     return _write(job.output, results, tuple(budgets), time.perf_counter() - started)
 
 

@@ -5,13 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from layerlens.config import OptimizationConfig
-from layerlens.config.study import ADALORA, EVA_INIT, SVD, utility_arms
+from layerlens.config import LatencyProfile, OptimizationConfig
+from layerlens.config.optimization import MARGIN
+from layerlens.config.study import ADALORA, EVA_INIT, utility_arms, without_svd
+from layerlens.config.study_arms import CheapestArm, LayersArm, ManifestArm, WrittenArm, written_arm
 from layerlens.cost import cost_table
+from layerlens.evaluation.arms import (
+    Sets,
+    layers_of,
+    manifest_ranks,
+    needs_a_step,
+    profile_of,
+    ranks_on_layers,
+    with_recorded_step,
+)
 from layerlens.evaluation.results import ResultsFile, allocation_key
 from layerlens.evaluation.stacks import AdaLora, Arm, LayerStack
 from layerlens.evaluation.study_task import (
@@ -27,6 +41,7 @@ from layerlens.evaluation.study_task import (
     rule_quantities,
 )
 from layerlens.evaluation.training import measure_arms, run_allocation, train
+from layerlens.jobs.solve import OF_SETS
 from layerlens.methods import enumerate_options
 from layerlens.models import LORA, ModelSpec, ModelStatistics, Option, UtilityTable
 from layerlens.optimization import build_problem, solve
@@ -53,6 +68,12 @@ class Study:
         budgets: name -> trainable parameters.
         models: further utility models by arm name.
         arms: those that will be run, for which alone statistics are measured; None: any may be, so all are.
+        base_dir: where the paths of manifests begin.
+        device: that the costs of the cheapest choices are for.
+        margin: that ``cheapest`` may lose where the arm gives no share.
+
+    Raises:
+        ConfigurationError: an arm names blocks or layers that the model has not.
     """
 
     def __init__(
@@ -62,13 +83,22 @@ class Study:
         budgets: Mapping[str, int],
         models: Mapping[str, UtilityFunction] | None = None,
         arms: Sequence[str] | None = None,
+        *,
+        base_dir: Path = Path(),
+        device: LatencyProfile | None = None,
+        margin: float = MARGIN,
     ) -> None:
         self.task = task
+        self.base_dir = base_dir
+        self.profile = profile_of(task, device)
+        self.margin = margin
         self.results = results
         self.budgets = dict(budgets)
         self.models: dict[str, str | UtilityFunction] = {**utility_arms(), **(models or {})}
         self.layers = lora_layers(task)
         self.unit = sum(rank_cost(layer) for layer in self.layers)
+        for arm in arms or ():
+            self._check(arm)
         calibration = torch.arange(min(CALIBRATION_SAMPLES, len(task.train)))
         needed, of_layers = (ALL_BUT_KERNEL, True) if arms is None else needed_by(arms)
         self.gradients = layer_gradients(task, task.train.batches(calibration, 16)) if of_layers else {}
@@ -87,8 +117,41 @@ class Study:
 
     def ranks(self, arm: str, budget: int) -> dict[str, int]:
         """Layer -> rank of what ``arm`` chooses with at most ``budget`` trainable parameters."""
-        if arm.endswith(SVD):
-            return self.ranks(arm.removesuffix(SVD), budget)
+        return self._choice(arm, budget)[0]
+
+    def _written(self, arm: str) -> WrittenArm | None:
+        return None if arm in self.models else written_arm(arm)
+
+    def _check(self, arm: str) -> None:
+        """Refuse an arm that this model cannot have before anything is measured or trained."""
+        written = self._written(without_svd(arm))
+        if isinstance(written, LayersArm):
+            layers_of(written, self.task)
+        elif isinstance(written, ManifestArm):
+            manifest_ranks(written, self.task, self.base_dir)
+
+    def _choice(self, arm: str, budget: int) -> tuple[dict[str, int], dict[str, Any]]:
+        """(layer -> rank, what else is known of the choice)."""
+        if arm != without_svd(arm):
+            return self._choice(without_svd(arm), budget)
+        written = self._written(arm)
+        if isinstance(written, LayersArm):
+            return ranks_on_layers(written, self.task, budget), {}
+        if isinstance(written, CheapestArm):
+            statistics = self.with_step if needs_a_step(written) else self.statistics
+            sets = Sets.of(self.task, statistics, budget, profile=self.profile, arm=written, margin=self.margin)
+            ranks, saving = sets.cheapest(self.task)
+            return ranks, {"saving": saving}
+        if written is not None:
+            return manifest_ranks(written, self.task, self.base_dir), {}
+        return self._named(arm, budget), {}
+
+    @cached_property
+    def with_step(self) -> ModelStatistics:
+        """The statistics with a recorded step of training."""
+        return with_recorded_step(self.task, self.statistics, self.profile)
+
+    def _named(self, arm: str, budget: int) -> dict[str, int]:
         if arm in self.models:
             model = self.models[arm]
             if isinstance(model, str):
@@ -104,16 +167,16 @@ class Study:
         """The arm's allocation at the named budget, and those of its runs that the results lack."""
         size = self.budgets[budget]
         started = time.perf_counter()
-        ranks = self.ranks(arm, size)
+        ranks, more = self._choice(arm, size)
         seconds = time.perf_counter() - started
-        kind = KINDS.get(arm, "svd" if arm.endswith(SVD) else LORA)
+        kind = KINDS.get(arm, "svd" if arm != without_svd(arm) else LORA)
         kind += budget if arm in KINDS else ""
         key = allocation_key(ranks, kind)
         if not self.results.select(kind="arm", arm=arm, budget=budget, key=key):
             n_params = size if arm == ADALORA else params_of(self.layers, ranks)
             self.results.append([
                 {"kind": "arm", "task": self.task.name, "budget": budget, "arm": arm, "key": key, "params": n_params,
-                 "ranks": ranks, "solve_s": seconds}
+                 "ranks": ranks, "solve_s": seconds, **more}
             ])  # fmt: skip
         inits = self._inits(arm, ranks)
         stack = AdaLora(size) if arm == ADALORA else LayerStack
@@ -123,7 +186,24 @@ class Study:
         """Layer -> A, of the arms that do not draw it."""
         if arm == EVA_INIT:
             return eva_inits(self.gradients, ranks)
-        return gradient_svd_inits(self.gradients, ranks) if arm.endswith(SVD) else {}
+        return gradient_svd_inits(self.gradients, ranks) if arm != without_svd(arm) else {}
+
+    def within_budgets(self, arms: Sequence[str], warn: Callable[[str], None]) -> list[tuple[str, str]]:
+        """(budget, arm) of all that is to be run: a manifest is left out where it has more parameters."""
+        wanted = []
+        for budget, size in self.budgets.items():
+            for arm in arms:
+                written = self._written(without_svd(arm))
+                if isinstance(written, ManifestArm):
+                    n_params = params_of(self.layers, manifest_ranks(written, self.task, self.base_dir))
+                    if n_params > size:
+                        warn(
+                            f"study.arms: {arm} has {n_params:,} trainable parameters, more than the budget of "
+                            f"{size:,}, so it is left out there"
+                        )
+                        continue
+                wanted.append((budget, arm))
+        return wanted
 
     def head_alone(self) -> None:
         """The task head trained without any adapter, on every seed; nothing where the head is frozen."""
@@ -142,12 +222,18 @@ def needed_by(arms: Sequence[str]) -> tuple[tuple[str, ...], bool]:
     """
     needed, of_layers = {GRADIENT}, False
     for arm in arms:
-        model = utility_arms().get(arm.removesuffix(SVD))
-        of_layers = of_layers or arm.endswith(SVD) or arm == EVA_INIT
-        if model is not None:
+        base = without_svd(arm)
+        model = utility_arms().get(base)
+        of_layers = of_layers or arm != base or arm == EVA_INIT
+        written = None if model is not None else written_arm(base)
+        if isinstance(written, CheapestArm):
+            needed |= set(needed_statistics(OF_SETS, WEIGHTS))
+        elif written is not None:
+            continue
+        elif model is not None:
             needed |= set(needed_statistics(model, WEIGHTS))
         elif arm != ADALORA:
-            needs = RANK_RULES["eva" if arm == EVA_INIT else arm.removesuffix(SVD)].needs
+            needs = RANK_RULES["eva" if arm == EVA_INIT else base].needs
             needed |= {"fisher"} if FISHER in needs else set()
             of_layers = of_layers or bool(set(needs) - {FISHER})
     return tuple(sorted(needed)), of_layers

@@ -43,3 +43,9 @@ def make_task(**changes: Any) -> StudyTask:
 def task() -> StudyTask:
     """The tiny task."""
     return make_task()
+
+
+@pytest.fixture(scope="module")
+def module_task() -> StudyTask:
+    """The tiny task, for fixtures that are made once for a file."""
+    return make_task()
