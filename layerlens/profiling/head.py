@@ -17,6 +17,7 @@ from layerlens import kernels
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.transformers import frozen_part, without_cache
 from layerlens.integrations.ultralytics_head import is_detector
+from layerlens.profiling.ridge import ridge_of, ridge_penalty
 from layerlens.profiling.streamed.forward import ForwardSweep
 from layerlens.profiling.streamed.on_disk import stream_directory
 from layerlens.profiling.streamed.residency import Weights
@@ -24,7 +25,6 @@ from layerlens.tasks import Batch, Loss
 from layerlens.tasks.losses import classification_loss, output_tensors
 from layerlens.utils.progress import Progress
 
-RIDGE = 1e-3
 MAX_ITERATIONS = 200
 DETECTOR_RATE, STEPS_ON_A_BATCH = 1e-2, 8
 """Of the training of a detector's head, or one of convolutions: Adam's first learning rate, and steps on the features
@@ -40,6 +40,9 @@ def fit_head(
     replay: Replay | None = None,
 ) -> float:
     """Fit the new head in place by ridge-penalised maximum likelihood (L-BFGS on cached features); its final mean loss.
+
+    The ridge is chosen by cross-validation (``ridge_of``): one that is too weak gives a head that is worse on other
+    samples than one that says nothing.
 
     A detector's loss is not smooth (which boxes are compared depends on the scores), and a head of convolutions works
     at every place of an image: these are trained instead, in one pass over the data by Adam.
@@ -59,16 +62,19 @@ def fit_head(
     parameters = [model.get_parameter(name) for name in new_parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
+
+    def losses() -> torch.Tensor:
+        pairs = zip(batches, features, strict=True)
+        return torch.cat([loss_of(replay.output(batch, output), batch) for batch, output in pairs])
+
+    ridge = ridge_of(losses, parameters)
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=MAX_ITERATIONS, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
     )
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        pairs = zip(batches, features, strict=True)
-        losses = [loss_of(replay.output(batch, output), batch) for batch, output in pairs]
-        penalty = RIDGE * sum((parameter**2).sum() for parameter in parameters)
-        value = torch.cat(losses).mean() + penalty
+        value = losses().mean() + ridge_penalty(ridge, parameters)
         value.backward()
         return value
 

@@ -18,7 +18,8 @@ from layerlens.data import Dataset
 from layerlens.exceptions import ProfilingError
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import task_heads
-from layerlens.profiling.head import RIDGE, fit_head
+from layerlens.profiling import ridge
+from layerlens.profiling.head import fit_head
 from layerlens.sources import load_pretrained
 from layerlens.tasks import TASKS, Batch, make_batches
 from layerlens.utils.progress import silent
@@ -46,7 +47,11 @@ def test_batches_hold_every_sample_once_and_mask_the_padding(tiny_bert_dir):
             assert int(batch.labels[row]) == LABELS[index]
 
 
-def test_the_head_reaches_the_optimum_and_nothing_else_changes(tiny_bert_dir):
+RIDGE = ridge.RIDGES[0]
+
+
+def test_the_head_reaches_the_optimum_and_nothing_else_changes(tiny_bert_dir, monkeypatch):
+    monkeypatch.setattr(ridge, "RIDGES", (RIDGE,))
     loaded = load_pretrained(str(tiny_bert_dir), "sequence-classification", ["bad", "good"])
     batches = batches_of(loaded)
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
@@ -97,7 +102,10 @@ def bert() -> torch.nn.Module:
     ],
     ids=["distilbert", "roberta", "bert-without-pooler"],
 )
-def test_heads_of_several_modules_are_fitted_as_the_whole_model_computes_them(tiny_bert_dir, make, new, heads):
+def test_heads_of_several_modules_are_fitted_as_the_whole_model_computes_them(
+    tiny_bert_dir, make, new, heads, monkeypatch
+):
+    monkeypatch.setattr(ridge, "RIDGES", (RIDGE,))
     batches = batches_of(load_pretrained(str(tiny_bert_dir), "sequence-classification", ["a", "b"]))
     torch.manual_seed(0)
     model = make().eval().requires_grad_(False)
