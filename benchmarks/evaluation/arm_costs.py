@@ -12,6 +12,7 @@ import copy
 import sys
 from typing import Any
 
+import pretrain  # noqa: F401  it makes torchvision importable, which PEFT imports
 import torch
 from peft import LoraConfig, get_peft_model
 from run import RESULTS

@@ -19,6 +19,9 @@ import corpora
 import torch
 import transformers
 
+from layerlens.integrations.torchvision_import import make_torchvision_importable
+
+make_torchvision_importable()  # before transformers looks for image processors
 MODELS = Path(__file__).parent / "models"
 VOCABULARY = 2048
 LENGTH = 64
