@@ -4,6 +4,7 @@ Every law has one or two constants. They are fitted on the training tasks of the
 the residuals of the tasks that were left out give the width of the interval. The tasks of ``FIXED`` are only judged.
 
     s = Σ e^q · √min(rank, rank of uniform LoRA) / the same sum of uniform LoRA
+    root:        √s, without a constant
     power:       s^p
     saturating:  (1 + c) s / (c + s)
     exponential: (1 − exp(−s/c)) / (1 − exp(−1/c))
@@ -23,17 +24,21 @@ from scipy.stats import spearmanr
 
 from layerlens.evaluation.results import UNIFORM, ResultsFile
 from layerlens.evaluation.study_report import markdown
+from layerlens.utility.model import SURE
 
 FOLDER = Path(__file__).parent / "results" / "real"
 LAWS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "root": lambda s, _: s**0.5,
     "power": lambda s, p: s**p,
     "saturating": lambda s, c: (1.0 + c) * s / (c + s),
     "exponential": lambda s, c: (1.0 - np.exp(-s / c)) / (1.0 - np.exp(-1.0 / c)),
 }
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 """Of the energy: 1 is raw, 0.25 the fourth root that the default takes."""
-NOW = ("power", 1.0, 0.5)
-"""What the product had before: the root of the raw energy's share."""
+PRODUCT = ("root", 1.0)
+"""What the product has: the root of the raw energy's share. Another law has to be better by ``WORTH``."""
+WORTH = 0.02
+"""Of root mean square error: a constant that does less is not worth having."""
 WEIGHT_FLOOR = 0.1
 """Standard error that is added to a pair's own, so that no exact pair decides alone."""
 COVERED = 0.9
@@ -154,7 +159,7 @@ def widths(pairs: Sequence[Pair], predicted: np.ndarray) -> tuple[float, float]:
 
 def room(predicted: np.ndarray) -> np.ndarray:
     """How far a prediction can be off: what is said to be nearly all is known better than what is said to be half."""
-    return 0.1 + np.abs(1.0 - predicted)
+    return SURE + np.abs(1.0 - predicted)
 
 
 def covered(pairs: Sequence[Pair], predicted: np.ndarray, below: float, above: float) -> float:
@@ -184,19 +189,14 @@ def law_sections(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if len({pair.task for pair in training}) < 3:
         return []
     rows, scores = [], {}
-    name, exponent, constant = NOW
-    s = np.array([pair.share(exponent) for pair in training])
-    of_all, within, error = judged(training, LAWS[name](s, constant))
-    rows.append(
-        [f"{name}, before", f"{exponent:g}", f"{constant:g}", f"{of_all:.2f}", f"{within:.2f}", f"{error:.2f}", ""]
-    )
     for law in LAWS:
         for exponent in EXPONENTS:
             predicted = left_out(law, exponent, training)
             of_all, within, error = judged(training, predicted)
             scores[law, exponent] = error
             rows.append(
-                [law, f"{exponent:g}", f"{fit(law, exponent, training):.3g}", f"{of_all:.2f}", f"{within:.2f}",
+                [law, f"{exponent:g}", "–" if law == "root" else f"{fit(law, exponent, training):.3g}",
+                 f"{of_all:.2f}", f"{within:.2f}",
                  f"{error:.2f}", f"{nested_coverage(law, exponent, training):.2f}"]
             )  # fmt: skip
     header = ["law", "energy to the power", "constant", "Spearman", "within tasks", "error", "interval holds"]
@@ -204,12 +204,14 @@ def law_sections(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
         f"## Predicted kept share: {len(training)} pairs of {len({p.task for p in training})} training tasks, each "
         f"task left out in turn\n\n{markdown(header, rows)}"
     ]
-    law, exponent = min(scores, key=lambda key: scores[key])
+    best = min(scores, key=lambda key: scores[key])
+    law, exponent = best if scores[best] < scores[PRODUCT] - WORTH else PRODUCT
     constant = fit(law, exponent, training)
     below, above = widths(training, left_out(law, exponent, training))
     sections.append(
-        f"Least error: {law}, energy to the power {exponent:g}, constant {constant:.3g}; the interval is the "
-        f"prediction k − {below:.2f}·(0.1 + |1 − k|) to k + {above:.2f}·(0.1 + |1 − k|)."
+        f"Least error: {best[0]}, energy to the power {best[1]:g}. Taken: {law}, {exponent:g}"
+        + ("" if law == "root" else f", constant {constant:.3g}")
+        + f"; the interval is the prediction k − {below:.3f}·({SURE} + |1 − k|) to k + {above:.3f}·({SURE} + |1 − k|)."
     )
     if fixed:
         predicted = LAWS[law](np.array([pair.share(exponent) for pair in fixed]), constant)

@@ -21,7 +21,7 @@ from typing import Any
 import sklearn.datasets  # noqa: F401  it brings its own OpenMP, which must be loaded once
 import torch
 from arm_costs import costs, with_lora
-from real_tasks import TASKS
+from real_tasks import DEPTH_ARMS, TASKS
 
 from layerlens.evaluation import training
 from layerlens.evaluation.arms import Sets
@@ -36,12 +36,6 @@ EXTENSIONS = training.MAX_EXTENSIONS
 RESULTS = Path(__file__).parent / "results" / "real"
 BUDGET, RANK = "rank4", 4
 """As many parameters as rank 4 on every layer."""
-DEPTH_ARMS = {
-    6: {"half": "top:3", "most": "top:4", "top": "top:1", "bottom": "bottom:2", "values": "top:3:v,o"},
-    4: {"half": "top:2", "most": "top:3", "top": "top:1", "bottom": "bottom:2", "values": "top:2:v,o"},
-    30: {"half": "top:15", "most": "top:20", "top": "top:5", "bottom": "bottom:10", "values": "top:15:v,o"},
-}
-"""Blocks of the model -> its arms. The small ViT has four blocks, MiniLM six, SmolLM2 thirty."""
 LARGE = "gsm8k-smollm2"
 """A step of it takes as long as a dozen of the others: it has few arms and comes after their first pass."""
 COSTS = "costs"
@@ -178,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tasks", nargs="*", default=list(TASKS), help=f"of {', '.join(TASKS)}")
     parser.add_argument("--until", help="HH:MM (UTC): begin no further arm after this time")
+    parser.add_argument("--costs", action="store_true", help="only the costs of the arms that were run")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     end = None
@@ -187,7 +182,7 @@ def main() -> None:
         end = now.replace(hour=hour, minute=minute, second=0)
         end += timedelta(days=1) if end < now else timedelta()
     studies: dict[str, RealStudy] = {}
-    for n_seeds, arms in ROUNDS:
+    for n_seeds, arms in ((4, (COSTS,)),) if arguments.costs else ROUNDS:
         of_round = [LARGE] if LARGE in arms else [name for name in TASKS if name != LARGE or COSTS in arms]
         for name in of_round:
             for arm in arms:

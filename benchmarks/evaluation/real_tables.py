@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from real_tasks import FIXED, TASKS
+from real_tasks import DEPTH_ARMS, FIXED, TASKS
 
 from layerlens.evaluation.results import N_BOOTSTRAP, UNIFORM, ResultsFile, chosen_rate, study_seeds
 from layerlens.evaluation.study_report import markdown
@@ -25,10 +25,7 @@ FOLDER = Path(__file__).parent / "results" / "real"
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- real models: begin -->", "<!-- real models: end -->"
 ORDER = ("auto", "cheapest:0.95", "cheapest:0.85")
-SHAPES = {
-    "most": ("top:4", "top:3", "top:20"), "half": ("top:3", "top:2", "top:15"), "top": ("top:1", "top:5"),
-    "bottom": ("bottom:2", "bottom:10"), "values": ("top:3:v,o", "top:2:v,o", "top:15:v,o"),
-}  # fmt: skip
+SHAPES = {shape: tuple(arms[shape] for arms in DEPTH_ARMS.values()) for shape in DEPTH_ARMS[6]}
 
 
 @dataclass(frozen=True)
@@ -122,18 +119,21 @@ def all_measured() -> dict[str, dict[str, Measured]]:
     return found
 
 
-def shape_of(arm: str) -> str:
-    """What an arm is called over models of different depth: ``half`` is the upper half of the blocks."""
-    return next((shape for shape, arms in SHAPES.items() if arm in arms), arm)
+def shapes_of(task: str) -> dict[str, str]:
+    """Arm -> what it is called over models of different depth: ``half`` is the upper half of the blocks."""
+    layers = ResultsFile.open(FOLDER / f"{task}.jsonl").select(kind="layers")[-1]["layers"]
+    arms = DEPTH_ARMS[len({layer["block"] for layer in layers.values()})]
+    return {arm: shape for shape, arm in arms.items()}
 
 
 def by_shape(measured: Mapping[str, Mapping[str, Measured]], tasks: Sequence[str]) -> dict[str, dict[str, Measured]]:
     """Shape -> task -> what was measured."""
     found: dict[str, dict[str, Measured]] = {}
     for task in tasks:
+        shapes = shapes_of(task)
         for arm, one in measured[task].items():
             if arm != UNIFORM:
-                found.setdefault(shape_of(arm), {})[task] = one
+                found.setdefault(shapes.get(arm, arm), {})[task] = one
     return {shape: found[shape] for shape in (*ORDER, *SHAPES) if shape in found}
 
 
@@ -168,7 +168,7 @@ def _cell(one: Measured) -> str:
 
 
 def _named(shape: str) -> str:
-    return f"{shape} ({' / '.join(SHAPES[shape])})" if shape in SHAPES else shape
+    return f"{shape} ({', '.join(SHAPES[shape])} of 6, 4, 30 blocks)" if shape in SHAPES else shape
 
 
 def cost_table(measured: Mapping[str, Mapping[str, Measured]], tasks: Sequence[str]) -> str:

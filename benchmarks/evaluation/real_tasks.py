@@ -31,6 +31,12 @@ RATES = (6.3e-4, 1.6e-3, 4e-3, 1e-2)
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 N_HEAD, N_TRAIN, N_VALIDATION, N_TEST = 256, 1024, 192, 320
 CLASSES_OF_RATINGS = 3
+DEPTH_ARMS = {
+    6: {"half": "top:3", "most": "top:4", "top": "top:1", "bottom": "bottom:2", "values": "top:3:v,o"},
+    4: {"half": "top:2", "most": "top:3", "top": "top:1", "bottom": "bottom:2", "values": "top:2:v,o"},
+    30: {"half": "top:15", "most": "top:20", "top": "top:5", "bottom": "bottom:10", "values": "top:15:v,o"},
+}
+"""Blocks of the model -> its arms. The small ViT has four blocks, MiniLM six, SmolLM2 thirty."""
 
 
 def fortune_topic() -> StudyTask:
