@@ -5,12 +5,11 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
-from layerlens.utils.quiet import quiet_profiler
+from layerlens.integrations.allocations import peaks_of
 
 TIMING_SECONDS = 0.5
 SHORT = 1e-3
@@ -161,22 +160,4 @@ def peak_bytes(work: Callable[[], object]) -> int:
     On a CPU from the allocator's own events (``torch.profiler``), on a GPU from its statistics: exact, whatever else
     runs on the machine.
     """
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated()) - before
-    from torch.profiler import ProfilerActivity, profile
-
-    quiet_profiler()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    recorded: Any = profiler.profiler
-    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
+    return peaks_of([work])[0]

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from layerlens.integrations.workspace import workspace_bytes
 from layerlens.models.step import (
     ATTENTION,
     CURVE,
@@ -68,12 +69,13 @@ class OperationRecorder(TorchDispatchMode):
     Attributes:
         operations: in the order they ran.
         alive, peak: bytes.
+        workspace: bytes that the last of them had for itself.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[TracedOperation] = []
-        self.alive, self.peak = 0, 0
+        self.alive, self.peak, self.workspace = 0, 0, 0
         self.known = weakref.WeakSet[Any]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,12 +89,15 @@ class OperationRecorder(TorchDispatchMode):
         # A view of a weight has the storage of its fake twin, which is no allocation either.
         aliases = any(returned.alias_info is not None for returned in schema.returns)
         new = [] if aliases else [tensor for tensor in results if storage_id(tensor) not in sources]
+        before = self.alive
         fresh = sum([self._allocated(tensor.untyped_storage()) for tensor in new])
         works = schema.is_mutable or bool(new)
         packet, name = func._overloadpacket, str(func)
         flops = 0.0
         if packet in FLOPS:
             flops = float(FLOPS[packet](*args, **(kwargs or {}), out_val=out))
+        self.workspace = workspace_bytes(func, args, kwargs or {}, self.alive - before, flops) if new else 0
+        self.peak = max(self.peak, self.alive + self.workspace)
         kind = VIEW
         if works:
             kind = kind_of(name, flops, operands)

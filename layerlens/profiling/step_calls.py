@@ -46,13 +46,14 @@ class DescribedTensor:
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One operation of the forward pass, with its arguments flattened."""
+    """One operation of the forward pass, with its arguments flattened, and bytes that it has for itself."""
 
     function: Any
     leaves: tuple[Any, ...]
     spec: TreeSpec
     results: tuple[DescribedTensor, ...]
     traced: TracedOperation
+    workspace: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class ForwardRecorder(OperationRecorder):
         operands = {leaf.storage for leaf in described if isinstance(leaf, DescribedTensor)}
         if operands and operands <= self.fixed and any(one.alias_info for one in func._schema.returns):
             self.fixed |= {result.storage for result in results}  # a view of a weight
-        self.calls.append(RecordedCall(func, described, spec, results, self.operations[-1]))
+        self.calls.append(RecordedCall(func, described, spec, results, self.operations[-1], self.workspace))
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,15 @@ class BackwardStep:
 
 
 def forward_timeline(forward: ForwardRecorder) -> np.ndarray:
-    """float64 [operations]: bytes alive at each of them; the weights are left out."""
+    """float64 [operations]: bytes alive at each of them, and those that it has for itself; the weights are left out."""
     n_calls = len(forward.calls)
     change = np.zeros(n_calls + 1)
     for number, n_bytes in enumerate(forward.n_bytes):
         if number not in forward.fixed:
             change[min(forward.born[number], n_calls)] += n_bytes
             change[min(forward.died.get(number, n_calls), n_calls)] -= n_bytes
-    return np.cumsum(change)[:n_calls]
+    workspace = np.array([call.workspace for call in forward.calls], dtype=np.float64)
+    return np.cumsum(change)[:n_calls] + workspace
 
 
 def last_readers(steps: Sequence[BackwardStep]) -> dict[int, int]:
