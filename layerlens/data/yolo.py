@@ -71,9 +71,9 @@ def read_yolo(path: Path, max_pixels: int) -> Dataset:
         unlabelled += not label_file.is_file()
         image = StoredImage(_name(file, described.root), path=file, max_pixels=max_pixels)
         try:
-            _check_image(file, image, check)
+            check_image(file, image, check)
             found = list(_objects(label_file, described))
-        except _Unusable as error:
+        except Unusable as error:
             left_out[number] = str(error)
             continue
         images.append(image)
@@ -93,7 +93,7 @@ def read_yolo(path: Path, max_pixels: int) -> Dataset:
     return Dataset(columns, tuple(labels), described.names, path.name, reading=reading)
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """Why an image is left out."""
 
 
@@ -194,52 +194,52 @@ def _label_file(image: Path) -> Path:
     return Path(*parts, image.name).with_suffix(".txt")
 
 
-def _check_image(file: Path, image: StoredImage, check: Check) -> None:
+def check_image(file: Path, image: StoredImage, check: Check) -> None:
     """That the file is an image that can be read, and no strip of one."""
     if not file.is_file():
-        raise _Unusable(f"is not there, got {file}")
+        raise Unusable(f"is not there, got {file}")
     if fault := check.fault(image):
-        raise _Unusable(f"{fault}, got {file}")
+        raise Unusable(f"{fault}, got {file}")
     header = image.header()
     if min(header.width, header.height) < SMALLEST_SIDE:
-        raise _Unusable(f"has sides of fewer than {SMALLEST_SIDE} pixels, got {file}")
+        raise Unusable(f"has sides of fewer than {SMALLEST_SIDE} pixels, got {file}")
 
 
 def _objects(file: Path, described: _Described) -> Iterator[tuple[int, Box]]:
     """(class, box) of every line, lines that stand twice once.
 
     Raises:
-        _Unusable: a line breaks the rules.
+        Unusable: a line breaks the rules.
     """
     if not file.is_file():
         return
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise _Unusable(f"has a label file that cannot be read, got {file} ({error})") from error
+        raise Unusable(f"has a label file that cannot be read, got {file} ({error})") from error
     for line in dict.fromkeys(filter(str.strip, lines)):
         where = f"got {line!r} in {file}"
         try:
             numbers = [float(word) for word in line.split()]
         except ValueError as error:
-            raise _Unusable(f"has labels that are not numbers, {where}") from error
+            raise Unusable(f"has labels that are not numbers, {where}") from error
         if described.keypoint_values and len(numbers) == 5 + described.keypoint_values:
             numbers = numbers[:5]
         kind, values = (numbers[0], numbers[1:]) if numbers else (0.0, [])
         is_polygon = len(values) >= 6 and len(values) % 2 == 0
         if len(values) != 4 and not is_polygon:
-            raise _Unusable(f"has labels that are neither `class x y width height` nor a polygon, {where}")
+            raise Unusable(f"has labels that are neither `class x y width height` nor a polygon, {where}")
         if not all(map(math.isfinite, numbers)):
-            raise _Unusable(f"has labels that are not numbers, {where}")
+            raise Unusable(f"has labels that are not numbers, {where}")
         if kind != int(kind) or not 0 <= kind < len(described.names):
-            raise _Unusable(f"has a class that is not below {len(described.names)}, {where}")
+            raise Unusable(f"has a class that is not below {len(described.names)}, {where}")
         if not all(-TOLERANCE <= value <= 1.0 + TOLERANCE for value in values):
-            raise _Unusable(f"has a box outside the range 0 to 1 (shares of the image), {where}")
+            raise Unusable(f"has a box outside the range 0 to 1 (shares of the image), {where}")
         if is_polygon:
             across, down = values[0::2], values[1::2]
             yield int(kind), (min(across), min(down), max(across), max(down))
             continue
         x, y, width, height = values
         if width < 0.0 or height < 0.0:
-            raise _Unusable(f"has a box of negative size, {where}")
+            raise Unusable(f"has a box of negative size, {where}")
         yield int(kind), (x - width / 2, y - height / 2, x + width / 2, y + height / 2)

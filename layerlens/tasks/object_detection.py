@@ -1,4 +1,4 @@
-"""Object detection: boxes in images, for detectors that bring their own loss; data sets in the layout of YOLO."""
+"""Object detection: boxes in images, for detectors with a loss of their own; data in the layouts of YOLO and COCO."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from layerlens.config import DataConfig
+from layerlens.data.coco import read_coco
 from layerlens.data.dataset import Dataset
 from layerlens.data.labels import by_hand
 from layerlens.data.load import rows_of_function
@@ -32,8 +33,8 @@ def load(config: DataConfig, base_dir: Path | None) -> Dataset:
     """Images with the class of each object as label and its place in the column ``boxes``.
 
     Args:
-        config: its source is ``module:function`` of the user's that returns rows (see ``read``), or a YAML file as
-            ``data.yolo`` reads it.
+        config: its source is ``module:function`` of the user's that returns rows (see ``read``), a YAML file as
+            ``data.yolo`` reads it, or a JSON file as ``data.coco`` does.
         base_dir: folder that a relative source starts from.
 
     Raises:
@@ -44,8 +45,11 @@ def load(config: DataConfig, base_dir: Path | None) -> Dataset:
     if REFERENCE.fullmatch(config.source) and not path.exists():
         return dataset_of(SourceRows.of(rows_of_function(config.source, base_dir)), config.source, config, read)
     if not path.is_file():
-        raise DataNotFoundError(f"data.source: no file at {path}; give the YAML file of a YOLO data set")
-    return by_hand(read_yolo(path, config.max_image_pixels), config.label_names)
+        raise DataNotFoundError(
+            f"data.source: no file at {path}; give the YAML file of a YOLO data set, or the JSON file of a COCO one"
+        )
+    reader = read_coco if path.suffix.lower() == ".json" else read_yolo
+    return by_hand(reader(path, config.max_image_pixels), config.label_names)
 
 
 def read(table: Table, config: DataConfig) -> Dataset:
@@ -118,8 +122,8 @@ def finish(records: Sequence[Record], labels: Sequence[str]) -> dict[str, float]
 
 TASK = Task(
     name="object-detection",
-    description="boxes, for YOLO detectors (`ultralytics:WEIGHTS.pt`) with their own loss. Not supported: DETR, "
-    "RT-DETR, and YOLO models for segments, poses, oriented boxes and classes",
+    description="boxes, for YOLO detectors (`ultralytics:WEIGHTS.pt`) with their own loss, in data sets of YOLO (YAML) "
+    "or COCO (JSON). Not supported: DETR, RT-DETR, and YOLO models for segments, poses, oriented boxes and classes",
     inputs="image",
     load=load,
     file_suffixes=(".yaml", ".yml"),
@@ -130,5 +134,5 @@ TASK = Task(
     metrics=Metrics(record, finish, ("map50_95",)),
     class_endings=("ForObjectDetection", "DetectionModel"),
     model_targets=(),
-    study=False,
+    no_study="a detector's boxes are matched in lists of their own length, which no tensor holds",
 )
