@@ -97,7 +97,8 @@ class ModelConfig(ConfigModel):
         default=False,
         description="Replace the classes of a checkpoint's trained head by the classes of the data. If their numbers "
         "differ, the head is initialised anew; otherwise training continues from its weights. Without this key, the "
-        "data's classes must be among the checkpoint's (see `data.label_names`).",
+        "data's classes must be among the checkpoint's (see `data.label_names`). For `speech-ctc`: a new head for the "
+        "checkpoint's vocabulary, or for the letters of the data if the vocabulary lacks some.",
     )
     head: tuple[str, ...] | None = Field(
         default=None,

@@ -42,6 +42,7 @@ class Dataset:
         description: one line on where the data comes from, for the report.
         task: name of the task that the samples turned out to be for, where it is another than the one asked for.
         reading: what was read of its source; None where it comes from none.
+        letters: characters that the texts in ``labels`` are written with, where a vocabulary can be made of them.
     """
 
     columns: Mapping[str, tuple[Any, ...]]
@@ -50,9 +51,15 @@ class Dataset:
     description: str = ""
     task: str = ""
     reading: Reading | None = None
+    letters: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What a new head has outputs for: the classes, or else the letters."""
+        return self.label_names or self.letters
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -169,7 +169,7 @@ def model_facts(pretrained: PretrainedModel, config: RunConfig, dataset: Dataset
         task=config.model.task,
         dtype=config.model.dtype,
         num_labels=task.n_outputs(dataset.label_names),
-        labels=tuple(dataset.label_names),
+        labels=tuple(dataset.label_names or pretrained.labels),
         head_modules=trained,
         model_type=str(getattr(getattr(pretrained.model, "config", None), "model_type", "")),
         weights=config.model.weights,

@@ -171,7 +171,7 @@ def _load(
     pretrained = load_pretrained(
         config.model.reference,
         config.model.task,
-        dataset.label_names,
+        dataset.outputs,
         seed=config.runtime.seed,
         base_dir=job.base_dir,
         dtype=config.model.dtype,

@@ -18,6 +18,7 @@ from layerlens.data import Dataset, load_dataset
 from layerlens.data.labels import in_order_of
 from layerlens.exceptions import ConfigurationError, ManifestError
 from layerlens.integrations.checkpointing import checkpoint_blocks
+from layerlens.integrations.ctc_vocabulary import save_vocabulary
 from layerlens.integrations.model_code import model_code
 from layerlens.integrations.peft import base_of
 from layerlens.integrations.pretrained import PretrainedModel
@@ -256,6 +257,7 @@ def _train(job: Job, order: Order, manifest: Manifest, created_at: str) -> Train
         facts["baseline"] = baseline_facts(order.baseline, manifest, trainee.prepared, finished)
     with observed_stage("save"), staged_directory(job.output, owned=OWNED) as staging:
         files = save(finished.model, staging)
+        files |= save_vocabulary(trainee.pretrained, staging)
         if order.baseline is None:
             files |= write_manifest(manifest, staging, created_at=created_at)
         if not is_own_card(job.output / CARD):

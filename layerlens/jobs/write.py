@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from layerlens.engines import read_otherwise
+from layerlens.integrations.ctc_vocabulary import save_vocabulary
 from layerlens.jobs.decision import Decision
 from layerlens.jobs.files import Writing, now
 from layerlens.jobs.job import Job
@@ -18,6 +19,7 @@ from layerlens.models import Choice
 from layerlens.profiling.head import head_arrays
 from layerlens.profiling.statistics_file import statistics_to_bytes
 from layerlens.tuning import export_adapter
+from layerlens.tuning.export import PEFT_DIRECTORY
 from layerlens.tuning.initialization import beginnings_unmeasured, measured_factors
 from layerlens.tuning.task_head import write_head
 from layerlens.utils.atomic import atomic_write_bytes
@@ -44,6 +46,8 @@ def export(job: Job, loaded: Loaded, measured: Measured, decision: Decision, wri
         head = measured.statistics.head
         trained = head or _trained_head(loaded)
         written.files |= export_adapter(manifest, model, written.directory, factors, head=trained)
+        if (peft := written.directory / PEFT_DIRECTORY).is_dir():
+            save_vocabulary(loaded.pretrained, peft)
         written.files |= write_head(head, written.directory)
         _tell_of_serving(job, manifest.choice)
         written.files["statistics"] = atomic_write_bytes(

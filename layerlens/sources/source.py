@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ class LoadRequest:
     Args:
         reference: what names it: ``PREFIX:PLACE``, a directory or a hub name.
         task: what it is wanted for.
-        labels: the classes, where the task has some.
+        labels: the classes, where the task has some; for a head of letters those that a vocabulary can be made of.
         seed: of a new head.
         base_dir: folder that relative paths start from; the working directory when None.
         dtype: of the weights: "float32", "bfloat16" or "float16".
@@ -210,6 +210,8 @@ def load_pretrained(name_or_path: str, task: str, labels: Sequence[str], **setti
 
     request = LoadRequest(name_or_path, task, labels, **settings)
     source = request.source
+    if labels and request.kind is not None and request.kind.vocabulary_head and not source.of_transformers:
+        request = replace(request, labels=())  # whoever builds the model brings its vocabulary
     if request.streamed and (reason := source.why_not_streamable(name_or_path)):
         raise ModelSpecError(f"profiling.memory_mode: {reason}")
     for reason in (source.why_not_for(name_or_path, task), source.why_not_in(name_or_path, request.dtype)):

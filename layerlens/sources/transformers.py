@@ -90,7 +90,7 @@ class TransformersSource(ModelSource):
             said = self.description(request)
         if kind.vocabulary_head and said:
             own = vocabulary_of(request, self.resolve(request), SimpleNamespace(**said), {"local_files_only": True})
-            count += "".join(f", {key}={value}" for key, value in own.items())
+            count += "".join(f", {key}={value}" for key, value in own.head.items())
         if quantization := loading_of(request.quantization, said.get("quantization_config")):
             imports.append("from transformers.quantizers.auto import AutoQuantizationConfig")
             count += f", quantization_config=AutoQuantizationConfig.from_dict({quantization!r})"
@@ -157,6 +157,7 @@ class TransformersSource(ModelSource):
                 f"model: {type(model).__name__} also takes audio, which is not supported: LayerLens reads no audio "
                 "column, and leaves out layers that only audio reaches",
             )
+        notes += saved.notes
         mismatched = (entry[0] for entry in info["mismatched_keys"])
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # no statistics of norms
         lacking = tuple(sorted({*info["missing_keys"], *mismatched} & parameters))
@@ -362,7 +363,8 @@ def _head_settings(request: LoadRequest, path: str, told: dict[str, Any]) -> tup
         labels = _labels_of_head(request, AutoConfig.from_pretrained(path, **told))
         heads |= _named(labels)
     elif request.kind.vocabulary_head:
-        heads |= vocabulary_of(request, path, AutoConfig.from_pretrained(path, **told), told)
+        found = vocabulary_of(request, path, AutoConfig.from_pretrained(path, **told), told)
+        labels, heads = found.letters, heads | dict(found.head)
     return labels, heads
 
 

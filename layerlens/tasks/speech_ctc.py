@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerlens.config import DataConfig
 from layerlens.data.dataset import Dataset
+from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.audio_input import positions_of
 from layerlens.integrations.pretrained import PretrainedModel
@@ -19,10 +20,13 @@ from layerlens.tasks.metrics import TARGETS, Decode, Judged, Metrics, Record, me
 from layerlens.tasks.task import Task
 from layerlens.tasks.text import padded_labels
 from layerlens.tasks.transcripts import (
+    CHARACTERS,
     claim_transcripts,
+    composed,
     decoded,
     finish_texts,
     in_letters,
+    letters_of,
     read_transcripts,
     record_texts,
 )
@@ -61,6 +65,12 @@ class CtcTargets:
         return replace(self, labels=change(self.labels), frames=change(self.frames))
 
 
+def read(table: Table, config: DataConfig) -> Dataset:
+    """Clips and their transcripts, with the letters of these."""
+    found = read_transcripts(table, config)
+    return replace(found, letters=letters_of(found.labels))
+
+
 def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, seed: int) -> list[Features]:
     """Clips that are still encoded, with the tokens of their transcripts; those that do not fit are left out.
 
@@ -70,12 +80,14 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
     tokenizer, model = pretrained.tokenizer, pretrained.model
     if tokenizer is None:
         raise ConfigurationError(
-            "model.name_or_path: speech-ctc needs a tokenizer with the letters of the transcripts; save one beside the "
-            "weights (vocab.json): Wav2Vec2CTCTokenizer('vocab.json').save_pretrained(DIRECTORY)"
+            "model.name_or_path: speech-ctc needs a tokenizer with the letters of the transcripts, and the model has a "
+            "trained head without one; save the one that it was trained with beside the weights (vocab.json): "
+            "Wav2Vec2CTCTokenizer('vocab.json').save_pretrained(DIRECTORY), or set model.new_head: true for a "
+            "vocabulary and a head made of the letters of the data"
         )
     audio, blank = way_in(pretrained, TASK.name), blank_of(pretrained)
     said: dict[str, None] = {}
-    texts = list(dataset.labels)
+    texts = [composed(text) for text in dataset.labels] if pretrained.labels else list(dataset.labels)
     if any(kind.__name__ == OF_CHARACTERS for kind in type(tokenizer).__mro__):
         vocabulary, own_case = set(tokenizer.get_vocab()), bool(getattr(tokenizer, "do_lower_case", False))
         letters = {one for token in vocabulary - set(tokenizer.all_special_tokens) for one in token}
@@ -146,24 +158,39 @@ def loss(output: Any, batch: Batch) -> torch.Tensor:
     return losses / lengths.clamp(min=1)
 
 
-def record(output: Any, batch: Judged, decode: Decode | None) -> Record:
-    """Errors of the likeliest letter of each frame, without repeats and blanks."""
-    targets: Any = batch[TARGETS]
-    best = output.logits.argmax(-1).tolist()
+def _read(logits__btc: torch.Tensor, targets: CtcTargets) -> tuple[list[str], list[str]]:
+    """(what the clips' transcripts are, what the likeliest letter of each frame says, without repeats and blanks)."""
     predicted, actual = [], []
+    best = logits__btc.argmax(-1).tolist()
     for ids, labels, frames in zip(best, targets.labels.tolist(), targets.frames.tolist(), strict=True):
         letters = [one for one, _ in groupby(ids[:frames]) if one != targets.blank]
         predicted.append(decoded(targets.tokenizer, letters))
         actual.append(decoded(targets.tokenizer, [one for one in labels if one != IGNORED]))
-    return {**mean_loss(output, len(targets)), **record_texts(actual, predicted)}
+    return actual, predicted
+
+
+def record(output: Any, batch: Judged, decode: Decode | None) -> Record:
+    """Errors of what the likeliest letters say."""
+    targets: Any = batch[TARGETS]
+    return {**mean_loss(output, len(targets)), **record_texts(*_read(output.logits, targets))}
+
+
+def right(output: Any, targets: CtcTargets) -> torch.Tensor:
+    """Share of each transcript's characters that are among those read, in their order, [b]."""
+    import torch
+
+    pairs = zip(*_read(logits_of(output), targets), strict=True)
+    errors = [record_texts([actual], [predicted])[CHARACTERS] for actual, predicted in pairs]
+    return torch.tensor([max(0.0, 1.0 - float(wrong) / max(1.0, float(length))) for wrong, length in errors])
 
 
 TASK = Task(
     name="speech-ctc",
     description="speech recognition by CTC: audio clips with transcripts, for wav2vec2, HuBERT and related models with "
-    "the tokenizer of their processor (vocab.json); evaluated by word and character error rate",
+    "the tokenizer of their processor (vocab.json), or one made of the letters of the transcripts; evaluated by word "
+    "and character error rate",
     inputs="audio",
-    read=read_transcripts,
+    read=read,
     claim=claim_transcripts,
     encode=encode,
     collate=collate,
@@ -174,5 +201,5 @@ TASK = Task(
     tokens=True,
     vocabulary_head=True,
     model_targets=(),
-    study=False,
+    right=right,
 )

@@ -81,8 +81,10 @@ class Task:
         of_classes: what it makes of a built-in data set of samples with classes; None where it can do nothing with it.
         reference: (model, pretrained, encoded samples, batch size) -> None: notes in the samples what the loss compares
             the model with, of the model as it is; None where the loss compares it with nothing.
-        study: whether ``layerlens evaluate`` can stack several trainings of it: targets are a tensor, and inputs and
-            logits have one shape.
+        no_study: why ``layerlens evaluate`` cannot stack several trainings of it, as the end of a sentence; "" where
+            it can: padded to one length, samples are rows of tensors, each with a loss of its own.
+        right: (output, targets) -> float [b], how much of each sample is predicted right, for studies; None where
+            targets are classes, tags or tokens, or numbers.
         row_names: what the rows of a sample are called, where it is several; the last one stands for further ones.
         coupled: whether the loss of a sample depends on the others in its batch, so that it is measured batch by batch.
         configure: (task, model configuration, data set) -> the task with what the configuration says of its loss.
@@ -118,7 +120,8 @@ class Task:
     file_suffixes: tuple[str, ...] = ()
     of_classes: Callable[[Dataset], Dataset] | None = None
     reference: Callable[[torch.nn.Module, PretrainedModel, Sequence[Features], int], None] | None = None
-    study: bool = True
+    no_study: str = ""
+    right: Callable[[Any, Any], torch.Tensor] | None = None
     row_names: tuple[str, ...] = ("input",)
     coupled: bool = False
     configure: Callable[[Task, ModelConfig, Dataset | None], Task] | None = None

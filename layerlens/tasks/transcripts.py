@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ TRANSCRIPTS = (
     "normalized_transcription", "utterance", "target",
 )  # fmt: skip
 MOST_SHOWN = 12
+APOSTROPHES = "'’"
+"""Marks inside words."""
 WORDS, CHARACTERS = "words", "characters"
 
 
@@ -41,6 +44,30 @@ def claim_transcripts(table: Table, config: DataConfig) -> Claim | None:
     values = [value for value in table.peek(column)[:FIRST] if value is not None]
     texts = values and all(isinstance(value, str) for value in values)
     return Claim(3, f"{sound_column(table, config)} and transcripts in {column!r}") if texts else None
+
+
+def composed(text: str) -> str:
+    """The text with each letter and its accent as one character, where Unicode has one.
+
+    >>> len("e\u0301"), len(composed("e\u0301"))
+    (2, 1)
+    """
+    return unicodedata.normalize("NFC", text)
+
+
+def letters_of(texts: Sequence[str]) -> tuple[str, ...]:
+    """The characters of a vocabulary for these transcripts, in order: letters with their accents, digits, apostrophes.
+
+    They are small letters, unless the transcripts have capitals alone. Other marks are not spoken.
+
+    >>> letters_of(["It's 2!", "No"])
+    ("'", '2', 'i', 'n', 'o', 's', 't')
+    """
+    whole = [composed(text) for text in texts]
+    if any(one.islower() for text in whole for one in text):
+        whole = [text.lower() for text in whole]
+    characters = {one for text in whole for one in text}
+    return tuple(sorted(one for one in characters if one in APOSTROPHES or unicodedata.category(one)[0] in "LMN"))
 
 
 def in_letters(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlens.exceptions import ManifestError
+from layerlens.integrations.ctc_vocabulary import save_vocabulary
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.transformers import embedding_rows
 from layerlens.models import Manifest
@@ -106,6 +107,8 @@ def _save_processor(pretrained: PretrainedModel, directory: Path) -> None:
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     path, images = pretrained.path, pretrained.images
+    if save_vocabulary(pretrained, directory):
+        return
     kinds: list[Any] = [AutoTokenizer] if pretrained.tokenizer is not None else []
     if pretrained.processor is not None:
         kinds = [AutoProcessor]

@@ -104,6 +104,49 @@ def test_ctc_is_measured_trained_and_judged(corpus: Path, tmp_path: Path):
     assert stock.eval()(**inputs).logits.shape[-1] == 21
 
 
+def test_a_vocabulary_is_made_of_the_letters_of_the_data(corpus: Path, tmp_path: Path):
+    """A pretrained model has no tokenizer; transformers' guides make one of the transcripts."""
+    AUDIO["wav2vec2"].save(tmp_path / "model")
+    config = RunConfig.model_validate({
+        "model": {"name_or_path": "model", "task": CTC.name, "head_fit_samples": 4},
+        "data": {"source": str(corpus / "train.tsv"), "calibration_samples": 6, "batch_size": 3},
+        "profiling": {"statistics": ["fisher"]},
+        "optimization": {**OPTIMIZATION, "check_predictions": False},
+        "training": {"max_steps": 2, "batch_size": 4},
+        "runtime": {"threads": 1},
+    })  # fmt: skip
+    done = run_config(config, base_dir=tmp_path)
+    assert done.manifest.model.labels == tuple("acdilort\u00e9")  # small letters, without marks
+    assert "a vocabulary of 14 tokens is made of the 9 characters of the transcripts" in " ".join(done.warnings)
+    train_manifest(tmp_path / "out/manifest.json", config, base_dir=tmp_path, output=tmp_path / "tuned")
+    for folder in ("out/peft", "tuned"):
+        processor = hf.AutoProcessor.from_pretrained(tmp_path / folder)
+        assert processor.decode(processor.tokenizer("told \u00e9clair")["input_ids"], group_tokens=False) == (
+            "told \u00e9clair"
+        )
+        assert processor.feature_extractor.sampling_rate == RATE
+    tuned = read_manifest(tmp_path / "tuned/manifest.json")
+    export_merged(tmp_path / "tuned", tuned, str(tmp_path / "model"), tmp_path / "merged")
+    whole = load_pretrained(str(tmp_path / "merged"), CTC.name, ())
+    assert whole.new_parameters == ()
+    assert len(whole.tokenizer) == whole.model.config.vocab_size == 14
+
+
+def test_a_trained_head_stays_unless_a_new_one_is_wanted(tmp_path: Path):
+    AUDIO["wav2vec2"].save(tmp_path / "model", "ForCTC", vocab_size=30)
+    letters = ("a", "b")
+    kept = load_pretrained(str(tmp_path / "model"), CTC.name, letters, new_head=False)
+    assert (kept.tokenizer, kept.labels, kept.model.config.vocab_size) == (None, (), 30)
+    for given in (True, None):  # None: the manifest has letters, so that the head of its run was new
+        new = load_pretrained(str(tmp_path / "model"), CTC.name, letters, new_head=given)
+        assert (len(new.tokenizer), new.labels, new.model.config.vocab_size) == (7, letters, 7)
+    ctc_tokenizer(tmp_path / "model").save_pretrained(tmp_path / "model")
+    own = load_pretrained(str(tmp_path / "model"), CTC.name, ("l", "o"), new_head=True)
+    assert (len(own.tokenizer), own.model.config.vocab_size) == (21, 21)  # which has these letters, in capitals
+    lacking = load_pretrained(str(tmp_path / "model"), CTC.name, ("l", "z"), new_head=True)
+    assert (len(lacking.tokenizer), lacking.labels) == (7, ("l", "z"))
+
+
 def of_ctc(corpus: Path, tmp_path: Path, letters: str = LETTERS, ending: str = "ForCTC", **more: Any) -> Any:
     """(model with a trained head, its encoded clips)."""
     tokenizer = ctc_tokenizer(tmp_path / "tokenizer", letters, **more)
