@@ -38,8 +38,8 @@ def _train_one(task: StudyTask, arm: Arm) -> Run:
     model = attach_generator(with_lora(task.model, dict(arm.ranks)), GENERATOR, seed=arm.seed).eval()
     generated = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": generated, "lr": arm.learning_rate}]
-    if task.head is not None:
-        head = list(model.get_submodule(f"base_model.model.{task.head}").requires_grad_(True).parameters())
+    for name in task.heads:
+        head = list(model.get_submodule(f"base_model.model.{name}").requires_grad_(True).parameters())
         groups.append({"params": head, "lr": HEAD_LEARNING_RATE})
     peaks = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)

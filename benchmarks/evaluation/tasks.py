@@ -151,7 +151,7 @@ def _image_task(name: str, images: torch.Tensor, labels: torch.Tensor, n_classes
     pretrained = PretrainedModel(model.eval().requires_grad_(False), None, name, new)
     _fit(pretrained, samples[0])
     return StudyTask(name, model, model_spec(pretrained, "vit-digits-0-4"), *samples[1:], classification_loss,
-                     head="classifier", steps=100, batch_size=16, sweep_seeds=SWEEP_SEEDS)  # fmt: skip
+                     heads=["classifier"], steps=100, batch_size=16, sweep_seeds=SWEEP_SEEDS)  # fmt: skip
 
 
 class MeanPooledClassifier(torch.nn.Module):
@@ -216,7 +216,7 @@ def _classify(
     pretrained = PretrainedModel(model, tokenize, path, ("classifier.weight", "classifier.bias"))
     _fit(pretrained, samples[0])
     spec = model_spec(pretrained, "llama-stdlib" if small else "MiniLM-L6, first 3 blocks")
-    return StudyTask(name, model, spec, *samples[1:], classification_loss, head="classifier",
+    return StudyTask(name, model, spec, *samples[1:], classification_loss, heads=["classifier"],
                      steps=80 if small else 60, batch_size=8, sweep_seeds=SWEEP_SEEDS)  # fmt: skip
 
 

@@ -122,8 +122,10 @@ def _two_of_peft(section: OptimizationConfig) -> str:
 
 
 def _no_study(task: str) -> str:
-    studied = ", ".join(name for name in TASKS if TASKS[name].study)
-    return _where(bool(task) and not TASKS[task].study, f"model.task: studies support {studied}, not {task}")
+    if not task or not TASKS[task].no_study:
+        return ""
+    studied = ", ".join(name for name in TASKS if not TASKS[name].no_study)
+    return f"model.task: studies do not support {task}: {TASKS[task].no_study}. They support {studied}"
 
 
 STREAMED = (

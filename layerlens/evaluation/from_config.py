@@ -15,25 +15,29 @@ import torch
 from layerlens.config import RunConfig
 from layerlens.config.compatibility import refuse_conflicts
 from layerlens.data import Dataset, load_dataset
+from layerlens.data.dataset import FEWEST
 from layerlens.data.labels import HEAD_ADVICE, in_order_of
 from layerlens.evaluation.results import ResultsFile, arm_results
 from layerlens.evaluation.study import Study
 from layerlens.evaluation.study_report import study_markdown, write_gain_plot
 from layerlens.evaluation.study_task import Samples, StudyTask
 from layerlens.exceptions import ConfigurationError, DataError
+from layerlens.integrations.arguments import untaken
+from layerlens.integrations.audio_input import mask_of_frames
 from layerlens.integrations.layers import model_spec
 from layerlens.integrations.model_code import model_code
 from layerlens.integrations.pretrained import PretrainedModel
-from layerlens.integrations.transformers import task_heads
 from layerlens.jobs.inputs import check_model
 from layerlens.jobs.job import Job, Warn, Warnings, unheard
 from layerlens.jobs.measure import HEAD_BATCH_SIZE
 from layerlens.jobs.own_code import inputs_digest
 from layerlens.jobs.result import observed, published
 from layerlens.models import LORA
+from layerlens.profiling.coupling import coupling
 from layerlens.profiling.head import fit_head
 from layerlens.sources import load_pretrained
-from layerlens.tasks import TASKS
+from layerlens.tasks import TASKS, Task, task_for
+from layerlens.tasks.encoded import notes_of
 from layerlens.tasks.guess import with_task
 from layerlens.utils.atomic import atomic_write_text, check_writable
 from layerlens.utils.observer import observed_stage
@@ -122,17 +126,26 @@ def study_task(job: Job) -> StudyTask:
     The test part is the one that `layerlens run` never measures on.
     """
     config, study, base_dir = job.config, job.config.study, job.base_dir
-    kind = TASKS[config.model.task]
     dataset = load_dataset(config.data, base_dir, config.model.task)
+    kind = task_for(config.model, base_dir, dataset)
+    if kind.no_study:
+        raise ConfigurationError(f"data.source: the samples are for {kind.name}; no study of it, as {kind.no_study}")
     pretrained = load_pretrained(
-        config.model.reference, config.model.task, dataset.label_names, seed=config.runtime.seed, base_dir=base_dir,
+        config.model.reference, config.model.task, dataset.outputs, seed=config.runtime.seed, base_dir=base_dir,
         new_head=config.model.new_head, trust_remote_code=config.model.trust_remote_code,
         quantization=config.model.quantization, tokens=config.model.token_request or None,
+        weights=config.model.weights, heads=config.model.head,
     )  # fmt: skip
     check_model(pretrained, config)
+    if config.model.dtype != "float32":
+        job.warnings.add(f"a study trains in float32; model.dtype: {config.model.dtype} is not used")
     dataset = in_order_of(dataset, pretrained.labels, advice=HEAD_ADVICE)
     parts = _parts(dataset, job)
-    samples = [_samples(pretrained, part, config) for part in parts]
+    for line in (*pretrained.notes, *dataset.notes):
+        job.warnings.add(line)
+    samples = [_samples(kind, pretrained, part, job) for part in parts]
+    if said := coupling(pretrained.model, samples[1].batches(torch.arange(min(8, len(samples[1]))), 8), kind.loss).said:
+        raise ConfigurationError(f"{kind.name}: no study, which trains several choices in one batch: {said}")
     if pretrained.new_parameters and len(samples[0]):
         batches = samples[0].batches(torch.arange(len(samples[0])), HEAD_BATCH_SIZE)
         fit_head(pretrained.model, pretrained.new_parameters, batches, job.progress, kind.loss)
@@ -144,10 +157,11 @@ def study_task(job: Job) -> StudyTask:
         validation=samples[2],
         test=samples[3],
         loss=kind.loss,
-        head=_head(pretrained) if kind.new_head else None,
+        heads=_heads(pretrained, kind, job),
         token_labels=kind.token_labels,
         shifted=kind.shift > 0,
         spans=len(kind.model_targets) > 1,
+        right=kind.right,
         steps=study.steps,
         batch_size=study.batch_size,
         learning_rates=study.learning_rates,
@@ -186,33 +200,51 @@ def _parts(dataset: Dataset, job: Job) -> tuple[Dataset, Dataset, Dataset, Datas
     return head, train, validation, test
 
 
-def _samples(pretrained: PretrainedModel, part: Dataset, config: RunConfig) -> Samples:
+def _samples(task: Task, pretrained: PretrainedModel, part: Dataset, job: Job) -> Samples:
+    """All samples of a part in one batch: padded to the longest of them."""
+    config = job.config
     if not len(part):
         return Samples({}, torch.zeros(0))
-    task = TASKS[config.model.task]
-    inputs, labels = task.collate(pretrained, task.encode(pretrained, part, config.data, config.runtime.seed))
-    return Samples(inputs, labels)
+    features = task.encode(pretrained, part, config.data, config.runtime.seed)
+    for line in notes_of(features):
+        job.warnings.add(line)
+    if len(features) < min(FEWEST, len(part)):
+        raise DataError(f"data.source: of {len(part)} samples of one part of the study {len(features)} can be used")
+    inputs, labels = task.collate(pretrained, features)
+    taken = untaken(pretrained.model, inputs)
+    inputs = {name: value for name, value in inputs.items() if name not in taken}
+    if not isinstance(labels, torch.Tensor) and not hasattr(labels, "each_tensor"):
+        raise ConfigurationError(
+            f"data.source: a study of {task.name} takes targets that are one tensor [samples, ...], got "
+            f"{type(labels).__name__}"
+        )
+    return Samples(inputs, labels, mask_of_frames(pretrained.model, inputs))
 
 
-def _head(pretrained: PretrainedModel) -> str:
-    """The one Linear that gives the logits.
-
-    Raises:
-        ConfigurationError: the head has several layers, of which the study could train only one.
-    """
-    heads = task_heads(pretrained.model)
-    linear = [
+def _heads(pretrained: PretrainedModel, task: Task, job: Job) -> tuple[str, ...]:
+    """The Linears of what is trained whole; what else it has stays as it is, which is said."""
+    model = pretrained.model
+    trained = pretrained.trained_modules(task_head=task.new_head or bool(pretrained.new_parameters))
+    found = [
         name
-        for head in heads
-        for name, module in pretrained.model.get_submodule(head).named_modules(prefix=head)
+        for head in trained
+        for name, module in model.get_submodule(head).named_modules(prefix=head)
         if isinstance(module, torch.nn.Linear)
     ]
-    if len(linear) != 1:
-        raise ConfigurationError(
-            f"model.name_or_path: the task head has {len(linear)} Linear layers ({', '.join(linear)}); "
-            "a study trains a head of one, such as BERT's"
+    inside = tuple(f"{name}." for name in found)
+    others = [
+        name
+        for head in trained
+        for name, _ in model.get_submodule(head).named_parameters(prefix=head)
+        if not name.startswith(inside)
+    ]
+    if others:
+        job.warnings.add(
+            f"a study trains the Linear layers of a task head; {len(others)} other parameters of it stay as they are"
+            f"{' fitted' if pretrained.new_parameters else ''} in all arms ({', '.join(others[:3])}"
+            f"{' ...' if len(others) > 3 else ''})"
         )
-    return linear[0]
+    return tuple(found)
 
 
 def _budgets(config: RunConfig, task: StudyTask) -> dict[str, int]:
@@ -238,7 +270,7 @@ def _refuse_other_study(results: ResultsFile, config: RunConfig, task: StudyTask
         "study": config.study.model_dump(mode="json", exclude={"arms", "budgets", "arms_at_once", "learning_rates"}),
         "weights": task.spec.fingerprint,
         "code": model_code(task.model, {"model.loss": task.loss}).digest,
-        "samples": [inputs_digest({**part.inputs, "labels": part.labels})
+        "samples": [inputs_digest({**part.inputs, **_tensors_of(part.labels)})
                     for part in (task.train, task.validation, task.test)],
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -251,6 +283,20 @@ def _refuse_other_study(results: ResultsFile, config: RunConfig, task: StudyTask
             f"output.directory: {results.path} has runs of another study ({', '.join(changed)} differ); give another "
             "directory, or remove the file"
         )
+
+
+def _tensors_of(labels: Any) -> dict[str, torch.Tensor]:
+    """The tensors of targets, by name."""
+    if isinstance(labels, torch.Tensor):
+        return {"labels": labels}
+    found: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    labels.each_tensor(note)
+    return {f"labels {place}": tensor for place, tensor in enumerate(found)}
 
 
 def _write(output: Path, results: ResultsFile, budgets: Sequence[str], seconds: float) -> StudyResult:

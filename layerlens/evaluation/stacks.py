@@ -92,7 +92,7 @@ class LayerStack:
 
 
 class HeadStack:
-    """One copy of the task head for every arm, starting from the model's own."""
+    """One copy of a Linear of the task head for every arm, starting from the model's own."""
 
     def __init__(self, module: Any, n_arms: int) -> None:
         self.weight = module.weight.detach().expand(n_arms, -1, -1).clone().requires_grad_(True)
@@ -117,16 +117,15 @@ class LoraStack:
         model: torch.nn.Module,
         arms: Sequence[Arm],
         *,
-        head: str | None,
         scale: float,
+        heads: Sequence[str] = (),
         layer_stack: Callable[[str, Any, Sequence[Arm]], Any] = LayerStack,
     ) -> None:
         self.model = model
         self.scale = scale
         names = [name for name, _ in model.named_modules() if any(arm.ranks.get(name, 0) for arm in arms)]
         self.layers = [layer_stack(name, model.get_submodule(name), arms) for name in names]
-        self.head_name = head
-        self.head = HeadStack(model.get_submodule(head), len(arms)) if head else None
+        self.heads = {name: HeadStack(model.get_submodule(name), len(arms)) for name in heads}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -135,10 +134,13 @@ class LoraStack:
             for layer in self.layers:
                 module = self.model.get_submodule(layer.name)
                 stack.callback(module.register_forward_hook(self._layer_hook(layer), with_kwargs=True).remove)
-            if self.head is not None:
-                head, module = self.head, self.model.get_submodule(str(self.head_name))
-                stack.callback(module.register_forward_hook(lambda _, args, __: head.apply(args[0])).remove)
+            for name, head in self.heads.items():
+                module = self.model.get_submodule(name)
+                stack.callback(module.register_forward_hook(self._head_hook(head), with_kwargs=True).remove)
             yield
+
+    def _head_hook(self, head: HeadStack) -> Callable[..., torch.Tensor]:
+        return lambda module, args, kwargs, output: head.apply(first_input(args, kwargs))
 
     def _layer_hook(self, layer: Any) -> Callable[..., torch.Tensor]:
         return lambda module, args, kwargs, output: layer.add_to(output, first_input(args, kwargs), self.scale)

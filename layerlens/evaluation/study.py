@@ -207,7 +207,7 @@ class Study:
 
     def head_alone(self) -> None:
         """The task head trained without any adapter, on every seed; nothing where the head is frozen."""
-        if self.task.head is not None and not self.results.select(kind="reference", name="head"):
+        if self.task.heads and not self.results.select(kind="reference", name="head"):
             runs = train(self.task, [Arm({}, seed, self.task.learning_rates[0]) for seed in self.task.seeds])
             self.results.append(
                 {"kind": "reference", "task": self.task.name, "name": "head", "seed": seed, **asdict(run)}

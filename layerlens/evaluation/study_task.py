@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -32,26 +33,28 @@ class Samples:
 
     Args:
         inputs: what the model takes, each [n, ...].
-        labels: [n, ...], as the task's loss takes them.
+        labels: [n, ...], as the task's loss takes them; what is no tensor says itself how rows are taken of it.
+        frames: the mask of positions, of a model of sound (see ``Batch``).
     """
 
     inputs: dict[str, torch.Tensor]
-    labels: torch.Tensor
+    labels: Any
+    frames: torch.Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(next(iter(self.inputs.values()), ()))
 
     def rows(self, index: torch.Tensor) -> Batch:
         """The samples with these indices as a batch."""
-        inputs = {name: values[index] for name, values in self.inputs.items()}
-        return Batch(inputs, self.labels[index], torch.arange(len(index)))
+        whole = Batch(self.inputs, self.labels, torch.arange(len(self)), frames=self.frames)
+        return replace(whole.taken(index), index=torch.arange(len(index)))
 
     def batches(self, index: torch.Tensor, batch_size: int) -> list[Batch]:
         """The same as calibration batches, which know each sample's position."""
         batches = []
         for start in range(0, len(index), batch_size):
             chosen = self.rows(index[start : start + batch_size])
-            batches.append(Batch(chosen.inputs, chosen.labels, torch.arange(start, start + len(chosen.index))))
+            batches.append(replace(chosen, index=torch.arange(start, start + len(chosen.index))))
         return batches
 
 
@@ -65,12 +68,13 @@ class StudyTask:
         spec: its layers; only their LoRA options are used.
         train, validation, test: disjoint samples.
         loss: of each sample.
-        head: name of the Linear that is trained beside the adapters; None where the head is frozen.
+        heads: names of the Linears that are trained beside the adapters: those of the task head.
         token_labels: whether labels are tokens; losses are then divided by the number of labelled ones, and the
             metric is the share of them that are predicted right.
         shifted: whether a token's label is the next token's prediction (causal language models).
         spans: whether labels [n, 2] are the first and last token of an answer; the metric is the share of samples in
             which both are right.
+        right: see ``Task.right``.
         steps, batch_size: of every run.
         learning_rates: ascending; the sweep.
         ranks: LoRA ranks on offer.
@@ -86,10 +90,11 @@ class StudyTask:
     validation: Samples
     test: Samples
     loss: Loss
-    head: str | None = None
+    heads: Sequence[str] = ()
     token_labels: bool = False
     shifted: bool = False
     spans: bool = False
+    right: Callable[[Any, Any], torch.Tensor] | None = None
     steps: int = 100
     batch_size: int = 8
     learning_rates: Sequence[float] = (1e-3, 2.5e-3, 6.3e-3, 1.6e-2, 4e-2)
@@ -98,7 +103,7 @@ class StudyTask:
     sweep_seeds: Sequence[int] = (0,)
     arms_at_once: int = 64
 
-    def label_count(self, labels: torch.Tensor) -> torch.Tensor:
+    def label_count(self, labels: Any) -> torch.Tensor:
         """float [b]: by how much each sample counts in a mean loss: its labelled tokens, or 1."""
         if not self.token_labels:
             return torch.ones(len(labels))

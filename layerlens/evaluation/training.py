@@ -103,7 +103,7 @@ def train(
         measure: False leaves all losses NaN.
     """
     steps = steps or task.steps
-    stack = LoraStack(task.model, arms, head=task.head, scale=SCALE, layer_stack=layer_stack)
+    stack = LoraStack(task.model, arms, heads=task.heads, scale=SCALE, layer_stack=layer_stack)
     order__ks = torch.stack([data_order(len(task.train), steps * task.batch_size, arm.seed) for arm in arms])
 
     def loss(step: int) -> torch.Tensor:
@@ -130,7 +130,8 @@ def train(
         wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
         validation = measure_arms(task, task.validation, len(arms)) if measure else unknown
         test = measure_arms(task, task.test, len(arms)) if measure and evaluate_test else unknown
-    tokens_per_s = task.train.labels[:1].numel() * order__ks.numel() / wall_s
+    positions = task.train.labels[:1].numel() if isinstance(task.train.labels, torch.Tensor) else 1
+    tokens_per_s = positions * order__ks.numel() / wall_s
     return [
         Run(validation[k][0], test[k][0], validation[k][1], test[k][1], wall_s / len(arms), cpu_s / len(arms),
             tokens_per_s)
@@ -145,9 +146,9 @@ def _optimizer(stack: LoraStack, arms: Sequence[Arm]) -> StackedAdam:
         for parameter in layer.parameters():
             parameters.append(parameter)
             rates.append(rates__k[layer.arms].view(-1, *[1] * (parameter.dim() - 1)))
-    if stack.head is not None:
-        parameters += stack.head.parameters()
-        rates += [torch.tensor(HEAD_LEARNING_RATE)] * len(stack.head.parameters())
+    for head in stack.heads.values():
+        parameters += head.parameters()
+        rates += [torch.tensor(HEAD_LEARNING_RATE)] * len(head.parameters())
     return StackedAdam(parameters, rates)
 
 
@@ -161,17 +162,27 @@ def measure_arms(task: StudyTask, samples: Samples, n_arms: int) -> list[tuple[f
         batch = samples.rows(index.repeat(n_arms))
         output = task.model(**batch.inputs)
         total += task.loss(output, batch).view(n_arms, -1).sum(dim=1)
-        right += _right(task, logits_of(output), batch.labels).view(n_arms, -1).sum(dim=1)
-        counted += float(task.label_count(samples.labels[index]).sum())
+        right += _right(task, output, batch.labels).view(n_arms, -1).sum(dim=1)
+        counted += float(task.label_count(batch.labels).sum()) / n_arms
     return [(float(t) / counted, float(r) / counted) for t, r in zip(total, right, strict=True)]
 
 
-def _right(task: StudyTask, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _right(task: StudyTask, output: Any, labels: Any) -> torch.Tensor:
     """float [b]: labels of each sample that are predicted right; 0 where labels are no classes."""
+    if task.right is not None:
+        return task.right(output, labels)
+    if not isinstance(labels, torch.Tensor):
+        return torch.zeros(len(labels))
+    if labels.is_floating_point() and labels.dim() == 1:  # numbers
+        return torch.zeros(len(labels))
+    logits = logits_of(output)
+    if labels.is_floating_point():  # a 0 or 1 for each class
+        same = logits.shape == labels.shape
+        return ((logits > 0) == (labels > 0.5)).float().mean(dim=1) if same else torch.zeros(len(labels))
     if task.spans:
         return (logits.argmax(dim=1) == labels).all(dim=1).float()
     predicted = logits.argmax(dim=-1)
-    if labels.is_floating_point():
+    if predicted.shape != labels.shape:
         return torch.zeros(len(labels))
     if task.shifted:
         predicted, labels = predicted[:, :-1], labels[:, 1:]

@@ -133,11 +133,14 @@ def synthetic_batch(model: Any, task: str, batch_size: int, sequence_length: int
     Raises:
         ManifestError: the task has another kind of input.
     """
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, sequence_length)
-    ids = torch.randint(5, int(model.config.get_text_config().vocab_size), shape, generator=generator)
     kind = TASKS.get(task)
     if kind is None or kind.synthetic_labels is None:
         known = ", ".join(other.name for other in TASKS.values() if other.synthetic_labels is not None)
-        raise ManifestError(f"costs are measured on synthetic tokens for {known}, not for {task}")
+        raise ManifestError(
+            f"costs are measured on synthetic tokens for {known}, not for {task}; `layerlens run` measures what it has "
+            "predicted on samples of the data (optimization.check_predictions), and its report shows both"
+        )
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, sequence_length)
+    ids = torch.randint(5, int(model.config.get_text_config().vocab_size), shape, generator=generator)
     return {"input_ids": ids, "labels": kind.synthetic_labels(ids)}

@@ -92,5 +92,4 @@ TASK = Task(
     new_head=True,
     classes=True,
     model_targets=(),
-    study=False,
 )

@@ -248,5 +248,4 @@ TASK = Task(
     collate=collate,
     loss=own_loss(_no_loss, "model.loss"),
     model_targets=(),
-    study=False,
 )

@@ -184,5 +184,5 @@ TASK = Task(
     reference=add_reference,
     row_names=("chosen", "rejected"),
     configure=lambda task, config, dataset: replace(task, loss=partial(dpo_loss, beta=config.dpo_beta)),
-    study=False,
+    no_study="each of its samples is a pair of rows, compared with what the frozen model says of them",
 )

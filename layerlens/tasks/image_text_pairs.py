@@ -246,5 +246,5 @@ TASK = Task(
     tokens=True,
     model_targets=(),
     coupled=True,
-    study=False,
+    no_study="the loss of a pair depends on the others in its batch",
 )

@@ -151,6 +151,13 @@ def loss(output: Any, batch: Batch) -> torch.Tensor:
     return losses__bhw.flatten(1).sum(1) / labelled
 
 
+def right(output: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Share of each image's labelled pixels that are taken for their class, [b]."""
+    labelled = labels != UNLABELLED
+    same = (scores_of(output, labels.shape[-2:]).argmax(1) == labels) & labelled
+    return same.flatten(1).sum(1) / labelled.flatten(1).sum(1).clamp(min=1)
+
+
 def record(output: Any, batch: Judged, decode: Decode | None) -> Record:
     """How many pixels of each class were taken for each class (rows: actual), by scikit-learn."""
     from sklearn.metrics import confusion_matrix
@@ -190,5 +197,5 @@ TASK = Task(
     new_head=True,
     classes=True,
     model_targets=(),
-    study=False,
+    right=right,
 )

@@ -299,5 +299,5 @@ TASK = Task(
     row_names=("anchor", "positive", "negative"),
     coupled=True,
     configure=configured,
-    study=False,
+    no_study="the loss of a sample depends on the others in its batch",
 )

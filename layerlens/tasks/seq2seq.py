@@ -144,5 +144,4 @@ TASK = Task(
     auto_class="AutoModelForSeq2SeqLM",
     class_endings=("ForConditionalGeneration", "MTModel"),
     token_labels=True,
-    study=False,
 )

@@ -149,5 +149,4 @@ TASK = Task(
     generate=generated,
     token_labels=True,
     model_targets=(),
-    study=False,
 )

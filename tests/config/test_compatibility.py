@@ -59,7 +59,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "optimization.objective": "cheapest", "training.gradient_checkpointing": "auto"
     },
     "two methods of PEFT": {"optimization.methods": ["lora", "dora"]},
-    "a study of a task without one": {"model.task": "seq2seq"},
+    "a study of a task without one": {"model.task": "dpo"},
     "a study without a budget": {"optimization.max_trainable_params": None, "optimization.max_flops": 1e9},
 }  # fmt: skip
 OTHERS: list[dict[str, Any]] = [

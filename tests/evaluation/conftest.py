@@ -35,7 +35,7 @@ def make_task(**changes: Any) -> StudyTask:
         Samples({"input_ids": ids[part], "attention_mask": torch.ones_like(ids[part])}, labels[part]) for part in parts
     ]
     spec = model_spec(PretrainedModel(model, None, "tiny", ()), "tiny")
-    arguments: dict[str, Any] = {"head": "classifier", "steps": 6, "batch_size": 4, "ranks": (1, 2, 4)}
+    arguments: dict[str, Any] = {"heads": ["classifier"], "steps": 6, "batch_size": 4, "ranks": (1, 2, 4)}
     return StudyTask("tiny", model, spec, *samples, classification_loss, **(arguments | changes))
 
 

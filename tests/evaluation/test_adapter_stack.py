@@ -37,7 +37,7 @@ def test_adapters_and_lora_train_together(task: StudyTask) -> None:
     names = [layer.name for layer in lora_layers(task)]
     mixed = Mixed({names[3]: 2})
     arms = [Arm({names[3]: 2, names[0]: 1}, seed, 3e-2) for seed in (0, 1)]
-    stack = LoraStack(task.model, arms, head=None, scale=2.0, layer_stack=mixed)
+    stack = LoraStack(task.model, arms, scale=2.0, layer_stack=mixed)
     assert {layer.name: type(layer) for layer in stack.layers} == {names[0]: LayerStack, names[3]: AdapterStack}
     batch = task.train.rows(torch.arange(4))
     before = task.model(**batch.inputs).logits

@@ -77,7 +77,7 @@ def test_an_arm_equals_peft_with_adamw(task: StudyTask) -> None:
 def test_padding_of_smaller_ranks_stays_zero(task: StudyTask) -> None:
     name = lora_layers(task)[0].name
     arms = [Arm({name: 4}, 0, 1e-2), Arm({name: 1}, 0, 1e-2)]
-    stack = LoraStack(task.model, arms, head=None, scale=SCALE)
+    stack = LoraStack(task.model, arms, scale=SCALE)
     layer = stack.layers[0]
     with torch.no_grad():
         layer.b[:, :1] = 0.1  # both arms' first direction is in use

@@ -1,9 +1,10 @@
-"""Studies of questions, images, masked tokens and tags: data of their formats, from files to a table."""
+"""Studies of questions, images, sound, masked tokens and tags: data of their formats, from files to a table."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ import torch
 import transformers
 from PIL import Image
 
+from benchmarks.audio_models import AUDIO
 from layerlens.config import RunConfig
 from layerlens.evaluation.from_config import evaluate_config
 from layerlens.evaluation.study_task import StudyTask
 from layerlens.evaluation.training import _right
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tasks"))
+from sounds import tone, write
 
 WORDS = ("who", "where", "is", "red", "green", "blue", "cat", "dog", "runs", "sleeps")
 BERT: dict[str, Any] = {
@@ -66,6 +71,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture = Image.new("RGB", (12, 10), (20 * (number % 10), 100 * (number % 2), 5))
         (folder / "images" / f"n0{number % 2}").mkdir(parents=True, exist_ok=True)
         picture.save(folder / "images" / f"n0{number % 2}" / f"{number}.JPEG", format="JPEG")
+    AUDIO["wav2vec2"].save(folder / "wav2vec2")  # whose head of classes is two Linears, and that has no vocabulary
+    lines = ["file,transcript"]
+    for number in range(60):
+        kind = ("high", "low")[number % 2]
+        write(folder / f"clips/{kind}/{number}.wav", tone(300.0 + 900.0 * (number % 2), 0.15, seed=number))
+        lines.append(f"clips/{kind}/{number}.wav,{kind}")
+    (folder / "spoken.csv").write_text("\n".join(lines) + "\n")
     for name, rows in (("squad", squad), ("tagged", tagged), ("texts", texts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
@@ -78,6 +90,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("token-classification", "bert", {"source": "tagged.jsonl", "label_column": "tags"}),
         ("masked-lm", "bert", {"source": "texts.jsonl"}),
         ("image-classification", "vit", {"source": "images"}),
+        ("audio-classification", "wav2vec2", {"source": "clips"}),
+        ("speech-ctc", "wav2vec2", {"source": "spoken.csv"}),
     ],
 )
 def test_a_study_of_the_task(folder: Path, tmp_path: Path, task: str, model: str, data: dict[str, Any]) -> None:
@@ -92,7 +106,7 @@ def test_a_study_of_the_task(folder: Path, tmp_path: Path, task: str, model: str
     })  # fmt: skip
     result = evaluate_config(config, base_dir=folder)
     assert {row["arm"] for row in result.arms} == {"uniform", "tempered_energy"}
-    assert all(0.0 <= row["test_metric"] <= 1.0 and 0.0 < row["test_loss"] < 10.0 for row in result.arms)
+    assert all(0.0 <= row["test_metric"] <= 1.0 and 0.0 < row["test_loss"] < 40.0 for row in result.arms)
 
 
 def test_an_answer_is_right_where_both_ends_are(task: StudyTask) -> None:

@@ -122,7 +122,7 @@ def test_adalora_changes_nothing_at_first(task: StudyTask) -> None:
     batch = task.train.rows(torch.arange(4))
     before = task.model(**batch.inputs).logits
     arm = Arm({layer.name: 2 for layer in lora_layers(task)}, 0, 1e-2)
-    stack = LoraStack(task.model, [arm], head=None, scale=2.0, layer_stack=AdaLora(10))
+    stack = LoraStack(task.model, [arm], scale=2.0, layer_stack=AdaLora(10))
     with stack.attached():
         assert torch.equal(task.model(**batch.inputs).logits, before)
 
