@@ -128,8 +128,7 @@ def study_task(job: Job) -> StudyTask:
     config, study, base_dir = job.config, job.config.study, job.base_dir
     dataset = load_dataset(config.data, base_dir, config.model.task)
     kind = task_for(config.model, base_dir, dataset)
-    if kind.no_study:
-        raise ConfigurationError(f"data.source: the samples are for {kind.name}; no study of it, as {kind.no_study}")
+    _refuse_unstudied(kind)
     pretrained = load_pretrained(
         config.model.reference, config.model.task, dataset.outputs, seed=config.runtime.seed, base_dir=base_dir,
         new_head=config.model.new_head, trust_remote_code=config.model.trust_remote_code,
@@ -144,8 +143,7 @@ def study_task(job: Job) -> StudyTask:
     for line in (*pretrained.notes, *dataset.notes):
         job.warnings.add(line)
     samples = [_samples(kind, pretrained, part, job) for part in parts]
-    if said := coupling(pretrained.model, samples[1].batches(torch.arange(min(8, len(samples[1]))), 8), kind.loss).said:
-        raise ConfigurationError(f"{kind.name}: no study, which trains several choices in one batch: {said}")
+    _refuse_coupled(kind, pretrained, samples[1])
     if pretrained.new_parameters and len(samples[0]):
         batches = samples[0].batches(torch.arange(len(samples[0])), HEAD_BATCH_SIZE)
         fit_head(pretrained.model, pretrained.new_parameters, batches, job.progress, kind.loss)
@@ -170,6 +168,19 @@ def study_task(job: Job) -> StudyTask:
         sweep_seeds=tuple(range(min(study.sweep_seeds, study.seeds))),
         arms_at_once=study.arms_at_once,
     )
+
+
+def _refuse_unstudied(task: Task) -> None:
+    """Refuse what the samples have turned out to be for."""
+    if task.no_study:
+        raise ConfigurationError(f"data.source: the samples are for {task.name}; no study of it, as {task.no_study}")
+
+
+def _refuse_coupled(task: Task, pretrained: PretrainedModel, samples: Samples) -> None:
+    """Refuse a loss that compares samples: several choices are trained in one batch."""
+    few = samples.batches(torch.arange(min(8, len(samples))), 8)
+    if said := coupling(pretrained.model, few, task.loss).said:
+        raise ConfigurationError(f"{task.name}: no study, which trains several choices in one batch: {said}")
 
 
 def _parts(dataset: Dataset, job: Job) -> tuple[Dataset, Dataset, Dataset, Dataset]:

@@ -19,7 +19,8 @@ from layerlens.integrations.allocations import peaks_of
 NAMES = ("convolution", "flash_attention_for_cpu", "softmax", "_norm", "_fft", "_pool", "grid_sampler", "upsample")
 """What the names of such operations contain; copies, products of matrices and functions of every element have none.
 Recurrent layers, and fused attention of a GPU, are not among them: their backward passes read states that cannot be
-made up."""
+made up. So do those of cuDNN's and MIOpen's norms."""
+WITH_STATES = ("cudnn", "miopen")
 MOST_FLOPS = 1e12
 """Of an operation that is run for this: ten seconds on a slow core."""
 MOST_KNOWN = 20_000
@@ -36,7 +37,7 @@ def workspace_bytes(func: Any, args: Any, kwargs: Any, visible: int, flops: floa
         flops: of it.
     """
     name = str(func)
-    if flops > MOST_FLOPS or not any(part in name for part in NAMES):
+    if flops > MOST_FLOPS or not any(part in name for part in NAMES) or any(part in name for part in WITH_STATES):
         return 0
     leaves, spec = tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
