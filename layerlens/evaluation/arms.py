@@ -23,8 +23,9 @@ from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.expert_products import plain_products
 from layerlens.integrations.transformers import without_cache
 from layerlens.jobs.costs import device_profile
+from layerlens.jobs.find import find_allocation
 from layerlens.jobs.recorded_step import UNRECORDABLE, has_figures
-from layerlens.jobs.solve import OF_SETS, find_allocation
+from layerlens.jobs.solve import OF_SETS
 from layerlens.manifest import read_manifest
 from layerlens.methods import enumerate_options
 from layerlens.models import LORA, CostTable, LayerSpec, ModelStatistics, UtilityTable
