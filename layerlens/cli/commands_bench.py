@@ -79,8 +79,9 @@ def _show(speeds: Speeds) -> None:
     load, present = machine["load_before"], machine["cores_present"]
     if load is not None and load > BUSY * present:
         output.warning(
-            f"the load was {load:.1f} on {present} cores before this began: rates are lower, times longer than on an "
-            "idle machine; ratios to NumPy and torch, taken moments apart, still tell"
+            f"the load was {load:.1f} on {present} cores before this began, so rates are lower and times longer than "
+            "on an idle machine; ratios to NumPy and torch remain meaningful, because they were measured moments "
+            "apart"
         )
 
 

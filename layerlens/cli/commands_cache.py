@@ -88,8 +88,8 @@ def verify(cache_dir: Directory = None, debug: Debug = False) -> None:
         output.warning(f"{entry.key[:KEY_LENGTH]}: {entry.state}")
     if bad:
         raise ActivationCacheError(
-            f"{len(bad)} of {len(entries)} entries cannot be trusted; runs measure them again, and "
-            "`layerlens cache rm --damaged` removes them"
+            f"{len(bad)} of {len(entries)} entries are damaged; runs measure them again, and `layerlens cache rm "
+            "--damaged` removes them"
         )
     output.note(f"{len(entries)} entries, all whole.")
 
@@ -101,7 +101,7 @@ def _open(cache_dir: Path | None) -> SensitivityCache:
 
     if cache_dir is not None and url_of(cache_dir):
         raise ConfigurationError(
-            f"--cache-dir: {url_of(cache_dir)} is a cache in a store; look after it with the store's own tools (blobs "
-            "are never rewritten, and one without an index entry may be removed)"
+            f"--cache-dir: {url_of(cache_dir)} is a cache in a store; manage it with the store's own tools (blobs are "
+            "never rewritten, and you may remove one without an index entry)"
         )
     return SensitivityCache(cache_dir or default_cache_dir())

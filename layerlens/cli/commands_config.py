@@ -54,7 +54,7 @@ def init(
     if path.is_dir():
         path = path / DEFAULT_PATH
     if path.exists() and not force:
-        raise ConfigurationError(f"{path} is already there; give another name, or --force to replace it")
+        raise ConfigurationError(f"{path} already exists; give another name, or --force to replace it")
     options = given_options(model, data, task, methods, max_params, max_vram, max_flops, max_latency, max_step)
     values = settled({KEYS[option]: value for option, value in options.items()})
     comments: dict[str, str] = {}

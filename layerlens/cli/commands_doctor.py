@@ -192,7 +192,7 @@ def _gpu() -> list[Finding]:
         return [Finding("GPU", f"{'; '.join(names)} (CUDA {torch.version.cuda}); runtime.device: cuda uses it")]
     if NVIDIA.exists() and torch.version.cuda is None:
         advice = "install torch's CUDA build: https://pytorch.org/get-started/locally"
-        return [Finding("GPU", f"one is there, but torch {torch.__version__} is built for the CPU alone", HINT, advice)]
+        return [Finding("GPU", f"one is there, but torch {torch.__version__} is built for the CPU only", HINT, advice)]
     if NVIDIA.exists():
         advice = "update the driver, or install the torch that was built for its CUDA"
         return [Finding("GPU", f"one is there, but torch's CUDA {torch.version.cuda} cannot use it", HINT, advice)]
@@ -210,7 +210,7 @@ def _openmp() -> list[Finding]:
     found = ", ".join(told for told, _ in pools.values())
     openmp = [path for path, (_, is_openmp) in pools.items() if is_openmp]
     if len(openmp) > 1:
-        advice = "they slow each other down when both are busy; set runtime.threads below the number of cores"
+        advice = "they slow each other down if both are busy; set runtime.threads below the number of cores"
         return [Finding("thread pools", f"{len(openmp)} OpenMP runtimes: {found}", HINT, advice)]
     return [Finding("thread pools", found)]
 

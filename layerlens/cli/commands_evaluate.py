@@ -38,7 +38,7 @@ Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: 
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Directory of the device profile.")]
 
 
-@guarded("finished runs are kept; call it again to go on")
+@guarded("finished runs are kept; run the command again to continue")
 def evaluate(
     subject: Annotated[
         Path,
@@ -80,7 +80,7 @@ def evaluate(
             if given is not None:
                 raise ConfigurationError(f"{name} goes with --costs; a study takes it from its configuration")
         if subject.suffix == ".json":
-            raise ConfigurationError(f"{subject} is no configuration; to evaluate a manifest's costs, give --costs")
+            raise ConfigurationError(f"{subject} is not a configuration; to evaluate a manifest's costs, give --costs")
         return _study(subject, directory, settings, json=json, quiet=quiet)
     if directory is not None or settings:
         raise ConfigurationError(
@@ -186,7 +186,9 @@ def _show(result: EvaluatedCosts, sizes: tuple[int, int]) -> None:
     console = output.console()
     console.print(_table(f"Costs of {sizes[0]} × {sizes[1]} tokens", result.choice, result.parts))
     if result.uniform_lora is not None:
-        console.print(_table("Uniform LoRA of as many parameters", result.uniform_lora, result.uniform_parts or {}))
+        console.print(
+            _table("Uniform LoRA with the same number of parameters", result.uniform_lora, result.uniform_parts or {})
+        )
         output.note(_beside(result.choice, result.uniform_lora))
 
 

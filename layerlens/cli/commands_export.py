@@ -43,7 +43,7 @@ class EngineName(str, Enum):
     any = "any"
 
 
-@guarded("the output directory is as it was")
+@guarded("the output directory is unchanged")
 def export(
     place: Annotated[
         Path,
@@ -78,11 +78,11 @@ def export(
     from layerlens.cli.places import output_directory, published_files
 
     if (tool, engine, merge) in [(None, None, False)] or (engine and (tool or merge)):
-        raise ConfigurationError("say one of --to TRAINER, --to gguf, --serve ENGINE and --merge")
+        raise ConfigurationError("give one of --to TRAINER, --to gguf, --serve ENGINE and --merge")
     if merge and tool not in (None, ToolName.gguf):
         raise ConfigurationError(f"--merge goes with --to gguf or alone, got --to {tool.value}")
     if merge and lora_part:
-        raise ConfigurationError("--merge takes everything up, and --lora-part would leave some out; say one of them")
+        raise ConfigurationError("--merge merges everything, and --lora-part would leave some out; give one of them")
     beside = place if place.is_dir() else place.parent
     target = directory or beside / (f"serve-{engine.value}" if engine else tool.value if tool else "merged")
     plan = manifest_in(place)

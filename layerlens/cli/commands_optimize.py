@@ -97,7 +97,7 @@ def optimize(
     if sweep is not None and frontier is not None:
         raise ConfigurationError("--sweep chooses at the budgets that it lists, --frontier traces a curve; give one")
     if at and frontier is None:
-        raise ConfigurationError("--at: says at which budgets --frontier certifies; give --frontier RESOURCE too")
+        raise ConfigurationError("--at: sets the budgets at which --frontier certifies; give --frontier RESOURCE too")
     folder = OPTIMIZED if frontier is None else ""
     statistics, checked, base_dir = saved_job(statistics, config, options, settings, directory, folder)
     if frontier is not None:

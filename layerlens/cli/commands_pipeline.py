@@ -12,7 +12,7 @@ from layerlens.cli.errors import UNEXPECTED, guarded
 from layerlens.cli.places import Debug, Json, Quiet
 
 
-@guarded("images that were done are in results/ and annotated/ of the output directory")
+@guarded("finished images are in results/ and annotated/ of the output directory")
 def pipeline(
     images: Annotated[
         list[str],

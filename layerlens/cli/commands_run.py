@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     Job = Callable[[Progress, Callable[[str], None]], RunResult]
 
 
-@guarded("no result was written; run it again, and statistics that were finished come from the cache")
+@guarded("no result was written; run it again, and finished statistics come from the cache")
 def run(
     config: OptionalConfig = None,
     model: Model = None,

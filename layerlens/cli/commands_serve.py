@@ -27,7 +27,7 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.", show
 jobs_app = typer.Typer(help="List, show, cancel and fetch the jobs of a server.", no_args_is_help=True)
 
 
-@guarded("jobs that ran wait for the next server")
+@guarded("interrupted jobs wait for the next server")
 def serve(
     root: Annotated[
         list[Path] | None, typer.Option("--root", help="Folder from which jobs may read models and data; repeatable.")
@@ -116,7 +116,7 @@ def serve(
     )
 
 
-@guarded("the job goes on at the server; `layerlens jobs` has it")
+@guarded("the job continues on the server; `layerlens jobs` shows it")
 def submit(
     config: Config,
     statistics: Annotated[
@@ -218,7 +218,7 @@ def cancel(
 
 
 @jobs_app.command("fetch")
-@guarded("the directory is as it was")
+@guarded("the directory is unchanged")
 def fetch(
     job: JobId,
     directory: Annotated[Path, typer.Option("--output", "-o", help="Directory for the results.")] = Path("out"),

@@ -25,7 +25,7 @@ APPLY = "apply"
 """The other name of ``show``, which shows the code too."""
 
 
-@guarded("the output directory is as it was")
+@guarded("the output directory is unchanged")
 def show(
     context: typer.Context,
     place: Place,
@@ -190,7 +190,7 @@ def _show_manifest(manifest: Manifest, created_at: str, path: Path) -> None:
 
     console, model = output.console(), manifest.model
     data = manifest.provenance.statistics or {}
-    facts = [model.name_or_path or "a model that is not named", model.task, model.dtype]
+    facts = [model.name_or_path or "an unnamed model", model.task, model.dtype]
     counted = data.get("calibration_samples", "?")
     facts.append(f"measured on {counted} samples of {data['source']}" if "source" in data else None)
     console.print(Text(", ".join(fact for fact in facts if fact)), soft_wrap=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NAMES_SHOWN = 20
 
 
-@guarded("tasks that were finished stay; run it again for the others")
+@guarded("finished tasks stay; run it again for the others")
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep's file (YAML).", show_default=False)],
     run: Annotated[bool, typer.Option("--run", help="Run all unfinished tasks on this machine.")] = False,
@@ -43,7 +43,7 @@ def sweep(
     if run + (task is not None) + collect > 1:
         raise SweepError("--run, --task and --collect: give one of them")
     if jobs != 1 and not run:
-        raise SweepError("--jobs: belongs to --run; a scheduler says itself how many tasks run at a time")
+        raise SweepError("--jobs: belongs to --run; a scheduler decides how many tasks run at a time")
     from layerlens.jobs.sweep import open_sweep, read_tasks, write_tasks
 
     opened = open_sweep(file)
@@ -84,7 +84,7 @@ def _all(opened: Sweep, tasks: list[SweepTask], jobs: int, json: bool, quiet: bo
         output.note(f"Next: {output.command('sweep', opened.path, '--collect')}")
     if counts[FAILED]:
         logs = output.short(opened.directory / "logs")
-        output.error(f"{counts[FAILED]} of {len(tasks)} tasks failed; what they said is in {logs}")
+        output.error(f"{counts[FAILED]} of {len(tasks)} tasks failed; their output is in {logs}")
         raise typer.Exit(1)
 
 

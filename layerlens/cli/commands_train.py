@@ -22,7 +22,7 @@ DEFAULT_FOLDER = "tuned"
 BARS, CURVE_WIDTH = "▁▂▃▄▅▆▇█", 24
 
 
-@guarded("run the same command again to go on from the last checkpoint")
+@guarded("run the same command again to continue from the last checkpoint")
 def train(
     manifest: Annotated[
         Path, typer.Argument(metavar="MANIFEST", help="manifest.json or manifest.yaml of a run.", show_default=False)
@@ -79,7 +79,7 @@ def train(
 
     if baseline is not None and start is not None:
         raise ConfigurationError(
-            "--from goes on with the manifest's own choice, and --baseline trains another; give one"
+            "--from continues with the manifest's own choice, and --baseline trains another; give one"
         )
     if baseline is not None:
         from layerlens.tuning.baselines import known_baseline

@@ -68,7 +68,7 @@ def refuse_streaming(config: RunConfig) -> None:
 
 def _unstreamable(config: RunConfig) -> Iterator[str]:
     """Why a streamed model cannot give what is asked for."""
-    end = "which streaming never has whole; leave it out, or set profiling.memory_mode: plain or checkpointed"
+    end = "which streaming never holds in full; leave it out, or set profiling.memory_mode: plain or checkpointed"
     if config.profiling.proxies.options:
         yield f"profiling.proxies trains options on the model in memory, {end}"
     if config.optimization.proxy_check.steps:

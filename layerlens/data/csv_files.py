@@ -58,8 +58,8 @@ def read_csv(path: Path, config: DataConfig, found: SourceRows) -> None:
         names = [f"column {number}" for number in range(1, len(header.fields) + 1)]
         begin.insert(0, header)
         found.note(
-            f"the first line of {path.name} looks like data, so its columns are called {', '.join(names[:2])} ...; "
-            "where it has names, give them others"
+            f"the first line of {path.name} looks like data, so its columns are called {', '.join(names[:2])} ...; if "
+            "it has names, rename them"
         )
     else:
         names = unique_names(header.fields, found)
@@ -75,7 +75,7 @@ def read_csv(path: Path, config: DataConfig, found: SourceRows) -> None:
             fields = len(record.fields)
             found.leave_out(f"(line {record.line}) has {fields} fields, and the header has {len(names)}")
         elif record.fields == header.fields and not nameless:
-            found.leave_out(f"(line {record.line}) has the names of the columns again")
+            found.leave_out(f"(line {record.line}) repeats the column names")
         else:
             for place in commas:
                 if DECIMAL.fullmatch(record.fields[place]):

@@ -55,7 +55,7 @@ def read_arrow_file(path: Path, found: SourceRows) -> None:
         loaded = library.Dataset.from_file(str(path))
     except (OSError, ValueError) as error:  # Arrow's own exceptions are ValueErrors
         raise DataError(
-            f"data.source: {path} is no .arrow file of datasets: {str(error).splitlines()[0]}; convert it to .parquet"
+            f"data.source: {path} is not an .arrow file: {str(error).splitlines()[0]}; convert it to .parquet"
         ) from error
     _keep(loaded, found)
 

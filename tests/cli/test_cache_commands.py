@@ -45,7 +45,7 @@ def test_verify_names_what_is_damaged(invoke: Invoke, cache: SensitivityCache) -
     assert found.exit_code != 0
     assert f"{bad[:12]}: damaged" in found.stderr
     assert "stray: foreign" in found.stderr
-    assert "2 of 3 entries cannot be trusted" in found.stderr
+    assert "2 of 3 entries are damaged" in found.stderr
 
 
 def test_rm_takes_first_letters_damage_or_all(invoke: Invoke, cache: SensitivityCache) -> None:

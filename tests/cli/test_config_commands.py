@@ -30,7 +30,7 @@ def test_init_writes_a_valid_file_and_keeps_what_is_there(invoke: Invoke, tmp_pa
 
     refused = invoke("init")
     assert refused.exit_code == 2
-    assert refused.stderr == "error: config.yaml is already there; give another name, or --force to replace it\n"
+    assert refused.stderr == "error: config.yaml already exists; give another name, or --force to replace it\n"
     assert (tmp_path / "config.yaml").read_text(encoding="utf-8") == VALID
     assert invoke("init", "--force").exit_code == 0
     assert (tmp_path / "config.yaml").read_text(encoding="utf-8") != VALID

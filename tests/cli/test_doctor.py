@@ -97,7 +97,7 @@ def test_a_gpu_that_torch_cannot_use_is_a_hint(monkeypatch: pytest.MonkeyPatch, 
     assert machine._gpu() == [Finding("GPU", "none")]
     monkeypatch.setattr(machine, "NVIDIA", tmp_path)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "built for the CPU alone" in machine._gpu()[0].found
+    assert "built for the CPU only" in machine._gpu()[0].found
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert (machine._gpu()[0].status, "CUDA 12.8" in machine._gpu()[0].found) == (HINT, True)
 

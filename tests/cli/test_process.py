@@ -115,7 +115,7 @@ def test_signals_unwind_the_run(tmp_path: Path, number: signal.Signals, code: in
     assert process.returncode == code
     # What was guessed is said before; the end is one line.
     assert stderr.splitlines()[-1] == (
-        f"error: {word}; no result was written; run it again, and statistics that were finished come from the cache"
+        f"error: {word}; no result was written; run it again, and finished statistics come from the cache"
     )
     assert len(stderr.splitlines()) <= 2
     assert os.listdir(tmp_path) == ["config.yaml"]

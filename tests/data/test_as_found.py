@@ -87,7 +87,7 @@ def test_keys_that_arrow_adds_to_tool_calls_are_not_there(tmp_path: Path):
     [
         (LINES, 8, ("bad", "good"), "looks like data"),
         (["0,1", *LINES], 8, ("bad", "good"), ""),
-        (["text,label", *LINES[:4], "text,label", *LINES[4:]], 8, ("bad", "good"), "names of the columns again"),
+        (["text,label", *LINES[:4], "text,label", *LINES[4:]], 8, ("bad", "good"), "repeats the column names"),
         (["what it says,its label", *LINES], 8, ("bad", "good"), ""),
         (["text,label", *LINES, '"he said "so" again",good'], 8, ("bad", "good"), "is not CSV with the delimiter"),
     ],

@@ -144,7 +144,12 @@ def test_commands(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.
     uses = {use["resource"]: use for use in json.loads(Path(path).read_text(encoding="utf-8"))["resources"]}
     assert found["step_memory_gb"]["predicted"] == pytest.approx(uses["vram_gb"]["total"], rel=0.02)
     shown = CliRunner().invoke(app, ["evaluate", path, "--costs", "--batch-size", "2", *cache])
-    for part in ("Costs of 2 × 16 tokens", "of it optimiser", "Uniform LoRA of as many parameters", "Beside it, "):
+    for part in (
+        "Costs of 2 × 16 tokens",
+        "of it optimiser",
+        "Uniform LoRA with the same number of parameters",
+        "Beside it, ",
+    ):
         assert part in shown.stderr
     refused = CliRunner().invoke(app, ["evaluate", path])
     assert (refused.exit_code, "give --costs" in refused.stderr) == (2, True)

@@ -124,7 +124,7 @@ def test_run_here_goes_on_after_a_failure_and_the_table_has_what_is_finished(fol
     done = cli("--run", "--jobs", "2")
     assert done.exit_code == 1, done.output
     assert "1 done, 0 finished before, 1 failed" in done.output
-    assert "1 of 2 tasks failed; what they said is in grid/logs" in done.output
+    assert "1 of 2 tasks failed; their output is in grid/logs" in done.output
     assert "optimization.max_vram_gb" in done.output or "vram" in done.output
     collected = cli("--collect", "--json")
     rows = json.loads(collected.stdout)
