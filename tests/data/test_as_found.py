@@ -64,7 +64,7 @@ def test_an_arrow_file_of_datasets_has_its_class_names(tmp_path: Path):
     (file,) = (tmp_path / "saved").glob("*.arrow")
     assert load(file).label_names == ("bad", "good")
     (tmp_path / "other.arrow").write_bytes(b"x" * 64)
-    with pytest.raises(DataError, match=r"no \.arrow file of datasets"):
+    with pytest.raises(DataError, match=r"not an \.arrow file"):
         load(tmp_path / "other.arrow")
 
 

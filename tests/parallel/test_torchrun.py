@@ -44,7 +44,7 @@ def test_a_killed_worker_is_restarted_and_measures_no_finished_batch_again(tmp_p
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert lines == [
         "error: terminated by torchrun; its report names the process that failed; no result was written; run it again, "
-        "and statistics that were finished come from the cache"
+        "and finished statistics come from the cache"
     ]
     begun = [collections.Counter((tmp_path / f"two/measured-{rank}.txt").read_text().split()) for rank in range(2)]
     assert [sum(counts.values()) for counts in begun] == [4 + 1, 4 + 1]  # only the batch that was being measured
