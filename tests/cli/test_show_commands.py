@@ -102,7 +102,7 @@ def test_layers_and_figures_that_differ(invoke: Invoke) -> None:
     result = invoke("diff", "a", "b", "--exit-code")
     assert result.exit_code == 1
     lines = [line.split() for line in result.stderr.splitlines()]
-    assert ["2", "of", "48", "layers", "that", "both", "have", "differ."] in lines
+    assert ["2", "of", "48", "common", "layers", "differ."] in lines
     assert [rows[3].layer, "LoRA", "8", "LoRA", "16"] in lines
     assert [rows[5].layer, "none", "adapter", "4"] in lines
     assert ["Trainable", "parameters", "43,008", "52,224", "+21.4", "%"] in lines

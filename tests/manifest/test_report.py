@@ -179,7 +179,7 @@ def test_it_says_what_the_manifest_says(report):
         "adapter 3",
         "1.5 GFLOP 1.4 GFLOP +7.1 %",
         "Forward latency of the frozen model 30.2 ms 44 ms ⚠ −31.2 %",
-        "Marked (⚠): the prediction misses by more than 20 %. Forward latency: the profile is of an idle machine",
+        "Marked (⚠): the prediction misses by more than 20 %. Forward latency: the profile describes an idle machine",
         "Largest change of any logit before the first step: 0",
         "18,211",
         "25 %",  # noise of the first layer: 1 - 1.5/2
