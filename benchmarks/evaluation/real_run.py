@@ -105,7 +105,7 @@ class RealStudy:
         """The head trained alone, for the seeds that lack it."""
         known = {record["seed"] for record in self.results.select(kind="reference", name="head")}
         missing = [seed for seed in seeds if seed not in known]
-        if self.task.head is None or not missing:
+        if not self.task.heads or not missing:
             return
         before = self.results.select(kind="reference", name="head")
         for record in before:

@@ -183,5 +183,5 @@ def _minilm(
     pretrained = PretrainedModel(model, tokenize, path, ("classifier.weight", "classifier.bias"))
     fit_head(model, pretrained.new_parameters, head.batches(torch.arange(len(head)), 64), silent, classification_loss)
     spec = model_spec(pretrained, "MiniLM-L6")
-    return StudyTask(name, model, spec, train, validation, test, classification_loss, head="classifier", steps=steps,
+    return StudyTask(name, model, spec, train, validation, test, classification_loss, heads=["classifier"], steps=steps,
                      batch_size=8, learning_rates=RATES, ranks=RANKS, seeds=SEEDS, sweep_seeds=SWEEP_SEEDS)  # fmt: skip

@@ -36,6 +36,7 @@ from layerlens.profiling.step_record import record_step
 from layerlens.rank_rules import Ranks
 from layerlens.registry import RANK_RULES, UTILITY_MODELS
 from layerlens.tasks import Batch
+from layerlens.tasks.losses import output_tensors
 from layerlens.utility import utility_table
 from layerlens.utils.places import default_cache_dir
 
@@ -238,14 +239,15 @@ def recorded_step(task: StudyTask) -> StepRecord:
 
     def step(samples: int) -> torch.Tensor:
         inputs = {name: torch.zeros((samples, *one.shape[1:]), dtype=one.dtype) for name, one in like.items()}
+        if not isinstance(labels, torch.Tensor):  # transcripts: the loss is a small part of a step
+            return torch.stack([tensor.sum() for tensor in output_tensors(task.model(**inputs))]).sum()
         batch = Batch(inputs, torch.zeros((samples, *labels.shape[1:]), dtype=labels.dtype), torch.arange(samples))
         return task.loss(task.model(**inputs), batch).mean()
 
     with without_cache(task.model), plain_products(task.model):
         return record_step(
-            task.model, lora_spec(task), step, heads=(task.head,) if task.head else (), batch_sizes=SAMPLES,
-            sequence_length=length,
-        )  # fmt: skip
+            task.model, lora_spec(task), step, heads=task.heads, batch_sizes=SAMPLES, sequence_length=length
+        )
 
 
 def needs_a_step(arm: CheapestArm) -> bool:
