@@ -1,4 +1,4 @@
-"""The certified answer: the problem as the solver counts it, held against what is predicted of its answer, and proved.
+"""The certified answer: the problem as the solver counts it, compared with the prediction for its answer, and proved.
 
 The solver adds up upper bounds of memory and time (``CostTable.bound``). They hold for the many choices that they were
 taken from. Should the answer need more than its bound says, and than the budget has, the base is raised and the problem
