@@ -66,7 +66,7 @@ class AllocationProblem:
         if self.depth is None:
             return np.zeros(len(self.options), dtype=bool)
         if self.depth.reaches__o is None:
-            reaches = np.fromiter((option.method != NONE for option in self.options), bool, len(self.options))
+            reaches = np.array([option.method != NONE for option in self.options], dtype=bool)
         else:
             reaches = np.asarray(self.depth.reaches__o, dtype=bool)
         return reaches & (np.repeat(self.depth.stage__g, np.diff(self.offset)) >= 0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,19 +77,22 @@ class Charged:
         return State(price, favourites, best, value, score)
 
     def bound(self, price: np.ndarray, score: float) -> float:
-        """A proved upper bound on all allocations of a mode, as ``Reduced.bound``.
+        """A proved upper bound on all allocations of a mode, as ``Reduced.bound``."""
+        return self.bounds(price, [score])[0]
+
+    def bounds(self, price: np.ndarray, scores: Sequence[float]) -> list[float]:
+        """``bound`` of several modes.
 
         The scores of a choice are added up by at most n additions, each of which errs by u of what is added up, which
         for an allocation that fits is at most n·|v| + p·C. Costs and values of items are correctly rounded sums: one u
         more of each.
         """
-        if score == -math.inf:
-            return -math.inf
         n, m = self.instance.n_groups, len(price)
         priced = exact_sum(price * self.instance.capacity)
         size = n * self.reduced.largest_value + priced
         margin = (n + 2 * m + 14) * UNIT_ROUNDOFF * size + (n + 1) * (m + 1) * 2.0**-1074
-        return self.reduced.round_down(exact_sum((score, priced, margin)))
+        round_down = self.reduced.round_down
+        return [-math.inf if score == -math.inf else round_down(exact_sum((score, priced, margin))) for score in scores]
 
     def rounding(self, price: np.ndarray) -> float:
         """How far a regret, added up over nodes of the graph, can lie from the exact one; as ``Reduced.rounding``."""

@@ -15,7 +15,7 @@ from layerlens.exceptions import OptimizationError
 from layerlens.kernels._knapsack import Instance
 from layerlens.models import AllocationProblem
 from layerlens.optimization.problem import exact_sum
-from layerlens.optimization.structure import build_structure
+from layerlens.optimization.structure import build_structure, check_charges
 
 # A corner less than this share of the values' range above the line between its neighbours is left out.
 FLAT = 1e-7
@@ -53,6 +53,7 @@ def corners(problem: AllocationProblem, row: int, threads: int) -> tuple[list[Co
         charges=tuple(dataclasses.replace(c, cost__r=np.asarray(c.cost__r)[[row]]) for c in problem.charges),
         depth=depth,
     )
+    check_charges(single)
     structure = build_structure(single)
     value = structure.value.copy()
     value[structure.impossible] = -np.inf

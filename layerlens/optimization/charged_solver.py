@@ -24,6 +24,7 @@ from layerlens.optimization.core_search import Incumbent, find_fitting, search_c
 from layerlens.optimization.lagrangian import guided_search
 from layerlens.optimization.long_search import Deadline, search_until
 from layerlens.optimization.problem import exact_sum, ldexp
+from layerlens.optimization.structure import check_charges
 
 # Modes that get prices of their own, modes that are searched at length, and modes in which a first allocation is
 # sought. Large problems look at fewer modes: as many as so many numbers allow, each mode looking at all some 40 times.
@@ -36,6 +37,8 @@ STARTED_SHARE, PRICE_FACTORS = 0.02, (0.25, 0.5, 0.8, 1.25, 2.0, 4.0, 1e3)
 NEAR_LIMIT = 1e-9
 # Joint choices that quick searches list, at least and for each part, and those that prove.
 QUICK_COMPOUNDS, PART_COMPOUNDS, ALL_COMPOUNDS = 1_500, 6, 20_000
+# A mode whose bound lies above the others by so much of the tolerance gets no prices of its own at first.
+ENOUGH = 0.1
 # Where the first allocation is further from its bound, the charges that the prices suggest are tried as they are.
 FAR = 0.005
 
@@ -113,8 +116,8 @@ class ChargedSearch:
         self.joint = state
         self.modes = [
             _Mode(index, bound, bound, state)
-            for index, score in enumerate(state.score)
-            if (bound := self.charged.bound(state.price, float(score))) > -math.inf
+            for index, bound in enumerate(self.charged.bounds(state.price, state.score.tolist()))
+            if bound > -math.inf
         ]
         self.report("multipliers", None, self.bound)
 
@@ -169,13 +172,15 @@ class ChargedSearch:
         """Prices for the best modes.
 
         Prices of one mode often prove enough about its neighbours, so the best mode without prices of its own comes
-        next, until none lies above those that have them.
+        next, until none lies above those that have them, or so little that it does not matter.
         """
+        own = -math.inf
         for _ in range(self.most_modes):
             top = self.open_modes()[0] if self.modes else None
-            if top is None or top.own:
+            if top is None or top.own or top.bound - own <= ENOUGH * self.tolerance * abs(top.bound):
                 break
             self._price(top)
+            own = max(own, top.bound)
 
     def _price(self, mode: _Mode) -> None:
         """Prices of its own for a mode; what they say of the others counts, too."""
@@ -183,8 +188,8 @@ class ChargedSearch:
         if not self.charged.instance.n_resources or not self.joint.price.any():
             return
         state = self.charged.minimise(mode.index, mode.state.price)
-        for each in self.modes:
-            bound = self.charged.bound(state.price, float(state.score[each.index]))
+        bounds = self.charged.bounds(state.price, state.score[[each.index for each in self.modes]].tolist())
+        for each, bound in zip(self.modes, bounds, strict=True):
             if bound < each.dual:
                 each.dual, each.state = bound, state
                 each.bound = min(each.bound, bound)
@@ -327,6 +332,7 @@ class ChargedSearch:
 
 def stage_bounds(problem: AllocationProblem, threads: int) -> list[float]:
     """What prices prove of the allocations with each lowest stage, and of those that reach none, which come last."""
+    check_charges(problem)
     search = ChargedSearch(problem, 0.0, 0, threads, lambda stage, value, bound: None)
     search.price()
     structure = search.charged.structure

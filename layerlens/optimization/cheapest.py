@@ -180,8 +180,8 @@ def saving_of(
 ) -> Saving:
     """What an allocation of ``cheapest_problem`` saves against uniform LoRA.
 
-    The solver counts sums; where what is predicted of the allocation is less, it is less for the proof as well, as
-    ``find_allocation`` has it: the certificate is exact for the answer, and takes other choices as their sums.
+    The solver counts sums, and the cost is what is predicted of the allocation. The room between value and bound is the
+    same for both, as ``find_allocation`` has it.
     """
     entries = problem.entries(allocation.choice)
     use = costs.total(entries)

@@ -88,12 +88,11 @@ class _Shared:
 
 
 def build_structure(problem: AllocationProblem) -> Structure:
-    """The items and the graph of a problem with charges.
+    """The items and the graph of a problem with charges that ``check_charges`` has seen.
 
     Raises:
-        OptimizationError: charges are damaged, or too entangled.
+        OptimizationError: charges are too entangled.
     """
-    check_charges(problem)
     n_options, n_groups = len(problem.options), len(problem.layers)
     offset = np.asarray(problem.offset, dtype=np.int64)
     group__o = np.repeat(np.arange(n_groups), np.diff(offset))
@@ -176,11 +175,17 @@ def build_structure(problem: AllocationProblem) -> Structure:
 def check_charges(problem: AllocationProblem) -> None:
     """Raise OptimizationError where a charge or the depth charge has numbers or indices that mean nothing."""
     n_resources, n_options = len(problem.resources), len(problem.options)
+    costs = [np.asarray(charge.cost__r) for charge in problem.charges]
+    fine = [cost.shape == (n_resources,) for cost in costs]
+    if costs and all(fine):  # at once: a test of each array takes longer than its numbers
+        cost__cr = np.array(costs)
+        fine = np.all(np.isfinite(cost__cr) & (cost__cr >= 0.0), axis=1).tolist()
     for index, charge in enumerate(problem.charges):
-        cost = np.asarray(charge.cost__r)
         where = f"charge {index} ({charge.name})"
-        if cost.shape != (n_resources,) or not np.all(np.isfinite(cost) & (cost >= 0.0)):
-            raise OptimizationError(f"{where}: expected {n_resources} finite costs of at least 0, got {cost.tolist()}")
+        if not fine[index]:
+            raise OptimizationError(
+                f"{where}: expected {n_resources} finite costs of at least 0, got {costs[index].tolist()}"
+            )
         if not 0.0 <= charge.penalty < np.inf:
             raise OptimizationError(f"{where}: the penalty must be finite and at least 0, got {charge.penalty}")
         if charge.options and not 0 <= min(charge.options) <= max(charge.options) < n_options:
@@ -269,25 +274,23 @@ def _settle(problem: AllocationProblem, group__o: np.ndarray) -> tuple[np.ndarra
     kept = new[charge] >= 0
     option, charge = option[kept], new[charge[kept]]
     order = np.lexsort((charge, option))
+    firsts = np.array([members[0] for members in merged], dtype=np.int64)
+    summed__cr, summed = cost__cr[firsts], penalty[firsts]
+    for index, members in enumerate(merged):
+        if len(members) > 1:
+            summed__cr[index] = [exact_sum(column) for column in cost__cr[members].T]
+            summed[index] = exact_sum(penalty[members])
     return (
         value,
         cost__ro,
         _Shared(
-            cost__cr=np.array([_sum_rows(cost__cr, each) for each in merged]).reshape(-1, m),
-            penalty=np.array([exact_sum(penalty[each]) for each in merged]),
+            cost__cr=summed__cr,
+            penalty=summed,
             option=option[order],
             charge=charge[order],
             members=merged,
         ),
     )
-
-
-def _sum_rows(cost__cr: np.ndarray, rows: list[int]) -> list[float]:
-    """Correctly rounded sums of some rows."""
-    if len(rows) == 1:
-        own: list[float] = cost__cr[rows[0]].tolist()
-        return own
-    return [exact_sum(column) for column in cost__cr[rows].T]
 
 
 def _switches(shared: _Shared, stage__o: np.ndarray) -> np.ndarray:

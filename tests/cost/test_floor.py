@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from layerlens.jobs.find import find_allocation
 from layerlens.jobs.frontier import envelope_of_all
 from layerlens.models import NONE, CostTable, UtilityTable
 from layerlens.models.step_use import AGAIN, BACKWARD, FORWARD, OWN
+from layerlens.optimization import uniform_reference
+from layerlens.optimization.cheapest import cost_share
+from layerlens.registry import UTILITY_MODELS
 
 ROUNDING = 1e-12
 """Some hundred terms, each rounded by 2^-53 of their sum."""
@@ -101,6 +105,35 @@ def test_what_is_proved_holds_for_every_choice_and_more_budget_never_lowers_it()
             assert more[2] >= less[0] - ROUNDING
     assert proved > 30
     assert refused < 15
+
+
+def test_no_choice_that_keeps_the_share_costs_less_than_what_is_proved_to_be_least():
+    room = []
+    for seed in range(18):
+        spec, utilities, table = random_case(seed)
+        adapts = np.array([option.method != NONE for option in utilities.options])
+        utilities = replace(utilities, utility=np.abs(utilities.utility) + 0.1 * adapts, model="uniform")
+        rng, choices = np.random.default_rng([9, seed]), all_choices(table)
+        config = OptimizationConfig(
+            objective="cheapest",
+            quality_margin=float(rng.uniform(0.0, 0.6)),
+            minimise=("step_ms", "vram_gb", {"step_ms": 1.0, "vram_gb": 1.0})[seed % 3],
+            methods=("lora", "adapter"),
+            max_trainable_params=int(rng.integers(20, 80)),
+        )
+        saving = find_allocation(spec, utilities, table, config, seed=0, threads=1).saving
+        power = UTILITY_MODELS[utilities.model].set_power
+        reference = uniform_reference(spec, utilities, table, config, power)
+        shares = [
+            cost_share(config, reference, table.total(each))
+            for each in choices
+            if reference.kept(each) >= saving.asked_share * (1 - ROUNDING)
+            and table.cost__ro[0, each].sum() <= config.max_trainable_params
+        ]
+        assert saving.least_cost_share <= min(shares) + ROUNDING
+        assert saving.least_cost_share <= saving.cost_share
+        room.append(saving.cost_share - saving.least_cost_share)
+    assert np.median(room) < 1e-6
 
 
 def test_no_choice_lies_above_the_curve_of_memory_and_of_step_time():
