@@ -19,9 +19,12 @@ def find_module(model: torch.nn.Module, name: str) -> torch.nn.Module:
     Raises:
         ManifestError: there is none; the message has the nearest known names.
     """
+    found: torch.nn.Module | None = model
+    for part in name.split("."):  # all modules of a deep model for each of its layers would be a square
+        found = None if found is None else found._modules.get(part)
+    if found is not None:
+        return found
     modules = dict(model.named_modules(remove_duplicate=False))
-    if name in modules and name:
-        return modules[name]
     near = difflib.get_close_matches(name, modules, n=3, cutoff=0.6)
     near += [known for known in modules if known.endswith("." + name) and known not in near][:3]
     hint = f"; nearest: {', '.join(near)}" if near else ""

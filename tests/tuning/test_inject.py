@@ -11,6 +11,7 @@ from shapes import assert_the_loss_falls_along_its_gradient
 
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import injected_ranks
+from layerlens.integrations.torch_modules import find_module
 from layerlens.methods import attached
 from layerlens.models import LoraSettings, Provenance
 from layerlens.tuning import apply
@@ -192,6 +193,14 @@ def change_row(manifest, of_layer, **fields):
 
 def with_facts(manifest, **fields):
     return dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, **fields))
+
+
+def test_a_module_is_found_without_going_through_all_others(tiny, monkeypatch):
+    """Else a run of N layers takes N² steps: export of 768 layers took 7.3 s instead of 1.2."""
+    model = tiny("bert").model
+    layers = dict(model.named_modules())
+    monkeypatch.setattr(torch.nn.Module, "named_modules", lambda *_, **__: pytest.fail("all modules were listed"))
+    assert all(find_module(model, name) is module for name, module in layers.items() if name)
 
 
 def test_refusals_name_the_trouble_and_leave_the_model_as_it_was(tiny, manifest_of, mixed):
