@@ -64,7 +64,7 @@ def class_folders(root: Path, kind: FileKind) -> tuple[tuple[Any, ...], tuple[st
     if train := next((folder for folder in classes if folder.name.lower() in TRAIN), None):
         others = [folder.name for folder in classes if folder is not train]
         if _folders(train) and all(name.lower() in OTHER_SPLITS for name in others):
-            notes = [f"of the folders {', '.join(folder.name for folder in classes)} LayerLens reads {train.name}"]
+            notes = [f"of the folders {', '.join(folder.name for folder in classes)}, LayerLens reads {train.name}"]
             root, classes = train, _folders(train)
     items: list[Any] = []
     labels: list[str] = []

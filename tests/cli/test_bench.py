@@ -68,4 +68,4 @@ def test_threads_and_cores_are_as_before_even_after_an_error() -> None:
 def test_more_threads_than_make_sense_are_refused(invoke: Invoke) -> None:
     result = invoke("bench", "--threads", "100000")
     assert result.exit_code == 2
-    assert "would only wait for each other" in result.stderr
+    assert "would only slow each other down" in result.stderr

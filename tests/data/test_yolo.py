@@ -150,5 +150,5 @@ def test_images_without_label_files(tmp_path: Path):
     assert dataset.labels == ((), (0,))
     assert dataset.reading.notes == ("1 of 2 images have no label file, and count as images without objects",)
     (tmp_path / "labels/b.txt").unlink()
-    with pytest.raises(DataError, match=r"none of 2 images has a label file; .* stand in .*labels/a\.txt"):
+    with pytest.raises(DataError, match=r"none of 2 images has a label file; .* belong in .*labels/a\.txt"):
         read_yolo(path, PIXELS)

@@ -260,5 +260,5 @@ def test_settings_that_are_not_there_are_named(bert: torch.nn.Module, bert_batch
     with pytest.raises(ConfigurationError, match="no budget given"):
         layerlens.plan(bert, bert_batches)
     statistics = layerlens.profile(bert, bert_batches)
-    with pytest.raises(ConfigurationError, match="max_length: is said when the model is measured"):
+    with pytest.raises(ConfigurationError, match="max_length: applies when the model is measured"):
         layerlens.choose(statistics, max_trainable_params=500, max_length=8)

@@ -239,7 +239,7 @@ def without_data(folder):
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
-        (grpo, ConfigurationError, "GRPOTrainer.*writes during training.*SFTTrainer"),
+        (grpo, ConfigurationError, "GRPOTrainer.*generates during training.*SFTTrainer"),
         (wrapped, ConfigurationError, "SFTTrainer has a PEFT adapter.*LoraConfig.*layerlens.adapt"),
         (without_data, DataError, "no train_dataset"),
         (lambda folder: of_iterable(folder, Once([{"input_ids": [1]}])), DataError, "Once.*read only once"),

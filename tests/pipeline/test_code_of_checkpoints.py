@@ -45,7 +45,7 @@ def own_code(
 @pytest.mark.parametrize("mode", ["auto", "streamed"])
 def test_refused_unless_the_configuration_trusts_it(own_code: dict[str, Any], tmp_path: Path, mode: str):
     own_code["profiling"]["memory_mode"] = mode
-    with pytest.raises(ModelSpecError, match=r"model\.trust_remote_code: .*own' comes with Python code of its own"):
+    with pytest.raises(ModelSpecError, match=r"model\.trust_remote_code: .*own' contains Python code"):
         run_config(RunConfig.model_validate(own_code), base_dir=tmp_path)
     with pytest.raises(ModelSpecError, match=r"model\.trust_remote_code: "):
         estimate(own_code["model"]["name_or_path"], rank=4, task="sequence-classification")

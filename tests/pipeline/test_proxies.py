@@ -192,7 +192,7 @@ def test_what_cannot_work_says_so(with_proxies, tmp_path):
     lines = [{"text": f"sample {n}", "label": n % 2} for n in range(12)]
     few.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     with_proxies["data"]["source"] = "few.jsonl"
-    with pytest.raises(DataError, match=r"profiling\.proxies: the data leaves \d samples to judge proxies on"):
+    with pytest.raises(DataError, match=r"profiling\.proxies: the data leaves \d samples to evaluate proxies on"):
         run(with_proxies, tmp_path, progress=silent)
 
 

@@ -142,5 +142,5 @@ def test_samples_are_kept_apart(checked_settings) -> None:
     assert set(measured.texts) <= texts[0]
     few_train, few_held_out = check_samples(make_dataset(90), config, 24, 32)
     assert not set(few_train.texts) & set(few_held_out.texts)
-    with pytest.raises(DataError, match=r"optimization\.proxy_check: the data leaves \d samples to judge on"):
+    with pytest.raises(DataError, match=r"optimization\.proxy_check: the data leaves \d samples for evaluation"):
         check_samples(make_dataset(20), config, 10, 4)

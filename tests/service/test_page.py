@@ -171,7 +171,7 @@ def test_submitting_following_comparing_and_cancelling(
     opened.sign_in()
     submit = page.get_by_role("button", name="Submit", exact=True)
     submit.click()
-    for words in ("Say which model to use", "Say which data to use", "Give at least one budget"):
+    for words in ("Name the model to use", "Name the data to use", "Give at least one budget"):
         assert page.get_by_text(words).is_visible()
     model = page.get_by_label("Model", exact=True)
     assert model.evaluate("e => e === document.activeElement")

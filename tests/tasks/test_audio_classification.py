@@ -159,7 +159,7 @@ def test_of_folders_of_splits_train_is_read(tmp_path: Path):
     dataset = load_dataset(DataConfig(source="data"), tmp_path, TASK.name)
     assert (len(dataset), dataset.label_names) == (2, ("cat", "dog"))
     assert dataset.reading is not None
-    assert dataset.reading.notes == ("of the folders Test, train, validation train is read",)
+    assert dataset.reading.notes == ("of the folders Test, train, validation, LayerLens reads train",)
 
 
 def test_without_the_library_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch):

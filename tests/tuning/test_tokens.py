@@ -286,7 +286,7 @@ def test_which_rows():
     assert both.indices == (7, 40, 41, 42)
     assert dict(both.checkpoint_shapes) == {"model.embed_tokens.weight": (40, 16), "lm_head.weight": (40, 16)}
     assert TokenTraining.of(both.described()) == both
-    with pytest.raises(ModelSpecError, match=r"model.trainable_tokens: 'x' is no token of the tokenizer"):
+    with pytest.raises(ModelSpecError, match=r"model.trainable_tokens: 'x' is not a token of the tokenizer"):
         with_tokens(model, Words(30), TokenRequest(tokens=("x",)))
     with pytest.raises(ModelSpecError, match="'w41' is token 41, and the model has embeddings for 40; set"):
         with_tokens(made("llama"), Words(NEW), TokenRequest(tokens=("w41",)))
