@@ -191,15 +191,16 @@ def page(results: dict[str, dict[str, Any]], of_vision: dict[str, dict[str, Any]
     lines = [
         "# Architectures", "",
         "<!-- Made by python -m benchmarks.architectures; change it there. -->", "",
-        f"{len(results)} kinds of model of transformers, each as a tiny model with random weights. Asked of each:", "",
+        f"{len(results)} transformers architectures, each as a tiny model with random weights. The columns "
+        "show whether", "",
         "- **run**: `layerlens run` ends with a choice;",
         "- **PEFT**: stock PEFT loads the adapter directory, and every chosen layer has its rank;",
-        "- **step 0**: the loaded model puts out exactly what the base model does, bit by bit;",
+        "- **step 0**: the loaded model computes exactly what the base model computes, bit for bit;",
         "- **3 steps**: three steps of training move every layer.", "",
-        "Layers that cannot be measured, or that PEFT cannot adapt, are left out and the run goes on; the manifest, "
-        "the summary and the report name them with the reason. The last column counts them.", "",
-        "A change of a few 1e-7 at step 0 is rounding: the product of the same numbers, elsewhere in memory (seen in "
-        "Mamba's `x_proj`, whose input is the same to the bit).", "",
+        "LayerLens leaves out layers that cannot be measured, or that PEFT cannot adapt, and continues. The "
+        "manifest, the summary and the report name them with the reason. The last column counts them.", "",
+        "A change of a few 1e-7 at step 0 is rounding: the same product computed at another place in memory "
+        "(seen in Mamba's `x_proj`, whose input is equal bit for bit).", "",
         f"{right} kinds are right in every cell; of {len(results) - right} some cell is not, and says what came.", "",
         "| architecture | class | " + " | ".join(CELLS) + " | layers left out |",
         "|---|---|" + "---|" * (len(CELLS) + 1),

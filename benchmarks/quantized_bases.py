@@ -240,10 +240,10 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         "# Quantized bases", "",
         "<!-- Made by python -m benchmarks.quantized_bases; change it there. -->", "",
-        "A tiny Llama with random weights in each format that installs on a CPU, taken through a whole job. The cells "
-        "are those of [architectures](architectures.md). Stock PEFT loads the base as the snippet of `layerlens "
-        "export` does.",
-        "", "| format | package | dtype | " + " | ".join(CELLS) + " | what is said or left out |",
+        "The table shows a whole job on a tiny Llama with random weights, in each format that installs on a "
+        "CPU. The columns are those of [architectures](architectures.md). Stock PEFT loads the base like the "
+        "snippet of `layerlens export`.",
+        "", "| format | package | dtype | " + " | ".join(CELLS) + " | warnings and layers left out |",
         "|---|---|---|" + "---|" * (len(CELLS) + 1),
     ]  # fmt: skip
     for name, one in FORMATS.items():
@@ -254,10 +254,11 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
         told = [name, row["package"], one.dtype, *cells, said]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in told) + " |")
     lines += [
-        "", "GPTQ and AWQ are loaded with the kernel that gptqmodel has for training (`backend: auto_trainable`). Its "
-        "kernel for the CPU repacks the weights in the first call without a gradient, and gives none from then on; "
-        "LayerLens prevents that in its own jobs, and in a script of yours `model.train()` before the first call does.",
-        "", "Not run here:", "",
+        "", "LayerLens loads GPTQ and AWQ with gptqmodel's kernel for training (`backend: auto_trainable`). "
+        "gptqmodel's CPU kernel repacks the weights in the first call without a gradient, and gives no "
+        "gradient from then on. LayerLens prevents this in its own jobs. In your own script, call "
+        "`model.train()` before the first call.",
+        "", "Not tested:", "",
     ]  # fmt: skip
     lines += [f"- {name}: {reason}." for name, reason in NOT_HERE.items()]
     return "\n".join(lines) + "\n"
