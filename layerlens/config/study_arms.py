@@ -90,7 +90,7 @@ def written_arm(arm: str) -> WrittenArm | None:
     if word in (TOP, BOTTOM):
         count, _, kinds = rest.partition(":")
         if not count.isdecimal() or int(count) < 1:
-            raise ValueError(f"arm {arm!r}: {count!r} is no number of blocks; write {word}:3, or {word}:3:v+o")
+            raise ValueError(f"arm {arm!r}: {count!r} is not a number of blocks; write {word}:3, or {word}:3:v+o")
         return LayersArm(word, int(count), _kinds(arm, kinds) if rest.count(":") else ())
     if word == ONLY:
         return LayersArm(ONLY, 0, _kinds(arm, rest))
@@ -113,7 +113,7 @@ def _cheapest(arm: str, rest: str) -> CheapestArm:
     share_text, _, resource = rest.partition(":")
     known = get_args(Minimised)
     if resource and resource not in known:
-        raise ValueError(f"arm {arm!r}: {resource!r} is no resource; known: {', '.join(known)}")
+        raise ValueError(f"arm {arm!r}: {resource!r} is not a resource; known: {', '.join(known)}")
     minimised: Minimised = resource or STEP  # type: ignore[assignment]  # one of them, as was just checked
     if not share_text:
         return CheapestArm(None, minimised)
@@ -122,5 +122,5 @@ def _cheapest(arm: str, rest: str) -> CheapestArm:
     except ValueError:
         share = 0.0
     if not 0.0 < share <= 1.0:
-        raise ValueError(f"arm {arm!r}: {share_text!r} is no share above 0 and up to 1; write cheapest:0.95")
+        raise ValueError(f"arm {arm!r}: {share_text!r} is not a share above 0 and up to 1; write cheapest:0.95")
     return CheapestArm(share, minimised)

@@ -98,15 +98,15 @@ class TrainingConfig(ConfigModel):
     report_to: tuple[str, ...] = Field(
         default=(),
         exclude_if=lambda names: not names,
-        description="Where losses and metrics are reported while training goes on, by transformers' own callbacks: "
-        "`wandb`, `mlflow`, `tensorboard`, `trackio`, `comet_ml` ...; `all`: to whatever is installed. Each tool's own "
-        "environment variables say where that is.",
+        description="Tools that receive losses and metrics during training, through transformers' own callbacks: "
+        "`wandb`, `mlflow`, `tensorboard`, `trackio`, `comet_ml` ...; `all`: every installed tool. Set the target in "
+        "each tool's own environment variables.",
     )
     report_every: int = Field(
         default=1,
         ge=1,
         exclude_if=lambda every: every == 1,
-        description="Report the training loss after so many optimiser steps.",
+        description="Report the training loss every this many optimiser steps.",
     )
 
     @field_validator("report_to", mode="before")

@@ -47,7 +47,7 @@ def read_coco(path: Path, max_pixels: int) -> Dataset:
             by_image[one["image_id"]].append(one)
         listed = [(one["id"], str(one["file_name"]), one) for one in found["images"]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"data.source: {path} is no COCO data set: an entry lacks {error}") from error
+        raise DataError(f"data.source: {path} is not a COCO data set: an entry lacks {error}") from error
     folders, check = _folders(path), Check()
     images, labels, boxes, left_out, dropped = [], [], [], dict[int, str](), Counter[str]()
     for number, (key, name, facts) in enumerate(listed, start=1):
@@ -84,7 +84,7 @@ def _parsed(path: Path) -> dict[str, Any]:
     lacking = [key for key in KEYS if not isinstance(found, dict) or not isinstance(found.get(key), list)]
     if lacking:
         raise DataError(
-            f"data.source: {path} is no COCO data set: it has no list {lacking[0]!r}; give a JSON file with "
+            f"data.source: {path} is not a COCO data set: it has no list {lacking[0]!r}; give a JSON file with "
             f"{', '.join(KEYS)}, or the YAML file of a YOLO data set"
         )
     return dict(found)
@@ -144,7 +144,7 @@ def _corners(annotation: Mapping[str, Any]) -> tuple[float, float, float, float]
             values = [float(value) for polygon in polygons for value in polygon]
             found = (min(values[0::2]), min(values[1::2]), max(values[0::2]), max(values[1::2]))
     except (TypeError, ValueError) as error:
-        raise Unusable(f"has an annotation whose place is no list of numbers ({error})") from error
+        raise Unusable(f"has an annotation whose place is not a list of numbers ({error})") from error
     if not all(map(math.isfinite, found)):
-        raise Unusable("has an annotation whose place is no number")
+        raise Unusable("has an annotation whose place is not a number")
     return found

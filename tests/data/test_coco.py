@@ -83,6 +83,6 @@ def test_annotations_of_no_use_leave_their_image_out(tmp_path: Path):
     assert len(found) == 1
     assert found.reading is not None
     assert "category 5, which is not listed" in found.reading.left_out[2]
-    assert "no list of numbers" in found.reading.left_out[3]
+    assert "not a list of numbers" in found.reading.left_out[3]
     with pytest.raises(DataError, match="none of its 3 images has a box"):
         load_dataset(DataConfig(source=str(write(tmp_path / "b", []))), task=TASK)
