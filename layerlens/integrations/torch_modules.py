@@ -145,3 +145,18 @@ def frozen_without_dropout(model: torch.nn.Module, *, checkpointing: bool = Fals
                 parameter.requires_grad_(required)
             for module in checkpoints:
                 module.gradient_checkpointing = True
+
+
+def learns_in_forward(module: torch.nn.Module) -> bool:
+    """Whether a forward pass in training mode changes buffers of the module: running statistics of batch and instance
+    normalisation, and the vectors with which spectral normalisation finds the largest singular value.
+    """
+    import torch
+    from torch.nn.utils import parametrizations
+    from torch.nn.utils.spectral_norm import SpectralNorm
+
+    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm | parametrizations._SpectralNorm):
+        return True
+    if isinstance(module, torch.nn.modules.instancenorm._InstanceNorm):
+        return bool(module.track_running_stats)
+    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())

@@ -17,6 +17,7 @@ from layerlens.integrations.audio_input import SPECTRA, WAVES
 from layerlens.integrations.expert_products import plain_products
 from layerlens.integrations.placement import offloaded, sharded
 from layerlens.integrations.quantized import quantized_layers
+from layerlens.integrations.torch_modules import learns_in_forward
 from layerlens.integrations.transformers import without_cache
 from layerlens.jobs.costs import device_profile
 from layerlens.jobs.job import Job
@@ -135,7 +136,7 @@ def as_trained(model: torch.nn.Module) -> Iterator[None]:
     try:
         model.train()
         for module in model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            if learns_in_forward(module):
                 module.training = False
         for parameter, _ in flags:
             parameter.requires_grad_(False)

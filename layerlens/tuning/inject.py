@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from layerlens.exceptions import ManifestError
 from layerlens.integrations.checkpointing import checkpoint_blocks
 from layerlens.integrations.peft import TOKEN_ROWS, base_of, has_trained_rows
-from layerlens.integrations.torch_modules import find_module
+from layerlens.integrations.torch_modules import find_module, learns_in_forward
 from layerlens.integrations.transformers import blocks_to_checkpoint
 from layerlens.methods import drop_hooks, injected_sizes
 from layerlens.models import LORA, Choice, Manifest, ModelFacts
@@ -264,16 +264,14 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def keep_statistics(base: torch.nn.Module, heads: Sequence[torch.nn.Module] = ()) -> None:
-    """Let frozen batch normalisation use its running statistics in training too, and leave them as they are.
+    """Let frozen norms use what they have learnt in training too (running statistics, singular vectors), and keep it.
 
-    They are weights of the frozen model; updated, they would be in no adapter file.
+    These are weights of the frozen model; updated, they would be in no adapter file.
     """
-    import torch
-
     trained = {id(module) for head in heads for module in head.modules()}
     for module in base.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and id(module) not in trained:
-            module.register_forward_pre_hook(_in_evaluation_mode)
+        if learns_in_forward(module) and id(module) not in trained:
+            module.register_forward_pre_hook(_in_evaluation_mode, prepend=True)
 
 
 def release_statistics(base: torch.nn.Module) -> None:

@@ -127,3 +127,36 @@ def test_depthwise_dilated_and_reflecting_convolutions_are_refused():
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, **option))
         with pytest.raises(ManifestError, match=r"0: PEFT's LoRA drops the (dilation|padding mode) of a convolution"):
             apply(model, plan(model, {"0": ("lora", 2)}))
+
+
+class Normed(torch.nn.Module):
+    """Norms that learn in a forward pass of training, beside a layer that takes LoRA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.utils.spectral_norm(torch.nn.Conv2d(3, 8, 3, padding=1))
+        self.second = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv2d(8, 8, 3, padding=1))
+        self.norm, self.last = torch.nn.InstanceNorm2d(8, track_running_stats=True), torch.nn.Conv2d(8, 4, 3)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(self.norm(self.second(self.first(pixels).relu())).relu()).mean((2, 3))
+        return out
+
+
+def test_what_frozen_norms_have_learnt_stays_as_it_is(tmp_path):
+    """It is in no adapter file, so a loaded adapter would meet other values than it was trained with."""
+    base = Normed().eval()
+    before = {name: value.clone() for name, value in base.named_buffers()}
+    tuned = apply(base, plan(base, {"last": ("lora", 2)}))
+    optimizer = torch.optim.SGD([one for one in tuned.parameters() if one.requires_grad], lr=0.1)
+    pixels = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        tuned.train()(pixels).square().sum().backward()
+        optimizer.step()
+    after = dict(base.named_buffers())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    save(tuned, tmp_path)
+    loaded = load(Normed().eval(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(pixels), tuned.eval()(pixels))
