@@ -3,7 +3,9 @@
 Every law has one or two constants. They are fitted on the training tasks of the study, each task left out in turn, and
 the residuals of the tasks that were left out give the width of the interval. The tasks of ``FIXED`` are only judged.
 
-    s = Σ e^q · √min(rank, rank of uniform LoRA) / the same sum of uniform LoRA
+    share = Σ e^q · √min(rank, rank of uniform LoRA) / the same sum of uniform LoRA
+    reach = Σ e^q of all blocks from the lowest adapted one up / Σ e^q of all
+    s = w · reach + (1 − w) · share
     root:        √s, without a constant
     power:       s^p
     saturating:  (1 + c) s / (c + s)
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +36,11 @@ LAWS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "saturating": lambda s, c: (1.0 + c) * s / (c + s),
     "exponential": lambda s, c: (1.0 - np.exp(-s / c)) / (1.0 - np.exp(-1.0 / c)),
 }
-EXPONENTS = (0.25, 0.5, 0.75, 1.0)
+EXPONENTS = (0.5, 1.0)
 """Of the energy: 1 is raw, 0.25 the fourth root that the default takes."""
-PRODUCT = ("root", 1.0)
+REACHES = (0.0, 0.5, 0.8, 1.0)
+"""w of the law: how much counts what lies above the lowest adapted block, which a low adapter can do the work of."""
+PRODUCT = ("root", 1.0, 0.0)
 """What the product has: the root of the raw energy's share. Another law has to be better by ``WORTH``."""
 WORTH = 0.02
 """Of root mean square error: a constant that does less is not worth having."""
@@ -52,6 +57,7 @@ class Pair:
     Args:
         task, arm: which.
         energy__l: float64, of every layer.
+        block__l: int64, its block; -1 outside the blocks.
         weight__l: float64, √rank of the choice's layers, at most uniform LoRA's.
         uniform__l: the same of uniform LoRA.
         kept, error: measured, with its standard error.
@@ -60,15 +66,18 @@ class Pair:
     task: str
     arm: str
     energy__l: np.ndarray
+    block__l: np.ndarray
     weight__l: np.ndarray
     uniform__l: np.ndarray
     kept: float
     error: float
 
-    def share(self, exponent: float) -> float:
+    def share(self, exponent: float, reach: float = 0.0) -> float:
         """s of the law."""
         powered = self.energy__l**exponent
-        return float((powered * self.weight__l).sum() / (powered * self.uniform__l).sum())
+        own = float((powered * self.weight__l).sum() / (powered * self.uniform__l).sum())
+        above = self.block__l >= self.block__l[self.weight__l > 0].min()
+        return reach * float(powered[above].sum() / powered.sum()) + (1.0 - reach) * own
 
 
 def pairs_of(measured: Mapping[str, Mapping[str, Any]]) -> list[Pair]:
@@ -92,6 +101,7 @@ def pairs_of(measured: Mapping[str, Mapping[str, Any]]) -> list[Pair]:
                 Pair(
                     task, arm,
                     np.array([layer["energy"] for layer in layers.values()]),
+                    np.array([-1 if layer["block"] is None else layer["block"] for layer in layers.values()]),
                     np.sqrt([min(one.ranks.get(name, 0), most) for name in layers]),
                     np.sqrt([uniform.get(name, 0) for name in layers]),
                     one.kept,
@@ -107,9 +117,9 @@ def _t(n: int) -> float:
     return float(t.ppf(0.975, n - 1))
 
 
-def fit(law: str, exponent: float, pairs: Sequence[Pair]) -> float:
+def fit(law: str, exponent: float, reach: float, pairs: Sequence[Pair]) -> float:
     """The constant of least weighted squares."""
-    s = np.array([pair.share(exponent) for pair in pairs])
+    s = np.array([pair.share(exponent, reach) for pair in pairs])
     kept = np.array([pair.kept for pair in pairs])
     weight = 1.0 / (WEIGHT_FLOOR**2 + np.array([pair.error for pair in pairs]) ** 2)
 
@@ -122,13 +132,13 @@ def fit(law: str, exponent: float, pairs: Sequence[Pair]) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x))
 
 
-def left_out(law: str, exponent: float, pairs: Sequence[Pair]) -> np.ndarray:
+def left_out(law: str, exponent: float, reach: float, pairs: Sequence[Pair]) -> np.ndarray:
     """Predictions of every pair by the constant of the other tasks."""
     predicted = np.zeros(len(pairs))
     for task in dict.fromkeys(pair.task for pair in pairs):
-        constant = fit(law, exponent, [pair for pair in pairs if pair.task != task])
+        constant = fit(law, exponent, reach, [pair for pair in pairs if pair.task != task])
         own = [index for index, pair in enumerate(pairs) if pair.task == task]
-        predicted[own] = LAWS[law](np.array([pairs[index].share(exponent) for index in own]), constant)
+        predicted[own] = LAWS[law](np.array([pairs[index].share(exponent, reach) for index in own]), constant)
     return predicted
 
 
@@ -168,15 +178,15 @@ def covered(pairs: Sequence[Pair], predicted: np.ndarray, below: float, above: f
     return float(np.mean((kept >= predicted - below * size) & (kept <= predicted + above * size)))
 
 
-def nested_coverage(law: str, exponent: float, pairs: Sequence[Pair]) -> float:
+def nested_coverage(law: str, exponent: float, reach: float, pairs: Sequence[Pair]) -> float:
     """Coverage on each task of the interval that the other tasks gave, by pairs."""
     hits = []
     for task in dict.fromkeys(pair.task for pair in pairs):
         others = [pair for pair in pairs if pair.task != task]
         own = [pair for pair in pairs if pair.task == task]
-        below, above = widths(others, left_out(law, exponent, others))
-        constant = fit(law, exponent, others)
-        predicted = LAWS[law](np.array([pair.share(exponent) for pair in own]), constant)
+        below, above = widths(others, left_out(law, exponent, reach, others))
+        constant = fit(law, exponent, reach, others)
+        predicted = LAWS[law](np.array([pair.share(exponent, reach) for pair in own]), constant)
         hits += [covered([pair], predicted[i : i + 1], below, above) for i, pair in enumerate(own)]
     return float(np.mean(hits))
 
@@ -189,49 +199,50 @@ def law_sections(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if len({pair.task for pair in training}) < 3:
         return []
     rows, scores = [], {}
-    for law in LAWS:
-        for exponent in EXPONENTS:
-            predicted = left_out(law, exponent, training)
-            of_all, within, error = judged(training, predicted)
-            scores[law, exponent] = error
-            rows.append(
-                [law, f"{exponent:g}", "–" if law == "root" else f"{fit(law, exponent, training):.3g}",
-                 f"{of_all:.2f}", f"{within:.2f}",
-                 f"{error:.2f}", f"{nested_coverage(law, exponent, training):.2f}"]
-            )  # fmt: skip
-    header = ["law", "energy to the power", "constant", "Spearman", "within tasks", "error", "interval holds"]
+    for key in product(LAWS, EXPONENTS, REACHES):
+        of_all, within, error = judged(training, left_out(*key, training))
+        scores[key] = error
+        law, exponent, reach = key
+        constant = "–" if law == "root" else f"{fit(*key, training):.3g}"
+        held = f"{nested_coverage(*key, training):.2f}"
+        figures = [f"{of_all:.2f}", f"{within:.2f}", f"{error:.2f}", held]
+        rows.append([law, f"{exponent:g}", f"{reach:g}", constant, *figures])
+    header = ["law", "energy to the power", "w", "constant", "Spearman", "within tasks", "error", "interval holds"]
     sections = [
         f"## Predicted kept share: {len(training)} pairs of {len({p.task for p in training})} training tasks, each "
         f"task left out in turn\n\n{markdown(header, rows)}"
     ]
     best = min(scores, key=lambda key: scores[key])
-    law, exponent = best if scores[best] < scores[PRODUCT] - WORTH else PRODUCT
-    constant = fit(law, exponent, training)
-    below, above = widths(training, left_out(law, exponent, training))
-    sections.append(
-        f"Least error: {best[0]}, energy to the power {best[1]:g}. Taken: {law}, {exponent:g}"
-        + ("" if law == "root" else f", constant {constant:.3g}")
-        + f"; the interval is the prediction k − {below:.3f}·({SURE} + |1 − k|) to k + {above:.3f}·({SURE} + |1 − k|)."
-    )
-    if fixed:
-        predicted = LAWS[law](np.array([pair.share(exponent) for pair in fixed]), constant)
-        of_all, within, error = judged(fixed, predicted)
-        share = covered(fixed, predicted, below, above)
-        rows = [
-            [pair.task, pair.arm, f"{pair.share(1.0):.2f}", f"{k:.2f}", f"{pair.kept:.2f} ± {pair.error:.2f}"]
-            for pair, k in zip(fixed, predicted, strict=True)
-        ]
-        sections.append(
-            f"## The law on the fixed tasks: Spearman {of_all:.2f} over {len(fixed)} pairs, {within:.2f} within tasks, "
-            f"error {error:.2f}, interval holds {share:.2f}\n\n"
-            + markdown(["task", "choice", "share of the energy", "predicted", "kept"], rows)
-        )
-    rows = [
-        [pair.task, pair.arm, f"{pair.share(1.0):.2f}", f"{k:.2f}", f"{pair.kept:.2f} ± {pair.error:.2f}"]
-        for pair, k in zip(training, left_out(law, exponent, training), strict=True)
-    ]
-    sections.append(
-        "## The same law on the training tasks, each left out\n\n"
-        + markdown(["task", "choice", "share of the energy", "predicted", "kept"], rows)
-    )
+    sections.append(_section("The product's law", PRODUCT, training, fixed))
+    if scores[best] < scores[PRODUCT] - WORTH:
+        sections.append(_section("The law of least error", best, training, fixed))
     return sections
+
+
+def _section(title: str, key: tuple[str, float, float], training: Sequence[Pair], fixed: Sequence[Pair]) -> str:
+    """A law on the training tasks, each left out, and on the fixed ones, with the interval of the training tasks."""
+    law, exponent, reach = key
+    constant, predicted = fit(*key, training), left_out(*key, training)
+    below, above = widths(training, predicted)
+    text = (
+        f"## {title}: {law}, energy to the power {exponent:g}, w {reach:g}"
+        + ("" if law == "root" else f", constant {constant:.3g}")
+        + f"\n\nThe interval is k − {below:.3f}·({SURE} + |1 − k|) to k + {above:.3f}·({SURE} + |1 − k|).\n\n"
+    )
+    rows = [_row(pair, k) for pair, k in zip(training, predicted, strict=True)]
+    if fixed:
+        of_fixed = LAWS[law](np.array([pair.share(exponent, reach) for pair in fixed]), constant)
+        of_all, within, error = judged(fixed, of_fixed)
+        text += (
+            f"On the fixed tasks: Spearman {of_all:.2f} over {len(fixed)} pairs, {within:.2f} within tasks, error "
+            f"{error:.2f}; the interval holds {covered(fixed, of_fixed, below, above):.2f} of them.\n\n"
+        )
+        rows += [_row(pair, k, " (fixed)") for pair, k in zip(fixed, of_fixed, strict=True)]
+    return text + markdown(["task", "choice", "share", "reach", "predicted", "kept"], rows)
+
+
+def _row(pair: Pair, predicted: float, note: str = "") -> list[str]:
+    return [
+        pair.task + note, pair.arm, f"{pair.share(1.0):.2f}", f"{pair.share(1.0, 1.0):.2f}", f"{predicted:.2f}",
+        f"{pair.kept:.2f} ± {pair.error:.2f}",
+    ]  # fmt: skip

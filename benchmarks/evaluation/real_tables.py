@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from real_tasks import DEPTH_ARMS, FIXED, TASKS
 
-from layerlens.evaluation.results import N_BOOTSTRAP, UNIFORM, ResultsFile, chosen_rate, study_seeds
+from layerlens.evaluation.results import N_BOOTSTRAP, UNIFORM, ResultsFile, chosen_rate, study_seeds, t_interval
 from layerlens.evaluation.study_report import markdown
 from layerlens.jobs.cheapest_check import kept_share
 from layerlens.utils.atomic import atomic_write_text
@@ -25,7 +25,14 @@ FOLDER = Path(__file__).parent / "results" / "real"
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- real models: begin -->", "<!-- real models: end -->"
 ORDER = ("auto", "cheapest:0.95", "cheapest:0.85")
-SHAPES = {shape: tuple(arms[shape] for arms in DEPTH_ARMS.values()) for shape in DEPTH_ARMS[6]}
+SHAPES = {
+    "most": "uniform LoRA on the upper 4 of 6 blocks (3 of 4)",
+    "half": "uniform LoRA on the upper 3 of 6 blocks (2 of 4)",
+    "values": "on value and output projections of these",
+    "top": "uniform LoRA on the upper block",
+    "bottom": "uniform LoRA on the lower 2 blocks",
+}
+"""What the arms by depth are in words; ``DEPTH_ARMS`` has them by model."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,7 @@ def _cell(one: Measured) -> str:
 
 
 def _named(shape: str) -> str:
-    return f"{shape} ({', '.join(SHAPES[shape])} of 6, 4, 30 blocks)" if shape in SHAPES else shape
+    return SHAPES.get(shape, shape)
 
 
 def cost_table(measured: Mapping[str, Mapping[str, Measured]], tasks: Sequence[str]) -> str:
@@ -222,8 +229,8 @@ def summary_table(measured: Mapping[str, Mapping[str, Measured]], tasks: Sequenc
             [_named(shape), f"{mean:.2f} [{low:.2f}, {high:.2f}]", f"{within} / {below} of {len(of_tasks)}",
              f"{np.nanmedian(steps):.2f}", f"{np.nanmedian(saved):.2f}"]
         )  # fmt: skip
-    header = ["choice", "share of uniform LoRA's improvement [95 %, tasks and seeds]", "surely above / below 0.95",
-              "step time", "saved activations"]  # fmt: skip
+    header = ["choice", f"share of uniform LoRA's improvement, {len(tasks)} tasks [95 %]", "surely above / below 0.95",
+              "step time*", "saved activations*"]  # fmt: skip
     return markdown(header, rows)
 
 
@@ -232,19 +239,24 @@ def main() -> None:
     from real_laws import law_sections
 
     measured = all_measured()
-    tasks = list(measured)
+    tasks = [task for task, arms in measured.items() if t_interval(arms[UNIFORM].drop)[0] > 0.0]
+    without = [task for task in measured if task not in tasks]
     training = [task for task in tasks if task not in FIXED]
     fixed = [task for task in tasks if task in FIXED]
     sections = [
         "# The study on real models",
-        f"## Tasks\n\n{base_table(measured, tasks)}",
+        f"## Tasks\n\n{base_table(measured, list(measured))}",
         f"## Share of uniform LoRA's improvement that is kept: training tasks\n\n{kept_table(measured, training)}",
         f"## The same on the tasks that were fixed before\n\n{kept_table(measured, fixed)}",
         "## Costs as shares of uniform LoRA: step time measured (predicted); saved activations measured\n\n"
         + cost_table(measured, tasks),
-        *law_sections(measured),
+        *law_sections({task: measured[task] for task in tasks}),
         f"## Summary\n\n{summary_table(measured, tasks)}",
     ]
+    if without:
+        sections.insert(
+            2, f"On {' and '.join(without)} uniform LoRA improves nothing for sure, so there is no share of it to keep."
+        )
     atomic_write_text(FOLDER / "study.md", "\n\n".join(sections))
     text = README.read_text(encoding="utf-8")
     if BEGIN in text:

@@ -226,6 +226,9 @@ def _cheapest(
 ) -> Solution:
     """The cheapest choice with what it saves, or uniform LoRA if there is none."""
     saving = saving_of(found.allocation, found.problem, found.costs, config, reference, kept)
+    if found.utilities.calibration is None:  # the study was about what statistics say alone
+        interval = UTILITY_MODELS[found.utilities.model].kept_interval(saving.kept_share)
+        saving = replace(saving, kept_interval=interval)
     if saving.saves:
         return replace(found, saving=saving)
     problem, uniform = as_uniform(spec, found.utilities, found.costs, reference, found.allocation)

@@ -250,6 +250,9 @@ class SavingEntry(_Part):
         default=None, description="kept, kept_low, kept_high: its share of uniform LoRA's held-out loss drop; asked."
     )
     written: Literal["cheapest", "uniform-lora", "score"] = Field(description="Which choice is written.")
+    kept_interval: tuple[Number, Number] | None = Field(
+        default=None, description="Where the kept share lay in nine of ten cases of the study; null: not measured."
+    )
 
 
 class RankEntry(_Part):

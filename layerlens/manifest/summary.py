@@ -132,7 +132,7 @@ def saved(manifest: Manifest, saving: Saving) -> str:
     if measured is None:
         kept = (
             f"is predicted to keep {predicted} of uniform LoRA's improvement; at least {percent(saving.asked_share)} "
-            "was required"
+            f"was required{_in_our_study(saving)}"
         )
     else:
         low, high = (percent(measured[end], digits=0) for end in ("kept_low", "kept_high"))
@@ -145,6 +145,13 @@ def saved(manifest: Manifest, saving: Saving) -> str:
         f"The cheapest choice {kept}. Compared with uniform LoRA within the same budgets: {against or 'as much'} "
         "(predicted)."
     )
+
+
+def _in_our_study(saving: Saving) -> str:
+    if saving.kept_interval is None:
+        return ""
+    low, high = (percent(end, digits=0) for end in saving.kept_interval)
+    return f" (choices with this prediction kept {low} to {high} in nine of ten cases of our study)"
 
 
 def predicted_gain(manifest: Manifest) -> str:

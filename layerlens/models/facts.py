@@ -224,6 +224,7 @@ class Saving:
         measured: "kept", "kept_low" and "kept_high" where it was trained against uniform LoRA: its share of the
             held-out loss drop, and the 95 % interval; "asked", which share was to be within it.
         written: what is: "cheapest", "uniform-lora", or "score", the best score within the budgets.
+        kept_interval: where the kept share lay in nine of ten cases of the study; None where that was not measured.
     """
 
     minimised: Mapping[str, float]
@@ -238,6 +239,7 @@ class Saving:
     uniform_lora: Mapping[str, float]
     measured: Mapping[str, float] | None = None
     written: str = "cheapest"
+    kept_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,12 @@ from layerlens.models import ModelSpec, ModelStatistics, Option, UtilityTable
 from layerlens.registry import STATISTICS, UTILITY_MODELS
 from layerlens.utility.calibration import calibrate
 
+SURE = 0.1
+"""Of the width of an interval: a set that is said to keep nearly all is known better than one that is said to keep
+half, and none is known without error."""
+MOST_KEPT = 1.17
+"""The largest share that any choice of the study kept; no interval goes further."""
+
 
 @dataclass(frozen=True)
 class UtilityModel:
@@ -23,6 +29,8 @@ class UtilityModel:
         unit: what its values are measured in.
         needs: the statistics it reads, by their names in the registry.
         set_power: what a set of options gains is the sum of their utilities to this power.
+        set_error: (below, above), how far from its prediction the share lies that a set keeps of uniform LoRA's gain,
+            in units of ``SURE + |1 − share|``; None where nothing was measured.
     """
 
     name: str
@@ -30,6 +38,14 @@ class UtilityModel:
     unit: str
     needs: tuple[str, ...] = ()
     set_power: float = 1.0
+    set_error: tuple[float, float] | None = None
+
+    def kept_interval(self, kept: float) -> tuple[float, float] | None:
+        """Where the share that a set keeps lay in nine of ten cases of the study whose prediction was ``kept``."""
+        if self.set_error is None:
+            return None
+        (below, above), unit = self.set_error, SURE + abs(1.0 - kept)
+        return max(0.0, kept - below * unit), max(kept, min(kept + above * unit, MOST_KEPT))
 
     def for_budget(self, spec: ModelSpec, max_trainable_params: float | None) -> UtilityModel:
         """The model that is used with a budget of trainable parameters: itself unless redefined."""
