@@ -61,13 +61,18 @@ def main() -> None:
                 points.append({"n": N_OF[name](job), **in_child(job)})
                 print(name, json.dumps(points[-1]), file=sys.stderr, flush=True)
         old["series"][name] = {"points": points, "exponents": exponents(points)}
-    old["what"] = __doc__.split("\n\n")[2].replace("\n", " ")
-    old["machine"] = {"processor": processor(), "cores": os.cpu_count(), "threads": 1}
-    options.output.write_text(json.dumps(old, indent=1) + "\n", encoding="utf-8")
-    options.output.with_suffix(".svg").write_text(figure(old["series"]), encoding="utf-8")
+        written(old, options.output)
     for name, series in old["series"].items():
         for step, exponent in series["exponents"].items():
             print(f"{name:8} {step:32} N^{exponent:.2f}{'  ABOVE' if exponent > LIMIT else ''}")
+
+
+def written(found: dict[str, Any], output: Path) -> None:
+    """Write what there is, after every series."""
+    found["what"] = __doc__.split("\n\n")[2].replace("\n", " ")
+    found["machine"] = {"processor": processor(), "cores": os.cpu_count(), "threads": 1}
+    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".svg").write_text(figure(found["series"]), encoding="utf-8")
 
 
 def in_child(job: dict[str, Any]) -> dict[str, Any]:
