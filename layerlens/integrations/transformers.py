@@ -301,7 +301,9 @@ def trained_and_drawn(model: torch.nn.Module, lacking: Sequence[str]) -> tuple[t
     inside = tuple(f"{module}." for module in new_modules(model, lacking)) if lacking else ()
     new = tuple(name for name in lacking if name.startswith(inside))
     drawn = tuple(name for name in lacking if name not in new)
-    if in_blocks := [name for name in drawn if name.startswith(tuple(f"{block}." for block in blocks_of(model)))]:
+    base = f"{getattr(model, 'base_model_prefix', '') or '?'}."  # which a checkpoint of other names lacks as a whole
+    pretrained = [name for name in lacking if name in drawn or name.startswith(base)]
+    if in_blocks := [name for name in pretrained if name.startswith(tuple(f"{block}." for block in blocks_of(model)))]:
         raise ModelSpecError(f"model.name_or_path: {_lacks(in_blocks)}")
     return new, drawn
 

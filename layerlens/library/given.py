@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from layerlens.exceptions import DataError, ModelSpecError
+from layerlens.integrations.placement import offloaded
 from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.integrations.weight_matrices import uncompiled
 from layerlens.models.facts import IN_MEMORY
@@ -84,7 +85,7 @@ def bare_model(model: Any) -> torch.nn.Module:
         raise ModelSpecError(
             f"model: has adapters inside already ({injected[0]}), and measuring would include them; give the base model"
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(parameter.is_meta for parameter in model.parameters()) and not offloaded(model):
         raise ModelSpecError("model: has weights on the meta device, which hold no values; load its weights first")
     return model
 

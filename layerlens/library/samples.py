@@ -7,7 +7,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from layerlens.library.untouched import loader_kept
 from layerlens.tasks import Batch
 
 TOKENS = "input_ids"
+MOST_STREAMED = 4096
+"""Rows that are read of a stream of rows, which may have no end."""
 FEWEST_BATCHES = 8
 """Batches that a loss of whole batches is measured on, where there are so many."""
 Wanted = Callable[[int | None, Any], int]
@@ -76,9 +78,18 @@ def take(
         raise DataError(
             f"data: must be a DataLoader, a datasets.Dataset, rows, a list of batches or a trainer, got {kind}"
         )
-    if _is_loader(data) or (isinstance(data, Iterator) or not hasattr(data, "__getitem__")):
+    notes: tuple[str, ...] = ()
+    if _is_loader(data):
         return _from_iterable(data, kind, wanted, spare)
-    return _from_indexed(data, kind, wanted, spare, batch_size, tokenizer, collator, seed)
+    if isinstance(data, Iterator) or not hasattr(data, "__getitem__") or _length(data) is None:
+        stream = iter(data)
+        first = next(stream, None)
+        if not isinstance(first, str) and not _is_row(first):
+            again = _Peeked(first, stream) if isinstance(data, Iterator) and first is not None else data
+            return _from_iterable(again, kind, wanted, spare)
+        data, notes = _streamed(data, first, stream, kind)
+    taken = _from_indexed(data, kind, wanted, spare, batch_size, tokenizer, collator, seed)
+    return replace(taken, notes=(*taken.notes, *notes))
 
 
 def _is_loader(data: Any) -> bool:
@@ -93,6 +104,29 @@ def _as_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     if len(lengths) != 1:
         raise DataError(f"data: the columns {', '.join(names)} have different lengths: {sorted(lengths)}")
     return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+class _Peeked(Iterator[Any]):
+    """An iterator whose first item was looked at."""
+
+    def __init__(self, first: Any, rest: Iterator[Any]) -> None:
+        self.items = itertools.chain([first], rest)
+
+    def __next__(self) -> Any:
+        return next(self.items)
+
+
+def _streamed(data: Any, first: Any, rest: Iterator[Any], kind: str) -> tuple[Any, tuple[str, ...]]:
+    """The first rows or texts of a stream, and what to say of them."""
+    rows = [first, *itertools.islice(rest, MOST_STREAMED - 1)]
+    said = [f"data: LayerLens reads the first {len(rows):,} rows of a {kind}"] if len(rows) == MOST_STREAMED else []
+    if isinstance(data, Iterator):
+        said.append(f"data: a {kind} cannot be rewound: the {len(rows)} rows taken from it are lost for later use")
+    if getattr(data, "features", None) is not None and hasattr(data, "cast_column"):
+        from datasets import Dataset
+
+        return Dataset.from_list(rows, features=data.features), tuple(said)
+    return rows, tuple(said)
 
 
 def _from_iterable(data: Any, kind: str, wanted: Wanted, spare: int) -> Taken:
@@ -131,6 +165,9 @@ def _from_indexed(
     if collator is None and hasattr(data, "features") and hasattr(data, "cast_column"):
         data = with_encoded_media(data)
     first = data[0]
+    if collator is None and isinstance(first, str):
+        data = [{"text": text} for text in data]
+        first = data[0]
     if collator is None and not _is_row(first) and isinstance(data, (list, tuple)):  # of batches
         return _from_iterable(_Listed(data), kind, wanted, spare)
     if collator is None and _is_row(first):

@@ -214,6 +214,7 @@ def _loaded(
         kind = _needed(task, model)
         found = dataset_of(SourceRows.of(taken.rows), str(source), config.data, kind.read)
         dataset = replace(found, description=taken.said)
+        objects = replace(objects, notes=(*objects.notes, *taken.notes))
         return _of_rows(objects, config_with, pretrained, kind, said, dataset, warnings)
     return _of_batches(objects, config_with, pretrained, task, said, taken, loss[0])
 

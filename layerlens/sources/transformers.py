@@ -29,6 +29,7 @@ from layerlens.integrations.sentence_models import transformer_folder
 from layerlens.integrations.token_embeddings import with_tokens
 from layerlens.integrations.transformers import output_names, task_heads, trained_and_drawn
 from layerlens.registry import TASKS
+from layerlens.sources.in_its_place import ADAPTER, names_apart, no_configuration, no_tokenizer, other_weights
 from layerlens.sources.processors import image_processor, processors_of, vocabulary_of
 from layerlens.sources.source import LoadRequest, ModelSource, Trust
 from layerlens.storage import local_file, url_of
@@ -54,10 +55,7 @@ class TransformersSource(ModelSource):
         if folder.is_dir():
             folder = transformer_folder(folder)
             if not (folder / "config.json").is_file():
-                raise ModelNotFoundError(
-                    f"model.name_or_path: {folder} has no config.json; give the directory of a transformers model "
-                    "(what save_pretrained writes)"
-                )
+                raise ModelNotFoundError(f"model.name_or_path: {folder} {no_configuration(folder)}")
             return str(folder.resolve())
         if folder.exists() or not is_hub_name(request.place):
             raise ModelNotFoundError(
@@ -133,10 +131,16 @@ class TransformersSource(ModelSource):
                 _refuse_quantized(error, request, self)
                 raise ModelNotFoundError(
                     f"model.name_or_path: cannot load {request.reference!r}: {_first_line(error)}"
+                    f"{_in_its_place(Path(path), error)}"
                 ) from error
             except (ImportError, RuntimeError, TypeError, AttributeError) as error:
                 _refuse_quantized(error, request, self)
                 raise
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ModelSpecError(
+                f"model.name_or_path: {request.reference!r} has a PEFT adapter ({ADAPTER}) beside its weights, and "
+                "transformers loads both; move the adapter elsewhere, or merge it first (merge_and_unload)"
+            )
         tokenizer = saved.tokenizer
         if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
@@ -162,12 +166,17 @@ class TransformersSource(ModelSource):
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # no statistics of norms
         lacking = tuple(sorted({*info["missing_keys"], *mismatched} & parameters))
         finish_placement(model, lacking)
+        instead = names_apart(info.get("unexpected_keys", ())) if lacking else ""
         if lacking and not request.kind.new_head and request.kind.auto_class != BASE:
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             raise ModelSpecError(
-                f"model.task: {request.reference!r} has no weights for {lacking[0]} and cannot predict tokens; "
-                "give a language model's checkpoint"
+                f"model.task: {request.reference!r} has no weights for {lacking[0]}{more} and cannot predict tokens; "
+                f"give a language model's checkpoint that is whole{instead}"
             )
-        new, drawn = ((), lacking) if request.kind.auto_class == BASE else trained_and_drawn(model, lacking)
+        try:
+            new, drawn = ((), lacking) if request.kind.auto_class == BASE else trained_and_drawn(model, lacking)
+        except ModelSpecError as error:
+            raise ModelSpecError(f"{error}{instead}") from error
         return PretrainedModel(
             model, tokenizer, path, new, tuple(labels), saved.images, streamed, drawn, saved.processor, notes, tokens,
             saved.no_processor, audio=saved.audio,
@@ -266,6 +275,15 @@ class PackageSource(TransformersSource):
 
 
 TRANSFORMERS, PACKAGE = TransformersSource(), PackageSource()
+
+
+def _in_its_place(folder: Path, error: Exception) -> str:
+    """What the folder of a model that does not load has, and what to do."""
+    if "no file named" in str(error):
+        return other_weights(folder)
+    if "tokenizer" in str(error).lower() and no_tokenizer(folder):
+        return "; the folder has no tokenizer: save it there (tokenizer.save_pretrained)"
+    return ""
 
 
 def _first_line(error: Exception) -> str:
