@@ -13,6 +13,10 @@ quickstart *arguments:
 test *arguments:
     scripts/test.sh {{arguments}}
 
+# the tests of the files that take at most a second each: a minute in all
+test-quick *arguments:
+    scripts/test.sh --quick {{arguments}}
+
 # lint, format, types and import rules, in seconds
 check:
     scripts/check.sh

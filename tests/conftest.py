@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from layerlens.cost.device import calibrate
+from layerlens.cost.rates import DeviceProfile
 from layerlens.integrations.torchvision_import import make_torchvision_importable
+
+# pytest's importlib mode does not let test files import their neighbours.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import processor_time
+
+pytest_addoption = processor_time.pytest_addoption
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(processor_time.Timing(config), "processor time")
+
 
 # What other programs do to the machine is no failure of a test: neither a deadline nor "input generation is slow".
 settings.register_profile("layerlens", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -30,6 +47,29 @@ def _short_timings():
     """Times are judged by benchmarks, so a few milliseconds of measuring are enough."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("layerlens.cost.measure.TIME_SHARE", 0.01)
+        patch.setattr("layerlens.jobs.costs.calibrate", lambda progress, cpu_time=False: _this_device(cpu_time))
+        yield
+
+
+@cache
+def _this_device(cpu_time: bool) -> DeviceProfile:
+    """The device is the same in all tests, so that it is measured once; the timings take seconds even if few."""
+    return calibrate(cpu_time=cpu_time)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """What a user of this machine has measured, the device above all, changes no test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAYERLENS_CACHE", str(tmp_path_factory.mktemp("layerlens-cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """What fsync is for, a power failure, no test can see; a killed process loses nothing that it has written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 

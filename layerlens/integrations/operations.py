@@ -6,11 +6,12 @@ Works on tensors with data and on fake ones, which have shapes, strides and life
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -149,17 +150,27 @@ def touched(tensor: torch.Tensor) -> int:
 @contextmanager
 def buffers_standing_still(model: torch.nn.Module) -> Iterator[None]:
     """Buffers stand still: a fake tensor copied into a real one (running statistics) is an error."""
-    buffers = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
     fakes: dict[int, torch.Tensor] = {}
-    for module, name, buffer in buffers:
-        module._buffers[name] = fakes.setdefault(id(buffer), torch.empty_like(buffer))
+    with _replaced(model, "_buffers", lambda buffer: fakes.setdefault(id(buffer), torch.empty_like(buffer))):
+        yield
+
+
+@contextmanager
+def weights_without_data(model: torch.nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+    """Parameters are fake ones of ``mode``: for real ones, it looks at every operation on them anew."""
+    plain = (torch.nn.Parameter, torch.Tensor)
+    with _replaced(model, "_parameters", lambda one: mode.from_tensor(one) if type(one) in plain else one):
+        yield
+
+
+@contextmanager
+def _replaced(model: torch.nn.Module, kind: str, twin: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """While open, the model's tensors of a kind ("_buffers" or "_parameters") are their twins."""
+    owners = [(getattr(module, kind), dict(getattr(module, kind))) for module in model.modules()]
     try:
+        for tensors, own in owners:
+            tensors.update({name: twin(tensor) for name, tensor in own.items() if tensor is not None})
         yield
     finally:
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
+        for tensors, own in owners:
+            tensors.update(own)

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from layerlens.integrations.attention import attention_outputs
-from layerlens.integrations.operations import buffers_standing_still
+from layerlens.integrations.operations import buffers_standing_still, weights_without_data
 from layerlens.integrations.transformers import blocks_to_checkpoint, full_batches
 from layerlens.models import ModelSpec
 from layerlens.models.model_spec import ATTENTION, LayerSpec
@@ -146,7 +146,7 @@ def record_step(
     """
     asked = Autograd()
     recorded = [_recorded(model, spec, step, heads, samples, asked) for samples in batch_sizes]
-    head = [weight for name in heads for weight in model.get_submodule(name).parameters()]
+    head = _weights_of(model, heads)
     joined = _joined(recorded)
     if joined is None:  # the passes differ: the last alone, in proportion
         recorded, batch_sizes = recorded[-1:], batch_sizes[-1:]
@@ -163,23 +163,28 @@ def record_step(
     )
 
 
+def _weights_of(model: torch.nn.Module, modules: Sequence[str]) -> list[torch.Tensor]:
+    return [weight for name in modules for weight in model.get_submodule(name).parameters()]
+
+
 def _recorded(
     model: torch.nn.Module, spec: ModelSpec, step: Step, heads: Sequence[str], samples: int, asked: Autograd
 ) -> _Graph:
-    head = [weight for name in heads for weight in model.get_submodule(name).parameters()]
     events: list[LayerEvent] = []
     calls: list[BlockCall] = []
     blocks = blocks_to_checkpoint(model)
     active = detect_fake_mode()  # of a model whose weights have no data
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     with (
-        FakeTensorMode(allow_non_fake_inputs=True) if active is None else nullcontext(),
+        weights_without_data(model, mode) if active is None else nullcontext(),
+        mode if active is None else nullcontext(),
         torch.random.fork_rng(devices=[]),
         buffers_standing_still(model),
         full_batches(),
     ):
         forward = ForwardRecorder([*model.parameters(), *model.buffers()])
         trains = 1 << len(spec.layers)
-        always = {forward.number(weight): trains for weight in head}
+        always = {forward.number(weight): trains for weight in _weights_of(model, heads)}
         with (
             _watched(model, spec.layers, forward, events),
             _queries(model, spec.layers, forward, events),

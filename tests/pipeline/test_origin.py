@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,12 @@ from layerlens.pipeline import run_pipeline
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_origins_quickstart_runs_unchanged(tmp_path: Path):
-    script = ROOT / "demos" / "origin_quickstart.py"
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "origin interface: ok"
+def test_the_origins_quickstart_runs_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "demos" / "origin_quickstart.py"), run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-1] == "origin interface: ok"
 
 
 def spec(names: str) -> ModelSpec:

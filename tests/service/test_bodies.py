@@ -127,7 +127,7 @@ def test_no_token_is_ever_logged_or_kept(server: Serving, finished_run: dict[str
 
 
 def test_a_wrong_method_is_told_the_right_ones(server: Serving):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
     connection.request("PUT", f"/v1/jobs/{'0' * 32}", headers=BEARER)
     answer = connection.getresponse()
     assert (answer.status, answer.headers["Allow"]) == (405, "DELETE, GET")

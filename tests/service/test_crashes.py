@@ -18,7 +18,7 @@ import psutil
 import pytest
 from serving import Serving, run_config_of
 
-from layerlens.exceptions import ConfigurationError
+from layerlens.exceptions import ConfigurationError, ServiceError
 from layerlens.service import store as store_module
 from layerlens.service.client import Client
 from layerlens.service.scheduler import Scheduler, _Running, open_state
@@ -76,6 +76,23 @@ def test_a_job_whose_process_is_killed_is_tried_again(own: Serving):
     worker.kill()
     assert client.wait(job["id"])["attempts"] == 2
     assert states_of(client, job["id"]) == ["queued", "running", "queued", "running", "succeeded"]
+
+
+def test_cancelling_a_waiting_and_a_running_job_leaves_no_result(own: Serving):
+    client = own.client()
+    slow = run_config_of()
+    slow["data"]["calibration_samples"] = 90
+    running, waiting = client.submit_run(slow), client.submit_run(slow)
+    assert client.cancel(waiting["id"])["state"] == "cancelled"
+    for event in client.events(running["id"]):
+        if event.type == "stage":
+            client.cancel(running["id"])
+            break
+    assert client.wait(running["id"])["state"] == "cancelled"
+    assert client.job(running["id"])["exit_code"] == 130
+    assert not (own.folder / "state/jobs" / running["id"] / "results").exists()
+    with pytest.raises(ServiceError, match=r"has already ended \(cancelled"):
+        client.cancel(running["id"])
 
 
 def test_a_job_whose_process_always_dies_is_given_up(tmp_path: Path):

@@ -44,7 +44,7 @@ async def listening_to(app: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
         await asyncio.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=f"http://localhost:{port}", limits=limits, timeout=30) as client:
+    async with httpx.AsyncClient(base_url=f"http://localhost:{port}", limits=limits, timeout=600) as client:
         yield client
     server.should_exit = True
     await task
@@ -98,7 +98,7 @@ def test_the_limit_of_listeners_holds_when_all_come_at_once_and_they_leave_in_si
 
 def test_a_listener_misses_nothing_that_comes_while_it_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The event is written after the look at the store, and seen before the wait begins."""
-    monkeypatch.setattr(events_module, "HEARTBEAT_S", 5.0)
+    monkeypatch.setattr(events_module, "HEARTBEAT_S", 600.0)
     monkeypatch.setattr(events_module, "POLL_S", 0.0)
     store = JobStore(tmp_path / "jobs.sqlite")
     job = store.add("run", {})
@@ -126,7 +126,7 @@ def test_a_listener_misses_nothing_that_comes_while_it_looks(tmp_path: Path, mon
 
     start = time.monotonic()
     found = asyncio.run(follow())
-    assert time.monotonic() - start < 5.0
+    assert time.monotonic() - start < 600.0
     assert FAILED in found[-1]
 
 

@@ -80,7 +80,7 @@ class Opened:
 
 
 def header(server: Serving, path: str) -> dict[str, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()

@@ -37,7 +37,7 @@ def folder(tmp_path: Path, tiny_bert_dir: Path, reviews_jsonl: Path, monkeypatch
     base = {
         "model": {"name_or_path": "./model", "head_fit_samples": 32},
         "data": {"source": "reviews.jsonl", "calibration_samples": 24, "max_length": 16, "batch_size": 8},
-        "optimization": {"max_trainable_params": 1, "lora_ranks": [1, 2, 4]},
+        "optimization": {"max_trainable_params": 1, "lora_ranks": [1, 2, 4], "check_predictions": False},
         "runtime": {"threads": 1},
     }
     base["optimization"]["latency_profile"] = {"batch_size": 2, "sequence_length": 16}  # type: ignore[index]
