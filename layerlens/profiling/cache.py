@@ -2,7 +2,8 @@
 
 An SQLite index maps a key (hash of model weights, data, settings and versions) to a safetensors blob and its SHA-256.
 A blob that is missing, truncated or foreign does not match its checksum and counts as absent; it is never trusted.
-Writing a blob is atomic and comes before its index row, so a run that dies leaves the cache as it was.
+A blob lies beside its place until its index row is there, so a run that dies at any time leaves what was kept before or
+what it was about to keep.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 BUSY_TIMEOUT_S = 30.0
 PROXIES, PARTIAL, STREAM = ".proxies", ".partial", ".stream"
+NEW = ".new"
 
 
 def cache_key(content: dict[str, Any]) -> str:
@@ -146,6 +149,8 @@ class SensitivityCache:
             with self._index() as index:
                 index.execute("DELETE FROM statistics WHERE key = ?", (key,))
             self._blob(key).unlink(missing_ok=True)
+            for left in (self.directory / "blobs").glob(f"{key}.{16 * '?'}{NEW}"):  # by runs that died
+                left.unlink(missing_ok=True)
 
     def _remove_stream(self, directory: Path) -> None:
         with suppress(FileNotFoundError), (directory / "lock").open("rb") as lock:
@@ -158,12 +163,14 @@ class SensitivityCache:
         shutil.rmtree(directory, ignore_errors=True)
 
     def _keep(self, key: str, data: bytes, model_name: str, n_samples: int) -> None:
-        atomic_write_bytes(self._blob(key), data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        new = atomic_write_bytes(self._new_blob(key, sha256), data)
         with self._index() as index:
             index.execute(
                 "INSERT OR REPLACE INTO statistics (key, sha256, model_name, n_samples, bytes) VALUES (?, ?, ?, ?, ?)",
-                (key, hashlib.sha256(data).hexdigest(), model_name, n_samples, len(data)),
+                (key, sha256, model_name, n_samples, len(data)),
             )
+        _moved(new, self._blob(key))
 
     def _read(self, key: str) -> bytes | None:
         """The bytes under ``key``; None when they are absent or do not match their checksum."""
@@ -173,6 +180,7 @@ class SensitivityCache:
 
     def _checked(self, key: str, sha256: str) -> bytes | None:
         """The blob's bytes, None when they do not match the checksum."""
+        _moved(self._new_blob(key, sha256), self._blob(key))  # whoever wrote it has died before
         try:
             data = self._blob(key).read_bytes()
         except FileNotFoundError:
@@ -181,6 +189,10 @@ class SensitivityCache:
 
     def _blob(self, key: str) -> Path:
         return self.directory / "blobs" / f"{key}{'.json' if key.endswith(PROXIES) else '.safetensors'}"
+
+    def _new_blob(self, key: str, sha256: str) -> Path:
+        """Where a blob lies until its row is in the index."""
+        return self.directory / "blobs" / f"{key}.{sha256[:16]}{NEW}"
 
     def _keys_from(self, prefix: str) -> list[str]:
         """The keys in the index that begin like this."""
@@ -202,6 +214,11 @@ class SensitivityCache:
                 yield connection
         finally:
             connection.close()
+
+
+def _moved(new: Path, place: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.replace(new, place)
 
 
 class _Parts:

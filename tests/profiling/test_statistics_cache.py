@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,6 +103,32 @@ def test_an_index_that_is_no_database_is_refused_with_advice(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"runtime\.cache_dir"):
         SensitivityCache(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("died", ["before the index row", "after it"])
+def test_a_run_that_dies_while_it_replaces_a_blob_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, died: str
+):
+    """An unfinished pass is replaced after every batch: all of it would be measured again."""
+    cache, key = SensitivityCache(tmp_path), cache_key({})
+    cache.put(key, SPEC, statistics(1))
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if died == "after it":
+            patched.setattr("layerlens.profiling.cache._moved", die)
+        else:
+            patched.setattr(cache, "_index", die)
+        with pytest.raises(KeyboardInterrupt):
+            cache.put(key, SPEC, statistics(2))
+    assert [entry.state for entry in SensitivityCache(tmp_path).entries()] == ["ok"]
+    found = SensitivityCache(tmp_path).get(key)
+    assert found is not None
+    assert same(found[1], statistics(2 if died == "after it" else 1))
+    cache.remove([key])
+    assert list((tmp_path / "blobs").iterdir()) == []
 
 
 def _write_many(directory: Path, start: int) -> None:
