@@ -37,6 +37,8 @@ from layerlens.utils.places import default_cache_dir
 
 SIDE, EPOCHS, LEARNING_RATE = 128, 4, 4e-3
 BUDGET = 6000
+NEGATIVES, JUDGED = 200, 60
+"""Plates to tune on, and held-out ones."""
 
 
 def negatives(count: int, seed: int) -> list[LabelledImage]:
@@ -52,12 +54,12 @@ def main() -> None:
     with shown_progress(Console(stderr=True)) as progress:
         weights = cached_detector(default_cache_dir(), progress=progress)
         language_model = cached_language_model(default_cache_dir(), progress=progress)
-    test, held_out = negatives(60, 10_001), draw_plates(60, 10_001)
+    test, held_out = negatives(JUDGED, 10_001), draw_plates(JUDGED, 10_001)
     print(f"Detector: {weights} (ultralytics, AGPL-3.0)")
-    print(f"  mAP50 on 60 held-out plates      {mean_average_precision(weights, CLASSES, held_out)['map50']:.3f}")
+    print(f"  mAP50 on {JUDGED} held-out plates      {mean_average_precision(weights, CLASSES, held_out)['map50']:.3f}")
     print(f"  mAP50 on the same as negatives   {mean_average_precision(weights, CLASSES, test)['map50']:.3f}")
 
-    data = write_dataset(output / "data", negatives(200, 30_003))
+    data = write_dataset(output / "data", negatives(NEGATIVES, 30_003))
     config = RunConfig.model_validate(
         {
             "model": {"name_or_path": f"ultralytics:{weights}", "task": "object-detection"},

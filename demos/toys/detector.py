@@ -58,8 +58,13 @@ def cached_detector(cache_dir: Path, *, seed: int = 0, progress: Progress = sile
         ModelNotFoundError: ultralytics is not installed.
         OutputError: the cache cannot be written.
     """
-    path = cache_dir / "models" / f"plates-detector-v{VERSION}-seed{seed}.pt"
+    path = detector_place(cache_dir, seed)
     return path if path.is_file() else train_detector(path, seed=seed, progress=progress)
+
+
+def detector_place(cache_dir: Path, seed: int = 0) -> Path:
+    """Where the checkpoint of a seed is kept."""
+    return cache_dir / "models" / f"plates-detector-v{VERSION}-seed{seed}.pt"
 
 
 def train_detector(path: Path, *, seed: int = 0, progress: Progress = silent) -> Path:

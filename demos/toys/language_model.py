@@ -72,8 +72,13 @@ def cached_language_model(cache_dir: Path, *, seed: int = 0, progress: Progress 
     Raises:
         OutputError: the cache cannot be written.
     """
-    path = cache_dir / "models" / f"plates-language-model-v{VERSION}-seed{seed}"
+    path = language_model_place(cache_dir, seed)
     return path if path.is_dir() else train_language_model(path, seed=seed, progress=progress)
+
+
+def language_model_place(cache_dir: Path, seed: int = 0) -> Path:
+    """Where the directory of a seed is kept."""
+    return cache_dir / "models" / f"plates-language-model-v{VERSION}-seed{seed}"
 
 
 def train_language_model(directory: Path, *, seed: int = 0, progress: Progress = silent) -> Path:

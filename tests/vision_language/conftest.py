@@ -1,20 +1,18 @@
-"""Real models for the pipeline, trained once for the session, and images for them."""
+"""Real models for the pipeline, as benchmarks/toy_models.py trained them, and images for them."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from filelock import FileLock
 from PIL import Image
 
 # pytest's importlib mode does not let test files import their neighbours; the toy models stand beside the demos.
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "demos"))
 
+from stored_models import put_models
 from toys.detector import cached_detector
 from toys.language_model import cached_language_model
 from toys.plates import draw_plates, write_dataset
@@ -22,13 +20,9 @@ from toys.plates import draw_plates, write_dataset
 
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with both toy models, trained here; processes that test side by side share it."""
-    torch.set_num_threads(1)
-    base = tmp_path_factory.getbasetemp()
-    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "model-cache"
-    with FileLock(f"{cache}.lock"):
-        cached_detector(cache)
-        cached_language_model(cache)
+    """A cache with both toy models."""
+    cache = tmp_path_factory.mktemp("model-cache")
+    put_models(cache)
     return cache
 
 

@@ -25,7 +25,7 @@ from layerlens.vision_language import server_model as module
 
 # What the `transformers` program runs, without torchvision, which cannot be imported beside a CPU-only torch.
 SERVE = "import sys; sys.modules['torchvision'] = None; from transformers.cli.transformers import main; main()"
-START_S = 120
+START_S = 1800
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_token_times_agree_with_an_independent_client(server: tuple[str, subproc
     """
     proxy = WatchingProxy(server[0])
     messages, _ = example(np.random.default_rng(3), 3)
-    with serving(proxy) as url, closing(ServerModel(url, model=str(language_model_dir), timeout_s=60)) as llm:
+    with serving(proxy) as url, closing(ServerModel(url, model=str(language_model_dir), timeout_s=600)) as llm:
         made = [llm.generate(messages, 48) for _ in range(9)][1:]  # the first loads the model
     seen = proxy.answers[1:]
     ratios = []
@@ -111,7 +111,7 @@ def test_the_server_dies_in_mid_stream(
             retries=1, warmup=0, threads=1,
         )  # fmt: skip
         result = run_vision_language(config, tmp_path / "out", warn=warnings.append)
-    assert process.wait(timeout=10) == -signal.SIGKILL
+    assert process.wait(timeout=600) == -signal.SIGKILL
     assert len(result.failed) == len(result.items) == len(warnings)
     for item in result.items:
         outcome = item.latest("base")
