@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import socket
@@ -55,9 +56,8 @@ def start() -> Start:
     return run
 
 
-@pytest.fixture
-def settings(tiny_bert_dir: Path, reviews_jsonl: Path, tmp_path: Path) -> dict[str, Any]:
-    """A configuration with every kind of statistic, on nine batches of uneven length."""
+@pytest.fixture(scope="session")
+def _session_settings(tiny_bert_dir: Path, reviews_jsonl: Path) -> dict[str, Any]:
     return {
         "model": {"name_or_path": str(tiny_bert_dir), "head_fit_samples": 32},
         "data": {"source": str(reviews_jsonl), "calibration_samples": 26, "max_length": 16, "batch_size": 3},
@@ -76,14 +76,28 @@ def settings(tiny_bert_dir: Path, reviews_jsonl: Path, tmp_path: Path) -> dict[s
             "latency_profile": {"batch_size": 2, "sequence_length": 16},
             "lora_ranks": [1, 2, 4],
         },
-        "runtime": {"threads": 1, "cache_dir": str(tmp_path / "cache"), "saving_time_share": 1},
-        "distributed": {"timeout_s": 60},
+        "runtime": {"threads": 1, "saving_time_share": 1},
+        "distributed": {"timeout_s": 600},
     }  # fmt: skip
 
 
 @pytest.fixture
-def whole(settings: dict[str, Any], tmp_path: Path) -> ModelStatistics:
+def settings(_session_settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A configuration with every kind of statistic, on nine batches of uneven length."""
+    own = copy.deepcopy(_session_settings)
+    own["runtime"]["cache_dir"] = str(tmp_path / "cache")
+    return own
+
+
+@pytest.fixture(scope="session")
+def one(_session_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of one process has written."""
+    folder = tmp_path_factory.mktemp("one")
+    _, files = ranks.run(_session_settings | {"runtime": {"threads": 1, "cache_dir": str(folder / "cache")}}, folder)
+    return Path(files["statistics"]).parent
+
+
+@pytest.fixture
+def whole(one: Path) -> ModelStatistics:
     """What one process measures."""
-    alone = settings | {"runtime": settings["runtime"] | {"cache_dir": str(tmp_path / "cache of one")}}
-    _, files = ranks.run(alone | {"output": {"directory": "one"}}, tmp_path)
-    return statistics_in(Path(files["statistics"]).parent)
+    return statistics_in(one)

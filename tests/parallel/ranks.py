@@ -13,16 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typer.testing import CliRunner
 
+import layerlens.cost.measure
+from layerlens.cli.main import app
 from layerlens.config import RunConfig
 from layerlens.integrations.torchvision_import import make_torchvision_importable
 from layerlens.jobs import together
 from layerlens.pipeline import run_config
 from layerlens.profiling.accumulators import SumShards
+from layerlens.registry import METHODS, TASKS
 from layerlens.utils.processes import joined
 
 make_torchvision_importable()
+# What a run imports in the end is imported once, and not in every process again.
+import peft  # noqa: E402, F401
+import torch._dynamo  # noqa: E402
 import transformers.models.bert.modeling_bert  # noqa: E402, F401
+
+for known in (METHODS, TASKS):
+    list(known.values())
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ def one(there: Connection, rank: int, size: int, port: int, work: Callable[..., 
     """Do ``work`` as process ``rank`` of ``size``, as torchrun would have started it."""
     torch.set_num_threads(1)
     together.VISIBLE_WITHIN_S = 0.2
+    layerlens.cost.measure.TIME_SHARE = 0.01
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -45,6 +56,21 @@ def one(there: Connection, rank: int, size: int, port: int, work: Callable[..., 
         there.send(Outcome(work(*arguments), "", 0))
     except BaseException as error:
         there.send(Outcome(None, f"{type(error).__name__}: {error}", getattr(error, "exit_code", 1)))
+
+
+@dataclass(frozen=True)
+class Said:
+    """What came of a command."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+def command(*arguments: str) -> Said:
+    """``layerlens`` with these arguments, in this process."""
+    done = CliRunner().invoke(app, list(arguments))
+    return Said(done.exit_code, done.stdout, done.stderr)
 
 
 class Watched:

@@ -1,4 +1,4 @@
-"""Two processes, and three, measure what one does; whichever of them stops, what was measured is not lost."""
+"""Three processes measure what one does; whichever of them stops, what was measured is not lost."""
 
 from __future__ import annotations
 
@@ -13,24 +13,19 @@ from layerlens.profiling.cache import SensitivityCache
 
 
 def test_several_processes_measure_what_one_does(start, settings, whole, tmp_path):
-    for size in (2, 3):
-        several = settings | {
-            "runtime": settings["runtime"] | {"cache_dir": f"cache of {size}"}, "output": {"directory": f"out{size}"}
-        }  # fmt: skip
-        outcomes = start(size, ranks.run, lambda rank, job=several: (job, tmp_path))
-        assert [outcome.error for outcome in outcomes] == [""] * size
-        assert len({outcome.value[0] for outcome in outcomes}) == 1  # all return what the first has written
-        found = statistics_in(tmp_path / f"out{size}")
-        assert found.provenance["processes"] == size
-        assert found.provenance["identity"] == whole.provenance["identity"]
-        assert_same_measurement(whole, found)
-        cache = SensitivityCache(tmp_path / f"cache of {size}")
-        assert [entry.state for entry in cache.entries()] == ["ok"]  # no unfinished part is left
+    outcomes = start(3, ranks.run, lambda rank: (settings, tmp_path))
+    assert [outcome.error for outcome in outcomes] == [""] * 3
+    assert len({outcome.value[0] for outcome in outcomes}) == 1  # all return what the first has written
+    found = statistics_in(tmp_path / "out")
+    assert found.provenance["processes"] == 3
+    assert found.provenance["identity"] == whole.provenance["identity"]
+    assert_same_measurement(whole, found)
+    assert [entry.state for entry in SensitivityCache(tmp_path / "cache").entries()] == ["ok"]  # no part is left
 
 
 @pytest.mark.parametrize(("how", "size"), [("killed", 3), ("the disk is on fire", 1), ("the plug is pulled", 2)])
 def test_a_process_that_stops_loses_no_finished_batch(start, settings, whole, tmp_path, how, size):
-    settings["distributed"]["timeout_s"] = 2
+    settings["distributed"]["timeout_s"] = 5
     first, second = start(2, ranks.stopped_run, lambda rank: (settings, tmp_path, 3 if rank else None, how))
     if how == "killed":  # nobody could say why; a launcher such as torchrun would have told
         assert "process 1 has sent no heartbeat" in first.error
@@ -43,7 +38,7 @@ def test_a_process_that_stops_loses_no_finished_batch(start, settings, whole, tm
     parts = [entry.key.partition(".")[2] for entry in SensitivityCache(tmp_path / "cache").entries()]
     assert set(parts) <= {"partial", "partial-1"}
     assert "partial-1" in parts  # process 0 may have been told before its first batch
-    settings["distributed"]["timeout_s"] = 60
+    settings["distributed"]["timeout_s"] = 600
     again = start(size, ranks.stopped_run, lambda rank: (settings, tmp_path, None, ""))
     assert [outcome.error for outcome in again] == [""] * size
     assert sum(outcome.value for outcome in again) <= 9 - 3  # process 1 had measured three of the nine batches

@@ -52,7 +52,7 @@ def test_a_process_that_vanishes_is_missed_and_nobody_waits_for_ever(start):
     assert killed.error == "killed"
     assert "process 1 has sent no heartbeat for 2 s (distributed.timeout_s)" in first.error
     assert first.exit_code == 1
-    assert time.monotonic() - begin < 60  # of 2 s; a busy machine may take longer to notice
+    assert time.monotonic() - begin < 600  # of 2 s; a busy machine may take longer to notice
 
 
 def test_the_launcher_s_variables():

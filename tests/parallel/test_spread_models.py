@@ -19,12 +19,12 @@ SPREAD = {
 }  # fmt: skip
 
 
-def test_a_model_on_two_processes_or_partly_on_disk_measures_as_the_whole(start, settings, whole, tmp_path):
-    one = json.loads((tmp_path / "one/manifest.json").read_text())
+def test_a_model_on_two_processes_or_partly_on_disk_measures_as_the_whole(start, settings, one, whole, tmp_path):
+    alone = json.loads((one / "manifest.json").read_text())
     for name, size in (("disk", 1), ("shards", 2)):
         spread = settings | {
             "model": settings["model"] | ({"device_map": SPREAD} if size == 1 else {}),
-            "distributed": {"timeout_s": 60, "sharding": "fsdp" if size > 1 else "none"},
+            "distributed": {"timeout_s": 600, "sharding": "fsdp" if size > 1 else "none"},
             "runtime": settings["runtime"] | {"cache_dir": f"cache of {name}"},
             "output": {"directory": name},
         }
@@ -32,13 +32,13 @@ def test_a_model_on_two_processes_or_partly_on_disk_measures_as_the_whole(start,
         assert [outcome.error for outcome in outcomes] == [""] * size
         assert_same_measurement(whole, statistics_in(tmp_path / name))
         manifest = json.loads((tmp_path / name / "manifest.json").read_text())
-        assert manifest["model"]["fingerprint"] == one["model"]["fingerprint"]
+        assert manifest["model"]["fingerprint"] == alone["model"]["fingerprint"]
         choices = [
-            [(row["layer"], row["method"], row["rank"]) for row in each["allocations"]] for each in (one, manifest)
+            [(row["layer"], row["method"], row["rank"]) for row in each["allocations"]] for each in (alone, manifest)
         ]
         assert choices[0] == choices[1]
         for file in ("peft/adapter_model.safetensors", "peft/adapter_config.json"):
-            assert (tmp_path / name / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+            assert (tmp_path / name / file).read_bytes() == (one / file).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_a_killed_worker_is_restarted_and_measures_no_finished_batch_again(tmp_p
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, "--max-restarts", "1", "-m", "layerlens", "run", "config.yaml", "--json"],
-        cwd=tmp_path / "two", env=environment, capture_output=True, text=True, timeout=300, check=False,
+        cwd=tmp_path / "two", env=environment, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)  # by process 0 alone

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from layerlens.cli.main import app
@@ -143,51 +141,6 @@ def test_a_manifest_without_its_configuration(job: Path, tmp_path: Path):
     done = CliRunner().invoke(app, ["train", str(path)])
     assert done.exit_code == 2
     assert "give one with -c CONFIG" in done.stderr
-
-
-@pytest.fixture
-def without_dropout(job: Path, tmp_path: Path) -> tuple[str, ...]:
-    """Options that train the job's model without dropout, whose masks differ between one process and two."""
-    base = Path(read_manifest(job / "out/manifest.json").model.name_or_path)
-    shutil.copytree(base, tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (tmp_path / "base/config.json").write_text(json.dumps(config))
-    return ("--model", str(tmp_path / "base"), "--set", "training.max_steps=6", "--set", "training.batch_size=2")
-
-
-@pytest.mark.parametrize("more", [(), ("--baseline", "truncation")])
-def test_two_processes_end_where_one_does_and_one_of_them_speaks(
-    job: Path, tmp_path: Path, without_dropout: tuple[str, ...], more: tuple[str, ...]
-):
-    """Two batches of 2, on two processes or one after the other: the same steps, but for the order of float32 sums."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    done = train(job, one, *without_dropout, *more, "--set", "training.gradient_accumulation=2", "--json")
-    assert done.exit_code == 0, done.stderr
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "layerlens"]
-    command += ["train", str(job / "out/manifest.json"), "-c", str(job / "config.yaml"), "-o", str(two), "--json"]
-    both = subprocess.run(
-        [*command, *without_dropout, *more], capture_output=True, text=True, timeout=240, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert both.returncode == 0, both.stderr
-    told = json.loads(both.stdout)  # one document: the second process writes nothing
-    assert both.stderr.count("Loading model and data") == 1
-    assert (told["training"]["processes"], told["training"]["steps"]) == (2, 6)
-    alone = without_timing(one)
-    assert told["training"]["losses"] == pytest.approx(alone["training"]["losses"], rel=1e-4)
-    assert told["after"] == pytest.approx(alone["after"], rel=1e-3)
-    assert told["training"]["tokens"] == alone["training"]["tokens"]
-    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
-    if not more:  # truncated factors are unique but for signs
-        for file in ("adapter_model.safetensors", "layerlens_modules.safetensors"):
-            ours, theirs = (load_file(folder / file) for folder in (one, two))
-            for (
-                name,
-                tensor,
-            ) in ours.items():  # Adam divides a gradient by its own size, which enlarges what is next to 0
-                torch.testing.assert_close(theirs[name], tensor, rtol=1e-2, atol=1e-4)
 
 
 def test_everything_that_is_written_can_be_read_by_whom_the_umask_lets(job: Path, tmp_path: Path):
