@@ -111,7 +111,7 @@ def test_signals_unwind_the_run(tmp_path: Path, number: signal.Signals, code: in
         for _ in range(times):
             process.send_signal(number)
             time.sleep(0.02)
-        _, stderr = process.communicate(timeout=20)
+        _, stderr = process.communicate(timeout=600)
     assert process.returncode == code
     # What was guessed is said before; the end is one line.
     assert stderr.splitlines()[-1] == (
@@ -174,7 +174,7 @@ def test_nothing_but_one_line_whenever_it_is_stopped(name: str) -> None:
         for _ in range(2 if name == "slow" else 1):
             process.send_signal(signal.SIGINT)
             time.sleep(0.1)
-        stdout, stderr = process.communicate(timeout=20)
+        stdout, stderr = process.communicate(timeout=600)
     assert (process.returncode, stderr) == (130, "error: interrupted\n")
     assert stdout == ("cleaned up\n" if name == "slow" else "")
 

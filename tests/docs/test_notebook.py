@@ -47,7 +47,7 @@ def test_every_cell_runs(notebook, tmp_path, monkeypatch, small_model_dir, pages
     (kernel / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "this", "language": "python"}))
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path))
     client = NotebookClient(
-        notebook, timeout=300, kernel_name="this-python", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=1800, kernel_name="this-python", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
     shown = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}

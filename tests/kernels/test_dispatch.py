@@ -26,7 +26,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         cwd=Path(sys.executable).parent,  # not a checkout, whose layerlens folder would hide the installed one
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
 

@@ -71,7 +71,7 @@ def test_a_wrong_name_is_an_attribute_error():
 
 def test_importing_is_quick_and_brings_nothing_slow():
     code = (
-        "import sys, time; t = time.perf_counter(); import layerlens; dir(layerlens); s = time.perf_counter() - t\n"
+        "import sys, time; t = time.process_time(); import layerlens; dir(layerlens); s = time.process_time() - t\n"
         "import json; print(json.dumps([s, sorted(sys.modules)]))"
     )
     taken = []

@@ -191,6 +191,6 @@ def test_the_guide_s_trainer_saves_the_head_and_gets_it_back(settings: dict[str,
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", GUIDE + code + end], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        timeout=240, check=False,
+        timeout=1800, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

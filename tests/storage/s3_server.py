@@ -53,7 +53,7 @@ def s3_server(port: int | None = None) -> Iterator[S3Server]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     server = S3Server(port, process)
     try:
-        for _ in range(600):
+        for _ in range(36_000):
             if process.poll() is not None:
                 raise RuntimeError("the S3 server ended at once")
             with socket.socket() as probe:

@@ -16,6 +16,7 @@ from layerlens.exceptions import InfeasibleError
 from layerlens.telemetry.metrics import LONGEST_WAIT_S
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+MOST_ATTEMPTS = 30
 
 
 @pytest.fixture(autouse=True)
@@ -96,8 +97,10 @@ def test_dead_collectors_and_gateways_cost_a_moment_and_no_job(tiny_optimize, tm
             assert (tmp_path / str(number) / "out/manifest.json").is_file()
             said = [record.getMessage() for record in caplog.records if record.name.startswith("layerlens.telemetry")]
             assert [line.split(":")[0] for line in said] == ["telemetry.push_gateway", "telemetry"], said
-            # The best of a few attempts: a busy machine delays some, a bound that does not hold delays all.
-            waits = [waited_at_the_end(endpoint) for _ in range(3)]
+            # A busy machine delays some attempts, a bound that does not hold delays all.
+            waits: list[float] = []
+            while not waits or (min(waits) >= LONGEST_WAIT_S + 0.2 and len(waits) < MOST_ATTEMPTS):
+                waits.append(waited_at_the_end(endpoint))
             assert min(waits) < LONGEST_WAIT_S + 0.2, waits  # a fifth of a second to wake a thread up
 
 

@@ -119,8 +119,8 @@ def test_prometheus_finds_what_a_job_pushed_to_a_gateway(tiny_optimize, tmp_path
 
 
 def until(answer: Callable[[], Any]) -> Any:
-    """The first answer that is not empty, within a minute."""
-    end = time.monotonic() + 60
+    """The first answer that is not empty, however busy the machine is."""
+    end = time.monotonic() + 1800
     while True:
         with contextlib.suppress(OSError):
             found = answer()

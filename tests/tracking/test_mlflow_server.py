@@ -38,7 +38,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + 180
+        end = time.monotonic() + 1800
         while True:
             try:
                 with urllib.request.urlopen(f"{address}/health", timeout=2):

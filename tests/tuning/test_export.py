@@ -148,7 +148,7 @@ def test_plain_peft_loads_it_unchanged_and_trains_it(minilm, manifest_of, tmp_pa
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-I", str(program), written["peft"], tmp_path / "trained", tmp_path / "fitted.pt"],
-        capture_output=True, text=True, env=offline, timeout=240, check=False,
+        capture_output=True, text=True, env=offline, timeout=1800, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])

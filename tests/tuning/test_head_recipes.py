@@ -149,7 +149,7 @@ def inputs_of(model: Any, task: str) -> dict[str, torch.Tensor]:
 def without_layerlens(program: list[str]) -> list[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, *program], capture_output=True, text=True, env=environment, timeout=280, check=False
+        [sys.executable, *program], capture_output=True, text=True, env=environment, timeout=1800, check=False
     )
     assert run.returncode == 0, run.stderr
     return [line for line in run.stdout.splitlines() if line.startswith("{")]
