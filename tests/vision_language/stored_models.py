@@ -15,7 +15,7 @@ from toys.language_model import VERSION as LANGUAGE_VERSION
 from toys.language_model import language_model_place
 from toys.plates import CLASSES, SIZE
 
-from layerlens.integrations.ultralytics import load_detector
+from layerlens.integrations.ultralytics import import_ultralytics, load_detector
 
 MODELS = Path(__file__).with_name("models")
 DETECTOR = MODELS / f"plates-detector-v{VERSION}.safetensors"
@@ -34,6 +34,7 @@ def write_models(weights: Path, language_model: Path) -> None:
 
 def put_models(cache: Path) -> None:
     """Put both into a cache, as training would have left them there."""
+    import_ultralytics()
     from ultralytics.cfg import get_cfg
     from ultralytics.nn.tasks import DetectionModel
 
