@@ -79,6 +79,7 @@ def model_spec(
         ModelSpecError: the model has no layer that can take LoRA, or none that ``only`` names.
     """
     model = pretrained.model
+    fingerprint = pretrained.fingerprint  # before the forward pass below, which may change buffers
     blocks = blocks_of(model)
     modules = dict(model.named_modules())
     # Tokens of images are counted for each module, which stacked experts are not.
@@ -168,7 +169,7 @@ def model_spec(
         total_params=parameter_count(model),
         layers=layers,
         weight_bytes=weight_bytes(model),
-        fingerprint=pretrained.fingerprint,
+        fingerprint=fingerprint,
         per_sample=inputs is not None,
         left_out=left_out,
         tokens=pretrained.tokens,

@@ -139,3 +139,25 @@ def test_a_model_that_loads_nothing_but_its_own_files_is_left_out_with_the_reaso
     model = Versioned(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     with pytest.raises(ModelSpecError, match="cannot load an adapter onto Versioned: version should be 2"):
         model_spec(PretrainedModel(model, None, "", ()), "test")
+
+
+class Counting(torch.nn.Module):
+    """A forward pass changes a buffer, and renormalises rows of an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = torch.nn.Embedding(9, 8, max_norm=0.5)
+        self.up, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 3)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return self.head(torch.relu(self.up(self.words(words).mean(1))))
+
+
+def test_the_fingerprint_is_of_the_weights_before_any_forward_pass():
+    model = Counting()
+    spec = model_spec(PretrainedModel(model, None, "", ()), "own", inputs={"words": torch.arange(8).view(2, 4)})
+    assert model.passes > 0
+    assert spec.fingerprint == PretrainedModel(Counting(), None, "", ()).fingerprint
