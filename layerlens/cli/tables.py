@@ -17,11 +17,11 @@ from layerlens.manifest.frozen import why_no_deeper
 from layerlens.manifest.grid import Grid, grid_of
 from layerlens.manifest.layer_names import Position, positions
 from layerlens.manifest.summary import (
-    counted_as,
     expert_lines,
     left_out_lines,
     peft_holds,
     proof,
+    proved_by,
     score_in_words,
     worth,
 )
@@ -78,7 +78,7 @@ def certificate(manifest: Manifest) -> Text:
     """How good the choice provably is."""
     if manifest.predicted.cheapest is not None:
         text = Text(f"{proof(manifest)} Solver: {manifest.solver}.")
-        if counted := counted_as(manifest):
+        if counted := proved_by(manifest):
             text.append(f" {counted}")
         return text.append(f" Utility model: {manifest.utility_model}, in {manifest.utility_unit}.")
     scores = f"its score is {manifest.score:.6g}, and no choice within the budgets exceeds {manifest.upper_bound:.6g}"
@@ -87,7 +87,7 @@ def certificate(manifest: Manifest) -> Text:
     else:
         proved, style = f"within {gap(manifest.gap)} of the optimum (proved)", "bold yellow"
     text = Text.assemble("This choice is ", (proved, style), f": {scores}. Solver: {manifest.solver}.")
-    if counted := counted_as(manifest):
+    if counted := proved_by(manifest):
         text.append(f" {counted}")
     return text.append(f" Utility model: {manifest.utility_model}, in {manifest.utility_unit}.")
 

@@ -29,6 +29,7 @@ class Paid:
         n_rows: figures of each cost.
         lowest: layers of which one is adapted for sure, and nothing below them; None where nothing is known.
         below: layers that are not adapted then.
+        chosen: further layers that are adapted for sure.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Paid:
         n_rows: int,
         lowest: Collection[str] | None = None,
         below: Collection[str] = (),
+        chosen: Collection[str] = (),
     ) -> None:
         self.options, self.names = options, names
         self.entries = [(option, entry) for entry, option in enumerate(options) if option.method != NONE]
@@ -49,10 +51,13 @@ class Paid:
             of_layer[option.layer] |= 1 << entry
             if place__o[entry] >= 0:
                 self.of_recorded[place__o[entry]] |= 1 << entry
-        self.certain, self.possible = 0, ALWAYS
+        self.possible = ALWAYS
         self.is_deep = lowest is None
+        one_of = 0
         for name in lowest or ():
-            self.certain |= of_layer[name]
+            one_of |= of_layer[name]
+        self.certain = [options for options in (one_of, *(of_layer[name] for name in chosen)) if options]
+        """Sets of options of each of which one is chosen for sure."""
         for name in below:
             self.possible &= ~of_layer[name]
         self.of_layer = [of_layer[name] for name in names]
@@ -75,7 +80,7 @@ class Paid:
 
     def settled(self, cause: int) -> int:
         """A cause without options that are not possible; ALWAYS where one of it is chosen for sure."""
-        if self.certain and cause & self.certain == self.certain:
+        if any(cause & options == options for options in self.certain):
             return ALWAYS
         return cause if cause == ALWAYS else cause & self.possible
 

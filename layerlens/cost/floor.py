@@ -40,6 +40,7 @@ def floor_table(
     moments: Sequence[Moment],
     lowest: Collection[str] | None = None,
     below: Collection[str] = (),
+    chosen: Collection[str] = (),
 ) -> CostTable:
     """Costs of the same options that add up to at most what any choice needs.
 
@@ -49,6 +50,7 @@ def floor_table(
         moments: of memory.
         lowest, below: where they are given, the costs are of choices that adapt one of the layers ``lowest`` and none
             of those ``below``. So most causes are known, and the sums are nearer to what choices need.
+        chosen: further layers that these choices adapt.
 
     Returns:
         a table whose rows after those of ``RESOURCES`` are memory at each moment, in GB; ``moments`` has what every
@@ -58,7 +60,7 @@ def floor_table(
     use = table.step
     assert use is not None
     n_rows = len(RESOURCES) + len(moments)
-    paid = Paid(table.options, names, use.layer__o, use.cause__cl.shape[1] - 1, n_rows, lowest, below)
+    paid = Paid(table.options, names, use.layer__o, use.cause__cl.shape[1] - 1, n_rows, lowest, below, chosen)
     alive = _Alive(use, paid)
     paid.own[: len(RESOURCES)] = table.cost__ro
     paid.own[STEP] = use.ms__o
@@ -102,7 +104,7 @@ class _Alive:
     """
 
     def __init__(self, use: StepUse, paid: Paid) -> None:
-        self.use, self.settled = use, paid.settled
+        self.use, self.settled, self.certain = use, paid.settled, paid.certain
         self.of_cause = [paid.of(layers) for layers in use.cause__cl]
         found = use.checkpoints
         n_storages, n_options = len(use.storage_bytes), len(use.layer__o)
@@ -144,6 +146,7 @@ class _Alive:
         if kind == FORWARD:
             shared.append((ALWAYS, float(use.alive[at])))
             shared += self._stored(self._whole, (use.storage_span__st[:, 1] <= at) & (self.call__s < 0))
+            shared += [(bits, n_bytes) for bits, n_bytes, gone, _ in self._twice if gone <= at]
             own[1] = use.kept__o * np.where(self.call__o < 0, self.first__o <= at, ends_here)
             own[1] += use.gradient__o * use.accumulates
             own[2] = use.passing__ox[:, 0] * ends_here
@@ -201,6 +204,35 @@ class _Alive:
         """Gradients on their way down and what is still kept, where the backward pass comes here for ``when``."""
         yield when, float(self.use.held[at])
         yield from self._stored((cause & when for cause in self._until(at)), self.call__s < 0)
+        yield from ((bits & when, n_bytes) for bits, n_bytes, _, until in self._twice if until <= at and bits & when)
+
+    @cached_property
+    def _twice(self) -> list[tuple[int, float, int, int]]:
+        """What options that read and replace it, as adapters do, keep twice, where something else keeps it for sure.
+
+        (These options, bytes, the operation after which it would be gone, and the one to which the second is kept.)
+        """
+        use, found = self.use, dict[int, tuple[int, int]]()
+        for entry, changed in use.changed.items():
+            for storage in np.intersect1d(changed, use.readers.get(entry, np.zeros(0, dtype=np.int64))).tolist():
+                bits, first = found.get(storage, (0, 0))
+                found[storage] = bits | 1 << entry, max(first, int(self.first__o[entry]))
+        twice = []
+        for storage, (bits, first) in found.items():
+            if self.call__s[storage] >= 0:
+                continue
+            born, gone, released = use.storage_span__st[storage].tolist()
+            cause, until = int(use.storage_cause[storage]), max(first, born)
+            if cause >= 0 and self.of_cause[cause] == ALWAYS:
+                until = min(released, until)
+            else:
+                read = 0
+                for _, readers in self.readers.get(storage, ()):
+                    read |= readers
+                if not any(read & options == options and not options & bits for options in self.certain):
+                    continue
+            twice.append((self.settled(bits), float(use.storage_bytes[storage]), gone, until))
+        return twice
 
     @cached_property
     def _whole(self) -> list[int]:

@@ -9,13 +9,16 @@ Lower bounds are nearer where the lowest adapted layer is known. So each lowest 
 problem of its own. Prices of all of them together show which can hold something better, and these are solved, the best
 one first.
 
+What is left then is mostly of options that read or replace a tensor that other options may keep too. The choices with
+and without an option of such a layer are problems of their own.
+
 Memory has a row for each of a few moments. Where the best choice within them needs more at another moment than the
 budget has, that moment becomes a row and the problem is solved again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -31,8 +34,10 @@ from layerlens.optimization.problem import exact_sum, scores_of, weights_of
 
 ON_THE_STEP = ("vram_gb", "step_ms")
 """Resources that a recorded step predicts."""
-MOST_SOLVED = 24
+MOST_SOLVED = 40
 """Problems of one lowest stage that are solved."""
+MOST_TRIED, LEAST_NEARER = 16, 1e-9
+"""Layers that are tried for a distinction, and the share by which one has to bring the sum nearer."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +115,18 @@ class _Part:
         config: of the rank.
         stage: of the chain of the first lower bounds; the one after the last for choices that reach none.
         bound: proved of them.
-        settled: nothing more can be proved of them.
+        settled: nothing more can be proved of them without a distinction.
+        chosen, idle: layers that they adapt, and that they do not.
+        found: entries of the best choice within lower bounds.
     """
 
     config: OptimizationConfig
     stage: int | None
     bound: float
     settled: bool = False
+    chosen: frozenset[str] = frozenset()
+    idle: frozenset[str] = frozenset()
+    found: np.ndarray | None = None
 
 
 def prove(
@@ -137,10 +147,18 @@ def prove(
     parts = _parts(aim, first, threads)
     for _ in range(MOST_SOLVED):
         top = max(parts, key=lambda part: part.bound, default=None)
-        if top is None or top.settled or top.bound - value <= tolerance * abs(top.bound):
+        if top is None or top.bound - value <= tolerance * abs(top.bound):
             break
+        if top.settled:
+            layer = None if top.found is None else _undecided(aim, top, use.timeline(top.found).moment, stage__g)
+            if layer is None:
+                break
+            parts.remove(top)
+            parts.append(replace(top, chosen=top.chosen | {layer}, settled=False))
+            parts.append(replace(top, idle=top.idle | {layer}, settled=False))
+            continue
         bound, found = _best(aim, top, moments, stage__g, seed, threads)
-        top.bound, top.settled = min(top.bound, bound), True
+        top.bound, top.settled, top.found = min(top.bound, bound), True, found
         if found is None:
             continue
         if aim.keeps(found) and (reached := aim.value(found)) > value:
@@ -198,18 +216,54 @@ def _parts(aim: Aim, floor: CostTable, threads: int) -> list[_Part]:
     return found
 
 
+def _undecided(aim: Aim, part: _Part, moment: Moment, stage__g: np.ndarray | None) -> str | None:
+    """The layer of the part's best choice that brings the sum at a moment nearest to what the choice needs, if known.
+
+    Whether such a layer is adapted decides who pays for a tensor that several options may keep. None where no layer
+    that shares a tensor makes a difference.
+    """
+    use, entries = aim.costs.step, part.found
+    assert use is not None
+    if entries is None:
+        return None
+    sharing: dict[int, set[str]] = {}
+    for entry in entries.tolist():
+        for storage in {*use.readers.get(entry, ()), *use.changed.get(entry, ())}:
+            sharing.setdefault(int(storage), set()).add(aim.costs.options[entry].layer)
+    shared = [layer for layers in sharing.values() if len(layers) > 1 for layer in sorted(layers)]
+    lowest, below = _known(aim, part, stage__g)
+
+    def counted(chosen: frozenset[str]) -> float:
+        floor = floor_table(aim.costs, aim.names, [moment], lowest, below, chosen)
+        return floor.moments[0] + exact_sum([floor.paid_once__r(entries)[-1], *floor.cost__ro[-1, entries].tolist()])
+
+    least = counted(part.chosen) * (1.0 + LEAST_NEARER)
+    candidates = list(dict.fromkeys(layer for layer in shared if layer not in part.chosen))[:MOST_TRIED]
+    sums = {layer: counted(part.chosen | {layer}) for layer in candidates}
+    nearest = max(sums, key=sums.__getitem__, default=None)
+    return nearest if nearest is not None and sums[nearest] > least else None
+
+
+def _known(aim: Aim, part: _Part, stage__g: np.ndarray | None) -> tuple[list[str] | None, frozenset[str]]:
+    """(layers of which a part adapts one, None for all; layers that it does not adapt)."""
+    if part.stage is None:
+        return None, part.idle
+    assert stage__g is not None
+    stages = list(zip(aim.names, stage__g.tolist(), strict=True))
+    return (
+        [name for name, stage in stages if stage == part.stage],
+        part.idle | {name for name, stage in stages if 0 <= stage < part.stage},
+    )
+
+
 def _best(
     aim: Aim, part: _Part, moments: list[Moment], stage__g: np.ndarray | None, seed: int, threads: int
 ) -> tuple[float, np.ndarray | None]:
     """(bound, entries) of the best choice of a part within lower bounds; no entries where none was found."""
-    lowest, below = None, frozenset[str]()
-    if part.stage is not None:
-        assert stage__g is not None
-        lowest = [name for name, stage in zip(aim.names, stage__g.tolist(), strict=True) if stage == part.stage]
-        below = frozenset(
-            name for name, stage in zip(aim.names, stage__g.tolist(), strict=True) if 0 <= stage < part.stage
-        )
-    floor = floor_table(aim.costs, aim.names, _once(moments), lowest, below)
+    lowest, below = _known(aim, part, stage__g)
+    if lowest and part.idle.issuperset(lowest):  # none is left to be the lowest
+        return -np.inf, None
+    floor = floor_table(aim.costs, aim.names, _once(moments), lowest, below, part.chosen)
     config = part.config
     try:
         problem = aim.problem_of(floor, config, below)

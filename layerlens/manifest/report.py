@@ -31,11 +31,11 @@ from layerlens.manifest.layers import COLUMNS, heat_map, layer_groups
 from layerlens.manifest.page import rendered, report_script, script_hash
 from layerlens.manifest.summary import (
     budget_facts,
-    counted_as,
     counts,
     expert_lines,
     left_out_lines,
     proof,
+    proved_by,
     score_in_words,
     share_of_model,
     worth,
@@ -224,7 +224,7 @@ def _certificate(manifest: Manifest) -> dict[str, str]:
         "bound": f"{manifest.upper_bound:.7g}",
         "gap": percent(manifest.gap, digits=4),
         "status": manifest.status,
-        "counted": counted_as(manifest),
+        "counted": proved_by(manifest),
         "cheapest": proof(manifest) if manifest.predicted.cheapest is not None else "",
         "solver": manifest.solver,
         "utility_model": manifest.utility_model,

@@ -166,8 +166,8 @@ def predicted_gain(manifest: Manifest) -> str:
     return f"{value}; it ranks layers and is not calibrated by training."
 
 
-def counted_as(manifest: Manifest) -> str:
-    """What the proof counts as sums and the prediction does not, where a budget is on it; "" else."""
+def proved_by(manifest: Manifest) -> str:
+    """Which figures of other choices the proof goes by, where a budget is on a recorded step; "" else."""
     names = [
         resource_name(use.resource).lower()
         for use in manifest.resources
@@ -175,7 +175,7 @@ def counted_as(manifest: Manifest) -> str:
     ]
     if not names:
         return ""
-    return f"The proof counts the {' and the '.join(names)} of other choices as sums, which are exact for this choice."
+    return f"The proof covers every choice by its own predicted {' and '.join(names)}."
 
 
 def checkpointed(manifest: Manifest) -> str:
@@ -183,8 +183,10 @@ def checkpointed(manifest: Manifest) -> str:
 
     >>> from layerlens.models import ModelFacts
     >>> found = Manifest(ModelFacts(), (), (), 0.0, 0.0, 0.0, "optimal", "", "", "", checkpointed=("h.0", "h.1", "h.2"))
-    >>> checkpointed(found).partition(":")[0]
-    'Activations of 3 blocks (h.0 to h.2) are checkpointed, to save memory'
+    >>> checkpointed(found).partition(".")[0]
+    'Activations of 3 blocks (h'
+    >>> "(h.0 to h.2) are checkpointed to save memory." in checkpointed(found)
+    True
     """
     names = manifest.checkpointed
     if not names:

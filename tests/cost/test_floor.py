@@ -56,6 +56,26 @@ def test_no_sum_is_above_what_a_choice_needs():
             assert (floor.cost__ro >= 0.0).all()
 
 
+def test_no_sum_is_above_what_a_choice_with_known_layers_needs():
+    """With the lowest layer known, and of one more whether it is adapted: the parts into which the proof divides."""
+    for seed in range(12):
+        spec, _, table = random_case(seed)
+        rng, use, names = np.random.default_rng([2, seed]), table.step, [layer.name for layer in spec.layers]
+        choices = all_choices(table)
+        moments = moments_of(table, choices, rng)
+        for lowest, other in itertools.combinations(range(len(names)), 2):
+            for taken in (True, False):
+                below = [*names[:lowest], *([] if taken else [names[other]])]
+                chosen = [names[other]] if taken else []
+                floor = floor_table(table, names, moments, [names[lowest]], below, chosen)
+                own = [each for each in choices for layers in [use_of(table, each)]
+                       if min(layers, default=len(names)) == lowest and (other in layers) == taken]  # fmt: skip
+                sums__ra = sums__rk(floor, own)
+                gb, ms = (np.array([figure(each) for each in own]) for figure in (use.gb, use.ms))
+                assert (sums__ra[5:] + np.array(floor.moments)[:, None] <= gb * (1 + ROUNDING)).all()
+                assert (sums__ra[4] + floor.base["step_ms"] <= ms * (1 + ROUNDING)).all()
+
+
 def use_of(table: CostTable, entries: np.ndarray) -> list[int]:
     """The layers that a choice adapts."""
     return [int(table.options[entry].layer[-1]) for entry in entries if table.options[entry].method != NONE]

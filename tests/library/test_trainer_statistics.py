@@ -98,7 +98,7 @@ def test_planning_leaves_a_trainer_as_it_was(name, tmp_path, end, monkeypatch):
 
 def test_a_trainer_brings_its_own_data(tmp_path):
     trainer = sft(tmp_path)
-    with pytest.raises(ConfigurationError, match=r"data: a SFTTrainer brings its own.*trainer\.model"):
+    with pytest.raises(ConfigurationError, match=r"data: a SFTTrainer has its own.*trainer\.model"):
         layerlens.plan(trainer, ["some text"], max_trainable_params="1k")
     with pytest.raises(ConfigurationError, match="budget"):
         layerlens.plan(trainer)

@@ -155,7 +155,7 @@ def test_sketched_features_of_rows_have_the_kernel_as_their_mean():
 def test_tied_weights_and_other_lookups_are_left_out_with_the_reason():
     tied = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "tie_word_embeddings": True}))
     spec = spec_of(tied.requires_grad_(False), "layers.*", "embed_tokens", "lm_head")
-    assert "tied to lm_head: PEFT's LoRA would act in model.embed_tokens alone" in spec.left_out["model.embed_tokens"]
+    assert "tied to lm_head: PEFT's LoRA would act in model.embed_tokens only" in spec.left_out["model.embed_tokens"]
     assert "tied to model.embed_tokens" in spec.left_out["lm_head"]
     t5: Any = hf.T5ForConditionalGeneration(
         hf.T5Config(vocab_size=ROWS, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)

@@ -149,7 +149,7 @@ def test_of_several_processes_one_is_tracked(tiny_optimize, tmp_path: Path, monk
 def test_a_tracker_that_breaks_costs_a_warning(tiny_run, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     tiny_run(tmp_path, tracking={"trackers": ["broken", "recording"]})
     assert (tmp_path / "out/manifest.json").is_file()
-    assert "the disk of the tracker is full; the run goes on without it" in caplog.text
+    assert "the disk of the tracker is full; the run continues without it" in caplog.text
     assert Recording.runs[1].calls[-1] == ("finish", "finished")
 
 
