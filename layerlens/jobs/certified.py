@@ -167,7 +167,7 @@ def prove(
         if moment != moments[-1] if aim.weighs_memory else moment not in moments:
             moments.append(moment)
             top.settled = False
-    return max(value, *(part.bound for part in parts)), better
+    return max([value, *(part.bound for part in parts)]), better
 
 
 def single_option(aim: Aim) -> np.ndarray | None:
@@ -207,7 +207,9 @@ def _parts(aim: Aim, floor: CostTable, threads: int) -> list[_Part]:
             problem = aim.problem_of(floor, config)
         except ConfigurationError:  # with this rank alone
             continue
-        if problem.depth is None:
+        if np.any(problem.capacity < 0.0):  # what every choice needs is above a budget
+            continue
+        if problem.depth is None or np.any(problem.capacity == 0.0):
             most = exact_sum(np.maximum.reduceat(problem.value, problem.offset[:-1]))
             found.append(_Part(config, None, most + aim.base(floor)))
         else:
