@@ -125,7 +125,7 @@ def masked_images(
     kept = {number: pair for number, pair in kept.items() if number not in left_out}
     left_out = dict(sorted(left_out.items()))
     if not kept:
-        why = next(iter(left_out.values()), "there are none")
+        why = f"the first {next(iter(left_out.values()))}" if left_out else "there are none"
         raise DataError(f"data.source: none of the {len(images)} images of {folders[0]} can be used: {why}")
     notes = [*check.notes, *said]
     if spare := [path.relative_to(root).as_posix() for stem, path in masks.items() if stem not in images]:
