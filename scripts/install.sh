@@ -6,15 +6,17 @@
 # Installs again only when a source that the installation depends on has changed. PYTHON chooses the interpreter.
 
 # PyPI's torchvision is built for PyPI's torch. Beside another one (a build for the CPU) its import fails, and with it that
-# of transformers. Where that is so, each Python of .venv defines the operators that are missing, as LayerLens itself does.
+# of transformers. Where that is so, each Python of .venv defines the operators that are missing, as LayerLens itself does:
+# by a copy of that module, so that no Python imports LayerLens unasked.
 fit_torchvision() {
-  local fitting
-  fitting=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/layerlens_torchvision.pth
-  rm -f "$fitting"
+  local packages
+  packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  rm -f "$packages"/layerlens_torchvision.pth "$packages"/fitting_torchvision.py
   .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torchvision") is None)' || return 0
   .venv/bin/python -c 'import torchvision' 2>/dev/null && return 0
   echo "torchvision is not built for this torch: letting .venv import it without its compiled operators" >&2
-  echo 'import layerlens.integrations.torchvision_import as fitting; fitting.make_torchvision_importable()' >"$fitting"
+  cp layerlens/integrations/torchvision_import.py "$packages"/fitting_torchvision.py
+  echo 'import fitting_torchvision; fitting_torchvision.make_torchvision_importable()' >"$packages"/layerlens_torchvision.pth
   .venv/bin/python -c 'import torchvision'
 }
 
