@@ -34,7 +34,7 @@ from layerlens.evaluation.study_report import EXPLANATION, gain_table, gains_at,
 from layerlens.utils.atomic import atomic_write_text
 
 FOLDER = Path(__file__).parent
-README = FOLDER.parent.parent / "README.md"
+README = FOLDER / "README.md"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 DEFAULT = "auto"
 """The arm of the default utility model."""

@@ -87,3 +87,9 @@ def test_wordings_of_the_style_page_are_not_written():
         (str(path.relative_to(ROOT)), words) for path, text in texts.items() for words in NOT_WRITTEN if words in text
     ]
     assert found == []
+
+
+def test_the_readme_is_short_and_shows_a_picture():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert "](docs/assets/choice.svg)" in "".join(text.splitlines(keepends=True)[:20])
