@@ -150,7 +150,7 @@ def prove(
         if top is None or top.bound - value <= tolerance * abs(top.bound):
             break
         if top.settled:
-            layer = None if top.found is None else _undecided(aim, top, use.timeline(top.found).moment, stage__g)
+            layer = _undecided(aim, top, stage__g)
             if layer is None:
                 break
             parts.remove(top)
@@ -218,8 +218,8 @@ def _parts(aim: Aim, floor: CostTable, threads: int) -> list[_Part]:
     return found
 
 
-def _undecided(aim: Aim, part: _Part, moment: Moment, stage__g: np.ndarray | None) -> str | None:
-    """The layer of the part's best choice that brings the sum at a moment nearest to what the choice needs, if known.
+def _undecided(aim: Aim, part: _Part, stage__g: np.ndarray | None) -> str | None:
+    """The layer of the part's best choice that brings the sum at its peak nearest to what the choice needs, if known.
 
     Whether such a layer is adapted decides who pays for a tensor that several options may keep. None where no layer
     that shares a tensor makes a difference.
@@ -228,6 +228,7 @@ def _undecided(aim: Aim, part: _Part, moment: Moment, stage__g: np.ndarray | Non
     assert use is not None
     if entries is None:
         return None
+    moment = use.timeline(entries).moment
     sharing: dict[int, set[str]] = {}
     for entry in entries.tolist():
         for storage in {*use.readers.get(entry, ()), *use.changed.get(entry, ())}:
