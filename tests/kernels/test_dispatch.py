@@ -67,7 +67,8 @@ def test_forcing_an_unknown_isa_is_a_configuration_error() -> None:
 
 @pytest.mark.parametrize("module", [_aggregate, _dispatch, _fisher, _ghost, _moments, _rademacher, reference])
 def test_examples_in_the_docstrings(module: ModuleType) -> None:
-    result = doctest.testmod(module)
+    with np.printoptions(linewidth=75):  # ultralytics, which other tests import, changes NumPy's
+        result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
 
