@@ -11,7 +11,7 @@ manifest:PATH     the LoRA ranks of a manifest
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import cast, get_args
 
 from layerlens.config.optimization import CHEAPEST, STEP, Minimised
 
@@ -114,7 +114,7 @@ def _cheapest(arm: str, rest: str) -> CheapestArm:
     known = get_args(Minimised)
     if resource and resource not in known:
         raise ValueError(f"arm {arm!r}: {resource!r} is not a resource; known: {', '.join(known)}")
-    minimised: Minimised = resource or STEP  # type: ignore[assignment]  # one of them, as was just checked
+    minimised = cast(Minimised, resource) if resource else STEP
     if not share_text:
         return CheapestArm(None, minimised)
     try:

@@ -76,7 +76,7 @@ def test_a_store_that_cuts_writes_short_is_noticed(tmp_path: Path, monkeypatch: 
 
 
 def test_a_configuration_may_name_urls_everywhere():
-    RunConfig.model_validate(
+    config = RunConfig.model_validate(
         {
             "model": {"name_or_path": "s3://models/bert"},
             "data": {"source": "gs://data/reviews.jsonl"},
@@ -85,3 +85,5 @@ def test_a_configuration_may_name_urls_everywhere():
             "runtime": {"cache_dir": "s3://cache"},
         }
     )
+    assert (config.model.name_or_path, config.data.source) == ("s3://models/bert", "gs://data/reviews.jsonl")
+    assert (str(config.output.directory), str(config.runtime.cache_dir)) == ("az://results/run-1", "s3://cache")
