@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 from layerlens.bench.speeds import transformer_problem
 from layerlens.models import AllocationProblem, DepthCharge, GroupCharge, SolverEvent
 from layerlens.optimization import solve
+from layerlens.utils.processor import processor_name
 
 BLOCK, OPTIONS, GOOD_GAP = 7, 32, 0.003
 MEMORY, STEP = 2, 4
@@ -129,7 +129,7 @@ def main() -> None:
         }
     print(json.dumps(medians, indent=1))
     if options.output:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": 1}
+        machine = {"processor": processor_name(), "cores": os.cpu_count(), "threads": 1}
         machine["load"] = os.getloadavg()[0]
         found = {"machine": machine, "clock": "processor time", "medians": medians, "runs": runs}
         options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

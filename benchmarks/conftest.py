@@ -8,7 +8,6 @@ import os
 # under which users run; layerlens/bench/kernel_cases.py keeps one runtime's spinning workers out of another's time.
 os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
-import platform
 import sys
 from pathlib import Path
 
@@ -17,6 +16,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not let files import their neighbours
 
 from stored_ratios import STORED, missing_ratios, processor_key, record_ratios
+
+from layerlens.utils.processor import processor_name
 
 ROWS = pytest.StashKey[list[dict]]()
 
@@ -31,15 +32,6 @@ def report(request: pytest.FixtureRequest) -> list[dict]:
     return request.config.stash[ROWS]
 
 
-def processor() -> str:
-    for line in (
-        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else ()
-    ):
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     rows = config.stash[ROWS]
     if not rows:
@@ -49,7 +41,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     widths = {column: max(len(column), *(len(row.get(column, "")) for row in rows)) for column in columns}
     lines = [
-        f"{processor()}, {os.cpu_count()} cores, {kernels.isa()}, load {os.getloadavg()[0]:.1f} (1 is this run); "
+        f"{processor_name()}, {os.cpu_count()} cores, {kernels.isa()}, load {os.getloadavg()[0]:.1f} (1 is this run); "
         "times are medians, ratios medians of paired ratios",
         "  ".join(column.ljust(widths[column]) for column in columns),
         *("  ".join(row.get(column, "").ljust(widths[column]) for column in columns) for row in rows),

@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from layerlens.utils.processor import processor_name
+
 RESULTS = Path(__file__).parent / "results" / "growth.json"
 BLOCKS = (2, 8, 32, 128, 332)
 SAMPLES = (16, 160, 1600, 16000)
@@ -70,7 +72,7 @@ def main() -> None:
 def written(found: dict[str, Any], output: Path) -> None:
     """Write what there is, after every series."""
     found["what"] = __doc__.split("\n\n")[2].replace("\n", " ")
-    found["machine"] = {"processor": processor(), "cores": os.cpu_count(), "threads": 1}
+    found["machine"] = {"processor": processor_name(), "cores": os.cpu_count(), "threads": 1}
     output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".svg").write_text(figure(found["series"]), encoding="utf-8")
 
@@ -218,14 +220,6 @@ def figure(series: dict[str, Any]) -> str:
     buffer = io.StringIO()
     drawn.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
-
-
-def processor() -> str:
-    """The processor's name."""
-    for one in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if one.startswith("model name"):
-            return one.partition(":")[2].strip()
-    return "unknown"
 
 
 if __name__ == "__main__":

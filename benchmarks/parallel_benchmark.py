@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import time
@@ -24,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from layerlens.utils.processor import processor_name
 
 SHAPE = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "max_position_embeddings": 128}
 DEPTH, SAMPLES, TOKENS, BATCH = 4, 96, 64, 8
@@ -157,7 +158,7 @@ def main() -> None:
     folder = arguments.out.parent / ".parallel"
     folder.mkdir(parents=True, exist_ok=True)
     found = {
-        "machine": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
+        "machine": {"cores": os.cpu_count(), "processor": processor_name()},
         "torch": torch.__version__,
         "model": {**SHAPE, "depth": DEPTH, "samples": SAMPLES, "tokens": TOKENS, "batch_size": BATCH},
         "two_processes": speed_up(arguments.processes, arguments.rounds, folder),

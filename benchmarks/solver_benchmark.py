@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +35,7 @@ from layerlens.bench.speeds import as_problem, transformer_problem
 from layerlens.kernels import isa
 from layerlens.models import AllocationProblem
 from layerlens.optimization import solve
+from layerlens.utils.processor import processor_name
 
 # CP-SAT counts in integers: values and costs are scaled to sums of about this size.
 INTEGER_SUM = 2**40
@@ -201,7 +201,7 @@ def main() -> None:
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         machine = {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor_name(),
             "cores": os.cpu_count(),
             "isa": isa(),
             "threads": options.threads,

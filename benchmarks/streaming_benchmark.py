@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from layerlens.utils.processor import processor_name
 
 RESULTS = Path(__file__).parent / "results" / "streaming.json"
 BIG = {
@@ -108,7 +109,7 @@ def everything(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             f"{fits[what]['intercept_s']:.3f} s, R² {fits[what]['r_squared']:.5f}"
         )
     return {
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
+        "machine": {"processor": processor_name(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
         "checkpoint": {**BIG, "bytes": size, "dtype": "float32"},
         "limit": {"kind": "RLIMIT_AS", "gb": arguments.limit_gb, "environment": ALLOCATOR},
         "large": big,
@@ -259,14 +260,6 @@ def write_checkpoint(folder: Path, shape: dict[str, int]) -> int:
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
     index.write_text(json.dumps(content), encoding="utf-8")
     return total
-
-
-def processor() -> str:
-    """The processor's name."""
-    for one in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if one.startswith("model name"):
-            return one.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

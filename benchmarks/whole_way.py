@@ -21,7 +21,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from layerlens.utils.processor import processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "whole_way.json"
@@ -153,7 +154,7 @@ def everything(options: argparse.Namespace) -> None:
                     break
     content = {
         "what": "seconds of processor time, user and system, of the process and its children; least of the rounds",
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": THREADS},
+        "machine": {"processor": processor_name(), "cores": os.cpu_count(), "threads": THREADS},
         "rows": {**old.get("rows", {}), **found},
     }
     options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -356,14 +357,6 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
                  f"{now['peak_mb']}", parts]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def processor() -> str:
-    """The processor's name."""
-    for one in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if one.startswith("model name"):
-            return one.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

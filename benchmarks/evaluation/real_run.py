@@ -14,7 +14,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import sklearn.datasets  # noqa: F401  it brings its own OpenMP, which must be l
 import torch
 from arm_costs import costs, with_lora
 from real_tasks import DEPTH_ARMS, TASKS
+from run import end_of
 
 from layerlens.evaluation import training
 from layerlens.evaluation.arms import Sets
@@ -175,12 +176,7 @@ def main() -> None:
     parser.add_argument("--costs", action="store_true", help="only the costs of the arms that were run")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    end = None
-    if arguments.until:
-        now = datetime.now(timezone.utc)
-        hour, minute = map(int, arguments.until.split(":"))
-        end = now.replace(hour=hour, minute=minute, second=0)
-        end += timedelta(days=1) if end < now else timedelta()
+    end = end_of(arguments.until)
     studies: dict[str, RealStudy] = {}
     for n_seeds, arms in ((4, (COSTS,)),) if arguments.costs else ROUNDS:
         of_round = [LARGE] if LARGE in arms else [name for name in TASKS if name != LARGE or COSTS in arms]

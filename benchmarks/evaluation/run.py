@@ -73,17 +73,22 @@ def main() -> None:
     wanted = [(budget, arm) for budget, arms in STAGES for arm in arms]
     if arguments.arms:
         wanted = [(budget, arm) for budget, _, arm in (text.partition(":") for text in arguments.arms.split(","))]
-    end = None
-    if arguments.until:
-        now = datetime.now(timezone.utc)
-        hour, minute = map(int, arguments.until.split(":"))
-        end = now.replace(hour=hour, minute=minute, second=0)
-        end += timedelta(days=1) if end < now else timedelta()
+    end = end_of(arguments.until)
     for name in arguments.tasks:
         # One process for each task, which share what was imported; the last task runs in this one.
         if name == arguments.tasks[-1] or os.fork() == 0:
             _run_task(name, wanted, end)
             return
+
+
+def end_of(until: str | None) -> datetime | None:
+    """The next time that a clock in UTC shows HH:MM; None for none."""
+    if not until:
+        return None
+    now = datetime.now(timezone.utc)
+    hour, minute = map(int, until.split(":"))
+    end = now.replace(hour=hour, minute=minute, second=0)
+    return end + timedelta(days=1) if end < now else end
 
 
 def _run_task(name: str, wanted: list[tuple[str, str]], end: datetime | None) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import platform
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -43,6 +42,7 @@ from layerlens.models.step import (
     VIEW,
 )
 from layerlens.utils.atomic import atomic_write_text
+from layerlens.utils.processor import processor_name
 from layerlens.utils.progress import Progress, silent
 
 FORMAT = 4
@@ -342,9 +342,4 @@ def device_name(device: torch.device) -> str:
     """The GPU's or the processor's own name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        named = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        named = platform.processor() or platform.machine()
-    return named
+    return processor_name()

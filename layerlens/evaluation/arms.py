@@ -1,4 +1,4 @@
-"""What the arms choose that are written with numbers: layers by depth and kind, manifests, and the cheapest choice.
+"""What arms with a colon choose (``top:3:v,o``, ``cheapest:0.95``): layers by depth or kind, a manifest, the cheapest.
 
 The blocks are those of the model's specification (``LayerSpec.block``), in forward order.
 """

@@ -132,7 +132,7 @@ class _Part:
 def prove(
     aim: Aim, entries: np.ndarray | None, value: float, *, seed: int, threads: int
 ) -> tuple[float, np.ndarray | None]:
-    """A bound on all choices that keep the budgets, and one that is better than the answer, where one is come upon.
+    """A bound on every choice that keeps the budgets, and a better choice than the answer if the proof finds one.
 
     Args:
         aim: the problem.

@@ -145,7 +145,7 @@ class _Search:
             costs = replace(costs, base=costs.base | more)
 
     def proved(self, found: Solution) -> Solution:
-        """The answer with a bound on every choice whose predicted step keeps the budgets; or a better one come upon."""
+        """The answer, or a better one that the proof finds, with a bound on every choice that keeps the budgets."""
         entries = found.problem.entries(found.allocation.choice)
         value = self.aim.value(entries)
         bound, better = prove(self.aim, entries, value, seed=self.seed, threads=self.threads)

@@ -17,6 +17,7 @@ from layerlens.config.vision_language import PipelineConfig
 from layerlens.exceptions import ConfigurationError, DataError, ModelNotFoundError
 from layerlens.jobs.adapted_models import adapted_detector, adapted_language_model
 from layerlens.utils.atomic import atomic_write_bytes, atomic_write_text, check_writable
+from layerlens.utils.processor import processor_name
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
 from layerlens.vision_language import Item, LanguageModel, ServerModel, Variant, find_images, load_image, run_images
@@ -268,7 +269,7 @@ def _environment(config: PipelineConfig, threads: int) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     device = torch.device(config.device)
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "device": f"{config.device} ({chip})",
         "threads": threads,
@@ -280,16 +281,6 @@ def _environment(config: PipelineConfig, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         **versions,
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:  # no /proc
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _load() -> str:
