@@ -7,6 +7,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -27,7 +28,8 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("layerlens.library.")])
 def test_examples_hold(name):
-    failed, tried = doctest.testmod(importlib.import_module(name))
+    with np.printoptions(linewidth=75):  # ultralytics, which other tests import, changes NumPy's
+        failed, tried = doctest.testmod(importlib.import_module(name))
     assert failed == 0
     assert tried > 0
 

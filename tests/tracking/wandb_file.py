@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ def records_of(path: Path) -> list[Any]:
             place += BLOCK - place % BLOCK
             continue
         length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        if place + HEADER + length > len(content):  # still being written
+            break
         parts += content[place + HEADER : place + HEADER + length]
         place += HEADER + length
         if kind in (FULL, LAST):
@@ -28,6 +31,16 @@ def records_of(path: Path) -> list[Any]:
             found.append(record)
             parts = b""
     return found
+
+
+def ended_records_of(path: Path) -> list[Any]:
+    """The records when the run's end is among them: wandb's own process may write it after ``finish`` has returned."""
+    for _ in range(6000):
+        found = records_of(path)
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has no end of the run")
 
 
 class OfflineRun:
@@ -39,7 +52,7 @@ class OfflineRun:
         self.config: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self.artifacts: dict[str, list[str]] = {}
-        for record in records_of(path):
+        for record in ended_records_of(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 self.project, self.name = record.run.project, record.run.display_name
