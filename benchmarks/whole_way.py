@@ -308,7 +308,12 @@ def llama_checkpoint(folder: Path) -> bool:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = next(Path(found.submodule_search_locations[0]).rglob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config = read.config
+    if hasattr(config, "quantization_config"):  # its weights are float32, but transformers refuses to save it
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     return True
