@@ -15,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not let files import their neighbours
 
-from stored_ratios import STORED, missing_ratios, processor_key, record_ratios
+from stored_ratios import STORED, missing_ratios, never_met, processor_key, record_ratios
 
 from layerlens.utils.processor import processor_name
 
@@ -50,10 +50,16 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     for line in lines:
         terminalreporter.write_line(line.rstrip())
     target = os.environ.get("LAYERLENS_BENCHMARK_RECORD")
-    if not target and (missing := missing_ratios(STORED, processor_key(kernels.isa()))):
-        terminalreporter.write_line(missing)
+    stored = STORED
     if target:
-        Path(target).mkdir(parents=True, exist_ok=True)
-        (Path(target) / "kernels.txt").write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
-        ratios = {row["case"]: float(row["best peer"].split("x")[0]) for row in rows if row.get("best peer")}
-        record_ratios(Path(target) / "kernel_ratios.json", processor_key(kernels.isa()), ratios)
+        stored = Path(target) / "kernel_ratios.json"
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        (stored.parent / "kernels.txt").write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
+        compared = [row for row in rows if row.get("best peer")]
+        ratios = {row["case"]: float(row["best peer"].split("x")[0]) for row in compared}
+        targets = {row["case"]: float(row["wanted"].split("x")[0]) for row in compared}
+        record_ratios(stored, processor_key(kernels.isa()), ratios, targets)
+    elif missing := missing_ratios(STORED, processor_key(kernels.isa())):
+        terminalreporter.write_line(missing)
+    for line in never_met(stored):
+        terminalreporter.write_line(line)

@@ -2,16 +2,18 @@
 
     python -m pytest benchmarks/profile_batch_benchmark.py --benchmark-enable
 
-Columns: time of one call; our rate; share of the limit measured in the same run (for reductions the rate at which
-BLAS' ddot reads the same buffer, for ghost norms the best float32 matrix product of 1024^3); how many times faster than
-pure-Python loops, the best NumPy form, the best torch form, torch with a float32 result (16-bit rows), torch's
-addcmul_ (one call per sample), numba (where it is installed); and than the best of those.
+Columns: time of one call; our rate; share of the limit, which is the fastest of several readers of the same buffer in
+the same run (two dot products, a sum and memcmp; for Fisher with a scaling of the output; for ghost norms two float32
+products of 1024^3), or our own call if none is faster; how many times faster than pure-Python loops, the best NumPy
+form, the best torch form, torch with a float32 result (16-bit rows), torch's addcmul_ (one call per sample), numba
+(where it is installed); than the best of those; and the ratio to it that is wanted.
 
 Regression gate: the ratio to the best peer must not fall below 0.6 of the one in results/kernel_ratios.json for this
 processor (vendor, family, instruction set); where it has none, a line at the end says so and nothing is compared.
 Ratios are paired and interleaved, a failing one is measured three times, and the margin is what other work on the
 machine can do to a cache-sized case; set LAYERLENS_BENCHMARK_RECORD=benchmarks/results to store this processor's ratios
-(and the table) anew.
+(and the table) anew. Wanted ratios (0.95 from memory, 1.1 in cache) are no gate: at the end stands which of them were
+never met, on which processor.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from stored_ratios import STORED, processor_key, read_ratios
+from stored_ratios import STORED, processor_key, ratios_of
 
 from layerlens import kernels
 from layerlens.bench.kernel_cases import (
@@ -108,6 +110,7 @@ for _rows, _cols in ORIGIN_SIZES:
 BESIDE_PYTHON = tuple(CASES)
 for _dtype in (torch.float64, torch.bfloat16, torch.float16):
     CASES[f"energy-{_dtype}"] = lambda t=_dtype: energy_case(1024, 4096, t)
+CASES["energy-64MiB"] = lambda: energy_case(4096, 4096, torch.float32)
 for _rows, _cols in [(64, 4096), (1024, 4096), (4096, 16384)]:  # in L2, in L3, beyond
     CASES[f"energy-{_rows}x{_cols}-2"] = lambda r=_rows, c=_cols: energy_case(r, c, torch.float32, threads=2)
 for _dtype in (torch.bfloat16, torch.float16):
@@ -141,8 +144,8 @@ def row_of(case: Case, measured: Measured) -> dict[str, str]:
     seconds = measured.median("ours")
     rate = case.work / seconds / 1e9
     row = {"case": case.name, "time": f"{seconds * 1e6:.0f} us", "rate": f"{rate:.0f} {case.unit}", "of limit": ""}
-    if case.limit is not None:
-        row["of limit"] = f"{rate / (case.limit_work / measured.median('limit') / 1e9):.2f}"
+    if (share := case.of_limit(measured)) is not None:
+        row["of limit"] = f"{share:.2f}"
     if case.python is not None:
         once = measure({"python": case.python}, budget_s=0.0, warm_calls=1).median("python")
         row["Python"] = f"{once / seconds:.0f}x"
@@ -153,6 +156,7 @@ def row_of(case: Case, measured: Measured) -> dict[str, str]:
         row[column] = f"{measured.speedup('ours', over=name):.2f}x" if name in case.peers else ""
     fastest, ratio = best(measured, list(case.peers))
     row["best peer"] = f"{ratio:.2f}x {fastest}"
+    row["wanted"] = f"{case.target:.2f}x{' MISSED' * (round(ratio, 2) < case.target)}"
     return row
 
 
@@ -160,13 +164,12 @@ def row_of(case: Case, measured: Measured) -> dict[str, str]:
 def test_profile_batch(name: str, benchmark, report: list[dict]) -> None:
     case = with_loops(CASES[name](), python=name in BESIDE_PYTHON)
     torch.set_num_threads(case.threads)
-    candidates = {"ours": case.ours, **case.peers, **({"limit": case.limit} if case.limit else {})}
     recording = bool(os.environ.get("LAYERLENS_BENCHMARK_RECORD"))
-    stored = {} if recording else read_ratios(STORED).get(processor_key(kernels.isa()), {})
+    stored = {} if recording else ratios_of(STORED, processor_key(kernels.isa()))
     budget_s, settle_s = (0.5, 0.0) if case.threads == 1 else (3.0, SETTLE_S)
     wanted = GATE * stored.get(case.name, 0.0)
     for _ in range(3):
-        measured = measure(candidates, budget_s=budget_s, settle_s=settle_s)
+        measured = measure(case.candidates, budget_s=budget_s, settle_s=settle_s)
         _, ratio = best(measured, list(case.peers))
         if ratio >= wanted:
             break

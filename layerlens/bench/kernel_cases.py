@@ -16,10 +16,11 @@ timing comes after a pause in which all workers fall asleep and as long a stretc
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -78,7 +79,14 @@ def measure(
 
 
 TO_F32, ADDCMUL, CONVERTED = "torch vector_norm to f32", "torch addcmul_", "torch copy_ addcmul_"
-"""Peers that have targets of their own."""
+"""Peers that have columns of their own."""
+
+FROM_MEMORY_BYTES = 2**25
+"""What moves more than this in a call waits for memory on most machines; what moves less is in the last cache."""
+FROM_MEMORY_TARGET, IN_CACHE_TARGET = 0.95, 1.1
+"""Wanted ratios to the best peer. From memory nobody can be faster than the memory is."""
+LIMIT = "limit: "
+"""What the names of limits begin with among the candidates of a measurement."""
 
 
 @dataclass
@@ -90,30 +98,82 @@ class Case:
         ours: the kernel's call.
         peers: other ways to the same result.
         threads: that our call uses.
-        limit: work that the machine cannot do faster, ``limit_work`` of it in a call.
+        limits: other ways to do ``limit_work`` in a call, as fast as the machine can; the fastest of them counts.
         work: bytes or operations of one call.
         unit: of ``work`` in a second, times 1e9.
         array: the input, where NumPy has its type.
         python: the same by loops.
+        wanted: ratio to the best peer, where it is not that of all.
     """
 
     name: str
     ours: Callable[[], object]
     peers: dict[str, Callable[[], object]]
     threads: int = 1
-    limit: Callable[[], object] | None = None
+    limits: dict[str, Callable[[], object]] = field(default_factory=dict)
     limit_work: float = 0.0
     work: float = 0.0
     unit: str = "GB/s"
     array: np.ndarray | None = None
     python: Callable[[], object] | None = None
+    wanted: float | None = None
+
+    @property
+    def target(self) -> float:
+        """The ratio to the best peer that this shall reach."""
+        if self.wanted is not None:
+            return self.wanted
+        reads_memory = self.unit == "GB/s" and self.work > FROM_MEMORY_BYTES
+        return FROM_MEMORY_TARGET if reads_memory else IN_CACHE_TARGET
+
+    @property
+    def candidates(self) -> dict[str, Callable[[], object]]:
+        """All that is measured together: "ours", the peers, and the limits under names that begin with ``LIMIT``."""
+        limits = {LIMIT + name: limit for name, limit in self.limits.items()}
+        return {"ours": self.ours, **self.peers, **limits}
+
+    def of_limit(self, measured: Measured) -> float | None:
+        """Our rate over the fastest one that was measured, ours among them; None without limits.
+
+        Our kernel is one of the readers, so the share is 1 where none is faster, and never more.
+        """
+        if not self.limits:
+            return None
+        ours = self.work / measured.median("ours")
+        others = [self.limit_work / measured.median(LIMIT + name) for name in self.limits]
+        return ours / max(ours, *others)
 
 
-def read_limit(x: torch.Tensor) -> Callable[[], object]:
-    """Reads the whole buffer, once, as fast as BLAS' ddot does."""
+def readers(x: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Ways to read the whole buffer once and write nothing, none of which is the fastest on every machine."""
     flat = x.view(torch.uint8).reshape(-1).numpy()
     doubles = flat[: flat.size // 8 * 8].view(np.float64)
-    return lambda: np.dot(doubles, doubles)
+    tensor = torch.from_numpy(doubles)
+    address, size = ctypes.c_void_p(flat.ctypes.data), ctypes.c_size_t(flat.size)
+    compare = ctypes.CDLL(None).memcmp
+    return {
+        "NumPy's BLAS": lambda: np.dot(doubles, doubles),
+        "torch's BLAS": lambda: torch.dot(tensor, tensor),
+        "torch sum": lambda: tensor.sum(),  # on as many threads as torch has
+        # Every line comes from memory once: its second load finds it in the first cache. The loads are memcpy's.
+        "memcmp": lambda: compare(address, address, size),
+    }
+
+
+def readers_and_update(x: torch.Tensor, out: np.ndarray) -> dict[str, Callable[[], object]]:
+    """Ways to read the buffer once and to read and write ``out`` once, by the ``readers`` and a scaling in place."""
+
+    def both(read: Callable[[], object]) -> Callable[[], object]:
+        return lambda: (read(), np.multiply(out, 1.0, out=out))
+
+    return {name: both(read) for name, read in readers(x).items()}
+
+
+def products(size: int) -> dict[str, Callable[[], object]]:
+    """A float32 product of size³ by each of the BLAS libraries here, of which now the one and now the other leads."""
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    arrays = left.numpy(), right.numpy()
+    return {"NumPy's BLAS": lambda: np.dot(*arrays), "torch's BLAS": lambda: torch.mm(left, right)}
 
 
 def energy_case(rows: int, cols: int, dtype: torch.dtype, threads: int = 1) -> Case:
@@ -129,6 +189,8 @@ def energy_case(rows: int, cols: int, dtype: torch.dtype, threads: int = 1) -> C
         array = x.numpy()
         peers["numpy einsum"] = lambda: np.einsum("ij,ij->i", array, array)
         peers["numpy square sum"] = lambda: np.square(array).sum(axis=1)
+        if hasattr(np, "vecdot"):  # NumPy 2: one ddot or sdot for each row
+            peers["numpy vecdot"] = lambda: np.vecdot(array, array)
     given = x.numpy() if dtype in (torch.float32, torch.float64) else x  # what NumPy and numba get too
     size = x.numel() * x.element_size()
     return Case(
@@ -136,7 +198,7 @@ def energy_case(rows: int, cols: int, dtype: torch.dtype, threads: int = 1) -> C
         lambda: kernels.row_sum_of_squares(given, threads=threads),
         peers,
         threads,
-        limit=read_limit(x),
+        limits=readers(x),
         limit_work=size,
         work=size,
         array=given if isinstance(given, np.ndarray) else None,
@@ -181,8 +243,8 @@ def fisher_case(
         lambda: kernels.fisher_diagonal(g, out, threads=threads),
         peers,
         threads,
-        limit=read_limit(g),
-        limit_work=size,
+        limits=readers_and_update(g, out),
+        limit_work=size + 2 * out.nbytes,
         work=size + 2 * out.nbytes,
         array=g.numpy() if dtype in (torch.float32, torch.float64) else None,
     )
@@ -204,7 +266,7 @@ def statistics_case(rows: int, cols: int, dtype: torch.dtype) -> Case:
     size = x.numel() * x.element_size()
     name = f"five statistics {rows}x{cols} {str(dtype)[6:]} threads=1"
     ours = lambda: kernels.row_statistics(x)  # noqa: E731
-    return Case(name, ours, {"torch passes": passes}, limit=read_limit(x), limit_work=size, work=size)
+    return Case(name, ours, {"torch passes": passes}, limits=readers(x), limit_work=size, work=size)
 
 
 def ragged_case(dtype: torch.dtype, threads: int, dim: int = 384) -> Case:
@@ -218,18 +280,13 @@ def ragged_case(dtype: torch.dtype, threads: int, dim: int = 384) -> Case:
         {"torch foreach": lambda: torch._foreach_norm(tensors)},
         threads,
         work=size,
+        wanted=None if threads == 1 else 2.5 if dtype == torch.bfloat16 else 1.4,  # one start of threads, not 144
     )
 
 
 def ghost_case(batch: int, tokens: int, d_in: int, d_out: int, threads: int = 1) -> Case:
     """Norms of per-sample gradients that are never formed."""
     h, d = torch.randn(batch, tokens, d_in), torch.randn(batch, tokens, d_out)
-    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    left_array, right_array = left.numpy(), right.numpy()
-
-    def product() -> object:  # whichever BLAS is faster here is found by the caller's ratio to both
-        return np.dot(left_array, right_array)
-
     gram = kernels.ghost_form(tokens, d_in, d_out) == "gram"
     adds = batch * (tokens * (tokens + 1) / 2 * (d_in + d_out) if gram else tokens * d_in * d_out)
     return Case(
@@ -240,7 +297,7 @@ def ghost_case(batch: int, tokens: int, d_in: int, d_out: int, threads: int = 1)
             "torch direct": lambda: (d.mT @ h).square().sum((1, 2)),
         },
         threads=threads,
-        limit=product,
+        limits=products(1024),
         limit_work=2 * 1024**3,
         work=2 * adds,
         unit="GFLOP/s",

@@ -19,7 +19,16 @@ import numpy as np
 import torch
 
 from layerlens import __version__, kernels
-from layerlens.bench.kernel_cases import Case, energy_case, fisher_case, ghost_case, measure, ragged_case, read_limit
+from layerlens.bench.kernel_cases import (
+    Case,
+    energy_case,
+    fisher_case,
+    ghost_case,
+    measure,
+    products,
+    ragged_case,
+    readers,
+)
 from layerlens.cost.device import device_name
 from layerlens.models import LORA, AllocationProblem, Option
 from layerlens.optimization import solve
@@ -52,7 +61,7 @@ class KernelSpeed:
         name: what is done, on what.
         seconds: of one call, the median.
         rate, unit: what that amounts to.
-        of_limit: share of the limit measured on the same buffer; None where none was.
+        of_limit: share of the fastest rate measured on the same buffer, at most 1; None where none was.
         peers: other way to the same result -> how many times longer it takes.
     """
 
@@ -175,15 +184,14 @@ def _instances(small: bool) -> Sequence[tuple[str, int, bool, bool]]:
 
 
 def _timed(case: Case, budget_s: float) -> KernelSpeed:
-    candidates = {"ours": case.ours, **case.peers, **({"limit": case.limit} if case.limit else {})}
-    measured = measure(candidates, budget_s=budget_s, settle_s=0.0 if case.threads == 1 else SETTLE_S)
+    measured = measure(case.candidates, budget_s=budget_s, settle_s=0.0 if case.threads == 1 else SETTLE_S)
     seconds = measured.median("ours")
     return KernelSpeed(
         name=case.name,
         seconds=seconds,
         rate=case.work / seconds / 1e9,
         unit=case.unit,
-        of_limit=case.work / seconds / (case.limit_work / measured.median("limit")) if case.limit else None,
+        of_limit=case.of_limit(measured),
         peers={name: measured.speedup("ours", over=name) for name in case.peers},
     )
 
@@ -199,18 +207,16 @@ def _solved(name: str, layers: int, hard: bool, refine: bool, threads: int) -> S
 
 
 def _read_bandwidth(small: bool) -> Limit:
-    """BLAS' ddot of a buffer with itself, which reads it once."""
+    """The fastest of some readers of a buffer."""
     size = READ_BYTES // (100 if small else 1) // 8 * 8
-    seconds = _median(read_limit(torch.ones(size // 4)))
+    seconds = min(map(_median, readers(torch.ones(size // 4)).values()))
     return Limit(f"reading memory ({size / 2**20:.0f} MiB)", size / seconds / 1e9, "GB/s")
 
 
 def _product_rate(small: bool) -> Limit:
     """The fastest float32 matrix product: what is left of the processor's multiply-adds in practice."""
     size = PRODUCT // (8 if small else 1)
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    arrays = left.numpy(), right.numpy()
-    seconds = min(_median(lambda: torch.mm(left, right)), _median(lambda: np.dot(*arrays)))
+    seconds = min(map(_median, products(size).values()))
     return Limit(f"float32 multiply-adds (product of {size}³)", 2 * size**3 / seconds / 1e9, "GFLOP/s")
 
 

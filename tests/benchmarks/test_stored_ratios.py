@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
@@ -45,29 +44,42 @@ def test_this_processor_has_a_key() -> None:
     assert stored_ratios.processor_key(kernels.isa()).endswith(f" {kernels.isa()}")
 
 
-def test_recording_keeps_other_processors_and_other_cases(tmp_path: Path) -> None:
+def test_recording_keeps_other_processors_other_cases_and_the_best(tmp_path: Path) -> None:
     path = tmp_path / "new" / "kernel_ratios.json"
-    assert stored_ratios.read_ratios(path) == {}
-    stored_ratios.record_ratios(path, AMD, {"row energy": 1.5, "ragged": 2.0})
-    stored_ratios.record_ratios(path, INTEL, {"row energy": 1.1})
-    stored_ratios.record_ratios(path, AMD, {"row energy": 1.6})
-    assert json.loads(path.read_text()) == {AMD: {"row energy": 1.6, "ragged": 2.0}, INTEL: {"row energy": 1.1}}
+    assert stored_ratios.ratios_of(path, AMD) == {}
+    assert stored_ratios.never_met(path) == []
+    targets = {"row energy": 1.55, "ragged": 2.5}
+    stored_ratios.record_ratios(path, AMD, {"row energy": 1.5, "ragged": 2.0}, targets)
+    stored_ratios.record_ratios(path, INTEL, {"row energy": 1.1}, targets)
+    stored_ratios.record_ratios(path, AMD, {"row energy": 1.6}, targets)
+    stored_ratios.record_ratios(path, AMD, {"row energy": 1.4}, targets)
+    assert stored_ratios.ratios_of(path, AMD) == {"row energy": 1.4, "ragged": 2.0}
+    assert stored_ratios.ratios_of(path, INTEL) == {"row energy": 1.1}
+    assert stored_ratios.best_of(path, AMD) == {"row energy": 1.6, "ragged": 2.0}
+    assert stored_ratios.never_met(path) == [
+        f"AMD Zen 5 ({AMD}), never met: 1 of 2 wanted ratios: ragged 2.00 of 2.50",
+        f"Intel Xeon ({INTEL}), never met: 1 of 1 wanted ratios: row energy 1.10 of 1.55",
+    ]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_a_processor_without_ratios_is_told_so_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "kernel_ratios.json"
-    stored_ratios.record_ratios(path, AMD, {"row energy": 1.5})
+    stored_ratios.record_ratios(path, AMD, {"row energy": 1.5}, {"row energy": 1.1})
     assert stored_ratios.missing_ratios(path, AMD) is None
     said = stored_ratios.missing_ratios(path, INTEL)
     assert said is not None
     assert len(said.splitlines()) == 1
-    for part in (INTEL, AMD, "LAYERLENS_BENCHMARK_RECORD=benchmarks/results"):
+    for part in (INTEL, AMD, "Zen 5", "LAYERLENS_BENCHMARK_RECORD=benchmarks/results"):
         assert part in said
 
 
-def test_what_is_stored_in_the_repository_is_by_processor() -> None:
-    for processor, ratios in stored_ratios.read_ratios(stored_ratios.STORED).items():
+def test_what_is_stored_in_the_repository_is_by_processor_and_says_what_is_wanted() -> None:
+    stored = stored_ratios.read(stored_ratios.STORED)
+    assert {entry["name"] for entry in stored["processors"].values()} >= {"AMD Zen 4", "AMD Zen 5", "Intel Xeon"}
+    for processor, entry in stored["processors"].items():
         assert processor.split()[-1] in ("scalar", "avx2", "avx512")
-        assert ratios
-        assert all(ratio > 0.0 for ratio in ratios.values())
+        assert entry["name"] == stored_ratios.FAMILIES.get(processor, processor)
+        assert entry["ratios"].keys() == entry["best"].keys() <= stored["targets"].keys()
+        assert all(entry["best"][case] >= ratio > 0.0 for case, ratio in entry["ratios"].items())
+    assert len(stored_ratios.never_met(stored_ratios.STORED)) == len(stored["processors"])
