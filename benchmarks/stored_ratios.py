@@ -1,8 +1,9 @@
 """Ratios of earlier runs, kept apart for each processor: how far a kernel is ahead of its peers depends on it.
 
-The file holds the wanted ratio of every case, and for each processor its name, where its ratios come from, the ratios as
-last recorded, and the best that were ever recorded. A processor is its vendor, family and the instruction set in use,
-such as "AuthenticAMD family 26 avx512": what decides the ratios and stays the same from one cloud machine to the next.
+The file holds the wanted ratio of every case, and for each processor its name, where its ratios come from, the ratios
+as last recorded, and the best that were ever recorded. A processor is its vendor, family and the instruction set in
+use, such as "AuthenticAMD family 26 avx512": what decides the ratios and stays the same from one cloud machine to the
+next.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ def test_json_has_limits_kernels_solver_and_what_they_were_measured_with(invoke:
     assert len(found["kernels"]) == 4
     for kernel in found["kernels"]:
         assert min(kernel["seconds"], kernel["rate"], *kernel["peers"].values()) > 0.0
+        assert kernel["of_limit"] is None or 0.0 < kernel["of_limit"] <= 1.0  # nothing is faster than the limit
     assert {name.split()[0] for kernel in found["kernels"] for name in kernel["peers"]} == {"numpy", "torch"}
     assert all(solved["seconds"] > 0.0 and 0.0 <= solved["gap"] < 0.1 for solved in found["solver"])
 
