@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def read(path: Path) -> dict[str, Any]:
 def ratios_of(path: Path, processor: str) -> dict[str, float]:
     """Case -> ratio of one processor; empty if nothing is stored for it."""
     return read(path)["processors"].get(processor, {}).get("ratios", {})
+
+
+def peers_then(path: Path, processor: str, peers: Iterable[str]) -> list[str]:
+    """Those of the peers that were among them when the ratios were recorded: a new one must not fail the gate."""
+    later = read(path)["processors"].get(processor, {}).get("without", [])
+    return [peer for peer in peers if peer not in later]
 
 
 def best_of(path: Path, processor: str) -> dict[str, float]:

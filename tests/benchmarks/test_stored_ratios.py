@@ -83,3 +83,6 @@ def test_what_is_stored_in_the_repository_is_by_processor_and_says_what_is_wante
         assert entry["ratios"].keys() == entry["best"].keys() <= stored["targets"].keys()
         assert all(entry["best"][case] >= ratio > 0.0 for case, ratio in entry["ratios"].items())
     assert len(stored_ratios.never_met(stored_ratios.STORED)) == len(stored["processors"])
+    peers = ["numpy einsum", "numpy vecdot"]
+    assert stored_ratios.peers_then(stored_ratios.STORED, AMD, peers) == peers[:1]
+    assert stored_ratios.peers_then(stored_ratios.STORED, "unknown", peers) == peers
