@@ -1,7 +1,8 @@
 """LayerLens: which layers of a pretrained model to adapt, with which PEFT method and rank, under hard budgets.
 
-The verbs work on objects: ``plan`` (measure and choose), its parts ``profile`` and ``choose``; ``load``, ``diff`` and
-``estimate`` need no model. Importing this imports neither torch nor anything else that is slow.
+``plan`` measures a model in memory on your data and chooses within your budgets. ``profile`` and ``choose`` are its two
+steps. ``adapt`` plans on a trainer and adds the chosen LoRA to its model. ``load``, ``diff`` and ``estimate`` need no
+model. Importing this package does not import torch or any other slow package.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _PLACES = {
     "plan": "layerlens.library.api",
     "profile": "layerlens.library.api",
 }
-"""Where each public name is; imported when it is first asked for."""
+"""Module of each public name; imported on first use."""
 __all__ = ["Plan", "Profile", "__version__", "adapt", "choose", "diff", "estimate", "load", "plan", "profile"]
 
 

@@ -1,7 +1,7 @@
-"""Errors that a user can act on. Each says what was wrong, what came, and what would work.
+"""The errors that LayerLens raises. Each message names the field, what is wrong, what LayerLens got, and what works.
 
-``exit_code`` is what the command line returns: 2 usage or configuration, 3 infeasible budgets, 4 model or data not
-found; 1 is for what nobody foresaw.
+The command line exits with the error's ``exit_code``: 2 for usage or configuration, 3 for infeasible budgets, 4 if the
+model or data is not found, and 1 for everything else.
 """
 
 from __future__ import annotations
@@ -14,46 +14,49 @@ Self = TypeVar("Self", bound="LayerLensError")
 
 
 class LayerLensError(Exception):
-    """Base of every error that LayerLens raises on purpose.
+    """Base class of every error that LayerLens raises on purpose.
 
-    ``fault`` says what is wrong with a file (``layerlens.faults``); None where the error is about something else.
+    Attributes:
+        exit_code: exit code of the command line.
+        fault: what is wrong with a file, as a member of an enum in ``layerlens.faults``; None if the error is not about
+            a file.
     """
 
     exit_code = 1
     fault: Enum | None = None
 
     def of(self: Self, fault: Enum) -> Self:
-        """The error itself, with its fault."""
+        """Set ``fault`` and return the error itself."""
         self.fault = fault
         return self
 
 
 class ConfigurationError(LayerLensError, ValueError):
-    """A configuration value, key or file is wrong."""
+    """A configuration key, value or file, or an argument, is wrong."""
 
     exit_code = 2
 
 
 class ModelSpecError(LayerLensError, ValueError):
-    """The description of the model is empty, contradictory or names an unknown layer."""
+    """The model specification is empty or contradictory, or names an unknown layer."""
 
     exit_code = 2
 
 
 class ModelNotFoundError(ModelSpecError):
-    """The model is not where the configuration says."""
+    """The configured model does not exist or cannot be read."""
 
     exit_code = 4
 
 
 class DataError(LayerLensError, ValueError):
-    """The data is there but cannot be used (no usable column, no samples, too few classes)."""
+    """The data exists but cannot be used: no usable column, no samples, or too few classes."""
 
     exit_code = 4
 
 
 class DataNotFoundError(DataError):
-    """The data is not where the configuration says."""
+    """The configured data does not exist."""
 
     exit_code = 4
 
@@ -65,16 +68,16 @@ class ActivationCacheError(LayerLensError, ValueError):
 
 
 class ProfilingError(LayerLensError, RuntimeError):
-    """The model could not be profiled (NaN in a statistic, a module that cannot be measured)."""
+    """The model could not be profiled: a statistic is NaN, or a module cannot be measured."""
 
 
 class ProcessLostError(LayerLensError, RuntimeError):
-    """Another process of the same run failed or is lost.
+    """Another process of the same run failed or stopped responding.
 
     Args:
-        message: which one and why.
-        exit_code: that of the process that failed.
-        told: whether the process that failed has told everybody, itself included.
+        message: which process, and why.
+        exit_code: exit code of the failed process.
+        told: whether the failed process has already reported its error to all processes.
     """
 
     def __init__(self, message: str, exit_code: int = 1, *, told: bool = False) -> None:
@@ -88,9 +91,11 @@ class OptimizationError(LayerLensError, RuntimeError):
 
 
 class InfeasibleError(OptimizationError):
-    """No allocation, or only the empty one, fits the budgets; the message has the smallest budgets that would do.
+    """No allocation, or only the empty one, fits the budgets. The message gives the smallest budgets that work.
 
-    ``smallest`` has those by resource, unrounded and each alone where one alone is enough; empty where none is known.
+    Attributes:
+        smallest: resource -> smallest budget that works, not rounded. If raising one budget is enough, each entry is
+            the amount for that budget alone. Empty if LayerLens does not know them.
     """
 
     exit_code = 3
@@ -107,11 +112,11 @@ class ManifestError(LayerLensError, ValueError):
 
 
 class TrainingError(LayerLensError, RuntimeError):
-    """Fine-tuning cannot go on (a loss that is not finite), or its checkpoints belong to another job."""
+    """Fine-tuning cannot continue because a loss is not finite, or the checkpoints belong to another job."""
 
 
 class SweepError(LayerLensError, ValueError):
-    """A task of a sweep that is not in the list, options that do not go together, or tasks that failed."""
+    """A sweep has no such task, its options contradict each other, or some of its tasks failed."""
 
     exit_code = 2
 
@@ -123,14 +128,14 @@ class OutputError(LayerLensError, OSError):
 
 
 class StorageError(LayerLensError, OSError):
-    """An object of a store (s3://, gs://, az:// ...) is missing, cannot be read, or does not match its checksum."""
+    """An object in a store (s3://, gs://, az:// ...) is missing, cannot be read, or does not match its checksum."""
 
     exit_code = 4
 
 
 class ServiceError(LayerLensError, RuntimeError):
-    """The LayerLens server cannot be reached, or refused a request."""
+    """The LayerLens server cannot be reached, or refused the request."""
 
 
 class TrackingError(LayerLensError, RuntimeError):
-    """An experiment tracker cannot be reached or refused what it was told."""
+    """An experiment tracker cannot be reached, or refused the data."""

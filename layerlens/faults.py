@@ -1,8 +1,8 @@
-"""What can be wrong with a file that LayerLens reads: one enum for each of its formats.
+"""What can be wrong with a file that LayerLens reads: one enum for each file format.
 
-An error about a file has one of these as its ``fault``, beside its message, so that a program can tell them apart. The
-formats are described in docs/formats.md. Files that only spare work (cache, journals, saved proxies) have none: what is
-wrong with them is measured again.
+An error about a file has one of these members as its ``fault``, so that a program can tell the errors apart.
+docs/formats.md describes the formats. Files that only save work (cache, journals, saved proxies) have no faults: if
+such a file is damaged, LayerLens measures again.
 """
 
 from __future__ import annotations

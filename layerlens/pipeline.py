@@ -1,8 +1,9 @@
-"""The whole job, told like a recipe.
+"""The whole job as one function.
 
-``run_pipeline`` is the origin's interface: scalar statistics in, manifest out. ``run_config`` is ``layerlens run``: a
-real model and real data in; manifest, adapter directory and report out. ``optimize_statistics`` starts from saved
-statistics. Each is imported when it is first used: only ``run_config`` needs torch.
+``run_config`` is ``layerlens run``: it takes a real model and real data, and writes the manifest, the adapter directory
+and the report. ``optimize_statistics`` starts from saved statistics. ``run_pipeline`` is the interface of the first
+version: it takes scalar statistics and writes a manifest. Each is imported on first use, because only ``run_config``
+needs torch.
 """
 
 from __future__ import annotations

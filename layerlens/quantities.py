@@ -35,7 +35,7 @@ class Quantity:
         (1500000, 0.512, 500, 60000)
 
         Raises:
-            ValueError: it reads differently, or has more than 30 digits; the message does not repeat the text.
+            ValueError: the text is not a quantity, or has more than 30 digits. The message does not repeat the text.
         """
         found = _AMOUNT.fullmatch(text.strip())
         unit = found["unit"].lower().replace("μ", "µ") if found else ""

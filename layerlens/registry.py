@@ -1,13 +1,13 @@
-"""The kinds of thing that LayerLens can be given more of: one table of names for each, and one line for each built-in.
+"""What you can extend: one registry of names for each kind of object, with one line for each built-in object.
 
-Whatever has a name in a configuration or on the command line stands here with the place of its object. Names are known
-without importing what they stand for, so that a configuration is checked before torch is loaded. A program registers
-its own object::
+Everything that has a name in a configuration or on the command line is listed here with the location of its object. The
+names are known without importing the objects, so that a configuration can be checked before torch is loaded. A program
+registers its own object::
 
     from layerlens.registry import TASKS
     TASKS.register("my-task", MY_TASK)
 
-and a package offers one to every process by an entry point in its ``pyproject.toml``::
+A package offers an object to every process by an entry point in its ``pyproject.toml``::
 
     [project.entry-points."layerlens.tasks"]
     my-task = "my_package:MY_TASK"
@@ -29,20 +29,20 @@ Item = TypeVar("Item")
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str | None:
-    """The known name that ``name`` is probably meant to be."""
+    """The known name that is closest to ``name``; None if none is close."""
     return next(iter(difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)), None) or next(
         iter(difflib.get_close_matches(name.lower(), known, n=1)), None
     )
 
 
 class Registry(Generic[Item]):
-    """Objects of one kind by name; built-in ones and those of packages are imported when they are asked for.
+    """Objects of one kind by name. Built-in objects and those of packages are imported on first use.
 
     Args:
-        kind: what an entry is, as messages call it: "task".
-        group: entry points of this group add to the table.
+        kind: what messages call an entry, such as "task".
+        group: entry point group whose entries are added.
         built_in: name -> "module:OBJECT", in the order in which names are listed.
-        left_out: name -> why it is not in the table though one may look for it, and what would work.
+        left_out: name -> why a name that users may look for is missing, and what works instead.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class Registry(Generic[Item]):
         return item
 
     def unregister(self, name: str) -> None:
-        """Take away what ``register`` added."""
+        """Remove an object that ``register`` added."""
         if name in self._places:
             raise ConfigurationError(f"{self.kind}: {name!r} is built in and cannot be removed")
         self._items.pop(name, None)
 
     def names(self) -> tuple[str, ...]:
-        """Every name: built-in ones, then those of packages, then registered ones."""
+        """All names: built-in objects first, then those of packages, then registered ones."""
         return tuple(dict.fromkeys((*self._places, *self._of_packages(), *self._items)))
 
     def __contains__(self, name: object) -> bool:
@@ -86,7 +86,8 @@ class Registry(Generic[Item]):
         """The object of this name.
 
         Raises:
-            ConfigurationError: there is none, with the nearest name and all known ones; or it cannot be imported.
+            ConfigurationError: there is no such name (the message gives the nearest and all known names), or the object
+                cannot be imported.
         """
         if name not in self._items:
             self._items[name] = self._load(name)
@@ -97,11 +98,11 @@ class Registry(Generic[Item]):
         return self[name] if isinstance(name, str) and name in self else None
 
     def values(self) -> tuple[Item, ...]:
-        """Every object, in the order of ``names``; imports them all."""
+        """All objects, in the order of ``names``. This imports every one."""
         return tuple(self[name] for name in self)
 
     def unknown(self, name: str) -> ConfigurationError:
-        """The error for a name that is not in the table, to raise or to reword."""
+        """The error for an unknown name, for the caller to raise or to reword."""
         if reason := self.left_out.get(name):
             return ConfigurationError(f"{self.kind}: {name!r} is left out: {reason}")
         nearest = nearest_name(name, self.names())

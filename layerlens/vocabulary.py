@@ -1,4 +1,4 @@
-"""The words and keys of the budgets, wherever a person or a file meets them: one row for each resource."""
+"""The names, keys and units of the budgets, as people and files see them: one row for each resource."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -12,6 +12,7 @@ from layerlens.cli import output
 from layerlens.cli.errors import guarded
 from layerlens.cli.places import Debug, Json, TrustRemoteCode
 from layerlens.exceptions import ConfigurationError, ManifestError
+from layerlens.registry import nearest_name
 
 if TYPE_CHECKING:
     from layerlens.models import Manifest
@@ -43,6 +44,9 @@ class EngineName(str, Enum):
     any = "any"
 
 
+Name = TypeVar("Name", ToolName, EngineName)
+
+
 @guarded("the output directory is unchanged")
 def export(
     place: Annotated[
@@ -54,10 +58,24 @@ def export(
             show_default=False,
         ),
     ],
-    tool: Annotated[
-        ToolName | None, typer.Option("--to", help="Trainer or suite that will read the files, or gguf.")
+    tool_name: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            help="Trainer or suite that will read the files, or gguf.",
+            metavar=f"<{'|'.join(tool.value for tool in ToolName)}>",
+            autocompletion=lambda: [tool.value for tool in ToolName],
+        ),
     ] = None,
-    engine: Annotated[EngineName | None, typer.Option("--serve", help="Engine that will serve the adapter.")] = None,
+    engine_name: Annotated[
+        str | None,
+        typer.Option(
+            "--serve",
+            help="Engine that will serve the adapter.",
+            metavar=f"<{'|'.join(engine.value for engine in EngineName)}>",
+            autocompletion=lambda: [engine.value for engine in EngineName],
+        ),
+    ] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge the LoRA into the model's weights, and write one checkpoint.")
     ] = False,
@@ -77,6 +95,7 @@ def export(
     """Export files for a trainer or a serving engine, or a merged model. Refuses by name what does not fit."""
     from layerlens.cli.places import output_directory, published_files
 
+    tool, engine = _member(ToolName, "--to", tool_name), _member(EngineName, "--serve", engine_name)
     if (tool, engine, merge) in [(None, None, False)] or (engine and (tool or merge)):
         raise ConfigurationError("give one of --to TRAINER, --to gguf, --serve ENGINE and --merge")
     if merge and tool not in (None, ToolName.gguf):
@@ -121,6 +140,20 @@ def export(
         output.note(f"Wrote {output.short(path)}")
     if precision:
         output.note(f"The merged weights are in {precision}, as the base checkpoint says.")
+
+
+def _member(names: type[Name], option: str, given: str | None) -> Name | None:
+    """The member with the value ``given``; None if the option was not given.
+
+    Raises:
+        ConfigurationError: there is no such member; the message lists all and suggests the nearest.
+    """
+    known = [name.value for name in names]
+    if given is None or given in known:
+        return None if given is None else names(given)
+    nearest = nearest_name(given, known)
+    hint = f"; did you mean {nearest}?" if nearest else ""
+    raise ConfigurationError(f"{option} {given}: must be one of {', '.join(known)}{hint}")
 
 
 def precision_of(config: Path | None) -> str:

@@ -24,7 +24,7 @@ def frontier(
     statistics: SavedStatistics,
     config: SavedConfig = None,
     resource: Annotated[
-        str, typer.Option("--resource", "-r", help="trainable_params, flops, vram_gb or latency_ms.")
+        str, typer.Option("--resource", "-r", help="trainable_params, flops, vram_gb, latency_ms or step_ms.")
     ] = "trainable_params",
     at: Annotated[
         list[str] | None, typer.Option("--at", help="Certify a choice at this budget (20k, 8GB); repeatable.")

@@ -62,10 +62,14 @@ def _report_at(place: Path) -> Path:
         return local
     beside = path if path.is_dir() else path.parent
     report = path if path.suffix == ".html" else beside / REPORT
+    if not path.exists():
+        raise ConfigurationError(
+            f"{output.short(path)}: no such file or directory; give the directory that `layerlens run` or "
+            "`layerlens train` wrote"
+        )
     if not report.is_file():
         raise ConfigurationError(
-            f"{output.short(report)}: no such file; `layerlens run` and `layerlens train` write one into their "
-            "directory, so give that"
+            f"{output.short(report)}: no such file; give the directory that `layerlens run` or `layerlens train` wrote"
         )
     return report
 

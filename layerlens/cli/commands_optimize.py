@@ -70,7 +70,7 @@ def optimize(
         typer.Option(
             "--frontier",
             help="Show what a larger budget buys: the exact curve of the score over trainable_params (or flops, "
-            "vram_gb, latency_ms).",
+            "vram_gb, latency_ms, step_ms).",
             metavar="RESOURCE",
         ),
     ] = None,

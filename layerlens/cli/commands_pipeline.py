@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from layerlens.cli import output
 from layerlens.cli.errors import UNEXPECTED, guarded
 from layerlens.cli.places import Debug, Json, Quiet
+from layerlens.exceptions import ConfigurationError
 
 
 @guarded("finished images are in results/ and annotated/ of the output directory")
@@ -64,13 +66,17 @@ def pipeline(
     from layerlens.config.vision_language import PipelineConfig
 
     models: dict[str, Any] = {"detector": detector, "llm": llm}  # the configuration says which are missing
-    config = PipelineConfig(
-        **models, images=tuple(images), llm_model=llm_model, api_key_env=api_key_env,
-        detector_adapter=detector_adapter, llm_adapter=llm_adapter, prompt=_template(prompt), batch_size=batch_size,
-        repeats=repeats, warmup=warmup, confidence=confidence, iou=iou, image_size=image_size,
-        max_new_tokens=max_new_tokens, max_megapixels=max_megapixels, timeout_s=timeout_s, retries=retries,
-        device=device, threads=threads,
-    )  # fmt: skip
+    template = _template(prompt)
+    try:
+        config = PipelineConfig(
+            **models, images=tuple(images), llm_model=llm_model, api_key_env=api_key_env,
+            detector_adapter=detector_adapter, llm_adapter=llm_adapter, prompt=template, batch_size=batch_size,
+            repeats=repeats, warmup=warmup, confidence=confidence, iou=iou, image_size=image_size,
+            max_new_tokens=max_new_tokens, max_megapixels=max_megapixels, timeout_s=timeout_s, retries=retries,
+            device=device, threads=threads,
+        )  # fmt: skip
+    except ConfigurationError as error:
+        raise ConfigurationError(_by_option(str(error))) from error
     from layerlens.cli.commands_run import do
     from layerlens.jobs.vision_language import run_vision_language
 
@@ -87,11 +93,21 @@ def pipeline(
 
 
 def _template(path: Path | None) -> str | None:
-    from layerlens.exceptions import ConfigurationError
-
     if path is None:
         return None
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"prompt: cannot read {path}: {error}") from error
+        raise ConfigurationError(f"--prompt: cannot read {path}: {error}") from error
+
+
+def _by_option(message: str) -> str:
+    """An error of the configuration with options in place of its fields.
+
+    >>> _by_option("PipelineConfig.batch_size: must be greater than or equal to 1, got 0")
+    '--batch-size: must be greater than or equal to 1, got 0'
+    >>> _by_option("PipelineConfig: detector is missing: a file")
+    '--detector is missing: a file'
+    """
+    message = re.sub(r"\b(detector|llm) is missing", r"--\1 is missing", message.replace("PipelineConfig: ", ""))
+    return re.sub(r"PipelineConfig\.(\w+)", lambda found: "--" + found[1].replace("_", "-"), message)

@@ -37,7 +37,7 @@ app = typer.Typer(
     name="layerlens",
     help="Choose which layers of a model to adapt, with which PEFT method and rank, within hard budgets and with a "
     "proved gap.",
-    epilog="Start with: layerlens init config.yaml && layerlens run config.yaml",
+    epilog="Start with: layerlens run --model DIRECTORY --data FILE --max-params 300k",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -88,6 +88,10 @@ def load_sweep(path: Path) -> SweepConfig:
     Raises:
         ConfigurationError: the file cannot be read, or what is wrong in it.
     """
+    if not path.exists():
+        raise ConfigurationError(
+            f"no sweep file at {path}; write one with base, directory, and models, budgets, seeds or grid"
+        )
     document = read_yaml(read_text(path), str(path))
     if document.problems:
         raise ConfigurationError("\n".join(map(str, document.problems)))

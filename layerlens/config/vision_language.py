@@ -58,8 +58,8 @@ class PipelineConfig(ConfigModel):
     def _models_are_given(cls, values: Any) -> Any:
         missing = [name for name in ("detector", "llm") if isinstance(values, dict) and values.get(name) is None]
         if missing:
-            hints = {name: str(cls.model_fields[name].description) for name in missing}
-            raise ValueError(" ".join(f"{name} is missing: {hint}" for name, hint in hints.items()))
+            hints = {name: str(cls.model_fields[name].description).rstrip(".") for name in missing}
+            raise ValueError("; ".join(f"{name} is missing: {hint}" for name, hint in hints.items()))
         return values
 
     @field_validator("prompt")

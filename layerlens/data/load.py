@@ -32,7 +32,7 @@ from layerlens.data.text_files import encoding_noted, lines_of
 from layerlens.exceptions import DataError, DataNotFoundError
 from layerlens.registry import TASKS
 from layerlens.storage import local_file
-from layerlens.utils.places import check_readable
+from layerlens.utils.places import check_readable, did_you_mean
 from layerlens.utils.user_code import REFERENCE, load_function
 
 HUB_PREFIX, BUILT_IN_PREFIX = "hf:", "builtin:"
@@ -138,7 +138,7 @@ def source_rows(
     if not path.is_file() and not path.is_dir():
         raise DataNotFoundError(
             f"data.source: no file at {path}; give a {FORMATS} file, a folder of them, of images or of sound, a "
-            f"directory that datasets saved, hf:NAME, module:function, or {next(iter(BUILT_IN))}"
+            f"directory that datasets saved, hf:NAME, module:function, or {next(iter(BUILT_IN))}{did_you_mean(path)}"
         )
     with contextlib.suppress(Enough):
         _read_place(path, config, found, of_words)

@@ -19,6 +19,7 @@ from layerlens.jobs.job import Warnings
 from layerlens.models import ModelFacts, ModelSpec
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.tasks import TASKS
+from layerlens.tasks.look import refuse_longer
 from layerlens.utility import needed_statistics
 from layerlens.utils.code_identity import CodeIdentity, code_identity
 from layerlens.utils.user_code import REFERENCE, load_function
@@ -101,20 +102,13 @@ def check_model(pretrained: PretrainedModel, config: RunConfig) -> None:
     """Refuse what the configuration asks for and this model cannot.
 
     Raises:
-        ConfigurationError: sequences are longer than its positions (torch would fail with an index error), or options
-            are to be trained on a model that accelerate keeps elsewhere between passes.
+        ConfigurationError: sequences are longer than its positions, or options are to be trained on a model that
+            accelerate keeps elsewhere between passes.
     """
     of_text = pretrained.tokenizer is not None and pretrained.images is None and pretrained.audio is None
     limit = longest_sequence(pretrained.model) if of_text else None
-    asked = {
-        "data.max_length": config.data.max_length,
-        "optimization.latency_profile.sequence_length": config.optimization.latency_profile.sequence_length,
-    }
-    for key, length in asked.items():
-        if limit is not None and length > limit:
-            raise ConfigurationError(
-                f"{key}: {length} tokens, but the model has {limit} positions; use at most {limit}"
-            )
+    if limit is not None:
+        refuse_longer(config, limit)
     trained = {
         "profiling.proxies: {}; set proxies.options: 0": config.profiling.proxies.options,
         "optimization.proxy_check: {}; set proxy_check.steps: 0": config.optimization.proxy_check.steps,

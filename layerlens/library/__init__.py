@@ -1,1 +1,1 @@
-"""The library: plans on the model, data and trainer that a program already has. ``import layerlens`` has its names."""
+"""The Python library: it plans on a model, data and trainer in memory. ``import layerlens`` provides its names."""

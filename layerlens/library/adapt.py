@@ -1,4 +1,4 @@
-"""The chosen LoRA in a trainer that exists: one line between making the trainer and ``trainer.train()``."""
+"""``layerlens.adapt``: adds the chosen LoRA to the model of an existing trainer, before ``trainer.train()``."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ PEFT_FLAGS = ("is_peft_model", "_is_peft_model", "is_peft", "_is_peft")
 
 
 def adapt(trainer: Any, **settings: Any) -> Plan:
-    """Plan on a trainer's own data and loss, and put the chosen LoRA into its model: train() then trains that.
+    """Plan on a trainer's data and loss, and add the chosen LoRA to its model, so that ``trainer.train()`` trains it.
 
-    Stock PEFT is put in, so ``trainer.save_model`` writes an ordinary adapter directory.
+    The model becomes an ordinary PEFT model, so ``trainer.save_model`` writes an ordinary adapter directory.
 
     Args:
-        trainer: ``transformers.Trainer``, TRL's ``SFTTrainer``, ``DPOTrainer``, ``RewardTrainer`` and others that
-            derive from it, or a ``SentenceTransformerTrainer``; before ``train()``, without an optimizer.
-        settings: as of ``layerlens.plan``: budgets and other settings.
+        trainer: a ``transformers.Trainer``, TRL's ``SFTTrainer``, ``DPOTrainer`` or ``RewardTrainer``, a
+            ``SentenceTransformerTrainer``, or a trainer derived from one of them. ``train()`` has not been called, and
+            the trainer has no optimizer yet.
+        settings: budgets and other settings, as for ``layerlens.plan``.
 
     Returns:
         the plan.
 
     Raises:
-        ConfigurationError: training has begun, or the trainer cannot hold an adapter any more; it is unchanged.
-        LayerLensError: as of ``layerlens.plan``; the trainer is unchanged.
+        ConfigurationError: training has begun, or the trainer can no longer take an adapter. The trainer is unchanged.
+        LayerLensError: planning failed, as in ``layerlens.plan``. The trainer is unchanged.
 
     >>> plan = layerlens.adapt(trainer, max_trainable_params="2k")
     >>> sorted(trainer.model.peft_config)  # ready for trainer.train()
@@ -71,7 +72,7 @@ def adapt(trainer: Any, **settings: Any) -> Plan:
 
 
 def _refuse(trainer: Any) -> None:
-    """Raise ConfigurationError for a trainer that an adapter can no longer be put into."""
+    """Raise ConfigurationError if the trainer can no longer take an adapter."""
     if not is_trainer(trainer):
         raise ConfigurationError(
             f"trainer: must be a transformers.Trainer or one that derives from it, got {type(trainer).__name__}; for a "
@@ -114,7 +115,7 @@ def _refuse(trainer: Any) -> None:
 
 
 def _put_in(trainer: Any, model: Any) -> None:
-    """Make this the trainer's model, and set what it found out about its model when it was made."""
+    """Make this the trainer's model, and update what the trainer recorded about its model when it was created."""
     trainer.model = trainer.model_wrapped = model
     trainer.callback_handler.model = model
     for name in PEFT_FLAGS:
@@ -127,7 +128,7 @@ def _put_in(trainer: Any, model: Any) -> None:
 
 
 def _input_gradients(trainer: Any, model: Any) -> None:
-    """Blocks whose weights are frozen need inputs with gradients where they are checkpointed in the reentrant way."""
+    """Let the inputs require gradients: reentrant checkpointing of blocks with frozen weights needs this."""
     given = vars(trainer.args)
     reentrant = (given.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", False)
     if reentrant and _checkpoints(trainer.args):

@@ -1,4 +1,4 @@
-"""The verbs of the library, on the model, data and trainer that a program already has."""
+"""The functions of the library: plan, profile, choose and load, on a model, data and trainer in memory."""
 
 from __future__ import annotations
 
@@ -43,33 +43,38 @@ def plan(
     progress: Progress = silent,
     **settings: Any,
 ) -> Plan:
-    """Measure a model on a little data and choose, within budgets, what to adapt; the objects are left as they were.
+    """Measure a model on a small sample of data, and choose a method and rank for every layer within your budgets.
+
+    LayerLens does not change the model, the data or the trainer.
 
     Args:
-        model: a ``torch.nn.Module`` (of transformers, timm, your own), a ``SentenceTransformer``, a trainer with its
-            own data and loss (``transformers.Trainer``, TRL's, sentence-transformers'), or the directory or name of a
-            model.
-        data: a DataLoader, a list or generator of batches, a ``datasets.Dataset``, rows, a map-style data set, or a
-            file's path. Batches are mappings of the model's arguments with the targets under ``labels``, or (inputs,
-            targets). None with a trainer.
-        task: what the model is tuned for; by default what its class has a head for.
-        loss: (output, targets) -> the loss of each sample, [batch], or one number, which is then measured by batches.
-        tokenizer: makes inputs of rows with texts; for images the image processor or a transform.
-        collator: from a list of samples to a batch.
-        new_head: whether the task head is untrained, or names of its modules; found out when None. A new head is fitted
-            while measuring, and is in ``modules_to_save``.
-        progress: reports the long steps.
+        model: a ``torch.nn.Module`` (from transformers, timm, or your own), a ``SentenceTransformer``, a trainer with
+            its own data and loss (of transformers, TRL or sentence-transformers), or a model's directory or hub name.
+        data: a DataLoader, a list or generator of batches, a ``datasets.Dataset``, a list of rows, a map-style data
+            set, or the path of a file. A batch maps the names of the model's arguments and ``labels`` to tensors, or is
+            a pair (inputs, targets). None if ``model`` is a trainer.
+        task: the task to tune for; by default, the task of the head that the model's class has.
+        loss: function (output, targets) -> loss. It returns a tensor [batch] with the loss of each sample, or one
+            number. If it returns one number, LayerLens measures whole batches. By default, the loss of the task.
+        tokenizer: encodes rows with texts; for images, the image processor or a transform.
+        collator: function from a list of samples to a batch.
+        new_head: True if the task head is untrained, or the names of its modules; by default, LayerLens finds out.
+            LayerLens fits a new head before measuring, and lists it in ``modules_to_save``.
+        progress: called with the progress of long steps.
         settings: budgets (``max_trainable_params="1M"``, ``max_vram_gb=24``, ``max_flops``, ``max_latency_ms``),
-            ``methods`` (by default LoRA alone, which every trainer and serving engine can use), ``lora_ranks``,
-            ``calibration_samples``, ``max_length``, ``utility_model``, ``seed``, ``threads``, and every other key of
-            the configuration by its name.
+            ``methods`` (by default only LoRA, which every trainer and serving engine supports), ``lora_ranks``,
+            ``calibration_samples``, ``max_length``, ``utility_model``, ``seed``, ``threads``, and any other key of the
+            configuration. Memory is in GB (1e9 bytes), time in milliseconds.
 
     Returns:
         the plan.
 
     Raises:
-        LayerLensError: with one line that says what to do: no budget, no layer that can be adapted, no loss or one
-            without a gradient, budgets that allow nothing.
+        ConfigurationError: no budget, an unknown setting, or settings that contradict each other.
+        DataError: the data is empty or of an unknown kind, or there is no loss for it.
+        ModelSpecError: the model is already adapted, or has no layer that can be adapted.
+        InfeasibleError: no choice fits the budgets; the message gives the smallest budgets that work.
+        LayerLensError: every other error, with one line that says what to do.
 
     >>> from peft import get_peft_model
     >>> plan = layerlens.plan(model, loader, max_trainable_params="2k")
@@ -112,13 +117,15 @@ def profile(
     progress: Progress = silent,
     **settings: Any,
 ) -> Profile:
-    """Measure a model on a little data, once for any number of choices; arguments as of ``plan``, without budgets.
+    """Measure a model once, to choose from the result as often as you like. The arguments are those of ``plan``.
+
+    Budgets are not needed here.
 
     Returns:
-        what was measured; ``choose`` takes it, and its ``save`` writes it as one file.
+        the measurements, for ``choose``. Their ``save`` writes them to one file.
 
     Raises:
-        LayerLensError: with one line that says what to do; see ``plan``.
+        LayerLensError: as in ``plan``, without the errors about budgets.
 
     >>> statistics = layerlens.profile(model, loader)
     >>> small, large = (layerlens.choose(statistics, max_trainable_params=n) for n in (1000, 2000))
@@ -147,19 +154,22 @@ def _measured(job: Job, loaded: Loaded) -> Measured:
 
 
 def choose(statistics: Profile | str | Path, model: Any = None, **settings: Any) -> Plan:
-    """Choose within budgets from what was measured, certified as ``plan`` does; the model is not needed.
+    """Choose within your budgets from measurements, with the same proof as ``plan``. The model is not needed.
 
     Args:
-        statistics: what ``profile`` gave, or the file that its ``save`` wrote; or the directory of an earlier run.
-        model: the base model, where the plan is to be applied, saved, or made a LoraConfig without naming it again.
-        settings: budgets, methods and other keys of the section optimization, by their names; ``utility_model``,
-            ``seed`` and ``threads``.
+        statistics: the result of ``profile``, the file that its ``save`` wrote, or the directory of a run.
+        model: the base model. If you give it, ``lora_config``, ``apply`` and ``save`` of the plan use it by default.
+        settings: budgets, ``methods`` and other keys of the section ``optimization``; ``utility_model``, ``seed`` and
+            ``threads``.
+
+    Returns:
+        the plan.
 
     Raises:
-        InfeasibleError: the budgets allow nothing; the message has the smallest that would do.
-        ConfigurationError: no budget, an unknown argument, or one that is said when measuring.
-        ActivationCacheError: the file cannot be used.
-        ManifestError: nothing says what a file's statistics were measured with.
+        InfeasibleError: no choice fits the budgets; the message gives the smallest budgets that work.
+        ConfigurationError: no budget, an unknown argument, or an argument that belongs to ``profile``.
+        ActivationCacheError: the file is missing, damaged, or of another format.
+        ManifestError: neither the file nor a manifest beside it records the settings of the measurement.
 
     >>> plan = layerlens.choose(statistics, model, max_vram_gb=16, max_trainable_params="1k")
     >>> plan.manifest.status
@@ -178,14 +188,17 @@ def choose(statistics: Profile | str | Path, model: Any = None, **settings: Any)
 
 
 def load(directory: str | Path) -> Plan:
-    """The plan that ``plan.save`` or ``layerlens run`` wrote.
+    """Load the plan that ``plan.save`` or ``layerlens run`` wrote.
 
     Args:
-        directory: the directory, or its manifest.json.
+        directory: the directory, or the path of its manifest.json.
+
+    Returns:
+        the plan, without a model: pass the base model to ``lora_config``, ``apply`` and ``save``.
 
     Raises:
         ConfigurationError: the directory has no manifest.
-        ManifestError: it cannot be read.
+        ManifestError: the manifest cannot be read.
 
     >>> files = plan.save("out")
     >>> layerlens.load("out").ranks == plan.ranks

@@ -1,4 +1,4 @@
-"""What the verbs of the library give back: a ``Plan``, what was chosen for a model and how good that provably is."""
+"""``Plan``: what LayerLens chose for a model, with the proof of how good the choice is."""
 
 from __future__ import annotations
 
@@ -42,14 +42,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """Which layers to adapt, by which method at which rank, with the proof of how good that is.
+    """Which layers to adapt, with which method and rank, and the proof of how good this choice is.
 
-    Made by ``layerlens.plan``, ``layerlens.choose`` and ``layerlens.load``.
+    ``layerlens.plan``, ``layerlens.choose`` and ``layerlens.load`` return it. ``print(plan)`` shows it as a table; a
+    notebook shows a heat map and a bar for each budget.
 
     Args:
-        manifest: the choice with its certificate, what it uses of every budget, and where it comes from.
-        profile: what it was chosen from; None where only a manifest was loaded.
-        notes: what the user should know.
+        manifest: the choice with its certificate, its use of every budget, and its provenance.
+        profile: the measurements; None if only a manifest was loaded.
+        notes: what the user should know, one sentence each.
+        factors: layer -> LoRA's first A, float32 [rank, n_in], if ``lora_initialization`` starts from measured data.
 
     >>> plan = layerlens.plan(model, loader, max_trainable_params="2k")
     >>> plan.lora_config().r == max(plan.ranks.values())
@@ -85,36 +87,36 @@ class Plan:
 
     @property
     def choice(self) -> Choice:
-        """What is put into the model."""
+        """The choice alone, without its costs and its proof."""
         return self.manifest.choice
 
     @property
     def ranks(self) -> dict[str, int]:
-        """LoRA rank by layer."""
+        """LoRA rank of each adapted layer, by module path."""
         return self.choice.lora_ranks()
 
     @property
     def trainable_params(self) -> int:
-        """Parameters that the choice trains, the task head not counted."""
+        """Number of parameters that the choice trains, without the task head."""
         return self.manifest.trainable_params
 
     @property
     def lora_share(self) -> float:
-        """Share of the chosen parameters that is LoRA, which is what a LoraConfig and ``peft/`` hold."""
+        """Share of the chosen parameters that belongs to LoRA, between 0 and 1. A LoraConfig holds only this share."""
         return self.manifest.lora_share
 
     @property
     def head(self) -> Head:
-        """Weights of a new task head as it was fitted before measuring, by name; empty where no head is new."""
+        """Weights of the new task head that LayerLens fitted before measuring, by name; empty if no head is new."""
         return self._head or ({} if self.profile is None else self.profile.statistics.head)
 
     @cached_property
     def solution(self) -> Solution:
-        """The allocation problem with its costs and utilities, and why each layer got its option.
+        """The allocation problem with its costs and utilities, and the reason for each layer's option.
 
         Raises:
             ManifestError: there are no statistics beside the manifest.
-            ActivationCacheError: they are not those that the manifest was chosen by.
+            ActivationCacheError: the manifest was chosen from other statistics.
         """
         if self._solution is not None:
             return self._solution
@@ -122,18 +124,18 @@ class Plan:
         return solution_of(self.manifest, profile.spec, profile.statistics)
 
     def why(self, layer: str) -> ExplainedLayer:
-        """Why a layer got its option: all its options with their costs, the runner-up, and what would make it win.
+        """Explain why a layer got its option: all its options with their costs, and what would make the runner-up win.
 
         Args:
-            layer: its module path, or an ending of it that no other layer has.
+            layer: module path of the layer, or any unique ending of the path.
 
         Returns:
-            what prints, and shows in a notebook, as a table and a few sentences; ``chosen``, ``runner_up``, ``options``
-            and ``reasons`` are the parts.
+            the explanation, with the fields ``chosen``, ``runner_up``, ``options`` and ``reasons``. It prints as a
+            table and a few sentences, in a notebook too.
 
         Raises:
-            ConfigurationError: there is no such layer (the nearest are named), or none that can be adapted.
-            ManifestError: a manifest was loaded that has no statistics beside it.
+            ConfigurationError: there is no such layer (the message gives the nearest names), or no method can adapt it.
+            ManifestError: the plan was loaded from a manifest without statistics beside it.
 
         >>> why = plan.why("model.layers.1.self_attn.v_proj")
         >>> print(why.reasons[0])  # doctest: +ELLIPSIS
@@ -149,21 +151,21 @@ class Plan:
     def frontier(
         self, resource: str = "trainable_params", budgets: Sequence[float | str] = (), points: int = 10
     ) -> TracedFrontier:
-        """What more or less of one budget would buy, with a proof at each; the model is not needed.
+        """Solve for several budgets of one resource, to show what more or less of it buys. The model is not needed.
 
         Args:
-            resource: whose budget varies: trainable_params, flops, vram_gb or latency_ms.
-            budgets: where allocations are certified, in the resource's unit or as text ("300k", "8GB", "20ms"); when
-                empty, ``points`` budgets evenly spread on a logarithmic scale.
-            points: at least 2.
+            resource: the resource whose budget varies: trainable_params, flops, vram_gb, latency_ms or step_ms.
+            budgets: the budgets to solve for, in the resource's unit or as text ("300k", "8GB", "20ms"). By default,
+                ``points`` budgets at equal distances on a logarithmic scale.
+            points: number of budgets if ``budgets`` is empty, at least 2.
 
         Returns:
-            ``rows`` (one for each budget, with score, bound and gap), the exact ``hull``, and ``plot()``.
+            the frontier: ``rows`` (score, bound and gap for each budget), the exact ``hull``, and ``plot()``.
 
         Raises:
-            ConfigurationError: an unknown resource, or a budget that is none.
-            InfeasibleError: a budget allows nothing.
-            ManifestError: a manifest was loaded that has no statistics beside it.
+            ConfigurationError: an unknown resource, or a budget that is not an amount of it.
+            InfeasibleError: no choice fits one of the budgets.
+            ManifestError: the plan was loaded from a manifest without statistics beside it.
 
         >>> found = plan.frontier(budgets=["1k", "2k"])
         >>> found.rows[0].score <= found.rows[1].score
@@ -181,16 +183,16 @@ class Plan:
         return replace(found, chosen=(used, self.manifest.score))
 
     def lora_config(self, model: torch.nn.Module | None = None, *, method: str | None = None) -> LoraConfig:
-        """The LoRA of the choice as an ordinary ``peft.LoraConfig`` for the model, with ranks and alphas by layer.
+        """The LoRA of the choice as an ordinary ``peft.LoraConfig``, with a rank and alpha for each layer.
 
-        A task head that the choice trains is in ``modules_to_save``, so that PEFT trains, saves and loads it too.
+        ``modules_to_save`` lists a task head that the choice trains, so PEFT trains, saves and loads it too.
 
         Args:
-            model: the base model; by default the one that was planned for.
-            method: "lora" where it is known that the choice holds more than LoRA, and that is all that is wanted.
+            model: the base model; by default, the model that was planned for.
+            method: "lora" takes the LoRA part of a choice that also has other methods, without a warning.
 
         Raises:
-            ManifestError: there is no LoRA in the choice, it begins from measured factors, or the model is gone.
+            ManifestError: the choice has no LoRA, its LoRA starts from measured factors, or the model was deleted.
         """
         if method not in (None, LORA):
             raise ManifestError(f"method: a LoraConfig holds only {LORA!r}, got {method!r}; use plan.apply(model)")
@@ -210,50 +212,50 @@ class Plan:
         return lora_config(self.choice, self._base(model), base=self.manifest.model.place)
 
     def apply(self, model: torch.nn.Module | None = None) -> torch.nn.Module:
-        """The model ready to train: LoRA, adapters and prefixes put in, all else frozen; no output changes by it.
+        """Add LoRA, adapters and prefixes to the model and freeze everything else. The outputs do not change.
 
-        A new task head begins as it was fitted before measuring, as in ``peft/``; ``layerlens.tuning.unapply`` gives
-        the model its own back.
+        A new task head gets the weights that LayerLens fitted before measuring, as in ``peft/``.
+        ``layerlens.tuning.unapply`` removes everything again and restores the model's own head.
 
         Args:
-            model: the base model, changed in place; by default the one that was planned for.
+            model: the base model, changed in place; by default, the model that was planned for.
 
         Returns:
-            a PEFT model where there is LoRA, else the model itself; ``layerlens.tuning.unapply`` takes it out again.
+            the model to train: a PEFT model if the choice has LoRA, else ``model`` itself.
 
         Raises:
-            ManifestError: the choice does not fit; the model is then unchanged.
+            ManifestError: the choice does not fit the model, which is then unchanged.
         """
         base = self._base(model)
         return apply(base, self.manifest, factors=self.factors, head=self.head, check_fingerprint=model is not None)
 
     def checkpoint(self, model: torch.nn.Module | None = None) -> None:
-        """Checkpoint the activations of just the blocks that the plan names, in a model that any trainer trains.
+        """Turn on gradient checkpointing in the blocks that the plan names, and in no other.
 
-        For a model of ``get_peft_model``: a LoraConfig cannot say it, and a trainer's own ``gradient_checkpointing``
-        checkpoints every block (leave it off). ``apply`` does this by itself.
+        Call this after ``get_peft_model``, because a LoraConfig cannot record the blocks. Leave the trainer's own
+        ``gradient_checkpointing`` off, because it checkpoints every block. ``apply`` calls this for you.
 
         Args:
-            model: the base model, or one with adapters in it; by default the one that was planned for.
+            model: the base model, with or without adapters; by default, the model that was planned for.
 
         Raises:
-            ManifestError: the model has no such block; nothing is changed then.
+            ManifestError: the model has no such block. The model is unchanged.
         """
         checkpoint_blocks(transformer_in(model) if model is not None else self._base(None), self.choice.checkpointed)
 
     def save(self, directory: str | Path, model: torch.nn.Module | None = None) -> dict[str, Path]:
-        """Write what ``layerlens run`` writes: manifest, adapter directory, statistics and report, all or nothing.
+        """Write the files of ``layerlens run``: manifest, adapter directory, statistics and report, all or none.
 
         Args:
-            directory: made if it is not there; what an earlier run wrote there is replaced.
-            model: the base model; by default the one that was planned for.
+            directory: where to write; created if missing. Files of an earlier run are replaced.
+            model: the base model; by default, the model that was planned for.
 
         Returns:
-            paths by name.
+            path of each file, by name.
 
         Raises:
-            OutputError: it cannot be written.
-            ManifestError: the model is gone, or is another one.
+            OutputError: the directory cannot be written.
+            ManifestError: the model was deleted, or the choice does not fit it.
         """
         base, profile = self._base(model), self._profile()
         job = Job(profile.config, Path.cwd(), Path(directory).expanduser())
@@ -269,10 +271,9 @@ class Plan:
         return written.files
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that the plan says as JSON values: what ``manifest.json`` holds apart from its date, and more.
+        """The plan as JSON values: the fields of ``manifest.json`` except its date, and four more.
 
-        Besides the manifest's fields these are ``ranks`` (LoRA rank by layer), ``trainable_params``, ``lora_share`` and
-        ``notes``.
+        The additional fields are ``ranks`` (LoRA rank by layer), ``trainable_params``, ``lora_share`` and ``notes``.
         """
         own = {"trainable_params": self.trainable_params, "lora_share": self.lora_share, "notes": self.notes}
         return dict(plain({"schema_version": SCHEMA_VERSION, **self.manifest.fields(), "ranks": self.ranks, **own}, ""))
@@ -293,7 +294,7 @@ class Plan:
 
 
 def weak(model: Any) -> Any:
-    """A reference that does not keep the model in memory; None of what is not a module."""
+    """A reference that does not keep the model in memory; None if ``model`` is not a module."""
     return weakref.ref(model) if hasattr(model, "parameters") else None
 
 

@@ -1,4 +1,4 @@
-"""What was measured of a model, apart from the model: all that choices need, in memory and as one file."""
+"""``Profile``: the measurements of a model, which choices need in place of the model, in memory or in one file."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ MADE_WITH = "made_with"
 
 @dataclass(frozen=True, repr=False)
 class Profile:
-    """What was measured of a model on a little data: all that a choice needs, without the model.
+    """The measurements of a model on a sample of data. ``layerlens.choose`` needs nothing else.
 
     Args:
-        spec: the layers.
-        statistics: of every layer.
-        model: what a manifest records of the model.
-        config: the settings that it was measured with.
-        notes: what the user should know: the task and how it is known, what the loss is of, what was left out.
+        spec: the layers of the model.
+        statistics: the statistics of every layer.
+        model: what a manifest records about the model.
+        config: the settings of the measurement.
+        notes: what the user should know, one sentence each: the task and how LayerLens found it, the loss, and what was
+            left out.
     """
 
     spec: ModelSpec
@@ -48,16 +49,17 @@ class Profile:
     __repr__ = __str__
 
     def save(self, path: str | Path) -> Path:
-        """Write what was measured as one file, for ``layerlens.choose`` in another program.
+        """Write the measurements to one file, for ``layerlens.choose`` in another program.
 
         Args:
-            path: a file that ends in .safetensors; or a directory, for a statistics.safetensors in it.
+            path: a file that ends in .safetensors, or a directory, where the file is then called
+                statistics.safetensors.
 
         Returns:
-            the file. ``layerlens optimize`` reads it too, with a configuration.
+            the path of the file. ``layerlens optimize`` reads it too, with a configuration.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the file cannot be written.
 
         >>> file = statistics.save("measured.safetensors")
         >>> layerlens.choose(file, max_trainable_params="1k").trainable_params <= 1000
@@ -72,11 +74,14 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
-        """What ``save`` wrote, or what ``layerlens run`` measured; the file, or the directory with it.
+        """Read the measurements that ``save`` or ``layerlens run`` wrote.
+
+        Args:
+            path: the file, or its directory.
 
         Raises:
-            ActivationCacheError: the file is missing, or is none of these.
-            ManifestError: it does not say what it was measured with, and neither does a manifest beside it.
+            ActivationCacheError: the file is missing, damaged, or of another format.
+            ManifestError: neither the file nor a manifest beside it records the settings of the measurement.
         """
         file = Path(path).expanduser()
         file = file / STATISTICS_FILE if file.is_dir() else file
@@ -90,7 +95,7 @@ class Profile:
 
 
 def _config_beside(file: Path) -> RunConfig:
-    """What the manifest beside the statistics of a run says that they were measured with."""
+    """The settings of the measurement, from the manifest beside the statistics of a run."""
     try:
         manifest = manifest_at(file)
     except ConfigurationError as error:

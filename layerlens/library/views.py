@@ -1,4 +1,4 @@
-"""What needs no measuring: how two choices differ, and what a choice costs by the model's configuration alone."""
+"""What needs no measurement: the difference of two choices, and the costs of a choice from a model's configuration."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Chosen: TypeAlias = Plan | Manifest | str | Path
 
 
 def diff(a: Chosen, b: Chosen) -> Difference:
-    """How the choice ``b`` differs from ``a``: layers, parameters, FLOPs, memory, latency, score, and what they are of.
+    """Compare two choices: layers, parameters, FLOPs, memory, latency, score, model and data.
 
     Args:
-        a: a plan, a manifest, or a directory or file that has one.
-        b: another, of the same model or of another.
+        a: the first choice: a plan, a manifest, or a directory or file that holds one.
+        b: the second choice, for the same model or another one.
 
     Returns:
-        what prints, and shows in a notebook, as tables. True where anything differs; ``layers``, ``settings`` and
-        ``figures`` are the parts.
+        the difference, with the fields ``layers``, ``settings`` and ``figures``. It is true if anything differs, and
+        prints as tables, in a notebook too.
 
     Raises:
-        ConfigurationError: a directory without a manifest, or something else than a choice.
+        ConfigurationError: a directory has no manifest, or an argument is not a choice.
         ManifestError: a manifest cannot be read.
 
     >>> smaller = layerlens.choose(statistics, max_trainable_params=500)
@@ -56,25 +56,31 @@ def estimate(
     sequence_length: int | None = None,
     device: str | None = None,
 ) -> Estimate:
-    """What a choice, or LoRA of one rank everywhere, costs by the model's configuration, without weights or data.
+    """Estimate the costs of a choice, or of LoRA with one rank, from the model's configuration alone.
+
+    This needs neither weights nor data.
 
     Args:
-        given: a choice; or with ``rank`` a transformers model: its directory, config.json or hub name.
-        rank: of LoRA on every layer that ``targets`` name.
-        targets: layers by the endings of their names, as PEFT's ``target_modules``; "all" for every one.
-        task: what the model is tuned for; read off the configuration's architectures when None.
-        classes: outputs of a classifier's head.
+        given: a choice (a plan, a manifest, or a directory or file that holds one). With ``rank``, a transformers
+            model: its directory, config.json or hub name.
+        rank: LoRA rank of every layer in ``targets``.
+        targets: endings of layer names, as in PEFT's ``target_modules``; "all" for every layer.
+        task: the task to tune for; by default, LayerLens reads it from the configuration's architectures.
+        classes: number of outputs of a classification head.
         dtype: precision of the frozen weights: float32, bfloat16 or float16.
-        model: base model of a choice, where it is not where its manifest says.
-        batch_size: samples in a batch; 8, or what the choice was made for.
-        sequence_length: tokens in a sequence; 128, or what the choice was made for.
-        device: "cpu" or "gpu"; the former, or what the choice was made for.
+        model: base model of the choice, if it is not at the location in the manifest.
+        batch_size: samples in a batch; by default that of the choice, else 8.
+        sequence_length: tokens in a sequence; by default that of the choice, else 128.
+        device: "cpu" or "gpu"; by default that of the choice, else "cpu".
 
     Returns:
-        ``trainable_params``, and FLOPs, memory (GB, 1e9 bytes) and latency (ms) in ``resources``; prints as a table.
+        the estimate: ``trainable_params``, and FLOPs, memory (GB, 1e9 bytes) and latency (ms) in ``resources``. It
+        prints as a table.
 
     Raises:
-        LayerLensError: with one line that says what to do: no such model, no layer that takes the rank.
+        ConfigurationError: an unknown task, precision or device, or no layer matches ``targets``.
+        ModelNotFoundError: there is no such model.
+        LayerLensError: every other error, with one line that says what to do.
 
     >>> model.save_pretrained("my-model")
     >>> layerlens.estimate("my-model", rank=8, targets=["q_proj", "v_proj"]).trainable_params

@@ -74,7 +74,9 @@ def _text(path: Path) -> str:
     except IsADirectoryError as error:
         raise ManifestError(f"{path} is a directory; give the manifest.json in it").of(ManifestFault.MISSING) from error
     except FileNotFoundError as error:
-        raise ManifestError(f"{path}: no such file; `layerlens run` writes one").of(ManifestFault.MISSING) from error
+        raise ManifestError(
+            f"{path}: no such file or directory; give a manifest, or the directory that `layerlens run` wrote"
+        ).of(ManifestFault.MISSING) from error
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror or error}").of(
             ManifestFault.UNREADABLE

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import ssl
 import time
 import uuid
@@ -277,6 +278,9 @@ def _content(config: Path | str | Mapping[str, Any]) -> str | Mapping[str, Any]:
         return config
     try:
         return config.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        command = shlex.join(["layerlens", "init", str(config)])
+        raise ConfigurationError(f"no configuration file at {config}; write one with: {command}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{config}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 

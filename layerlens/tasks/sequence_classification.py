@@ -55,6 +55,8 @@ def _classes(values: list[Any]) -> str:
     names = set(map(str, names_of(values)))
     if all(map(is_number, names)) and (any("." in name for name in names) or len(names) == len(values) >= MANY):
         return ""
+    if len(names) == 1:
+        return f"1 class ({next(iter(names))})"
     return f"{len(names)} classes ({_shown(sorted(names))})" if len(names) <= SHOWN else f"{len(names)} classes"
 
 

@@ -45,7 +45,10 @@ def test_without_a_browser_the_address_is_shown(
 def test_no_report(invoke: Invoke, opened: list[str]) -> None:
     result = invoke("open", "nowhere")
     assert (result.exit_code, opened) == (2, [])
-    assert result.stderr.startswith("error: report.html: no such file; `layerlens run` and `layerlens train` write one")
+    assert result.stderr.startswith("error: nowhere: no such file or directory; give the directory that `layerlens")
+    result = invoke("open", ".")
+    assert (result.exit_code, opened) == (2, [])
+    assert result.stderr.startswith("error: report.html: no such file; give the directory that `layerlens run`")
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("trian", "train"), ("optimise", "optimize"), ("shwo", "show")])

@@ -63,7 +63,7 @@ def test_a_layer_that_was_left_out_has_its_reason(invoke: Invoke) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["show", "nothing"], "nothing: no such file; `layerlens run` writes one"),
+        (["show", "nothing"], "nothing: no such file or directory; give a manifest, or the directory that `layerlens"),
         (["show", "."], "has no manifest.json; give a manifest, or the directory that a run wrote"),
         (["show", "config.yaml"], "config.yaml"),
         (["show", "old.json"], "schema_version: this LayerLens reads version '1.0', got '0.9'"),

@@ -63,8 +63,11 @@ def test_unusable_files_are_refused_with_place_and_advice(tmp_path: Path, name, 
 
 
 def test_missing_sources_are_not_found(tmp_path: Path):
-    with pytest.raises(DataNotFoundError, match="no file at"):
+    with pytest.raises(DataNotFoundError, match=r"no file at .*/nowhere\.jsonl; give .*stdlib-docstrings$"):
         load_dataset(DataConfig(source="nowhere.jsonl"), tmp_path)
+    (tmp_path / "reviews.csv").touch()
+    with pytest.raises(DataNotFoundError, match=r"no file at .*/revews\.csv; give .*; did you mean reviews\.csv\?$"):
+        load_dataset(DataConfig(source="revews.csv"), tmp_path)
     with pytest.raises(DataNotFoundError, match="built in: builtin:stdlib-docstrings"):
         load_dataset(DataConfig(source="builtin:nothing"))
 

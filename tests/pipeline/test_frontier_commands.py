@@ -108,7 +108,7 @@ def test_frontier_goes_beside_the_statistics(bare, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["optimize", "nowhere"], "nowhere: no such file; `layerlens run` writes one"),
+        (["optimize", "nowhere"], "nowhere: no such file or directory; give a manifest, or the directory"),
         (["optimize", "."], "no such file; `layerlens run` writes it"),
         (
             ["optimize", "alone.safetensors"],
