@@ -1,4 +1,4 @@
-"""The nouns: frozen dataclasses that the stages hand to one another. They know nothing of torch or files."""
+"""Frozen dataclasses that the stages pass to each other. They depend neither on torch nor on files."""
 
 from layerlens.models.allocation import (
     Allocation,

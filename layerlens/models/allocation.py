@@ -17,23 +17,23 @@ from layerlens.models.model_spec import NONE, Option
 
 @dataclass(frozen=True)
 class AllocationProblem:
-    """Choose exactly one option in each group; maximise the sum of values; keep every resource within its capacity.
+    """Choose exactly one option in each group: maximise the sum of values, and keep every resource within its capacity.
 
     Args:
         layers: group names, length n_groups.
-        options: all options, grouped: group g owns ``options[offset[g]:offset[g + 1]]``.
+        options: all options, sorted by group: group g owns ``options[offset[g]:offset[g + 1]]``.
         offset: int64 [n_groups + 1].
-        value: float64 [n_options], finite; what is maximised.
+        value: float64 [n_options], finite; the solver maximises its sum.
         cost__ro: float64 [n_resources, n_options], finite and >= 0, C-contiguous.
         resources: resource names, length n_resources.
-        capacity: float64 [n_resources], what the options may use together (budget minus base).
-        budget: float64 [n_resources], as the user gave it.
-        base: float64 [n_resources], what the frozen model needs by itself.
-        members__o: for each option, the entries of the utility and cost tables that it stands for: one for each layer
-            of the group, several where layers choose alike. Empty: option o stands for entry o.
-        entry_value: float64 [n_entries], score of every table entry; ``value`` where ``members__o`` is empty.
-        charges: what groups of options pay once, beside the costs of each.
-        depth: what the lowest adapted stage of a chain costs.
+        capacity: float64 [n_resources], the amount that the options may use together (budget minus base).
+        budget: float64 [n_resources], the user's budgets.
+        base: float64 [n_resources], the amount that the frozen model uses.
+        members__o: for each option, its entries in the utility and cost tables: one for each layer of the group, so
+            several if layers must choose alike. If empty, option o has the entry o.
+        entry_value: float64 [n_entries], score of every table entry; equal to ``value`` if ``members__o`` is empty.
+        charges: costs that a group of options pays once, in addition to the options' own costs.
+        depth: costs that depend on the lowest adapted stage; None if there are none.
     """
 
     layers: tuple[str, ...]
@@ -127,16 +127,16 @@ class AllocationProblem:
 
 @dataclass(frozen=True)
 class Allocation:
-    """An answer with its certificate.
+    """A solution of the problem with its certificate.
 
     Args:
         choice: int64 [n_groups], index into ``problem.options`` of the chosen option of each group.
         value: sum of the chosen values.
-        upper_bound: no allocation within the budgets has a larger value (proved).
-        used: float64 [n_resources], what the chosen options use (without base).
-        multipliers: float64 [n_resources], Lagrange multiplier (shadow price) of each resource, value per unit.
-        status: "optimal" (proved: gap within ``gap_tolerance``) or "feasible".
-        solver: which stages ran, e.g. "greedy-lagrangian" or "greedy-lagrangian + cp-sat".
+        upper_bound: proved bound: no allocation within the budgets has a larger value.
+        used: float64 [n_resources], the amount that the chosen options use, without base.
+        multipliers: float64 [n_resources], Lagrange multiplier (shadow price) of each resource, in value per unit.
+        status: "optimal" (the gap is proved to be within ``gap_tolerance``) or "feasible".
+        solver: the stages that ran, such as "greedy-lagrangian" or "greedy-lagrangian + cp-sat".
     """
 
     choice: np.ndarray
@@ -149,20 +149,20 @@ class Allocation:
 
     @property
     def gap(self) -> float:
-        """Relative optimality gap (upper_bound - value) / |upper_bound|, 0 where both are 0."""
+        """Relative optimality gap (upper_bound - value) / |upper_bound|; 0 if both are 0."""
         difference = max(0.0, self.upper_bound - self.value)
         return difference / abs(self.upper_bound) if self.upper_bound != 0.0 else difference
 
 
 @dataclass(frozen=True)
 class SolverEvent:
-    """One line of the optimisation log: what was known after a stage.
+    """One line of the solver's log: the state after a stage.
 
     Args:
-        seconds: wall-clock time since the solve began (the only number here that differs between runs).
+        seconds: wall-clock time since the start. This is the only field that differs between two runs.
         stage: "multipliers", "guided search", "beam search" or "cp-sat".
-        value: of the best allocation so far, None before there is one.
-        upper_bound: proved so far.
+        value: value of the best allocation so far; None if there is none yet.
+        upper_bound: the bound that is proved so far.
     """
 
     seconds: float

@@ -1,4 +1,4 @@
-"""A choice: which layer is adapted by which method at which size, and all that is needed to put it into a model."""
+"""A choice: the method and size of every layer, and everything else that is needed to add them to a model."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ ROWS_NEED_LORA = "in PEFT's configurations that of LoRA alone has rows of embedd
 
 @dataclass(frozen=True)
 class Choice:
-    """One option for each layer, and how the new weights are made.
+    """One option for each layer, and how the new weights are initialised.
 
     Args:
-        options: in the order of the model; layers that are left alone may be in it, with method "none".
-        seed: of every new weight.
-        lora: scale and beginning of LoRA.
-        head_modules: modules of the task head, which is trained beside the options.
-        task: what the model is tuned for; "" where it does not matter.
-        tokens: rows of the embeddings that are trained too; None for none.
-        checkpointed: blocks whose activations are computed again in the backward pass, by module path.
+        options: the options in the order of the model's layers. Layers that are not adapted may be listed with the
+            method "none".
+        seed: random seed of every new weight.
+        lora: scale and initialisation of LoRA.
+        head_modules: module paths of the task head, which is trained too.
+        task: the task to tune for; "" if it does not matter.
+        tokens: embedding rows that are trained too; None if there are none.
+        checkpointed: module paths of the blocks with gradient checkpointing.
     """
 
     options: tuple[Option, ...]
@@ -54,12 +55,12 @@ class Choice:
 
     @property
     def lora_options(self) -> tuple[Option, ...]:
-        """The options that a LoraConfig holds: LoRA or DoRA."""
+        """The options that a ``LoraConfig`` holds: LoRA or DoRA."""
         return tuple(option for option in self.options if option.method in LORA_KINDS)
 
     @property
     def peft_options(self) -> tuple[Option, ...]:
-        """The options that PEFT puts in."""
+        """The options that PEFT adds to the model."""
         return tuple(option for option in self.chosen if METHODS[option.method].wraps)
 
     @property
@@ -93,7 +94,7 @@ class Choice:
 
     @property
     def other_options(self) -> tuple[Option, ...]:
-        """The options that PEFT does not have, which are modules of our own."""
+        """The options that PEFT does not support, for which LayerLens adds its own modules."""
         return tuple(option for option in self.chosen if not METHODS[option.method].wraps)
 
     def of_method(self, method: str) -> tuple[Option, ...]:
@@ -101,11 +102,11 @@ class Choice:
         return tuple(option for option in self.options if option.method == method)
 
     def lora_ranks(self) -> dict[str, int]:
-        """LoRA or DoRA rank by layer."""
+        """LoRA or DoRA rank of each layer that has one, by module path."""
         return {option.layer: option.rank for option in self.lora_options}
 
     def trainable_params(self, spec: ModelSpec) -> int:
-        """Parameters that the options train, the task head not counted."""
+        """Number of parameters that the options train, without the task head."""
         layers = {layer.name: layer for layer in spec.layers}
         return sum(METHODS[one.method].trainable_params(layers[one.layer], one.rank) for one in self.chosen)
 

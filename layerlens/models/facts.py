@@ -1,7 +1,7 @@
-"""The typed sections of a manifest: its base model, how LoRA begins, what is predicted, and where it all comes from.
+"""The typed sections of a manifest: base model, LoRA settings, predictions and provenance.
 
-A field that is None is not in the file. What another writer added stays in ``extra``, and the order of a file is kept,
-so that a manifest that is read and written again is the same text.
+A field that is None is not in the file. ``extra`` keeps the fields of other writers, and ``order`` the order of the
+file, so a manifest that is read and written again is the same text.
 """
 
 from __future__ import annotations
@@ -61,29 +61,29 @@ class Section:
 
 @dataclass(frozen=True)
 class ModelFacts(Section):
-    """The base model: what is needed to load it again, and to know it again.
+    """The base model: what is needed to load it and to recognise it.
 
     Args:
         name_or_path: directory, hub name or package:NAME.
         fingerprint: SHA-256 of the weights.
-        total_params: parameters of the base model.
-        task: what the model is to be fine-tuned for.
-        dtype: precision of the weights that were measured, and that the fingerprint is of.
-        num_labels: how many classes there are.
-        labels: their names, in the order of the logits.
-        head_modules: modules of the task head, which is trained in full.
-        model_type: transformers' name of the architecture.
-        weights: the file of weights that the configuration named.
-        loss: the user's own loss that it named.
-        left_out: layers that no method can adapt, each with its reason.
-        quantization: what the configuration said of weights in fewer bits; None where they are loaded as saved.
-        new_parameters: parameters outside the head modules that the checkpoint lacks; they stay as they are drawn.
-        tokens: rows of the embeddings that are trained, as ``TokenTraining`` describes them; None for none.
-        parameters: where each of the base model's is, as sums: "offered" (in layers that a choice is made for), "head"
-            (trained in full), and "left_out" by reason.
+        total_params: number of parameters.
+        task: the task to tune for.
+        dtype: precision of the weights that were measured. The fingerprint is of these weights.
+        num_labels: number of classes.
+        labels: names of the classes, in the order of the logits.
+        head_modules: module paths of the task head, which is trained in full.
+        model_type: name of the architecture in transformers.
+        weights: the file of weights that the configuration names.
+        loss: the user's loss function that the configuration names.
+        left_out: layer -> reason, for layers that no method can adapt.
+        quantization: how the configuration quantizes the weights; None if they are loaded as saved.
+        new_parameters: parameters outside the head that the checkpoint lacks; they keep their random initialisation.
+        tokens: embedding rows that are trained, as ``TokenTraining`` describes them; None if there are none.
+        parameters: sums of the base model's parameters: "offered" (in layers that can be adapted), "head" (trained in
+            full), and "left_out" by reason.
 
     Raises:
-        ManifestError: ``head_modules`` is not a list of names, or ``tokens`` no such description.
+        ManifestError: ``head_modules`` is not a list of names, or ``tokens`` is not such a description.
     """
 
     name_or_path: str | None = None
@@ -138,22 +138,22 @@ class ModelFacts(Section):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Modules of the task head; none where it is not said."""
+        """Module paths of the task head; empty if the manifest names none."""
         return self.head_modules or ()
 
 
 @dataclass(frozen=True)
 class LoraSettings(Section):
-    """How LoRA layers are scaled and begin.
+    """Scale and initialisation of LoRA layers.
 
     Args:
-        alpha_over_r: the scale alpha/r, one for the model; needed where a layer has LoRA.
-        use_rslora: scale by alpha/√r instead, alpha being alpha_over_r times the largest rank.
-        initialization: how A begins, one of ``INITIALIZATIONS``.
-        generator: what makes A and B while they are trained; None or "": they train themselves.
+        alpha_over_r: the scale alpha/r of every layer; required if a layer has LoRA.
+        use_rslora: True: scale by alpha/√r, where alpha is alpha_over_r times the largest rank.
+        initialization: how A is initialised, one of ``INITIALIZATIONS``.
+        generator: name of the generator that computes A and B during training; None or "": A and B are trained.
 
     Raises:
-        ManifestError: a value that LoRA cannot have.
+        ManifestError: a value that LoRA does not support.
     """
 
     alpha_over_r: float | None = None

@@ -1,4 +1,4 @@
-"""The manifest: what was chosen for every layer, what it uses of each budget, and how good it provably is."""
+"""The manifest: the choice for every layer, its use of each budget, and the proof of how good it is."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ SECTIONS: dict[str, type[Section]] = {
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """What was chosen for one layer (the origin's ``allocations[]`` fields).
+    """The choice for one layer, an entry of ``allocations`` in the manifest's file.
 
     Args:
         layer: module path.
-        method: a PEFT method, or "none".
-        rank: the method's size (LoRA rank, adapter width, prefix pairs); 0 exactly for "none".
+        method: name of a PEFT method, or "none".
+        rank: size of the method (LoRA rank, adapter width, number of prefix pairs); 0 for "none".
         utility: expected gain, in the manifest's ``utility_unit``.
-        cost: trainable parameters.
-        flops: forward FLOPs added for one batch.
+        cost: number of trainable parameters.
+        flops: forward FLOPs added to one batch.
         vram: training memory added, in GB (1e9 bytes).
-        latency: forward latency added, in ms.
-        total_score: what the solver maximised: weighted utility minus weighted costs and the method's penalty.
+        latency: forward latency added to one batch, in milliseconds.
+        total_score: the score that the solver maximised: weighted utility minus weighted costs and the method's
+            penalty.
     """
 
     layer: str
@@ -68,26 +69,25 @@ class ResourceUse:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that ``manifest.json`` holds, apart from its timestamps.
+    """Everything in ``manifest.json`` except its timestamps.
 
     Args:
-        model: the base model, as it is needed to load it again.
+        model: what is needed to load and to recognise the base model.
         allocations: one row for each layer, in the order of the model.
-        resources: one entry for each resource.
-        score: what the solver maximised, summed over the layers.
-        upper_bound: no allocation within the budgets has a higher score.
+        resources: budget and use of each resource.
+        score: the score that the solver maximised, summed over the layers.
+        upper_bound: proved bound: no allocation within the budgets has a higher score.
         gap: (upper_bound − score) / upper_bound.
-        status: "optimal" where the gap is within the tolerance, else "feasible".
-        solver: the stages that found and proved it.
-        utility_model: which utility model made the utilities.
-        utility_unit: and their unit.
-        lora: scale and beginning of the LoRA layers.
-        predicted: predicted gain and what it rests on.
-        provenance: data and statistics fingerprints, versions, configuration, seed.
-        checkpointed: blocks whose activations are computed again in the backward pass, by module path.
+        status: "optimal" if the gap is within the tolerance, else "feasible".
+        solver: the stages that found the allocation and proved the bound.
+        utility_model: name of the utility model.
+        utility_unit: unit of the utilities.
+        lora: scale and initialisation of the LoRA layers.
+        predicted: the predicted gain, and what the prediction is based on.
+        provenance: fingerprints of data and statistics, versions, configuration and seed.
+        checkpointed: module paths of the blocks with gradient checkpointing.
 
-    ``choice`` is what is put into a model. Score, bound, gap, status and solver are its certificate: only a solver
-    makes one.
+    ``choice`` is the part that is added to a model. Score, bound, gap, status and solver are its certificate.
     """
 
     model: ModelFacts
@@ -107,7 +107,7 @@ class Manifest:
 
     @cached_property
     def choice(self) -> Choice:
-        """What is put into the model, without what it costs and how good it is."""
+        """The choice alone, without its costs and its certificate."""
         return Choice(
             tuple(Option(row.layer, row.method, row.rank) for row in self.allocations),
             seed=self.provenance.seed or 0,
@@ -120,12 +120,12 @@ class Manifest:
 
     @property
     def trainable_params(self) -> int:
-        """Parameters that the choice trains, the task head not counted."""
+        """Number of parameters that the choice trains, without the task head."""
         return sum(row.cost for row in self.allocations)
 
     @property
     def lora_share(self) -> float:
-        """Share of ``trainable_params`` that a LoraConfig holds: LoRA or DoRA, and modules copied beside it."""
+        """Share of ``trainable_params`` that a ``LoraConfig`` holds: LoRA or DoRA, and copied modules."""
         choice = self.choice
         copied = choice.copied_options if choice.lora_options else ()
         held = {option.layer for option in (*choice.lora_options, *copied)}
@@ -139,7 +139,7 @@ class Manifest:
         return held / self.trainable_params if self.trainable_params else 0.0
 
     def fields(self) -> dict[str, Any]:
-        """The manifest by name as its file has it."""
+        """The fields of the manifest's file, by name."""
         parts = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         if not self.checkpointed:  # most choices have none, and readers of older versions know none
             del parts["checkpointed"]

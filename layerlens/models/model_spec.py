@@ -1,4 +1,4 @@
-"""What LayerLens needs to know of a model: its layers, their shapes, and the options that a layer can take."""
+"""What LayerLens knows about a model: its layers, their shapes, and the options of each layer."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ NO_MATRIX = (EXPERTS, EMBEDDING)
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer: the unit that gets exactly one option.
+    """One layer. The solver chooses exactly one option for it.
 
     Args:
-        name: unique name; a module path such as ``bert.encoder.layer.0.attention.self.query``, of experts a parameter's
-            such as ``model.layers.0.mlp.experts.down_proj``.
+        name: unique name: the module path, such as ``bert.encoder.layer.0.attention.self.query``, or for stacked
+            experts the parameter's path, such as ``model.layers.0.mlp.experts.down_proj``.
         hidden_size: width of the residual stream.
         layer_type: ``"linear"`` (one Linear or Conv1D), ``"conv"`` (one Conv2d), ``"attention"`` (one attention block,
-            for prefixes), ``"norm"`` (one LayerNorm or RMSNorm, whose n_out is the number of its parameters),
-            ``"experts"`` (one weight of all experts of a block, stacked in one parameter), ``"embedding"`` (one
-            Embedding, whose n_in is the number of its rows) or
-            ``"transformer"`` (a whole block, taken as one hidden_size × hidden_size map, as in the origin's API).
-        n_in: input features; ``hidden_size`` unless given. Of a convolution, all input channels times the kernel's
-            pixels, also where it has groups: that is what its LoRA reads.
-        n_out: output features; ``hidden_size`` unless given.
+            for prefixes), ``"norm"`` (one LayerNorm or RMSNorm; n_out is the number of its parameters), ``"experts"``
+            (the weights of all experts of a block, stacked in one parameter), ``"embedding"`` (one Embedding; n_in is
+            the number of its rows) or ``"transformer"`` (a whole block, treated as one hidden_size × hidden_size
+            matrix; used by ``run_pipeline``).
+        n_in: number of input features; ``hidden_size`` unless given. For a convolution, all input channels times the
+            kernel's pixels, with or without groups, because its LoRA reads all of them.
+        n_out: number of output features; ``hidden_size`` unless given.
         d_kv: width of all key/value heads together (prefix parameters are 2·p·d_kv); ``hidden_size`` unless given.
-        num_heads: query heads of an attention layer.
-        methods: PEFT methods that this layer can take.
-        block: index of the transformer block the layer belongs to, or None outside the blocks.
-        role: what the layer does in its block: ``query``, ``key``, ``value``, ``attention_output``, ``ffn_up``,
+        num_heads: number of query heads of an attention layer.
+        methods: names of the PEFT methods that this layer supports.
+        block: index of the layer's transformer block; None outside the blocks.
+        role: function of the layer in its block: ``query``, ``key``, ``value``, ``attention_output``, ``ffn_up``,
             ``ffn_gate``, ``ffn_down``, ``attention`` or "".
-        writes_residual: its output is added to the residual stream.
-        groups: of a convolution; LoRA ranks are multiples of it (PEFT).
-        positions: output positions (patches, pixels) of one sample; 0 where they are the tokens of a sequence.
-        input_elements: elements of its input for one sample; 0 for n_in at every position.
-        experts: matrices [n_out, n_in] in its parameter; LoRA gives each of them A and B of the rank.
-        experts_per_token: through how many of them a token goes.
-        by_parameter: PEFT adapts the parameter itself (``target_parameters``), so that every call forms W + ΔW.
+        writes_residual: True if the model adds the layer's output to the residual stream.
+        groups: number of groups of a convolution. PEFT's LoRA ranks must be multiples of it.
+        positions: number of output positions (patches, pixels) of one sample; 0 if they are the tokens of a sequence.
+        input_elements: number of elements of the input of one sample; 0 means n_in at every position.
+        experts: number of matrices [n_out, n_in] in the parameter. LoRA gives each matrix its own A and B.
+        experts_per_token: number of experts that process each token.
+        by_parameter: True if PEFT adapts the parameter itself (``target_parameters``), so every call forms W + ΔW.
     """
 
     name: str
@@ -88,13 +88,13 @@ class ModelSpec:
 
     Args:
         model_name: name or path that the manifest records.
-        total_params: parameters of the whole frozen model.
-        layers: the layers that may be adapted, in forward order.
+        total_params: number of parameters of the whole frozen model.
+        layers: the layers that can be adapted, in forward order.
         weight_bytes: bytes of the frozen weights; 4 per parameter unless given.
-        fingerprint: content hash of the weights ("" when the model itself was never at hand).
-        per_sample: the model's own memory and FLOPs are counted for each sample (image), not for each token.
-        left_out: modules that look like layers and can take no option, with the reason.
-        tokens: rows of the embeddings that are trained beside any choice; None for none.
+        fingerprint: SHA-256 of the weights; "" if only a description of the model was given.
+        per_sample: True if the model's memory and FLOPs are counted for each sample (image) and not for each token.
+        left_out: module path -> reason, for modules that look like layers but support no method.
+        tokens: embedding rows that are trained with any choice; None if there are none.
     """
 
     model_name: str
@@ -124,8 +124,8 @@ class ModelSpec:
 class Option:
     """One choice for one layer.
 
-    ``rank`` is the size of the method: the LoRA rank r, the adapter bottleneck width k, the number of prefix pairs p;
-    0 exactly for "none".
+    ``rank`` is the size of the method: the LoRA rank r, the width k of an adapter's bottleneck, or the number p of
+    prefix pairs. It is 0 if and only if the method is "none".
     """
 
     layer: str

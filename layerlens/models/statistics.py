@@ -61,12 +61,12 @@ class ModuleCosts:
 
 @dataclass(frozen=True)
 class MethodStatistics:
-    """Statistics of the gradient matrix that one PEFT method can move on one layer.
+    """Statistics of the gradient matrix that one PEFT method can change on one layer.
 
     With output gradient d and input z of the option (z = h for LoRA, z = y for an adapter, z = (1, q/√d_head) for a
     prefix), the matrix of sample n is M_n = Σ_t d_t z_tᵀ, and M = mean_n M_n.
 
-    What was not asked for is None, or an empty spectrum.
+    A statistic that was not requested is None, or an empty spectrum.
 
     Args:
         energy: ‖M‖²_F.
@@ -119,7 +119,7 @@ class MethodStatistics:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one layer, one entry for each method that it can take."""
+    """Statistics of one layer: one entry for each method that the layer supports."""
 
     layer: str
     by_method: dict[str, MethodStatistics]
@@ -162,29 +162,29 @@ class Footprint:
 
 @dataclass(frozen=True)
 class ModelStatistics:
-    """Statistics of all layers and what a reader needs to trust them.
+    """Statistics of all layers, and their provenance.
 
     Args:
-        layers: one entry per layer of ``spec``, in its order.
-        n_samples: calibration samples that were measured.
-        n_tokens: their unpadded tokens.
-        mean_loss: mean per-sample loss of the frozen model on them.
+        layers: one entry for each layer of ``spec``, in its order.
+        n_samples: number of measured calibration samples.
+        n_tokens: number of their tokens, without padding.
+        mean_loss: mean loss of the frozen model per sample.
         activation_bytes: bytes per token that the frozen model keeps for the backward pass (saved-tensor hooks).
         forward_flops: FLOPs of one forward pass of the frozen model, per token.
         provenance: fingerprints, settings and versions, as JSON values.
-        kernel: the neural tangent kernel, None where it was not asked for.
-        other_weights: statistics of weights that are no layers of ``spec`` (embeddings, convolutions, heads), by
-            parameter name; empty where they were not asked for.
-        left_out: parameters without statistics, by name, with the reason.
-        unmeasured: layers of the model as it was loaded that could not be measured, with the reason; they are no layers
-            of ``spec``.
-        coverage: share of the model's parameters that have statistics.
-        modules: costs of every module, by name; empty where they were not asked for.
-        proxies: gains of single options by real training, None where none were trained.
-        extra: results of statistics of the model that have no field here.
-        head: weights of a new task head as it was while all this was measured, by the model's names (half precision
-            as float32); empty where no head is new.
-        step: a recorded training step of the frozen model; None where none could be recorded.
+        kernel: the neural tangent kernel; None if it was not requested.
+        other_weights: parameter name -> statistics of weights outside the layers of ``spec`` (embeddings, convolutions,
+            heads); empty if they were not requested.
+        left_out: parameter name -> reason, for parameters without statistics.
+        unmeasured: layer -> reason, for layers of the loaded model that could not be measured. They are not in
+            ``spec``.
+        coverage: share of the model's parameters that have statistics, between 0 and 1.
+        modules: module name -> costs; empty if they were not requested.
+        proxies: measured gains of options that were trained briefly; None if none were trained.
+        extra: results of statistics that have no field here.
+        head: parameter name -> weight of the new task head that LayerLens fitted before measuring (half precision
+            as float32); empty if no head is new.
+        step: a recorded training step of the frozen model; None if none could be recorded.
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -206,7 +206,7 @@ class ModelStatistics:
     step: StepRecord | None = None
 
     def by_name(self) -> dict[str, LayerStatistics]:
-        """The layers by their names."""
+        """The statistics by layer name."""
         return {layer.layer: layer for layer in self.layers}
 
 
