@@ -1,8 +1,8 @@
-"""Serving engines, and what each does with a LoRA directory: which ranks it holds, how it scales, what it fuses.
+"""Serving engines, and how each reads a LoRA directory: the ranks it supports, its scale, and the projections it fuses.
 
-PEFT scales a layer by alpha_i / r_i, or alpha_i / √r_i with rsLoRA, where ``rank_pattern`` and ``alpha_pattern`` give
-the layer's own numbers. Few engines read those patterns; each row has the formula that its loading code applies, and
-names the file that has it. One entry of ``layerlens.registry.ENGINES`` is one row here.
+PEFT scales layer i by alpha_i / r_i, or by alpha_i / √r_i with rsLoRA. ``rank_pattern`` and ``alpha_pattern`` give the
+values of each layer. Few engines read these patterns. Each ``Engine`` here holds the formula of the engine's loading
+code, and the file with that code. ``layerlens.registry.ENGINES`` lists them.
 """
 
 from __future__ import annotations
@@ -59,17 +59,19 @@ class Engine:
     """One engine.
 
     Args:
-        title: its name and version as people write it.
-        scale: the formula of its loading code.
-        source: the file that has the formula.
-        command: how its server is started; ``{base}``, ``{directory}`` and ``{rank}`` are filled in.
-        as_peft: it reads every layer's rank and alpha, and rsLoRA, as PEFT does; nothing is padded then.
-        holds_all: it takes whatever PEFT writes, task heads and DoRA too.
-        ranks: those that its command line accepts, to which adapters are padded; empty if any rank works.
-        fuses: it wants all projections of a fused group, or none.
-        every_block: it drops a kind of projection that a block lacks, so each is to be in every block.
-        last_names: it compares ``target_modules`` with the last part of a module's name.
-        note: a sentence for the directory's README; empty where there is nothing to say.
+        title: name and version of the engine, as people write it.
+        scale: formula of the engine's loading code.
+        source: file with this formula.
+        command: command that starts the server, with the fields ``{base}``, ``{directory}`` and ``{rank}``.
+        as_peft: True if the engine reads every layer's rank and alpha, and rsLoRA, as PEFT does. Nothing is then
+            padded.
+        holds_all: True if the engine reads everything that PEFT writes, including task heads and DoRA.
+        ranks: ranks that the engine's command line accepts. Adapters are padded to one of them. Empty if any rank
+            works.
+        fuses: True if the engine needs all projections of a fused group, or none.
+        every_block: True if each kind of projection must be in every block, because the engine drops it otherwise.
+        last_names: True if the engine compares ``target_modules`` with the last part of a module's name.
+        note: one sentence for the README of the exported directory; "" for none.
     """
 
     title: str
@@ -86,15 +88,15 @@ class Engine:
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """The fused groups that are to be whole."""
+        """The fused groups that must be complete."""
         return FUSED if self.fuses else ()
 
     def allows(self, rank: int) -> bool:
-        """Whether it holds this rank without padding."""
+        """Whether the engine supports this rank without padding."""
         return not self.ranks or (rank <= max(self.ranks) if self.as_peft else rank in self.ranks)
 
     def rank_for(self, rank: int) -> int | None:
-        """The least rank that its command line accepts and that holds ``rank``; None if it allows none."""
+        """The smallest rank of the command line that is at least ``rank``; None if there is none."""
         return min((allowed for allowed in self.ranks if allowed >= rank), default=None) if self.ranks else rank
 
 

@@ -34,12 +34,12 @@ _AFTER_FILE = 1 << 30  # overrides come after every line of the file
 
 @dataclass(frozen=True)
 class Setting:
-    """A value that replaces one of the file, or stands where there is no file.
+    """A value that replaces a setting of the file, or is used without a file.
 
     Args:
-        key: dotted, such as ``optimization.max_trainable_params``.
-        value: a text, or texts.
-        said: how the user gave it, for messages: ``--max-params 300k``.
+        key: dotted key, such as ``optimization.max_trainable_params``.
+        value: one text, or a list of texts.
+        said: what the user typed, for messages: ``--max-params 300k``.
     """
 
     key: str
@@ -52,11 +52,12 @@ def load_run_config(path: Path, overrides: Sequence[str | Setting] = ()) -> RunC
 
     Args:
         path: a YAML file in UTF-8.
-        overrides: ``section.key=value`` (the value is YAML) or ``Setting``: what replaces settings of the file.
+        overrides: settings that replace those of the file, as ``section.key=value`` (the value is YAML) or as
+            ``Setting``.
 
     Raises:
-        ConfigurationError: the file cannot be read, or one line for each problem such as
-            ``config.yaml:5:13: optimization.max_vram: unknown key, did you mean 'max_vram_gb'?``
+        ConfigurationError: the file cannot be read, or it has problems. The message has one line for each problem, such
+            as ``config.yaml:5:13: optimization.max_vram: unknown key, did you mean 'max_vram_gb'?``
     """
     return parse_run_config(read_text(Path(path)), str(path), overrides)
 

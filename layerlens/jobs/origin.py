@@ -26,22 +26,22 @@ def run_pipeline(
     activation_cache: Mapping[str, Mapping[str, float]],
     output_dir: Path | str,
 ) -> Path:
-    """Allocate methods and ranks from scalar statistics and write ``manifest.json`` and ``manifest.yaml``.
+    """Choose methods and ranks from scalar statistics, and write ``manifest.json`` and ``manifest.yaml``.
 
     Args:
         model_spec: the layers.
-        profiling_cfg: ``metric_weights`` say how the metrics are combined (``utility.weighted`` has the formula).
+        profiling_cfg: its ``metric_weights`` are the weights of the metrics (formula in ``utility.weighted``).
         optimization_cfg: budgets and options.
-        activation_cache: for each layer ``grad_norm`` (norm of the mean gradient), ``fisher_trace`` and, where it was
+        activation_cache: layer -> metrics: ``grad_norm`` (norm of the mean gradient), ``fisher_trace`` and, if it was
             measured, ``proxy_gain``.
-        output_dir: directory for the manifest; made if it is not there.
+        output_dir: directory for the manifest; created if missing.
 
     Returns:
         path of ``manifest.json``.
 
     Raises:
         ModelSpecError, ActivationCacheError, ConfigurationError: an argument is wrong; the message names the field.
-        InfeasibleError: the budgets allow nothing.
+        InfeasibleError: no choice fits the budgets.
     """
     validate_model_spec(model_spec)
     validate_activation_cache(activation_cache, model_spec)

@@ -34,20 +34,23 @@ def run_config(
     progress: Progress = silent,
     warn: Warn = unheard,
 ) -> RunResult:
-    """Profile the model, choose, check and write everything; nothing is written unless all of it is.
+    """Run the whole job: measure the model, choose, check, and write all results or none.
 
-    Where a launcher such as torchrun has started several processes, all of them call this. Each measures its share of
-    the calibration data, process 0 alone chooses, writes and tells about it, and all return the same result.
+    If a launcher such as torchrun started several processes, call this in all of them. Each process measures its share
+    of the calibration data. Only process 0 chooses, writes and reports progress. All processes return the same result.
 
     Args:
         config: the whole job.
         base_dir: folder that relative paths in the configuration start from.
-        use_cache: take statistics from the sensitivity cache, and keep new ones there.
-        progress: reports the long steps.
-        warn: called with each warning for the user, one line at a time.
+        use_cache: read statistics from the cache, and write new ones to it.
+        progress: called with the progress of long steps.
+        warn: called with each warning, one line at a time.
+
+    Returns:
+        the manifest, the paths of the written files, and the measured figures.
 
     Raises:
-        LayerLensError: with one line that says what to do; its class has the exit code.
+        LayerLensError: one line that says what to do. Its ``exit_code`` is that of the command line.
     """
     with (
         observed("run", config) as outcome,

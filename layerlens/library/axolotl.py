@@ -1,4 +1,4 @@
-"""A plugin of axolotl: ranks and alphas by layer are in its configuration before it makes its LoraConfig.
+"""A plugin for axolotl that sets the rank and alpha of each layer before axolotl creates its adapter.
 
 ```yaml
 plugins: [layerlens.library.axolotl.LayerLensPlugin]
@@ -38,17 +38,17 @@ class LayerLensArgs(BaseModel):
 
 
 class LayerLensPlugin(BasePlugin):
-    """Plans on the training data, or takes a plan, and writes it into the configuration."""
+    """Plans on the training data, or loads a plan, and writes its ranks into axolotl's configuration."""
 
     def get_input_args(self) -> str:
         return f"{LayerLensArgs.__module__}.{LayerLensArgs.__qualname__}"
 
     def pre_lora_load(self, cfg: Any, model: Any) -> None:
-        """Set LoRA's keys of ``cfg``; the model is as before.
+        """Set the LoRA keys of ``cfg``. The model does not change.
 
         Raises:
-            ConfigurationError: a key of ``cfg`` that speaks against it.
-            LayerLensError: as of ``layerlens.plan``.
+            ConfigurationError: a key of ``cfg`` contradicts the plugin; the message names it.
+            LayerLensError: planning failed, as in ``layerlens.plan``.
         """
         settings = dict(cfg.get("layerlens") or {})
         saved = settings.pop("plan", None)

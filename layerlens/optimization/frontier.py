@@ -19,21 +19,21 @@ from layerlens.optimization.solver import solve
 
 @dataclass(frozen=True)
 class Frontier:
-    """The upper concave hull of value over one budget, other budgets left aside.
+    """The upper concave hull of value over one budget, without the other budgets.
 
-    Point 0 is the best of the cheapest allocations; each later point changes one option. The allocation of every point
-    is optimal for a budget of exactly what it uses, and a line between two points is an upper bound in between.
+    Point 0 is the best of the cheapest allocations. Each later point changes one option. The allocation of a point is
+    optimal for the budget that it uses, and the line between two points is an upper bound in between.
 
     Args:
-        resource: whose budget varies.
-        budget: float64 [k], rising, base included: the least budget that allows the point.
-        value: float64 [k], rising, with falling slopes.
+        resource: the resource whose budget varies.
+        budget: float64 [k], increasing, base included: the smallest budget that allows the point.
+        value: float64 [k], increasing, with decreasing slopes.
         option: int64 [k], the option that point k switches its group to; entry 0 is -1.
         first: int64 [n_groups], the options of point 0.
-        offset: int64 [n_groups + 1] of the problem.
-        choices: where costs are paid once and a point changes several options, those of every point; ``option`` is the
-            one that changes the value most.
-        above: how far the hull may lie above the lines between its points.
+        offset: int64 [n_groups + 1], as in the problem.
+        choices: the options of every point, if costs are paid once and a point changes several options. ``option`` is
+            then the one that changes the value most. Empty otherwise.
+        above: largest distance of the hull above the lines between its points.
     """
 
     resource: str
@@ -46,7 +46,7 @@ class Frontier:
     above: float = 0.0
 
     def choice(self, point: int) -> np.ndarray:
-        """int64 [n_groups]: the options of one point."""
+        """The options of one point, int64 [n_groups]."""
         if self.choices:
             return self.choices[point]
         choice = self.first.copy()
@@ -56,7 +56,7 @@ class Frontier:
         return choice
 
     def upper_bound(self, budget: float) -> float:
-        """No allocation within ``budget`` has a larger value, up to the rounding of the curve's sums (1e-12).
+        """Upper bound of the value of every allocation within ``budget``, up to the rounding of the sums (1e-12).
 
         Raises:
             OptimizationError: the budget is below that of point 0.
@@ -123,16 +123,19 @@ def _charged_frontier(problem: AllocationProblem, row: int, threads: int) -> Fro
 def budget_sweep(
     problem: AllocationProblem, resource: str, budgets: Sequence[float], **arguments: Any
 ) -> list[Allocation]:
-    """A certified allocation at each budget of ``resource``, all other budgets kept.
+    """Solve for several budgets of one resource. The other budgets stay.
 
     Args:
         problem: the problem whose budget varies.
         resource: one of ``problem.resources``.
-        budgets: as a user would give them, base included.
-        arguments: passed on to :func:`solve`.
+        budgets: the budgets to solve for, base included.
+        arguments: keyword arguments of :func:`solve`.
+
+    Returns:
+        one allocation with its certificate for each budget.
 
     Raises:
-        InfeasibleError: a budget allows nothing.
+        InfeasibleError: no choice fits one of the budgets.
         OptimizationError: the problem has no budget on ``resource``.
     """
     row = _row(problem, resource)

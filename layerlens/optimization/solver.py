@@ -38,7 +38,9 @@ def solve(
     progress: Progress | None = None,
     log: Callable[[SolverEvent], None] | None = None,
 ) -> Allocation:
-    """The best allocation that could be found, with a proved upper bound on the best there is.
+    """Find the best allocation, and prove an upper bound on every allocation within the budgets.
+
+    The solver works in stages:
 
     1. Multipliers that minimise the Lagrangian bound (cutting planes), rounding errors included in the bound.
     2. An allocation guided by them: repair, one-option moves, pairs of moves.
@@ -46,24 +48,27 @@ def solve(
     4. With ``refine``: CP-SAT on what is left of the core, with the allocation as hint. It proves the allocation
        optimal, finds a better one or tightens the bound, and never makes anything worse.
 
-    The result is the same to the bit for every ``threads``, in every run, on every x86-64 machine (given one version of
-    OR-Tools). ``used <= capacity`` holds exactly for the correctly rounded sums.
+    The result is the same bit for bit in every run, for any number of threads, on every x86-64 machine (with the same
+    version of OR-Tools). ``used <= capacity`` holds exactly for the correctly rounded sums.
 
     Args:
-        problem: what to solve.
-        refine: run CP-SAT when the gap is not closed yet.
-        refine_deterministic_time: CP-SAT's limit, in its deterministic units (about a second each).
-        time_s: seconds from the call on that the search may go on; None: it ends by counted work, and its answer is
-            the same in every run. It goes on only while the gap is open.
-        gap_tolerance: relative gap under which the status is "optimal".
-        seed: of the neighbourhoods that are searched, and of CP-SAT.
-        threads: threads for scoring, and for the two long searches, which run side by side.
-        progress: told in a few words what is going on.
-        log: given the bound and the incumbent after every stage and search.
+        problem: the problem to solve.
+        refine: run CP-SAT if the gap is still open.
+        refine_deterministic_time: limit of CP-SAT, in its deterministic units of about one second.
+        time_s: maximum seconds for the search, counted from the call. The search continues only while the gap is open.
+            None: counted work ends the search, so that the result is the same in every run.
+        gap_tolerance: relative gap up to which the status is "optimal".
+        seed: random seed of the searched neighbourhoods and of CP-SAT.
+        threads: number of threads for scoring, and for the two long searches, which run in parallel.
+        progress: called with a few words on the present stage.
+        log: called with the bound and the best value after every stage and search.
+
+    Returns:
+        the allocation with its certificate.
 
     Raises:
-        InfeasibleError: no allocation fits, or none but "none" everywhere; says which budget would do.
-        OptimizationError: no allocation that fits was found, but none was proved not to exist.
+        InfeasibleError: no allocation fits, or only the empty one; the message gives the budgets that work.
+        OptimizationError: the solver found no allocation that fits, but did not prove that none exists.
     """
     started = time.perf_counter()
     deadline = None if time_s is None else Deadline(time.monotonic() + time_s)

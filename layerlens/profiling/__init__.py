@@ -22,18 +22,20 @@ from layerlens.exceptions import ActivationCacheError
 def activation_cache_from_gradients(
     per_sample_gradients: Mapping[str, Any], *, threads: int = 1
 ) -> dict[str, dict[str, float]]:
-    """An activation cache for ``run_pipeline`` from per-sample gradients: norm of their mean, and mean squared norm.
+    """Compute the activation cache for ``run_pipeline`` from per-sample gradients.
 
     Args:
-        per_sample_gradients: for each layer [samples, ...], the gradient of each sample's loss with respect to the
-            layer's weight; float32, float64, bfloat16 or float16, NumPy arrays or CPU tensors.
-        threads: for the kernels.
+        per_sample_gradients: layer -> gradients [samples, ...] of each sample's loss with respect to the layer's
+            weight: NumPy arrays or CPU tensors in float32, float64, bfloat16 or float16.
+        threads: number of threads of the kernels.
 
     Returns:
-        {layer: {"grad_norm": ‖mean_n g_n‖, "fisher_trace": mean_n ‖g_n‖²}}, the trace of the empirical Fisher.
+        {layer: {"grad_norm": ‖mean_n g_n‖, "fisher_trace": mean_n ‖g_n‖²}}. ``fisher_trace`` is the trace of the
+        empirical Fisher information.
 
     Raises:
-        ActivationCacheError: a layer has no samples, another type, or values that are NaN or infinite; names it.
+        ActivationCacheError: a layer has no samples, another dtype, or values that are NaN or infinite. The message
+            names the layer.
 
     >>> activation_cache_from_gradients({"layer": np.array([[3.0, 0.0], [3.0, 8.0]])})
     {'layer': {'grad_norm': 5.0, 'fisher_trace': 41.0}}

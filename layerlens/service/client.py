@@ -43,7 +43,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class ClientEvent:
-    """One event: its number, its type (state, stage, progress, warning) and its data."""
+    """One event of a job: its number, its type (state, stage, progress or warning) and its data."""
 
     id: int
     type: str
@@ -51,16 +51,16 @@ class ClientEvent:
 
 
 class Client:
-    """One server.
+    """A client of one LayerLens server.
 
     Args:
-        server: its address; $LAYERLENS_SERVER or http://127.0.0.1:8642 when not given.
-        token: $LAYERLENS_TOKEN when not given.
-        timeout_s: for each answer; event streams may be silent as long as the server sends its heartbeats.
-        allow_http: send a token over plain HTTP to another machine.
+        server: address of the server; by default $LAYERLENS_SERVER, else http://127.0.0.1:8642.
+        token: access token; by default $LAYERLENS_TOKEN.
+        timeout_s: maximum seconds for each answer. Event streams stay open while the server sends heartbeats.
+        allow_http: allow sending the token over plain HTTP to another machine.
 
     Raises:
-        ConfigurationError: no http(s) address, or a token would go over the network in the clear.
+        ConfigurationError: not an http(s) address, or the token would be sent without encryption.
     """
 
     def __init__(
@@ -102,7 +102,9 @@ class Client:
         idempotency_key: str | None = None,
         traceparent: str | None = None,
     ) -> dict[str, Any]:
-        """Queue a job; safe to be sent twice, so it is, when the connection breaks before the answer.
+        """Queue a job. If the connection breaks before the answer, the client sends the request again.
+
+        The server queues the job only once.
 
         Raises:
             ServiceError: the server cannot be reached or refuses the job.
@@ -117,18 +119,18 @@ class Client:
         return self._json("POST", "/v1/jobs", again=True, json=body, headers=headers)
 
     def submit_run(self, config: Path | str | Mapping[str, Any], **options: Any) -> dict[str, Any]:
-        """Queue a run of a configuration: its file, its YAML text, or its values."""
+        """Queue a run. The configuration is a file, YAML text, or a mapping."""
         return self.submit("run", _content(config), **options)
 
     def submit_optimization(
         self, config: Path | str | Mapping[str, Any], statistics: Path | str, **options: Any
     ) -> dict[str, Any]:
-        """Queue an optimisation from a local statistics file, which is sent, or from ``job:ID``, ``upload:...``."""
+        """Queue an optimisation from statistics: a local file (the client uploads it), ``job:ID`` or ``upload:...``."""
         reference = self.upload(statistics) if isinstance(statistics, Path) else statistics
         return self.submit("optimize", _content(config), statistics=reference, **options)
 
     def upload(self, statistics: Path) -> str:
-        """Send a statistics file; what to give as ``statistics`` of an optimisation."""
+        """Upload a statistics file, and return the value for ``statistics`` of an optimisation."""
         try:
             data = statistics.read_bytes()
         except OSError as error:
@@ -138,7 +140,7 @@ class Client:
         return str(found["statistics"])
 
     def job(self, job_id: str) -> dict[str, Any]:
-        """State of a job."""
+        """The state of a job."""
         return self._json("GET", f"/v1/jobs/{quote(job_id, safe='')}", again=True)
 
     def jobs(self, *, state: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
@@ -152,14 +154,14 @@ class Client:
         return self._json("POST", f"/v1/jobs/{quote(job_id, safe='')}/cancel")
 
     def result(self, job_id: str) -> dict[str, Any]:
-        """Result of a job that succeeded."""
+        """The result of a job that succeeded."""
         return self._json("GET", f"/v1/jobs/{quote(job_id, safe='')}/result", again=True)
 
     def events(self, job_id: str, last_event_id: int = 0) -> Iterator[ClientEvent]:
-        """Everything that happens to a job until it has ended; continues after broken connections and restarts.
+        """Yield the events of a job until it ends. The stream continues after broken connections and restarts.
 
         Raises:
-            ServiceError: the server stays out of reach.
+            ServiceError: the server cannot be reached again.
         """
         failures = 0
         while True:
@@ -188,16 +190,16 @@ class Client:
                 failures += 1
 
     def wait(self, job_id: str) -> dict[str, Any]:
-        """Follow a job to its end; its last state."""
+        """Wait for the end of a job, and return its final state."""
         for _ in self.events(job_id):
             pass
         return self.job(job_id)
 
     def download(self, job_id: str, directory: Path) -> list[Path]:
-        """Fetch every file of a result; all of them appear at once, or none.
+        """Download all files of a result into ``directory``. They appear together, or not at all.
 
         Raises:
-            ServiceError: the job has no result, or a name leads out of ``directory``.
+            ServiceError: the job has no result, or a file name leads out of ``directory``.
             OutputError: ``directory`` cannot be written.
         """
         names = sorted(set(self.result(job_id)["files"].values()))

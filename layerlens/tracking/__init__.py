@@ -1,4 +1,4 @@
-"""Experiment tracking: what a job was asked, chose and measured, told to MLflow, TensorBoard, or a tracker of yours."""
+"""Experiment tracking: sends the settings, choice and figures of a job to MLflow, TensorBoard, W&B or your tracker."""
 
 from layerlens.tracking.observer import tracking_observers
 from layerlens.tracking.protocol import Tracker

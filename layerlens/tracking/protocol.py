@@ -1,4 +1,4 @@
-"""The methods that an experiment tracker must have."""
+"""The methods of an experiment tracker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Status = Literal["finished", "failed", "killed"]
 
 
 class Tracker(Protocol):
-    """One run of one tracker; made by a factory that takes the TrackingConfig.
+    """One run in one tracker. A factory that takes the ``TrackingConfig`` creates it.
 
     A package registers its factory under the entry point group ``layerlens.trackers``.
     """
@@ -21,18 +21,27 @@ class Tracker(Protocol):
     def start(self, kind: str, parameters: Mapping[str, Parameter]) -> None:
         """Open the run.
 
+        Args:
+            kind: kind of the job: "run", "optimize", "train" ...
+            parameters: settings of the job by dotted key, such as ``optimization.max_trainable_params``.
+
         Raises:
-            TrackingError: the tracker cannot be reached; the job is then refused before it has done anything.
+            TrackingError: the tracker cannot be reached. The job then ends before it starts to work.
         """
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Figures at a step."""
+        """Log figures by name at one step."""
 
     def log_files(self, files: Mapping[str, Path]) -> None:
-        """Files by name, kept as artefacts."""
+        """Store files as artefacts, by name."""
 
     def log_adapter(self, files: Mapping[str, Path], manifest: Manifest) -> None:
-        """An adapter, kept as a model: files by the names under which ``layerlens.tuning.load`` reads one directory."""
+        """Store the adapter as a model.
+
+        Args:
+            files: its files, by the names that ``layerlens.tuning.load`` expects in a directory.
+            manifest: the choice that the adapter belongs to.
+        """
 
     def finish(self, status: Status) -> None:
-        """Close the run."""
+        """Close the run with this status."""

@@ -1,6 +1,6 @@
-"""From a manifest to a model that trains: injection of LoRA, adapters and prefixes, and the adapter directory.
+"""From a manifest to a model that trains: adds LoRA, adapters and prefixes, and writes the adapter directory.
 
-Nothing here imports torch before it is called, so the command line can show its help at once.
+No module here imports torch before it is called, so the command line shows its help without delay.
 """
 
 from layerlens.tuning.directory import load, save

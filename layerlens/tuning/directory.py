@@ -47,20 +47,20 @@ EXPORTED = "peft"  # where a run puts the PEFT files, beside its manifest
 
 
 def save(model: torch.nn.Module, directory: Path) -> dict[str, Path]:
-    """Write everything that is trained in ``model`` to ``directory``; the base model's weights are not in it.
+    """Write everything in ``model`` that is trained to ``directory``, without the base model's weights.
 
-    LoRA that is still generated is written as the ordinary LoRA that it is at present.
+    LoRA that a generator computes is written as ordinary LoRA with its present values.
 
     Args:
-        model: what ``apply`` or ``load`` returned, or a fully fine-tuned model.
-        directory: created if it is not there; other files in it stay.
+        model: the result of ``apply`` or ``load``, or a fully fine-tuned model.
+        directory: where to write; created if missing. Other files in it stay.
 
     Returns:
-        The path of each file, by its name.
+        the path of each file, by its name.
 
     Raises:
-        ManifestError: nothing in the model is trained or added.
-        OutputError: the directory cannot be written; what was there before is untouched.
+        ManifestError: the model has nothing that is trained or added.
+        OutputError: the directory cannot be written. Earlier files in it are unchanged.
     """
     directory = Path(directory)
     content = model_bytes(model)
@@ -86,21 +86,23 @@ def save(model: torch.nn.Module, directory: Path) -> dict[str, Path]:
 def load(
     base: torch.nn.Module, directory: Path, *, trainable: bool = True, check_fingerprint: bool = True
 ) -> torch.nn.Module:
-    """Put what ``save`` (or a run's export) wrote to ``directory`` into a freshly loaded base model.
+    """Load what ``save`` or ``layerlens run`` wrote to ``directory`` into a freshly loaded base model.
 
     Args:
-        base: the base model; it is changed in place.
-        directory: with ``adapter_config.json`` in it or in its ``peft`` folder, ``layerlens_modules.safetensors``, or
-            both.
-        trainable: whether what is loaded requires gradients.
-        check_fingerprint: refuse other base weights than those that the directory was made for, where it says which.
+        base: the base model, changed in place.
+        directory: a directory that holds ``adapter_config.json`` (itself or in its folder ``peft``),
+            ``layerlens_modules.safetensors``, or both.
+        trainable: True if the loaded parameters shall require gradients.
+        check_fingerprint: refuse base weights that differ from those that the directory was made for, if it records
+            them.
 
     Returns:
-        A PEFT model around ``base`` if there is a PEFT part, else ``base`` itself; same logits as when it was saved.
+        a PEFT model around ``base`` if the directory has a PEFT part, else ``base`` itself. Its logits are the same as
+        when it was saved.
 
     Raises:
-        ManifestError: not such a directory, a damaged file, an unknown module or tensors of another shape (the nearest
-            names are shown), or another base model; ``base`` is then unchanged.
+        ManifestError: not such a directory, a damaged file, an unknown module (the message gives the nearest names),
+            tensors of another shape, or another base model. ``base`` is then unchanged.
     """
     directory = Path(directory)
     settle(directory)

@@ -36,24 +36,25 @@ def export_adapter(
     base: str | None = None,
     head: Head | None = None,
 ) -> dict[str, Path]:
-    """Write the zero-step adapter of a choice below ``directory``; the same choice gives the same bytes.
+    """Write the untrained adapter of a choice below ``directory``. The same choice gives the same bytes.
 
-    What an earlier export left there is replaced, or removed where this choice has none of that kind.
+    The files replace those of an earlier export. Files that this choice does not need are removed.
 
     Args:
-        given: its LoRA goes to ``directory``/peft, its adapters and prefixes to
-            ``directory``/layerlens_modules.safetensors.
-        model: the base model, for its module names and shapes; it is not changed.
-        directory: created if it is not there.
-        factors: LoRA's first A by layer, where ``lora.initialization`` is not "default" (see ``apply``).
-        base: name or path of the base model; the one that a manifest names when None.
-        head: weights of the new task head that the choice trains, by name; those of ``model`` where it lacks one.
+        given: a choice, or the manifest that holds it. Its LoRA goes to ``directory``/peft, its adapters and prefixes
+            go to ``directory``/layerlens_modules.safetensors.
+        model: the base model, for its module names and shapes. It is not changed.
+        directory: where to write; created if missing.
+        factors: layer -> LoRA's first A, if ``lora.initialization`` is not "default" (see ``apply``).
+        base: name or path of the base model; by default, the one that the manifest names.
+        head: name -> weight of the new task head that the choice trains. Weights that are missing here come from
+            ``model``.
 
     Returns:
-        The path of each thing written, under "peft" and "modules".
+        the path of each part, under "peft" and "modules".
 
     Raises:
-        ManifestError: the choice does not fit the model; nothing is then written.
+        ManifestError: the choice does not fit the model; nothing is written.
         OutputError: the directory cannot be written.
     """
     choice, facts = fitting_choice(model, given, check_fingerprint=False)

@@ -1,4 +1,4 @@
-"""A choice put into a model, taken out again, or merged into its weights; all else is frozen, then as it was before."""
+"""Adds a choice to a model, removes it again, or merges it into the weights. Everything else is frozen meanwhile."""
 
 from __future__ import annotations
 
@@ -32,28 +32,29 @@ def apply(
     facts: ModelFacts | None = None,
     check_fingerprint: bool = True,
 ) -> torch.nn.Module:
-    """Make ``model`` ready to train as a choice says; no logit changes until a step is taken.
+    """Add a choice to ``model`` and make it ready to train. No logit changes before the first training step.
 
-    LoRA, adapters, prefixes and the task head are trainable, every other parameter is frozen, and so are the running
-    statistics of batch normalisation. The new weights depend on the choice's seed and the layers' names only; LoRA
-    starts exactly as in the exported adapter directory. ``unapply`` takes everything out again.
+    LoRA, adapters, prefixes and the task head require gradients. All other parameters, and the running statistics of
+    batch normalisation, are frozen. The new weights depend only on the choice's seed and the layers' names, so LoRA
+    starts exactly as in the exported adapter directory. ``unapply`` removes everything again.
 
     Args:
-        model: a freshly loaded base model; it is changed in place.
-        given: what to put in; of a manifest its choice, and its weights and parameter counts are checked too.
-        factors: LoRA's first A by layer, where ``lora.initialization`` is not "default": from ``read_factors`` or
-            ``initial_factors``.
-        head: what the task head begins from, by name: of ``read_head``; the head of ``model`` when None. The outputs
-            are then those of the model with this head.
-        facts: what ``save`` is to note of the base model, where a choice is given; a manifest says it itself.
-        check_fingerprint: refuse weights other than those that were profiled. False for the same model in another
+        model: a freshly loaded base model, changed in place.
+        given: the choice, or the manifest that holds it. With a manifest, the weights and the number of parameters are
+            checked too.
+        factors: layer -> LoRA's first A, from ``read_factors`` or ``initial_factors``. Required if
+            ``lora.initialization`` is not "default".
+        head: name -> first weights of the task head, from ``read_head``; by default, the head of ``model``. The outputs
+            are those of the model with this head.
+        facts: what ``save`` records about the base model if ``given`` is a choice. A manifest holds these facts itself.
+        check_fingerprint: refuse weights that differ from the measured ones. Set False for the same model in another
             precision, or after further training.
 
     Returns:
-        A PEFT model around ``model`` if there is a row of LoRA or another method of PEFT, else ``model`` itself.
+        a PEFT model around ``model`` if the choice has LoRA or another method of PEFT, else ``model`` itself.
 
     Raises:
-        ManifestError: the choice does not fit; the model is then unchanged.
+        ManifestError: the choice does not fit the model, which is then unchanged.
     """
     if injected_sizes(model):
         raise ManifestError("the model already has LoRA layers, adapters or prefixes; load the base model afresh")
@@ -180,13 +181,18 @@ def before_of(model: torch.nn.Module) -> Before | None:
 
 
 def unapply(model: torch.nn.Module) -> torch.nn.Module:
-    """The base model as it was before ``apply`` or ``load``: same modules, weights and requires_grad.
+    """Remove everything that ``apply`` or ``load`` added, and return the base model as it was before.
+
+    Modules, weights and ``requires_grad`` are the same as before.
 
     Args:
-        model: what ``apply`` or ``load`` returned, trained or not; it must not be used afterwards.
+        model: the result of ``apply`` or ``load``, trained or not. Do not use it afterwards.
+
+    Returns:
+        the base model.
 
     Raises:
-        ManifestError: there is nothing to take out, LoRA is merged into the weights, or all weights were trained.
+        ManifestError: there is nothing to remove, LoRA is merged into the weights, or all weights were trained.
     """
     import torch
 
@@ -215,20 +221,20 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def merge(model: torch.nn.Module) -> torch.nn.Module:
-    """The base model with LoRA added into its weights, and the trained task head in place: as fast as before.
+    """Merge LoRA and the trained task head into the base model, which is then as fast as before.
 
     Logits agree with those of ``model`` up to the rounding of W + (alpha/r)·B·A in the precision of W. Quantized
-    weights are rounded coarsely; a warning says how much of what was trained that takes.
+    weights are rounded coarsely. A warning gives the share of the training that this rounding removes.
 
     Args:
-        model: what ``apply`` or ``load`` returned; it must not be used afterwards.
+        model: the result of ``apply`` or ``load``. Do not use it afterwards.
 
     Returns:
-        A plain model of the base model's class, frozen, which ``save_pretrained`` writes whole.
+        a frozen model of the base model's class, which ``save_pretrained`` writes in full.
 
     Raises:
-        ManifestError: there is no LoRA, a LoRA weight is not finite, or there are adapters or prefixes, which no weight
-            of the base model can take up; ``model`` is then unchanged.
+        ManifestError: there is no LoRA, a LoRA weight is not finite, or there are adapters or prefixes, which cannot be
+            merged. ``model`` is then unchanged.
     """
 
     there = injected_sizes(model)

@@ -1,6 +1,6 @@
-"""What a choice becomes in other programs, as code to copy: PEFT, Trainer, TRL, axolotl, vLLM.
+"""Code to copy that uses a choice in other programs: PEFT, Trainer, TRL, axolotl, vLLM.
 
-``tests/tuning/test_recipes.py`` runs what is written here with the programs that are installed.
+``tests/tuning/test_recipes.py`` runs this code with the programs that are installed.
 """
 
 from __future__ import annotations

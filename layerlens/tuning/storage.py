@@ -36,10 +36,10 @@ BASE_FACTS = ("name_or_path", "fingerprint", "total_params", "head_modules", "ne
 
 
 def save_modules(model: torch.nn.Module, path: Path) -> Path:
-    """Write every adapter and prefix of ``model`` to ``path``, atomically.
+    """Write all adapters and prefixes of ``model`` to the file ``path``, in one step.
 
     Raises:
-        ManifestError: the model has none, and nothing is trained outside PEFT.
+        ManifestError: the model has no adapter or prefix, and trains nothing outside PEFT.
         OutputError: the file cannot be written.
     """
     content = model_bytes(model)
@@ -82,19 +82,19 @@ def modules_bytes(
 def load_modules(
     model: torch.nn.Module, path: Path, *, trainable: bool = True, check_fingerprint: bool = True
 ) -> torch.nn.Module:
-    """Attach the adapters and prefixes of ``path`` to ``model``, with their saved weights.
+    """Add the adapters and prefixes in the file ``path`` to ``model``, with their saved weights.
 
     Args:
-        model: the base model, or a PEFT model around it; it is changed in place.
-        path: what ``save_modules`` or ``export_adapter`` wrote.
-        trainable: whether the loaded parameters require gradients.
-        check_fingerprint: refuse other base weights than those that the file was made for, where it says which.
+        model: the base model, or a PEFT model around it, changed in place.
+        path: a file that ``save_modules`` or ``export_adapter`` wrote.
+        trainable: True if the loaded parameters shall require gradients.
+        check_fingerprint: refuse base weights that differ from those that the file was made for, if it records them.
 
     Returns:
         ``model``.
 
     Raises:
-        ManifestError: not such a file, an unknown module, or tensors of another shape; the model is then unchanged.
+        ManifestError: not such a file, an unknown module, or tensors of another shape. The model is then unchanged.
     """
     content = read_modules(model, Path(path), check_fingerprint=check_fingerprint)
     return content.put_into(model, trainable=trainable)

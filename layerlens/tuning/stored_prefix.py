@@ -55,16 +55,17 @@ class _Stop(Exception):
 
 
 class StoredPrefix:
-    """Activations below the lowest adapted block of a prepared model, stored while it trains.
+    """Stores the activations below the lowest adapted block on disk, and reuses them from the second epoch on.
 
     Args:
-        model: as ``layerlens.tuning.apply`` or PEFT made it; the module that the trainer calls.
-        directory: for the file; removed by ``remove``.
-        samples: number of training samples, to announce the disk space; None: it is not announced.
-        switch_off_dropout: where dropout acts below, switch it off there. False: nothing is stored then.
-        dtype: what is stored; the activations' own precision when None.
-        required: raise where nothing can be stored, instead of training as ever.
-        tell: called with each line that the user should know.
+        model: a model that ``layerlens.tuning.apply`` or PEFT prepared: the module that the trainer calls.
+        directory: folder of the file. ``file.remove()`` frees the disk space.
+        samples: number of training samples, to announce the disk space; None: do not announce it.
+        switch_off_dropout: True: disable dropout below the lowest adapted block. False: store nothing if dropout acts
+            there.
+        dtype: precision of the stored activations; by default, that of the activations.
+        required: True: raise an error if nothing can be stored. False: train without stored activations.
+        tell: called with each line for the user.
     """
 
     def __init__(

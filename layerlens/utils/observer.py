@@ -1,8 +1,8 @@
-"""Who watches a job, and how the job tells them: telemetry, experiment trackers, the service.
+"""Observers of a job (telemetry, experiment trackers, the service), and how a job calls them.
 
-A job is wrapped in ``observing``; wherever a stage begins, ``observed_stage`` tells those who watch. The job knows none
-of them. Only ``run_started`` may refuse a job, with a LayerLensError; whatever else an observer raises is a
-warning, and that observer receives nothing more.
+``observing`` wraps a job, and ``observed_stage`` calls the observers at the beginning and the end of each stage. The job
+does not know its observers. Only ``run_started`` may refuse a job, with a LayerLensError. If an observer raises anything
+else, the job warns and does not call that observer again.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ logger = logging.getLogger(__name__)
 
 
 class RunObserver(Protocol):
-    """What a job tells."""
+    """An observer of jobs. The job calls these methods."""
 
     def run_started(self, kind: str, config: Any) -> None:
-        """A job of ``kind`` ("run", "optimize" ...) begins; ``config`` is its RunConfig."""
+        """Called when a job begins. ``kind`` is "run", "optimize" ..., and ``config`` its ``RunConfig``."""
 
     def stage_started(self, name: str) -> None:
-        """A stage (load, profile, solve, export, check ...) begins."""
+        """Called when a stage begins: load, profile, solve, export, check ..."""
 
     def stage_ended(self, name: str, seconds: float, error: BaseException | None) -> None:
-        """It ended, with ``error`` if it failed."""
+        """Called when the stage ends, with ``error`` if it failed."""
 
     def run_ended(self, record: RunRecord | None, error: BaseException | None) -> None:
-        """The job ended: with a record, or with the error that ended it."""
+        """Called when the job ends, with its record, or with the error that ended it."""
 
 
 class Observer:
-    """A RunObserver that does nothing, to derive from."""
+    """A ``RunObserver`` that does nothing, as a base class."""
 
     def run_started(self, kind: str, config: Any) -> None:
         """See RunObserver."""
@@ -60,7 +60,7 @@ _watching: ContextVar[tuple[RunObserver, ...]] = ContextVar("layerlens_observers
 
 @contextmanager
 def watched_by(*observers: RunObserver) -> Iterator[None]:
-    """Jobs in the block are also told to these observers."""
+    """Let these observers watch the jobs that start in the block, in addition to the configured ones."""
     token = _watching.set((*_watching.get(), *observers))
     try:
         yield
@@ -70,9 +70,9 @@ def watched_by(*observers: RunObserver) -> Iterator[None]:
 
 @contextmanager
 def observing(kind: str, config: Any, observers: Sequence[RunObserver]) -> Iterator[Callable[[RunRecord], None]]:
-    """Tell ``observers``, and those of ``watched_by``, of the job in the block: its beginning, its stages and its end.
+    """Call ``observers``, and those of ``watched_by``, at the beginning, the stages and the end of a job.
 
-    The block calls what it is given with the record of its result.
+    The job runs in the block, which calls the yielded function with the record of its result.
 
     Raises:
         LayerLensError: an observer refuses the job (a tracking server that cannot be reached), or the job's own.
@@ -104,7 +104,7 @@ def observing(kind: str, config: Any, observers: Sequence[RunObserver]) -> Itera
 
 @contextmanager
 def observed_stage(name: str) -> Iterator[None]:
-    """Tell those who watch that a stage begins, and how long it took."""
+    """Call the observers when the stage in the block begins and when it ends."""
     _tell(_watching.get(), "stage_started", name)
     start, failure = time.perf_counter(), None
     try:

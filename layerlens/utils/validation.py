@@ -1,6 +1,6 @@
-"""Checks at the door of the library: model descriptions, activation caches and configurations that callers build.
+"""Checks of model specifications, activation caches and configurations that callers build.
 
-Every message names the layer and the field, shows what came, and says what would work.
+Every message names the layer and the field, shows the value, and says what works instead.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _LISTED = 5
 
 
 def validate_model_spec(spec: ModelSpec) -> None:
-    """Check that the layers can be told apart and have sizes that costs can be computed from.
+    """Check that the names of the layers differ, and that costs can be computed from their sizes.
 
     Raises:
-        ModelSpecError: the first thing that is wrong, with the layer and the field.
+        ModelSpecError: the first problem, with the layer and the field.
     """
     if not isinstance(spec, ModelSpec):
         raise ModelSpecError(f"expected a ModelSpec, got {type(spec).__name__}")
@@ -58,12 +58,13 @@ def validate_model_spec(spec: ModelSpec) -> None:
 
 
 def validate_activation_cache(cache: ActivationCache, spec: ModelSpec) -> None:
-    """Check that ``cache`` has finite metrics for every layer of ``spec``, and for no other.
+    """Check that ``cache`` has finite metrics for every layer of ``spec``, and for no other layer.
 
-    A metric must be there for all layers or for none: ``grad_norm``, ``fisher_trace`` (both >= 0) and ``proxy_gain``.
+    The metrics are ``grad_norm`` and ``fisher_trace`` (both >= 0) and ``proxy_gain``. Each must be given for all layers
+    or for none.
 
     Raises:
-        ActivationCacheError: the first thing that is wrong, with the layer and the metric.
+        ActivationCacheError: the first problem, with the layer and the metric.
     """
     if not isinstance(cache, Mapping):
         raise ActivationCacheError(f"expected a mapping of layer -> metrics, got {type(cache).__name__}")
@@ -91,10 +92,10 @@ def validate_activation_cache(cache: ActivationCache, spec: ModelSpec) -> None:
 
 
 def validate_config(profiling: ProfilingConfig, optimization: OptimizationConfig) -> None:
-    """Check both sections, also when they were built without checks (``model_construct``, ``model_copy``).
+    """Check both sections, even if they were built without checks (``model_construct``, ``model_copy``).
 
     Raises:
-        ConfigurationError: every problem, with its field and what came.
+        ConfigurationError: every problem, with its field and value.
     """
     for section, kind in ((profiling, ProfilingConfig), (optimization, OptimizationConfig)):
         if not isinstance(section, kind):
