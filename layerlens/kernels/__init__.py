@@ -1,14 +1,14 @@
-"""The compiled kernels, and beside each its plain NumPy twin (`reference.py`), which is its specification.
+"""The compiled kernels. `reference.py` specifies each kernel as a function in plain NumPy.
 
-All take NumPy arrays, buffers and CPU tensors of float32, float64, bfloat16 and float16 without copying them (bfloat16
-through DLPack), and an explicit thread count, and give the same bits for every thread count. Nothing imports torch.
+The kernels take NumPy arrays, buffers and CPU tensors of float32, float64, bfloat16 and float16 without copying them
+(bfloat16 through DLPack), and an explicit number of threads. The result is the same bit for bit for any number of
+threads. No kernel imports torch.
 
-For every instruction set, too, all give the same bits but the ghost norms, forms and Gram matrices. Those add float32
-products in as many lanes as a register has, so that from one set to another they differ by their rounding: up to 2.4e-7
-of the value was seen, below the 1e-6 that each of them is held to against its twin. Only Fisher traces, signals and the
-tangent kernel, which are measured on request, come from them. Utilities from traces and signals are rounded to five
-digits, so that a manifest's figures differ only where a value lies next to the edge of a rounding; all others are the
-same bits anyway.
+The result is also the same bit for bit on every instruction set, except for the ghost norms, forms and Gram matrices.
+These add float32 products in as many lanes as a register has, so they differ by their rounding: by up to 2.4e-7 of the
+value in our measurements, below the tolerance of 1e-6 against the specification. Only Fisher traces, signals and the
+tangent kernel use them, and LayerLens measures these on request. Utilities from traces and signals are rounded to five
+digits, so a figure in a manifest differs only if its value lies at the edge of a rounding.
 """
 
 from layerlens.kernels._aggregate import aggregate_scores

@@ -1,6 +1,7 @@
-"""What each kernel computes, in plain NumPy and float64: the specification that the kernels are tested against.
+"""The specification of each kernel, in plain NumPy and float64. The tests compare the kernels with it.
 
-Each function has the name and arguments of its kernel, less ``threads``. They copy, they are slow, and they are short.
+Each function has the name and arguments of its kernel, without ``threads``. These functions copy their input and are
+slow.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from layerlens.kernels._moments import RowMoments, Statistics
 
 
 def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """The float32 values whose upper halves are ``bits`` (uint16): what a bfloat16 means.
+    """The float32 values of bfloat16 numbers that are given as their bits (uint16).
 
     >>> widen_bfloat16(np.array([0x3F80, 0xC000], dtype=np.uint16))
     array([ 1., -2.], dtype=float32)
@@ -26,12 +27,15 @@ def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def as_float64(x: Any) -> np.ndarray:
-    """``x`` as a float64 array; torch tensors are asked to convert themselves, so that torch is not imported here."""
+    """``x`` as a float64 array. Torch tensors convert themselves, so that this module does not import torch."""
     return x.detach().double().numpy() if hasattr(x, "detach") else np.asarray(x, dtype=np.float64)
 
 
 def row_statistics(x: Any) -> Statistics:
-    """Sum, sum of squares, max |x| (0 of no elements), non-finite and zero counts of each row of ``x`` [rows, cols]."""
+    """Sum, sum of squares, max |x| (0 for an empty row), and counts of non-finite values and zeros, of each row.
+
+    ``x`` is [rows, cols]. Each result is an array [rows].
+    """
     values = as_float64(x)
     return Statistics(
         sum=values.sum(axis=1),
@@ -43,7 +47,7 @@ def row_statistics(x: Any) -> Statistics:
 
 
 def row_moments(x: Any) -> RowMoments:
-    """The first three of `row_statistics`."""
+    """The first three results of `row_statistics`: sum, sum of squares and max |x| of each row."""
     return RowMoments(*row_statistics(x)[:3])
 
 
@@ -58,13 +62,13 @@ def gradient_energy(x: Any) -> float:
 
 
 def ragged_statistics(arrays: Iterable[Any]) -> Statistics:
-    """`row_statistics` of each array as if it were one row."""
+    """`row_statistics` of several arrays, each of them taken as one row."""
     parts = [row_statistics(as_float64(x).reshape(1, -1)) for x in arrays]
     return Statistics(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def ragged_sum_of_squares(arrays: Iterable[Any]) -> np.ndarray:
-    """`gradient_energy` of each array."""
+    """`gradient_energy` of each array, float64 [arrays]."""
     return np.array([gradient_energy(x) for x in arrays])
 
 
@@ -74,9 +78,13 @@ def fisher_trace(g: Any) -> float:
 
 
 def fisher_diagonal(g: Any, out: np.ndarray | None = None, *, scale: float | None = None) -> np.ndarray:
-    """``out`` + mean_n g[n, p]^2 (or + ``scale`` times the sum), in place if ``out`` is given.
+    """Diagonal of the empirical Fisher information: mean_n g[n, p]^2, or ``scale`` times the sum over n.
 
-    To a float32 ``out`` the mean is added rounded to float32.
+    Args:
+        g: per-sample gradients [samples, parameters].
+        out: array [parameters], to which the result is added in place. If it is float32, the result is rounded to
+            float32 first.
+        scale: factor of the sum; by default 1 / samples.
     """
     values = as_float64(g)
     added = np.square(values).sum(axis=0) * (1.0 / len(values) if scale is None else scale)
@@ -87,7 +95,12 @@ def fisher_diagonal(g: Any, out: np.ndarray | None = None, *, scale: float | Non
 
 
 def per_sample_gradients(inputs: Any, output_gradients: Any) -> np.ndarray:
-    """g_n = sum_t d_nt h_nt^T, [batch, d_out * d_in], from [batch, tokens, features]; without tokens, of one token."""
+    """Weight gradient of each sample, g_n = sum_t d_nt h_nt^T, float64 [batch, d_out * d_in].
+
+    Args:
+        inputs: h, [batch, tokens, d_in] or [batch, d_in].
+        output_gradients: d, [batch, tokens, d_out] or [batch, d_out].
+    """
     h, d = as_float64(inputs), as_float64(output_gradients)
     if h.ndim == 2:
         h, d = h[:, None], d[:, None]
@@ -95,18 +108,18 @@ def per_sample_gradients(inputs: Any, output_gradients: Any) -> np.ndarray:
 
 
 def ghost_norms(inputs: Any, output_gradients: Any) -> np.ndarray:
-    """|g_n|^2 of each sample's weight gradient, [batch]."""
+    """Squared norm |g_n|^2 of each sample's weight gradient, float64 [batch]."""
     return np.square(per_sample_gradients(inputs, output_gradients)).sum(axis=1)
 
 
 def ghost_gram(inputs: Any, output_gradients: Any) -> np.ndarray:
-    """<g_n, g_m> of all pairs of samples, [batch, batch]."""
+    """Inner products <g_n, g_m> of all pairs of samples, float64 [batch, batch]."""
     gradients = per_sample_gradients(inputs, output_gradients)
     return gradients @ gradients.T
 
 
 def aggregate_scores(metrics: Mapping[str, Any], weights: Mapping[str, float]) -> np.ndarray:
-    """sum_m w_m x_ml / max_l |x_ml|, weights scaled to sum 1, float64 [layers]."""
+    """Weighted sum of normalised metrics, sum_m w_m x_ml / max_l |x_ml|, float64 [layers]. The weights w sum to 1."""
     total = sum(weights.values())
     score = np.zeros(len(next(iter(metrics.values()))))
     for name, values in metrics.items():
@@ -122,7 +135,10 @@ def matrix_traces(matrices: Iterable[Any]) -> np.ndarray:
 
 
 def rademacher(size: int, *, seed: int, probe: int = 0) -> np.ndarray:
-    """Signs from SplitMix64 by counter: bit i of word w of stream (seed, probe) is the sign of element 64 w + i."""
+    """Random signs ±1, float64 [size], from SplitMix64.
+
+    Bit i of word w of the stream (seed, probe) is the sign of element 64 w + i.
+    """
     golden = 0x9E3779B97F4A7C15
 
     def mix(z: int) -> int:
@@ -142,9 +158,13 @@ BLOCK_GROUPS = 64
 def score_groups(
     offset: np.ndarray, value: np.ndarray, cost_rows: Sequence[np.ndarray], price: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Favourite of each group: choice int64 [g], score float64 [g], totals float64 [2 + r] (score, value, uses).
+    """The option with the highest score in each group.
 
-    The score is ((v − p0 c0) − p1 c1) − ..., the first of equal options wins, totals are summed in blocks of groups.
+    The score of an option is ((v − p0 c0) − p1 c1) − .... The first of equal options wins. Totals are summed in blocks
+    of groups.
+
+    Returns:
+        choice int64 [g], score float64 [g], and totals float64 [2 + r] of score, value and the use of each resource.
     """
     score = np.array(value, dtype=np.float64)
     for p, row in zip(price, cost_rows, strict=True):

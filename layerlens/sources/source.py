@@ -1,4 +1,4 @@
-"""``ModelSource``: what LayerLens asks of a place that models come from, and loading a model from any of them."""
+"""``ModelSource``: the interface of a source of models, and the function that loads a model from any source."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """A model as somebody wants it.
+    """A request to load a model.
 
     Args:
-        reference: what names it: ``PREFIX:PLACE``, a directory or a hub name.
-        task: what it is wanted for.
-        labels: the classes, where the task has some; for a head of letters those that a vocabulary can be made of.
-        seed: of a new head.
-        base_dir: folder that relative paths start from; the working directory when None.
-        dtype: of the weights: "float32", "bfloat16" or "float16".
-        weights: ``model.weights``, of sources that take them from elsewhere.
-        placement: see ``placement_arguments``; of transformers' models alone.
+        reference: name of the model: ``PREFIX:PLACE``, a directory or a hub name.
+        task: name of the task to load it for.
+        labels: names of the classes, if the task has classes. For speech, the letters that a vocabulary can be made of.
+        seed: random seed of a new head.
+        base_dir: folder that relative paths start from; by default, the working directory.
+        dtype: precision of the weights: "float32", "bfloat16" or "float16".
+        weights: the configured ``model.weights``, for sources that load weights from another place.
+        placement: see ``placement_arguments``; only for models of transformers.
         streamed: leave the weights on disk (see ``load_skeleton``).
-        trust_remote_code: whether Python code beside the weights may run; of transformers' models alone.
-        quantization: what transformers makes a quantization configuration of; None for the weights as they are saved.
-        tokens: rows of the embeddings that are wanted and trained; None where these stay as they are.
-        heads: patterns for modules that are trained in full; None where the user does not say.
-        new_head: whether ``labels`` replace those of a trained head; None where they do unless they are the same.
+        trust_remote_code: allow Python code beside the weights to run; only for models of transformers.
+        quantization: arguments of the quantization configuration of transformers; None: load the weights as saved.
+        tokens: embedding rows that are added or trained; None if the embeddings do not change.
+        heads: patterns of the modules that are trained in full; None if the user does not set them.
+        new_head: True: ``labels`` replace those of a trained head. None: they do, unless they are the same.
     """
 
     reference: str
@@ -56,7 +56,7 @@ class LoadRequest:
 
     @property
     def source(self) -> ModelSource:
-        """Where the model comes from."""
+        """The source of the model."""
         source: ModelSource = source_of(self.reference)[0]
         return source
 
@@ -73,14 +73,14 @@ class LoadRequest:
 
 @dataclass(frozen=True)
 class Trust:
-    """What loading a model reads or runs beside safetensors: what the operator of a server must have allowed.
+    """What loading a model reads or runs, which the operator of a server must have allowed.
 
     Args:
-        path: file, folder or URL that is read; "" for none.
-        hub: whether it may come from the Hugging Face hub; with ``path`` too, only where the path is not there.
-        pickle: whether its weights are a pickle, which runs what it says.
-        package: installed package that is imported; "" for none beside the libraries that LayerLens uses.
-        code: module, named by the reference, of which a function is called; "" for none.
+        path: file, folder or URL to read; "" for none.
+        hub: True if the model may come from the Hugging Face hub. If ``path`` is set too, only if the path is missing.
+        pickle: True if the weights are a pickle file, which can run code.
+        package: installed package to import; "" if only libraries of LayerLens are imported.
+        code: module that the reference names, and of which LayerLens calls a function; "" for none.
     """
 
     path: str = ""
@@ -91,9 +91,9 @@ class Trust:
 
 
 class ModelSource(ABC):
-    """Where a model can come from; one object, registered in ``layerlens.registry.SOURCES`` under its prefix.
+    """A source of models. ``layerlens.registry.SOURCES`` lists each source under its prefix.
 
-    A source sets those of these attributes that are not so for it, and writes ``load``.
+    A subclass sets the attributes that differ from these defaults, and implements ``load``.
     """
 
     key = "name_or_path"

@@ -1,7 +1,7 @@
-"""One task, with everything that belongs to it: its columns, inputs, targets, loss, metrics and model class.
+"""One task with everything that belongs to it: columns, inputs, targets, loss, metrics and model class.
 
-Nothing else in LayerLens asks a task for its name. A new one is a file with a ``Task`` and a name in
-``layerlens.registry.TASKS``.
+No other part of LayerLens depends on the name of a task. To add a task, write a file with a ``Task`` and register its
+name in ``layerlens.registry.TASKS``.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Claim:
-    """Why rows look as if they were for a task.
+    """The reason why rows fit a task.
 
     Args:
-        columns: how many columns it would read whose names and values are what it expects; of several claims the one
-            with most is right.
+        columns: number of columns whose names and values fit the task. The claim with the largest number wins.
         why: what was found, in a few words.
     """
 
@@ -47,52 +46,53 @@ class Task:
     """One task.
 
     Args:
-        name: as configurations have it.
-        description: what it is and what its samples are, for the configuration's documentation.
-        inputs: the column of a data set that its samples are made of: "text" or "words" (the model comes with a
-            tokenizer), "image" (with an image processor), "audio" (with a feature extractor), or another (with any of
+        name: name of the task in configurations.
+        description: the task and its samples, for the documentation of the configuration.
+        inputs: column of a data set from which the samples are made: "text" or "words" (the model has a tokenizer),
+            "image" (it has an image processor), "audio" (it has a feature extractor), or another name (it has any of
             these).
-        read: from the rows of a source to a data set.
-        claim: (rows, data configuration) -> why the rows look as if they were for it, if they do (see ``Claim``); None
-            for a task that must be named.
-        encode: (model, data set, data configuration, seed) -> one mapping for each sample, its target under "labels".
-        collate: (model, some of those) -> ``Batch.inputs`` and ``Batch.labels``.
-        loss: of each sample, which must not depend on the others in its batch.
-        metrics: what it is judged by.
-        auto_class: the class of transformers that loads a model for it; "" where transformers has none.
-        class_endings: how the names of model classes with a head for it end, without what follows from ``auto_class``
-            (``AutoModelForMaskedLM``: ``ForMaskedLM``).
-        new_head: whether a pretrained model lacks the head for it, which is then fitted before measuring.
-        classes: whether the head has an output for each class of the data.
-        head_config: what else transformers needs to know to make the head.
-        peft_type: PEFT's name for it, where PEFT has one and there is a head to train, which PEFT then finds. Not
-            QUESTION_ANS: its model (0.21) takes ``token_type_ids`` and drops them, which changes the logits of BERT.
-        model_targets: the arguments by which the model takes the targets for a loss of its own, each a column of the
-            labels where there are several; none where it is trained with ``loss``.
-        token_labels: whether there is a label for each token; a mean loss is then one over labelled tokens.
-        shift: how many tokens before its own a label is predicted (1 for the next token).
-        synthetic_labels: token ids [b, t] -> labels of made-up samples, to measure costs on; None where its samples
-            are something else than tokens.
-        load: (data configuration, folder that relative paths start from) -> the data set, where its sources are not
-            rows.
-        read_folder: (folder, data configuration) -> the data set, where a folder of files is one.
-        claims_folder: whether a folder looks as if it were for the task, more than for others that read folders.
-        file_suffixes: of files that only it reads, by ``load``.
-        of_classes: what it makes of a built-in data set of samples with classes; None where it can do nothing with it.
-        reference: (model, pretrained, encoded samples, batch size) -> None: notes in the samples what the loss compares
-            the model with, of the model as it is; None where the loss compares it with nothing.
-        no_study: why ``layerlens evaluate`` cannot stack several trainings of it, as the end of a sentence; "" where
-            it can: padded to one length, samples are rows of tensors, each with a loss of its own.
-        right: (output, targets) -> float [b], how much of each sample is predicted right, for studies; None where
-            targets are classes, tags or tokens, or numbers.
-        row_names: what the rows of a sample are called, where it is several; the last one stands for further ones.
-        coupled: whether the loss of a sample depends on the others in its batch, so that it is measured batch by batch.
-        configure: (task, model configuration, data set) -> the task with what the configuration says of its loss.
-        of_images: name of the task that is this one on images; "" where there is none.
-        alone: whether each sample is measured in a batch of its own, as its inputs have no axis of samples.
-        tokens: whether a model of sound or images also comes with a tokenizer.
-        generate: (model, batch) -> what the model writes by itself for it, which metrics are given as ``generated``.
-        vocabulary_head: whether a new head has an output for each token of that tokenizer.
+        read: function from the rows of a source to a data set.
+        claim: (rows, data configuration) -> the reason why the rows fit the task (see ``Claim``), or None if they do
+            not. None instead of a function: the user must name the task.
+        encode: (model, data set, data configuration, seed) -> one mapping for each sample, with its target under
+            "labels".
+        collate: (model, several of these mappings) -> ``Batch.inputs`` and ``Batch.labels``.
+        loss: function that returns the loss of each sample, [b]. The loss of a sample must not depend on the others in
+            its batch, unless ``coupled``.
+        metrics: the metrics of the task.
+        auto_class: class of transformers that loads a model for the task; "" if transformers has none.
+        class_endings: endings of the names of model classes with a head for the task, in addition to the ending that
+            follows from ``auto_class`` (``AutoModelForMaskedLM``: ``ForMaskedLM``).
+        new_head: True if a pretrained model lacks the head, so LayerLens fits one before measuring.
+        classes: True if the head has one output for each class of the data.
+        head_config: further settings of transformers for a new head.
+        peft_type: PEFT's name for the task, if PEFT has one and there is a head to train. Not QUESTION_ANS: PEFT's
+            model (0.21) drops ``token_type_ids``, which changes the logits of BERT.
+        model_targets: arguments by which the model takes the targets for its own loss. Several arguments take one
+            column of the labels each. Empty if ``loss`` is used for training.
+        token_labels: True if each token has a label. A mean loss is then a mean over the labelled tokens.
+        shift: number of tokens by which a prediction precedes its label (1 for the next token).
+        synthetic_labels: token ids [b, t] -> labels of synthetic samples, to measure costs with; None if the samples
+            are not tokens.
+        load: (data configuration, folder that relative paths start from) -> the data set, if its sources are not rows.
+        read_folder: (folder, data configuration) -> the data set, if a folder of files can be one.
+        claims_folder: function that returns True if a folder fits this task better than other tasks that read folders.
+        file_suffixes: suffixes of the files that only this task reads, with ``load``.
+        of_classes: function that converts a built-in data set of samples with classes; None if the task cannot use it.
+        reference: (model, pretrained, encoded samples, batch size) -> None. Stores the reference values of the loss in
+            the samples, from the unchanged model. None if the loss has no reference.
+        no_study: the reason why ``layerlens evaluate`` cannot stack several trainings of the task, as the end of a
+            sentence. "" if it can: samples, padded to one length, are rows of tensors with a loss of their own.
+        right: (output, targets) -> float [b], the share of each sample that is predicted correctly, for studies; None
+            if targets are classes, tags, tokens or numbers.
+        row_names: names of the rows of a sample that has several. The last name also stands for all further rows.
+        coupled: True if the loss of a sample depends on the others in its batch. LayerLens then measures whole batches.
+        configure: (task, model configuration, data set) -> the task with the configured loss.
+        of_images: name of the corresponding task for images; "" if there is none.
+        alone: True if LayerLens must measure each sample in its own batch, because its inputs have no batch axis.
+        tokens: True if a model for sound or images also has a tokenizer.
+        generate: (model, batch) -> the model's generated output. Metrics get it as ``generated``.
+        vocabulary_head: True if a new head has one output for each token of that tokenizer.
     """
 
     name: str
@@ -133,7 +133,7 @@ class Task:
 
     @property
     def endings(self) -> tuple[str, ...]:
-        """Endings of the names of model classes with a head for it."""
+        """Endings of the names of model classes with a head for the task."""
         return (*self.class_endings, *filter(None, [self.auto_class.removeprefix("AutoModel")]))
 
     def n_outputs(self, labels: Sequence[str]) -> int:

@@ -1,8 +1,8 @@
 """Observers of a job (telemetry, experiment trackers, the service), and how a job calls them.
 
-``observing`` wraps a job, and ``observed_stage`` calls the observers at the beginning and the end of each stage. The job
-does not know its observers. Only ``run_started`` may refuse a job, with a LayerLensError. If an observer raises anything
-else, the job warns and does not call that observer again.
+``observing`` wraps a job, and ``observed_stage`` calls the observers at the beginning and the end of each stage. The
+job does not know its observers. Only ``run_started`` may refuse a job, with a LayerLensError. If an observer raises
+anything else, the job warns and does not call that observer again.
 """
 
 from __future__ import annotations
