@@ -1,4 +1,4 @@
-"""What a PEFT method is to LayerLens: names, counts and costs from shapes, and its way into a model and out of it."""
+"""``Method``: the interface of a PEFT method: names, counts, costs from shapes, and how it is added to a model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ INPUT, OUTPUT, QUERY = "input", "output", "query"
 
 @dataclass(frozen=True)
 class Operation:
-    """One tensor operation for one token, patch or pixel (weights apart).
+    """The cost of one tensor operation per token, patch or pixel.
 
     Args:
-        flops: matrix-product FLOPs per token (2 per multiply-add); element-wise work is memory traffic, not FLOPs, as
-            in ``torch.utils.flop_counter``.
+        flops: matrix-product FLOPs per token (2 per multiply-add). Element-wise work counts as memory traffic and not
+            as FLOPs, as in ``torch.utils.flop_counter``.
         elements: elements read and written per token.
-        weights: elements read and written once for each call.
-        call_flops: matrix-product FLOPs of each call, however many tokens it has.
+        weights: elements read and written once per call.
+        call_flops: matrix-product FLOPs per call, for any number of tokens.
     """
 
     flops: float
@@ -38,29 +38,32 @@ class Operation:
 
 
 class Method(ABC):
-    """One PEFT method. A size is what an option calls its ``rank``: LoRA's rank, an adapter's width, a prefix's pairs.
+    """One PEFT method.
+
+    The size of an option is its ``rank``: LoRA's rank, an adapter's width, or the number of a prefix's pairs.
 
     Attributes:
-        name: its name in the registry, in configurations and manifests.
-        label, plural: what reports call it, and several of it.
-        unit: what its size counts: "rank".
+        name: name in the registry, in configurations and in manifests.
+        label, plural: name in reports, singular and plural.
+        unit: unit of the size, such as "rank".
         letter: one capital letter for narrow tables.
-        style: its colour on a terminal, as ``rich`` names it.
-        colours: its colour in reports on a light and on a dark page, as ``#rrggbb``.
-        marker: its mark in figures, as matplotlib names it.
-        sizes_key: field of ``OptimizationConfig`` with its sizes on offer; "" for an entry of ``method_sizes``.
-        default_sizes: sizes on offer where ``method_sizes`` has no entry for it.
-        parameter_mark: what the names of its parameters in a model contain, and no others.
-        reads: ``INPUT``, ``OUTPUT`` or ``QUERY``: what the gradient matrix that it can move takes as its input.
-        absorbs_input_scale: a trained weight before anything else makes up for any scale of what it reads, so that its
-            gradient energy is compared at the scale of LoRA's input.
-        on_request: measured and offered only where ``optimization.methods`` names it.
-        starts_from_weights: its first values are made from the base model's weights, not from their shapes alone.
-        joins: PEFT trains a copy of the layer's module, which the directory of any other method of PEFT can hold too.
-        wraps: ``prepare`` gives a model around the base model, which trains a copy of the task head.
-        mergeable: what was trained can be added into the weights of the base model.
-        parameter_tensors: tensors that it trains on a layer.
-        views: operations that move nothing (views, expansions) in a step, beside three for each product of matrices.
+        style: colour on a terminal, as ``rich`` names it.
+        colours: colours in reports, on a light and on a dark page, as ``#rrggbb``.
+        marker: marker in figures, as matplotlib names it.
+        sizes_key: field of ``OptimizationConfig`` with the sizes to offer; "" if ``method_sizes`` has them.
+        default_sizes: sizes to offer if ``method_sizes`` has no entry for the method.
+        parameter_mark: text that the names of its parameters in a model contain, and no other names.
+        reads: ``INPUT``, ``OUTPUT`` or ``QUERY``: the input of the gradient matrix that the method can change.
+        absorbs_input_scale: True if a trained weight can compensate any scale of the input. The gradient energy is then
+            compared at the scale of LoRA's input.
+        on_request: True if it is measured and offered only when ``optimization.methods`` names it.
+        starts_from_weights: True if its first values depend on the base model's weights, and not only on their shapes.
+        joins: True if PEFT trains a copy of the layer's module, which can be in one directory with another method.
+        wraps: True if ``prepare`` returns a model around the base model, which trains a copy of the task head.
+        mergeable: True if the trained parameters can be merged into the base model's weights.
+        parameter_tensors: number of tensors that it trains on a layer.
+        views: number of operations in a step that move no data (views, expansions), in addition to three for each
+            matrix product.
     """
 
     name: str
@@ -85,35 +88,35 @@ class Method(ABC):
     views: int = 0
 
     def takes(self, layer: LayerSpec, module: Any, adapter_sites: str) -> bool:
-        """Whether ``module``, described by ``layer``, can take the method; every Linear and Conv1D unless redefined.
+        """Whether ``module``, described by ``layer``, supports the method. By default, every Linear and Conv1D does.
 
         ``adapter_sites`` is ``profiling.adapter_sites``: "residual", or "all" for every layer.
         """
         return layer.layer_type == LINEAR
 
     def why_refused(self, layer: LayerSpec, module: Any) -> str:
-        """Why this layer, which is of a kind that takes the method, does not get it offered; "" where it does."""
+        """The reason why the method is not offered on a layer whose kind supports it; "" if it is offered."""
         return ""
 
     def takes_size(self, layer: LayerSpec, size: int) -> bool:
-        """Whether this size can be offered on the layer."""
+        """Whether the layer supports this size."""
         return True
 
     def why_not_size(self, layer: LayerSpec, size: int) -> str:
-        """Why a size that ``takes_size`` refuses cannot be offered on the layer."""
+        """The reason why the layer does not support a size that ``takes_size`` refuses."""
         return f"{self.label} takes no size {size} there"
 
     @abstractmethod
     def trainable_params(self, layer: LayerSpec, size: int) -> int:
-        """Parameters that it trains on the layer, exactly."""
+        """Exact number of parameters that the method trains on the layer."""
 
     def marginal_params(self, layer: LayerSpec) -> int:
-        """Parameters that one unit of size more brings."""
+        """Number of parameters that one more unit of size adds."""
         return self.trainable_params(layer, 2) - self.trainable_params(layer, 1)
 
     @abstractmethod
     def operations(self, layer: LayerSpec, size: int) -> list[Operation]:
-        """What it adds to the forward pass of the layer."""
+        """The operations that the method adds to the layer's forward pass."""
 
     @abstractmethod
     def kept_elements(self, layer: LayerSpec, size: int) -> float:

@@ -1,4 +1,4 @@
-"""What a utility model is: a function of the statistics, its unit, and the statistics that it needs."""
+"""``UtilityModel``: a function of the statistics, its unit, and the statistics that it needs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ MOST_KEPT = 1.17
 
 @dataclass(frozen=True)
 class UtilityModel:
-    """A utility model and what it needs.
+    """A utility model.
 
     Args:
-        name: its name in the registry.
-        function: (spec, statistics, options) -> float64 [n_options].
-        unit: what its values are measured in.
-        needs: the statistics it reads, by their names in the registry.
-        set_power: what a set of options gains is the sum of their utilities to this power.
-        set_error: (below, above), how far from its prediction the share lies that a set keeps of uniform LoRA's gain,
-            in units of ``SURE + |1 − share|``; None where nothing was measured.
+        name: name in the registry.
+        function: (spec, statistics, options) -> utilities, float64 [n_options].
+        unit: unit of the utilities.
+        needs: names of the statistics that it reads, as in the registry.
+        set_power: the gain of a set of options is the sum of their utilities to this power.
+        set_error: (below, above), error of the predicted share of uniform LoRA's gain that a set keeps, in units of
+            ``SURE + |1 − share|``; None if it was not measured.
     """
 
     name: str
@@ -48,11 +48,11 @@ class UtilityModel:
         return max(0.0, kept - below * unit), max(kept, min(kept + above * unit, MOST_KEPT))
 
     def for_budget(self, spec: ModelSpec, max_trainable_params: float | None) -> UtilityModel:
-        """The model that is used with a budget of trainable parameters: itself unless redefined."""
+        """The model to use with a budget of trainable parameters; by default, this one."""
         return self
 
     def needed(self, metric_weights: Mapping[str, float], *, proxies: bool = False) -> tuple[str, ...]:
-        """The statistics it reads with these weights of metrics, and with proxies or without."""
+        """The statistics that the model reads with these metric weights, with or without proxies."""
         return self.needs
 
     def table(
@@ -62,10 +62,13 @@ class UtilityModel:
         options: Sequence[Option],
         metric_weights: Mapping[str, float],
     ) -> UtilityTable:
-        """The utility of every option; ``metric_weights`` is ``profiling.metric_weights``, for those that read it.
+        """The utility of every option.
+
+        Args:
+            metric_weights: ``profiling.metric_weights``, for models that read them.
 
         Raises:
-            ProfilingError: the statistics lack what the model needs.
+            ProfilingError: a statistic that the model needs is missing.
         """
         lacking = [need for need in self.needs if not has_statistic(statistics, need)]
         if lacking:

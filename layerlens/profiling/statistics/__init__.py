@@ -1,8 +1,8 @@
-"""What can be measured in one pass over the calibration data: one object for each statistic, registered by its name.
+"""The statistics that one pass over the calibration data can measure: one object each, registered by its name.
 
-A statistic names the sums that it needs (``sums.Sum``; each is made once, however many need it) and says what
-they come to. Interrupting, adding up over processes, streaming, predicting memory and keeping results in a file need
-nothing beside that. One of your own is registered from outside::
+A statistic names the sums that it needs (``sums.Sum``) and computes its result from them. Each sum is computed once,
+even if several statistics need it. Resuming, several processes, streaming, the prediction of memory and the file format
+need nothing else. Register your own statistic::
 
     from layerlens.registry import STATISTICS
     STATISTICS.register("my-statistic", Statistic("my-statistic", sums=..., result=...))
@@ -53,23 +53,25 @@ class Statistic:
     """One statistic.
 
     Args:
-        name: as it is registered and asked for.
-        sums: of a matrix, from its place.
-        input_sums: of the inputs that matrices share, zero where they are padding.
-        result: from a matrix's sums to values by name: its ``fields``, or other names, numbers and float64 arrays,
-            which are kept in ``extra`` under "STATISTIC.NAME". Empty where there is nothing to say.
-        part: from a layer's sums to an array that ``model_result`` reads; None where the layer has no part in it.
-        model_result: from all layers to values by name, as ``result``.
-        module_values: measured on the whole model in memory, frozen: from (model, the block that backward passes reach
-            down to, inputs of a full batch) to a value for each module. Such a statistic has no sums.
-        module_absent: its value for modules that are called and not in it.
-        fields: fields of ``MethodStatistics`` (``ModuleCosts``, ``ModelStatistics``) that it fills, or names in
-            ``extra``; the first tells whether it was measured.
-        working_floats: float64 numbers in memory while ``result`` is computed, predicted from the place.
-        by_samples: whether it is made of the gradients of single samples, so that a loss of whole batches has none.
-        steady: whether 16 samples rank layers as 256 others do (correlation 0.91 to 0.99 in the study).
-        finite: whether values that are NaN or infinite are refused.
-        version: raise it whenever the same inputs give other values: cached ones are then measured again.
+        name: name in the registry and in configurations.
+        sums: function from a matrix's place to the sums that it needs of the matrix.
+        input_sums: sums of the inputs that matrices share. Inputs are zero at padding.
+        result: function from a matrix's sums to values by name. A name in ``fields`` fills that field; other names
+            (numbers or float64 arrays) go to ``extra`` as "STATISTIC.NAME". Empty if there is no result.
+        part: function from a layer's sums to an array for ``model_result``; it returns None if the layer does not take
+            part.
+        model_result: function from the parts of all layers to values by name, as in ``result``.
+        module_values: (frozen model in memory, lowest block of the backward pass, inputs of a full batch) -> a value
+            for each module. Such a statistic has no sums.
+        module_absent: value of modules that are called but missing in ``module_values``.
+        fields: fields of ``MethodStatistics`` (``ModuleCosts``, ``ModelStatistics``) that the statistic fills, or names
+            in ``extra``. The first one shows whether the statistic was measured.
+        working_floats: function from a place to the number of float64 values in memory while ``result`` runs.
+        by_samples: True if the statistic needs the gradients of single samples, so a loss of whole batches cannot give
+            it.
+        steady: True if 16 samples rank layers as 256 others do (correlation 0.91 to 0.99 in the study).
+        finite: True if values that are NaN or infinite are refused.
+        version: increase it when the same inputs give other values, so that cached values are measured again.
     """
 
     name: str
