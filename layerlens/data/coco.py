@@ -22,7 +22,7 @@ from layerlens.utils.places import check_readable
 
 KEYS = ("images", "annotations", "categories")
 CROWD, EMPTY, NO_BOX = (
-    "regions of crowds (iscrowd), which are no objects",
+    "regions of crowds (iscrowd), which are not objects",
     "boxes without an area inside their image",
     "annotations without bbox and polygon",
 )

@@ -159,7 +159,7 @@ def _log(sweep: Sweep, task: SweepTask) -> Path:
 
 def _last_line(path: Path) -> str:
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("error: ") if lines else f"failed without a word; see {path}"
+    return lines[-1].removeprefix("error: ") if lines else f"failed without a message; see {path}"
 
 
 def collect(sweep: Sweep, tasks: Sequence[SweepTask]) -> tuple[list[dict[str, Any]], dict[str, Path]]:

@@ -96,7 +96,7 @@ class _Part(BaseModel):
 
 
 class AllocationEntry(_Part):
-    """What was chosen for one layer."""
+    """The choice for one layer."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -111,14 +111,17 @@ class AllocationEntry(_Part):
     layer: str = Field(min_length=1, description="Module path of the layer.")
     method: ChosenMethod = Field(description="PEFT method.")
     rank: Whole = Field(
-        description="LoRA rank, adapter bottleneck width or number of prefix pairs; 0 exactly for method none."
+        description="LoRA rank, width of the adapter's bottleneck, or number of prefix pairs; 0 if and only if the "
+        "method is none."
     )
     utility: Number = Field(description="Expected gain, in `utility_unit`.")
-    cost: Whole = Field(description="Trainable parameters.")
-    flops: Number = Field(description="Forward FLOPs added for one batch.")
-    vram: Number = Field(description="Training memory added, GB (1e9 bytes).")
-    latency: Number = Field(description="Forward latency added for one batch, ms.")
-    total_score: Number = Field(description="What the solver maximised: weighted utility minus costs and penalty.")
+    cost: Whole = Field(description="Number of trainable parameters.")
+    flops: Number = Field(description="Forward FLOPs added to one batch.")
+    vram: Number = Field(description="Training memory added, in GB (1e9 bytes).")
+    latency: Number = Field(description="Forward latency added to one batch, in milliseconds.")
+    total_score: Number = Field(
+        description="Score that the solver maximised: weighted utility minus costs and penalty."
+    )
 
     @model_validator(mode="after")
     def _rank_fits_method(self) -> AllocationEntry:
@@ -129,86 +132,87 @@ class AllocationEntry(_Part):
 
 
 class ResourceEntry(_Part):
-    """One budget and its use; `total` = `base` + `added` is what the budget limits."""
+    """One budget and its use. The budget limits `total` = `base` + `added`."""
 
     resource: str = Field(
         min_length=1,
-        description="trainable_params, flops, vram_gb, latency_ms, a resource of the user, or layers_without_METHOD "
-        "(where the configuration asks for a least number of layers with a method).",
+        description="trainable_params, flops, vram_gb, latency_ms, a custom resource, or layers_without_METHOD "
+        "(if the configuration sets a minimum number of layers with a method).",
     )
-    budget: Number | None = Field(description="What was allowed; null for no limit.")
-    base: Number = Field(description="What the frozen model uses.")
-    added: Number = Field(description="What the chosen options add.")
+    budget: Number | None = Field(description="The budget; null for no limit.")
+    base: Number = Field(description="Amount that the frozen model uses.")
+    added: Number = Field(description="Amount that the chosen options add.")
     total: Number = Field(description="base + added.")
     multiplier: Number = Field(description="Shadow price: score per unit of the resource.")
-    source: str = Field(description="How the costs were found.")
+    source: str = Field(description="How LayerLens found the costs.")
 
 
 class _OpenPart(BaseModel):
-    """Fields that are checked where they are there, beside others that a writer may add."""
+    """Known fields, which are checked, and any other fields that a writer adds."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
     __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
 
 
 class ModelEntry(_OpenPart):
-    """The base model: what is needed to load it again, and to know it again. A writer without the model has less."""
+    """The base model: what is needed to load and to recognise it. A writer without the model leaves fields out."""
 
     name_or_path: Text = Field(default="", description="Directory, hub name or package:NAME.")
     fingerprint: Text = Field(default="", description="SHA-256 of the weights.")
-    total_params: Whole = Field(default=0, description="Parameters of the base model.")
-    task: Text = Field(default="", description="What the model is to be fine-tuned for.")
+    total_params: Whole = Field(default=0, description="Number of parameters of the base model.")
+    task: Text = Field(default="", description="Task to fine-tune for.")
     dtype: Literal["", "float32", "bfloat16", "float16"] = Field(
-        default="", description="Precision of the weights that were measured, and that the fingerprint is of."
+        default="", description="Precision of the measured weights, which the fingerprint is of."
     )
     num_labels: Whole = Field(default=0, description="Number of classes.")
     labels: list[Text] = Field(default=[], description="Name of each class, in the order of the logits.")
-    head_modules: list[Text] = Field(default=[], description="Modules of the task head, which is trained whole.")
-    model_type: Text = Field(default="", description="transformers' model_type.")
-    weights: Text | None = Field(default=None, description="File of weights that the configuration named.")
-    loss: Text | None = Field(default=None, description="Code of the loss that the configuration named.")
+    head_modules: list[Text] = Field(default=[], description="Module paths of the task head, which is trained in full.")
+    model_type: Text = Field(default="", description="model_type in transformers.")
+    weights: Text | None = Field(default=None, description="File of weights that the configuration names.")
+    loss: Text | None = Field(default=None, description="Loss function that the configuration names.")
     left_out: dict[str, str] | None = Field(
-        default=None, description="Layers that no method can adapt, each with its reason."
+        default=None, description="Layers that no method can adapt, with the reason."
     )
     quantization: dict[str, Any] | None = Field(
-        default=None, description="How the weights were quantized as they were loaded, in the words of transformers."
+        default=None, description="Quantization of the loaded weights, as arguments of transformers."
     )
     new_parameters: list[Text] | None = Field(
         default=None,
-        description="Parameters outside head_modules that the checkpoint lacks; they stay as they are drawn.",
+        description="Parameters outside head_modules that the checkpoint lacks. They keep their random initialisation.",
     )
     tokens: dict[str, Any] | None = Field(
         default=None,
-        description="Rows of the embeddings that are trained: by trainable_token_indices or modules_to_save, their "
-        "indices and modules, how many rows there are, and the shapes in the checkpoint of what was resized.",
+        description="Embedding rows that are trained: how (trainable_token_indices or modules_to_save), their "
+        "indices and modules, the number of rows, and the shapes in the checkpoint of the resized tensors.",
     )
     parameters: dict[str, Any] | None = Field(
         default=None,
-        description="Sums over all parameters: offered (in layers that a choice is made for), head (trained whole) and "
+        description="Sums of the parameters: offered (in layers that can be adapted), head (trained in full), and "
         "left_out, by reason.",
     )
 
 
 class LoraEntry(_OpenPart):
-    """How LoRA layers are scaled and begin; needed where there are any."""
+    """Scale and initialisation of LoRA layers; required if a layer has LoRA."""
 
-    alpha_over_r: Number | None = Field(default=None, gt=0, description="LoRA scale alpha/r, one for the model.")
+    alpha_over_r: Number | None = Field(default=None, gt=0, description="LoRA scale alpha/r of every layer.")
     use_rslora: Annotated[bool, Field(strict=True)] = Field(
         default=False,
         description="Scale by alpha/√r, with alpha = alpha_over_r times the largest rank for every layer (rsLoRA).",
     )
     initialization: Literal["default", "pca", "gradient_svd"] = Field(
         default="default",
-        description="How A begins, with B = 0: default (uniform), pca (principal components of the layer's inputs), "
-        "gradient_svd (right singular vectors of its mean gradient). The last two are in the exported peft directory.",
+        description="Initialisation of A, with B = 0: default (uniform), pca (principal components of the layer's "
+        "inputs), gradient_svd (right singular vectors of its mean gradient). The last two are in the "
+        "exported peft directory.",
     )
     generator: Text = Field(
-        default="", description="Generator that makes A and B while they are trained (layerlens.generators)."
+        default="", description="Generator that computes A and B during training (layerlens.generators)."
     )
 
 
 class RankingEntry(_Part):
-    """How well utilities ranked measured gains."""
+    """How well the utilities ranked the measured gains."""
 
     options: Whole = Field(description="Options compared.")
     spearman: Number | None = Field(description="Rank correlation; null where either is constant.")
@@ -216,52 +220,57 @@ class RankingEntry(_Part):
 
 
 class CalibrationEntry(_Part):
-    """What the trained proxies showed."""
+    """Results of the trained proxies."""
 
-    proxies: Whole = Field(description="Options trained.")
-    planned: Whole = Field(description="Options that were to be trained.")
+    proxies: Whole = Field(description="Number of trained options.")
+    planned: Whole = Field(description="Number of planned options.")
     steps: Whole = Field(description="Steps of each training.")
-    learning_rate: Number = Field(description="Of each training.")
-    held_out_samples: Whole = Field(description="Samples that were judged on.")
-    base_loss: Number = Field(description="Mean loss of the frozen model on them.")
-    mean_standard_error: Number = Field(description="Of the measured gains.")
-    leave_one_out_rmse: Number = Field(description="Of an option predicted from the others, per sample.")
+    learning_rate: Number = Field(description="Learning rate of each training.")
+    held_out_samples: Whole = Field(description="Number of held-out samples.")
+    base_loss: Number = Field(description="Mean loss of the frozen model on the held-out samples.")
+    mean_standard_error: Number = Field(description="Mean standard error of the measured gains.")
+    leave_one_out_rmse: Number = Field(description="Error of an option that is predicted from the others, per sample.")
     options: Whole = Field(description="Options compared.")
     spearman: Number | None = Field(description="Rank correlation; null where either is constant.")
     spearman_interval: tuple[Number, Number] | None = Field(description="Its 95 % bootstrap interval.")
-    by_method: dict[str, RankingEntry] = Field(description="Each method alone.")
+    by_method: dict[str, RankingEntry] = Field(description="The same for each method.")
     curves: dict[str, list[list[Number]]] = Field(description="Knots (utility, loss drop) by method.")
 
 
 class SavingEntry(_Part):
-    """What `objective: cheapest` found against uniform LoRA, by prediction."""
+    """Result of `objective: cheapest`, compared with uniform LoRA."""
 
     minimised: dict[str, Number] = Field(description="Weight of each resource; they sum to 1.")
-    asked_share: Number = Field(description="Of uniform LoRA's improvement that was to be kept at least.")
-    kept_share: Number = Field(description="Of it that the cheapest choice is predicted to keep.")
-    cost_share: Number = Field(description="What the cheapest choice costs, as a share of uniform LoRA.")
-    least_cost_share: Number = Field(description="No choice that keeps as much costs less (proved).")
-    saves: bool = Field(description="Whether it is written; else uniform LoRA is, or what the check kept.")
-    reason: Text = Field(description="Why not; empty where it is.")
+    asked_share: Number = Field(description="Minimum share of uniform LoRA's improvement to keep.")
+    kept_share: Number = Field(description="Share that the cheapest choice is predicted to keep.")
+    cost_share: Number = Field(description="Cost of the cheapest choice, as a share of uniform LoRA's.")
+    least_cost_share: Number = Field(description="Proved lower bound of the cost of any choice that keeps as much.")
+    saves: bool = Field(
+        description="True if the cheapest choice is written. Otherwise uniform LoRA, or the check's choice, is."
+    )
+    reason: Text = Field(description="Why the cheapest choice is not written; empty if it is.")
     law: Number = Field(description="The gain of a set is the sum of its utilities to this power.")
-    price: Number = Field(description="Cost for each unit of the sum of utilities, as shares of uniform LoRA's.")
-    uniform_lora: dict[str, Number] = Field(description="What uniform LoRA uses, by resource.")
+    price: Number = Field(description="Cost per unit of the sum of utilities, as shares of uniform LoRA's.")
+    uniform_lora: dict[str, Number] = Field(description="Amounts that uniform LoRA uses, by resource.")
     measured: dict[str, Number] | None = Field(
-        default=None, description="kept, kept_low, kept_high: its share of uniform LoRA's held-out loss drop; asked."
+        default=None,
+        description="Share of uniform LoRA's held-out loss drop when both were trained: kept, with its 95 % interval "
+        "kept_low to kept_high, and asked, the required share.",
     )
     written: Literal["cheapest", "uniform-lora", "score"] = Field(description="Which choice is written.")
     kept_interval: tuple[Number, Number] | None = Field(
-        default=None, description="Where the kept share lay in nine of ten cases of the study; null: not measured."
+        default=None,
+        description="Range of the kept share in nine of ten cases of the study; null if it was not measured.",
     )
 
 
 class RankEntry(_Part):
-    """The choice beside LoRA of rank 32 on every layer."""
+    """The choice compared with LoRA of rank 32 on every layer."""
 
-    share: Number = Field(description="Of the gain that such a choice would have.")
-    trainable_params: Number = Field(gt=0, description="Of such a choice.")
+    share: Number = Field(description="Share of its predicted gain that the choice has.")
+    trainable_params: Number = Field(gt=0, description="Its number of trainable parameters.")
     low: Number | None = Field(default=None, description="Lower end of the share's 95 % interval.")
-    high: Number | None = Field(default=None, description="Upper end of it.")
+    high: Number | None = Field(default=None, description="Upper end of the share's 95 % interval.")
 
 
 class PredictedEntry(_OpenPart):
@@ -269,66 +278,64 @@ class PredictedEntry(_OpenPart):
 
     gain: Number | None = Field(default=None, description="Sum over the chosen options, in `unit`.")
     gain_interval: tuple[Number, Number] | None = Field(default=None, description="Its 95 % interval.")
-    unit: Text | None = Field(default=None, description="What it is measured in.")
-    calibrated: bool | None = Field(default=None, description="Whether proxies were trained.")
-    calibration: CalibrationEntry | None = Field(default=None, description="What they showed.")
+    unit: Text | None = Field(default=None, description="Unit of the gain.")
+    calibrated: bool | None = Field(default=None, description="True if proxies were trained.")
+    calibration: CalibrationEntry | None = Field(default=None, description="Results of the proxies.")
     uniform_lora: dict[str, Number] | None = Field(
         default=None,
-        description="What uniform LoRA of as many parameters would use, by resource, where a step is recorded.",
+        description="Amounts that uniform LoRA with as many parameters would use, by resource, if a step was recorded.",
     )
-    cheapest: SavingEntry | None = Field(default=None, description="What was saved, with `objective: cheapest`.")
+    cheapest: SavingEntry | None = Field(default=None, description="Result of `objective: cheapest`.")
     rank_32: RankEntry | None = Field(
         default=None,
-        description="`share` of the gain of LoRA of rank 32 on every layer that the choice has, `trainable_params` of "
-        "that, and `low` and `high`: the 95 % interval of the share where proxies were trained.",
+        description="The choice compared with LoRA of rank 32 on every layer. `low` and `high` are there if proxies "
+        "were trained.",
     )
 
 
 class ProvenanceEntry(_OpenPart):
-    """Fingerprints, versions and configuration that the numbers rest on."""
+    """Fingerprints, versions and configuration behind the figures."""
 
     seed: Whole | None = Field(
-        default=None, description="Seed of every new weight; needed where a layer is adapted, so that all agree on it."
+        default=None, description="Random seed of every new weight; required if a layer is adapted."
     )
     config: RecordedConfig | None = Field(default=None, description="Configuration of the run.")
-    threads: Whole | None = Field(default=None, description="Threads that measured and solved.")
-    statistics: RecordedData | None = Field(
-        default=None, description="Identity of the data and of what was measured on it."
-    )
-    versions: dict[str, str] | None = Field(default=None, description="Versions of the packages behind the numbers.")
+    threads: Whole | None = Field(default=None, description="Number of threads.")
+    statistics: RecordedData | None = Field(default=None, description="Identity of the data and of the statistics.")
+    versions: dict[str, str] | None = Field(default=None, description="Versions of the packages.")
     memory_mode: Text | None = Field(default=None, description="How the model was measured within a memory limit.")
-    memory_mode_why: Text | None = Field(default=None, description="Why so.")
-    proxy_check: dict[str, JsonValue] | None = Field(default=None, description="What the proxy check found.")
+    memory_mode_why: Text | None = Field(default=None, description="Reason for the memory mode.")
+    proxy_check: dict[str, JsonValue] | None = Field(default=None, description="Result of the proxy check.")
 
 
 class ManifestDocument(_Part):
-    """Which layers of a model to adapt, with which PEFT method and rank, and how good that choice provably is."""
+    """Which layers of a model to adapt, with which PEFT method and rank, and the proof of how good this choice is."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), title="LayerLens manifest")
 
-    schema_version: Literal["1.0"] = Field(description="Version of this form.")
-    created_at: UtcTime = Field(description="When it was written, ISO 8601 in UTC; the only timestamp.")
+    schema_version: Literal["1.0"] = Field(description="Version of this format.")
+    created_at: UtcTime = Field(description="Time of writing, ISO 8601 in UTC. This is the only timestamp.")
     model: ModelEntry = Field(description="Name, fingerprint, size, task and labels of the base model.")
     allocations: list[AllocationEntry] = Field(
         min_length=1, description="One row for each layer, in the order of the model."
     )
     resources: list[ResourceEntry] = Field(
-        description=f"One row for each resource: {', '.join(RESOURCES)}, and those of the user.",
+        description=f"One row for each resource: {', '.join(RESOURCES)}, and custom resources.",
         json_schema_extra={"allOf": [_with_resource(name) for name in _NEEDED]},
     )
-    score: Number = Field(description="Sum of total_score: the value of the allocation.")
-    upper_bound: Number = Field(description="No allocation within the budgets has a larger score (proved).")
+    score: Number = Field(description="Sum of total_score over the allocations.")
+    upper_bound: Number = Field(description="Proved bound: no allocation within the budgets has a larger score.")
     gap: Number = Field(ge=0, description="(upper_bound - score) / |upper_bound|.")
-    status: Literal["optimal", "feasible"] = Field(description="optimal: the gap is within the tolerance (proved).")
-    solver: str = Field(description="Which solver stages ran.")
-    utility_model: str = Field(description="Which utility model made the utilities.")
-    utility_unit: str = Field(description="What utilities are measured in.")
+    status: Literal["optimal", "feasible"] = Field(description="optimal: the gap is proved to be within the tolerance.")
+    solver: str = Field(description="Solver stages that ran.")
+    utility_model: str = Field(description="Name of the utility model.")
+    utility_unit: str = Field(description="Unit of the utilities.")
     lora: LoraEntry = Field(description="Scale and initialisation of LoRA.")
-    predicted: PredictedEntry = Field(description="Predicted gain and what it rests on.")
+    predicted: PredictedEntry = Field(description="Predicted gain, and what the prediction is based on.")
     provenance: ProvenanceEntry = Field(description="Fingerprints, versions, configuration, seed.")
     checkpointed: list[Text] = Field(
         default=[],
-        description="Blocks whose activations are computed again in the backward pass, by module path.",
+        description="Module paths of the blocks with gradient checkpointing.",
     )
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FINAL = ("succeeded", "failed", "cancelled")
 PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 MOST_DETAIL_BYTES = 1 << 20
-NOT_JSON = "answers no JSON; is it a LayerLens server?"
+NOT_JSON = "does not answer with JSON; is it a LayerLens server?"
 
 Answer = TypeVar("Answer")
 

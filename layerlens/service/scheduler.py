@@ -82,7 +82,7 @@ class Scheduler:
                 await self._turn()
                 self.alive_at = time.monotonic()
             except (OSError, sqlite3.Error) as error:  # a full disk: jobs go on when there is room again
-                logger.error("jobs cannot be looked after: %s", error)
+                logger.error("the scheduler cannot check its jobs: %s", error)
                 await asyncio.sleep(TROUBLE_S)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.wake.wait(), POLL_S)

@@ -106,7 +106,7 @@ def test_refusals_have_the_servers_words_and_the_token_goes_nowhere_else(answeri
     with pytest.raises(ServiceError, match="answered 307"):
         client.job("a")
     assert not elsewhere
-    with pytest.raises(ServiceError, match="answers no JSON; is it a LayerLens server"):
+    with pytest.raises(ServiceError, match="does not answer with JSON; is it a LayerLens server"):
         answering({"/v1/jobs/a": [answer(b"<html>")]}).job("a")
 
 
