@@ -272,8 +272,8 @@ def test_command_line(
         (["-i", "words.png"], 4, "error: images: none of 1 can be used; words.png: is not an image"),
         (["-i", "missing.png"], 4, "error: images: nothing at missing.png"),
         (["-i", "words.png", "--detector", "missing.pt"], 4, "error: detector: no weights at missing.pt"),
-        (["-i", "words.png", "--repeats", "0"], 2, "error: PipelineConfig.repeats: must be greater than"),
-        (["-i", "words.png", "--prompt", "missing.txt"], 2, "error: prompt: cannot read missing.txt"),
+        (["-i", "words.png", "--repeats", "0"], 2, "error: --repeats: must be greater than"),
+        (["-i", "words.png", "--prompt", "missing.txt"], 2, "error: --prompt: cannot read missing.txt"),
     ):
         failed = run(*arguments)
         assert (failed.exit_code, line in failed.stderr) == (code, True), failed.stderr
@@ -284,4 +284,4 @@ def test_no_model_is_a_default(given: tuple[str, ...], missing: tuple[str, ...],
     shown = CliRunner().invoke(app, ["pipeline", "--images", str(plates), *given])
     assert shown.exit_code == 2
     for name, example in (("detector", "`yolo11n.pt`"), ("llm", "OpenAI-compatible server")):
-        assert (f"{name} is missing: " in shown.stderr and example in shown.stderr) == (name in missing), shown.stderr
+        assert (f"--{name} is missing: " in shown.stderr and example in shown.stderr) == (name in missing), shown.stderr
