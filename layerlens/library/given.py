@@ -1,4 +1,4 @@
-"""What a program has in memory as what a job measures: the module itself, its task, and batches with their loss."""
+"""Turns the objects of a program into what a job measures: the module, its task, and batches with their loss."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ RawBatch = Any
 
 @dataclass(frozen=True)
 class GivenLoss:
-    """The loss that is measured.
+    """The loss that LayerLens measures.
 
     Args:
-        loss: of samples, or of whole batches.
-        said: what it is, for the user.
+        loss: the loss of each sample, or of whole batches.
+        said: description of the loss, for the user.
     """
 
     loss: AnyLoss
@@ -44,20 +44,21 @@ class GivenLoss:
 
     @property
     def loss_name(self) -> str:
-        """What it is called in messages."""
+        """Name of the loss in messages."""
         return self.loss.name if isinstance(self.loss, BatchLoss) else self.said
 
     @property
     def by_batches(self) -> bool:
-        """Whether it is one number for a batch."""
+        """Whether the loss is one number for a batch."""
         return isinstance(self.loss, BatchLoss)
 
 
 def bare_model(model: Any) -> torch.nn.Module:
-    """The module that holds the layers: without the wrappers of compilation and data parallelism.
+    """The module that holds the layers, without the wrappers of compilation and data parallelism.
 
     Raises:
-        ModelSpecError: it is not a module, already adapted, or spread by a wrapper that hides its layers.
+        ModelSpecError: ``model`` is not a module, has adapters already, or is sharded by a wrapper that hides its
+            layers.
     """
     if not isinstance(model, torch.nn.Module):
         raise ModelSpecError(
@@ -91,7 +92,7 @@ def bare_model(model: Any) -> torch.nn.Module:
 
 
 def reference_of(model: Any) -> str:
-    """What a manifest calls the model: where transformers loaded it from, else ``object:CLASS``."""
+    """The name of the model in a manifest: the place where transformers loaded it from, else ``object:CLASS``."""
     name = getattr(model, "name_or_path", "") if hasattr(model, "config") else ""
     return name if isinstance(name, str) and name else f"{IN_MEMORY}{type(model).__module__}.{type(model).__qualname__}"
 
@@ -108,10 +109,10 @@ def dtype_of(model: torch.nn.Module) -> str:
 
 
 def task_of_model(model: torch.nn.Module, wanted: str | None) -> tuple[Task | None, str]:
-    """The task by name, or the one that the model's class has the head for; and how it is known.
+    """The named task, or the task of the head that the model's class has, and the reason.
 
     Raises:
-        ConfigurationError: there is no task of that name.
+        ConfigurationError: there is no task of this name.
     """
     if wanted is not None:
         if wanted not in TASKS:
@@ -129,7 +130,7 @@ def as_batch(model: torch.nn.Module, raw: RawBatch, first: int, device: torch.de
     """A data loader's batch, with inputs by the model's arguments and ``first`` as the number of its first sample.
 
     Raises:
-        DataError: it has no tensors.
+        DataError: the batch has no tensors.
     """
     inputs, labels = _apart(raw, model)
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
@@ -143,7 +144,7 @@ def as_batch(model: torch.nn.Module, raw: RawBatch, first: int, device: torch.de
 
 
 def untaken(model: torch.nn.Module, inputs: Mapping[str, Any]) -> list[str]:
-    """Names of the inputs that the model's ``forward`` does not take."""
+    """Names of the inputs that the model's ``forward`` does not accept."""
     parameters = inspect.signature(model.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters) and not hasattr(model, "config"):
         return []
@@ -172,17 +173,17 @@ def _apart(raw: RawBatch, model: torch.nn.Module) -> tuple[dict[str, Any], Any]:
 def loss_for(
     model: torch.nn.Module, batch: Batch, task: Task | None, own: Callable[..., Any] | None, said: str
 ) -> GivenLoss:
-    """The loss of batches that a program gave: the user's own, the task's, or the model's.
+    """The loss of a program's batches: the user's own, that of the task, or that of the model.
 
     Args:
-        model: in evaluation mode.
-        batch: the first one.
-        task: what the model is for, if it is known.
-        own: (output, targets) -> the loss of each sample, [b], or one for the batch.
-        said: how the task is known.
+        model: the model, in evaluation mode.
+        batch: the first batch.
+        task: the task, if it is known.
+        own: (output, targets) -> the loss of each sample, [b], or one number for the batch.
+        said: the reason for the task.
 
     Raises:
-        DataError: there is none, or the user's own fails.
+        DataError: there is no loss, or the user's own loss fails.
     """
     if own is not None:
         return _own(model, batch, own)

@@ -1,4 +1,4 @@
-"""What a program gives to plan on: its model, its data, and how they belong together."""
+"""``Objects``: the model, data and settings that a program passes to ``layerlens.plan``."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 
 @dataclass(frozen=True)
 class Objects:
-    """What a program gives.
+    """The arguments of ``layerlens.plan``, and what LayerLens found out about them.
 
     Args:
-        model: a module, or a model's directory or name.
-        data: see ``samples.take``; a file's path or a name too.
-        task: what the model is tuned for; guessed when None.
-        loss: (output, targets) -> the loss of each sample, or one for the batch.
-        tokenizer: tokenizer, or image processor or transform.
-        collator: from a list of samples to a batch.
+        model: a module, or a model's directory or hub name.
+        data: see ``samples.take``; also the path of a file, or the name of a data set.
+        task: name of the task; None: LayerLens guesses it.
+        loss: (output, targets) -> the loss of each sample, [b], or one number for the batch.
+        tokenizer: a tokenizer, an image processor or a transform.
+        collator: function from a list of samples to a batch.
         new_head: see ``new_head_of``.
-        trainer_loss: (model, batch of a trainer) -> its loss, where ``data`` is a list of a trainer's batches.
-        trainer_loss_name: what that loss is called.
-        batches_are_samples: whether each of these batches is one sample.
-        notes: what is known already that the user should know.
-        sentence: the modules after the transformer of a SentenceTransformer.
+        trainer_loss: (model, batch of a trainer) -> loss, if ``data`` is a list of a trainer's batches.
+        trainer_loss_name: name of that loss.
+        batches_are_samples: True if each of these batches counts as one sample.
+        notes: notes for the user.
+        sentence: the modules after the transformer of a ``SentenceTransformer``.
     """
 
     model: Any

@@ -1,4 +1,4 @@
-"""A little of a user's data, in any of the forms that a program has it: rows for a task, or batches as they are."""
+"""Takes a sample of the user's data, in any form: rows for a task, or batches."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ Wanted = Callable[[int | None, Any], int]
 
 @dataclass(frozen=True)
 class Taken:
-    """What was taken of the data.
+    """The sample of the data.
 
     Args:
-        rows: mappings of column to value, all that there are; None where there are batches.
-        batches: as the data loader or collator gives them.
-        more: as many batches again, for a new head to be fitted on; none where the data has no more.
-        n_samples: of all the data; None where nobody knows.
-        said: what the data is, for the user.
-        notes: what the user should know.
+        rows: all rows, as mappings of column to value; None if the data comes as batches.
+        batches: batches as the data loader or collator returns them.
+        more: further batches, to fit a new head on; empty if the data has no more.
+        n_samples: number of samples in the whole data; None if it is unknown.
+        said: description of the data, for the user.
+        notes: notes for the user.
     """
 
     said: str
@@ -51,21 +51,20 @@ def take(
     data: Any, *, wanted: Wanted, spare: int, batch_size: int, tokenizer: Any = None,
     collator: Callable[[list[Any]], Any] | None = None, seed: int = 0,
 ) -> Taken:  # fmt: skip
-    """Rows, or as many batches as are wanted.
+    """Take all rows, or as many batches as needed.
 
     Args:
         data: a data loader, list, tuple, iterator or generator of batches; a `datasets.Dataset`, DataFrame or list of
             rows; a map-style data set of torch.
-        wanted: from the number of samples that there are (None: unknown) and the first batch to the number that is
-            measured.
-        spare: samples beyond those for a new head; 0 where there is none.
-        batch_size: where the data does not come in batches.
-        tokenizer: pads samples that are tokens already, where no collator is given.
-        collator: from a list of samples to a batch.
-        seed: which samples of a map-style data set.
+        wanted: (number of samples in the data, or None if unknown; first batch) -> number of samples to measure.
+        spare: number of additional samples for a new head; 0 if there is no new head.
+        batch_size: samples in a batch, if the data does not come in batches.
+        tokenizer: pads samples that are tokenised already, if no collator is given.
+        collator: function from a list of samples to a batch.
+        seed: random seed for the choice of samples from a map-style data set.
 
     Raises:
-        DataError: it is empty, exhausted, or of another kind.
+        DataError: the data is empty, exhausted, or of an unknown kind.
     """
     kind = data.kind if isinstance(data, OfTrainer) else type(data).__name__
     if hasattr(data, "to_dict") and hasattr(data, "columns") and hasattr(data, "iloc"):  # pandas
@@ -184,13 +183,13 @@ def _from_indexed(
 
 @dataclass(frozen=True)
 class OfTrainer:
-    """The batches of a trainer as a data loader has them.
+    """The batches of a trainer, with the interface of a data loader.
 
     Args:
-        batches: of the trainer.
-        dataset: what they are of.
-        batch_size: samples in each.
-        kind: the trainer's class.
+        batches: batches of the trainer.
+        dataset: the trainer's data set.
+        batch_size: samples in a batch.
+        kind: name of the trainer's class.
     """
 
     batches: Sequence[Any]
@@ -203,7 +202,7 @@ class OfTrainer:
 
 
 class _Listed:
-    """A list of batches as something to go through."""
+    """A list of batches with the interface of a data loader."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
         self.batches = batches
@@ -213,7 +212,7 @@ class _Listed:
 
 
 def rows_of(data: Any) -> list[dict[str, Any]]:
-    """All rows, with the names of classes in place of their numbers where the data set knows them."""
+    """All rows. If the data set knows the names of its classes, the names replace the numbers."""
     if hasattr(data, "features") and hasattr(data, "cast_column"):
         return dataset_rows(data)
     return [{name: _plain(value) for name, value in row.items()} for row in data]
@@ -225,10 +224,10 @@ def _plain(value: Any) -> Any:
 
 
 def padding_collator(tokenizer: Any, first: Mapping[str, Any]) -> Callable[[list[Any]], Any]:
-    """What transformers' own trainer pads such samples with.
+    """The collator with which the trainer of transformers pads such samples.
 
     Raises:
-        DataError: there is no tokenizer to pad with.
+        DataError: there is no tokenizer.
     """
     if tokenizer is None:
         raise DataError("data: the samples are already tokens; give tokenizer= (to pad them) or collator=")

@@ -1,4 +1,4 @@
-"""Keyword arguments as a configuration: each key of a section is one, by its own name."""
+"""Turns keyword arguments into a configuration. Each key of a section is an argument of the same name."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ NO_BUDGET = 2**62
 
 
 def by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Keyword arguments by the section that they belong to; None counts as not given.
+    """Sort keyword arguments by the section that they belong to. None counts as not given.
 
     Raises:
-        ConfigurationError: a name that no section has, with the nearest that one has.
+        ConfigurationError: no section has a key of this name; the message gives the nearest key.
     """
     keys = {key: name for name, section in reversed(SECTIONS.items()) for key in section.model_fields}
     found: dict[str, dict[str, Any]] = {}
@@ -59,18 +59,18 @@ def configuration(
     settings: Mapping[str, Any], *, model: Mapping[str, Any], data: Mapping[str, Any], length: int | None = None,
     budget_needed: bool = True,
 ) -> RunConfig:  # fmt: skip
-    """The configuration of a job on objects.
+    """The configuration of a job on objects in memory.
 
     Args:
         settings: keyword arguments.
-        model: what the model itself says of its section.
-        data: the same of the data; a keyword argument of the same name wins.
-        length: tokens of a sequence, for what is measured and for what costs are predicted for, unless settings say it;
-            the configuration's defaults when None.
-        budget_needed: refuse settings without a budget.
+        model: values of the section ``model`` that follow from the model itself.
+        data: values of the section ``data`` that follow from the data. Keyword arguments of the same name replace them.
+        length: tokens in a sequence, for the measurement and the predicted costs, unless ``settings`` set it; None: the
+            defaults of the configuration.
+        budget_needed: True: refuse settings without a budget.
 
     Raises:
-        ConfigurationError: an unknown name, or a value that does not fit.
+        ConfigurationError: an unknown name, or an invalid value.
     """
     given = by_section(settings)
     optimization = {"methods": METHODS, **given.get("optimization", {})}
@@ -87,10 +87,10 @@ def configuration(
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """The same configuration with other options and budgets: an optimization section of its own.
+    """The same configuration with other options and budgets.
 
     Raises:
-        ConfigurationError: an unknown name, a value that does not fit, or one that would must be measured anew.
+        ConfigurationError: an unknown name, an invalid value, or a setting that needs a new measurement.
     """
     given = by_section(settings)
     chosen = {"profiling": {"utility_model", "metric_weights"}, "runtime": {"seed", "threads"}}

@@ -1,8 +1,8 @@
-"""The model, batches and loss of a trainer: transformers' ``Trainer``, and TRL's and sentence-transformers' of it.
+"""The model, batches and loss of a trainer of transformers, TRL or sentence-transformers.
 
-A trainer brings its own collation, masking, packing, templates and loss. Its batches are read as its training would
-read them, and its loss is ``compute_loss`` as ``training_step`` calls it. All of that happens in a double of the
-trainer (``double.py``), so the trainer itself is not written to.
+A trainer has its own collation, masking, packing, templates and loss. LayerLens reads its batches as its training
+would, and calls ``compute_loss`` as ``training_step`` does. It does this in a copy of the trainer (``double.py``), so
+the trainer does not change.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ GENERATING = ("_generate_and_score_completions", "_generate_completions", "gener
 
 @dataclass(frozen=True, eq=False)
 class TrainerBatch(Mapping[str, Any]):
-    """One batch as the trainer's training sees it; as a mapping it is its inputs.
+    """One batch as the trainer's training sees it. As a mapping, it has the keys and values of ``inputs``.
 
     Args:
-        inputs: what ``compute_loss`` takes, on the trainer's device.
-        n_items: labelled tokens (or samples) of all batches of its optimizer step; None where its loss takes no number.
-        n_steps: batches of its optimizer step.
-        rows: the samples that it was collated from; () where the trainer does not collate with its ``data_collator``.
+        inputs: the inputs of ``compute_loss``, on the trainer's device.
+        n_items: number of labelled tokens (or samples) in all batches of the optimizer step; None if the loss does not
+            take it.
+        n_steps: number of batches in the optimizer step.
+        rows: the samples of the batch; () if the trainer does not use its ``data_collator``.
     """
 
     inputs: Mapping[str, Any]
@@ -54,20 +55,21 @@ class TrainerBatch(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class GivenByTrainer:
-    """What a trainer has.
+    """The parts of a trainer that LayerLens measures.
 
     Args:
-        model: the module that it trains, without wrappers; of a SentenceTransformer the transformers model in it,
-            which is what PEFT adapts there.
-        batches: some of its training batches.
-        loss: (model, one of the batches) -> scalar with its graph. The mean of it over the batches of an optimizer step
-            is the loss whose gradient that step takes.
-        collate: rows -> a batch of them, by its own collator.
-        processing_class: its tokenizer or processor; None where it has none.
-        loss_name: the trainer's class, with that of its loss where it has one.
-        why_not_single: why its loss has no part for each sample; "" if it is not known beforehand.
-        precision: what its loss is computed in: that of autocast where it trains with it, else of the weights.
-        notes: what differs from its training, in words.
+        model: the module that the trainer trains, without wrappers. For a SentenceTransformer, the transformers model
+            in it, which PEFT adapts.
+        batches: some of the training batches.
+        loss: (model, batch) -> scalar with its graph. An optimizer step follows the gradient of its mean over the
+            batches of the step.
+        collate: function from rows to a batch, with the trainer's collator.
+        processing_class: the tokenizer or processor; None if there is none.
+        loss_name: class of the trainer, and class of its loss if it has one.
+        why_not_single: the reason why the loss has no part for each sample; "" if LayerLens does not know it
+            beforehand.
+        precision: precision of the loss: that of autocast if the trainer uses it, else that of the weights.
+        notes: differences from the training, in words.
     """
 
     model: torch.nn.Module

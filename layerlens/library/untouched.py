@@ -1,4 +1,4 @@
-"""A guard around all that is done with a user's objects: they come back as they were, whatever happens in between."""
+"""Guards around all work on a user's objects: they are restored afterwards, even after an error."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Tensors = list[tuple[torch.Tensor, torch.Tensor]]
 
 @contextmanager
 def untouched(model: torch.nn.Module, changed: Iterable[str] = ()) -> Iterator[None]:
-    """While open, anything may be measured on ``model``; afterwards nothing about it differs from before.
+    """Restore ``model`` after the block, in which LayerLens measures it.
 
-    Kept are the mode of every module, its hooks, buffers and configuration (which models of transformers change as they
-    compute a loss), every parameter's ``requires_grad`` and ``grad``, the random states of Python, NumPy and torch, and
-    torch's number of threads. Weights are not copied.
+    This restores the mode of every module, its hooks, buffers and configuration (models of transformers change it when
+    they compute a loss), ``requires_grad`` and ``grad`` of every parameter, the random states of Python, NumPy and
+    torch, and torch's number of threads. Weights are not copied.
 
     Args:
-        model: the user's.
-        changed: names of parameters whose values are changed meanwhile (a head that is fitted); these are copied.
+        model: the user's model.
+        changed: names of parameters whose values change in the block (a head that is fitted). These are copied.
     """
     with ExitStack() as stack:
         stack.enter_context(random_states_kept())
@@ -52,7 +52,7 @@ def untouched(model: torch.nn.Module, changed: Iterable[str] = ()) -> Iterator[N
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """While open, anything may draw random numbers; afterwards Python, NumPy and torch go on as if nobody had."""
+    """Restore the random states of Python, NumPy and torch after the block."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
@@ -65,10 +65,9 @@ def random_states_kept() -> Iterator[None]:
 
 @contextmanager
 def loader_kept(loader: Any) -> Iterator[None]:
-    """While open, batches may be taken from a data loader; afterwards it begins where it would have begun.
+    """Restore a data loader after the block, in which LayerLens takes batches from it.
 
-    A loader that can say where it is (``state_dict``) is set back to there, and so are the generators that its
-    samplers draw from.
+    If the loader has a ``state_dict``, its position is restored. The generators of its samplers are restored too.
     """
     parts = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
     parts.append(getattr(parts[2], "sampler", None))
