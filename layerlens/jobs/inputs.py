@@ -108,7 +108,11 @@ def check_model(pretrained: PretrainedModel, config: RunConfig) -> None:
     of_text = pretrained.tokenizer is not None and pretrained.images is None and pretrained.audio is None
     limit = longest_sequence(pretrained.model) if of_text else None
     if limit is not None:
-        refuse_longer(config, limit)
+        asked = {
+            "data.max_length": config.data.max_length,
+            "optimization.latency_profile.sequence_length": config.optimization.latency_profile.sequence_length,
+        }
+        refuse_longer(asked, limit)
     trained = {
         "profiling.proxies: {}; set proxies.options: 0": config.profiling.proxies.options,
         "optimization.proxy_check: {}; set proxy_check.steps: 0": config.optimization.proxy_check.steps,

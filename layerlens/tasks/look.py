@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,22 @@ def look(config: RunConfig, base_dir: Path | None = None) -> tuple[RunConfig, Gu
             f"{task.name}; give another checkpoint or another task"
         )
     if task.inputs not in ("image", "audio") and (limit := positions(description)) is not None:
-        refuse_longer(config, limit)
+        refuse_longer({key: value(config) for key, value in LENGTHS.items()}, limit)
     return config, guess, _data(config, base_dir, task)
 
 
-def refuse_longer(config: RunConfig, limit: int) -> None:
+def refuse_longer(asked: Mapping[str, int], limit: int) -> None:
     """Refuse sequences that are longer than the model's positions, at which torch would fail with an index error.
 
     Raises:
         ConfigurationError: names all keys to change, and the limit.
     """
-    too_long = [key for key, value in LENGTHS.items() if value(config) > limit]
+    too_long = [key for key, length in asked.items() if length > limit]
     if too_long:
         key, *others = too_long
         also = f", and for {' and '.join(others)} too" if others else ""
         raise ConfigurationError(
-            f"{key}: {LENGTHS[key](config)} tokens, but the model has {limit} positions; use at most {limit}{also}"
+            f"{key}: {asked[key]} tokens, but the model has {limit} positions; use at most {limit}{also}"
         )
 
 
