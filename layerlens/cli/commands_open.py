@@ -62,7 +62,7 @@ def _report_at(place: Path) -> Path:
         return local
     beside = path if path.is_dir() else path.parent
     report = path if path.suffix == ".html" else beside / REPORT
-    if not path.exists():
+    if not path.exists() and not (path.suffix and report.is_file()):
         raise ConfigurationError(
             f"{output.short(path)}: no such file or directory; give the directory that `layerlens run` or "
             "`layerlens train` wrote"
