@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from layerlens.config import LatencyProfile
@@ -75,6 +75,15 @@ class DeviceProfile:
         update = TracedOperation(MEMORY, 0.0, 28.0 * elements)
         passes = sum(map(self.operation_ms, trace.operations))
         return passes + self.operation_ms(update) + 1e-3 * self.parameter_us * parameters
+
+    def scaled(self, factor: float) -> DeviceProfile:
+        """A device on which everything takes ``factor`` times as long."""
+        rates = {
+            kind: Rates(factor * each.overhead_us, factor * each.ms_per_gflop, factor * each.ms_per_gb)
+            for kind, each in self.rates.items()
+        }
+        update, fresh = factor * self.parameter_us, factor * self.fresh_ms_per_gb
+        return replace(self, rates=rates, parameter_us=update, fresh_ms_per_gb=fresh)
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> DeviceProfile:

@@ -23,6 +23,7 @@ from layerlens.jobs.job import Job, Warn
 from layerlens.jobs.load import Loaded
 from layerlens.jobs.memory_mode import CHECKPOINTED, checkpointed_activations
 from layerlens.jobs.own_code import code_facts
+from layerlens.jobs.own_step import with_own_step
 from layerlens.jobs.recorded_step import with_step
 from layerlens.jobs.solve import versions
 from layerlens.jobs.together import same_everywhere
@@ -92,9 +93,9 @@ def measure(job: Job, loaded: Loaded) -> Measured | None:
         provenance: dict[str, Any] = {"identity": identity, "model": model.fields(), SAMPLES: training_samples}
         if not processes.alone:
             provenance["processes"] = processes.size
-        statistics = with_step(
-            job, loaded, replace(statistics, provenance=provenance), getattr(loaded, "heads", ()) or model.heads
-        )
+        heads = getattr(loaded, "heads", ()) or model.heads
+        statistics = with_step(job, loaded, replace(statistics, provenance=provenance), heads)
+        statistics = with_own_step(job, loaded, statistics, heads)
         if cache and (cached is None or (statistics.head and not cached[1].head)):
             cache.put(key, spec, statistics)
     return Measured(spec, statistics, identity, model, from_cache=cached is not None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from layerlens.config import LatencyProfile, OptimizationConfig
+from layerlens.config import LatencyProfile, OptimizationConfig, RunConfig
 from layerlens.config.optimization import CHEAPEST, STEP
 from layerlens.cost.device import load_profile, profile_path
 from layerlens.cost.measure import here
@@ -207,9 +207,7 @@ def device_rates(job: Job, config: OptimizationConfig) -> dict[str, Any] | None:
     if has_figures(profile) or not here(profile.device_type):
         return None
     directory = default_cache_dir() if job.cache is None else job.cache.directory
-    wanted = config.max_step_ms is not None or job.config.training.max_train_hours is not None
-    wanted = wanted or (config.objective == CHEAPEST and STEP in config.minimised())
-    if job.cache is not None and wanted:
+    if job.cache is not None and time_is_minimised_or_bounded(job.config):
         found = device_profile(directory, progress=job.progress)
     else:
         known = load_profile(profile_path(directory))
@@ -217,6 +215,14 @@ def device_rates(job: Job, config: OptimizationConfig) -> dict[str, Any] | None:
             return None
         found = known
     return asdict(found)
+
+
+def time_is_minimised_or_bounded(config: RunConfig) -> bool:
+    """Whether the choice depends on how long a training step takes."""
+    optimization = config.optimization
+    if optimization.max_step_ms is not None or config.training.max_train_hours is not None:
+        return True
+    return optimization.objective == CHEAPEST and STEP in optimization.minimised()
 
 
 def has_figures(profile: LatencyProfile) -> bool:
