@@ -12,18 +12,22 @@
 #include <immintrin.h>
 #endif
 
+#include "common/readings.hpp"
+
 #define LL_INLINE inline __attribute__((always_inline))
 
 namespace layerlens {
 namespace {
 
-// Asks for the cache lines of `bytes` bytes that lie `prefetch_distance` beyond x: the hardware's own streams end at
-// every page, and a core that waits for one line at a time at each of them loses bandwidth. May point beyond the array.
-constexpr int prefetch_distance = 4096;
-template <int bytes, int will_write = 0>
+// Asks for the cache lines of `bytes` bytes that lie one or two pages beyond x, or for none. May point beyond the array.
+template <Reading reading, int bytes, int will_write = 0>
 LL_INLINE void prefetch_ahead(const void* x) {
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(x) + prefetch_distance;
-  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(ahead + at), will_write);
+  if (reading == Reading::hardware) return;
+  constexpr bool near = reading == Reading::page_ahead;
+  const uintptr_t ahead = reinterpret_cast<uintptr_t>(x) + (near ? 4096 : 8192);
+  for (int at = 0; at < bytes; at += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead + at), will_write, near ? 3 : 2);
+  }
 }
 
 #if defined(__AVX512F__)

@@ -1,8 +1,10 @@
 #include "layerlens/fisher.hpp"
 
 #include <algorithm>
+#include <vector>
 
 #include "common/chunks.hpp"
+#include "common/reading.hpp"
 #include "fisher/fisher_isa.hpp"
 #include "layerlens/moments.hpp"
 
@@ -38,17 +40,20 @@ void add_column_sum_of_squares(Isa isa, const MatrixView& g, double scale, DType
   }
 #endif
   const std::ptrdiff_t tiles = (g.cols + fisher_tile - 1) / fisher_tile, size = item_size(g.dtype);
-  const int workers = threads_for((g.rows * size + item_size(out_type)) * g.cols, tiles, threads);
+  const std::ptrdiff_t column_bytes = g.rows * size + item_size(out_type);
+  const int workers = threads_for(column_bytes * g.cols, tiles, threads);
   const bool gather = g.col_stride != size;
   const std::size_t gather_bytes = gather ? fisher_few * fisher_tile * size : 0;
   unsigned char* scratch = thread_scratch(gather_bytes * workers);
+  std::vector<ReadingTrial> trials(workers, ReadingTrial(column_bytes * g.cols, workers));
 
   for_each_task(tiles, workers, [&](std::ptrdiff_t tile, int worker) {
     const std::ptrdiff_t begin = tile * fisher_tile, cols = std::min(fisher_tile, g.cols - begin);
     const void* from = static_cast<const unsigned char*>(g.data) + begin * size;
     void* out_tile = static_cast<unsigned char*>(out) + begin * item_size(out_type);
     if (!gather && g.rows <= fisher_few) {
-      add_few_rows(g.dtype, from, g.row_stride, g.rows, cols, scale, out_type, out_tile);
+      const Reading reading = trials[worker].next(column_bytes * cols);
+      add_few_rows(reading, g.dtype, from, g.row_stride, g.rows, cols, scale, out_type, out_tile);
       return;
     }
     double squares[fisher_tile] = {};

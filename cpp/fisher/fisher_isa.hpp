@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "common/readings.hpp"
 #include "layerlens/arrays.hpp"
 
 namespace layerlens {
@@ -14,13 +15,13 @@ constexpr std::ptrdiff_t fisher_tile = 1024;
 // `squares` has room for cols rounded up to 16 and its padding may be written.
 //
 // And, for at most `fisher_few` rows, out[c] += scale * sum_n x[n, c]^2 without a detour over `squares`: the same bits.
-// `out` is f64 or f32; for f32 the scaled sum is rounded, then added in f32.
+// `out` is f64 or f32; for f32 the scaled sum is rounded, then added in f32. The same bits for every reading.
 constexpr std::ptrdiff_t fisher_few = 8;
 
-#define LAYERLENS_DECLARE_FISHER(isa)                                                                     \
-  void add_tile_squares_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows, \
-                              std::ptrdiff_t cols, double* squares) noexcept;                             \
-  void add_few_rows_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,     \
+#define LAYERLENS_DECLARE_FISHER(isa)                                                                                  \
+  void add_tile_squares_##isa(DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows,              \
+                              std::ptrdiff_t cols, double* squares) noexcept;                                          \
+  void add_few_rows_##isa(Reading reading, DType dtype, const void* x, std::ptrdiff_t row_stride, std::ptrdiff_t rows, \
                           std::ptrdiff_t cols, double scale, DType out_type, void* out) noexcept;
 
 LAYERLENS_DECLARE_FISHER(scalar)

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/chunks.hpp"
+#include "common/reading.hpp"
 #include "moments/moments_isa.hpp"
 
 namespace layerlens {
@@ -13,7 +14,7 @@ std::ptrdiff_t chunks_in_row(const MatrixView& x) {
   return std::max<std::ptrdiff_t>(1, (x.cols + moments_chunk - 1) / moments_chunk);
 }
 
-// Reduces every row of every piece: chunk_of(dtype, x, n) on each of its chunks, then join(partials, count). Returns
+// Reduces every row of every piece: chunk_of(reading, dtype, x, n) on each of its chunks, then join(partials, count). Returns
 // one Partial per row, the rows of all pieces one after another.
 template <class Partial, class ChunkOf, class Join>
 std::vector<Partial> reduce_rows(const MatrixView* pieces, std::ptrdiff_t count, int threads, const ChunkOf& chunk_of,
@@ -31,6 +32,7 @@ std::vector<Partial> reduce_rows(const MatrixView* pieces, std::ptrdiff_t count,
   const int workers = threads_for(bytes, tasks, threads);
   unsigned char* scratch = thread_scratch(static_cast<std::size_t>(gather_bytes) * workers);
   std::vector<Partial> partials(tasks);
+  std::vector<ReadingTrial> trials(workers, ReadingTrial(bytes, workers));
 
   for_each_task(tasks, workers, [&](std::ptrdiff_t task, int worker) {
     const std::ptrdiff_t p =
@@ -39,7 +41,8 @@ std::vector<Partial> reduce_rows(const MatrixView* pieces, std::ptrdiff_t count,
     const std::ptrdiff_t per_row = chunks_in_row(x), local = task - first_task[p];
     const std::ptrdiff_t row = local / per_row, begin = (local % per_row) * moments_chunk;
     const std::ptrdiff_t n = std::min(moments_chunk, x.cols - begin);
-    partials[task] = chunk_of(x.dtype, contiguous_run(x, row, begin, n, scratch + gather_bytes * worker), n);
+    const Reading reading = trials[worker].next(n * item_size(x.dtype));
+    partials[task] = chunk_of(reading, x.dtype, contiguous_run(x, row, begin, n, scratch + gather_bytes * worker), n);
   });
   if (tasks == rows) return partials;  // one chunk per row
 

@@ -102,6 +102,7 @@ struct Chunk {
   using Element = typename Load::Element;
 
   // Lanes of f64 from lanes of f32, flushed every moments_flush steps.
+  template <Reading reading>
   static LL_INLINE Statistics fast(const Element* x, ptrdiff_t n) {
     f64x8 square_low = f64x8::zero(), square_high = f64x8::zero();
     f64x8 sum_low = f64x8::zero(), sum_high = f64x8::zero();
@@ -112,7 +113,7 @@ struct Chunk {
       for (int g = 0; g < 4; ++g) square_f32[g] = sum_f32[g] = f32x16::zero();
       const auto step = [&](const Element* from) __attribute__((always_inline)) {
         f32x16 v[4];
-        prefetch_ahead<64 * sizeof(Element)>(from);
+        prefetch_ahead<reading, 64 * sizeof(Element)>(from);
         Load::step(from, v);
         for (int g = 0; g < 4; ++g) {
           square_f32[g] += v[g] * v[g];
@@ -165,22 +166,23 @@ struct Chunk {
     result.sum_of_squares = sum_of_lanes(square[0] + square[1]);
   }
 
+  template <Reading reading>
   static LL_INLINE Statistics of(const void* data, ptrdiff_t n) {
     const Element* x = static_cast<const Element*>(data);
-    Statistics result = fast(x, n);
+    Statistics result = fast<reading>(x, n);
     if (!in_range_of_f32(result.sum_of_squares)) widen_sums(x, n, result);
     return result;
   }
 };
 
-template <bool full>
+template <bool full, Reading reading>
 LL_INLINE Statistics chunk_f64(const void* data, ptrdiff_t n) {
   const double* x = static_cast<const double*>(data);
   f64x8 square[4] = {f64x8::zero(), f64x8::zero(), f64x8::zero(), f64x8::zero()};
   f64x8 sum[4] = {f64x8::zero(), f64x8::zero(), f64x8::zero(), f64x8::zero()};
   BitCounts<i64x8, int64_t> counts;
   const auto step = [&](const double* at) __attribute__((always_inline)) {
-    prefetch_ahead<32 * sizeof(double)>(at);
+    prefetch_ahead<reading, 32 * sizeof(double)>(at);
     for (int g = 0; g < 4; ++g) {
       const f64x8 v = f64x8::load(at + 8 * g);
       square[g] += v * v;
@@ -203,21 +205,21 @@ LL_INLINE Statistics chunk_f64(const void* data, ptrdiff_t n) {
 // Which NaN an operation returns depends on operand order, so on the compiler: always return the same one.
 LL_INLINE double canonical(double x) { return x == x ? x : __builtin_nan(""); }
 
-template <bool full>
+template <bool full, Reading reading>
 LL_INLINE Statistics chunk(DType dtype, const void* x, ptrdiff_t n) {
   Statistics result;
   switch (dtype) {
     case DType::f64:
-      result = chunk_f64<full>(x, n);
+      result = chunk_f64<full, reading>(x, n);
       break;
     case DType::bf16:
-      result = Chunk<LoadBF16, full>::of(x, n);
+      result = Chunk<LoadBF16, full>::template of<reading>(x, n);
       break;
     case DType::f16:
-      result = Chunk<LoadF16, full>::of(x, n);
+      result = Chunk<LoadF16, full>::template of<reading>(x, n);
       break;
     default:
-      result = Chunk<LoadF32, full>::of(x, n);
+      result = Chunk<LoadF32, full>::template of<reading>(x, n);
       break;
   }
   result.sum = canonical(result.sum);
@@ -226,15 +228,27 @@ LL_INLINE Statistics chunk(DType dtype, const void* x, ptrdiff_t n) {
   return result;
 }
 
+template <bool full>
+LL_INLINE Statistics chunk(Reading reading, DType dtype, const void* x, ptrdiff_t n) {
+  switch (reading) {
+    case Reading::hardware:
+      return chunk<full, Reading::hardware>(dtype, x, n);
+    case Reading::second_cache:
+      return chunk<full, Reading::second_cache>(dtype, x, n);
+    default:
+      return chunk<full, Reading::page_ahead>(dtype, x, n);
+  }
+}
+
 }  // namespace
 }  // namespace layerlens
 
-#define LAYERLENS_DEFINE_MOMENTS(isa)                                                        \
-  namespace layerlens {                                                                      \
-  Statistics chunk_statistics_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept { \
-    return chunk<true>(dtype, x, n);                                                         \
-  }                                                                                          \
-  double chunk_sum_of_squares_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept { \
-    return chunk<false>(dtype, x, n).sum_of_squares;                                         \
-  }                                                                                          \
+#define LAYERLENS_DEFINE_MOMENTS(isa)                                                                         \
+  namespace layerlens {                                                                                       \
+  Statistics chunk_statistics_##isa(Reading reading, DType dtype, const void* x, std::ptrdiff_t n) noexcept { \
+    return chunk<true>(reading, dtype, x, n);                                                                 \
+  }                                                                                                           \
+  double chunk_sum_of_squares_##isa(Reading reading, DType dtype, const void* x, std::ptrdiff_t n) noexcept { \
+    return chunk<false>(reading, dtype, x, n).sum_of_squares;                                                 \
+  }                                                                                                           \
   }

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/readings.hpp"
 #include "layerlens/arrays.hpp"
 
 namespace layerlens {
@@ -16,10 +17,10 @@ struct Statistics {
   std::int64_t zeros;
 };
 
-// x: n contiguous elements of any alignment, 0 <= n <= moments_chunk.
-#define LAYERLENS_DECLARE_MOMENTS(isa)                                                      \
-  Statistics chunk_statistics_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept; \
-  double chunk_sum_of_squares_##isa(DType dtype, const void* x, std::ptrdiff_t n) noexcept;
+// x: n contiguous elements of any alignment, 0 <= n <= moments_chunk. The same bits for every reading.
+#define LAYERLENS_DECLARE_MOMENTS(isa)                                                                       \
+  Statistics chunk_statistics_##isa(Reading reading, DType dtype, const void* x, std::ptrdiff_t n) noexcept; \
+  double chunk_sum_of_squares_##isa(Reading reading, DType dtype, const void* x, std::ptrdiff_t n) noexcept;
 
 LAYERLENS_DECLARE_MOMENTS(scalar)
 LAYERLENS_DECLARE_MOMENTS(avx2)

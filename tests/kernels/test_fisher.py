@@ -38,6 +38,17 @@ def test_diagonal_equals_the_twin(isa: str, dtype: str, samples: int, cols: int,
     np.testing.assert_allclose(out, expected, rtol=2 * diagonal_bound(samples), atol=0)
 
 
+def test_a_call_that_tries_all_ways_to_read_has_the_bits_of_calls_that_try_none() -> None:
+    # From 32 MiB on (cpp/common/reading.hpp), here 12 bytes for a column: 36 MiB in one call and 9 in each of four.
+    g = torch.randn(1, 3 * 2**20, generator=torch.Generator().manual_seed(0))
+    whole, parts = np.zeros(g.shape[1]), np.zeros(g.shape[1])
+    fisher_diagonal(g, whole)
+    step = g.shape[1] // 4
+    for begin in range(0, g.shape[1], step):
+        fisher_diagonal(g[:, begin : begin + step], parts[begin : begin + step])
+    assert bits(whole) == bits(parts)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("samples", "cols"), [(1, 1), (3, 700), (16, 40_000)])

@@ -62,6 +62,17 @@ def test_same_bits_for_every_isa_thread_count_layout_and_entry_point(dtype: str,
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_call_that_tries_all_ways_to_read_has_the_bits_of_calls_that_try_none(dtype: str) -> None:
+    # From 32 MiB on (cpp/common/reading.hpp): 36 MiB in one call and 9 in each of four, rows below and above a chunk.
+    values = torch.randn(9 * 2**18, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    x = values.repeat(36 * 2**20 // values.nbytes)
+    for cols in (4096, 36864):
+        rows = x.view(-1, cols)
+        parts = np.concatenate([row_sum_of_squares(part) for part in rows.split(len(rows) // 4)])
+        assert bits(row_sum_of_squares(rows)) == bits(parts)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_energy_has_the_same_bits_for_every_isa_and_thread_count(dtype: str) -> None:
     x = matrix(31 * 7, 3001, dtype).reshape(7, 31, 3001)[:, ::2, 5:]
