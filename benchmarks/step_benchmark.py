@@ -23,7 +23,7 @@ import json
 import os
 import random
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ from layerlens.integrations.transformers import blocks_of, without_cache
 from layerlens.jobs.recorded_step import StepOf, recorded
 from layerlens.jobs.worth import lora_of_rank
 from layerlens.methods import enumerate_options
-from layerlens.models import NONE, Choice, CostTable, Footprint, LoraSettings, ModelSpec
+from layerlens.models import NONE, Choice, CostTable, Footprint, LoraSettings, ModelSpec, Option
+from layerlens.models.step import StepRecord
 from layerlens.profiling.footprint import frozen_footprint
 from layerlens.registry import TASKS
 from layerlens.tuning import apply, unapply
@@ -131,9 +132,57 @@ def choices(spec: ModelSpec, table: CostTable, count: int = 30) -> dict[str, lis
     return {name: entries for name, entries in found.items() if entries}
 
 
+@dataclass(frozen=True)
+class Setting:
+    """One model on one device, and what its choices cost.
+
+    Args:
+        parts: (model, task, head, batch, labels).
+        spec: the model.
+        step: its recorded step, with the device's rates.
+        plain: memory of the frozen model alone.
+        options, config, table: what may be chosen, and its costs without checkpoints.
+    """
+
+    parts: tuple[Any, str, tuple[str, ...], dict[str, torch.Tensor], torch.Tensor]
+    spec: ModelSpec
+    step: StepRecord
+    plain: Footprint
+    options: list[Option]
+    config: OptimizationConfig
+    table: CostTable
+
+    @classmethod
+    def of(cls, name: str, profile: DeviceProfile) -> Setting:
+        model, task, heads, batch, labels = MODELS[name]()
+        model.requires_grad_(False)
+        images = {"inputs": batch} if "pixel_values" in batch else {}
+        spec = model_spec(PretrainedModel(model, None, "", ()), name, methods=tuple(SIZES), **images)
+        of = StepOf(model, TASKS[task], batch, labels, heads)
+        step = replace(recorded(of, spec), rates=asdict(profile))
+        samples = len(labels)
+        length = batch["input_ids"].shape[1] if "input_ids" in batch else 1
+        config = OptimizationConfig(
+            max_trainable_params=1,
+            methods=tuple(SIZES),
+            latency_profile=LatencyProfile(batch_size=samples, sequence_length=length),
+        )
+        with frozen_without_dropout(model), without_cache(model):
+            plain = Footprint(*frozen_footprint(model, next(iter(blocks_of(model)), None), batch))
+        options = enumerate_options(spec, SIZES)
+        table = cost_table(spec, replace(plain, step=step), options, config)
+        parts = (model, task, heads, batch, labels)
+        return cls(parts, spec, step, plain, options, config, table)
+
+    @property
+    def own_step_ms(self) -> float:
+        """Predicted time of the step that a run measures: LoRA of rank 8 on every layer, nothing checkpointed."""
+        return float(self.table.total(lora_of_rank(self.table, 8))["step_ms"])
+
+
 def compared(
     name: str,
-    profile: DeviceProfile,
+    setting: Setting,
     written: Callable[[list[dict[str, Any]]], None],
     *,
     count: int,
@@ -141,23 +190,10 @@ def compared(
     checkpointed: bool,
 ) -> None:
     """Every choice on one model; ``written`` is given the rows that there are after every measurement."""
-    model, task, heads, batch, labels = MODELS[name]()
-    model.requires_grad_(False)
-    images = {"inputs": batch} if "pixel_values" in batch else {}
-    spec = model_spec(PretrainedModel(model, None, "", ()), name, methods=tuple(SIZES), **images)
-    of = StepOf(model, TASKS[task], batch, labels, heads)
-    step = replace(recorded(of, spec), rates=asdict(profile))
-    samples = len(labels)
-    length = batch["input_ids"].shape[1] if "input_ids" in batch else 1
-    config = OptimizationConfig(
-        max_trainable_params=1,
-        methods=tuple(SIZES),
-        latency_profile=LatencyProfile(batch_size=samples, sequence_length=length),
-    )
-    with frozen_without_dropout(model), without_cache(model):
-        plain = Footprint(*frozen_footprint(model, next(iter(blocks_of(model)), None), batch))
-    options = enumerate_options(spec, SIZES)
-    table = cost_table(spec, replace(plain, step=step), options, config)
+    model, task, heads, batch, labels = setting.parts
+    spec, step, plain, options, config, table = (
+        setting.spec, setting.step, setting.plain, setting.options, setting.config, setting.table
+    )  # fmt: skip
     naive = cost_table(spec, plain, options, config)
     tables = {(): table}
     draw = random.Random(1)
@@ -195,11 +231,6 @@ def compared(
             print(f"{name:8s} {turn} {row['choice'][:40]:40s}", *figures, flush=True)
 
 
-def own_step_scale(rows: list[dict[str, Any]]) -> float:
-    """Measured over predicted time of the step that a run times: LoRA of rank 8 everywhere, nothing checkpointed."""
-    return next((row["measured_ms"] / row["predicted_ms"] for row in rows if row["choice"] == OWN_STEP), 1.0)
-
-
 def summary(rows: list[dict[str, Any]], scale: float) -> dict[str, Any]:
     """What the demands are about, of one model.
 
@@ -220,10 +251,11 @@ def summary(rows: list[dict[str, Any]], scale: float) -> dict[str, Any]:
 
 
 def summarise(tables: dict[str, dict[str, Any]]) -> None:
-    """The summary of every table, anew. A checkpointed one takes the scale of the plain one, as a run does."""
+    """The summary of every table, anew. A checkpointed one takes the step measured for the plain one, as a run does."""
     for key, table in tables.items():
         plain = tables.get(key.replace(CHECKPOINTED, ""), {"rows": []})
-        table.update(summary(table["rows"], own_step_scale(plain["rows"])))
+        measured = next((row["measured_ms"] for row in plain["rows"] if row["choice"] == OWN_STEP), None)
+        table.update(summary(table["rows"], 1.0 if measured is None else measured / table["own_step_predicted_ms"]))
         table["rows"] = table.pop("rows")  # last in the file
 
 
@@ -235,13 +267,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--choices", type=int, default=30)
     parser.add_argument("--checkpointed", action="store_true")
-    parser.add_argument("--again", action="store_true", help="measure nothing: make the summaries from the rows anew")
+    parser.add_argument("--again", action="store_true", help="time nothing: summaries of the rows anew")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/steps.json"))
     arguments = parser.parse_args()
     make_torchvision_importable()
     torch.set_num_threads(arguments.threads)
     found = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {"models": {}}
     if arguments.again:
+        for key, table in found["models"].items():
+            setting = Setting.of(key.partition(",")[0], DeviceProfile.of(table["device"]))
+            table["own_step_predicted_ms"] = setting.own_step_ms
         summarise(found["models"])
         atomic_write_text(arguments.output, json.dumps(found, indent=1) + "\n")
         return
@@ -250,16 +285,18 @@ def main() -> None:
         key = name if arguments.threads == 1 else f"{name}, {arguments.threads} threads"
         key += CHECKPOINTED if arguments.checkpointed else ""
 
-        def written(rows: list[dict[str, Any]], key: str = key) -> None:
+        setting = Setting.of(name, profile)
+
+        def written(rows: list[dict[str, Any]], key: str = key, setting: Setting = setting) -> None:
             found["models"][key] = {
                 "clock": "wall" if arguments.wall else "processor", "load": os.getloadavg()[0],
-                "device": asdict(profile), "rows": rows,
+                "device": asdict(profile), "own_step_predicted_ms": setting.own_step_ms, "rows": rows,
             }  # fmt: skip
             summarise(found["models"])
             atomic_write_text(arguments.output, json.dumps(found, indent=1) + "\n")
 
         how = {"count": arguments.choices, "wall": arguments.wall, "checkpointed": arguments.checkpointed}
-        compared(name, profile, written, **how)
+        compared(name, setting, written, **how)
         told = {each: value for each, value in found["models"][key].items() if each not in ("rows", "device")}
         print(key, json.dumps(told, indent=1), flush=True)
 
