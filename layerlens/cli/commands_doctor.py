@@ -154,15 +154,13 @@ def _cores() -> Finding:
 
 
 def _memory() -> Finding:
-    fields = {}
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            fields[name] = 1024 * int(value.split()[0])
-    except OSError:  # no /proc: only the total is known
+    from layerlens.utils.free_memory import MEMINFO, available_bytes, meminfo
+
+    total = meminfo(MEMINFO).get("MemTotal")
+    if total is None:  # no /proc: only the total is known
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Finding("memory", f"{total / GB:.1f} GB")
-    return Finding("memory", f"{fields['MemAvailable'] / GB:.1f} GB free of {fields['MemTotal'] / GB:.1f} GB")
+    return Finding("memory", f"{available_bytes() / GB:.1f} GB free of {total / GB:.1f} GB")
 
 
 def _cache() -> Finding:

@@ -7,7 +7,6 @@ by itself, on made-up inputs of the same shapes, and the allocator says what it 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from layerlens.integrations.allocations import peaks_of
+from layerlens.utils.free_memory import available_bytes
 
 NAMES = ("convolution", "flash_attention_for_cpu", "softmax", "_norm", "_fft", "_pool", "grid_sampler", "upsample")
 """What the names of such operations contain; copies, products of matrices and functions of every element have none.
@@ -60,7 +60,7 @@ def _described(leaf: Any) -> Any:
 
 def _measured(func: Any, leaves: list[Any], spec: Any, visible: int) -> int:
     needed = visible + sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, torch.Tensor))
-    if 4 * needed > _free_bytes():
+    if 4 * needed > available_bytes():
         return 0
     shapes = [_described(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
     with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -75,10 +75,3 @@ def _measured(func: Any, leaves: list[Any], spec: Any, visible: int) -> int:
 
 def _made_up(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
     return torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
-
-
-def _free_bytes() -> int:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not said by this system
-        return 2**62

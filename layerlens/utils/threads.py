@@ -10,17 +10,17 @@ import sys
 from pathlib import Path
 
 from layerlens.exceptions import ConfigurationError
+from layerlens.utils import cgroup
 
 # Read when the library loads its pool: OpenMP (torch, our kernels), OpenBLAS (NumPy, SciPy), MKL, rayon (tokenizers).
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 MAX_THREADS_PER_CORE = 4
-CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def available_cores() -> int:
     """Cores that this process may use: its CPU affinity, and the CPU quota of its control group (rounded down)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota(CGROUP_ROOT, Path("/proc/self/cgroup"))
+    quota = _cgroup_quota(cgroup.ROOT, cgroup.MEMBERSHIP)
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
@@ -70,31 +70,12 @@ def let_idle_threads_sleep() -> None:
 def _cgroup_quota(root: Path, membership: Path) -> float | None:
     """Smallest CPU quota, in cores, of the process's control group and its parents; None where there is no limit."""
     quotas = []
-    for folder in _cgroup_folders(root, membership):
-        fields = _read_fields(folder / "cpu.max")  # cgroup v2: "max 100000" or "150000 100000"
+    for folder in cgroup.folders(root, membership):
+        fields = cgroup.fields(folder / "cpu.max")  # cgroup v2: "max 100000" or "150000 100000"
         if len(fields) == 2 and fields[0] != "max":
             quotas.append(int(fields[0]) / int(fields[1]))
     # cgroup v1, as containers see it
-    quota, period = _read_fields(root / "cpu/cpu.cfs_quota_us"), _read_fields(root / "cpu/cpu.cfs_period_us")
+    quota, period = cgroup.fields(root / "cpu/cpu.cfs_quota_us"), cgroup.fields(root / "cpu/cpu.cfs_period_us")
     if quota and period and int(quota[0]) > 0:
         quotas.append(int(quota[0]) / int(period[0]))
     return min(quotas, default=None)
-
-
-def _cgroup_folders(root: Path, membership: Path) -> list[Path]:
-    try:
-        lines = membership.read_text(encoding="utf-8").splitlines()
-    except OSError:  # no /proc: not Linux
-        return []
-    for line in lines:
-        if line.startswith("0::/"):
-            own = root / line.removeprefix("0::/")
-            return [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
-    return []
-
-
-def _read_fields(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").split()
-    except OSError:  # the controller is not there: no limit from it
-        return []
