@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -47,6 +47,12 @@ class EngineName(str, Enum):
 Name = TypeVar("Name", ToolName, EngineName)
 
 
+def _one_of(names: type[Enum], option: str, help_text: str) -> Any:
+    """An option that takes the value of a member. ``_member`` checks it, and suggests the nearest; Typer would not."""
+    values = [name.value for name in names]
+    return typer.Option(option, help=help_text, metavar=f"<{'|'.join(values)}>", autocompletion=lambda: values)
+
+
 @guarded("the output directory is unchanged")
 def export(
     place: Annotated[
@@ -59,23 +65,9 @@ def export(
         ),
     ],
     tool_name: Annotated[
-        str | None,
-        typer.Option(
-            "--to",
-            help="Trainer or suite that will read the files, or gguf.",
-            metavar=f"<{'|'.join(tool.value for tool in ToolName)}>",
-            autocompletion=lambda: [tool.value for tool in ToolName],
-        ),
+        str | None, _one_of(ToolName, "--to", "Trainer or suite that will read the files, or gguf.")
     ] = None,
-    engine_name: Annotated[
-        str | None,
-        typer.Option(
-            "--serve",
-            help="Engine that will serve the adapter.",
-            metavar=f"<{'|'.join(engine.value for engine in EngineName)}>",
-            autocompletion=lambda: [engine.value for engine in EngineName],
-        ),
-    ] = None,
+    engine_name: Annotated[str | None, _one_of(EngineName, "--serve", "Engine that will serve the adapter.")] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge the LoRA into the model's weights, and write one checkpoint.")
     ] = False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,6 +28,7 @@ from layerlens.models import LORA, Choice, Footprint, LoraSettings, ModelStatist
 from layerlens.profiling.cache import cache_key
 from layerlens.tuning import apply, unapply
 from layerlens.utils.atomic import atomic_write_text
+from layerlens.utils.free_memory import available_bytes
 
 RANK = 8
 SECONDS = 2.0
@@ -49,9 +50,10 @@ def with_own_step(job: Job, loaded: Loaded, statistics: ModelStatistics, heads: 
         return statistics
     if loaded.pretrained.streamed is not None:
         return _unscaled(job, statistics, "its weights are read block by block")
-    profile, options = DeviceProfile.of(step.rates), _lora(loaded)
+    profile = DeviceProfile.of(step.rates)
+    options = [one for one in enumerate_options(loaded.spec, {LORA: [RANK]}) if one.method == LORA]
     if not options:
-        return statistics
+        return _unscaled(job, statistics, "no layer takes LoRA")
     latency = config.latency_profile
     content = {
         "statistics": statistics.provenance.get("identity"), "device": asdict(profile), "heads": list(heads),
@@ -62,8 +64,7 @@ def with_own_step(job: Job, loaded: Loaded, statistics: ModelStatistics, heads: 
     if scale is None:
         footprint = Footprint(0.0, 0.0, step)
         costs = cost_table(loaded.spec, footprint, options, config)
-        chosen = np.flatnonzero([option.method == LORA for option in costs.options])
-        predicted = costs.total(chosen)
+        predicted = costs.total(np.arange(len(options)))
         free_gb = 1e-9 * _free_bytes(loaded.pretrained.model)
         if predicted["vram_gb"] > SHARE_OF_MEMORY * free_gb:
             needs = f"it may need {predicted['vram_gb']:.2f} GB, and {free_gb:.2f} GB are free"
@@ -95,18 +96,15 @@ def _kept(path: Path) -> float | None:
     """The scale that was measured before; None where there is none, or the file is damaged."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        return float(fields["measured_ms"]) / float(fields["predicted_ms"])
+        scale = float(fields["measured_ms"]) / float(fields["predicted_ms"])
+        return scale if 0.0 < scale < math.inf else None
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
 
 
-def _lora(loaded: Loaded) -> list[Option]:
-    return list(enumerate_options(loaded.spec, {LORA: [RANK]}))
-
-
 def _measured(of: StepOf, options: list[Option], config: OptimizationConfig) -> float:
     """Milliseconds of a training step with LoRA on every layer. The model comes back as it was."""
-    picked = {option.layer: (option.method, option.rank) for option in options if option.method == LORA}
+    picked = {option.layer: (option.method, option.rank) for option in options}
     choice = Choice.of(picked, lora=LoraSettings(1.0), head_modules=of.heads, task=of.task.name)
     samples = config.latency_profile.batch_size
     devices = {tensor.device for tensor in of.model.parameters() if tensor.device.type == "cuda"}
@@ -123,7 +121,6 @@ def _measured(of: StepOf, options: list[Option], config: OptimizationConfig) -> 
                     except UNRECORDABLE as error:
                         last = error
         finally:
-            tuned.zero_grad()
             unapply(tuned)
     raise last or RuntimeError("the model has no loss")
 
@@ -131,6 +128,4 @@ def _measured(of: StepOf, options: list[Option], config: OptimizationConfig) -> 
 def _free_bytes(model: torch.nn.Module) -> float:
     """Free memory of the device that the model is on."""
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes()

@@ -67,9 +67,12 @@ def test_rates_are_scaled_by_the_measured_step_and_kept(timed, tmp_path, monkeyp
     assert rates_of(again) == rates_of(result)
 
     monkeypatch.setattr(own_step, "_measured", measured)
-    kept.write_text("{", encoding="utf-8")  # damaged: measured again
+    kept.write_text('{"measured_ms": NaN, "predicted_ms": 1}', encoding="utf-8")  # damaged: measured again
     run_config(timed, base_dir=tmp_path)
     assert json.loads(kept.read_text(encoding="utf-8"))["measured_ms"] > 0.0
+    for damage in ("{", "[]", '{"measured_ms": 1, "predicted_ms": 0}', '{"measured_ms": 1, "predicted_ms": Infinity}'):
+        kept.write_text(damage, encoding="utf-8")
+        assert own_step._kept(kept) is None
 
 
 def test_a_step_that_memory_is_short_for_is_not_run_and_that_is_said(timed, tmp_path, monkeypatch):
