@@ -148,7 +148,7 @@ class Setting:
     spec: ModelSpec
     step: StepRecord
     plain: Footprint
-    options: list[Option]
+    options: tuple[Option, ...]
     config: OptimizationConfig
     table: CostTable
 
@@ -156,8 +156,8 @@ class Setting:
     def of(cls, name: str, profile: DeviceProfile) -> Setting:
         model, task, heads, batch, labels = MODELS[name]()
         model.requires_grad_(False)
-        images = {"inputs": batch} if "pixel_values" in batch else {}
-        spec = model_spec(PretrainedModel(model, None, "", ()), name, methods=tuple(SIZES), **images)
+        images = batch if "pixel_values" in batch else None
+        spec = model_spec(PretrainedModel(model, None, "", ()), name, methods=tuple(SIZES), inputs=images)
         of = StepOf(model, TASKS[task], batch, labels, heads)
         step = replace(recorded(of, spec), rates=asdict(profile))
         samples = len(labels)
@@ -195,10 +195,10 @@ def compared(
         setting.spec, setting.step, setting.plain, setting.options, setting.config, setting.table
     )  # fmt: skip
     naive = cost_table(spec, plain, options, config)
-    tables = {(): table}
+    tables: dict[tuple[str, ...], CostTable] = {(): table}
     draw = random.Random(1)
     whole = table.total(lora_of_rank(table, 2))["step_ms"] - table.cost__ro[4, lora_of_rank(table, 2)].sum()
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for label, entries in choices(spec, table, count).items():
         blocks = step.blocks if checkpointed else ()
         if len(rows) % 2:
