@@ -20,6 +20,7 @@ from layerlens.jobs.result import CHOICE_FILES, STATISTICS_FILE, RunResult, obse
 from layerlens.jobs.write import export
 from layerlens.registry import TASKS
 from layerlens.tasks.guess import with_task
+from layerlens.utils.grad_mode import gradients_on
 from layerlens.utils.processes import joined
 from layerlens.utils.progress import Progress, silent
 
@@ -53,6 +54,7 @@ def run_config(
         LayerLensError: one line that says what to do. Its ``exit_code`` is that of the command line.
     """
     with (
+        gradients_on(),
         observed("run", config) as outcome,
         published(config.output.directory, base_dir, RUN_FILES) as place,
     ):

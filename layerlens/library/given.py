@@ -13,6 +13,7 @@ from layerlens.exceptions import DataError, ModelSpecError
 from layerlens.integrations.placement import offloaded
 from layerlens.integrations.torch_modules import in_evaluation_mode
 from layerlens.integrations.weight_matrices import uncompiled
+from layerlens.library.decoder import with_decoder
 from layerlens.models.facts import IN_MEMORY
 from layerlens.registry import TASKS
 from layerlens.tasks import Batch, Task
@@ -88,6 +89,10 @@ def bare_model(model: Any) -> torch.nn.Module:
         )
     if any(parameter.is_meta for parameter in model.parameters()) and not offloaded(model):
         raise ModelSpecError("model: has weights on the meta device, which hold no values; load its weights first")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ModelSpecError(
+            "model: was made inside torch.inference_mode, so its weights take no gradients; make or load it outside"
+        )
     return model
 
 
@@ -140,7 +145,13 @@ def as_batch(model: torch.nn.Module, raw: RawBatch, first: int, device: torch.de
             "arguments with the targets under 'labels', or (inputs, targets)), or rows with a tokenizer or a collator"
         )
     n = max(1, len(next(iter(tensors.values()))) if next(iter(tensors.values())).dim() else 1)
-    return Batch(tensors, labels, torch.arange(first, first + n)).to(device)
+    tensors, labels = with_decoder(model, {name: _for_gradients(one) for name, one in tensors.items()}, labels)
+    return Batch(tensors, _for_gradients(labels), torch.arange(first, first + n)).to(device)
+
+
+def _for_gradients(value: Any) -> Any:
+    """A copy of a tensor made in ``torch.inference_mode``, which no backward pass takes; anything else as it is."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 def untaken(model: torch.nn.Module, inputs: Mapping[str, Any]) -> list[str]:

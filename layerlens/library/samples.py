@@ -79,7 +79,8 @@ def take(
         )
     notes: tuple[str, ...] = ()
     if _is_loader(data):
-        return _from_iterable(data, kind, wanted, spare)
+        # accelerate's loader counts itself as in use until its last batch; the one inside gives the same batches
+        return _from_iterable(getattr(data, "base_dataloader", data), kind, wanted, spare)
     if isinstance(data, Iterator) or not hasattr(data, "__getitem__") or _length(data) is None:
         stream = iter(data)
         first = next(stream, None)

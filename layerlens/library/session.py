@@ -48,6 +48,7 @@ from layerlens.tasks import Batch, Task, make_batches, task_for
 from layerlens.tasks.encoded import notes_of
 from layerlens.tasks.guess import with_task
 from layerlens.tasks.losses import BatchLoss, own_loss
+from layerlens.utils.grad_mode import gradients_on
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
 
@@ -98,7 +99,7 @@ def opened(
     threads = by_section(settings).get("runtime", {}).get("threads") or torch.get_num_threads()
     warnings = Warnings(warn)
     if isinstance(objects.model, (str, Path)):
-        with random_states_kept():
+        with gradients_on(), random_states_kept():
             config, guess = with_task(_config_by_name(objects, settings, budget_needed), Path.cwd())
             if guess is not None:
                 warnings.add(str(guess))
@@ -109,7 +110,7 @@ def opened(
     model = given.bare_model(objects.model)
     head = new_head_of(model, given.task_of_model(model, objects.task)[0], objects.new_head)
     new = head.parameters
-    with untouched(model, new):
+    with gradients_on(), untouched(model, new):
         set_threads(threads)
         model.requires_grad_(False)
         with in_evaluation_mode(model):
