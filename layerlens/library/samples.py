@@ -15,6 +15,7 @@ import torch
 
 from layerlens.data.hub import dataset_rows, with_encoded_media
 from layerlens.exceptions import DataError
+from layerlens.library.rows import is_pair, refuse_texts, rows_of_columns, rows_of_pairs, with_rows
 from layerlens.library.untouched import loader_kept
 from layerlens.tasks import Batch
 
@@ -54,8 +55,9 @@ def take(
     """Take all rows, or as many batches as needed.
 
     Args:
-        data: a data loader, list, tuple, iterator or generator of batches; a `datasets.Dataset`, DataFrame or list of
-            rows; a map-style data set of torch.
+        data: a data loader, list, tuple, iterator or generator of batches; a `datasets.Dataset`, a DataFrame (pandas or
+            polars), an Arrow table, a list of rows or of pairs (text, target), or (texts, targets); a map-style data
+            set of torch.
         wanted: (number of samples in the data, or None if unknown; first batch) -> number of samples to measure.
         spare: number of additional samples for a new head; 0 if there is no new head.
         batch_size: samples in a batch, if the data does not come in batches.
@@ -67,12 +69,13 @@ def take(
         DataError: the data is empty, exhausted, or of an unknown kind.
     """
     kind = data.kind if isinstance(data, OfTrainer) else type(data).__name__
-    if hasattr(data, "to_dict") and hasattr(data, "columns") and hasattr(data, "iloc"):  # pandas
-        data = data.to_dict("records")
+    data = with_rows(data)
     if type(data).__module__.partition(".")[0] == "datasets" and isinstance(data, Mapping):
         raise DataError(f"data: is a {kind} with the splits {', '.join(data)}; give one of them, such as data['train']")
     if isinstance(data, Mapping) or hasattr(data, "keys"):
-        data = [data] if any(isinstance(value, torch.Tensor) for value in dict(data).values()) else _as_rows(data)
+        data = (
+            [data] if any(isinstance(value, torch.Tensor) for value in dict(data).values()) else rows_of_columns(data)
+        )
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise DataError(
             f"data: must be a DataLoader, a datasets.Dataset, rows, a list of batches or a trainer, got {kind}"
@@ -94,16 +97,6 @@ def take(
 
 def _is_loader(data: Any) -> bool:
     return hasattr(data, "dataset") and hasattr(data, "batch_size") and hasattr(data, "__iter__")
-
-
-def _as_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    names = list(columns)
-    if not names:
-        return []
-    lengths = {len(columns[name]) for name in names}
-    if len(lengths) != 1:
-        raise DataError(f"data: the columns {', '.join(names)} have different lengths: {sorted(lengths)}")
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 class _Peeked(Iterator[Any]):
@@ -168,6 +161,11 @@ def _from_indexed(
     if collator is None and isinstance(first, str):
         data = [{"text": text} for text in data]
         first = data[0]
+    if collator is None and is_pair(first):
+        data = rows_of_pairs(data)
+        first = data[0]
+    if collator is None:
+        refuse_texts(first)
     if collator is None and not _is_row(first) and isinstance(data, (list, tuple)):  # of batches
         return _from_iterable(_Listed(data), kind, wanted, spare)
     if collator is None and _is_row(first):
@@ -225,13 +223,9 @@ def _plain(value: Any) -> Any:
 
 
 def padding_collator(tokenizer: Any, first: Mapping[str, Any]) -> Callable[[list[Any]], Any]:
-    """The collator with which the trainer of transformers pads such samples.
-
-    Raises:
-        DataError: there is no tokenizer.
-    """
+    """The collator with which the trainer of transformers pads such samples; without a tokenizer, one that stacks."""
     if tokenizer is None:
-        raise DataError("data: the samples are already tokens; give tokenizer= (to pad them) or collator=")
+        return _stacked
     from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
     target = first.get("labels", first.get("label"))
@@ -240,6 +234,19 @@ def padding_collator(tokenizer: Any, first: Mapping[str, Any]) -> Callable[[list
     padded = isinstance(target, (list, tuple)) or getattr(target, "ndim", 0) == 1
     collate = DataCollatorForSeq2Seq(tokenizer) if padded else DataCollatorWithPadding(tokenizer)
     return lambda samples: collate([_numbers(sample) for sample in samples])
+
+
+def _stacked(samples: list[Any]) -> dict[str, torch.Tensor]:
+    """A batch of tokenised samples of one length, which need no padding."""
+    rows = [{name: torch.as_tensor(value) for name, value in _numbers(sample).items()} for sample in samples]
+    if len({tuple(row[TOKENS].shape) for row in rows}) > 1:
+        raise DataError(
+            "data: the samples are already tokens, of different lengths; give tokenizer= (to pad them) or collator="
+        )
+    batch: dict[str, torch.Tensor] = torch.utils.data.default_collate(rows)
+    if not {"labels", "label"} & set(batch):
+        batch["labels"] = batch[TOKENS].clone()  # as the collator of transformers does
+    return batch
 
 
 def _numbers(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,6 +291,8 @@ def _collated(data: Any, indices: list[int], batch_size: int, collate: Callable[
     parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     try:
         return [collate([data[index] for index in part]) for part in parts]
+    except DataError:
+        raise
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise DataError(
             f"data: its samples do not make a batch ({type(error).__name__}: {error}); give collator="

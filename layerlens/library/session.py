@@ -48,6 +48,7 @@ from layerlens.tasks import Batch, Task, make_batches, task_for
 from layerlens.tasks.encoded import notes_of
 from layerlens.tasks.guess import with_task
 from layerlens.tasks.losses import BatchLoss, own_loss
+from layerlens.tasks.text import padding_id
 from layerlens.utils.grad_mode import gradients_on
 from layerlens.utils.progress import Progress, silent
 from layerlens.utils.threads import set_threads
@@ -239,6 +240,8 @@ def _of_rows(
         raise DataError(f"tokenizer: is needed to make the model's inputs of the {task.inputs} in these rows")
     if task.inputs == "image" and pretrained.images is None and pretrained.processor is None:
         raise DataError("tokenizer: give the model's image processor, or a transform from an image to a tensor")
+    if line := _with_padding_token(pretrained):
+        warnings.add(line)
     check_model(pretrained, config)
     if (dataset.task and dataset.task != task.name) or objects.sentence is not None:
         task = task_for(config.model, None, dataset)
@@ -435,6 +438,26 @@ def _with_tokens(pretrained: PretrainedModel, config: RunConfig) -> PretrainedMo
     if not config.model.trainable_tokens:
         return pretrained
     return replace(pretrained, tokens=with_tokens(pretrained.model, pretrained.tokenizer, config.model.token_request))
+
+
+def _with_padding_token(pretrained: PretrainedModel) -> str:
+    """Give the configuration a padding token while measuring; a note for the user where it has none.
+
+    Classifiers of decoders need it to find the last token of each text. The configuration is restored afterwards.
+    """
+    config: Any = getattr(pretrained.model, "config", None)
+    if pretrained.tokenizer is None or not hasattr(config, "get_text_config"):
+        return ""
+    lacking = [one for one in (config, config.get_text_config()) if getattr(one, "pad_token_id", 0) is None]
+    for one in lacking:
+        one.pad_token_id = padding_id(pretrained.tokenizer)
+    if not lacking or not type(pretrained.model).__name__.endswith("ForSequenceClassification"):
+        return ""
+    token = padding_id(pretrained.tokenizer)
+    return (
+        "model: its configuration has no pad_token_id, without which it takes no batch; LayerLens measures with "
+        f"{token}; set model.config.pad_token_id = {token} before you train"
+    )
 
 
 def _length_limit(pretrained: PretrainedModel) -> int | None:

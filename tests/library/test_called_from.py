@@ -60,7 +60,9 @@ def test_a_model_made_without_gradients_is_refused(bert_batches: list[Any]):
 
 def test_accelerates_loader_is_as_before(bert: torch.nn.Module, bert_batches: list[Any]):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test's may have other settings
     accelerator = Accelerator(cpu=True)
     rows = [{name: tensor[0] for name, tensor in batch.items()} for batch in bert_batches * 4]
     model, loader = accelerator.prepare(bert, DataLoader(rows, batch_size=4))

@@ -241,10 +241,11 @@ def test_a_module_without_a_layer_that_can_be_adapted():
         (iter([]), "the iterator is exhausted"),
         ({}, "this dict has no samples"),
         (12, "must be a DataLoader"),
-        ([["a", "b"]], "without tensors"),
+        ([["a", "b"]], "2 texts without names; give rows by columns"),
+        ([{"input_ids": [7] * n, "labels": 0} for n in (3, 4)], "^data: the samples are already tokens, of different"),
         ({"a": [1, 2], "b": [1]}, "different lengths"),
     ],
-    ids=["empty list", "exhausted", "empty mapping", "number", "texts", "ragged columns"],
+    ids=["empty list", "exhausted", "empty mapping", "number", "texts", "ragged tokens", "ragged columns"],
 )
 def test_data_that_cannot_be_measured(bert: torch.nn.Module, data: Any, message: str):
     with pytest.raises(DataError, match=message):
@@ -333,7 +334,9 @@ def test_classes_are_matched_by_name_or_refused_with_both_lists(bert: torch.nn.M
 
 
 def test_numbers_of_numpy_and_frames(bert: torch.nn.Module, minilm_path: str):
-    pandas = pytest.importorskip("pandas")
+    import pandas
+    import polars
+    import pyarrow
     from transformers import AutoTokenizer
 
     bert.resize_token_embeddings(30522)
@@ -341,4 +344,48 @@ def test_numbers_of_numpy_and_frames(bert: torch.nn.Module, minilm_path: str):
     rows = {"text": [f"text number {n}" for n in range(30)], "label": list(np.arange(30) % 3)}
     settings = {"tokenizer": tokenizer, "calibration_samples": 12, "max_length": 16}
     of_frame = energies(layerlens.profile(bert, pandas.DataFrame(rows), **settings))
-    assert energies(layerlens.profile(bert, rows, **settings)) == of_frame
+    texts, targets = rows["text"], rows["label"]
+    pairs = list(zip(texts, targets, strict=True))
+    table = pyarrow.table({"text": texts, "label": np.array(targets)})
+    series = pandas.DataFrame(rows)
+    forms = (
+        rows, polars.DataFrame(rows), polars.LazyFrame(rows), table, pairs, [list(pair) for pair in pairs],
+        (texts, targets),
+        (np.array(texts), np.array(targets)), (series["text"], series["label"]), Texts(pairs),
+    )  # fmt: skip
+    for data in forms:
+        assert energies(layerlens.profile(bert, data, **settings)) == of_frame, type(data)
+
+
+class Texts(Dataset):
+    """A map-style data set of texts and classes."""
+
+    def __init__(self, pairs: list[tuple[str, int]]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        return self.pairs[index]
+
+
+def test_tokens_of_one_length_need_no_tokenizer(llama: torch.nn.Module):
+    rows = [{"input_ids": [5 + (7 * row + place) % 40 for place in range(6)]} for row in range(8)]
+    labelled = [row | {"labels": row["input_ids"]} for row in rows]
+    found = layerlens.plan(llama, rows, max_trainable_params="2k")
+    assert found.ranks == layerlens.plan(llama, labelled, max_trainable_params="2k").ranks
+    tensors = [{name: torch.tensor([value]) for name, value in row.items()} for row in labelled]
+    assert energies(layerlens.profile(llama, rows)) == pytest.approx(energies(layerlens.profile(llama, tensors)))
+
+
+def test_a_classifier_without_a_padding_token_is_measured_with_the_tokenizers(minilm_path: str):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=30522, num_labels=3, pad_token_id=None, **sizes))
+    rows = [{"text": f"text number {'one ' * (n % 4)}", "label": n % 3} for n in range(30)]
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    plan = layerlens.plan(model, rows, tokenizer=tokenizer, max_trainable_params="1k", calibration_samples=12)
+    assert any("no pad_token_id" in line and "model.config.pad_token_id = 0" in line for line in plan.notes)
+    assert model.config.pad_token_id is None
