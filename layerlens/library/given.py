@@ -329,7 +329,8 @@ def example_of(model: torch.nn.Module, run: Callable[[], object]) -> dict[str, t
             own["forward"] = before
     if not seen:
         raise DataError("loss: does not call the model, so nothing can be measured")
-    return {name: value for name, value in seen[0].items() if name not in (*TARGETS, "num_items_in_batch")}
+    inputs = {name: value for name, value in seen[0].items() if name not in (*TARGETS, "num_items_in_batch")}
+    return with_decoder(model, inputs, seen[0].get("labels"))[0]
 
 
 def in_units(batches: Sequence[Batch]) -> list[Batch]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import layerlens
 from layerlens.exceptions import ModelSpecError
@@ -93,3 +101,11 @@ def test_a_decoders_tokens_come_from_its_labels(name: str, encoder: int, decoder
 def test_seq2seq_is_planned_for_by_samples(t5: torch.nn.Module):
     plan = layerlens.plan(t5, written(6, 6), max_trainable_params="2k")
     assert "of each sample, as for seq2seq" in str(plan) or any("of each sample" in line for line in plan.notes)
+
+
+def test_a_trainer_whose_collator_makes_no_decoder_inputs(t5: torch.nn.Module, tmp_path: Path):
+    rows = [{name: tensor[0] for name, tensor in raw.items()} for raw in written(6, 4, n=32)]
+    settings = Seq2SeqTrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True, report_to=[])
+    trainer = Seq2SeqTrainer(t5, settings, train_dataset=rows)
+    plan = layerlens.plan(trainer, max_trainable_params="2k")
+    assert set(plan.ranks) & {name for name, _ in t5.named_modules() if name.startswith("decoder.")}
