@@ -147,7 +147,8 @@ def step_costs(
             kept_by[entry].append(storage)
     head = record.head_elements
     base_ms += time_ms(_update(head, state_values)) + parameter_ms * record.head_tensors
-    weights = spec.weight_bytes + FLOAT_BYTES * (1 + state_values) * head + LOSS_BYTES  # PEFT trains a copy of the head
+    value_bytes = record.value_bytes
+    weights = spec.weight_bytes + value_bytes * (1 + state_values) * head + LOSS_BYTES  # PEFT trains a copy of the head
     use = StepUse(
         base_bytes=float(weights),
         base_ms=float(base_ms),
@@ -172,7 +173,7 @@ def step_costs(
         accumulates=accumulates,
         checkpoints=found,
     )
-    per_parameter = FLOAT_BYTES * (1 + state_values)  # itself and its state; the gradients come after the peak
+    per_parameter = value_bytes * (1 + state_values)  # itself and its state; the gradients come after the peak
     forward_peak = float(record.at("forward_peak__b", scale)) + use.passing__ox[:, 0].max(initial=0.0)
     least_gb = 1e-9 * (weights + forward_peak), 1e-9 * per_parameter
     charges, depth = paid.charges()
@@ -239,14 +240,14 @@ def _own(
     )
     time += method.views * time_ms(TracedOperation(VIEW, 0.0, 0.0))
     time += time_ms(_update(params, state_values)) + parameter_ms * method.parameter_tensors
-    once = method.passing_once(layer, option.rank)
+    once, value_bytes = method.passing_once(layer, option.rank), record.value_bytes
     return (
-        FLOAT_BYTES * (1 + state_values) * params,
-        FLOAT_BYTES * params,
-        FLOAT_BYTES * max(0.0, elements),
+        value_bytes * (1 + state_values) * params,
+        value_bytes * params,
+        value_bytes * max(0.0, elements),
         time,
         forward_ms,
-        *(FLOAT_BYTES * (per_token * tokens + once) for per_token in method.passing(layer, option.rank)),
+        *(value_bytes * (per_token * tokens + once) for per_token in method.passing(layer, option.rank)),
     )
 
 
@@ -266,7 +267,7 @@ def _shared(method: Method, layer: LayerSpec, record: StepRecord) -> list[str]:
     return [
         side
         for side in method.kept_tensors(layer)
-        if number >= 0 and record.element_bytes[number, SIDES[side]] == FLOAT_BYTES
+        if number >= 0 and record.element_bytes[number, SIDES[side]] == record.value_bytes
     ]
 
 

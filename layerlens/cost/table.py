@@ -114,8 +114,7 @@ def _with_step(
         base=table.base | {"vram_gb": 0.0, "step_ms": found.base_ms},
         source=table.source
         | {
-            "vram_gb": "a recorded training step: weights, activations kept for this choice, workspace, optimiser "
-            "state",
+            "vram_gb": step.memory_source,
             "step_ms": "a recorded training step, "
             + (
                 f"{figures} {profile.device_type} figures"

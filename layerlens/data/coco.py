@@ -15,6 +15,7 @@ from typing import Any
 
 from layerlens.data.dataset import Dataset
 from layerlens.data.images import Check, StoredImage
+from layerlens.data.pixels import upright_box
 from layerlens.data.rows import Reading
 from layerlens.data.yolo import Box, Unusable, check_image
 from layerlens.exceptions import DataError
@@ -58,7 +59,8 @@ def read_coco(path: Path, max_pixels: int) -> Dataset:
             check_image(file, image, check)
             header = image.header()
             size = (facts.get("width") or header.width, facts.get("height") or header.height)
-            objects = _objects(by_image[key], size, place, dropped)
+            turned = header.orientation if size == header.stored_size != (header.width, header.height) else 1
+            objects = [(kind, upright_box(box, turned)) for kind, box in _objects(by_image[key], size, place, dropped)]
         except Unusable as error:
             left_out[number] = str(error)
             continue

@@ -12,7 +12,7 @@ import numpy as np
 
 from layerlens.data.class_folders import some
 from layerlens.data.images import Check, StoredImage
-from layerlens.data.pixels import looks_like_image
+from layerlens.data.pixels import looks_like_image, upright
 from layerlens.data.rows import Reading
 from layerlens.exceptions import DataError
 from layerlens.utils.places import check_readable
@@ -35,25 +35,27 @@ def mask_folders(root: Path) -> tuple[Path, Path] | None:
     return None if images is None or masks is None else (images, masks)
 
 
-def read_mask(image: StoredImage) -> np.ndarray:
-    """The classes of the pixels, int64 [height, width].
+def read_mask(mask: StoredImage, image: StoredImage) -> np.ndarray:
+    """The classes of the pixels of the upright image, int64 [height, width].
+
+    A mask has the size of the upright image, or that of the pixels as they are stored, and is then turned with them.
 
     Raises:
         DataError: as the end of a sentence that begins with its name: it has colours, or cannot be read.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if image.pixels is not None:
-        pixels = np.asarray(image.pixels)
+    if mask.pixels is not None:
+        pixels = np.asarray(mask.pixels)
     else:
-        image.header()  # refuses what is too large
+        mask.header()  # refuses what is too large
         try:
-            encoded: Any = image.path if image.data is None else io.BytesIO(image.data)
+            encoded: Any = mask.path if mask.data is None else io.BytesIO(mask.data)
             with Image.open(encoded) as opened:
                 if opened.format == "JPEG":
                     raise DataError("is a JPEG, and JPEG compression changes class numbers; save it as a PNG")
                 mode = opened.mode
-                pixels = np.asarray(opened)
+                pixels = np.asarray(ImageOps.exif_transpose(opened))
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
             raise DataError(f"cannot be read as a mask ({error})") from error
         if mode not in INDEXED:
@@ -62,15 +64,25 @@ def read_mask(image: StoredImage) -> np.ndarray:
             pixels = pixels[:, :, 0]  # grey, saved as a colour
     if pixels.ndim != 2:
         raise DataError(f"is a mask of the shape {list(pixels.shape)}; give one number for each pixel")
+    header, size = image.header(), pixels.shape[::-1]
+    if size != (header.width, header.height):
+        if size != header.stored_size:
+            raise DataError(f"has {size[0]} × {size[1]} pixels, and its image {header.width} × {header.height}")
+        pixels = upright(pixels, header.orientation)
     return pixels.astype(np.int64)
 
 
-def values_of(masks: Sequence[StoredImage | None]) -> tuple[list[tuple[int, ...]], list[str]]:
+def values_of(
+    masks: Sequence[StoredImage | None], images: Sequence[StoredImage | None]
+) -> tuple[list[tuple[int, ...]], list[str]]:
     """The classes that are in each mask, without the pixels that have none; and what the user should know.
 
     255 is no class, but where the masks have nothing but 0 and 255: there it is the foreground.
     """
-    found = [set() if mask is None else set(map(int, np.unique(read_mask(mask)))) for mask in masks]
+    found = [
+        set[int]() if mask is None or image is None else set(map(int, np.unique(read_mask(mask, image))))
+        for mask, image in zip(masks, images, strict=True)
+    ]
     numbers = sorted(set().union(*found))
     binary = numbers in ([0, UNLABELLED], [UNLABELLED])
     values = [tuple(sorted(one if binary else one - {UNLABELLED})) for one in found]
@@ -120,7 +132,7 @@ def masked_images(
             left_out[number] = fault
         else:
             kept[number] = (image, mask)
-    values, said = values_of([mask for _, mask in kept.values()])
+    values, said = values_of([mask for _, mask in kept.values()], [image for image, _ in kept.values()])
     left_out |= {number: NO_CLASS for number, found in zip(kept, values, strict=True) if not found}
     kept = {number: pair for number, pair in kept.items() if number not in left_out}
     left_out = dict(sorted(left_out.items()))
@@ -140,11 +152,9 @@ def masked_images(
 def mask_fault(image: StoredImage, mask: StoredImage) -> str:
     """Why a mask cannot be used for its image, as the end of a sentence; "" where it can."""
     try:
-        found, header = read_mask(mask), image.header()
+        read_mask(mask, image)
     except DataError as error:
         return f"has a mask that {error}" if str(error).startswith(("is", "cannot", "has")) else str(error)
-    if found.shape not in ((header.height, header.width), (header.width, header.height)):
-        return f"has {header.width} × {header.height} pixels and its mask {found.shape[1]} × {found.shape[0]}"
     return ""
 
 

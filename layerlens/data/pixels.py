@@ -40,6 +40,11 @@ ENDINGS = {"JPEG": (b"\xff\xd9", 4096), "PNG": (b"IEND\xaeB`\x82", 4096), "GIF":
 """Format -> the bytes that a whole file ends with, and within how many of the last ones they stand."""
 DEEP = ";16"
 BLACK = (0, 0, 0, 255)
+ORIENTATION = 274
+"""The tag of Exif that says how a camera was held."""
+ACROSS = (5, 6, 7, 8)
+"""Orientations whose stored width is the height of the upright image; the others below are of the axes after that."""
+MIRRORED_DOWN, MIRRORED_ACROSS = (3, 4, 7, 8), (2, 3, 6, 7)
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,22 @@ class Header:
     """What the header of an image says.
 
     Args:
-        width, height: in pixels.
+        width, height: in pixels, of the upright image.
         deep: it has more than 8 bits a channel.
         frames: frames or pages.
+        orientation: how the pixels are stored, 1 (upright) to 8 as Exif numbers them.
     """
 
     width: int
     height: int
     deep: bool = False
     frames: int = 1
+    orientation: int = 1
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Width and height of the pixels as they are stored."""
+        return (self.height, self.width) if self.orientation in ACROSS else (self.width, self.height)
 
 
 def looks_like_image(path: Path) -> bool:
@@ -86,7 +98,9 @@ def read_header(data: Path | bytes, max_pixels: int, limit: str) -> Header:
         _check_size(image, max_pixels, limit)
         _check_end(image, data)
         frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "TIFF", "WEBP", "PNG", "AVIF") else 1
-        return Header(image.width, image.height, _is_deep(image), int(frames))
+        orientation = _orientation(image)
+        size = (image.height, image.width) if orientation in ACROSS else (image.width, image.height)
+        return Header(*size, _is_deep(image), int(frames), orientation)
 
 
 def read_pixels(data: Path | bytes, mode: str, max_pixels: int, limit: str) -> Any:
@@ -106,10 +120,34 @@ def read_pixels(data: Path | bytes, mode: str, max_pixels: int, limit: str) -> A
         if DEEP in _raw_mode(image):
             values = _deep_colours(image, data)
             if values is not None:
-                turned = ImageOps.exif_transpose(_from_array(_scaled(values)))
-                return in_mode(turned, mode)
+                return in_mode(_from_array(upright(_scaled(values), _orientation(image))), mode)
         image.load()
         return in_mode(ImageOps.exif_transpose(image), mode)
+
+
+def upright(values: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels [height, width, ...] that were stored in an orientation of Exif, turned upright."""
+    if orientation in ACROSS:
+        values = values.swapaxes(0, 1)
+    return values[:: -1 if orientation in MIRRORED_DOWN else 1, :: -1 if orientation in MIRRORED_ACROSS else 1]
+
+
+def upright_box(box: tuple[float, float, float, float], orientation: int) -> tuple[float, float, float, float]:
+    """A box (left, top, right, bottom, in shares of the stored pixels) in shares of the upright image."""
+    left, top, right, bottom = box
+    if orientation in ACROSS:
+        left, top, right, bottom = top, left, bottom, right
+    if orientation in MIRRORED_DOWN:
+        top, bottom = 1.0 - bottom, 1.0 - top
+    if orientation in MIRRORED_ACROSS:
+        left, right = 1.0 - right, 1.0 - left
+    return left, top, right, bottom
+
+
+def _orientation(image: Any) -> int:
+    """1 where the image says nothing, or nothing of Exif."""
+    found = image.getexif().get(ORIENTATION, 1)
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def from_array(pixels: np.ndarray) -> Any:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerlens.integrations.operations import ATTENTION_FLOPS
+from layerlens.integrations.operations import MORE_FLOPS
 from layerlens.integrations.quantized import quantized_layers
 
 
 def plain_counter() -> FlopCounterMode:
-    """torch's counter, with the fused attention of a CPU, which it leaves out."""
-    return FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
+    """torch's counter, with the fused attention and recurrent layers of a CPU, which it leaves out."""
+    return FlopCounterMode(display=False, custom_mapping=MORE_FLOPS)
 
 
 class FlopCounter(FlopCounterMode):
@@ -24,7 +24,7 @@ class FlopCounter(FlopCounterMode):
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__(display=False, custom_mapping=ATTENTION_FLOPS)
+        super().__init__(display=False, custom_mapping=MORE_FLOPS)
         self._layers = list(quantized_layers(model).values())
         self._handles: list[Any] = []
         self._inside: list[tuple[set[str], int]] = []

@@ -5,6 +5,7 @@ Works on tensors with data and on fake ones, which have shapes, strides and life
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from layerlens.integrations.workspace import workspace_bytes
+from layerlens.integrations.workspace import RECURRENT, RECURRENT_BACKWARD, Workspace, with_gates, workspace
 from layerlens.models.step import (
     ATTENTION,
     CURVE,
@@ -43,14 +44,24 @@ def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *
     return flops
 
 
-ATTENTION_FLOPS = {
+def _recurrent_flops(inputs: Any, from_input: Any, from_state: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(inputs[:2]) * (math.prod(from_input) + math.prod(from_state))
+
+
+def _recurrent_backward_flops(inputs: Any, from_input: Any, from_state: Any, *_: Any, **__: Any) -> int:
+    return 2 * _recurrent_flops(inputs, from_input, from_state)  # of the input, and always of the weights
+
+
+MORE_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable: _attention_flops,
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable_backward: _attention_backward_flops,
+    RECURRENT.overloadpacket: _recurrent_flops,
+    RECURRENT_BACKWARD.overloadpacket: _recurrent_backward_flops,
 }
-"""FLOPs by shapes of the fused attentions that torch's own counter leaves out: that of a CPU is one of them."""
-FLOPS: Any = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS).flop_registry
+"""FLOPs by shapes of what torch's own counter leaves out: fused attention, and recurrent layers of a CPU."""
+FLOPS: Any = FlopCounterMode(display=False, custom_mapping=MORE_FLOPS).flop_registry
 """FLOPs of an operation, by its name without its overload."""
 
 _NAMES = (
@@ -71,18 +82,32 @@ class OperationRecorder(TorchDispatchMode):
         operations: in the order they ran.
         alive, peak: bytes.
         workspace: bytes that the last of them had for itself.
+        uncounted: operations whose own memory is not counted, with the reason.
+        in_recurrent: whether what runs is a recurrent layer. Its product with the input adds the bias in place, but not
+            while a mode like this one is open.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[TracedOperation] = []
         self.alive, self.peak, self.workspace = 0, 0, 0
+        self.uncounted: dict[str, str] = {}
+        self.in_recurrent = False
         self.known = weakref.WeakSet[Any]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.in_recurrent and func is torch.ops.aten.add.Tensor and args[1].dim() == 1:
+            func = torch.ops.aten.add_.Tensor
         out = func(*args, **(kwargs or {}))
         if func.namespace == "prim":
             return out
+        packet, name = func._overloadpacket, str(func)
+        flops = 0.0
+        if packet in FLOPS:
+            flops = float(FLOPS[packet](*args, **(kwargs or {}), out_val=out))
+        own = workspace(func, args, kwargs or {}, out, flops)
+        if func is RECURRENT:
+            out = with_gates(out, own.gates)
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         sources = {storage_id(tensor) for tensor in operands}
@@ -90,14 +115,9 @@ class OperationRecorder(TorchDispatchMode):
         # A view of a weight has the storage of its fake twin, which is no allocation either.
         aliases = any(returned.alias_info is not None for returned in schema.returns)
         new = [] if aliases else [tensor for tensor in results if storage_id(tensor) not in sources]
-        before = self.alive
         fresh = sum([self._allocated(tensor.untyped_storage()) for tensor in new])
         works = schema.is_mutable or bool(new)
-        packet, name = func._overloadpacket, str(func)
-        flops = 0.0
-        if packet in FLOPS:
-            flops = float(FLOPS[packet](*args, **(kwargs or {}), out_val=out))
-        self.workspace = workspace_bytes(func, args, kwargs or {}, self.alive - before, flops) if new else 0
+        self.workspace = self._own(name, own) if new else 0
         self.peak = max(self.peak, self.alive + self.workspace)
         kind = VIEW
         if works:
@@ -106,6 +126,11 @@ class OperationRecorder(TorchDispatchMode):
         self.operations.append(TracedOperation(kind, flops, n_bytes, fresh))
         self.ran(func, args, kwargs or {}, out)
         return out
+
+    def _own(self, name: str, own: Workspace) -> int:
+        if own.uncounted:
+            self.uncounted.setdefault(name.rpartition(".")[0] or name, own.uncounted)
+        return own.n_bytes
 
     def ran(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Called after every operation, which is the last of ``operations``; nothing unless redefined."""

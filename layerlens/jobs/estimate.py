@@ -19,6 +19,7 @@ from layerlens.config import LatencyProfile, OptimizationConfig
 from layerlens.cost import cost_table
 from layerlens.exceptions import ConfigurationError, ManifestError
 from layerlens.jobs.recorded import config_of
+from layerlens.jobs.recorded_step import told_of_uncounted
 from layerlens.jobs.shapes import Shapes, shapes_of
 from layerlens.manifest.formats import quantity, resource_name
 from layerlens.manifest.tables import html_table, text_table
@@ -313,6 +314,9 @@ def _notes(shapes: Shapes, left_out: Mapping[str, str]) -> Iterator[str]:
             f"No training step could be recorded ({shapes.unrecorded}), so memory is an upper bound and the time of a "
             "step is not predicted."
         )
+    if shapes.footprint.step is not None and shapes.footprint.step.uncounted:
+        told = told_of_uncounted(shapes.footprint.step)
+        yield f"{told[0].upper()}{told[1:]}."
     if shapes.stored:
         yield f"{shapes.stored} Weights that are not quantized are in {shapes.request.dtype}."
     for layer, reason in left_out.items():

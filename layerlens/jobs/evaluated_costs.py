@@ -28,10 +28,11 @@ from layerlens.integrations.transformers import without_cache
 from layerlens.jobs.costs import Comparison, compare_costs, synthetic_batch
 from layerlens.jobs.job import Warn, unheard
 from layerlens.jobs.recorded import config_of
-from layerlens.jobs.recorded_step import UNRECORDABLE, StepOf, recorded
+from layerlens.jobs.recorded_step import UNRECORDABLE, StepOf, recorded, told_of_uncounted
 from layerlens.jobs.worth import PARAMS, uniform_entries
 from layerlens.methods import enumerate_options
 from layerlens.models import LORA, Choice, CostTable, Footprint, LoraSettings, Manifest, ModelSpec
+from layerlens.models.step import StepRecord
 from layerlens.registry import TASKS
 from layerlens.tuning import apply, read_factors, unapply
 from layerlens.tuning.base_model import fitting_choice, load_base
@@ -87,13 +88,16 @@ def evaluate_costs(
     table = plain = None
     try:
         with progress.stage("Recording a training step"):
-            table, plain = _tables(choice, pretrained, profile, config)
+            step, table, plain = _tables(choice, pretrained, profile, config)
     except UNRECORDABLE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warn(
             f"a training step of this model could not be recorded ({reason}); memory and time are predicted from a "
             "trace of the choice's own step, and uniform LoRA is not compared"
         )
+    else:
+        if step.uncounted:
+            warn(told_of_uncounted(step))
     found = compare_costs(
         choice,
         pretrained,
@@ -143,9 +147,9 @@ def _config(manifest: Manifest, batch_size: int, sequence_length: int) -> Optimi
 
 def _tables(
     choice: Choice, pretrained: PretrainedModel, profile: DeviceProfile, config: OptimizationConfig
-) -> tuple[CostTable, CostTable]:
-    """Costs of everything that the choice and uniform LoRA are made of, for full batches of the configuration: with the
-    choice's blocks checkpointed, and with none.
+) -> tuple[StepRecord, CostTable, CostTable]:
+    """The recorded step, and costs of everything that the choice and uniform LoRA are made of, for full batches of the
+    configuration: with the choice's blocks checkpointed, and with none.
 
     Raises:
         one of ``UNRECORDABLE``: no step can be recorded.
@@ -169,8 +173,8 @@ def _tables(
     footprint = Footprint(0.0, 0.0, replace(step, rates=asdict(profile)))
     plain = cost_table(spec, footprint, options, config)
     if not choice.checkpointed:
-        return plain, plain
-    return cost_table(spec, footprint, options, config, checkpointed=choice.checkpointed), plain
+        return step, plain, plain
+    return step, cost_table(spec, footprint, options, config, checkpointed=choice.checkpointed), plain
 
 
 def _only(spec: ModelSpec, layers: set[str]) -> ModelSpec:

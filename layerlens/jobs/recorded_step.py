@@ -173,7 +173,18 @@ def with_step(job: Job, loaded: Loaded, statistics: ModelStatistics, heads: tupl
         step = _record(job, loaded, heads, length)
     if step is not None:
         step = replace(step, rates=device_rates(job, config))
+        if step.uncounted:
+            job.warnings.add(told_of_uncounted(step))
     return replace(statistics, step=step)
+
+
+def told_of_uncounted(step: StepRecord) -> str:
+    """Which operations the predicted memory lacks something of, and why."""
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(step.uncounted.items()))
+    return (
+        "predicted memory does not count what these operations take for themselves while they run, so a real step may "
+        f"need more: {reasons}"
+    )
 
 
 def _record(job: Job, loaded: Loaded, heads: tuple[str, ...], length: int) -> StepRecord | None:

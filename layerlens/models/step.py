@@ -15,7 +15,7 @@ read or written, and bytes of large new blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,7 @@ class StepRecord:
         around__bf: float64 [b, f], bytes alive at each operation of a block that were there before the block began.
         blocks: names of the modules that can be checkpointed.
         head_tensors, head_elements: of the parameters that train in every choice.
+        uncounted: operation -> why the memory that it has for itself while it runs is not counted.
         rates: measured rates of the device that it is for (``cost.device``), as JSON values; None where not measured.
     """
 
@@ -110,6 +111,7 @@ class StepRecord:
     blocks: tuple[str, ...] = ()
     head_tensors: int = 0
     head_elements: int = 0
+    uncounted: dict[str, str] = field(default_factory=dict)
     rates: dict[str, Any] | None = None
 
     def at(self, name: str, samples: float) -> np.ndarray:
@@ -146,6 +148,20 @@ class StepRecord:
         record = cls(**{**numbers, **lists, **typed})
         record.check()
         return record
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a value that trains, and of what is computed from it: PEFT's layers compute in float32 or wider."""
+        return max(4, int(self.element_bytes.max(initial=0)))
+
+    @property
+    def memory_source(self) -> str:
+        """What memory is predicted from, in words."""
+        names = ", ".join(sorted(self.uncounted))
+        missing = f", without what {names} takes while it runs" if names else ""
+        return (
+            f"a recorded training step: weights, activations kept for this choice, workspace, optimiser state{missing}"
+        )
 
     def check(self) -> None:
         """Raise ValueError where lengths or places do not fit together."""

@@ -63,6 +63,7 @@ class _Step(_Part):
     sequence_length: int
     head_tensors: int
     head_elements: int
+    uncounted: dict[str, str] = {}
     rates: dict[str, JsonValue] | None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from layerlens.integrations.operations import OperationRecorder
+from layerlens.integrations.workspace import RECURRENT, WithGates
 from layerlens.models.step import TracedOperation
 
 
@@ -133,6 +134,7 @@ class BackwardOf:
         peak: most bytes that these have alive at one time.
         gradients: for each differentiated leaf the bytes of its gradient; None where it is that of the result itself,
             and absent where there is none.
+        uncounted: operations whose own memory is not in the peak, with the reason.
     """
 
     needs_grad: tuple[int, ...]
@@ -140,6 +142,7 @@ class BackwardOf:
     operations: tuple[TracedOperation, ...]
     peak: int
     gradients: dict[int, int | None]
+    uncounted: dict[str, str] = field(default_factory=dict)
 
 
 MOST_KNOWN = 20_000
@@ -188,7 +191,7 @@ def _differentiated(call: RecordedCall, active: tuple[int, ...]) -> BackwardOf:
             kept.append(tensor)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), WithGates():
             out = call.function(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         found = frozenset(_names(kept, leaves, results))
@@ -198,6 +201,8 @@ def _differentiated(call: RecordedCall, active: tuple[int, ...]) -> BackwardOf:
         # Of several results the first has the gradient (the others are masks, means); of a list each has one.
         ends = [results[place] for place in (needs_grad if isinstance(out, list) else needs_grad[:1])]
         ones = [torch.empty_like(end) for end in ends]
+        if call.function is RECURRENT:  # its gradient is a part of others', or lies across: it is laid out anew
+            ones = [one.mT.contiguous().mT for one in ones]
         recorder = OperationRecorder()
         inputs = [roots[place] for place in active]
         with recorder:
@@ -208,7 +213,7 @@ def _differentiated(call: RecordedCall, active: tuple[int, ...]) -> BackwardOf:
             if gradient is not None:
                 storage = gradient.untyped_storage()
                 sizes[place] = None if storage._cdata in given else storage.nbytes()
-        return BackwardOf(needs_grad, found, tuple(recorder.operations), recorder.peak, sizes)
+        return BackwardOf(needs_grad, found, tuple(recorder.operations), recorder.peak, sizes, recorder.uncounted)
 
 
 def _names(

@@ -91,7 +91,9 @@ class _Graph:
         together = 0
         for place in whole.gradients:
             together |= of[place]
-        single = {place: asked(call, (place,)) for place in whole.gradients} if len(active) > 1 else {}
+        # Where nothing is kept or multiplied (a stack of a thousand frames), it does not matter for whose sake.
+        alike = not whole.kept and not any(operation.flops for operation in whole.operations)
+        single = {} if alike or len(active) == 1 else {place: asked(call, (place,)) for place in whole.gradients}
         kept_here = []
         for name, place in whole.kept:
             for_sake = 0
@@ -159,8 +161,18 @@ def record_step(
         blocks=tuple(blocks_to_checkpoint(model)),
         head_tensors=len(head),
         head_elements=sum(weight.numel() for weight in head),
+        uncounted=_uncounted(recorded),
         **joined,
     )
+
+
+def _uncounted(recorded: Sequence[_Graph]) -> dict[str, str]:
+    """Operations of any recording whose own memory is not counted, with the reason."""
+    found: dict[str, str] = {}
+    for graph in recorded:
+        for uncounted in (graph.forward.uncounted, *(step.backward.uncounted for step in graph.steps)):
+            found = uncounted | found
+    return found
 
 
 def _weights_of(model: torch.nn.Module, modules: Sequence[str]) -> list[torch.Tensor]:
@@ -189,6 +201,7 @@ def _recorded(
             _watched(model, spec.layers, forward, events),
             _queries(model, spec.layers, forward, events),
             watched_blocks(blocks, forward, calls),
+            _recurrent_calls(model, forward),
             forward,
         ):
             loss = step(samples)
@@ -219,6 +232,26 @@ def _watched(
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _recurrent_calls(model: torch.nn.Module, forward: ForwardRecorder) -> Iterator[None]:
+    """Tell the recorder when a recurrent layer runs."""
+
+    def before(*_: Any) -> None:
+        forward.in_recurrent = True
+
+    def after(*_: Any) -> None:
+        forward.in_recurrent = False
+
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.RNNBase)]
+    handles = [layer.register_forward_pre_hook(before) for layer in layers]
+    handles += [layer.register_forward_hook(after) for layer in layers]
     try:
         yield
     finally:

@@ -48,7 +48,7 @@ def read(table: Table, config: DataConfig) -> Dataset:
         if image is not None and mask is not None and (fault := mask_fault(image, mask)):
             table.leave_out(place, fault)
     kept = [None if place in table.left_out else mask for place, mask in enumerate(masks)]
-    values, notes = values_of(kept)
+    values, notes = values_of(kept, images)
     for place, (mask, found) in enumerate(zip(kept, values, strict=True)):
         if mask is not None and not found:
             table.leave_out(place, NO_CLASS)
@@ -107,7 +107,7 @@ def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inpu
     outputs = rows[0]["outputs"]
     table = np.full(max((UNLABELLED, *outputs)) + 1, UNLABELLED)
     table[list(outputs)] = list(outputs.values())
-    masks = [table[np.clip(read_mask(row["mask"]), 0, len(table) - 1)] for row in rows]
+    masks = [table[np.clip(read_mask(row["mask"], row["image"]), 0, len(table) - 1)] for row in rows]
     processor: Any = images.processor
     if processor is not None and _takes_masks(processor):
         opened = [row["image"].open(images.mode) for row in rows]

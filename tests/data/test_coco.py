@@ -58,6 +58,18 @@ def test_boxes_crowds_and_masks_are_read_as_coco_means_them(tmp_path: Path):
         assert words in said
 
 
+def test_boxes_of_stored_pixels_are_turned_with_their_photograph(tmp_path: Path):
+    """Exif says that the image is to be turned; its annotations have the size of the one or the other."""
+    path = write(tmp_path, [{"image_id": n, "category_id": 3, "bbox": [4, 2, 8, 10]} for n in (10, 11)])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number, size in ((0, (40, 20)), (1, (20, 40))):
+        Image.new("RGB", size).save(tmp_path / f"train/{number}.png", exif=exif)
+    found = load_dataset(DataConfig(source=str(path)), task=TASK)
+    assert found.columns["boxes"][0] == (pytest.approx((1 - 12 / 20, 4 / 40, 1 - 2 / 20, 12 / 40)),)
+    assert found.columns["boxes"][1] == (pytest.approx((4 / 40, 2 / 20, 12 / 40, 12 / 20)),)  # of the upright one
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -13,9 +13,11 @@ import pytest
 from layerlens.config import DataConfig
 from layerlens.data import Dataset, load_dataset
 from layerlens.data.images import StoredImage
+from layerlens.data.pixels import ORIENTATION, upright, upright_box
 from layerlens.exceptions import DataError
 
 Image = pytest.importorskip("PIL.Image")
+ImageOps = pytest.importorskip("PIL.ImageOps")
 TASK = "image-classification"
 
 
@@ -99,6 +101,47 @@ def test_photographs_are_turned_as_their_camera_says():
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", exif=exif)
     assert StoredImage("turned", data=buffer.getvalue()).open("RGB").size == (4, 6)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pixels_sizes_and_boxes_are_turned_upright_as_pillow_turns_them(tmp_path: Path, orientation: int):
+    colours = random_pixels((5, 8, 3), 256).astype(np.uint8)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(colours).save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened))
+    image = StoredImage("x", path=tmp_path / "x.png")
+    np.testing.assert_array_equal(np.asarray(image.open("RGB")), expected)
+    header = image.header()
+    assert (header.height, header.width) == expected.shape[:2]
+    assert header.stored_size == (8, 5)
+    np.testing.assert_array_equal(upright(colours, orientation), expected)
+    marked = np.zeros((5, 8), bool)
+    marked[1:3, 2:7] = True
+    left, top, right, bottom = upright_box((2 / 8, 1 / 5, 7 / 8, 3 / 5), orientation)
+    high, wide = expected.shape[:2]
+    box = np.zeros((high, wide), bool)
+    box[round(top * high) : round(bottom * high), round(left * wide) : round(right * wide)] = True
+    np.testing.assert_array_equal(box, upright(marked, orientation))
+
+
+def test_deep_colours_are_turned_too(tmp_path: Path):
+    """Pillow has no mode for them, so they are not turned by it."""
+    colours = random_pixels((5, 8, 3), 65536).astype(np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    chunks = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 5, 16, 2, 0, 0, 0))
+    chunks += chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + chunk(b"IDAT", zlib.compress(rows))
+    data = b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b"")
+    low, high = int(colours.min()), int(colours.max())
+    expected = np.rint((upright(colours, 6).astype(float) - low) * 255 / (high - low))
+    np.testing.assert_array_equal(np.asarray(StoredImage("x", data=data).open("RGB")), expected)
 
 
 def test_tables_name_files_or_hold_bytes(folder: Path):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from layerlens.config import DataConfig, RunConfig
 from layerlens.data import load_dataset
+from layerlens.data.masks import read_mask
 from layerlens.exceptions import DataError
 from layerlens.jobs.train import train_manifest
 from layerlens.pipeline import run_config
@@ -101,6 +102,24 @@ def test_grey_levels_and_lossy_masks_are_said(tmp_path: Path):
         read(write(tmp_path / "jpeg", 0, 1, suffix="jpg", count=3))
     with pytest.raises(DataError, match=r"data\.label_names: has 1 names, and a mask has the class 255"):
         read(write(tmp_path / "two", 0, 255, count=3), label_names=["polyp"])
+
+
+def test_a_mask_is_turned_with_its_photograph_or_has_its_size(tmp_path: Path):
+    """Tools that heed Exif save upright masks, others save them as the pixels lie; another size is no mask of it."""
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    mask = np.zeros((8, 12), np.uint8)
+    mask[:3, :4] = 1
+    for name, turned, stored in (("a", exif, mask), ("b", exif, np.rot90(mask, -1)), ("c", None, mask.T)):
+        Image.new("RGB", (12, 8)).save(tmp_path / f"images/{name}.png", **({"exif": turned} if turned else {}))
+        Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / f"masks/{name}.png")
+    found = read(tmp_path)
+    assert found.reading.left_out == {3: "has a mask that has 8 × 12 pixels, and its image 12 × 8"}
+    for image, one in zip(found.columns["image"], found.columns["mask"], strict=True):
+        assert image.open("RGB").size == (8, 12)
+        np.testing.assert_array_equal(read_mask(one, image), np.rot90(mask, -1))
 
 
 def upernet(folder: Path) -> dict[str, Any]:
