@@ -274,7 +274,7 @@ class DataConfig(ConfigModel):
         default=128,
         ge=2,
         description="Longest sequence, in tokens. Longer texts of causal-lm are split into several samples; all other "
-        "samples are truncated.",
+        "samples are truncated. The default is lowered to the model's positions where these are fewer.",
     )
     packing: Literal["none", "bfd", "bfd_split", "wrapped"] = Field(
         default="none",

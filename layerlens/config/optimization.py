@@ -79,7 +79,9 @@ class LatencyProfile(ConfigModel):
     device_type: Literal["cpu", "gpu"] = Field(default="cpu", description="Device for the predictions.")
     model_family: str = Field(default="llm", min_length=1, description="Free text, recorded in the manifest.")
     batch_size: int = Field(default=8, ge=1, description="Sequences in a batch.")
-    sequence_length: int = Field(default=128, ge=1, description="Tokens in a sequence.")
+    sequence_length: int = Field(
+        default=128, ge=1, description="Tokens in a sequence. The default is lowered to the model's positions."
+    )
     peak_gflops: float | None = Field(
         default=None, gt=0, description="Sustained matrix throughput, GFLOP/s. Nominal: cpu 100, gpu 150000."
     )

@@ -39,6 +39,7 @@ from layerlens.sources import load_pretrained
 from layerlens.tasks import TASKS, Task, task_for
 from layerlens.tasks.encoded import notes_of
 from layerlens.tasks.guess import with_task
+from layerlens.tasks.lengths import lowered
 from layerlens.utils.atomic import atomic_write_text, check_writable
 from layerlens.utils.observer import observed_stage
 from layerlens.utils.progress import Progress, silent
@@ -89,6 +90,10 @@ def evaluate_config(
         if guess is not None:
             warn(str(guess))
             refuse_conflicts(config, "evaluate")
+        shorter, lengths = lowered(config.model, config.data, config.optimization, base_dir)
+        config = config.model_copy(update=shorter)
+        if lengths:
+            warn(lengths)
         threads = set_threads(config.runtime.threads)
         job = Job(config, base_dir, place.directory, progress, Warnings(warn), threads=threads)
         outcome.result = place.publish(_evaluate(job))

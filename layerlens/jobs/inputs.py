@@ -19,7 +19,7 @@ from layerlens.jobs.job import Warnings
 from layerlens.models import ModelFacts, ModelSpec
 from layerlens.profiling.request import StatisticsRequest
 from layerlens.tasks import TASKS
-from layerlens.tasks.look import refuse_longer
+from layerlens.tasks.lengths import LENGTHS, refuse_longer
 from layerlens.utility import needed_statistics
 from layerlens.utils.code_identity import CodeIdentity, code_identity
 from layerlens.utils.user_code import REFERENCE, load_function
@@ -108,11 +108,7 @@ def check_model(pretrained: PretrainedModel, config: RunConfig) -> None:
     of_text = pretrained.tokenizer is not None and pretrained.images is None and pretrained.audio is None
     limit = longest_sequence(pretrained.model) if of_text else None
     if limit is not None:
-        asked = {
-            "data.max_length": config.data.max_length,
-            "optimization.latency_profile.sequence_length": config.optimization.latency_profile.sequence_length,
-        }
-        refuse_longer(asked, limit)
+        refuse_longer({key: length(config) for key, length in LENGTHS.items()}, limit)
     trained = {
         "profiling.proxies: {}; set proxies.options: 0": config.profiling.proxies.options,
         "optimization.proxy_check: {}; set proxy_check.steps: 0": config.optimization.proxy_check.steps,

@@ -20,6 +20,7 @@ from layerlens.jobs.result import CHOICE_FILES, STATISTICS_FILE, RunResult, obse
 from layerlens.jobs.write import export
 from layerlens.registry import TASKS
 from layerlens.tasks.guess import with_task
+from layerlens.tasks.lengths import lowered
 from layerlens.utils.grad_mode import gradients_on
 from layerlens.utils.processes import joined
 from layerlens.utils.progress import Progress, silent
@@ -67,9 +68,13 @@ def run_config(
                 config, guess = with_task(config, base_dir)
             if guess is not None:
                 refuse_conflicts(config, "run", processes.size)
+            shorter, lengths = lowered(config.model, config.data, config.optimization, base_dir)
+            config = config.model_copy(update=shorter)
             job = job_with_model(config, base_dir, place.directory, progress, warn, processes, use_cache)
             if guess is not None:
                 job.warnings.add(str(guess))
+            if lengths:
+                job.warnings.add(lengths)
             result = _run(job)
         outcome.result = place.publish(result)
     return outcome.result

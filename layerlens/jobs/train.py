@@ -38,6 +38,7 @@ from layerlens.models import Manifest
 from layerlens.models.data_summary import DataSummary
 from layerlens.storage import shown
 from layerlens.tasks import Task, make_batches, task_for
+from layerlens.tasks.lengths import lowered
 from layerlens.tasks.metrics import TARGETS
 from layerlens.tasks.summary import summarise
 from layerlens.tuning import apply, load, read_factors, save
@@ -286,6 +287,10 @@ def _load(job: Job, order: Order, manifest: Manifest) -> tuple[Job, Trainee]:
     with observed_stage("load"), job.progress.stage("Loading model and data"):
         named = {"task": manifest.model.task, "name_or_path": base_reference(manifest, model)}
         config = config.model_copy(update={"model": config.model.model_copy(update=named)})
+        shorter, lengths = lowered(config.model, config.data, config.optimization, job.base_dir)
+        config = config.model_copy(update=shorter)
+        if lengths:
+            job.warnings.add(lengths)
         make_torchvision_importable()  # before modules of the user are imported, which may ask transformers for a model
         job = replace(job, config=config)
         dataset = load_dataset(config.data, job.base_dir, config.model.task)

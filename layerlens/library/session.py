@@ -47,6 +47,7 @@ from layerlens.sources.factory import first_argument
 from layerlens.tasks import Batch, Task, make_batches, task_for
 from layerlens.tasks.encoded import notes_of
 from layerlens.tasks.guess import with_task
+from layerlens.tasks.lengths import lowered
 from layerlens.tasks.losses import BatchLoss, own_loss
 from layerlens.tasks.text import padding_id
 from layerlens.utils.grad_mode import gradients_on
@@ -104,6 +105,10 @@ def opened(
             config, guess = with_task(_config_by_name(objects, settings, budget_needed), Path.cwd())
             if guess is not None:
                 warnings.add(str(guess))
+            shorter, lengths = lowered(config.model, config.data, config.optimization, Path.cwd())
+            config = config.model_copy(update=shorter)
+            if lengths:
+                warnings.add(lengths)
             job = Job(config, Path.cwd(), Path(), progress, warnings, threads=threads)
             yield job, load(job)
         return

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerlens.config import DataConfig, RunConfig
+from layerlens.config import DataConfig, ModelConfig, RunConfig
 from layerlens.data.load import BUILT_IN, BUILT_IN_PREFIX, first_rows, media_folder_of
 from layerlens.data.table import Table
 from layerlens.exceptions import ConfigurationError
@@ -113,9 +113,9 @@ def _on_images(name: str, data: DataConfig, base_dir: Path | None) -> Guess | No
     return Guess(task.of_images, f"model.task: {task.name} and the images of {Path(table.place).name}")
 
 
-def model_description(config: RunConfig, base_dir: Path | None) -> dict[str, Any]:
+def model_description(model: ModelConfig, base_dir: Path | None) -> dict[str, Any]:
     """The checkpoint's ``config.json``; empty where there is none to be read without loading the model."""
-    request = LoadRequest(config.model.reference, weights=config.model.weights, base_dir=base_dir)  # no code is run
+    request = LoadRequest(model.reference, weights=model.weights, base_dir=base_dir)  # no code is run
     return dict(request.source.description(request))
 
 
@@ -139,7 +139,7 @@ def _guess(config: RunConfig, base_dir: Path | None) -> Guess:
     for task in TASKS.values():
         if suffix and suffix in task.file_suffixes:
             return Guess(task.name, f"data in a {suffix} file")
-    architectures = architectures_of(model_description(config, base_dir))
+    architectures = architectures_of(model_description(config.model, base_dir))
     if source.startswith(BUILT_IN_PREFIX) and source in BUILT_IN:
         for task in TASKS.values():
             if task.classes and task.of_classes is not None and task.inputs == BUILT_IN[source].column:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,12 @@ from layerlens.config import RunConfig
 from layerlens.config.compatibility import refuse_conflicts
 from layerlens.data.load import BUILT_IN_PREFIX, HUB_PREFIX, load_dataset, media_folder_of
 from layerlens.data.rows import FIRST
-from layerlens.exceptions import ConfigurationError, ModelSpecError
+from layerlens.exceptions import ModelSpecError
 from layerlens.registry import TASKS
 from layerlens.storage import url_of
 from layerlens.tasks.guess import Guess, architectures_of, model_description, possible, with_task
+from layerlens.tasks.lengths import LENGTHS, lowered, positions, refuse_longer
 from layerlens.utils.user_code import REFERENCE
-
-LENGTHS = {
-    "data.max_length": lambda config: config.data.max_length,
-    "optimization.latency_profile.sequence_length": lambda config: config.optimization.latency_profile.sequence_length,
-}
-
-PADDED_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "esm")
-"""Model types that number their positions from the padding token's id on; ``longest_sequence`` asks the model."""
 
 
 def look(config: RunConfig, base_dir: Path | None = None) -> tuple[RunConfig, Guess | None, str]:
@@ -34,8 +26,9 @@ def look(config: RunConfig, base_dir: Path | None = None) -> tuple[RunConfig, Gu
         LayerLensError: what ``layerlens run`` would raise for the same reason.
     """
     refuse_conflicts(config, "run")
-    description = model_description(config, base_dir)
+    description = model_description(config.model, base_dir)
     config, guess = with_task(config, base_dir)
+    config = config.model_copy(update=lowered(config.model, config.data, config.optimization, base_dir)[0])
     refuse_conflicts(config, "run")
     task = TASKS[config.model.task]
     architectures = architectures_of(description)
@@ -47,30 +40,6 @@ def look(config: RunConfig, base_dir: Path | None = None) -> tuple[RunConfig, Gu
     if task.inputs not in ("image", "audio") and (limit := positions(description)) is not None:
         refuse_longer({key: value(config) for key, value in LENGTHS.items()}, limit)
     return config, guess, _data(config, base_dir, task)
-
-
-def refuse_longer(asked: Mapping[str, int], limit: int) -> None:
-    """Refuse sequences that are longer than the model's positions, at which torch would fail with an index error.
-
-    Raises:
-        ConfigurationError: names all keys to change, and the limit.
-    """
-    too_long = [key for key, length in asked.items() if length > limit]
-    if too_long:
-        key, *others = too_long
-        also = f", and for {' and '.join(others)} too" if others else ""
-        raise ConfigurationError(
-            f"{key}: {asked[key]} tokens, but the model has {limit} positions; use at most {limit}{also}"
-        )
-
-
-def positions(description: dict[str, Any]) -> int | None:
-    """The longest sequence that the model of a ``config.json`` takes; None where it does not say, or has no limit."""
-    limit = description.get("max_position_embeddings")
-    if not isinstance(limit, int):
-        return None
-    padded = description.get("model_type") in PADDED_POSITIONS
-    return limit - int(description.get("pad_token_id") or 0) - 1 if padded else limit
 
 
 def _data(config: RunConfig, base_dir: Path | None, task: Any) -> str:
@@ -103,7 +72,7 @@ def fitted(values: dict[str, Any], base_dir: Path) -> tuple[dict[str, Any], dict
     """
     config = RunConfig.model_validate(_nested(values))
     found, comments = dict(values), {}
-    limit = positions(model_description(config, base_dir))
+    limit = positions(model_description(config.model, base_dir))
     for key, value in LENGTHS.items():
         if limit is not None and value(config) > limit:
             found[key], comments[key] = limit, f"the model has {limit} positions"

@@ -98,7 +98,7 @@ def test_init_writes_a_file_that_runs(
 def test_options_and_a_file_with_the_same_settings_have_one_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one says the task, for the other it is guessed."""
+    """The one says the task and the lengths; for the other the task is guessed, and default lengths are lowered."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAYERLENS_CACHE", str(tmp_path / "cache"))
     model, data = "model", encoder_and_reviews(tmp_path)
@@ -108,8 +108,8 @@ def test_options_and_a_file_with_the_same_settings_have_one_result(
         encoding="utf-8",
     )
     said = ["--model", model, "--data", data, "--max-params", "1k", "--output", "said", "--json"]
-    less = ["--set", "data.max_length=16", "--set", "optimization.latency_profile.sequence_length=16"]
-    by_options, by_file = invoke("run", *said, *less), invoke("run", "config.yaml", "--json", *less)
+    less = ["--set", "data.max_length=32", "--set", "optimization.latency_profile.sequence_length=32"]
+    by_options, by_file = invoke("run", *said), invoke("run", "config.yaml", "--json", *less)
     assert (by_options.exit_code, by_file.exit_code) == (0, 0), by_options.stderr + by_file.stderr
     one, other = json.loads(by_options.stdout), json.loads(by_file.stdout)
     assert one["guess"]["task"] == "sequence-classification"
@@ -117,6 +117,9 @@ def test_options_and_a_file_with_the_same_settings_have_one_result(
     assert [one[name] for name in ("allocations", "resources", "score")] == [
         other[name] for name in ("allocations", "resources", "score")
     ]
+    lowered = "data.max_length and optimization.latency_profile.sequence_length: 32, since the model has 32 positions"
+    assert lowered in one["warnings"]
+    assert lowered not in other["warnings"]
     peft = "peft/adapter_config.json"
     assert (tmp_path / "said" / peft).read_bytes() == (tmp_path / "out" / peft).read_bytes()
     weights = "peft/adapter_model.safetensors"
