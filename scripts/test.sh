@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/install.sh
 install_layerlens test
-# Two busy OpenMP runtimes on few cores slow small work thirtyfold; tests that need threads ask for them.
+# Two busy OpenMP runtimes on few cores slow small work thirtyfold; tests that need threads ask for them, and
+# tests/conftest.py has idle threads sleep.
 export OMP_NUM_THREADS=1
 exec .venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,20 +1,28 @@
 """Shared fixtures: one thread everywhere unless a test asks for more, and tiny real models."""
 
+# The environment must be set before torch is imported.
+# ruff: noqa: E402
+
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+
+from layerlens.utils.threads import available_cores, let_idle_threads_sleep
+
+let_idle_threads_sleep()  # before torch: threads that spin take the cores from the other worker
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from layerlens.cost.device import calibrate
+from layerlens.cost.device import calibrate, load_profile, save_profile
 from layerlens.cost.rates import DeviceProfile
 from layerlens.integrations.torchvision_import import make_torchvision_importable
 
@@ -22,6 +30,8 @@ from layerlens.integrations.torchvision_import import make_torchvision_importabl
 sys.path.insert(0, str(Path(__file__).parent))
 
 import processor_time
+from remembered import PLACES, Remembered, remembering
+from warm_python import WarmPython
 
 pytest_addoption = processor_time.pytest_addoption
 
@@ -43,18 +53,59 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _short_timings():
+def _one_core() -> Iterator[None]:
+    """``runtime.threads: 0`` is one thread: two workers with two threads each on two cores wait for one another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("layerlens.utils.threads.available_cores", lambda: 1)
+        yield
+
+
+@pytest.fixture
+def all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``runtime.threads: 0`` is one thread for each core, as outside the tests."""
+    monkeypatch.setattr("layerlens.utils.threads.available_cores", available_cores)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_timings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Times are judged by benchmarks, so a few milliseconds of measuring are enough."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("layerlens.cost.measure.TIME_SHARE", 0.01)
-        patch.setattr("layerlens.jobs.costs.calibrate", lambda progress, cpu_time=False: _this_device(cpu_time))
+        shared = tmp_path_factory.getbasetemp()
+        shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+        patch.setattr("layerlens.jobs.costs.calibrate", lambda progress, cpu_time=False: _this_device(shared, cpu_time))
         yield
 
 
 @cache
-def _this_device(cpu_time: bool) -> DeviceProfile:
-    """The device is the same in all tests, so that it is measured once; the timings take seconds even if few."""
-    return calibrate(cpu_time=cpu_time)
+def _this_device(folder: Path, cpu_time: bool) -> DeviceProfile:
+    """The device is the same in all tests, so that one worker measures it; the timings take ten seconds even if few."""
+    path = folder / f"device-{cpu_time}.json"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        profile = load_profile(path)
+        if profile is None:
+            profile = calibrate(cpu_time=cpu_time)
+            save_profile(profile, path)
+    return profile
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _remembered() -> Iterator[Remembered]:
+    """What the training step of a model does, and what PEFT refuses, is found out once for each shape of model."""
+    with remembering() as remembered:
+        yield remembered
+
+
+@pytest.fixture
+def afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is remembered from earlier runs."""
+    from layerlens.integrations.peft_refusals import refused_by_peft
+    from layerlens.profiling.step_record import record_step
+
+    real = {"record_step": record_step, "refused_by_peft": refused_by_peft}
+    for place, name in PLACES.items():
+        monkeypatch.setattr(place, real[name])
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -81,6 +132,14 @@ def _logging_as_it_was():
     yield
     logger.setLevel(level)
     logger.handlers[:] = handlers
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """Processes of their own, without the seconds that every one of them takes to import torch and transformers."""
+    warm = WarmPython(tmp_path_factory.mktemp("warm"))
+    yield warm
+    warm.close()
 
 
 @pytest.fixture(scope="session")

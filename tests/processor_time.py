@@ -97,7 +97,8 @@ class Timing:
     def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> Any:
         report = yield
         if self.records and call.when == "teardown":
-            report.processor_s = processor_time() - self.begin
+            # A server of an earlier test that has ended without having been waited for takes its seconds with it.
+            report.processor_s = max(0.0, processor_time() - self.begin)
         return report
 
     def pytest_runtest_logreport(self, report: Any) -> None:

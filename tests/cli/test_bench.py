@@ -50,7 +50,7 @@ def test_the_table_names_processor_and_threads_and_warns_of_a_busy_machine(
     assert "warning: the load was 40.0" in result.stderr
 
 
-def test_threads_and_cores_are_as_before_even_after_an_error() -> None:
+def test_threads_and_cores_are_as_before_even_after_an_error(all_cores: None) -> None:
     allowed = os.sched_getaffinity(0)
     torch.set_num_threads(1)
 

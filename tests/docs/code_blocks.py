@@ -56,11 +56,15 @@ def blocks_of(page: str) -> Iterator[Block]:
 
 
 class Reader:
-    """Does what a page says, in ``folder``, with one Python session for the page."""
+    """Does what a page says, in ``folder``, with one Python session for the page.
 
-    def __init__(self, folder: Path, root: Path) -> None:
+    Programs are looked for in ``programs`` first.
+    """
+
+    def __init__(self, folder: Path, root: Path, programs: Path | None = None) -> None:
         self.folder = folder
         self.root = root
+        self.programs = programs
         self.session: dict[str, Any] = {"__name__": "__page__"}
 
     def follow(self, block: Block) -> None:
@@ -118,7 +122,8 @@ class Reader:
             )
 
     def _other(self, words: list[str]) -> tuple[int, str]:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        places = [self.programs, Path(sys.executable).parent, os.environ["PATH"]]
+        path = os.pathsep.join(str(place) for place in places if place)
         done = subprocess.run(words, cwd=self.folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 

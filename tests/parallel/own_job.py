@@ -43,15 +43,21 @@ def points() -> Points:
     return Points()
 
 
+def _lines(log: Path) -> int:
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
 def loss(output: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     if not output.requires_grad:  # a trial of half a batch, before the measurement
         return torch.nn.functional.cross_entropy(output, numbers % 3, reduction="none")
     log = Path.cwd() / f"measured-{RANK}.txt"
-    begun = log.read_text().splitlines() if log.exists() else []
+    begun = _lines(log)
     with log.open("a") as file:
         file.write(f"{int(numbers.min())}\n")
-    if "WORLD_SIZE" in os.environ and len(begun) == 2 and RANK == 1:
+    if "WORLD_SIZE" in os.environ and begun == 2 and RANK == 1:
+        while _lines(Path.cwd() / "measured-0.txt") < 4:  # both are in the middle of a batch
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-    if "WORLD_SIZE" in os.environ and len(begun) == 3 and RANK == 0:
-        time.sleep(120)  # until torchrun ends it
+    if "WORLD_SIZE" in os.environ and begun == 3 and RANK == 0:
+        time.sleep(1800)  # until torchrun ends it
     return torch.nn.functional.cross_entropy(output, numbers % 3, reduction="none")

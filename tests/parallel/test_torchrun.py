@@ -6,8 +6,6 @@ import collections
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,17 +26,17 @@ CONFIG = {
 }
 
 
-def test_a_killed_worker_is_restarted_and_measures_no_finished_batch_again(tmp_path, monkeypatch):
+def test_a_killed_worker_is_restarted_and_measures_no_finished_batch_again(tmp_path, monkeypatch, warm_python):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         shutil.copy(Path(__file__).parent / "own_job.py", tmp_path / folder)
     (tmp_path / "two/config.yaml").write_text(json.dumps(CONFIG), encoding="utf-8")  # JSON is YAML
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "--max-restarts", "1", "-m", "layerlens", "run", "config.yaml", "--json"],
-        cwd=tmp_path / "two", env=environment, capture_output=True, text=True, timeout=1800, check=False,
-    )  # fmt: skip
+    environment["PYTHON_EXEC"] = str(warm_python.program("python"))  # what torchrun starts
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    done = warm_python.run(
+        *torchrun, "-m", "layerlens", "run", "config.yaml", "--json", cwd=tmp_path / "two", env=environment
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)  # by process 0 alone
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]

@@ -90,7 +90,7 @@ def test_a_second_run_takes_the_statistics_from_the_cache(settings, tmp_path):
     assert not run(settings, tmp_path).statistics_from_cache
 
 
-def test_two_runs_that_share_nothing_give_the_same_bytes(settings, tmp_path):
+def test_two_runs_that_share_nothing_give_the_same_bytes(settings, tmp_path, afresh):
     contents = []
     for name in ("one", "two"):
         settings["runtime"]["cache_dir"] = f"cache-{name}"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +62,12 @@ def without_timing(output: Path) -> dict[str, Any]:
     return facts
 
 
-def test_killed_and_run_again_it_writes_the_same_bytes(job: Path, tmp_path: Path):
+def test_killed_and_run_again_it_writes_the_same_bytes(job: Path, warm_python: Any, tmp_path: Path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = train(job, whole, "--json")
     assert done.exit_code == 0, done.stderr
     command = ["train", str(job / "out/manifest.json"), "-q", "-c", str(job / "config.yaml"), "-o", str(cut)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", KILLED_AFTER_A_CHECKPOINT, *command], env=environment, check=False)
+    killed = warm_python.run("-c", KILLED_AFTER_A_CHECKPOINT, *command)
     assert killed.returncode == -signal.SIGKILL
     assert not (cut / "metrics.json").exists()
     again = train(job, cut, "--json")

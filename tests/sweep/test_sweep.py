@@ -118,7 +118,8 @@ def test_tasks_that_measure_the_same_at_the_same_time_measure_it_once(folder, mo
     assert "waiting for another task of the sweep that measures the same" in told
 
 
-def test_run_here_goes_on_after_a_failure_and_the_table_has_what_is_finished(folder):
+def test_run_here_goes_on_after_a_failure_and_the_table_has_what_is_finished(folder, monkeypatch, warm_python):
+    monkeypatch.setattr(sys, "executable", str(warm_python.program("python")))  # which it starts for every task
     write(folder, {**SWEEP, "seeds": [], "budgets": [{"max_trainable_params": 700}, {"max_vram_gb": 1e-9}]})
     assert cli("--task", "0").exit_code == 2  # there is no list yet
     done = cli("--run", "--jobs", "2")
@@ -141,12 +142,13 @@ def test_run_here_goes_on_after_a_failure_and_the_table_has_what_is_finished(fol
     assert "1 of 2 tasks are not finished" in shown
 
 
-def test_a_slurm_array_task_runs_its_own(folder, monkeypatch):
+def test_a_slurm_array_task_runs_its_own(folder, monkeypatch, warm_python):
     script = Path(__file__).parents[2] / "demos/schedulers/slurm_array.sh"
     assert cli("--quiet").exit_code == 0
     environment = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_CPUS_PER_TASK": "1"}
+    # What is installed in the environment that it is run in: layerlens.
     environment["PATH"] = (
-        f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the environment it is run in
+        f"{warm_python.program('layerlens', '-m', 'layerlens').parent}{os.pathsep}{os.environ['PATH']}"
     )
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

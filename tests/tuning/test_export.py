@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -129,7 +126,7 @@ def lora_choice(spec, ranks=(0, 1, 4, 8)):
     return {name: ("lora", ranks[i % len(ranks)]) for i, name in enumerate(names) if ranks[i % len(ranks)]}
 
 
-def test_plain_peft_loads_it_unchanged_and_trains_it(minilm, manifest_of, tmp_path):
+def test_plain_peft_loads_it_unchanged_and_trains_it(minilm, manifest_of, warm_python, tmp_path):
     spec = model_spec(minilm, MINILM)
     manifest = manifest_of(spec, lora_choice(spec), head_modules=["classifier"])
     weights = {name: tensor.clone() for name, tensor in minilm.model.state_dict().items()}
@@ -145,11 +142,7 @@ def test_plain_peft_loads_it_unchanged_and_trains_it(minilm, manifest_of, tmp_pa
 
     program = tmp_path / "plain.py"
     program.write_text(PLAIN)
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-I", str(program), written["peft"], tmp_path / "trained", tmp_path / "fitted.pt"],
-        capture_output=True, text=True, env=offline, timeout=1800, check=False,
-    )  # fmt: skip
+    run = warm_python.run(program, written["peft"], tmp_path / "trained", tmp_path / "fitted.pt")
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
 

@@ -6,9 +6,6 @@ What a guide says is done in a Python that refuses to import layerlens.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,17 +143,8 @@ def inputs_of(model: Any, task: str) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def without_layerlens(program: list[str]) -> list[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, *program], capture_output=True, text=True, env=environment, timeout=1800, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    return [line for line in run.stdout.splitlines() if line.startswith("{")]
-
-
 def test_stock_peft_begins_from_the_fitted_head_trains_it_and_gets_it_back(
-    manifest_of: Callable[..., Any], tmp_path: Path
+    manifest_of: Callable[..., Any], warm_python: Any, tmp_path: Path
 ):
     cases = []
     for number, kind in enumerate(KINDS):
@@ -164,7 +152,9 @@ def test_stock_peft_begins_from_the_fitted_head_trains_it_and_gets_it_back(
         folder.mkdir()
         cases.append(case_of(kind, folder, manifest_of))
     (tmp_path / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
-    seen = [json.loads(line) for line in without_layerlens([str(PROGRAM), str(tmp_path / "cases.json")])]
+    run = warm_python.run(PROGRAM, tmp_path / "cases.json")
+    assert run.returncode == 0, run.stderr
+    seen = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert [one["kind"] for one in seen] == list(KINDS)
     for case, one in zip(cases, seen, strict=True):
         assert one["step zero"] == 0.0, one

@@ -12,7 +12,7 @@ from layerlens.utils import threads
 from layerlens.utils.threads import THREAD_VARIABLES, available_cores, resolve_threads, set_threads
 
 
-def test_zero_means_the_cores_of_this_process() -> None:
+def test_zero_means_the_cores_of_this_process(all_cores: None) -> None:
     assert resolve_threads(0) == available_cores()
     assert 1 <= available_cores() <= len(os.sched_getaffinity(0))
     assert resolve_threads(3) == 3  # up to four for each core
