@@ -23,6 +23,7 @@ from layerlens.integrations.experts import (
     stacks_of,
     why_router,
 )
+from layerlens.integrations.failures import told_of_failure
 from layerlens.integrations.norms import norm_layer, norm_layers
 from layerlens.integrations.peft_refusals import refused_by_peft
 from layerlens.integrations.pretrained import PretrainedModel
@@ -44,6 +45,10 @@ from layerlens.registry import METHODS
 
 SHARE_OF_BLOCKS = 0.5
 """Where fewer of the layers are in transformer blocks, the model is no transformer (YOLO11 has one attention block)."""
+PACKING, PACKED = (
+    "torch.ao.nn.quantized",
+    "its weight is packed for kernels of torch.ao, through which no gradient goes",
+)
 BLOCK_LAYERS = 2
 """A member of a list of modules is a convolutional block from this many layers on."""
 
@@ -156,6 +161,8 @@ def model_spec(
         layers += taken
         left_out |= refused
     left_out |= other_weights(modules, around, of_block)
+    packed = [path for path, module in modules.items() if type(module).__module__.startswith(PACKING)]
+    left_out |= {path: PACKED for path in packed if path.rpartition(".")[0] not in packed}
     if not layers:
         first = {reason: path for path, reason in reversed(left_out.items())}  # of every reason the first layer
         usual_reasons = Counter(left_out[path] for path in of_block if path in left_out) or Counter(left_out.values())
@@ -265,11 +272,8 @@ def _count_positions(
     try:
         with torch.no_grad(), attributes_read(convolutions) as read:
             model(**inputs)
-    except (AttributeError, TypeError, NotImplementedError) as error:  # of the model's own code, with right inputs
-        raise ModelSpecError(
-            f"model.name_or_path: {type(model).__name__} fails on a batch of this data: {type(error).__name__}: "
-            f"{error}; try another version of the package with this model's code ({type(model).__module__})"
-        ) from error
+    except Exception as error:  # whatever the model's own code raises
+        raise ModelSpecError(told_of_failure(model, inputs, error)) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -36,7 +36,8 @@ def is_quantized(module: Any) -> bool:
 
 def is_packed(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds numbers in a form that is unpacked before they are multiplied."""
-    return _parts(tensor) is not None or not tensor.is_floating_point() or tensor.element_size() == 1
+    numbers = tensor.is_floating_point() or tensor.is_complex()
+    return _parts(tensor) is not None or not numbers or tensor.element_size() == 1
 
 
 def quantized_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

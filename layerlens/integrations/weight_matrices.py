@@ -101,6 +101,8 @@ def why_not_measurable(name: str, module: torch.nn.Module) -> str:
     """Why a module's weight cannot be measured; "" where it can."""
     from transformers.pytorch_utils import Conv1D
 
+    if getattr(getattr(module, "weight", None), "is_complex", bool)():
+        return "its weight is complex, and PEFT's LoRA is real"
     if _is_computed(module):
         return "its weight is recomputed in every pass (weight or spectral normalisation)"
     if is_convolution(module):

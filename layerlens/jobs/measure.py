@@ -39,7 +39,7 @@ from layerlens.tasks.losses import BatchLoss
 from layerlens.utils.atomic import atomic_write_bytes
 from layerlens.utils.processes import Processes
 
-STATISTICS_VERSION = 11
+STATISTICS_VERSION = 12
 """Raise it whenever the same inputs give other statistics: cached ones are then measured again."""
 HEAD_BATCH_SIZE = 32
 HEAD_FILE = "head.safetensors"

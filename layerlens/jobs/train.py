@@ -16,9 +16,10 @@ from layerlens.config.training import REPORTS
 from layerlens.cost.measure import forward_ms
 from layerlens.data import Dataset, load_dataset
 from layerlens.data.labels import in_order_of
-from layerlens.exceptions import ConfigurationError, ManifestError
+from layerlens.exceptions import ConfigurationError, ManifestError, TrainingError
 from layerlens.integrations.checkpointing import checkpoint_blocks
 from layerlens.integrations.ctc_vocabulary import save_vocabulary
+from layerlens.integrations.failures import told_of_failure
 from layerlens.integrations.model_code import model_code
 from layerlens.integrations.peft import base_of
 from layerlens.integrations.pretrained import PretrainedModel
@@ -453,8 +454,13 @@ def _card(job: Job, trainee: Trainee, before: dict[str, float], result: Training
 
 
 def _inference_ms(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    with in_evaluation_mode(model):
-        return forward_ms(model, batch, seconds=TIMING_SECONDS)
+    try:
+        with in_evaluation_mode(model):
+            return forward_ms(model, batch, seconds=TIMING_SECONDS)
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise TrainingError(
+            f"{told_of_failure(model, batch, error)}; training.eval_batch_size sets how many samples are in a batch"
+        ) from error
 
 
 def _facts(

@@ -26,6 +26,7 @@ from layerlens.integrations.weight_matrices import is_convolution
 from layerlens.models import ModelSpec
 from layerlens.models.model_spec import ATTENTION, EXPERTS
 from layerlens.profiling.layouts import Layout, changes, counted_layout, exchanged_layout, rows_of
+from layerlens.profiling.own_hooks import changed_by_hooks
 from layerlens.profiling.taps import IN_FRONT, Taps
 from layerlens.tasks import Batch
 from layerlens.tasks.losses import output_tensors
@@ -112,8 +113,11 @@ def tried_on(
     plain, first = seen.run(pair)
     _, second = seen.run(pair[::-1])
     n = 2 * rows
-    layouts, unmeasured, unclear = {}, {}, []
+    hooked = changed_by_hooks(model, layers, lambda: run(pair))
+    layouts, unmeasured, unclear = {}, dict(hooked), []
     for name, calls in first.items():
+        if name in hooked:
+            continue
         again = second.get(name, [])
         if len(calls) == len(again) and not any(_changed(one, two) for one, two in zip(calls, again, strict=True)):
             unclear.append(name)
@@ -121,7 +125,7 @@ def tried_on(
             layouts[name] = layout
         else:
             unmeasured[name] = UNKNOWN
-    drawn = _drawn(seen, {name: first[name] for name in unmeasured}, pair)
+    drawn = _drawn(seen, {name: first[name] for name in unmeasured if name not in hooked}, pair)
     for name, found in _counted(seen, {name: first[name] for name in (*unclear, *drawn)}, pair, n, drawn).items():
         unmeasured.pop(name, None)
         if isinstance(found, Layout):

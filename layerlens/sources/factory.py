@@ -24,7 +24,8 @@ class FactorySource(ModelSource):
     sound).
 
     No part of the model is taken to be new: the factory returns it as it is to be measured, but for its weights with a
-    point, which become those of the wanted dtype. torch's random state is set from the seed while it runs.
+    point, which become those of the wanted dtype, and a note says so where they had another. Weights in several
+    precisions stay as they are: the model's code fits them together. torch's random state is set from the seed.
     """
 
     key = "factory"
@@ -55,7 +56,8 @@ class FactorySource(ModelSource):
         _refuse_unfinished(model, name)
         if request.weights is not None:
             load_weights(model, request.weights, request.base_dir)
-        in_precision(model, getattr(torch, request.dtype)).eval().requires_grad_(False)
+        notes += _in_precision_wanted(model, request.dtype)
+        model.eval().requires_grad_(False)
         images, reference, labels = None, request.reference, tuple(request.labels)
         extractor = extractor_in(processor)
         if extractor is not None:
@@ -78,6 +80,22 @@ class FactorySource(ModelSource):
 
 
 SOURCE = FactorySource()
+USUAL = LoadRequest.dtype
+
+
+def _in_precision_wanted(model: torch.nn.Module, wanted: str) -> tuple[str, ...]:
+    """Bring the model into the wanted precision; what there is to say of it."""
+    import torch
+
+    kinds = sorted({str(one.dtype).removeprefix("torch.") for one in model.parameters() if one.is_floating_point()})
+    if len(kinds) > 1 and wanted == USUAL:
+        return (
+            f"model: its weights are in {' and '.join(kinds)}, and stay so; set model.dtype to bring all into another",
+        )
+    in_precision(model, getattr(torch, wanted))
+    if kinds in ([], [wanted]):
+        return ()
+    return (f"model: its weights are in {' and '.join(kinds)}, and are measured in {wanted} (model.dtype)",)
 
 
 def _refuse_unfinished(model: torch.nn.Module, name: str) -> None:
@@ -93,6 +111,12 @@ def _refuse_unfinished(model: torch.nn.Module, name: str) -> None:
         raise ConfigurationError(
             f"model.factory: {name} returns a torch.jit ScriptModule ({scripted[0] or 'the model itself'}), whose "
             "layers cannot be adapted; return the module that it was made from"
+        )
+    if type(model).__module__.startswith("torchvision.models.detection"):
+        raise ConfigurationError(
+            f"model.factory: {name} returns a {type(model).__name__}, a detector of torchvision, which gives its "
+            "losses in training mode only. It is not supported; use a YOLO detector (ultralytics:WEIGHTS.pt), or "
+            "return the part of it that you adapt, such as its backbone"
         )
     lazy = [path for path, one in model.named_parameters() if torch.nn.parameter.is_lazy(one)]
     if lazy:

@@ -63,6 +63,54 @@ def unresized():
 
 def failing():
     return Net(), lambda image: image.nothing
+
+def detector():
+    from layerlens.integrations.torchvision_import import make_torchvision_importable
+    make_torchvision_importable()
+    from torchvision.models.detection import fcos_resnet50_fpn
+    return fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3), one
+
+class Misfit(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.fc = nn.Linear(9, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(self.hidden(x.flatten(1)))
+
+def misfit():
+    return Misfit(), one
+
+def packed():
+    model = Misfit()
+    part = nn.Sequential(nn.Linear(192, 8))
+    model.hidden = torch.ao.quantization.quantize_dynamic(part, {nn.Linear}, dtype=torch.qint8)
+    return model, one
+
+class Mixed(Misfit):
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(192, 8).bfloat16()
+
+    def forward(self, x):
+        return self.fc(self.hidden(x.flatten(1).bfloat16()).float())
+
+class Phases(Misfit):
+    def __init__(self):
+        super().__init__()
+        self.phases, self.hidden = nn.Linear(192, 8, dtype=torch.complex64), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(self.hidden(self.phases(torch.fft.fft(x.flatten(1))).abs()))
+
+def phases():
+    return Phases(), one
+
+def mixed():
+    return Mixed(), one
+
+def double():
+    return Net().double(), one
 '''
 
 
@@ -105,6 +153,13 @@ def test_a_transform_of_one_image_a_tuple_and_complex_weights(folder: Path):
     assert trained.after["top1"] == 1.0
 
 
+def test_layers_of_complex_numbers_are_left_out_and_not_taken_for_quantized_ones(folder: Path):
+    done = run_config(config_of("phases"), base_dir=folder, use_cache=False)
+    assert [row.layer for row in done.manifest.allocations] == ["hidden"]
+    assert done.manifest.model.left_out["phases"] == "its weight is complex, and PEFT's LoRA is real"
+    assert any(use.resource == "step_ms" for use in done.manifest.resources)  # its step is recorded
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
@@ -119,11 +174,36 @@ def test_a_transform_of_one_image_a_tuple_and_complex_weights(folder: Path):
             "failing",
             r"fails on one image \(AttributeError: .*nothing.*\) and on a list of images \(AttributeError: 'list'",
         ),
+        ("detector", r"returns a FCOS, a detector of torchvision, .* not supported; use a YOLO detector"),
+        ("packed", r"that can take LoRA .*; hidden\.0: its weight is packed for kernels of torch\.ao"),
+        (
+            "misfit",
+            r"Misfit fails on a batch of this data: RuntimeError: mat1 and mat2 .* \(own_factories_of_a_test\.py, line "
+            r"\d+\); it got x: float32 \[4, 3, 8, 8\]\. Check data\.source, or try another model\.dtype",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(folder: Path, factory: str, message: str):
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises((ConfigurationError, ModelSpecError), match=message):
         run_config(config_of(factory), base_dir=folder)
+
+
+def test_weights_in_several_precisions_stay_as_the_factory_made_them(folder: Path):
+    def loaded(factory: str, **more: Any) -> Any:
+        return load_pretrained(f"factory:{MODULE}:{factory}", "image-classification", "abc", base_dir=folder, **more)
+
+    mixed = loaded("mixed")
+    assert (mixed.model.hidden.weight.dtype, mixed.model.fc.weight.dtype) == (torch.bfloat16, torch.float32)
+    assert mixed.notes == (
+        "model: its weights are in bfloat16 and float32, and stay so; set model.dtype to bring all into another",
+    )
+    half = loaded("mixed", dtype="bfloat16")
+    assert {one.dtype for one in half.model.parameters()} == {torch.bfloat16}
+    double = loaded("double")
+    assert double.model.fc.weight.dtype == torch.float32
+    assert double.notes == ("model: its weights are in float64, and are measured in float32 (model.dtype)",)
+    done = run_config(config_of("mixed"), base_dir=folder, use_cache=False)
+    assert [row.layer for row in done.manifest.allocations] == ["hidden"]
 
 
 def test_logits_stand_in_one_of_four_places():

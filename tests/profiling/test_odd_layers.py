@@ -166,6 +166,35 @@ def test_what_cannot_be_measured_is_left_out_and_the_others_are_right(between, r
         assert_equal(measured, sample_gradients(model, batch, classification_loss), 1e-9)
 
 
+def doubled(_: Any, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (given[0] * 2,)
+
+
+def doubled_in_place(_: Any, __: Any, output: torch.Tensor) -> None:
+    output.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hook", "reason"),
+    [
+        ("pre_hook", doubled, "changes its input, which PEFT's LoRA does not get"),
+        ("hook", doubled_in_place, "changes its output, to which PEFT's LoRA adds afterwards"),
+        ("hook", lambda _, given, output: None, ""),
+    ],
+    ids=["input", "output in place", "looks on"],
+)
+def test_a_layer_that_a_hook_makes_another_is_left_out(kind: str, hook: Callable[..., Any], reason: str):
+    """PEFT's layer stands around the layer with its hooks: its LoRA is no change of the weight any more."""
+    model, batch = frozen(lambda: Odd(lambda model, h: model.inner(h))), odd_batch()
+    getattr(model.inner, f"register_forward_{kind}")(hook)
+    layers = [LayerSpec(name, 4, "linear", methods=("lora",)) for name in ("outer", "inner", "head")]
+    spec = ModelSpec("", 0, [*layers[:2], replace(layers[2], n_out=3)])
+    measured = profile(model, spec, [batch], classification_loss, everything=False)
+    assert reason in measured.unmeasured.get("inner", "")
+    assert ("inner" in measured.by_name()) is not bool(reason)
+    assert_equal(measured, sample_gradients(model, batch, classification_loss), 1e-9)
+
+
 def test_nothing_left_is_refused_with_the_reasons():
     model = frozen(lambda: Odd(mixed))
     spec = ModelSpec("", 0, [LayerSpec("inner", 4, "linear", methods=("lora",))])
