@@ -42,7 +42,7 @@ def ls(cache_dir: Directory = None, json: Json = False, debug: Debug = False) ->
     for name in ("key", "model", "samples", "size", "made (UTC)", "state"):
         table.add_column(name, justify="right" if name in ("samples", "size") else "left")
     for entry in entries:
-        suffix = next((x for x in (".partial", ".proxies", ".stream") if entry.key.endswith(x)), "")
+        suffix = next((x for x in (".partial", ".proxies", ".stream", ".run") if entry.key.endswith(x)), "")
         table.add_row(
             entry.key[:KEY_LENGTH] + suffix, entry.model_name, str(entry.n_samples), f"{scaled(entry.bytes)}B",
             entry.created_at, entry.state,

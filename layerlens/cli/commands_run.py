@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -87,7 +87,7 @@ def run(
     checked = load(config, all_settings(config, options, settings), directory)
     from layerlens.cli.tables import as_json
     from layerlens.config.compatibility import refuse_conflicts
-    from layerlens.pipeline import run_config
+    from layerlens.jobs.repeated import run_or_repeat
     from layerlens.tasks.guess import with_task
     from layerlens.utils.launch import place_of_this_process
 
@@ -98,8 +98,14 @@ def run(
     checked, guess = with_task(checked, base_dir)
     if guess is not None and not quiet:
         output.note(str(guess))
-    job: Job = lambda progress, warn: run_config(  # noqa: E731 (a def could not be typed in one line)
-        checked, base_dir=base_dir, use_cache=not no_cache, progress=progress, warn=warn
+
+    def measured(*arguments: Any, **settings: Any) -> RunResult:
+        from layerlens.pipeline import run_config  # it imports torch
+
+        return run_config(*arguments, **settings)
+
+    job: Job = lambda progress, warn: run_or_repeat(  # noqa: E731 (a def could not be typed in one line)
+        measured, checked, base_dir=base_dir, use_cache=not no_cache, progress=progress, warn=warn
     )
     result = do(job, quiet)
     if json:

@@ -113,9 +113,9 @@ def calibration(predicted: Predicted) -> Text | None:
     return text.append(f"{found.spearman:.2f}{span}", style=style).append(".")
 
 
-def measured(checks: Mapping[str, Any]) -> RenderableType | None:
-    """Predictions beside what was measured; None when nothing was measured."""
-    table = new_table("Checked on the model")
+def measured(checks: Mapping[str, Any], when: str = "") -> RenderableType | None:
+    """Predictions beside what was measured, ``when`` it was in an earlier run; None when nothing was measured."""
+    table = new_table("Checked on the model", caption=f"from the cache, measured {when}" if when else None)
     table.add_column("", no_wrap=True)
     for name in ("predicted", "measured", "error"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -292,7 +292,7 @@ def show(result: RunResult, console: Console, *, explain: bool = False, sample: 
         parts.append(explanations(result.explanations))
         if sentence := why_no_deeper(manifest, result.frozen):
             parts.append(Text(sentence))
-    for part in (*parts, measured(result.measured)):
+    for part in (*parts, measured(result.measured, result.repeats)):
         if part is not None:
             console.print(part)
             console.print()
@@ -325,6 +325,7 @@ def as_json(result: RunResult) -> dict[str, Any]:
         "explanations": [asdict(explanation) for explanation in result.explanations],
         "frozen_stages": [asdict(stage) for stage in result.frozen],
         "statistics_from_cache": result.statistics_from_cache,
+        "repeats": result.repeats or None,
         "seconds": result.seconds,
         "warnings": list(result.warnings),
         "data": None if result.data is None else result.data.fields(),
@@ -339,4 +340,9 @@ def _order(name: str) -> int:
 def _time(result: RunResult) -> str:
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
     cached = "; statistics from the cache" if result.statistics_from_cache and "profile" in result.seconds else ""
+    if result.repeats:
+        cached = (
+            f"; all from the cache: the run of {result.repeats} had the same configuration, files and code, so its "
+            "results are written again (--no-cache measures anew)"
+        )
     return f"{sum(result.seconds.values()):.1f} s ({stages}){cached}"

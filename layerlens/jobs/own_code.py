@@ -11,6 +11,7 @@ import torch
 from layerlens.integrations.model_code import model_code
 from layerlens.jobs.job import Warn
 from layerlens.jobs.load import Loaded
+from layerlens.jobs.repeated import UNUSED
 from layerlens.profiling.cache import SensitivityCache
 from layerlens.registry import METHODS
 from layerlens.tasks import Task
@@ -45,7 +46,7 @@ def usable_cache(cache: SensitivityCache | None, loaded: Loaded, warn: Warn) -> 
     """The cache; None, with a warning, where code cannot be told from another version of it."""
     unknown = code_of(loaded).unknown if cache is not None else {}
     if unknown:
-        warn(f"cache: not used, because {told(unknown)}")
+        warn(f"{UNUSED}, because {told(unknown)}")
         return None
     return cache
 

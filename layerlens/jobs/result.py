@@ -58,6 +58,7 @@ class RunResult:
             no budget limits depth.
         warnings: what the user should know, a line each.
         data: what was read; None where the choice was made from saved statistics.
+        repeats: when the run was made that these files and figures are of (``jobs.repeated``); "" for a run of its own.
     """
 
     manifest: Manifest
@@ -70,6 +71,7 @@ class RunResult:
     frozen: tuple[FrozenStage, ...] = ()
     warnings: tuple[str, ...] = ()
     data: DataSummary | None = None
+    repeats: str = ""
 
 
 @dataclass

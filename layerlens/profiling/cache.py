@@ -35,8 +35,11 @@ if TYPE_CHECKING:
     from layerlens.profiling.saved_pass import SavedPass
 
 BUSY_TIMEOUT_S = 30.0
-PROXIES, PARTIAL, STREAM = ".proxies", ".partial", ".stream"
-NEW = ".new"
+PROXIES, PARTIAL, STREAM, RUN = ".proxies", ".partial", ".stream", ".run"
+SUFFIXES = {PROXIES: ".json", RUN: ".zip"}
+"""Of blobs that hold no tensors."""
+TENSORS, NEW = ".safetensors", ".new"
+BLOBS = (TENSORS, *SUFFIXES.values())
 
 
 def cache_key(content: dict[str, Any]) -> str:
@@ -50,8 +53,8 @@ class CacheEntry:
 
     Args:
         key: as ``cache_key`` made it, with ``.partial`` for a pass that was interrupted (``.partial-1`` for what
-            process 1 of several had measured), ``.stream`` for what is kept of a streamed one, and ``.proxies`` for
-            measured gains of options.
+            process 1 of several had measured), ``.stream`` for what is kept of a streamed one, ``.proxies`` for
+            measured gains of options, and ``.run`` for the results of a whole run.
         model_name, n_samples: what was measured; "?" for a file that is not in the index.
         bytes: size of the blob.
         created_at: UTC, as SQLite writes it.
@@ -115,6 +118,14 @@ class SensitivityCache:
         entry = f"{key}{PROXIES}"
         return SavedProxies(lambda: self._read(entry), lambda data: self._keep(entry, data, model_name, n_samples))
 
+    def kept_run(self, key: str) -> bytes | None:
+        """The results of a run that are kept under ``key``; None when they are absent or damaged."""
+        return self._read(f"{key}{RUN}")
+
+    def keep_run(self, key: str, content: bytes, model_name: str) -> None:
+        """Keep the results of a run under ``key``, in place of what was there."""
+        self._keep(f"{key}{RUN}", content, model_name, 0)
+
     def entries(self) -> list[CacheEntry]:
         """Everything in the cache, oldest first, each blob read and compared with its checksum."""
         with self._index() as index:
@@ -127,7 +138,7 @@ class SensitivityCache:
             state = "missing" if missing else "ok" if self._checked(key, sha256) is not None else "damaged"
             entries.append(CacheEntry(key, model_name, n_samples, size, created_at, state))
         known = {self._blob(entry.key).name for entry in entries}
-        for path in sorted(x for x in (self.directory / "blobs").iterdir() if x.suffix in (".safetensors", ".json")):
+        for path in sorted(x for x in (self.directory / "blobs").iterdir() if x.suffix in BLOBS):
             if path.name not in known:
                 entries.append(CacheEntry(path.stem, "?", 0, path.stat().st_size, "", "foreign"))
         for path in sorted((self.directory / "streams").glob("*")):
@@ -188,7 +199,7 @@ class SensitivityCache:
         return data if hashlib.sha256(data).hexdigest() == sha256 else None
 
     def _blob(self, key: str) -> Path:
-        return self.directory / "blobs" / f"{key}{'.json' if key.endswith(PROXIES) else '.safetensors'}"
+        return self.directory / "blobs" / f"{key}{SUFFIXES.get(Path(key).suffix, TENSORS)}"
 
     def _new_blob(self, key: str, sha256: str) -> Path:
         """Where a blob lies until its row is in the index."""

@@ -65,6 +65,7 @@ class FakePipeline(ModuleType):
             frozen=(),
             warnings=("data.calibration_samples: asked for 256, the data has 9",),
             data=DataSummary("docstrings of the Python standard library", 9, 9),
+            repeats="",
         )
 
 
