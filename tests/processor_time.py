@@ -1,8 +1,8 @@
-"""How much processor time every test file takes, its child processes included, and the order in which workers run them.
+"""How much processor time every test file takes, its child processes included, and which worker runs what, and when.
 
 ``pytest --record-times`` writes ``tests/times.json`` and prints what takes most. The record has two uses: workers of
-pytest-xdist begin with the files that took longest, so that no worker ends with a long one while the others have
-nothing to do; and ``pytest --quick`` takes the files that need a second at most.
+pytest-xdist begin with what took longest, so that no worker ends with a long file while the others have nothing to do;
+and ``pytest --quick`` takes the files that need a second at most. A folder of ``TOGETHER`` goes to one worker.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 RECORD = Path(__file__).with_name("times.json")
 SHOWN = 25
 UNKNOWN_S = 5.0
 """What a file that nobody has timed is taken for."""
+TOGETHER = ("tests/service", "tests/parallel", "tests/vision_language")
+"""Servers, processes that have imported everything, and detectors are started once for all files of these folders."""
 QUICK_S = 1.0
 """A file that took no longer is part of ``--quick``."""
 
@@ -65,6 +68,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def scope_of(test: str) -> str:
+    """What goes to one worker: a file, or a folder whose files share what is dear to start."""
+    file = test.split("::")[0]
+    return next((folder for folder in TOGETHER if file.startswith(f"{folder}/")), file)
+
+
+class ByFolder(LoadFileScheduling):
+    """``--dist loadfile``, with some folders as if they were one file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return scope_of(nodeid)
+
+
 class Timing:
     """The plugin, in the process that runs tests, in the one that prints, or in one that does both."""
 
@@ -85,8 +101,15 @@ class Timing:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if self.worker:  # xdist must keep the order: --no-loadscope-reorder
-            times = recorded()
-            items.sort(key=lambda item: -times.get(item.nodeid.split("::")[0], UNKNOWN_S))
+            times, files = recorded(), {item.nodeid.split("::")[0] for item in items}
+            of_scope: dict[str, float] = defaultdict(float)
+            for file in files:
+                of_scope[scope_of(file)] += times.get(file, UNKNOWN_S)
+            items.sort(key=lambda item: -of_scope[scope_of(item.nodeid)])
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> ByFolder | None:
+        return ByFolder(config, log) if config.getoption("dist") == "loadfile" else None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self) -> None:

@@ -121,7 +121,7 @@ def wait_for_the_lost(timeout_s: float) -> None:
 
 def talk(base: int) -> list[Any]:
     """A little of everything that processes say to each other."""
-    with joined("auto", "cpu", 30.0) as processes:
+    with joined("auto", "cpu", 600.0) as processes:
         tensor = torch.full((3,), float(base + processes.rank))
         processes.add_up(tensor)
         copied = torch.full((2,), float(processes.rank))
@@ -135,7 +135,7 @@ def talk(base: int) -> list[Any]:
 
 def spread_sums() -> tuple[list[int], list[list[float]] | None]:
     """Two batches into a sum that is spread by rows: the shape of this process's share, and the whole at the first."""
-    with joined("gloo", "cpu", 30.0) as processes:
+    with joined("gloo", "cpu", 600.0) as processes:
         shards, shape = SumShards(processes), (2, 3, 2)  # 6 rows for 4 processes: 2 each, and padding
         share = shards.zeros(shape, torch.float32, torch.device("cpu"))
         for batch in range(2):

@@ -48,11 +48,11 @@ def test_sums_that_are_spread_by_rows(start):
 
 def test_a_process_that_vanishes_is_missed_and_nobody_waits_for_ever(start):
     begin = time.monotonic()
-    first, killed = start(2, ranks.wait_for_the_lost, lambda rank: (2.0,))
+    first, killed = start(2, ranks.wait_for_the_lost, lambda rank: (5.0,))
     assert killed.error == "killed"
-    assert "process 1 has sent no heartbeat for 2 s (distributed.timeout_s)" in first.error
+    assert "process 1 has sent no heartbeat for 5 s (distributed.timeout_s)" in first.error
     assert first.exit_code == 1
-    assert time.monotonic() - begin < 600  # of 2 s; a busy machine may take longer to notice
+    assert time.monotonic() - begin < 600  # of 5 s; a busy machine may take longer to notice
 
 
 def test_the_launcher_s_variables():

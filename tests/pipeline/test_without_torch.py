@@ -23,7 +23,7 @@ def loaded_after(code: str, *arguments: str) -> set[str]:
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
     )
     return set(json.loads(done.stdout.splitlines()[-1]))
 

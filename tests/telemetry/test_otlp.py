@@ -35,10 +35,15 @@ def test_a_run_is_one_trace_with_a_span_for_each_stage(tiny_run, tmp_path, monke
     assert root.parent_span_id.hex() == PARENT
     assert {span.trace_id.hex() for span in found.spans} == {TRACE}
     assert all(span.parent_span_id == root.span_id for span in by_name.values())
-    for name, span in by_name.items():
-        seconds = (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
-        # The span encloses what the run has timed; the rest is a function call and two reads of the clock.
-        assert seconds == pytest.approx(result.seconds[name], abs=0.2)
+    # Each span encloses what the run has timed (by another clock), and begins when the one before it has ended. How
+    # much lies between depends on what else the machine does.
+    ended = root.start_time_unix_nano
+    for name in result.seconds:
+        span = by_name[name]
+        assert ended <= span.start_time_unix_nano
+        ended = span.end_time_unix_nano
+        assert (ended - span.start_time_unix_nano) / 1e9 >= result.seconds[name] - 0.01
+    assert ended <= root.end_time_unix_nano
     facts = {fact.key: fact.value for fact in root.attributes}
     assert facts["layerlens.gap"].double_value == result.manifest.gap
     assert set(found.metrics) >= {
@@ -134,7 +139,7 @@ observer.run_ended(None, None)
 print(time.time(), flush=True)
 """
     took = []
-    for _ in range(3):  # the best of a few attempts, as above
+    for _ in range(MOST_ATTEMPTS):  # the best of several attempts, as above
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert "Traceback" not in done.stderr
         # From the last line of the program to the end of the process; importing is not in it.

@@ -24,7 +24,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch):
 
 
 def ask(url: str, **settings: Any) -> Any:
-    with closing(ServerModel(url, **{"model": "tiny", "timeout_s": 5, **settings})) as llm:
+    with closing(ServerModel(url, **{"model": "tiny", "timeout_s": 600, **settings})) as llm:
         return llm.generate(ASK, 32)
 
 

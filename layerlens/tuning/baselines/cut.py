@@ -129,7 +129,7 @@ def adalora(request: BaselineRequest) -> Prepared:
         target_modules=target_modules(request.model, [layer.name for layer in layers]),
         init_r=start,
         target_r=target,
-        lora_alpha=request.alpha_over_r * start,  # type: ignore[arg-type] # PEFT declares int and takes any number
+        lora_alpha=request.alpha_over_r * start,  # PEFT declares int and takes any number
         tinit=law.warmup,
         tfinal=law.final,
         deltaT=law.interval,
