@@ -18,12 +18,14 @@ from layerlens.data.images import Check, StoredImage, stored_image
 from layerlens.data.rows import FIRST, Rows
 from layerlens.data.sounds import SoundCheck, StoredSound, folders_beside, stored_sound
 from layerlens.data.values import (
+    NO_CLASS,
     Answers,
     answers_of,
     as_list,
     class_names,
     is_bit,
     is_class,
+    is_gap,
     is_number,
     names_of,
     separator_of,
@@ -277,6 +279,10 @@ class Table:
         as_names = names_of(values)
         names = class_names(name for name in as_names if name is not None)
         self._check_several(column, names)
+        if unsure := [name for name in names if name.casefold() in NO_CLASS]:
+            self.notes.append(
+                f"{unsure[0]!r} in column {column!r} is a class; if it means that a row has none, leave these rows out"
+            )
         index = {name: position for position, name in enumerate(names)}
         return tuple(index.get(name or "", 0) for name in as_names), names
 
@@ -324,8 +330,9 @@ class Table:
         return tuple(tuple(sorted({index[str(name)] for name in one})) for one in as_names), names
 
     def bit_columns(self) -> list[str]:
-        """The columns that have nothing but 0 and 1."""
-        return [n for n in self._top if self.filled(n) and all(is_bit(row.get(n), None) for row in self.rows)]
+        """The columns that have nothing but 0 and 1, and gaps."""
+        cells = {n: [row.get(n) for row in self.rows] for n in self._top if self.filled(n)}
+        return [n for n, values in cells.items() if all(is_gap(value) or is_bit(value) for value in values)]
 
     def bits(self, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """For each sample the places in ``names`` of the columns that have a 1."""

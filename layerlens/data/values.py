@@ -17,6 +17,9 @@ SEPARATORS = (";", "|")
 NO_CLASS = ("none", "nan", "null", "-")
 """What stands alone where a sample that may have several classes has none."""
 
+GAPS = ("", "nan", "<na>")
+"""Text that stands for a missing value, in lower case; "None" may be the name of a class."""
+
 Answers = tuple[tuple[int, str], ...]
 
 
@@ -55,11 +58,18 @@ def as_list(value: Any, separator: str | None = None) -> list[Any] | None:
     return list(value) if isinstance(value, (list, tuple)) else None
 
 
+def is_gap(value: Any) -> bool:
+    """Whether there is nothing in a cell, or what pandas writes for that."""
+    if isinstance(value, str):
+        return value.strip().casefold() in GAPS
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def is_class(value: Any) -> bool:
     """Whether a value names a class: text, or a whole number."""
     if isinstance(value, float):
         return value.is_integer()
-    return isinstance(value, (str, int)) and (not isinstance(value, str) or bool(value.strip()))
+    return isinstance(value, (str, int)) and not is_gap(value)
 
 
 def is_number(value: Any) -> bool:

@@ -93,6 +93,8 @@ def other_weights(
     """
     import torch
 
+    from layerlens.integrations.weight_matrices import is_convolution
+
     blocks = None if blocks is None else tuple(blocks)
     inside = "" if blocks is None else tuple(f"{block}." for block in blocks)
     found = {}
@@ -100,7 +102,7 @@ def other_weights(
         of_experts = blocks == () and "expert" in f"{type(module).__name__}{path}".lower()
         if not (of_experts or f"{path}.".startswith(inside)) or path in layers or is_dense(module):
             continue
-        if isinstance(module, torch.nn.Embedding):
+        if isinstance(module, torch.nn.Embedding) or is_convolution(module):  # which the account names
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1 and f"{path}.{name}" not in layers:

@@ -124,7 +124,7 @@ def counted_layout(two: Sequence[Sequence[int]], three: Sequence[Sequence[int]],
 
 def changes(one: Rows, other: Rows, *, half: bool = False) -> bool:
     """Whether the exchange has changed the activation."""
-    return _distance(one, other) > (FLOOR_HALF if half else FLOOR) * float(one.norm())
+    return _distance(one, other) > (FLOOR_HALF if half else FLOOR) * float(one.double().norm())
 
 
 def _exchanges(layout: Layout, one: Rows, other: Rows, *, half: bool) -> bool:
@@ -136,4 +136,4 @@ def _exchanges(layout: Layout, one: Rows, other: Rows, *, half: bool) -> bool:
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm())
+    return float((one - other).double().norm())  # squares of 1e-23 are 0 in float32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -220,6 +220,23 @@ def unapply(model: torch.nn.Module) -> torch.nn.Module:
     return base
 
 
+def _tied(model: torch.nn.Module, layers: Collection[str]) -> str:
+    """Which adapted layer has the weight of another module, which merging would change, too; "" for none."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dim() > 1:
+                owners.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+    for names in owners.values():
+        for layer in layers:
+            if len(names) > 1 and (found := [name for name in names if f".{name}".endswith(f".{layer}")]):
+                other = next(name for name in names if name != found[0])
+                return (
+                    f"{layer} has the same weight as {other.removeprefix('base_model.model.')}, which would change, too"
+                )
+    return ""
+
+
 def merge(model: torch.nn.Module) -> torch.nn.Module:
     """Merge LoRA and the trained task head into the base model, which is then as fast as before.
 
@@ -254,6 +271,8 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
     for method in methods:
         if reason := method.why_not_mergeable(model):
             raise ManifestError(f"cannot be merged: {reason}; keep the model unmerged (layerlens.tuning.save and load)")
+    if LORA in {method.name for method in methods} and (reason := _tied(model, there)):
+        raise ManifestError(f"cannot be merged: {reason}; keep the model unmerged (layerlens.tuning.save and load)")
     finish_generator(model)
     for name, parameter in model.named_parameters():
         marks = (*(method.parameter_mark for method in methods), TOKEN_ROWS)

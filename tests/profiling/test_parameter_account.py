@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.tiny_models import Architecture, architectures, model_of
 from layerlens.integrations.layers import model_spec
-from layerlens.integrations.parameter_account import HEAD, OFFERED, account_of, parameters_of
+from layerlens.integrations.parameter_account import FROZEN_HEAD, HEAD, OFFERED, account_of, parameters_of
 from layerlens.integrations.pretrained import PretrainedModel
 from layerlens.integrations.quantized import parameter_count
 from layerlens.models import ModelSpec
@@ -94,3 +94,17 @@ def test_an_image_model_by_timm():
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
     checked(model.eval(), ("head",), inputs={"x": torch.zeros(1, 3, 32, 32)})
+
+
+def test_convolutions_of_a_models_own_head_are_said_to_stay():
+    import transformers as hf
+
+    config = hf.DPTConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=16,
+        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8, num_labels=3,
+    )  # fmt: skip
+    spec, status = checked(
+        hf.DPTForSemanticSegmentation(config).eval(), inputs={"pixel_values": torch.zeros(1, 3, 32, 32)}
+    )
+    assert not [name for name in spec.left_out if ".convs." in name or "projection" in name]
+    assert status["neck.convs.0.weight"] == status["head.head.4.weight"] == FROZEN_HEAD

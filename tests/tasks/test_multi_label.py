@@ -57,6 +57,23 @@ def test_a_row_without_a_list_is_left_out(tmp_path: Path):
         load(tmp_path, rows, label_column=["text", "sad"])
 
 
+def test_gaps_as_pandas_writes_them_are_no_class_and_no_bit(tmp_path: Path):
+    """Text "nan" was a class, and of columns of bits with gaps one became the label."""
+    gaps = ["", "nan", "NaN", None, float("nan")]
+    single = [{"text": f"t {n}", "label": one} for n, one in enumerate([*["x", "y", "None"] * 4, *gaps])]
+    dataset = load(tmp_path, single)
+    assert dataset.label_names == ("None", "x", "y")
+    assert dataset.reading is not None
+    assert list(dataset.reading.left_out) == [13, 14, 15, 16, 17]
+    assert "'None' in column 'label' is a class; if it means that a row has none" in " ".join(dataset.reading.notes)
+    bits = [{"text": f"t {n}", "cat": one, "dog": n % 2} for n, one in enumerate([*[0, 1] * 6, *gaps])]
+    dataset = load(tmp_path, bits)
+    assert dataset.label_names == ("cat", "dog")
+    assert dataset.labels == ((), (0, 1)) * 6
+    assert dataset.reading is not None
+    assert list(dataset.reading.left_out) == [13, 14, 15, 16, 17]
+
+
 def test_the_loss_is_that_of_transformers_and_its_mean_the_models_own(tmp_path: Path, minilm_path: str):
     tokenizer = hf.AutoTokenizer.from_pretrained(minilm_path)
     torch.manual_seed(0)

@@ -13,8 +13,8 @@ from layerlens.exceptions import ManifestError
 from layerlens.integrations.peft import injected_ranks
 from layerlens.integrations.torch_modules import find_module
 from layerlens.methods import attached
-from layerlens.models import LoraSettings, Provenance
-from layerlens.tuning import apply
+from layerlens.models import Choice, LoraSettings, Provenance
+from layerlens.tuning import apply, merge
 
 ARCHITECTURES = ("bert", "gpt2", "llama")
 
@@ -322,3 +322,33 @@ def test_flash_attention_is_refused_before_anything_changes(tiny, manifest_of, m
     with pytest.raises(ManifestError, match='attn_implementation="sdpa"'):
         apply(base.model, manifest)
     assert injected_ranks(base.model) == {}
+
+
+class Twice(torch.nn.Module):
+    """Two Linears with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.again, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+        self.again.weight = self.up.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(torch.relu(self.again(torch.relu(self.up(x)))))
+        return out
+
+
+def test_lora_on_a_weight_that_another_layer_has_is_not_merged():
+    """It changes the one layer alone, and merged it would change both; a layer beside them is merged."""
+    for layers, refused in ((("up",), True), (("again", "head"), True), (("head",), False)):
+        choice = Choice.of(
+            dict.fromkeys(layers, ("lora", 2)), lora=LoraSettings(2.0), head_modules=(), task="image-classification"
+        )
+        tuned = apply(Twice().requires_grad_(False), choice)
+        if refused:
+            with pytest.raises(
+                ManifestError, match=r"(up|again) has the same weight as (again|up), which would change"
+            ):
+                merge(tuned)
+        else:
+            assert torch.equal(merge(tuned)(torch.ones(1, 4)), Twice()(torch.ones(1, 4)))
