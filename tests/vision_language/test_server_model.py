@@ -145,16 +145,17 @@ def _endless_drip(handler: Any, _body: dict) -> None:
         (_not_utf8, "garbage: bytes that are not UTF-8", 1, ""),
         (_error_inside, "an error: out of memory", 1, ""),
         (_broken_off, "the stream broke off after 2 tokens (3 attempts)", 3, "Nodule in "),
-        (_endless_drip, "no complete answer within 0.3 s after", 3, "x"),
-        (lambda h, _: time.sleep(0.6), "no answer within 0.3 s before the first token (3 attempts)", 3, ""),
+        (_endless_drip, "no complete answer within 1 s after", 3, "x"),
+        (lambda h, _: time.sleep(600), "no answer within 1 s before the first token (3 attempts)", 3, ""),
         (lambda h, _: send(h, 401, '{"error": "no key"}'), "answered 401: no key; set api_key_env", 1, ""),
         (lambda h, _: send(h, 404, "nothing"), "answered 404: nothing; check base URL and llm_model", 1, ""),
         (lambda h, _: send(h, 429, "{}", retry_after="3600"), "it asks to wait 3600 s", 1, ""),
     ],
 )  # fmt: skip
 def test_bad_servers_fail_with_a_line_and_keep_what_arrived(step: Any, reason: str, attempts: int, partial: str):
+    timeout_s = 1.0 if " within 1 s " in reason else 600.0  # a busy machine may take long to answer
     with serving(step) as url, pytest.raises(GenerationError) as caught:
-        ask(url, retries=2, timeout_s=0.3)
+        ask(url, retries=2, timeout_s=timeout_s)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.attempts == attempts
