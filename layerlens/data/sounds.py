@@ -11,13 +11,15 @@ import functools
 import io
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from layerlens.data import film_sounds
 from layerlens.data.class_folders import FileKind, class_folders, some
 from layerlens.data.rows import Reading
 from layerlens.data.stored import StoredFile
@@ -28,16 +30,19 @@ READ = frozenset(
     (".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64",
      ".rf64", ".sph", ".nist")
 )  # fmt: skip
-NOT_READ = frozenset((".m4a", ".aac", ".wma", ".amr", ".webm", ".mp4", ".3gp", ".m4b", ".ape", ".wv"))
-SUFFIXES = READ | NOT_READ
-"""What files of sound are called, in lower case: those that libsndfile reads, and others."""
+SUFFIXES = READ | film_sounds.SUFFIXES
+"""What files of sound are called, in lower case: those that libsndfile reads, and those that PyAV reads."""
 SIGNATURES = (b"fLaC", b"OggS", b"ID3", b"FORM", b"caff", b".snd", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2", b"NIST_1A")
 NO_LIBRARY = "data.source: sound is read by soundfile, which is not installed; run: pip install 'layerlens[audio]'"
 BESIDE = ("clips", "audio", "wavs", "wav", "sounds", "../audio", "../clips", "../wavs", "../wav")
 """Where files that a table names are looked for, if not in its own folder."""
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 WHOLE_BYTES = 2**26
-"""Clips of so many bytes are decoded when they are found; of further ones the header is read."""
+"""Clips of so many bytes are decoded when they are found; of further ones the header and the end are read."""
+UNKNOWN_BYTES = 0.98 * 2**31
+"""Programs that write a stream put a size of about 2³¹ or 2³² bytes into a WAV file."""
+BLOCK = 2**20
+"""Samples of each channel that are decoded at once where a whole clip is looked at."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,39 @@ class StoredSound(StoredFile):
             return self.path.stat().st_size
         return len(self.data) if self.data is not None else 0
 
+    @functools.cached_property
+    def _film(self) -> bool:
+        """Whether libsndfile refuses it, and PyAV may read it."""
+        if self.samples is not None or not film_sounds.is_film(self.name, self.start()):
+            return False
+        try:
+            with _opened(self):
+                return False
+        except DataError as error:
+            if str(error) == NO_LIBRARY or not self.n_bytes:
+                raise
+            return True
+
+    @functools.cached_property
+    def _counted(self) -> tuple[int, int, int]:
+        return film_sounds.counted(self._source)
+
+    @property
+    def _source(self) -> Path | bytes:
+        source = self.data if self.data is not None else self.path
+        assert source is not None
+        return source
+
+    def start(self) -> bytes:
+        """Its first bytes."""
+        if self.data is not None or self.path is None:
+            return bytes((self.data or b"")[:16])
+        try:
+            with self.path.open("rb") as file:
+                return file.read(16)
+        except OSError:
+            return b""
+
     def header(self) -> SoundHeader:
         """What it is, without its samples.
 
@@ -96,6 +134,8 @@ class StoredSound(StoredFile):
         """
         if self.samples is not None:
             found = SoundHeader(len(self.samples), self.rate, 1 if self.samples.ndim == 1 else self.samples.shape[1])
+        elif self._film:
+            found = SoundHeader(*self._counted)
         else:
             with _opened(self) as file:
                 found = SoundHeader(file.frames, file.samplerate, file.channels)
@@ -122,6 +162,8 @@ class StoredSound(StoredFile):
         if self.samples is not None:
             decoded__nc = self.samples.reshape(len(self.samples), -1)
             decoded__nc = decoded__nc if wanted < 0 else decoded__nc[:wanted]
+        elif self._film:
+            decoded__nc = film_sounds.decoded(self._source, wanted)
         else:
             with _opened(self) as file:
                 decoded__nc = file.read(wanted, dtype="float32", always_2d=True)
@@ -131,6 +173,59 @@ class StoredSound(StoredFile):
             raise DataError("has samples that are not finite numbers")
         found = at_rate(decoded__nc.mean(axis=1), own, rate)
         return found if most is None else found[:most]
+
+    def look(self, *, whole: bool) -> bool:
+        """Whether it has sound that is not silence; only its end is decoded if not ``whole``.
+
+        Raises:
+            DataError: as the end of a sentence: it cannot be decoded, or ends before its header says.
+        """
+        header, n = self.header(), 0
+        start = self.start()
+        if (
+            start[:4] == b"RIFF"
+            and self.n_bytes < 0.99 * (said := int.from_bytes(start[4:8], "little")) < UNKNOWN_BYTES
+        ):
+            raise DataError(f"breaks off: {self.n_bytes:,} of {said:,} bytes are there")
+        if self.samples is not None:
+            blocks: Iterable[np.ndarray] = [self.samples]
+        elif self._film:
+            blocks = (block__nc for block__nc, _ in film_sounds.blocks(self._source))
+        else:
+            blocks = _blocks(self, 0 if whole else max(0, header.samples - BLOCK // 256))
+        loud = False
+        for block__nc in blocks:
+            if not np.isfinite(block__nc).all():
+                raise DataError("has samples that are not finite numbers")
+            loud, n = loud or bool(block__nc.any()), n + len(block__nc)
+        if not n:
+            raise DataError("ends before its first sample")
+        if whole and n < 0.99 * header.samples and _says_length(self):
+            raise DataError(film_sounds.broke_off(n / header.rate, header.seconds))
+        return loud or not whole
+
+
+def _blocks(sound: StoredSound, start: int) -> Iterator[np.ndarray]:
+    """The samples from ``start`` on, float32 [n, channels], as soundfile reads them."""
+    with _opened(sound) as file:
+        if start:
+            file.seek(start)
+        while len(block__nc := file.read(BLOCK, dtype="float32", always_2d=True)):
+            yield block__nc
+
+
+def _says_length(sound: StoredSound) -> bool:
+    """Whether the clip's length is written in it: of MP3 without a first frame that says so it is a guess."""
+    with _opened(sound) as file:
+        if file.format != "MP3":
+            return True
+    if sound.data is not None:
+        start = sound.data[: 2**16]
+    else:
+        assert sound.path is not None
+        with sound.path.open("rb") as opened:
+            start = opened.read(2**16)
+    return any(mark in start for mark in (b"Xing", b"Info", b"VBRI"))
 
 
 def at_rate(samples: np.ndarray, own: int, rate: int) -> np.ndarray:
@@ -158,8 +253,9 @@ def _low_pass(factor: int) -> np.ndarray:
     return found
 
 
-def _opened(sound: StoredSound) -> Any:
-    """The clip as soundfile opens it.
+@contextmanager
+def _opened(sound: StoredSound) -> Iterator[Any]:
+    """The clip as soundfile opens it; what its library says while the clip is read is said as well.
 
     Raises:
         DataError: as the end of a sentence, where it is no sound that libsndfile reads; or soundfile is not installed.
@@ -168,13 +264,16 @@ def _opened(sound: StoredSound) -> Any:
         import soundfile
     except (ModuleNotFoundError, OSError) as error:  # OSError: its library is not there
         raise DataError(NO_LIBRARY) from error
+    opened = False
     try:
-        return soundfile.SoundFile(io.BytesIO(sound.data) if sound.data is not None else str(sound.path))
+        with soundfile.SoundFile(io.BytesIO(sound.data) if sound.data is not None else str(sound.path)) as file:
+            opened = True
+            yield file
     except soundfile.LibsndfileError as error:
         said = str(error.error_string).strip().rstrip(".").lower()
-        if Path(sound.name).suffix.lower() in NOT_READ:
-            said = f"{Path(sound.name).suffix.lower()}; convert it to .wav, .flac or .mp3: ffmpeg -i IN OUT.wav"
-        elif not sound.n_bytes:
+        if opened:
+            raise DataError(f"cannot be decoded ({said})") from error
+        if not sound.n_bytes:
             said = "the file is empty"
         raise DataError(f"is not a sound file that soundfile can read ({said})") from error
     except (OSError, RuntimeError, TypeError) as error:
@@ -182,7 +281,7 @@ def _opened(sound: StoredSound) -> Any:
 
 
 class SoundCheck(FileKind):
-    """Which clips can be read, one after the other; whole as long as they are not too many, else by their header."""
+    """Which clips can be read, one after the other; else, if they are many, their header and end."""
 
     column, one, many, endings = "audio", "a clip of sound", "clips of sound", ".wav, .flac, .mp3"
 
@@ -198,9 +297,8 @@ class SoundCheck(FileKind):
 
     def fault(self, item: StoredSound) -> str:
         try:
-            header = item.header()
             self._left -= item.n_bytes
-            if self._left >= 0 and not item._read(header.rate, None).any():
+            if not item.look(whole=self._left >= 0):
                 self._silent.append(item.name)
         except DataError as error:
             if str(error) == NO_LIBRARY:
@@ -229,7 +327,11 @@ def looks_like_sound(path: Path) -> bool:
 
 def begins_like_sound(start: bytes) -> bool:
     """Whether bytes begin as an encoded clip does."""
-    return start.startswith(SIGNATURES) or (start[:4] in (b"RIFF", b"RF64") and start[8:12] == b"WAVE")
+    return (
+        start.startswith(SIGNATURES)
+        or film_sounds.begins_like_film(start)
+        or (start[:4] in (b"RIFF", b"RF64") and start[8:12] == b"WAVE")
+    )
 
 
 def is_sound(value: Any) -> bool:
