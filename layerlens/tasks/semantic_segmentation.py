@@ -23,8 +23,8 @@ from layerlens.data.masks import (
 )
 from layerlens.data.rows import Reading
 from layerlens.data.table import Table
-from layerlens.exceptions import DataError
-from layerlens.integrations.pretrained import PretrainedModel
+from layerlens.exceptions import ConfigurationError, DataError
+from layerlens.integrations.pretrained import ImageInput, PretrainedModel
 from layerlens.integrations.torch_modules import precision_of
 from layerlens.tasks.batches import Batch, Features, Inputs
 from layerlens.tasks.image_classification import with_images
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 MASKS = ("mask", "masks", "segmentation_mask", "segmentation_map", "annotation", "label")
 """Columns that masks usually stand in."""
+
+SLACK = 0.01
+"""Share of an image's side that scaling may move its edges by, beside half a pixel before and after."""
 
 
 def read(table: Table, config: DataConfig) -> Dataset:
@@ -91,6 +94,9 @@ def encode(pretrained: PretrainedModel, dataset: Dataset, config: DataConfig, se
     pairs = zip(dataset.columns["values"], dataset.labels, strict=True)
     outputs = {value: output for values, label in pairs for value, output in zip(values, label, strict=True)}
     found = with_images(pretrained, dataset, TASK.name, dataset.labels)
+    images = pretrained.images
+    if images is not None and (images.processor is None or not _takes_masks(images.processor)):
+        refuse_cuts(images, dataset.columns["image"][0].open(images.mode).size)
     return [one | {"mask": mask, "outputs": outputs} for one, mask in zip(found, dataset.columns["mask"], strict=True)]
 
 
@@ -121,6 +127,36 @@ def collate(pretrained: PretrainedModel, rows: Sequence[Features]) -> tuple[Inpu
         for mask in masks
     ]
     return inputs, torch.stack(resized).long()
+
+
+def refuse_cuts(images: ImageInput, size: tuple[int, int]) -> None:
+    """Refuse a transform that does more to an image of this width and height than scale it: masks are only scaled.
+
+    It is shown images that grow brighter from left to right and from top to bottom, and black and white ones, between
+    which its normalisation is a line.
+
+    Raises:
+        ConfigurationError: it cuts, pads, turns or mirrors images.
+    """
+    from PIL import Image
+
+    across, down = (np.linspace(0.0, 255.0, side).round().astype(np.uint8) for side in size)
+    shown = [np.tile(across, (size[1], 1)), np.tile(down[:, None], (1, size[0]))]
+    shown += [np.full_like(shown[0], 0), np.full_like(shown[0], 255)]
+    pixels = images.transform([Image.fromarray(one).convert(images.mode) for one in shown])[:, 0].double()
+    right, below, black, white = pixels
+    seen = white != black
+    if not bool(seen.any()):
+        return  # each image is normalised by itself: what becomes of places cannot be seen
+    for ramp, place, side in ((right, 1, size[0]), (below, 0, size[1])):
+        share = ((ramp - black) / (white - black)).mean(1 - place)
+        near = SLACK + 0.5 / len(share) + 0.5 / side
+        if not bool(seen.all()) or abs(float(share[0])) > near or abs(float(share[-1]) - 1.0) > near:
+            raise ConfigurationError(
+                "model.factory: the image transform cuts, pads or turns images, and masks are only scaled, so that "
+                f"they would not lie on them (tried on {size[0]} × {size[1]} pixels); let it scale whole images, such "
+                "as torchvision's Resize((height, width)), or use the task custom with data of your own"
+            )
 
 
 def _takes_masks(processor: Any) -> bool:

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from PIL import Image
+from PIL import Image, ImageOps
 
 from layerlens.config import DataConfig, RunConfig
 from layerlens.data import load_dataset
 from layerlens.data.masks import read_mask
-from layerlens.exceptions import DataError
+from layerlens.exceptions import ConfigurationError, DataError
+from layerlens.integrations.pretrained import ImageInput
 from layerlens.jobs.train import train_manifest
 from layerlens.pipeline import run_config
+from layerlens.tasks.semantic_segmentation import refuse_cuts
 from layerlens.tuning import load
 from layerlens.tuning.base_model import load_base
 
@@ -120,6 +122,35 @@ def test_a_mask_is_turned_with_its_photograph_or_has_its_size(tmp_path: Path):
     for image, one in zip(found.columns["image"], found.columns["mask"], strict=True):
         assert image.open("RGB").size == (8, 12)
         np.testing.assert_array_equal(read_mask(one, image), np.rot90(mask, -1))
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        (lambda image: image, False),
+        (lambda image: image.resize((20, 12)), False),
+        (lambda image: image.resize((300, 200), Image.Resampling.BICUBIC), False),
+        (lambda image: image.crop((4, 4, 60, 36)), True),
+        (lambda image: image.resize((72, 48)).crop((4, 4, 68, 44)), True),  # timm: to 1.14 of the size, then the centre
+        (lambda image: ImageOps.pad(image, (64, 64)), True),
+        (lambda image: ImageOps.mirror(image), True),
+    ],
+    ids=["nothing", "down", "up", "cut", "centre", "letterbox", "mirror"],
+)
+@pytest.mark.parametrize("scale", [1.0, -3.0])
+def test_a_transform_that_moves_the_image_under_its_mask_is_refused(change: Any, refused: bool, scale: float):
+    """Masks of such a transform were scaled to its size, and lay beside what they show."""
+
+    def transform(images: Any) -> torch.Tensor:
+        arrays = [np.asarray(change(image)) / 255 for image in images]
+        return torch.stack([torch.from_numpy(scale * (one - 0.4)).permute(2, 0, 1).float() for one in arrays])
+
+    found = ImageInput(transform, "x")
+    if refused:
+        with pytest.raises(ConfigurationError, match="cuts, pads or turns images, and masks are only scaled"):
+            refuse_cuts(found, (64, 40))
+    else:
+        refuse_cuts(found, (64, 40))
 
 
 def upernet(folder: Path) -> dict[str, Any]:
