@@ -10,6 +10,8 @@ the residuals of the tasks that were left out give the width of the interval. Th
     power:       s^p
     saturating:  (1 + c) s / (c + s)
     exponential: (1 − exp(−s/c)) / (1 − exp(−1/c))
+
+times min(1, trainable parameters as a share of uniform LoRA's)^q.
 """
 
 from __future__ import annotations
@@ -38,10 +40,13 @@ LAWS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
 }
 EXPONENTS = (0.5, 1.0)
 """Of the energy: 1 is raw, 0.25 the fourth root that the default takes."""
-REACHES = (0.0, 0.5, 0.8, 1.0)
+REACHES = (0.0, 0.3, 0.5, 0.8, 1.0)
 """w of the law: how much counts what lies above the lowest adapted block, which a low adapter can do the work of."""
-PRODUCT = ("root", 1.0, 0.0)
-"""What the product has: the root of the raw energy's share. Another law has to be better by ``WORTH``."""
+FILLS = (0.0, 0.15)
+"""q of the law."""
+PRODUCT = ("root", 1.0, 0.0, 0.0)
+"""What the product has: the root of the raw energy's share. Laws with w and q predict given choices better, but find
+choices that are worse (docs/decisions/utility.md)."""
 WORTH = 0.02
 """Of root mean square error: a constant that does less is not worth having."""
 WEIGHT_FLOOR = 0.1
@@ -60,6 +65,7 @@ class Pair:
         block__l: int64, its block; -1 outside the blocks.
         weight__l: float64, √rank of the choice's layers, at most uniform LoRA's.
         uniform__l: the same of uniform LoRA.
+        filled: its trainable parameters as a share of uniform LoRA's, at most 1.
         kept, error: measured, with its standard error.
     """
 
@@ -69,6 +75,7 @@ class Pair:
     block__l: np.ndarray
     weight__l: np.ndarray
     uniform__l: np.ndarray
+    filled: float
     kept: float
     error: float
 
@@ -104,11 +111,16 @@ def pairs_of(measured: Mapping[str, Mapping[str, Any]]) -> list[Pair]:
                     np.array([-1 if layer["block"] is None else layer["block"] for layer in layers.values()]),
                     np.sqrt([min(one.ranks.get(name, 0), most) for name in layers]),
                     np.sqrt([uniform.get(name, 0) for name in layers]),
+                    min(1.0, _params(layers, one.ranks) / _params(layers, uniform)),
                     one.kept,
                     (high - low) / 2 / _t(n),
                 )
             )  # fmt: skip
     return found
+
+
+def _params(layers: Mapping[str, Any], ranks: Mapping[str, int]) -> float:
+    return float(sum(layer["cost"] * ranks.get(name, 0) for name, layer in layers.items()))
 
 
 def _t(n: int) -> float:
@@ -117,14 +129,15 @@ def _t(n: int) -> float:
     return float(t.ppf(0.975, n - 1))
 
 
-def fit(law: str, exponent: float, reach: float, pairs: Sequence[Pair]) -> float:
+def fit(law: str, exponent: float, reach: float, fill: float, pairs: Sequence[Pair]) -> float:
     """The constant of least weighted squares."""
+    filled = np.array([pair.filled for pair in pairs]) ** fill
     s = np.array([pair.share(exponent, reach) for pair in pairs])
     kept = np.array([pair.kept for pair in pairs])
     weight = 1.0 / (WEIGHT_FLOOR**2 + np.array([pair.error for pair in pairs]) ** 2)
 
     def loss(log_constant: float) -> float:
-        return float((weight * (LAWS[law](s, float(np.exp(log_constant))) - kept) ** 2).sum())
+        return float((weight * (filled * LAWS[law](s, float(np.exp(log_constant))) - kept) ** 2).sum())
 
     grid = np.linspace(np.log(0.01), np.log(10.0), 60)
     start = int(np.argmin([loss(value) for value in grid]))
@@ -132,13 +145,20 @@ def fit(law: str, exponent: float, reach: float, pairs: Sequence[Pair]) -> float
     return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x))
 
 
-def left_out(law: str, exponent: float, reach: float, pairs: Sequence[Pair]) -> np.ndarray:
+def predictions(key: tuple[str, float, float, float], constant: float, pairs: Sequence[Pair]) -> np.ndarray:
+    """What a law with this constant says of pairs."""
+    law, exponent, reach, fill = key
+    filled = np.array([pair.filled for pair in pairs]) ** fill
+    return filled * LAWS[law](np.array([pair.share(exponent, reach) for pair in pairs]), constant)
+
+
+def left_out(law: str, exponent: float, reach: float, fill: float, pairs: Sequence[Pair]) -> np.ndarray:
     """Predictions of every pair by the constant of the other tasks."""
     predicted = np.zeros(len(pairs))
     for task in dict.fromkeys(pair.task for pair in pairs):
-        constant = fit(law, exponent, reach, [pair for pair in pairs if pair.task != task])
+        constant = fit(law, exponent, reach, fill, [pair for pair in pairs if pair.task != task])
         own = [index for index, pair in enumerate(pairs) if pair.task == task]
-        predicted[own] = LAWS[law](np.array([pairs[index].share(exponent, reach) for index in own]), constant)
+        predicted[own] = predictions((law, exponent, reach, fill), constant, [pairs[index] for index in own])
     return predicted
 
 
@@ -178,15 +198,15 @@ def covered(pairs: Sequence[Pair], predicted: np.ndarray, below: float, above: f
     return float(np.mean((kept >= predicted - below * size) & (kept <= predicted + above * size)))
 
 
-def nested_coverage(law: str, exponent: float, reach: float, pairs: Sequence[Pair]) -> float:
+def nested_coverage(law: str, exponent: float, reach: float, fill: float, pairs: Sequence[Pair]) -> float:
     """Coverage on each task of the interval that the other tasks gave, by pairs."""
     hits = []
     for task in dict.fromkeys(pair.task for pair in pairs):
         others = [pair for pair in pairs if pair.task != task]
         own = [pair for pair in pairs if pair.task == task]
-        below, above = widths(others, left_out(law, exponent, reach, others))
-        constant = fit(law, exponent, reach, others)
-        predicted = LAWS[law](np.array([pair.share(exponent, reach) for pair in own]), constant)
+        below, above = widths(others, left_out(law, exponent, reach, fill, others))
+        constant = fit(law, exponent, reach, fill, others)
+        predicted = predictions((law, exponent, reach, fill), constant, own)
         hits += [covered([pair], predicted[i : i + 1], below, above) for i, pair in enumerate(own)]
     return float(np.mean(hits))
 
@@ -199,15 +219,15 @@ def law_sections(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if len({pair.task for pair in training}) < 3:
         return []
     rows, scores = [], {}
-    for key in product(LAWS, EXPONENTS, REACHES):
+    for key in product(LAWS, EXPONENTS, REACHES, FILLS):
         of_all, within, error = judged(training, left_out(*key, training))
         scores[key] = error
-        law, exponent, reach = key
+        law, exponent, reach, fill = key
         constant = "–" if law == "root" else f"{fit(*key, training):.3g}"
         held = f"{nested_coverage(*key, training):.2f}"
         figures = [f"{of_all:.2f}", f"{within:.2f}", f"{error:.2f}", held]
-        rows.append([law, f"{exponent:g}", f"{reach:g}", constant, *figures])
-    header = ["law", "energy to the power", "w", "constant", "Spearman", "within tasks", "error", "interval holds"]
+        rows.append([law, f"{exponent:g}", f"{reach:g}", f"{fill:g}", constant, *figures])
+    header = ["law", "energy to the power", "w", "q", "constant", "Spearman", "within tasks", "error", "interval holds"]
     sections = [
         f"## Predicted kept share: {len(training)} pairs of {len({p.task for p in training})} training tasks, each "
         f"task left out in turn\n\n{markdown(header, rows)}"
@@ -219,30 +239,31 @@ def law_sections(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return sections
 
 
-def _section(title: str, key: tuple[str, float, float], training: Sequence[Pair], fixed: Sequence[Pair]) -> str:
+def _section(title: str, key: tuple[str, float, float, float], training: Sequence[Pair], fixed: Sequence[Pair]) -> str:
     """A law on the training tasks, each left out, and on the fixed ones, with the interval of the training tasks."""
-    law, exponent, reach = key
+    law, exponent, reach, fill = key
     constant, predicted = fit(*key, training), left_out(*key, training)
     below, above = widths(training, predicted)
     text = (
-        f"## {title}: {law}, energy to the power {exponent:g}, w {reach:g}"
+        f"## {title}: {law}, energy to the power {exponent:g}, w {reach:g}, q {fill:g}"
         + ("" if law == "root" else f", constant {constant:.3g}")
         + f"\n\nThe interval is k − {below:.3f}·({SURE} + |1 − k|) to k + {above:.3f}·({SURE} + |1 − k|).\n\n"
     )
     rows = [_row(pair, k) for pair, k in zip(training, predicted, strict=True)]
     if fixed:
-        of_fixed = LAWS[law](np.array([pair.share(exponent, reach) for pair in fixed]), constant)
+        of_fixed = predictions(key, constant, fixed)
         of_all, within, error = judged(fixed, of_fixed)
         text += (
             f"On the fixed tasks: Spearman {of_all:.2f} over {len(fixed)} pairs, {within:.2f} within tasks, error "
             f"{error:.2f}; the interval holds {covered(fixed, of_fixed, below, above):.2f} of them.\n\n"
         )
         rows += [_row(pair, k, " (fixed)") for pair, k in zip(fixed, of_fixed, strict=True)]
-    return text + markdown(["task", "choice", "share", "reach", "predicted", "kept"], rows)
+    return text + markdown(["task", "choice", "share", "reach", "parameters", "predicted", "kept"], rows)
 
 
 def _row(pair: Pair, predicted: float, note: str = "") -> list[str]:
     return [
-        pair.task + note, pair.arm, f"{pair.share(1.0):.2f}", f"{pair.share(1.0, 1.0):.2f}", f"{predicted:.2f}",
+        pair.task + note, pair.arm, f"{pair.share(1.0):.2f}", f"{pair.share(1.0, 1.0):.2f}", f"{pair.filled:.2f}",
+        f"{predicted:.2f}",
         f"{pair.kept:.2f} ± {pair.error:.2f}",
     ]  # fmt: skip

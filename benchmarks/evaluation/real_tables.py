@@ -24,7 +24,7 @@ from layerlens.utils.atomic import atomic_write_text
 FOLDER = Path(__file__).parent / "results" / "real"
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- real models: begin -->", "<!-- real models: end -->"
-NOT_IN_README = ("values",)
+IN_README = ("auto", "cheapest:0.95", "half", "top", "bottom")
 ORDER = ("auto", "cheapest:0.95", "cheapest:0.85")
 SHAPES = {
     "most": "uniform LoRA on the upper 4 of 6 blocks (3 of 4)",
@@ -32,6 +32,11 @@ SHAPES = {
     "values": "on value and output projections of these",
     "top": "uniform LoRA on the upper block",
     "bottom": "uniform LoRA on the lower 2 blocks",
+    "lowest": "uniform LoRA on the lowest block",
+    "all-values": "uniform LoRA on all value and output projections",
+    "low-values": "on those of the lower 3 of 6 blocks (2 of 4)",
+    "reach-0.8:0.95": "cheapest:0.95 by reach, weight 0.8",
+    "reach-0.3:0.95": "cheapest:0.95 by reach, weight 0.3",
 }
 """What the arms by depth are in words; ``DEPTH_ARMS`` has them by model."""
 
@@ -218,12 +223,12 @@ def base_table(measured: Mapping[str, Mapping[str, Measured]], tasks: Sequence[s
 
 
 def summary_table(
-    measured: Mapping[str, Mapping[str, Measured]], tasks: Sequence[str], leave_out: Collection[str] = ()
+    measured: Mapping[str, Mapping[str, Measured]], tasks: Sequence[str], only: Collection[str] = ()
 ) -> str:
     """Mean kept share, tasks that lose more than a twentieth for sure, step time and saved activations of each arm."""
     rows = []
     for shape, of_tasks in by_shape(measured, tasks).items():
-        if shape in leave_out:
+        if only and shape not in only:
             continue
         mean, low, high = mean_kept(of_tasks)
         within = sum(one.interval[0] >= 0.95 for one in of_tasks.values())
@@ -232,11 +237,17 @@ def summary_table(
         saved = [one.share("saved_mb") for one in of_tasks.values()]
         rows.append(
             [_named(shape), f"{mean:.2f} [{low:.2f}, {high:.2f}]", f"{within} / {below} of {len(of_tasks)}",
-             f"{np.nanmedian(steps):.2f}", f"{np.nanmedian(saved):.2f}"]
+             _median(steps), _median(saved)]
         )  # fmt: skip
     header = ["choice", f"share of uniform LoRA's improvement, {len(tasks)} tasks [95 %]", "surely above / below 0.95",
               "step time", "saved activations"]  # fmt: skip
     return markdown(header, rows)
+
+
+def _median(shares: Sequence[float]) -> str:
+    """Of the tasks on which it was measured; – where it was on none."""
+    known = [share for share in shares if np.isfinite(share)]
+    return f"{np.median(known):.2f}" if known else "–"
 
 
 def main() -> None:
@@ -266,7 +277,7 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     if BEGIN in text:
         before, _, rest = text.partition(BEGIN)
-        table = summary_table(measured, tasks, leave_out=NOT_IN_README)
+        table = summary_table(measured, tasks, only=IN_README)
         atomic_write_text(README, before + BEGIN + "\n" + table + END + rest.partition(END)[2])
 
 

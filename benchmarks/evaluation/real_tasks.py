@@ -32,8 +32,26 @@ RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 N_HEAD, N_TRAIN, N_VALIDATION, N_TEST = 256, 1024, 192, 320
 CLASSES_OF_RATINGS = 3
 DEPTH_ARMS = {
-    6: {"half": "top:3", "most": "top:4", "top": "top:1", "bottom": "bottom:2", "values": "top:3:v,o"},
-    4: {"half": "top:2", "most": "top:3", "top": "top:1", "bottom": "bottom:2", "values": "top:2:v,o"},
+    6: {
+        "half": "top:3",
+        "most": "top:4",
+        "top": "top:1",
+        "bottom": "bottom:2",
+        "values": "top:3:v,o",
+        "lowest": "bottom:1",
+        "all-values": "top:6:v,o",
+        "low-values": "bottom:3:v,o",
+    },
+    4: {
+        "half": "top:2",
+        "most": "top:3",
+        "top": "top:1",
+        "bottom": "bottom:2",
+        "values": "top:2:v,o",
+        "lowest": "bottom:1",
+        "all-values": "top:4:v,o",
+        "low-values": "bottom:2:v,o",
+    },
     30: {"half": "top:15", "most": "top:20", "top": "top:5", "bottom": "bottom:10", "values": "top:15:v,o"},
 }
 """Blocks of the model -> its arms. The small ViT has four blocks, MiniLM six, SmolLM2 thirty."""
