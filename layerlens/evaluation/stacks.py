@@ -20,6 +20,7 @@ import torch
 
 from layerlens.integrations.torch_modules import first_input
 from layerlens.rank_rules.adalora import ORTHOGONALITY, SMOOTHING, Schedule
+from layerlens.tuning.baselines.measured import weight_matrix
 
 INITIAL_DEVIATION = 0.02
 """Of AdaLoRA's first A and B, as PEFT draws them."""
@@ -57,7 +58,7 @@ class LayerStack:
     def __init__(self, name: str, module: Any, arms: Sequence[Arm]) -> None:
         self.name = name
         self.n_arms = len(arms)
-        n_out, n_in = module.weight.shape
+        n_out, n_in = weight_matrix(module).shape
         having = [index for index, arm in enumerate(arms) if arm.ranks.get(name, 0)]
         self.arms = torch.tensor(having)
         largest = max(arms[index].ranks[name] for index in having)

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from layerlens.exceptions import ConfigurationError
 from layerlens.integrations.gradients import CalibrationBatch, layer_moments
 from layerlens.models import LORA, LayerSpec, ModelSpec, ModelStatistics
-from layerlens.models.model_spec import NO_MATRIX
+from layerlens.models.model_spec import CONV, NO_MATRIX
 from layerlens.profiling.measure import measure
 from layerlens.profiling.request import STATISTICS, StatisticsRequest
 from layerlens.rank_rules import QUANTITIES, Measured
@@ -120,15 +121,21 @@ class Profile:
 
 
 def lora_layers(task: StudyTask) -> list[LayerSpec]:
-    """The layers that can take LoRA, and are one matrix each: no stacked experts, no embeddings."""
+    """The layers that can take LoRA, and are one matrix each: no convolutions, stacked experts or embeddings."""
     able = [layer for layer in task.spec.layers if LORA in layer.methods]
-    if others := [layer.name for layer in able if layer.layer_type in NO_MATRIX]:
+    matrices = [layer for layer in able if layer.layer_type not in (CONV, *NO_MATRIX)]
+    if others := [layer.name for layer in able if layer not in matrices]:
         warnings.warn(
-            f"evaluate: {len(others)} stacked experts or embeddings ({others[0]} ...) are left out; the study trains "
-            "layers with one matrix each",
+            f"evaluate: {len(others)} convolutions, stacked experts or embeddings ({others[0]} ...) are left out; the "
+            "study trains layers with one matrix each",
             stacklevel=2,
         )
-    return [layer for layer in able if layer.layer_type not in NO_MATRIX]
+    if not matrices:
+        raise ConfigurationError(
+            "model: no study, which trains layers with one matrix each; this model has only convolutions, stacked "
+            "experts or embeddings (run and train adapt them)"
+        )
+    return matrices
 
 
 def lora_spec(task: StudyTask) -> ModelSpec:

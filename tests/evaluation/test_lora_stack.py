@@ -95,3 +95,21 @@ def test_the_model_is_as_before(task: StudyTask) -> None:
     train(task, _arms(task))
     assert all(torch.equal(before[name], value) for name, value in task.model.state_dict().items())
     assert not any(module._forward_hooks for module in task.model.modules())
+
+
+def test_a_layer_whose_weight_is_stored_transposed() -> None:
+    """GPT-2's: [n_in, n_out]."""
+    from transformers.pytorch_utils import Conv1D
+
+    model = torch.nn.Sequential(Conv1D(12, 6))
+    stack = LoraStack(model, [Arm({"0": 2}, 0, 1e-3), Arm({"0": 3}, 1, 1e-3)], scale=SCALE)
+    layer = stack.layers[0]
+    assert [tuple(one.shape) for one in layer.parameters()] == [(2, 6, 3), (2, 3, 12)]
+    torch.nn.init.normal_(layer.b.data)
+    h = torch.randn(2, 5, 6)
+    with stack.attached():
+        out = model(h)
+    for arm in range(2):
+        expected = model(h[arm]) + SCALE * h[arm] @ layer.a[arm] @ layer.b[arm]
+        # Sums over at most 6 products of order 1 in float32, in another order.
+        torch.testing.assert_close(out[arm], expected, rtol=1e-5, atol=1e-5)

@@ -71,6 +71,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture = Image.new("RGB", (12, 10), (20 * (number % 10), 100 * (number % 2), 5))
         (folder / "images" / f"n0{number % 2}").mkdir(parents=True, exist_ok=True)
         picture.save(folder / "images" / f"n0{number % 2}" / f"{number}.JPEG", format="JPEG")
+    segformer = transformers.SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16], num_attention_heads=[1, 2],
+        patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[2, 2], decoder_hidden_size=8, num_labels=2,
+    )  # fmt: skip
+    transformers.SegformerForSemanticSegmentation(segformer).save_pretrained(folder / "segformer")
+    transformers.SegformerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "segformer")
+    for number in range(60):
+        mask = Image.new("L", (16, 16))
+        mask.paste(1, (number % 8, 0, number % 8 + 8, 16))
+        for kind, picture in (("images", mask.point(lambda value: 200 * value).convert("RGB")), ("masks", mask)):
+            (folder / "drawn" / kind).mkdir(parents=True, exist_ok=True)
+            picture.save(folder / "drawn" / kind / f"{number}.png")
     AUDIO["wav2vec2"].save(folder / "wav2vec2")  # whose head of classes is two Linears, and that has no vocabulary
     lines = ["file,transcript"]
     for number in range(60):
@@ -92,6 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("image-classification", "vit", {"source": "images"}),
         ("audio-classification", "wav2vec2", {"source": "clips"}),
         ("speech-ctc", "wav2vec2", {"source": "spoken.csv"}),
+        ("semantic-segmentation", "segformer", {"source": "drawn"}),  # with convolutions in its blocks
     ],
 )
 def test_a_study_of_the_task(folder: Path, tmp_path: Path, task: str, model: str, data: dict[str, Any]) -> None:
