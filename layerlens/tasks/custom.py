@@ -211,8 +211,13 @@ def _pair(value: Any, name: str, key: str = "data.source") -> tuple[Any, Any]:
 
 
 def _size(batches: list[Any], number: int) -> int:
-    inputs, _ = _pair(batches[number], f"batch {number}")
+    inputs, labels = _pair(batches[number], f"batch {number}")
     first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
+    if getattr(labels, "shape", None) == ():
+        raise DataError(
+            f"data.source: a list or iterator has batches (inputs, targets), and batch {number} has one target for "
+            "all; return single samples as a torch.utils.data.Dataset, or wrap them in a DataLoader"
+        )
     return len(first)
 
 
