@@ -111,5 +111,5 @@ GRADIENT = UtilityModel(
 ENERGY = UtilityModel(
     "energy", energy, "gradient energy × √rank", ("gradient", "input_scale"), set_power=0.5, set_error=(0.77, 0.89)
 )
-"""Its error: 66 choices on five training tasks of the study on real models (benchmarks/evaluation/real_laws.py)."""
+"""Its error: 64 choices on five training tasks of the study on real models (benchmarks/evaluation/real_laws.py)."""
 UNIFORM = UtilityModel("uniform", uniform, "relative gain (every layer equal)")
