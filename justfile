@@ -13,7 +13,7 @@ quickstart *arguments:
 test *arguments:
     scripts/test.sh {{arguments}}
 
-# the tests of the files that take at most a second each: a minute in all
+# the tests of the files that take at most 0.6 s of processor time each: a minute in all
 test-quick *arguments:
     scripts/test.sh --quick {{arguments}}
 

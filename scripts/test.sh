@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv, installs LayerLens with its test extra and runs the whole test suite, two files at a time. Arguments are
-# handed to pytest (`-n 0` runs one test after the other). --quick leaves out the files that take more than a second;
-# --record-times prints what takes most and writes tests/times.json, by which both this order and --quick go.
+# handed to pytest (`-n 0` runs one test after the other). --quick leaves out the files that take more than 0.6 s of
+# processor time; --record-times prints what takes most and writes tests/times.json, by which this order and --quick go.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/install.sh

@@ -2,7 +2,7 @@
 
 ``pytest --record-times`` writes ``tests/times.json`` and prints what takes most. The record has two uses: workers of
 pytest-xdist begin with what took longest, so that no worker ends with a long file while the others have nothing to do;
-and ``pytest --quick`` takes the files that need a second at most. A folder of ``TOGETHER`` goes to one worker.
+and ``pytest --quick`` takes the files that need 0.6 s at most. A folder of ``TOGETHER`` goes to one worker.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNKNOWN_S = 5.0
 """What a file that nobody has timed is taken for."""
 TOGETHER = ("tests/service", "tests/parallel", "tests/vision_language")
 """Servers, processes that have imported everything, and detectors are started once for all files of these folders."""
-QUICK_S = 1.0
+QUICK_S = 0.6
 """A file that took no longer is part of ``--quick``."""
 
 
