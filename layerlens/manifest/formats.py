@@ -25,8 +25,8 @@ def number(value: float) -> str:
 
     >>> number(41234), number(0.00012345), number(0), number(-2.5), number(1.2e-5)
     ('41,234', '0.0001234', '0', '−2.5', '1.2×10⁻⁵')
-    >>> number(1e308), number(float("inf"))
-    ('1×10³⁰⁸', '∞')
+    >>> number(2440.3), number(-119999.7), number(1e308), number(float("inf"))
+    ('2,440', '−120,000', '1×10³⁰⁸', '∞')
     """
     value = as_float(value)
     if shown := without_digits(value):
@@ -34,7 +34,8 @@ def number(value: float) -> str:
     if float(value).is_integer() and abs(value) < 1e12:
         text = f"{int(value):,}"
     elif 1e-4 <= abs(value) < 1e12:
-        text = f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}".rstrip("0").rstrip(".")
+        text = f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+        text = text.rstrip("0").rstrip(".") if "." in text else text
     else:
         digits, power = f"{value:.3e}".split("e")
         text = f"{digits.rstrip('0').rstrip('.')}×10{str(int(power)).translate(_SUPERSCRIPT)}"

@@ -447,6 +447,8 @@ def test_figures_follow_the_page_and_stand_alone():
         (number(0), "0"),
         (number(1e15), "1×10¹⁵"),
         (number(99.996), "100"),
+        (number(2440.3), "2,440"),  # its last digit is no place behind a point
+        (number(1000.2), "1,000"),
         (number(0.1 + 0.2), "0.3"),
         (quantity("flops", 999.96e6), "1 GFLOP"),
         (quantity("vram_gb", 0.0), "0 B"),
