@@ -15,6 +15,7 @@ import io
 import json
 import os
 import platform
+import sqlite3
 import sys
 import time
 import zipfile
@@ -45,12 +46,17 @@ MOST_BYTES, MOST_FILES = 64 * 2**20, 5000
 """Results beyond this size are not kept, nor those of more input files than can be looked at in a moment."""
 JUST_WRITTEN_S = 2.0
 """A file that is younger than this when a run begins may change once more without other times (as with git)."""
-SETTINGS = ("LAYERLENS_", "HF_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "CUDA_", "OMP_", "MKL_", "ONEDNN_", "PYTHON")
-"""Environment variables that may change what is read or computed begin with one of these."""
+SETTINGS = (
+    "LAYERLENS_", "HF_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "CUDA_", "OMP_", "MKL_", "ONEDNN_", "PYTHON", "ATEN_",
+    "DNNL_", "OPENBLAS_", "GOMP_", "KMP_", "LD_", "DYLD_", "GLIBC_", "HOME", "XDG_", "LANG", "LC_",
+)  # fmt: skip
+"""Environment variables that may change what is read or computed begin with one of these (``~`` is HOME)."""
 ELSEWHERE = {"output", "telemetry", "tracking", "study"}
 """Sections of the configuration that change no figure."""
 TEXT = ("text", "words")
 """Inputs of tasks whose samples are whole in the data's own files."""
+MODULES = "modules.json"
+"""Of sentence-transformers: what follows a transformer, in folders beside the transformer's."""
 FACTS = "facts.json"
 UNUSED = "cache: not used"
 """So a run begins to say that it cannot tell the user's code from another version of it (``jobs.own_code``)."""
@@ -78,9 +84,10 @@ def run_or_repeat(
         found = _repeated(cache, key, config, base_dir, warn)
         if found is not None:
             return found
+    before = None if cache is None else _read_states(config, base_dir)
     result = run(config, base_dir=base_dir, use_cache=use_cache, progress=progress, warn=warn)
-    if cache is not None and "torch" in sys.modules:
-        _keep(cache, key, config, base_dir, result, started)
+    if cache is not None and before is not None and "torch" in sys.modules:
+        _keep(cache, key, config, base_dir, result, started, before)
     return result
 
 
@@ -135,18 +142,22 @@ def _inputs(config: RunConfig, base_dir: Path) -> list[Path] | None:
     source, url = local_or_url(config.data.source)
     if not request.source.of_transformers or url is not None or local_or_url(request.place)[1] is not None:
         return None
-    roots = [Path(request.source.resolve(request))]
-    if not roots[0].is_absolute():  # a hub name
+    resolved = Path(request.source.resolve(request))
+    if not resolved.is_absolute():  # a hub name
         return None
+    # Under the name that was asked for: where a link on the way leads elsewhere later, its files are others.
+    asked = base_dir / local_or_url(request.place)[0].expanduser()
+    folder = asked if resolved.resolve().is_relative_to(asked.resolve()) else resolved
+    roots = [folder.parent if (folder.parent / MODULES).is_file() else folder]
     if not config.data.source.startswith("builtin:"):  # these come with Python and the packages
         roots.append(base_dir / source.expanduser())
     found: list[Path] = []
     for root in roots:
         if not root.exists():
             return None
-        found.append(root.resolve())
-        for folder, folders, files in os.walk(root.resolve(), followlinks=True):
-            found += [Path(folder) / name for name in (*folders, *files)]
+        found.append(root.absolute())
+        for place, folders, files in os.walk(root.absolute(), followlinks=True):
+            found += [Path(place) / name for name in (*folders, *files)]
             if len(found) > MOST_FILES:
                 return None
     return found
@@ -164,6 +175,15 @@ def _devices(cache: SensitivityCache) -> list[Path]:
     return sorted(cache.directory.glob("device-*.json"))
 
 
+def _read_states(config: RunConfig, base_dir: Path) -> dict[str, State] | None:
+    """The states of the model's and the data's files; None where they cannot be told, or the run will say why."""
+    try:
+        inputs = _inputs(config, base_dir)
+    except (OSError, LayerLensError):
+        return None
+    return None if inputs is None else _states(inputs)
+
+
 def _states(paths: Iterable[Path]) -> dict[str, State]:
     return {str(path): _state(str(path)) for path in paths}
 
@@ -179,13 +199,16 @@ def _state(path: str) -> State:
 
 
 def _keep(
-    cache: SensitivityCache, key: str, config: RunConfig, base_dir: Path, result: RunResult, started: float
-) -> None:
-    """Keep a finished run, unless something that it read is so young that it may have changed meanwhile."""
-    inputs = _inputs(config, base_dir)
-    if inputs is None or any(line.startswith(UNUSED) for line in result.warnings):
+    cache: SensitivityCache, key: str, config: RunConfig, base_dir: Path, result: RunResult, started: float,
+    before: dict[str, State],
+) -> None:  # fmt: skip
+    """Keep a finished run, unless something that it read has changed meanwhile, or is so young that it may have.
+
+    The time alone would not do: a file server's clock may be behind this machine's.
+    """
+    read, code = _read_states(config, base_dir), _states(_code())
+    if read is None or read != before or any(line.startswith(UNUSED) for line in result.warnings):
         return
-    read, code = _states(inputs), _states(_code())
     if _newest(read) > started - JUST_WRITTEN_S or _newest(code, folders=False) > started:
         return
     files = {name: path.relative_to(result.directory).as_posix() for name, path in result.files.items()}
@@ -203,7 +226,7 @@ def _keep(
         content = _packed(facts, result.directory, files.values())
         if len(content) <= MOST_BYTES:
             cache.keep_run(key, content, config.model.reference)
-    except (OSError, LayerLensError):  # the result is written; that it is not kept costs time later
+    except (OSError, sqlite3.Error, LayerLensError):  # the result is written; that it is not kept costs time later
         return
 
 
@@ -227,7 +250,10 @@ def _packed(facts: dict[str, Any], directory: Path, places: Iterable[str]) -> by
 
 def _repeated(cache: SensitivityCache, key: str, config: RunConfig, base_dir: Path, warn: Warn) -> RunResult | None:
     """The kept run written out again; None where there is none, or something is not as it was."""
-    content = cache.kept_run(key)
+    try:
+        content = cache.kept_run(key)
+    except (OSError, sqlite3.Error):
+        return None
     if content is None:
         return None
     with zipfile.ZipFile(io.BytesIO(content)) as archive:

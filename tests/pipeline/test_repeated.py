@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -115,6 +116,67 @@ def test_nothing_is_loaded_again_until_something_changes(runs, tmp_path, monkeyp
         blob.write_bytes(blob.read_bytes()[:-1])  # damaged: as if it were not there
     with pytest.raises(AssertionError, match="loaded"):
         runs()
+
+
+def test_links_that_lead_elsewhere_are_noticed(runs, tmp_path):
+    for name in ("model", "rows.jsonl"):
+        for version in ("first", "second"):
+            copied = shutil.copytree if (tmp_path / name).is_dir() else shutil.copy
+            copied(tmp_path / name, tmp_path / f"{version}-{name}")
+        os.rename(tmp_path / name, tmp_path / f"gone-{name}")
+        os.symlink(f"first-{name}", tmp_path / name)
+    assert runs().repeats == ""
+    assert runs().repeats != ""
+    for number, name in enumerate(("model", "rows.jsonl"), start=2):
+        (tmp_path / name).unlink()
+        os.symlink(f"second-{name}", tmp_path / name)
+        assert runs().repeats == ""
+        assert runs().repeats != ""
+        assert runs.loaded == number
+
+
+def test_what_follows_a_transformer_is_part_of_the_model(runs, tmp_path):
+    whole = tmp_path / "whole"
+    os.makedirs(whole / "1_Dense")
+    shutil.copytree(tmp_path / "model", whole / "0_Transformer")
+    (whole / "1_Dense" / "model.safetensors").write_bytes(b"weights")
+    first = {"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}
+    (whole / "modules.json").write_text(json.dumps([first]))
+    for place in (whole, whole / "0_Transformer"):
+        config = RunConfig.model_validate(
+            runs.settings | {"model": runs.settings["model"] | {"name_or_path": str(place)}}
+        )
+        assert whole / "1_Dense" / "model.safetensors" in (repeated._inputs(config, tmp_path) or [])
+
+
+def test_files_that_change_while_they_are_read_are_not_kept(runs, tmp_path, monkeypatch):
+    """Whatever time a file server's clock gives them."""
+    run = runs._run
+
+    def changed(config, **how):
+        result = run(config, **how)
+        (tmp_path / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text() + "\n")
+        return result
+
+    monkeypatch.setattr(runs, "_run", changed)
+    assert runs().repeats == ""
+    monkeypatch.setattr(runs, "_run", run)
+    assert runs().repeats == ""
+    assert runs().repeats != ""
+
+
+def test_a_cache_that_cannot_be_used_ends_no_run(runs, monkeypatch):
+    def full(*_arguments):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(repeated.SensitivityCache, "keep_run", full)
+        assert runs().repeats == ""
+    assert runs().repeats == ""  # nothing was kept
+    with monkeypatch.context() as patched:
+        patched.setattr(repeated.SensitivityCache, "kept_run", full)
+        assert runs().repeats == ""
+    assert runs().repeats != ""
 
 
 @pytest.mark.parametrize(
