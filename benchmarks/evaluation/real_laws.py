@@ -45,8 +45,8 @@ REACHES = (0.0, 0.3, 0.5, 0.8, 1.0)
 FILLS = (0.0, 0.15)
 """q of the law."""
 PRODUCT = ("root", 1.0, 0.0, 0.0)
-"""What the product has: the root of the raw energy's share. Laws with w and q predict given choices better, but what they
-find is worse (w = 0.8) or as good (w = 0.3); see docs/decisions/utility.md."""
+"""What the product has: the root of the raw energy's share. Laws with w and q predict given choices better, but what
+they find is worse (w = 0.8) or as good (w = 0.3); see docs/decisions/utility.md."""
 WORTH = 0.02
 """Of root mean square error: a constant that does less is not worth having."""
 WEIGHT_FLOOR = 0.1
